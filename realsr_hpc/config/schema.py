@@ -1,0 +1,323 @@
+"""The whole recipe as one typed, closed, frozen tree.
+
+A default lives here and nowhere else. Unknown keys, wrong types and values out of range fail in
+`RunConfig.model_validate`, all of them in one message, each with its path. Rules that need two sections
+stand in `checks.py`. This file imports neither torch nor Hydra, so that launching stays fast.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+INSTRUCTION = (
+    "Perceive the degradation, understand the image content, and restore the high-quality image step by step "
+    "(simulating the image restoration process from coarse to fine). The low-quality image is as follows: <|image|>. "
+    "The generation format should be as follows: <degradation>...</degradation>"
+    "<rough_understand>...</rough_understand><rough_image>...</rough_image>"
+    "<middle_understand>...</middle_understand><middle_image>...</middle_image>"
+    "<final_understand>...</final_understand><final_image>...</final_image>"
+)
+"""The released code's prompt (PAPER section 1)."""
+
+
+class Section(BaseModel):
+    """Base of every section: closed (unknown keys are errors) and frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VLCoTConfig(Section):
+    """Shape of a trace: PAPER prompt, three texts, three images."""
+
+    vocabulary: Literal["tiny", "chameleon_f16", "llamagen_f8"] = "tiny"
+    image_sizes_px: tuple[Count, Count, Count] = (32, 64, 128)
+    """Side of the rough, middle and final image; multiples of 32 (the size tokens' unit)."""
+    lq_size_px: Count = 64
+    """Side at which the LQ image is shown in the prompt; a multiple of 32."""
+    upscale: Count = 4
+    instruction: str = INSTRUCTION
+    """Prompt text; `<|image|>` marks where the LQ image stands."""
+    max_text_tokens: Count = 40
+    """Longest free text of one understanding field."""
+
+
+class ImageTokenizerConfig(Section):
+    """VQ encoder and decoder; the names follow transformers' `ChameleonVQVAEConfig`."""
+
+    weights: str = "recipes/assets/tiny/image_tokenizer.safetensors"
+    downsample: Count = 8
+    codebook_size: Count = 512
+    embed_dim: Count = 8
+    base_channels: Count = 32
+    channel_multiplier: tuple[Count, ...] = (1, 2, 2, 4)
+    num_res_blocks: Count = 1
+    normalised_codes: bool = False
+    """Codes and features are compared after l2 normalisation (LlamaGen VQ-8)."""
+
+
+class TextTokenizerConfig(Section):
+    """Byte-pair encoding through the `tokenizers` library."""
+
+    path: str = "recipes/assets/tiny/text_tokenizer.json"
+
+
+class TokenizerTrainingConfig(Section):
+    """Recipe tokenizer_tiny: how the VQ is trained."""
+
+    num_steps: Count = 6000
+    batch_size: Count = 16
+    crop_px: Count = 128
+    lr: Positive = 1e-3
+    warmup_steps: int = 100
+    commitment_weight: NonNegative = 0.25
+    text_vocab_size: Count = 512
+    log_every_steps: Count = 100
+
+
+class ModelConfig(Section):
+    """Chameleon-shaped decoder (PAPER section 2)."""
+
+    num_layers: Count = 4
+    hidden_size: Count = 256
+    num_heads: Count = 4
+    num_kv_heads: Count | None = None
+    """Grouped-query attention when smaller than `num_heads`; None: as many as heads."""
+    ffn_hidden_size: Count = 688
+    rope_theta: Positive = 10000.0
+    norm_epsilon: Positive = 1e-5
+    init_std: Positive = 0.02
+    max_sequence_tokens: Count = 1024
+    weights: str | None = None
+    """Start weights: a Hugging Face export folder; None: random (a run's own checkpoint goes before)."""
+
+
+class ParallelConfig(Section):
+    """Layout; data parallelism is what the world size leaves."""
+
+    tp: Count = 1
+    pp: Count = 1
+    virtual_pp: Count = 1
+    """Model chunks a pipeline stage holds (interleaved 1F1B); 1: none."""
+    sequence_parallel: bool = False
+    microbatch_tokens: Count = 4096
+    """Token budget of one microbatch on one data-parallel rank, padding included."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    reference_offload: bool = False
+    """Keep the frozen reference in host memory between its uses."""
+    distributed_optimizer: bool = True
+
+
+class PrecisionConfig(Section):
+    """Number formats of training and of rollouts."""
+
+    params: Literal["fp32", "bf16"] = "fp32"
+    fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    fp8_format: Literal["e4m3", "hybrid"] = "hybrid"
+    rollout_fp8: bool = False
+    first_last_layers_bf16: bool = True
+    fp8_gate_logprob: Positive = 0.1
+    """Largest mean |log-prob(FP8) - log-prob(bf16)| on a fixed batch, nats a token."""
+    fp8_gate_action: Literal["bf16", "stop"] = "bf16"
+
+
+class OptimConfig(Section):
+    """AdamW with warm-up."""
+
+    lr: Positive = 1e-4
+    min_lr: NonNegative = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.0
+    beta1: Probability = 0.9
+    beta2: Probability = 0.95
+    epsilon: Positive = 1e-8
+    clip_grad_norm: Positive = 1.0
+    cpu_offload: bool = False
+
+
+class DataConfig(Section):
+    """Manifest and loader."""
+
+    manifest: str = "recipes/assets/photographs/manifest.parquet"
+    train_split: str = "train"
+    heldout_split: str = "heldout"
+    mode: Literal["unpaired", "paired", "lq_only"] = "unpaired"
+    num_threads: Count = 1
+    prefetch: Count = 1
+    min_scene_fraction: Probability = 0.7
+    """Smallest crop, as a share of the photograph's shorter side, before resizing to the GT size."""
+    hflip: Probability = 0.5
+
+
+class DegradationConfig(Section):
+    """Second-order degradation (PAPER section 3)."""
+
+    preset: Literal["realesrgan", "seesr"] = "realesrgan"
+    usm_sharpen_gt: bool = True
+    severity_edges: dict[str, tuple[float, float]] = {}
+    """Overrides of the light|medium|heavy edges by parameter name; default: terciles of each range."""
+
+
+class RewardTerm(Section):
+    """One reward: its kind, weight and options."""
+
+    kind: Literal["format", "degradation", "understanding", "generation", "fidelity"]
+    weight: float = 1.0
+    options: dict[str, float | int | str | bool | list[str]] = {}
+
+
+class RewardsConfig(Section):
+    """Rewards by name; the mixture is their weighted sum."""
+
+    terms: dict[str, RewardTerm] = {
+        "format": RewardTerm(kind="format"),
+        "degradation": RewardTerm(kind="degradation"),
+        "understanding": RewardTerm(kind="understanding"),
+        "generation": RewardTerm(kind="generation"),
+        "fidelity": RewardTerm(kind="fidelity"),
+    }
+    gate_malformed: bool = True
+    """Image rewards of a malformed trace are the term's minimum."""
+
+
+class RolloutConfig(Section):
+    """The sampling distribution; the loss scores with exactly the same one."""
+
+    grammar: Literal["constrained", "modality"] = "modality"
+    """constrained: the whole trace; modality: image blocks only, the text around them is free."""
+    temperature: Positive = 1.0
+    text_temperature: Positive | None = None
+    text_top_k: Annotated[int, Field(ge=0)] = 0
+    image_top_k: Annotated[int, Field(ge=0)] = 0
+    image_adaptive_top_k: bool = False
+    """k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (PAPER section 1)."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    cfg_scale: NonNegative = 1.0
+    """Classifier-free guidance on image tokens: u + s (c - u); 1: off."""
+    max_new_tokens: Count = 640
+    batch_size: Count = 64
+    """Rollouts decoded at once on one data-parallel rank."""
+
+
+class GRPOConfig(Section):
+    """Group relative policy optimisation."""
+
+    num_steps: Count = 30
+    prompts_per_step: Count = 4
+    group_size: Annotated[int, Field(ge=2)] = 8
+    updates_per_step: Count = 1
+    """Optimizer updates on one batch of rollouts (real ratios from the second on)."""
+    kl_beta: NonNegative = 0.01
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    clip_low: Positive | None = 0.2
+    clip_high: Positive | None = 0.2
+    """None on both: no clipping (the paper's released code)."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
+    importance: Literal["token", "sequence"] = "token"
+    """sequence: GSPO's length-normalised sequence ratio."""
+    advantage: Literal["mean_std", "mean", "leave_one_out"] = "mean_std"
+    unbiased_std: bool = True
+    advantage_epsilon: Positive = 1e-4
+    normalise_each_reward: bool = True
+    """Each reward is normalised in its group before weighting (GDPO)."""
+    zero_variance: Literal["drop", "resample", "keep"] = "drop"
+    max_resample_rounds: Count = 2
+    entropy_weight: float = 0.0
+    mismatch_cap: Positive | None = None
+    """Truncated importance sampling: cap of exp(policy - rollout log-prob); None: off."""
+    mismatch_kl_gate: Positive | None = 1e-3
+    """Stop the run when the mean KL(rollout || policy) of the first update exceeds this, nats a token."""
+    heldout_every_steps: Annotated[int, Field(ge=0)] = 0
+    heldout_prompts: Count = 16
+    heldout_rollouts: Count = 2
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning on VLCoT traces."""
+
+    num_steps: Count = 2000
+    batch_size: Count = 16
+    """Traces an optimizer step, over all data-parallel ranks."""
+    z_loss: NonNegative = 1e-5
+    packing: bool = True
+    heldout_every_steps: Count = 200
+    heldout_traces: Count = 32
+    sample_every_steps: Annotated[int, Field(ge=0)] = 500
+
+
+class CheckpointConfig(Section):
+    """Sharded, resumable checkpoints."""
+
+    every_steps: Count = 10
+    keep_last: Count = 2
+    async_save: bool = False
+
+
+class TrackingConfig(Section):
+    """MLflow; events pass through a spool beside the checkpoint first."""
+
+    uri: str | None = None
+    """None: sqlite in the output root."""
+    experiment: str = "realsr_hpc"
+    description: str = ""
+    tags: dict[str, str] = {}
+
+
+class ClusterConfig(Section):
+    """Where a run executes."""
+
+    kind: Literal["local", "slurm"] = "local"
+    nodes: Count = 1
+    tasks_per_node: Count = 1
+    """One task a GPU (or CPU process): world size = nodes x tasks_per_node."""
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    cpus_per_task: Count = 1
+    gpu_memory_gib: Positive | None = None
+    memory_gib: Positive | None = None
+    time_min: Count = 60
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    container_image: str | None = None
+    extra_sbatch: dict[str, str | int] = {}
+    environment_file: str | None = None
+    array_parallelism: Count = 16
+    signal_delay_s: Count = 120
+    max_requeues: Annotated[int, Field(ge=0)] = 5
+    hang_limit_s: Count = 1800
+
+
+class RunConfig(Section):
+    """One whole run: everything that decides its result."""
+
+    name: str
+    task: Literal["grpo", "sft", "tokenizer"]
+    seed: Annotated[int, Field(ge=0)] = 0
+    output_root: str = "runs"
+    vlcot: VLCoTConfig = VLCoTConfig()
+    image_tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
+    text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
+    tokenizer_training: TokenizerTrainingConfig = TokenizerTrainingConfig()
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    degradation: DegradationConfig = DegradationConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    sft: SFTConfig = SFTConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()

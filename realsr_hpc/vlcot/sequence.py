@@ -1,0 +1,210 @@
+"""Build a VLCoT trace as tokens, and parse any tokens back.
+
+The response is plain text with seven tags and three image blocks (PAPER section 1):
+
+    <degradation>B blur, R1, N noise, C compression, R2</degradation>
+    <rough_understand>text</rough_understand><rough_image>IMG</rough_image>
+    <middle_understand>text</middle_understand><middle_image>IMG</middle_image>
+    <final_understand>text</final_understand><final_image>IMG</final_image> end-of-turn
+
+without the line breaks. IMG(s) = begin, size, size, then rows of s/f codes each closed by a newline token, end.
+Tags and texts are encoded one by one, so a tag's tokens never depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from realsr_hpc.config.schema import VLCoTConfig
+from realsr_hpc.records import ParsedTrace
+from realsr_hpc.vlcot.vocabulary import Vocabulary
+
+TEXT_FIELDS = ("rough_understand", "middle_understand", "final_understand")
+IMAGE_FIELDS = ("rough_image", "middle_image", "final_image")
+FIELDS = ("degradation", *(name for pair in zip(TEXT_FIELDS, IMAGE_FIELDS, strict=True) for name in pair))
+"""The seven tags in their order."""
+IMAGE_PLACEHOLDER = "<|image|>"
+_OPEN, _CLOSE = "\ue000", "\ue001"
+"""Private-use characters around an image's number while the text is searched for tags."""
+_IMAGE_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+class TextCodec(Protocol):
+    """What this room needs of a text tokenizer."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids counted from 0, without special tokens."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of any ids; never raises."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A complete chain of thought."""
+
+    degradation: str
+    texts: tuple[str, str, str]
+    images: tuple[np.ndarray, np.ndarray, np.ndarray]
+    """Code grids, int64 [rows, columns]."""
+
+
+class TraceCodec:
+    """Traces and prompts to tokens and back, for one vocabulary, text tokenizer and trace shape."""
+
+    def __init__(self, config: VLCoTConfig, vocabulary: Vocabulary, text: TextCodec, downsample: int):
+        if IMAGE_PLACEHOLDER not in config.instruction:
+            raise ValueError(f"vlcot.instruction has no {IMAGE_PLACEHOLDER}: it marks where the LQ image stands")
+        self.config = config
+        self.vocabulary = vocabulary
+        self.text = text
+        self.downsample = downsample
+
+    def side(self, size_px: int) -> int:
+        """Codes along one side of an image of `size_px`."""
+        return size_px // self.downsample
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return [self.vocabulary.text_first + token for token in self.text.encode(text)]
+
+    def decode_text(self, tokens: Sequence[int]) -> str:
+        """Text of text tokens; the private marks are removed, so that no text can imitate an image."""
+        text = self.text.decode([token - self.vocabulary.text_first for token in tokens])
+        return text.replace(_OPEN, "").replace(_CLOSE, "")
+
+    def image_block(self, codes: np.ndarray) -> list[int]:
+        """Tokens of a square code grid [side, side]."""
+        vocabulary = self.vocabulary
+        size = vocabulary.size_token(codes.shape[0] * self.downsample)
+        tokens = [vocabulary.image_begin, size, size]
+        for row in codes.tolist():
+            tokens += [vocabulary.code_to_id(code) for code in row]
+            tokens.append(vocabulary.newline)
+        return [*tokens, vocabulary.image_end]
+
+    def prompt(self, lq_codes: np.ndarray) -> list[int]:
+        """Instruction with the LQ image in its place, closed by end of turn."""
+        before, after = self.config.instruction.split(IMAGE_PLACEHOLDER, 1)
+        image = self.image_block(lq_codes)
+        vocabulary = self.vocabulary
+        return [vocabulary.bos, *self.encode_text(before), *image, *self.encode_text(after), vocabulary.end_turn]
+
+    def field(self, name: str, body: list[int]) -> list[int]:
+        """A tag around its content."""
+        return [*self.encode_text(f"<{name}>"), *body, *self.encode_text(f"</{name}>")]
+
+    def build(self, trace: Trace) -> list[int]:
+        """Response tokens of a trace, the end of turn included."""
+        tokens = self.field("degradation", self.encode_text(trace.degradation))
+        for text_name, text, image_name, codes in zip(
+            TEXT_FIELDS, trace.texts, IMAGE_FIELDS, trace.images, strict=True
+        ):
+            tokens += self.field(text_name, self.encode_text(text))
+            tokens += self.field(image_name, self.image_block(codes))
+        return [*tokens, self.vocabulary.end_turn]
+
+    def parse(self, tokens: Sequence[int]) -> ParsedTrace:
+        """What is well formed in a response; any token sequence is accepted, nothing is raised."""
+        faults: list[str] = []
+        tokens = list(tokens)
+        if self.vocabulary.end_turn in tokens:
+            tokens = tokens[: tokens.index(self.vocabulary.end_turn)]
+        else:
+            faults.append("no end of turn")
+        text, grids = self._linearise(tokens, faults)
+        bodies = {name: _body(text, name, faults) for name in FIELDS}
+        if not faults and text != "".join(f"<{name}>{bodies[name]}</{name}>" for name in FIELDS):
+            faults.append("tags out of order, or text beside them")
+        texts = tuple(_plain(bodies[name], name, faults) for name in TEXT_FIELDS)
+        images = tuple(
+            self._image(bodies[name], name, size, grids, faults)
+            for name, size in zip(IMAGE_FIELDS, self.config.image_sizes_px, strict=True)
+        )
+        degradation = _plain(bodies["degradation"], "degradation", faults)
+        return ParsedTrace(degradation, texts, images, tuple(faults))  # type: ignore[arg-type]
+
+    def _linearise(self, tokens: list[int], faults: list[str]) -> tuple[str, list[np.ndarray | None]]:
+        """The response as one string, each image block a numbered mark, and the grids by number."""
+        parts: list[str] = []
+        grids: list[np.ndarray | None] = []
+        position = 0
+        while position < len(tokens):
+            start = position
+            while position < len(tokens) and self.vocabulary.is_text(tokens[position]):
+                position += 1
+            parts.append(self.decode_text(tokens[start:position]))
+            if position == len(tokens):
+                break
+            if tokens[position] == self.vocabulary.image_begin:
+                grid, position = self._read_image(tokens, position, faults)
+                parts.append(f"{_OPEN}{len(grids)}{_CLOSE}")
+                grids.append(grid)
+            else:
+                faults.append(f"token {tokens[position]} outside an image block")
+                position += 1
+        return "".join(parts), grids
+
+    def _read_image(self, tokens: list[int], position: int, faults: list[str]) -> tuple[np.ndarray | None, int]:
+        """Grid of the block at `position` (None when malformed) and the position behind it."""
+        vocabulary = self.vocabulary
+        end = position + 1
+        while end < len(tokens) and not (vocabulary.is_text(tokens[end]) or tokens[end] == vocabulary.image_begin):
+            end += 1
+            if tokens[end - 1] == vocabulary.image_end:
+                break
+        body = tokens[position + 1 : end]
+        size_px = vocabulary.size_px(body[0]) if body else None
+        side = self.side(size_px) if size_px else 0
+        if not side or len(body) != 2 + side * (side + 1) + 1 or body[1] != body[0] or body[-1] != vocabulary.image_end:
+            faults.append(f"image block of {len(body) + 1} tokens does not fit its declared size")
+            return None, end
+        rows = [body[2 + r * (side + 1) : 2 + (r + 1) * (side + 1)] for r in range(side)]
+        codes = [[vocabulary.id_to_code(token) for token in row[:-1]] for row in rows]
+        if any(row[-1] != vocabulary.newline for row in rows) or any(code is None for row in codes for code in row):
+            faults.append(f"image block of {size_px} px has a row that is not codes and a newline")
+            return None, end
+        return np.array(codes, dtype=np.int64), end
+
+    def _image(
+        self, body: str | None, name: str, size_px: int, grids: list[np.ndarray | None], faults: list[str]
+    ) -> np.ndarray | None:
+        """The field's grid when it is one image of the right size."""
+        if body is None:
+            return None
+        mark = _IMAGE_MARK.fullmatch(body)
+        grid = grids[int(mark.group(1))] if mark else None
+        if grid is None:
+            faults.append(f"{name} holds no complete image")
+        elif grid.shape[0] != self.side(size_px):
+            faults.append(f"{name} is {grid.shape[0] * self.downsample} px, not {size_px}")
+            return None
+        return grid
+
+
+def _body(text: str, name: str, faults: list[str]) -> str | None:
+    """Content of the first `<name>...</name>`."""
+    match = re.search(f"<{name}>(.*?)</{name}>", text, re.DOTALL)
+    if match is None:
+        faults.append(f"no <{name}>...</{name}>")
+        return None
+    return match.group(1)
+
+
+def _plain(body: str | None, name: str, faults: list[str]) -> str | None:
+    """The field's text, when it holds text alone."""
+    if body is None:
+        return None
+    if not body.strip() or _IMAGE_MARK.search(body) or "<" in body:
+        faults.append(f"{name} is empty or holds more than text")
+        return None
+    return body
