@@ -1,0 +1,1 @@
+"""Process groups, layout arithmetic, the pipeline schedule and reductions."""

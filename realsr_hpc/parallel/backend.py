@@ -1,0 +1,157 @@
+"""CPU or CUDA: the one place that asks.
+
+Megatron-Core 0.16.1 is written for CUDA. On a machine without it, `prepare()` replaces the few `torch.cuda`
+functions that Megatron calls, and `vendor_calls()` rewrites its `device="cuda"` literals for as long as one of
+our calls into Megatron lasts (outside of it nothing is intercepted, so that own hot loops pay nothing). With
+CUDA present neither does anything. Two faults of Megatron's checkpoints of torch's Adam are mended here too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_FACTORIES = {
+    torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor, torch.arange,
+    torch.empty_like, torch.zeros_like, torch.ones_like,
+}  # fmt: skip
+
+
+def on_cuda() -> bool:
+    """True where a CUDA device is usable."""
+    return torch.cuda.is_available()
+
+
+def device(local_rank: int = 0) -> torch.device:
+    """The device of this process: its GPU, or the CPU."""
+    return torch.device("cuda", local_rank) if on_cuda() else _CPU
+
+
+def dist_backend() -> str:
+    """Name of the collective library: `nccl` or `gloo`."""
+    return "nccl" if on_cuda() else "gloo"
+
+
+def set_device(local_rank: int) -> None:
+    """Make the process's GPU current; nothing on the CPU."""
+    if on_cuda():
+        torch.cuda.set_device(local_rank)
+
+
+@cache
+def has_transformer_engine() -> bool:
+    """True where Transformer Engine can be used. Its import raises RuntimeError without CUDA, so ask CUDA first."""
+    if not on_cuda():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    return True
+
+
+def _names_cuda(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, str) and value.startswith("cuda")
+
+
+class _CudaLiteralsToCpu(TorchFunctionMode):
+    """`device="cuda"` -> CPU; `Tensor.cuda()` -> itself; `Tensor.type()` -> `torch.cuda.*Tensor`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            kwargs = _on_cpu(kwargs)
+        elif func is torch.Tensor.cuda:
+            return args[0]
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            name = func(*args)  # Megatron's optimizers compare with 'torch.cuda.FloatTensor'
+            return name if ".cuda." in name else name.replace("torch.", "torch.cuda.", 1)
+        elif func is torch.Tensor.to:
+            kwargs = _on_cpu(kwargs)
+            args = tuple(_CPU if _names_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    changed = dict(kwargs)
+    named = changed.get("device")
+    # an integer device means a CUDA ordinal; bool is excluded by the type of the argument
+    if named is not None and (isinstance(named, int) or _names_cuda(named)):
+        changed["device"] = _CPU
+    if changed.get("pin_memory"):
+        changed["pin_memory"] = False
+    return changed
+
+
+@contextmanager
+def vendor_calls() -> Iterator[None]:
+    """Scope of a call into Megatron (building, schedule, optimizer, checkpoint)."""
+    if on_cuda():
+        yield
+        return
+    with _CudaLiteralsToCpu():
+        yield
+
+
+@cache
+def prepare() -> None:
+    """Make Megatron usable here. May be called any number of times; acts once."""
+    # said once at import by Megatron where Apex and Transformer Engine are absent; this is no fault of ours
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine|apex).*")
+    if not on_cuda():
+        _replace_cuda_functions()
+    if not has_transformer_engine():
+        _mend_adam_checkpoints()
+
+
+def _replace_cuda_functions() -> None:
+    import megatron.core.tensor_parallel.random as vendor_random
+
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    rng: Any = vendor_random
+    rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _mend_adam_checkpoints() -> None:
+    """Torch's Adam keeps `step` as a tensor in each parameter's state; Megatron expects Transformer Engine's Adam.
+
+    Loading raises KeyError on 'step', and hands one shared `step` tensor to all parameters, which Adam then
+    increases once for each of them.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        states = {"param": main, **self.optimizer.state[main]}
+        with torch.no_grad():
+            for name in states.keys() & tensors.keys():
+                states[name].copy_(tensors[name])
+
+    load: Callable[[Any, Any], None] = DistributedOptimizer.load_state_dict
+
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    vendor: Any = DistributedOptimizer
+    vendor._set_main_param_and_optimizer_states = set_states
+    vendor.load_state_dict = load_state_dict

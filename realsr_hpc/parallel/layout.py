@@ -1,0 +1,108 @@
+"""Who computes what: arithmetic of a parallel layout. Knows neither torch nor Megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from realsr_hpc.config.schema import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the three axes; tp varies fastest, then dp, then pp (Megatron's order)."""
+
+    tp_size: int
+    pp_size: int
+    dp_size: int
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.tp_size * self.pp_size * self.dp_size
+
+
+def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
+    """The layout that fills a world; ValueError when tp x pp does not divide it."""
+    model_size = parallel.tp * parallel.pp
+    if world_size % model_size:
+        raise ValueError(
+            f"world size {world_size} is not divisible by parallel.tp x parallel.pp = {parallel.tp} x {parallel.pp}: "
+            f"start a multiple of {model_size} processes (cluster.nodes x cluster.tasks_per_node), or lower tp or pp"
+        )
+    return Layout(parallel.tp, parallel.pp, world_size // model_size)
+
+
+def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Transformer layers of one model chunk (a stage holds `virtual_pp` chunks)."""
+    chunks = parallel.pp * parallel.virtual_pp
+    if model.num_layers % chunks:
+        raise ValueError(
+            f"model.num_layers = {model.num_layers} is not divisible by parallel.pp x parallel.virtual_pp = "
+            f"{parallel.pp} x {parallel.virtual_pp}: choose factors whose product divides it"
+        )
+    return model.num_layers // chunks
+
+
+def first_layer(model: ModelConfig, parallel: ParallelConfig, pp_rank: int, chunk: int = 0) -> int:
+    """Global index of the first layer of a stage's chunk. Chunks go round the stages, as interleaved 1F1B wants."""
+    return (chunk * parallel.pp + pp_rank) * layers_per_chunk(model, parallel)
+
+
+def kv_heads(model: ModelConfig) -> int:
+    """Key and value heads."""
+    return model.num_kv_heads or model.num_heads
+
+
+def padded_vocab(vocab_size: int, tp_size: int) -> int:
+    """Vocabulary rows held over all tensor ranks: the next multiple of tp."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def check(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """ValueError naming field, value and remedy for a model that the layout cannot hold."""
+    layers_per_chunk(model, parallel)
+    _check_heads(model)
+    for name, value in (
+        ("model.num_heads", model.num_heads),
+        ("model.num_kv_heads", kv_heads(model)),
+        ("model.ffn_hidden_size", model.ffn_hidden_size),
+        ("model.hidden_size", model.hidden_size),
+    ):
+        if value % parallel.tp:
+            raise ValueError(
+                f"{name} = {value} is not divisible by parallel.tp = {parallel.tp}: choose a tp that divides it"
+            )
+    if parallel.virtual_pp > 1 and parallel.pp == 1:
+        raise ValueError(
+            f"parallel.virtual_pp = {parallel.virtual_pp} needs parallel.pp > 1: set virtual_pp to 1 or raise pp"
+        )
+    if parallel.sequence_parallel and parallel.tp == 1:
+        raise ValueError("parallel.sequence_parallel = true needs parallel.tp > 1: switch it off or raise tp")
+
+
+def _check_heads(model: ModelConfig) -> None:
+    if model.hidden_size % model.num_heads:
+        raise ValueError(
+            f"model.hidden_size = {model.hidden_size} is not divisible by model.num_heads = {model.num_heads}: "
+            "choose a number of heads that divides it"
+        )
+    if (model.hidden_size // model.num_heads) % 2:
+        raise ValueError(
+            f"model.hidden_size / model.num_heads = {model.hidden_size // model.num_heads} is odd and rotary "
+            "embeddings turn pairs: choose an even head size"
+        )
+    if model.num_heads % kv_heads(model):
+        raise ValueError(
+            f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = {model.num_heads}: "
+            "choose a divisor"
+        )
+
+
+def sequence_multiple(parallel: ParallelConfig) -> int:
+    """A microbatch's length is a multiple of this (sequence parallelism cuts it over tp)."""
+    return parallel.tp if parallel.sequence_parallel else 1
+
+
+def microbatch_multiple(parallel: ParallelConfig) -> int:
+    """The number of microbatches of a step is a multiple of this (interleaved 1F1B goes round the stages)."""
+    return parallel.pp if parallel.virtual_pp > 1 else 1
