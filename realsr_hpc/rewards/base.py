@@ -1,0 +1,80 @@
+"""What a reward is: a range, higher is better, deterministic, scored in batches, never raising.
+
+A rollout whose final image is missing gets the minimum of every image reward: that is its own doing and no
+failure. An item on which a reward itself breaks (an exception, a value that is not finite) also gets the
+minimum, but is counted and logged, so that a broken reward is seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from realsr_hpc.records import DegradationLabel, ParsedTrace, SceneText
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rollout as the rewards see it; images are RGB uint8 [H, W, 3]."""
+
+    trace: ParsedTrace
+    image: np.ndarray | None
+    """Decoded final image; None when the trace has none."""
+    lq: np.ndarray
+    gt: np.ndarray | None = None
+    label: DegradationLabel | None = None
+    scene: SceneText | None = None
+
+
+class Reward(ABC):
+    """Base of every reward: write `compute`, state `range` and `needs_image`."""
+
+    range: tuple[float, float] = (0.0, 1.0)
+    needs_image: bool = False
+
+    @abstractmethod
+    def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """Scores [n], float64, higher is better; candidates have an image where `needs_image`. May raise."""
+
+    def score(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """Scores [n], float64 within `range`; never raises."""
+        return self.score_counted(candidates)[0]
+
+    def score_counted(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, int]:
+        """Scores [n] and the number of items on which the reward broke."""
+        low, high = self.range
+        scores = np.full(len(candidates), low, dtype=np.float64)
+        chosen = [i for i, item in enumerate(candidates) if item.image is not None or not self.needs_image]
+        if not chosen:
+            return scores, 0
+        raw = self._compute_safely([candidates[i] for i in chosen])
+        broken = ~np.isfinite(raw)
+        scores[chosen] = np.where(broken, low, np.clip(np.where(broken, low, raw), low, high))
+        return scores, int(broken.sum())
+
+    def _compute_safely(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """One batch; when it raises, item by item, NaN where an item raises alone."""
+        try:
+            scores = np.asarray(self.compute(candidates), dtype=np.float64)
+            if scores.shape == (len(candidates),):
+                return scores
+            raise ValueError(f"{type(self).__name__}.compute gave shape {scores.shape} for {len(candidates)} candidates")
+        except Exception:  # a reward must not stop a run of days; what broke is logged and counted
+            logger.exception("%s broke on a batch of %d", type(self).__name__, len(candidates))
+        if len(candidates) == 1:
+            return np.array([np.nan])
+        return np.concatenate([self._compute_safely([item]) for item in candidates])
+
+
+def same_shapes(images: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
+    """Images of one shape stacked for batched scoring: (their places, uint8 [n, H, W, 3]) a shape."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        places.setdefault(image.shape, []).append(i)
+    return [(where, np.stack([images[i] for i in where])) for where in places.values()]

@@ -1,0 +1,84 @@
+"""Degradation reward: matching slots / 5 between the written phrase and the degradation that was applied.
+
+Slots: blur, first resize, noise, compression, second resize. The phrase is read leniently: order and words
+between do not matter, but a slot named twice with different words is empty (else naming everything would win).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import cast
+
+import numpy as np
+
+from realsr_hpc.config.reward_options import DegradationOptions
+from realsr_hpc.records import DegradationLabel
+from realsr_hpc.rewards.base import Candidate, Reward
+
+_LEVELS = ("light", "medium", "heavy")
+Slots = tuple[str | None, str | None, str | None, str | None, str | None]
+
+
+class DegradationReward(Reward):
+    """Share of the five slots named rightly; 0 where the truth is unknown."""
+
+    def __init__(self, options: DegradationOptions):
+        self.options = options
+
+    def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """Scores [n] in [0, 1]."""
+        return np.array([self._score_phrase(item.trace.degradation, item.label) for item in candidates], np.float64)
+
+    def _score_phrase(self, phrase: str | None, label: DegradationLabel | None) -> float:
+        if phrase is None or label is None:
+            return 0.0
+        credits = [
+            _credit(said, true, self.options.neighbour)
+            for said, true in zip(read_phrase(phrase), astuple(label), strict=True)
+        ]
+        return sum(credits) / len(credits)
+
+
+def read_phrase(phrase: str) -> Slots:
+    """Blur, resize 1, noise, compression, resize 2 as the phrase names them; None where it does not.
+
+    A single resize word is the first when it stands before the noise word, else the second.
+    """
+    text = phrase.lower()
+    levels = {kind: _only(re.findall(rf"\b({'|'.join(_LEVELS)})\s+{kind}\b", text)) for kind in _KINDS}
+    first, second = _resizes(text)
+    return (levels["blur"], first, levels["noise"], levels["compression"], second)
+
+
+def slot_matches(phrase: str | None, label: DegradationLabel) -> np.ndarray:
+    """Which of the five slots match, bool [5] in the order of `DegradationLabel`."""
+    said = read_phrase(phrase) if phrase is not None else (None,) * 5
+    return np.array([a == b for a, b in zip(said, astuple(label), strict=True)])
+
+
+_KINDS = ("blur", "noise", "compression")
+
+
+def _only(words: list[str]) -> str | None:
+    return words[0] if len(set(words)) == 1 else None
+
+
+def _resizes(text: str) -> tuple[str | None, str | None]:
+    found = list(re.finditer(r"\b(upsample|downsample|keep)\b", text))
+    if len(found) == 2:
+        return found[0][1], found[1][1]
+    if len(found) != 1:
+        return None, None
+    noise = text.find("noise")
+    is_first = noise < 0 or found[0].start() < noise
+    return (found[0][1], None) if is_first else (None, found[0][1])
+
+
+def _credit(said: str | None, true: str, neighbour: float) -> float:
+    if said == true:
+        return 1.0
+    if said in _LEVELS and true in _LEVELS and abs(_LEVELS.index(cast(str, said)) - _LEVELS.index(true)) == 1:
+        return neighbour
+    return 0.0

@@ -1,0 +1,74 @@
+"""Fidelity reward: does the final image still show what the LQ image shows?
+
+reference=lq (default, no truth needed): the final image is area-averaged to the LQ size and compared with the LQ
+image, both first smoothed a little so that the LQ image's noise and block edges weigh less than its content.
+reference=gt: compared with the truth at full size. The generation reward alone pays for invention; this holds it.
+Maps: psnr -> (dB - low) / (high - low); l1 -> 1 - mean |difference| / 255; ssim -> itself, negatives cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from realsr_hpc.config.reward_options import FidelityOptions
+from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.rewards.metrics import downscale_area, gaussian_taps, psnr_db, ssim_y
+
+
+class FidelityReward(Reward):
+    """Closeness of the final image to its LQ image, or to the truth."""
+
+    needs_image = True
+
+    def __init__(self, options: FidelityOptions):
+        if options.psnr_low >= options.psnr_high:
+            raise ValueError(
+                f"fidelity: psnr_low={options.psnr_low} must be below psnr_high={options.psnr_high}; swap or widen them"
+            )
+        self.options = options
+
+    def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """Scores [n] in [0, 1]; 0 where reference=gt and there is no truth."""
+        scores = np.zeros(len(candidates))
+        for places, images, references in self._pairs(candidates):
+            scores[places] = self._compare(images, references)
+        return scores
+
+    def _pairs(self, candidates: Sequence[Candidate]) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Candidates of one pair of shapes together: (places, images, references)."""
+        groups: dict[tuple, list[int]] = {}
+        references = [item.lq if self.options.reference == "lq" else item.gt for item in candidates]
+        for i, (item, reference) in enumerate(zip(candidates, references, strict=True)):
+            if item.image is not None and reference is not None:
+                groups.setdefault((item.image.shape, reference.shape), []).append(i)
+        return [
+            (where, np.stack([candidates[i].image for i in where]), np.stack([references[i] for i in where]))
+            for where in groups.values()
+        ]
+
+    def _compare(self, images: np.ndarray, references: np.ndarray) -> np.ndarray:
+        ours, truth = torch.from_numpy(images).float(), torch.from_numpy(references).float()
+        if self.options.reference == "lq":
+            ours = smooth(downscale_area(ours, tuple(truth.shape[1:3])), self.options.smooth_px)
+            truth = smooth(truth, self.options.smooth_px)
+        if self.options.metric == "l1":
+            return (1.0 - (ours - truth).abs().mean(dim=(1, 2, 3)) / 255.0).double().numpy()
+        if self.options.metric == "ssim":
+            return ssim_y(ours.numpy(), truth.numpy())
+        low, high = self.options.psnr_low, self.options.psnr_high
+        return ((psnr_db((ours - truth).square().mean(dim=(1, 2, 3))) - low) / (high - low)).clamp(0, 1).double().numpy()
+
+
+def smooth(images: Tensor, sigma_px: float) -> Tensor:
+    """Gaussian over [n, h, w, 3], borders replicated; sigma 0 changes nothing."""
+    if sigma_px == 0:
+        return images
+    radius = max(1, round(3 * sigma_px))
+    taps = gaussian_taps(sigma_px, radius).to(images).expand(3, 1, -1)
+    field = torch.nn.functional.pad(images.permute(0, 3, 1, 2), (radius,) * 4, mode="replicate")
+    field = torch.nn.functional.conv2d(field, taps[..., None], groups=3)
+    return torch.nn.functional.conv2d(field, taps[:, :, None], groups=3).permute(0, 2, 3, 1)

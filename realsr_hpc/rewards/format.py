@@ -1,0 +1,46 @@
+"""Format reward: is the whole chain of thought well formed?
+
+1 for a well-formed trace. Else `partial` x (parts present / 7), the parts being the degradation phrase, the
+three texts and the three images: a policy that writes six of seven parts can feel which way is up, and the
+step to 1 stays large. A text that breaks a guard (too short, too long, endlessly repeating) is no part, and
+its trace is not well formed for this reward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from realsr_hpc.config.reward_options import FormatOptions
+from realsr_hpc.records import ParsedTrace
+from realsr_hpc.rewards.base import Candidate, Reward
+
+_MIN_WORDS_FOR_REPETITION = 8
+
+
+class FormatReward(Reward):
+    """1 for a well-formed trace, partial credit below."""
+
+    def __init__(self, options: FormatOptions):
+        self.options = options
+
+    def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """Scores [n] in [0, 1]."""
+        return np.array([self._score_trace(item.trace) for item in candidates], dtype=np.float64)
+
+    def _score_trace(self, trace: ParsedTrace) -> float:
+        texts = [text is not None and text_passes(text, self.options) for text in trace.texts]
+        parts = [trace.degradation is not None, *texts, *(image is not None for image in trace.images)]
+        if trace.well_formed and all(parts):
+            return 1.0
+        return self.options.partial * sum(parts) / len(parts)
+
+
+def text_passes(text: str, options: FormatOptions) -> bool:
+    """Whether the text keeps within the guards of length and repetition."""
+    words = re.findall(r"\w+", text.lower())
+    if not options.min_words <= len(words) <= options.max_words:
+        return False
+    return len(words) < _MIN_WORDS_FOR_REPETITION or len(set(words)) / len(words) >= options.min_distinct

@@ -1,0 +1,63 @@
+"""Generation reward: how good does the final image look, without a reference?
+
+Experts: `niqe` (our own, natural scene statistics), `ranker` (our own small CNN, trained to rank degradations)
+and `pyiqa` (any of its metrics, weights staged by the user). docs/rewards.md has the measured rankings.
+Maps to [0, 1]: niqe -> 1 / (1 + (d / half)^2), half the distance that earns 1/2; ranker -> logistic of its score,
+which training scales so that ±2 spans clean to heavily degraded; pyiqa -> its stated range, direction turned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import realsr_hpc
+from realsr_hpc.config.reward_options import GenerationOptions
+from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.rewards.niqe import NIQEModel, niqe
+from realsr_hpc.rewards.ranker import Ranker
+
+ROOT = Path(realsr_hpc.__file__).parent.parent
+NIQE_PATH = "recipes/assets/tiny/niqe_pristine.npz"
+RANKER_PATH = "recipes/assets/tiny/ranker.safetensors"
+NIQE_HALF = 6.0
+"""NIQE distance that earns 1/2."""
+Expert = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+class GenerationReward(Reward):
+    """Score of an expert on the final image."""
+
+    needs_image = True
+
+    def __init__(self, options: GenerationOptions):
+        if (options.expert == "pyiqa") != bool(options.metrics):
+            raise ValueError(
+                f"generation: expert={options.expert} with metrics={options.metrics}; "
+                "name metrics with expert=pyiqa, and only then"
+            )
+        self.expert = build_expert(options)
+
+    def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """Scores [n] in [0, 1]."""
+        return self.expert([item.image for item in candidates if item.image is not None])
+
+
+def build_expert(options: GenerationOptions) -> Expert:
+    """Images (RGB uint8 [H, W, 3]) -> scores [n] in [0, 1], higher is better, NaN where impossible."""
+    if options.expert == "pyiqa":
+        from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
+
+        return PyiqaMetrics(options.metrics, options.weights_dir)
+    if options.expert == "niqe":
+        model = NIQEModel.load(ROOT / (options.weights or NIQE_PATH))
+        return lambda images: niqe_to_unit(niqe(images, model))
+    ranker = Ranker.load(ROOT / (options.weights or RANKER_PATH))
+    return lambda images: 1.0 / (1.0 + np.exp(-ranker.score(images)))
+
+
+def niqe_to_unit(distance: np.ndarray) -> np.ndarray:
+    """1 at distance 0, 1/2 at `NIQE_HALF`, falling to 0."""
+    return 1.0 / (1.0 + (distance / NIQE_HALF) ** 2)

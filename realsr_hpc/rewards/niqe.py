@@ -1,0 +1,185 @@
+"""NIQE (Mittal, Soundararajan, Bovik 2013), written from the paper, batched, float64, with our own pristine model.
+
+Natural scene statistics of small patches: mean-subtracted contrast-normalised luminance and the products of its
+neighbours, fitted by asymmetric generalised Gaussians on two scales (2 x 18 features). The score is the distance
+between the Gaussian of an image's patch features and that of pristine photographs: 0 is best, no upper bound.
+Left out: the MATLAB release's random choices; there are none. The paper uses 96 px patches; our images of 128 px
+need smaller ones, so the patch size belongs to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from realsr_hpc.rewards.base import same_shapes
+
+NUM_FEATURES = 36
+_SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
+_SHAPES = torch.arange(0.2, 10.0005, 0.001, dtype=torch.float64)
+"""Candidate shape parameters of the fits, as in the authors' release."""
+
+
+@dataclass(frozen=True)
+class NIQEModel:
+    """The pristine Gaussian and the patch geometry it was fitted with."""
+
+    mean: np.ndarray
+    """[36]."""
+    covariance: np.ndarray
+    """[36, 36]."""
+    patch_px: int
+    stride_px: int
+
+    def save(self, path: Path) -> None:
+        """Write as .npz."""
+        np.savez(path, mean=self.mean, covariance=self.covariance, patch_px=self.patch_px, stride_px=self.stride_px)
+
+    @classmethod
+    def load(cls, path: Path) -> NIQEModel:
+        """Read what `save` wrote. Raises ValueError when the file is missing or of another shape."""
+        if not path.is_file():
+            raise ValueError(f"NIQE model {path} not found; make it with `python tools/fit_experts.py only=niqe`")
+        with np.load(path, allow_pickle=False) as held:
+            model = cls(held["mean"], held["covariance"], int(held["patch_px"]), int(held["stride_px"]))
+        if model.mean.shape != (NUM_FEATURES,) or model.covariance.shape != (NUM_FEATURES, NUM_FEATURES):
+            raise ValueError(f"NIQE model {path} has mean {model.mean.shape}; it must be ({NUM_FEATURES},)")
+        return model
+
+
+def niqe(images: Sequence[np.ndarray], model: NIQEModel) -> np.ndarray:
+    """NIQE of RGB uint8 images [H, W, 3], [n]; lower is better. NaN for images smaller than two patches."""
+    scores = np.full(len(images), np.nan)
+    for places, stack in same_shapes(images):
+        if min(stack.shape[1:3]) >= 2 * model.patch_px:
+            features, _ = patch_features(luminance(stack), model.patch_px, model.stride_px)
+            scores[places] = _distance(features, model)
+    return scores
+
+
+def luminance(images: np.ndarray) -> Tensor:
+    """Rounded luma (0.299, 0.587, 0.114) of RGB uint8 [n, H, W, 3], float64 [n, H, W] in 0..255."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
+    return (torch.from_numpy(np.ascontiguousarray(images)).double() @ weights).round()
+
+
+def patch_features(luma: Tensor, patch_px: int, stride_px: int) -> tuple[Tensor, Tensor]:
+    """Features [n, patches, 36] of luma [n, H, W] in 0..255, and each patch's sharpness [n, patches].
+
+    Sharpness is the mean local deviation at full size, by which pristine patches are chosen.
+    """
+    keep = [(size - patch_px) // stride_px * stride_px + patch_px for size in luma.shape[1:]]
+    luma = luma[:, : keep[0], : keep[1]]
+    coefficients, deviation = normalise(luma)
+    sharpness = _patches(deviation, patch_px, stride_px).mean(dim=(2, 3))
+    half, _ = normalise(halve(luma))
+    both = [
+        _features(_patches(coefficients, patch_px, stride_px)),
+        _features(_patches(half, patch_px // 2, stride_px // 2)),
+    ]
+    return torch.cat(both, dim=-1), sharpness
+
+
+def normalise(luma: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean-subtracted contrast-normalised coefficients and the local deviation, both [n, H, W]."""
+    mean = _blur(luma)
+    deviation = (_blur(luma.square()) - mean.square()).abs().sqrt()
+    return (luma - mean) / (deviation + 1.0), deviation
+
+
+def halve(luma: Tensor) -> Tensor:
+    """Half the size by antialiased bicubic (MATLAB's kernel, a = -0.5), borders mirrored; sides must be even."""
+    taps = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3], dtype=luma.dtype) / 256.0
+    return _separable(luma, taps, stride=2, mode="symmetric")
+
+
+def fit_pristine(lumas: Sequence[Tensor], patch_px: int, stride_px: int, sharp_share: float = 0.75) -> NIQEModel:
+    """Model of pristine luma images, each [H, W]: patches sharper than `sharp_share` x the image's sharpest."""
+    chosen = []
+    for luma in lumas:
+        features, sharpness = patch_features(luma[None], patch_px, stride_px)
+        chosen.append(features[sharpness > sharp_share * sharpness.max()])
+    rows = torch.cat(chosen)
+    rows = rows[rows.isfinite().all(dim=1)]
+    return NIQEModel(rows.mean(dim=0).numpy(), torch.cov(rows.T).numpy(), patch_px, stride_px)
+
+
+def fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape, left and right scale of asymmetric generalised Gaussians fitted by moments over the last dim.
+
+    A side without values (a flat patch) gives NaN; `niqe` leaves such patches out.
+    """
+    squares = values.square()
+    left, right = values < 0, values > 0
+    left_std = ((squares * left).sum(-1) / left.sum(-1)).sqrt()
+    right_std = ((squares * right).sum(-1) / right.sum(-1)).sqrt()
+    skew = left_std / right_std
+    ratio = values.abs().mean(-1).square() / squares.mean(-1)
+    ratio = ratio * (skew**3 + 1) * (skew + 1) / (skew.square() + 1).square()
+    shape = _shape_of(ratio)
+    scale = (0.5 * (torch.lgamma(1 / shape) - torch.lgamma(3 / shape))).exp()
+    return shape, left_std * scale, right_std * scale
+
+
+def _shape_of(ratio: Tensor) -> Tensor:
+    """The candidate shape whose moment ratio is nearest; the ratio grows with the shape."""
+    table = (2 * torch.lgamma(2 / _SHAPES) - torch.lgamma(1 / _SHAPES) - torch.lgamma(3 / _SHAPES)).exp()
+    above = torch.searchsorted(table, ratio.nan_to_num(0.5).contiguous()).clamp(1, len(table) - 1)
+    nearer_below = (ratio - table[above - 1]).abs() <= (table[above] - ratio).abs()
+    shape = _SHAPES[torch.where(nearer_below, above - 1, above)]
+    return torch.where(ratio.isfinite(), shape, torch.nan)
+
+
+def _features(patches: Tensor) -> Tensor:
+    """[n, patches, 18] of normalised patches [n, patches, p, p]."""
+    shape, left, right = fit_aggd(patches.flatten(2))
+    columns = [shape, (left + right) / 2]
+    for shift in _SHIFTS:
+        shape, left, right = fit_aggd((patches * patches.roll(shift, dims=(2, 3))).flatten(2))
+        mean = (right - left) * (torch.lgamma(2 / shape) - torch.lgamma(1 / shape)).exp()
+        columns += [shape, mean, left, right]
+    return torch.stack(columns, dim=-1)
+
+
+def _distance(features: Tensor, model: NIQEModel) -> np.ndarray:
+    """Distance [n] between the Gaussians of features [n, patches, 36] and of the model."""
+    scores = []
+    for rows in features:
+        rows = rows[rows.isfinite().all(dim=1)]
+        if len(rows) < 2:
+            scores.append(np.nan)
+            continue
+        gap = (rows.mean(dim=0) - torch.from_numpy(model.mean)).numpy()
+        covariance = (torch.cov(rows.T).numpy() + model.covariance) / 2
+        scores.append(float(np.sqrt(gap @ np.linalg.pinv(covariance, hermitian=True) @ gap)))
+    return np.array(scores)
+
+
+def _patches(field: Tensor, size: int, stride: int) -> Tensor:
+    """[n, H, W] -> [n, patches, size, size]."""
+    return field.unfold(1, size, stride).unfold(2, size, stride).flatten(1, 2)
+
+
+def _blur(field: Tensor) -> Tensor:
+    """7 px Gaussian of sigma 7/6, borders replicated."""
+    offsets = torch.arange(-3, 4, dtype=field.dtype)
+    taps = (-(offsets.square()) / (2 * (7 / 6) ** 2)).exp()
+    return _separable(field, taps / taps.sum(), stride=1, mode="replicate")
+
+
+def _separable(field: Tensor, taps: Tensor, stride: int, mode: str) -> Tensor:
+    """Filter [n, H, W] by the same taps along both dims."""
+    pad = (len(taps) - stride) // 2
+    for dim in (1, 2):
+        size = field.shape[dim]
+        places = torch.arange(-pad, size + pad)
+        mirrored = torch.where(places < 0, -1 - places, torch.where(places >= size, 2 * size - 1 - places, places))
+        places = mirrored if mode == "symmetric" else places.clamp(0, size - 1)
+        windows = field.index_select(dim, places).unfold(dim, len(taps), stride)
+        field = windows @ taps
+    return field

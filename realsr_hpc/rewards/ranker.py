@@ -1,0 +1,79 @@
+"""The degradation ranker: a small CNN expert of ours that says how clean an image of about 128 px looks.
+
+Trained by `tools/fit_experts.py` on the bundled train photographs: of two versions of one crop the one degraded
+less must score higher (margin ranking, after RankIQA, Liu et al. 2017). It sees luma and two chroma planes,
+high-passed so that content and exposure cannot stand in for quality. It scores any image of 32 px or more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from realsr_hpc.rewards.base import same_shapes
+
+_MIN_PX = 32
+_BATCH = 32
+
+
+class Ranker(nn.Module):
+    """Fully convolutional, about 60,000 weights; the score is the mean over places, of any sign."""
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(6, width, 3, stride=2, padding=1),
+            nn.SiLU(),
+            *(layer for out in (2, 3, 4) for layer in _block(width * (out - 1), width * out)),
+        )
+        self.head = nn.Linear(2 * 4 * width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB float [n, 3, H, W] in 0..1 -> score [n], higher is cleaner."""
+        field = self.body(high_pass(images))
+        spread = (field.var(dim=(2, 3), unbiased=False) + 1e-4).sqrt()
+        return self.head(torch.cat([field.mean(dim=(2, 3)), spread], dim=1))[:, 0]
+
+    def save(self, path: Path) -> None:
+        """Write the weights as safetensors."""
+        save_file({name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Ranker:
+        """Read what `save` wrote. Raises ValueError when the file is missing."""
+        if not path.is_file():
+            raise ValueError(f"ranker weights {path} not found; make them with `python tools/fit_experts.py only=ranker`")
+        ranker = cls()
+        ranker.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+        return ranker.eval()
+
+    @torch.no_grad()
+    def score(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Scores [n] of RGB uint8 images [H, W, 3]; NaN for images below 32 px."""
+        scores = np.full(len(images), np.nan)
+        for places, stack in same_shapes(images):
+            if min(stack.shape[1:3]) >= _MIN_PX:
+                pixels = torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 255.0
+                scores[places] = torch.cat([self(part) for part in pixels.split(_BATCH)]).double().numpy()
+        return scores
+
+
+def high_pass(images: Tensor) -> Tensor:
+    """Opponent planes [n, 6, H, W]: luma and chroma less their 3 px mean, and the same less their 9 px mean."""
+    red, green, blue = images.unbind(1)
+    planes = torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], dim=1)
+    return 4.0 * torch.cat([planes - _box(planes, 3), planes - _box(planes, 9)], dim=1)
+
+
+def _box(planes: Tensor, size: int) -> Tensor:
+    padded = nn.functional.pad(planes, (size // 2,) * 4, mode="replicate")
+    return nn.functional.avg_pool2d(padded, size, stride=1)
+
+
+def _block(channels_in: int, channels_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1), nn.SiLU()]
