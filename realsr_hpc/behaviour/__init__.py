@@ -1,0 +1,1 @@
+"""The exact sampling distribution: one definition for the sampler and the loss."""

@@ -1,0 +1,174 @@
+"""The behaviour distribution: what a rollout was sampled from, and what the loss scores.
+
+A row of logits becomes a distribution in this order: guidance, mask of the grammar, truncation (top-k, entropy-adaptive
+top-k, top-p), temperature, softmax. `restricted` is the one place that masks and tempers; the sampler here and the
+scorer in `logprobs.py` both call it, so that the two cannot drift apart.
+
+Left out: how a mask is chosen (vlcot/grammar.py), and the key-value cache (rollout/). Truncation needs the whole
+vocabulary of a row; the scorer never truncates, it is handed the survivors bit-packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+ADAPTIVE_LIMIT = 2000
+"""Largest k of the entropy-adaptive top-k."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Which of the allowed tokens survive."""
+
+    top_k: int = 0
+    """Most probable tokens kept; 0: all."""
+    top_p: float = 1.0
+    """Smallest set of the most probable tokens whose tempered probability reaches this; 1: all."""
+    adaptive: bool = False
+    """k from the entropy, see `adaptive_top_k`; takes the place of `top_k`."""
+
+    @property
+    def active(self) -> bool:
+        """Whether any token can be dropped."""
+        return self.adaptive or self.top_k > 0 or self.top_p < 1.0
+
+    def candidates(self, vocabulary_size: int) -> int:
+        """Upper bound of the survivors of one row, known without looking at the logits."""
+        bound = ADAPTIVE_LIMIT if self.adaptive else self.top_k
+        return min(bound, vocabulary_size) if bound else vocabulary_size
+
+
+def project(hidden: Float[Tensor, "n H"], output_weight: Float[Tensor, "V H"]) -> Float[Tensor, "n V"]:
+    """Logits of the output layer: the product in the inputs' format, then at least float32.
+
+    Sampler and scorer both come through here: in bf16 the product is rounded the same way on both sides.
+    """
+    logits = hidden @ output_weight.t()
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def guided(
+    conditional: Float[Tensor, "n V"], unconditional: Float[Tensor, "n V"], scale: float | Float[Tensor, " n"]
+) -> Float[Tensor, "n V"]:
+    """Classifier-free guidance u + s (c - u) (PAPER section 1); exactly the conditional logits where s = 1."""
+    weight = torch.as_tensor(scale, dtype=conditional.dtype, device=conditional.device)
+    return torch.lerp(unconditional, conditional, weight[:, None] if weight.ndim else weight)
+
+
+def restricted(
+    logits: Float[Tensor, "n V"],
+    allowed: Bool[Tensor, "n V"],
+    temperature: Float[Tensor, " n"],
+    support: Bool[Tensor, "n V"] | None = None,
+) -> Float[Tensor, "n V"]:
+    """logits / T where allowed and surviving, -inf elsewhere. The only definition of masking and tempering."""
+    keep = allowed if support is None else allowed & support
+    return (logits / temperature[:, None].to(logits.dtype)).masked_fill(~keep, -torch.inf)
+
+
+def adaptive_top_k(entropy: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """k = round(1 + 1999 sigmoid(H - 5)) with the entropy H in nats clipped to [0, 10] (PAPER section 1)."""
+    return (1 + (ADAPTIVE_LIMIT - 1) * torch.sigmoid(entropy.clamp(0, 10) - 5)).round().long()
+
+
+def row_entropy(masked_logits: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """Entropy in nats of softmax(masked_logits); -inf entries carry none."""
+    log_probability = masked_logits.log_softmax(-1)
+    return -(log_probability.exp() * log_probability.masked_fill(masked_logits == -torch.inf, 0.0)).sum(-1)
+
+
+def truncated_support(
+    logits: Float[Tensor, "n V"],
+    allowed: Bool[Tensor, "n V"],
+    truncation: Truncation,
+    temperature: Float[Tensor, " n"] | None = None,
+) -> Bool[Tensor, "n V"]:
+    """Survivors of one truncation among the allowed tokens of each row; never empty.
+
+    The entropy of the adaptive k is that of the guided, masked, untempered logits. top-k keeps exactly k tokens (ties
+    by position), or every allowed token where there are fewer. top-p then looks at the tempered distribution over the
+    tokens that top-k kept, and keeps the token that crosses the threshold. Logits are the guided ones.
+    """
+    if not truncation.active:
+        return allowed
+    masked = logits.masked_fill(~allowed, -torch.inf)
+    values, order = masked.topk(truncation.candidates(logits.shape[-1]), dim=-1)
+    keep = values > -torch.inf
+    if truncation.adaptive:
+        rank = torch.arange(values.shape[-1], device=values.device)
+        keep &= rank < adaptive_top_k(row_entropy(masked))[:, None]
+    if truncation.top_p < 1.0:
+        tempered = values if temperature is None else values / temperature[:, None].to(values.dtype)
+        probability = tempered.masked_fill(~keep, -torch.inf).softmax(-1)
+        # Mass before a token: the first is always kept, as is the one that crosses the threshold.
+        keep &= probability.cumsum(-1) - probability < truncation.top_p
+    return torch.zeros_like(allowed).scatter_(-1, order, keep)
+
+
+def modality_support(
+    logits: Float[Tensor, "n V"],
+    allowed: Bool[Tensor, "n V"],
+    is_image: Bool[Tensor, " n"],
+    *,
+    image: Truncation,
+    text: Truncation,
+    temperature: Float[Tensor, " n"] | None = None,
+) -> Bool[Tensor, "n V"] | None:
+    """`truncated_support` with one truncation for image codes and one for text; None when neither is active."""
+    if not (image.active or text.active):
+        return None
+    if image == text:
+        return truncated_support(logits, allowed, image, temperature)
+    of_image = truncated_support(logits, allowed, image, temperature)
+    of_text = truncated_support(logits, allowed, text, temperature)
+    return torch.where(is_image[:, None], of_image, of_text)
+
+
+def sample(
+    logits: Float[Tensor, "n V"],
+    allowed: Bool[Tensor, "n V"],
+    temperature: Float[Tensor, " n"],
+    support: Bool[Tensor, "n V"] | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    uniform: Float[Tensor, " n"] | None = None,
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """One token a row and its log-probability under the behaviour distribution (exactly 0 where one is left).
+
+    Inverse of the cumulative distribution in float64. `uniform` in [0, 1) takes the place of the generator's draw, so
+    that a rollout can keep its own stream whatever it is batched with. Logits are guided, whole rows of the vocabulary.
+    """
+    log_probability = restricted(logits, allowed, temperature, support).log_softmax(-1)
+    if uniform is None:
+        uniform = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
+    cumulative = log_probability.double().exp().cumsum(-1)
+    total = cumulative[:, -1]
+    # Strictly below the total, so that the token found has positive probability whatever the rounding.
+    point = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(cumulative, point[:, None], right=True)
+    return tokens[:, 0], log_probability.gather(-1, tokens)[:, 0]
+
+
+def pack_support(support: Bool[Tensor, "n V"]) -> UInt8[Tensor, "n K"]:
+    """Bit-pack survivors, K = ceil(V / 8), as `numpy.packbits` does: the first token in the highest bit."""
+    padded = torch.nn.functional.pad(support.to(torch.uint8), (0, -support.shape[-1] % 8))
+    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=support.device)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_support(packed: UInt8[Tensor, "n K"], start: int, stop: int) -> Bool[Tensor, "n stop-start"]:
+    """Survivors of the vocabulary range [start, stop), which need not lie on bytes."""
+    if not 0 <= start <= stop <= 8 * packed.shape[-1]:
+        raise ValueError(
+            f"support range [{start}, {stop}) does not fit {packed.shape[-1]} packed bytes; "
+            "pass the vocabulary shard of the policy that made the support"
+        )
+    first = start // 8
+    window = packed[..., first : (stop + 7) // 8]
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    bits = (window[..., None] >> shifts & 1).flatten(-2)
+    return bits[..., start - 8 * first : stop - 8 * first].bool()

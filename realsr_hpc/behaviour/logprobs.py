@@ -1,0 +1,287 @@
+"""Log-probabilities of given tokens under the behaviour distribution, over vocabulary shards, chunk by chunk.
+
+The loss of GRPO needs one number a token, and Megatron's way to it holds [tokens, vocabulary] in float32. Here the
+forward pass keeps three numbers a token and the backward pass computes the logits of one chunk again: peak memory is
+chunk_tokens x vocabulary shard, whatever the number of tokens.
+
+Supervised fine-tuning is the same function with a mask table whose single row is all True and temperature 1; its z-loss
+is the square of `logsumexp`, that of the logits before mask and temperature.
+
+Under tensor parallelism the vocabulary is split over `tp_group` in rank order. Every rank must hold the same targets and
+receive the same gradient of the result; the gradient of `hidden` that comes back is this shard's part, to be summed
+over the group by the model, and that of the weight is local.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from realsr_hpc.behaviour.distribution import guided, project, restricted, unpack_support
+
+
+class TokenScores(NamedTuple):
+    """Per token, at least float32; entropy and logsumexp are zeros when not asked for."""
+
+    logprobs: Float[Tensor, " n"]
+    entropy: Float[Tensor, " n"]
+    """Of the behaviour distribution, nats."""
+    logsumexp: Float[Tensor, " n"]
+    """Of the guided logits before mask and temperature."""
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `_Score` needs beside tensors."""
+
+    first_id: int
+    """Vocabulary id of the shard's first row."""
+    chunk_tokens: int
+    with_entropy: bool
+    with_logsumexp: bool
+    group: dist.ProcessGroup | None
+
+
+class _Inputs(NamedTuple):
+    """The tensors of `_Score`, in the order of its arguments."""
+
+    hidden: Tensor
+    weight: Tensor
+    unconditional: Tensor | None
+    cfg_scale: Tensor | None
+    targets: Tensor
+    mask_table: Tensor
+    mask_ids: Tensor
+    temperature: Tensor
+    support: Tensor | None
+
+    def logits(self, rows: slice) -> Tensor:
+        """Guided logits of a chunk on this shard, [c, V/tp]."""
+        logits = project(self.hidden[rows], self.weight)
+        if self.unconditional is None or self.cfg_scale is None:
+            return logits
+        return guided(logits, project(self.unconditional[rows], self.weight), self.cfg_scale[rows])
+
+    def behaviour(self, logits: Tensor, rows: slice, first_id: int) -> Tensor:
+        """Restricted and tempered logits of a chunk, [c, V/tp]."""
+        stop = first_id + len(self.weight)
+        support = None if self.support is None else unpack_support(self.support[rows], first_id, stop)
+        allowed = self.mask_table[:, first_id:stop][self.mask_ids[rows]]
+        return restricted(logits, allowed, self.temperature[rows], support)
+
+    def local_targets(self, rows: slice, first_id: int) -> tuple[Tensor, Tensor]:
+        """Column of the target in this shard (0 where another shard owns it) [c, 1], and whether it is ours [c, 1]."""
+        column = self.targets[rows, None] - first_id
+        ours = (column >= 0) & (column < len(self.weight))
+        return column.where(ours, 0), ours
+
+
+class _Partial(NamedTuple):
+    """One shard's share of a chunk's softmax: shift [c] and sums [c] relative to it."""
+
+    shift: Tensor
+    total: Tensor
+    weighted: Tensor
+
+
+def _partial_softmax(values: Tensor, with_weighted: bool) -> _Partial:
+    shift = values.amax(-1)
+    # A shard with nothing allowed has shift -inf; its exponentials must be 0, not NaN.
+    exponential = (values - shift.clamp_min(torch.finfo(values.dtype).min)[:, None]).exp()
+    weighted = torch.zeros_like(shift)
+    if with_weighted:
+        weighted = (exponential * values.masked_fill(values == -torch.inf, 0.0)).sum(-1)
+    return _Partial(shift, exponential.sum(-1), weighted)
+
+
+def _combine(partial: _Partial, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Global shift, logarithm of the total relative to it, and mean value of softmax; all [n]."""
+    if group is None:
+        return partial.shift, partial.total.log(), partial.weighted / partial.total
+    shift = partial.shift.clone()
+    dist.all_reduce(shift, dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([partial.total, partial.weighted]) * (partial.shift - shift).exp()
+    dist.all_reduce(sums, group=group)
+    return shift, sums[0].log(), sums[1] / sums[0]
+
+
+def _chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
+    return [slice(start, min(start + chunk_tokens, num_tokens)) for start in range(0, num_tokens, chunk_tokens)]
+
+
+def _joined(parts: list[_Partial]) -> _Partial:
+    return _Partial(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+class _Score(torch.autograd.Function):
+    """(logprobs, entropy, logsumexp) of targets; logits are computed once forward and once backward."""
+
+    @staticmethod
+    def forward(ctx, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = _Inputs(*tensors)  # type: ignore[arg-type]
+        behaviour, raw, chosen = [], [], []
+        for rows in _chunks(len(inputs.hidden), options.chunk_tokens):
+            logits = inputs.logits(rows)
+            if options.with_logsumexp:
+                raw.append(_partial_softmax(logits, with_weighted=False))
+            values = inputs.behaviour(logits, rows, options.first_id)
+            behaviour.append(_partial_softmax(values, options.with_entropy))
+            column, ours = inputs.local_targets(rows, options.first_id)
+            # The target's owner contributes its value, the other shards -inf: a maximum keeps -inf (not allowed) too.
+            chosen.append(values.gather(-1, column).masked_fill(~ours, -torch.inf)[:, 0])
+        shift, log_total, mean = _combine(_joined(behaviour), options.group)
+        target = torch.cat(chosen)
+        if options.group is not None:
+            dist.all_reduce(target, dist.ReduceOp.MAX, group=options.group)
+        entropy = shift + log_total - mean if options.with_entropy else torch.zeros_like(shift)
+        logsumexp = torch.zeros_like(shift)
+        if options.with_logsumexp:
+            raw_shift, raw_log_total, _ = _combine(_joined(raw), options.group)
+            logsumexp = raw_shift + raw_log_total
+        ctx.options = options
+        ctx.save_for_backward(*tensors, shift + log_total, entropy, logsumexp)
+        # Difference first: a row with one allowed token has target = shift and log_total = 0, hence exactly 0.
+        return (target - shift) - log_total, entropy, logsumexp
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, normaliser, entropy, logsumexp = ctx.saved_tensors
+        inputs, options = _Inputs(*tensors), ctx.options
+        grad_hidden = torch.empty_like(inputs.hidden)
+        # Chunks are summed in at least float32: bf16 would lose all but the first.
+        grad_weight = torch.zeros_like(inputs.weight, dtype=normaliser.dtype)
+        grad_unconditional = None if inputs.unconditional is None else torch.empty_like(inputs.unconditional)
+        for rows in _chunks(len(inputs.hidden), options.chunk_tokens):
+            logits = inputs.logits(rows)
+            grads = [grad[rows, None] for grad in grad_outputs]
+            grad_logits = _grad_logits(
+                inputs, options, rows, logits, grads, normaliser[rows, None], entropy[rows, None], logsumexp[rows, None]
+            )
+            conditional = grad_logits
+            if grad_unconditional is not None and inputs.unconditional is not None and inputs.cfg_scale is not None:
+                scale = inputs.cfg_scale[rows, None].to(grad_logits.dtype)
+                conditional = grad_logits * scale
+                of_unconditional = (grad_logits - conditional).to(inputs.weight.dtype)
+                grad_unconditional[rows] = of_unconditional @ inputs.weight
+                grad_weight += of_unconditional.t() @ inputs.unconditional[rows]
+            conditional = conditional.to(inputs.weight.dtype)
+            grad_hidden[rows] = conditional @ inputs.weight
+            grad_weight += conditional.t() @ inputs.hidden[rows]
+        return None, grad_hidden, grad_weight.to(inputs.weight.dtype), grad_unconditional, *(None,) * 6
+
+
+def _grad_logits(
+    inputs: _Inputs,
+    options: _Options,
+    rows: slice,
+    logits: Tensor,
+    grads: list[Tensor],
+    normaliser: Tensor,
+    entropy: Tensor,
+    logsumexp: Tensor,
+) -> Tensor:
+    """Gradient of a chunk's guided logits, [c, V/tp]; columns [c, 1] of the outputs' gradients and of saved numbers.
+
+    With x = logits / T where allowed and p = softmax(x):
+    d logprob / dx_j = [j = target] - p_j; d entropy / dx_j = -p_j (log p_j + entropy); d logsumexp / dlogits_j = softmax.
+    """
+    grad_logprob, grad_entropy, grad_logsumexp = grads
+    log_probability = inputs.behaviour(logits, rows, options.first_id) - normaliser
+    probability = log_probability.exp()
+    grad = -grad_logprob * probability
+    column, ours = inputs.local_targets(rows, options.first_id)
+    grad.scatter_add_(-1, column, grad_logprob * ours)
+    if options.with_entropy:
+        finite = log_probability.masked_fill_(log_probability == -torch.inf, 0.0)
+        grad -= grad_entropy * probability * (finite + entropy)
+    grad /= inputs.temperature[rows, None].to(grad.dtype)
+    if options.with_logsumexp:
+        grad += grad_logsumexp * (logits - logsumexp).exp()
+    return grad
+
+
+def _check(inputs: _Inputs, group_size: int) -> None:
+    num_tokens, vocabulary = len(inputs.hidden), len(inputs.weight) * group_size
+    if inputs.mask_table.shape[-1] != vocabulary:
+        raise ValueError(
+            f"mask_table has {inputs.mask_table.shape[-1]} columns, output_weight has {len(inputs.weight)} rows on each of "
+            f"{group_size} shards; build the table for a vocabulary of {vocabulary}"
+        )
+    if (inputs.unconditional is None) != (inputs.cfg_scale is None):
+        raise ValueError("unconditional_hidden and cfg_scale belong together; pass both or neither")
+    for name in ("targets", "mask_ids", "temperature", "support", "unconditional", "cfg_scale"):
+        value = getattr(inputs, name)
+        if value is not None and len(value) != num_tokens:
+            raise ValueError(f"{name} has {len(value)} rows, hidden has {num_tokens}; pass one a token")
+
+
+def behaviour_scores(
+    hidden: Float[Tensor, "n H"],
+    output_weight: Float[Tensor, "Vlocal H"],
+    targets: Int[Tensor, " n"],
+    mask_table: Bool[Tensor, "M V"],
+    mask_ids: Int[Tensor, " n"],
+    temperature: Float[Tensor, " n"],
+    *,
+    support: UInt8[Tensor, "n K"] | None = None,
+    unconditional_hidden: Float[Tensor, "n H"] | None = None,
+    cfg_scale: Float[Tensor, " n"] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 1024,
+    with_entropy: bool = False,
+    with_logsumexp: bool = False,
+) -> TokenScores:
+    """Log-probability, and where asked entropy and logsumexp, of each target; gradients to hidden states and weight.
+
+    `hidden` is what enters the output layer, whole on every rank of `tp_group`; `output_weight` its vocabulary shard.
+    A target that its mask or support excludes has log-probability -inf. float32 or better inside, whatever comes in.
+    """
+    parts = 1 if tp_group is None else dist.get_world_size(tp_group)
+    rank = 0 if tp_group is None else dist.get_rank(tp_group)
+    inputs = _Inputs(
+        hidden, output_weight, unconditional_hidden, cfg_scale, targets, mask_table, mask_ids, temperature, support
+    )
+    _check(inputs, parts)
+    options = _Options(
+        rank * len(output_weight), chunk_tokens, with_entropy, with_logsumexp, tp_group if parts > 1 else None
+    )
+    if not len(hidden):
+        # Keeps the graph (gradients of zero) for a rank that holds no loss token of this microbatch.
+        nothing = (hidden @ output_weight.t()).sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
+        return TokenScores(nothing, nothing.detach(), nothing.detach())
+    return TokenScores(*_Score.apply(options, *inputs))
+
+
+def behaviour_logprobs(
+    hidden: Float[Tensor, "n H"],
+    output_weight: Float[Tensor, "Vlocal H"],
+    targets: Int[Tensor, " n"],
+    mask_table: Bool[Tensor, "M V"],
+    mask_ids: Int[Tensor, " n"],
+    temperature: Float[Tensor, " n"],
+    *,
+    support: UInt8[Tensor, "n K"] | None = None,
+    unconditional_hidden: Float[Tensor, "n H"] | None = None,
+    cfg_scale: Float[Tensor, " n"] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 1024,
+) -> Float[Tensor, " n"]:
+    """The log-probabilities of `behaviour_scores` alone."""
+    return behaviour_scores(
+        hidden,
+        output_weight,
+        targets,
+        mask_table,
+        mask_ids,
+        temperature,
+        support=support,
+        unconditional_hidden=unconditional_hidden,
+        cfg_scale=cfg_scale,
+        tp_group=tp_group,
+        chunk_tokens=chunk_tokens,
+    ).logprobs
