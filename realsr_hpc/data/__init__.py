@@ -1,0 +1,1 @@
+"""Photographs in, degraded batches out: manifest, decoding, degradation, loader."""

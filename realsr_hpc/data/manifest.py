@@ -1,0 +1,189 @@
+"""The list of photographs a run reads: one Parquet table, with checksums, captions and tags.
+
+Paths in the table are relative to it, so a folder of photographs can be moved whole. `verify` reads every file and
+reports what is missing, altered or broken; nothing here decides what to train on: that is the loader's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from realsr_hpc.data.decoding import BrokenImage, decode_image
+from realsr_hpc.records import SceneText
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("path", pa.string()),
+        ("split", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        ("caption_rough", pa.string()),
+        ("caption_middle", pa.string()),
+        ("caption_final", pa.string()),
+        ("tags", pa.list_(pa.string())),
+        ("lq_path", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """One photograph; `path` and `lq_path` relative to the manifest's folder, sizes in px as shown (after rotation)."""
+
+    key: str
+    path: str
+    split: str
+    width: int
+    height: int
+    sha256: str
+    caption_rough: str = ""
+    caption_middle: str = ""
+    caption_final: str = ""
+    tags: tuple[str, ...] = ()
+    lq_path: str | None = None
+    """A real low-quality photograph of the same scene (paired data)."""
+    source: str = ""
+    """Where the photograph came from, in words."""
+
+    @property
+    def scene(self) -> SceneText | None:
+        """Captions and tags, or None where none were written."""
+        if not self.caption_final:
+            return None
+        return SceneText(self.caption_rough, self.caption_middle, self.caption_final, self.tags)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Entries in the table's order, and the folder their paths start from."""
+
+    root: Path
+    entries: tuple[ManifestEntry, ...]
+
+    def __len__(self) -> int:
+        """Number of photographs."""
+        return len(self.entries)
+
+    def split(self, name: str) -> Manifest:
+        """The entries of one split.
+
+        Raises:
+            ValueError: if no entry has it.
+        """
+        chosen = tuple(entry for entry in self.entries if entry.split == name)
+        if not chosen:
+            known = sorted({entry.split for entry in self.entries})
+            raise ValueError(f"split {name!r} has no photograph in {self.root}; splits there: {known}")
+        return Manifest(self.root, chosen)
+
+    def path(self, entry: ManifestEntry) -> Path:
+        """Where the photograph lies."""
+        return self.root / entry.path
+
+    def lq_path(self, entry: ManifestEntry) -> Path:
+        """Where its low-quality partner lies.
+
+        Raises:
+            ValueError: if the entry has none.
+        """
+        if entry.lq_path is None:
+            raise ValueError(f"lq_path of {entry.key!r} is empty: paired data needs it, or set data.mode=unpaired")
+        return self.root / entry.lq_path
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found: the good entries' manifest, and a fault for each other key."""
+
+    good: Manifest
+    faults: dict[str, str]
+    """By key: `missing`, `checksum`, or the decoder's reason."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Photographs by kind of fault."""
+        return dict(Counter(fault.split(":")[0] for fault in self.faults.values()))
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """Read and check the table (not the photographs).
+
+    Raises:
+        ValueError: if a column is missing, or a key occurs twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"manifest {path} does not exist; make one with tools/prepare_data.py")
+    table = pq.read_table(path)
+    absent = [name for name in SCHEMA.names if name not in table.column_names]
+    if absent:
+        raise ValueError(f"manifest {path} lacks the columns {absent}; make it with tools/prepare_data.py")
+    rows = table.select(SCHEMA.names).to_pylist()
+    entries = tuple(ManifestEntry(**{**row, "tags": tuple(row["tags"] or ())}) for row in rows)
+    _refuse_repeated_keys(entries)
+    return Manifest(path.parent, entries)
+
+
+def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
+    """Write the table; the same entries give the same rows in the same order.
+
+    Raises:
+        ValueError: if a key occurs twice.
+    """
+    _refuse_repeated_keys(entries)
+    rows = [{name: getattr(entry, name) for name in SCHEMA.names} for entry in entries]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify(manifest: Manifest, on_entry: Callable[[], None] = lambda: None) -> VerifyReport:
+    """Read every photograph whole: existence, checksum, decoding. `on_entry` is called after each (progress)."""
+    good: list[ManifestEntry] = []
+    faults: dict[str, str] = {}
+    for entry in manifest.entries:
+        fault = entry_fault(manifest, entry)
+        if fault is None:
+            good.append(entry)
+        else:
+            faults[entry.key] = fault
+        on_entry()
+    return VerifyReport(Manifest(manifest.root, tuple(good)), faults)
+
+
+def entry_fault(manifest: Manifest, entry: ManifestEntry) -> str | None:
+    """Why the entry cannot be used, or None."""
+    path = manifest.path(entry)
+    if not path.is_file():
+        return "missing"
+    if entry.sha256 and sha256_of(path) != entry.sha256:
+        return "checksum"
+    try:
+        height, width, _ = decode_image(path).shape
+        if entry.lq_path is not None:
+            decode_image(manifest.lq_path(entry))
+    except BrokenImage as error:
+        return str(error)
+    if (width, height) != (entry.width, entry.height):
+        return f"size: {width}x{height} px, the manifest says {entry.width}x{entry.height}"
+    return None
+
+
+def _refuse_repeated_keys(entries: Iterable[ManifestEntry]) -> None:
+    repeated = [key for key, count in Counter(entry.key for entry in entries).items() if count > 1]
+    if repeated:
+        raise ValueError(f"keys {repeated[:5]} occur more than once; give each photograph a key of its own")
