@@ -1,0 +1,39 @@
+"""`python -m realsr_hpc RUN_DIR`: run what RUN_DIR/recipe.yaml says.
+
+Without RANK in the environment it is this node's supervisor, which starts one process a task and watches them; with
+RANK (set by that supervisor, or by torchrun) it is one of those processes. Submitting is `tools/launch.py`'s work.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from realsr_hpc.config.load import RecipeError, from_yaml
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 done, 2 wrong usage or recipe, 85 stopped to be requeued, anything else failed."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m realsr_hpc RUN_DIR   (a run folder made by tools/launch.py)", file=sys.stderr)
+        return 2
+    run_dir = Path(arguments[0]).resolve()
+    try:
+        config = from_yaml(run_dir / "recipe.yaml")
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if "RANK" not in os.environ:
+        from realsr_hpc.launch.job import run_node
+
+        return run_node(run_dir)
+    from realsr_hpc.launch.signals import StopFlag
+
+    stop = StopFlag.install()
+    return importlib.import_module(f"realsr_hpc.train.{config.task}").main(config, run_dir, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

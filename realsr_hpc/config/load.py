@@ -1,0 +1,243 @@
+"""Recipes and command-line overrides -> RunConfig. The one file that knows Hydra.
+
+Hydra only composes YAML (its compose API: no `outputs/` folder, no change of directory); the closed pydantic schema
+judges the result. So every field can be overridden whether or not the recipe mentions it, `+foo=1` is no back door,
+and all errors come in one message. Left out: Hydra's launchers, sweepers and logging; a sweep is a list of RunConfigs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+import realsr_hpc
+from realsr_hpc.config.checks import faults
+from realsr_hpc.config.schema import RunConfig
+
+GROUPS = ("model", "data", "rewards", "parallel", "cluster")
+RESULT_FREE_SECTIONS = frozenset({"output_root", "cluster", "tracking"})
+"""Sections that do not decide a run's result and stay out of its signature."""
+
+
+class RecipeError(ValueError):
+    """What is wrong with a recipe or its overrides: one line a fault, each with its path, value and remedy."""
+
+
+def project_root() -> Path:
+    """Folder that relative paths in recipes start from."""
+    return Path(realsr_hpc.__file__).resolve().parent.parent
+
+
+def recipes_dir() -> Path:
+    """Folder of the recipes: $REALSR_HPC_RECIPES or the project's own."""
+    return Path(os.environ.get("REALSR_HPC_RECIPES", project_root() / "recipes")).resolve()
+
+
+def recipe_names() -> list[str]:
+    """Names that `recipe=` takes."""
+    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+
+
+def output_root(config: RunConfig) -> Path:
+    """Absolute folder of all runs of this recipe's owner."""
+    return (project_root() / Path(config.output_root).expanduser()).resolve()
+
+
+def compose(overrides: list[str], *, multirun: bool = False) -> RunConfig | list[RunConfig]:
+    """`["recipe=grpo_7b", "grpo.kl_beta=0.04"]` -> RunConfig; with `multirun`, every combination of the swept values.
+
+    Raises RecipeError with all faults.
+    """
+    combinations = _expand(_parse(overrides), multirun)
+    configs = [compose_one(combination) for combination in combinations]
+    return configs if multirun else configs[0]
+
+
+def compose_one(overrides: list[str]) -> RunConfig:
+    """One recipe with its overrides, none of them swept."""
+    recipe, rest = _split_recipe(overrides)
+    tree = _compose_yaml(recipe, rest)
+    return validate(tree, source=f"recipe {recipe}")
+
+
+def swept_keys(overrides: list[str]) -> list[str]:
+    """Keys that a multirun varies, in the order given."""
+    return [str(item.key_or_group) for item in _parse(overrides) if item.is_sweep_override()]
+
+
+def validate(tree: Any, *, source: str) -> RunConfig:
+    """A plain tree -> RunConfig, the schema first and then the rules across sections; RecipeError lists every fault."""
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(_report(source, [_explain(item) for item in error.errors()])) from None
+    broken = faults(config)
+    if broken:
+        raise RecipeError(_report(source, broken))
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved recipe; `from_yaml` reads it back to an equal RunConfig."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def from_yaml(path: Path) -> RunConfig:
+    """A resolved recipe; RecipeError where it is missing or faulty."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); launch the run again to write it") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    return validate(tree, source=str(path))
+
+
+def signature(config: RunConfig) -> str:
+    """12 hexadecimal digits of everything that decides the result, and of nothing else."""
+    tree = {key: value for key, value in config.model_dump(mode="json").items() if key not in RESULT_FREE_SECTIONS}
+    cluster = config.cluster
+    tree["world_size"] = cluster.nodes * cluster.tasks_per_node
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """`{"grpo.kl_beta": 0.01, ...}`; lists stay values, empty mappings vanish."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise RecipeError(_first_line(error)) from None
+
+
+def _expand(parsed: list[Override], multirun: bool) -> list[list[str]]:
+    """Cartesian product of the swept overrides; one combination when none is swept."""
+    swept = [item.input_line or "" for item in parsed if item.is_sweep_override()]
+    if swept and not multirun:
+        raise RecipeError(f"{', '.join(swept)}: several values need -m (a sweep)")
+    choices = []
+    for item in parsed:
+        if item.is_sweep_override():
+            key = item.get_key_element()
+            choices.append([f"{key}={value}" for value in item.sweep_string_iterator()])
+        else:
+            choices.append([item.input_line or ""])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
+    names = recipe_names()
+    chosen = [item.partition("=")[2] for item in overrides if item.startswith("recipe=")]
+    rest = [item for item in overrides if not item.startswith("recipe=")]
+    if len(chosen) != 1:
+        raise RecipeError(f"recipe: name one, recipe=NAME; there are: {', '.join(names)}")
+    if chosen[0] not in names:
+        hint = nearest(chosen[0], names)
+        raise RecipeError(f"recipe: there is no {chosen[0]!r}{hint}; there are: {', '.join(names)}")
+    return chosen[0], rest
+
+
+def _compose_yaml(recipe: str, overrides: list[str]) -> Any:
+    try:
+        arguments = [_as_hydra(item, _groups_of(recipe)) for item in _parse(overrides)]
+        with initialize_config_dir(config_dir=str(recipes_dir()), version_base="1.3"):
+            return OmegaConf.to_container(hydra_compose(recipe, arguments), resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RecipeError(f"recipe {recipe}: {_first_line(error)}") from None
+
+
+def _as_hydra(item: Override, groups: set[str]) -> str:
+    """Values are forced in (the schema rejects unknown ones); a group the recipe does not list is appended."""
+    line = item.input_line or ""
+    if item.key_or_group in GROUPS:
+        options = sorted(path.stem for path in (recipes_dir() / item.key_or_group).glob("*.yaml"))
+        if item.value() not in options:
+            hint = nearest(str(item.value()), options)
+            raise RecipeError(f"{item.key_or_group}: no {item.value()!r}{hint}; there are: {', '.join(options)}")
+        return line if item.key_or_group in groups else f"+{line.lstrip('+')}"
+    return line if item.is_delete() else f"++{line.lstrip('+')}"
+
+
+def _groups_of(recipe: str) -> set[str]:
+    """Groups in the recipe's defaults list, those of the recipes it extends included."""
+    path = recipes_dir() / f"{recipe}.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    groups: set[str] = set()
+    for entry in (tree or {}).get("defaults", []):
+        if isinstance(entry, dict):
+            groups.update(str(key).removeprefix("override ").lstrip("/") for key in entry)
+        elif entry != "_self_":
+            groups |= _groups_of(str(entry).lstrip("/"))
+    return groups
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        names = list(_fields_at(item["loc"][:-1]))
+        hint = nearest(str(item["loc"][-1]), names) or f"; valid here: {', '.join(names)}"
+        return f"{path}: unknown key{hint}"
+    if item["type"] == "missing":
+        return f"{path}: missing; the recipe must give it"
+    if item["type"] == "literal_error":
+        options = [part.strip().strip("'") for part in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{path}: {item['input']!r} is none of {', '.join(options)}{nearest(str(item['input']), options)}"
+    return f"{path}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:
+    """Field names of the section that `loc` leads to; none inside a free mapping."""
+    section: Any = RunConfig
+    for part in loc:
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return ()
+        field = section.model_fields.get(str(part))
+        section = None if field is None else field.annotation
+    return section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else ()
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """`; did you mean 'kl_beta'?` or nothing."""
+    close = difflib.get_close_matches(word, list(options), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _report(source: str, lines: list[str]) -> str:
+    if len(lines) == 1:
+        return f"{source}: {lines[0]}"
+    return "\n".join([f"{source}: {len(lines)} faults", *(f"  {line}" for line in lines)])
+
+
+def _first_line(error: Exception) -> str:
+    """Hydra's messages repeat the same fact on several lines."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

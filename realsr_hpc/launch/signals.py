@@ -1,0 +1,46 @@
+"""The stop flag of one process: a signal asks, the training loop answers at a step boundary.
+
+Handlers only set a flag, because a checkpoint is collective and cannot be taken inside a handler. Processes that a
+training process forks (data workers) inherit the handlers; there the flag belongs to another process id and the
+signal is ignored, so that a worker neither stops early nor writes anything.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import resource
+import signal
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+"""SIGUSR2: Slurm's early warning (NCCL uses SIGUSR1); SIGTERM: preemption and scancel."""
+REQUEUE_EXIT_CODE = 85
+"""A process that stopped at a step boundary with its checkpoint on disk."""
+
+
+class StopFlag:
+    """Callable that tells whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._pid = os.getpid()
+
+    @classmethod
+    def install(cls) -> StopFlag:
+        """A flag set by STOP_SIGNALS; stacks of all threads go to stderr when the watchdog aborts the process."""
+        flag = cls()
+        for number in STOP_SIGNALS:
+            signal.signal(number, flag.ask)
+        signal.signal(signal.SIGCONT, lambda *_: None)
+        faulthandler.enable(all_threads=True)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        return flag
+
+    def ask(self, _number: int | None = None, _frame: FrameType | None = None) -> None:
+        """Ask this process, and no child of it, to stop at its next step boundary."""
+        if os.getpid() == self._pid:
+            self._asked = True
+
+    def __call__(self) -> bool:
+        return self._asked
