@@ -1,0 +1,282 @@
+"""One table between Hugging Face's Chameleon and Megatron: names, shapes and cuts, both ways.
+
+Each row names one local parameter, the Hugging Face tensors it is made of, and how it is cut over tp. Reading goes
+straight into the local shard; writing gathers one parameter at a time to world rank 0. Random initial weights pass
+through the same table (one generator a tensor, by name), so that they do not depend on the layout.
+
+Shared q and k norms ([head_dim] or [1, head_dim], as Meta's and Lumina's weights have them) are spread over the
+heads. The image tokenizer's weights (`model.vqmodel.*`) are no part of this table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from realsr_hpc.config.schema import ModelConfig
+from realsr_hpc.parallel.layout import kv_heads
+
+if TYPE_CHECKING:
+    from realsr_hpc.model.policy import Policy
+
+Cut = Literal["whole", "rows", "columns", "qkv", "gate_up", "heads", "vocabulary"]
+Reader = Callable[[str], Tensor]
+"""Hugging Face name (prefix `model.`) -> the whole tensor."""
+
+
+@dataclass(frozen=True)
+class WeightShapes:
+    """Sizes that decide every tensor's shape."""
+
+    num_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden // self.heads
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int) -> WeightShapes:
+        """Sizes of a model configuration."""
+        return cls(
+            model.num_layers, model.hidden_size, model.num_heads, kv_heads(model), model.ffn_hidden_size, vocab_size
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A local parameter and the Hugging Face tensors it holds; `{i}` is the layer (local | global index)."""
+
+    local: str
+    hf: tuple[str, ...]
+    cut: Cut
+
+
+EMBEDDING = Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")
+FINAL = (
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",), "whole"),
+    Row("output_layer.weight", ("lm_head.weight",), "vocabulary"),
+)
+_L, _H = "decoder.layers.{i}.", "model.layers.{i}."
+LAYER = (
+    Row(_L + "input_layernorm.weight", (_H + "input_layernorm.weight",), "whole"),
+    Row(
+        _L + "self_attention.linear_qkv.weight",
+        tuple(_H + f"self_attn.{x}_proj.weight" for x in "qkv"),
+        "qkv",
+    ),
+    Row(_L + "self_attention.q_layernorm.weight", (_H + "self_attn.q_norm.weight",), "heads"),
+    Row(_L + "self_attention.q_layernorm.bias", (_H + "self_attn.q_norm.bias",), "heads"),
+    Row(_L + "self_attention.k_layernorm.weight", (_H + "self_attn.k_norm.weight",), "heads"),
+    Row(_L + "self_attention.k_layernorm.bias", (_H + "self_attn.k_norm.bias",), "heads"),
+    Row(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "columns"),
+    Row(_L + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",), "whole"),
+    Row(
+        _L + "mlp.linear_fc1.weight",
+        (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"),
+        "gate_up",
+    ),
+    Row(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "columns"),
+)
+
+
+def hf_shape(name: str, shapes: WeightShapes) -> tuple[int, ...]:
+    """Shape of a Hugging Face tensor by its name."""
+    s, d = shapes, shapes.head_dim
+    table: dict[str, tuple[int, ...]] = {
+        "q_proj": (s.heads * d, s.hidden),
+        "k_proj": (s.kv_heads * d, s.hidden),
+        "v_proj": (s.kv_heads * d, s.hidden),
+        "o_proj": (s.hidden, s.heads * d),
+        "q_norm": (s.heads, d),
+        "k_norm": (s.kv_heads, d),
+        "gate_proj": (s.ffn, s.hidden),
+        "up_proj": (s.ffn, s.hidden),
+        "down_proj": (s.hidden, s.ffn),
+        "embed_tokens": (s.vocab, s.hidden),
+        "lm_head": (s.vocab, s.hidden),
+    }
+    return table.get(name.split(".")[-2], (s.hidden,))
+
+
+def hf_names(shapes: WeightShapes) -> list[str]:
+    """Every Hugging Face tensor of the language model, in order."""
+    rows = [EMBEDDING, *(row for _ in range(shapes.num_layers) for row in LAYER), *FINAL]
+    layers = [0, *(i for i in range(shapes.num_layers) for _ in LAYER), *(0 for _ in FINAL)]
+    return [name.format(i=i) for row, i in zip(rows, layers, strict=True) for name in row.hf]
+
+
+def merge(row: Row, tensors: list[Tensor], shapes: WeightShapes, tp_size: int, tp_rank: int) -> Tensor:
+    """Whole Hugging Face tensors -> this tensor rank's parameter."""
+    if row.cut == "whole":
+        return tensors[0]
+    if row.cut == "qkv":
+        groups = [t.view(shapes.kv_heads, -1, shapes.hidden) for t in tensors]
+        return torch.cat(groups, 1).chunk(tp_size, 0)[tp_rank].reshape(-1, shapes.hidden)
+    if row.cut == "gate_up":
+        return torch.cat([t.chunk(tp_size, 0)[tp_rank] for t in tensors])
+    if row.cut == "columns":
+        return tensors[0].chunk(tp_size, 1)[tp_rank]
+    whole = _pad_rows(tensors[0], tp_size) if row.cut == "vocabulary" else tensors[0]
+    return whole.chunk(tp_size, 0)[tp_rank]
+
+
+def split(row: Row, shards: list[Tensor], shapes: WeightShapes) -> list[Tensor]:
+    """All tensor ranks' parameters -> the whole Hugging Face tensors; the inverse of `merge`."""
+    if row.cut == "whole":
+        return [shards[0]]
+    if row.cut == "qkv":
+        d, queries = shapes.head_dim, shapes.heads // shapes.kv_heads
+        grouped = torch.cat([s.view(-1, (queries + 2) * d, shapes.hidden) for s in shards])
+        return [part.reshape(-1, shapes.hidden) for part in grouped.split([queries * d, d, d], 1)]
+    if row.cut == "gate_up":
+        return [torch.cat(half) for half in zip(*(s.chunk(2, 0) for s in shards), strict=True)]
+    if row.cut == "columns":
+        return [torch.cat(shards, 1)]
+    whole = torch.cat(shards)
+    return [whole[: shapes.vocab] if row.cut == "vocabulary" else whole]
+
+
+def _pad_rows(whole: Tensor, multiple: int) -> Tensor:
+    missing = -whole.size(0) % multiple
+    return torch.cat([whole, whole.new_zeros(missing, whole.size(1))]) if missing else whole
+
+
+@torch.no_grad()
+def hf_to_local(read: Reader, policy: Policy) -> None:
+    """Fill the local chunks from whole tensors read by name. ValueError when a shape does not fit the model."""
+    groups, shapes = policy.groups, policy.shapes
+    for row, layer, parameter in _local_rows(policy):
+        tensors = [_read(read, name.format(i=layer), shapes) for name in row.hf]
+        parameter.copy_(merge(row, tensors, shapes, groups.tp_size, groups.tp_rank))
+
+
+def _local_rows(policy: Policy) -> Iterator[tuple[Row, int, Tensor]]:
+    """(row, global layer index, parameter) of everything this process holds, in the table's order."""
+    for chunk in policy.chunks:
+        parameters = dict(chunk.named_parameters())
+        if chunk.pre_process:
+            yield EMBEDDING, 0, parameters[EMBEDDING.local]
+        for index, layer in enumerate(chunk.decoder.layers):
+            for row in LAYER:
+                yield row, layer.layer_number - 1, parameters[row.local.format(i=index)]
+        if chunk.post_process:
+            yield from ((row, 0, parameters[row.local]) for row in FINAL)
+
+
+def _read(read: Reader, name: str, shapes: WeightShapes) -> Tensor:
+    tensor, wanted = read(name), hf_shape(name, shapes)
+    if name.split(".")[-2] in ("q_norm", "k_norm") and tensor.numel() == shapes.head_dim:
+        tensor = tensor.reshape(1, -1).expand(wanted)
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(
+            f"weights: {name} has shape {tuple(tensor.shape)}, the recipe's model section wants {wanted}: "
+            "set the model section (and the vocabulary) to those of the weights"
+        )
+    return tensor
+
+
+def init_weights(policy: Policy, seed: int, std: float = 0.02) -> None:
+    """Random weights: normal with `std`, residual outputs with std / sqrt(2 layers), norms one and zero."""
+    residual_std = std / (2 * policy.shapes.num_layers) ** 0.5
+
+    def draw(name: str) -> Tensor:
+        shape = hf_shape(name, policy.shapes)
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if "norm" in name:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        scale = residual_std if "o_proj" in name or "down_proj" in name else std
+        return torch.randn(shape, generator=generator) * scale
+
+    hf_to_local(draw, policy)
+
+
+def load_hf_weights(policy: Policy, folder: Path) -> None:
+    """Fill the policy from an export folder (safetensors; keys `model.*` or `model.language_model.*`)."""
+    from safetensors import safe_open
+
+    files = _tensor_files(folder)
+
+    def read(name: str) -> Tensor:
+        for key in (name, name.replace("model.", "model.language_model.", 1)):
+            if key in files:
+                with safe_open(str(files[key]), framework="pt") as reader:
+                    return reader.get_tensor(key)
+        raise ValueError(f"model.weights = {folder}: it has no tensor {name}: name a folder written by export_hf")
+
+    hf_to_local(read, policy)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index or the single file of a safetensors folder."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(f"model.weights = {folder}: no model.safetensors there: name a Hugging Face export folder")
+    with safe_open(str(single), framework="pt") as reader:
+        return dict.fromkeys(reader.keys(), single)
+
+
+@torch.no_grad()
+def local_to_hf(policy: Policy) -> dict[str, Tensor]:
+    """Gather the whole weights to world rank 0's host memory, one parameter at a time; {} elsewhere.
+
+    Every rank of the first data-parallel replica must call it (all ranks may).
+    """
+    groups, shapes = policy.groups, policy.shapes
+    owned = {(row.local, layer): (row, parameter) for row, layer, parameter in _local_rows(policy)}
+    dtype = next(policy.parameters()).dtype
+    whole: dict[str, Tensor] = {}
+    for (row, layer), stage in _owners(policy):
+        names = [name.format(i=layer) for name in row.hf]
+        if stage == groups.pp_rank:
+            tensors = [t.contiguous() for t in split(row, _shards(owned[row.local, layer][1], row, policy), shapes)]
+        else:
+            tensors = [torch.empty(hf_shape(n, shapes), dtype=dtype, device=groups.device) for n in names]
+        if groups.pp_size > 1:
+            source = dist.get_global_rank(groups.pp, stage)
+            for tensor in tensors:
+                dist.broadcast(tensor, source, group=groups.pp)
+        if groups.is_main:
+            whole |= {name: tensor.cpu().clone() for name, tensor in zip(names, tensors, strict=True)}
+    return whole
+
+
+def _shards(parameter: Tensor, row: Row, policy: Policy) -> list[Tensor]:
+    if row.cut == "whole" or policy.groups.tp_size == 1:
+        return [parameter.detach()]
+    shards = [torch.empty_like(parameter) for _ in range(policy.groups.tp_size)]
+    dist.all_gather(shards, parameter.detach().contiguous(), group=policy.groups.tp)
+    return shards
+
+
+def _owners(policy: Policy) -> Iterator[tuple[tuple[Row, int], int]]:
+    """Every row of the whole model in one order all ranks agree on, with the stage that holds it."""
+    last = policy.groups.pp_size - 1
+    per_chunk = policy.shapes.num_layers // (policy.groups.pp_size * len(policy.chunks))
+    yield (EMBEDDING, 0), 0
+    for layer in range(policy.shapes.num_layers):
+        for row in LAYER:
+            yield (row, layer), (layer // per_chunk) % policy.groups.pp_size
+    for row in FINAL:
+        yield (row, 0), last

@@ -1,0 +1,60 @@
+"""Number formats: PrecisionConfig -> keywords of Megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from realsr_hpc.config.schema import PrecisionConfig
+from realsr_hpc.parallel import backend
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def params_dtype(precision: PrecisionConfig) -> torch.dtype:
+    """Number format of weights and activations."""
+    return _DTYPES[precision.params]
+
+
+def precision_arguments(precision: PrecisionConfig, num_layers: int) -> dict[str, Any]:
+    """Keywords for TransformerConfig.
+
+    ValueError when FP8 is asked for without Transformer Engine (Megatron would ignore it silently) or without
+    bf16 parameters.
+    """
+    dtype = params_dtype(precision)
+    arguments: dict[str, Any] = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+    }
+    if precision.fp8 == "none":
+        return arguments
+    _check_fp8(precision)
+    return arguments | fp8_arguments(precision, num_layers)
+
+
+def fp8_arguments(precision: PrecisionConfig, num_layers: int) -> dict[str, Any]:
+    """The FP8 part of the keywords. Delayed scaling holds for the whole block, so it keeps no layer in bf16."""
+    per_layer = precision.fp8 != "delayed"
+    keep_ends = precision.first_last_layers_bf16 and per_layer and num_layers > 2
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8,
+        "first_last_layers_bf16": keep_ends,
+        "num_layers_at_start_in_bf16": 1 if keep_ends else 0,
+        "num_layers_at_end_in_bf16": 1 if keep_ends else 0,
+    }
+
+
+def _check_fp8(precision: PrecisionConfig) -> None:
+    if not backend.has_transformer_engine():
+        raise ValueError(
+            f"precision.fp8 = {precision.fp8!r} needs CUDA and Transformer Engine, and one of them is absent here: "
+            "install the extra `gpu` on a GPU node, or set precision.fp8=none"
+        )
+    if precision.params != "bf16":
+        raise ValueError(
+            f"precision.fp8 = {precision.fp8!r} needs precision.params = bf16, not {precision.params}: set it to bf16"
+        )

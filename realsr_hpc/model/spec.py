@@ -1,0 +1,206 @@
+"""Chameleon as a Megatron layer spec: RMSNorm, rotary embeddings, SwiGLU, and a LayerNorm with bias per head on q, k.
+
+The same module names stand in every variant (input_layernorm, self_attention.linear_qkv, ...), with Transformer
+Engine or without, so that weights, checkpoints and the decode loop never ask which it is. Attention is torch's
+scaled_dot_product_attention everywhere: flash kernels on both CPU and CUDA, no dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.precision import precision_arguments
+from realsr_hpc.parallel import backend
+from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.parallel.layout import kv_heads
+
+HEAD_NORM_EPSILON = 1e-5
+
+
+def transformer_config(config: RunConfig, groups: Groups) -> TransformerConfig:
+    """Megatron's configuration of the model under the layout of `groups`."""
+    model, parallel = config.model, config.parallel
+    virtual = parallel.virtual_pp if parallel.virtual_pp > 1 else None
+    on_cpu = groups.device.type == "cpu"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=kv_heads(model),
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        # true would make Megatron sum every gradient named q_layernorm over tp: wrong for per-head weights
+        qk_layernorm=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        # gradients are sums over tokens; who calls divides by the global token count
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=groups.tp_size,
+        pipeline_model_parallel_size=groups.pp_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        sequence_parallel=parallel.sequence_parallel,
+        # on gloo the batched form is silently wrong for interleaved stages
+        batch_p2p_comm=not on_cpu,
+        deallocate_pipeline_outputs=True,
+        **_recompute_arguments(parallel.recompute),
+        **precision_arguments(config.precision, model.num_layers),
+    )
+
+
+def _recompute_arguments(recompute: str) -> dict[str, Any]:
+    if recompute == "none":
+        return {}
+    if recompute == "selective":  # flash attention keeps little; the MLP's inner activations are the bulk
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Torch's RMSNorm, tagged so that its gradient is summed over tp under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        device = "cpu" if config.use_cpu_initialization else "cuda"
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(device))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def _parameter_device(device: str) -> torch.device:
+    """The default device where the caller set `meta`, else `device`."""
+    default = torch.get_default_device()
+    return default if default.type == "meta" else torch.device(device)
+
+
+class _HeadNorm(torch.nn.Module):
+    """LayerNorm over the head dimension with weight and bias of each head; heads are cut over tp."""
+
+    def __init__(self, heads: int, hidden_size: int, config: TransformerConfig) -> None:
+        super().__init__()
+        shape = (heads // config.tensor_model_parallel_size, hidden_size)
+        device = _parameter_device("cpu" if config.use_cpu_initialization else "cuda")
+        self.weight = torch.nn.Parameter(torch.ones(shape, dtype=config.params_dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device))
+        for parameter in (self.weight, self.bias):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., heads/tp, head_dim] -> the same shape."""
+        normalised = F.layer_norm(x, x.shape[-1:], None, None, HEAD_NORM_EPSILON)
+        return normalised * self.weight + self.bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """Megatron's description of which part of the whole weights this rank holds."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0, "bias": 0}, sharded_offsets
+        )
+
+
+class QNorm(_HeadNorm):
+    """Norm of the queries, before the rotary embedding."""
+
+    def __init__(self, hidden_size: int, config: TransformerConfig, **_: Any) -> None:
+        super().__init__(config.num_attention_heads, hidden_size, config)
+
+
+class KNorm(_HeadNorm):
+    """Norm of the keys, before the rotary embedding."""
+
+    def __init__(self, hidden_size: int, config: TransformerConfig, **_: Any) -> None:
+        super().__init__(config.num_query_groups or config.num_attention_heads, hidden_size, config)
+
+
+class SdpaAttention(torch.nn.Module):
+    """Causal attention by torch, of whole rows or of packed segments."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.grouped = config.num_query_groups != config.num_attention_heads
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    ) -> Tensor:
+        """query [S, b, heads/tp, d], key and value [S, b, kv_heads/tp, d] -> [S, b, heads/tp * d].
+
+        attention_mask: bool [b, 1, S, S], true where query (row) may look at key (column); None: causal.
+        """
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, enable_gqa=self.grouped
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def segment_mask(segment_ids: Tensor) -> Tensor:
+    """Causal within equal neighbouring ids: [b, S] -> bool [b, 1, S, S], true where a query may look."""
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    return same.tril()
+
+
+def block_spec(num_layers: int, transformer_engine: bool | None = None) -> TransformerBlockSubmodules:
+    """Spec of `num_layers` layers and the final norm; Transformer Engine's linear layers and norms where it is."""
+    if transformer_engine is None:
+        transformer_engine = backend.has_transformer_engine()
+    norm, column, row = _transformer_engine_modules() if transformer_engine else _torch_modules()
+    return TransformerBlockSubmodules(layer_specs=[_layer_spec(norm, column, row)] * num_layers, layer_norm=norm)
+
+
+def _torch_modules() -> tuple[Any, Any, Any]:
+    return RMSNorm, ColumnParallelLinear, RowParallelLinear
+
+
+def _transformer_engine_modules() -> tuple[Any, Any, Any]:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+    return TENorm, TEColumnParallelLinear, TERowParallelLinear
+
+
+def _layer_spec(norm: Any, column: Any, row: Any) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=column, core_attention=SdpaAttention, linear_proj=row, q_layernorm=QNorm, k_layernorm=KNorm
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

@@ -1,0 +1,144 @@
+"""Forward and backward over the pipeline stages, by Megatron's schedules.
+
+Losses are summed: over microbatches, and (by the optimizer's reduction) over data-parallel ranks. The caller's loss
+function divides by the global token count beforehand; nothing here divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from realsr_hpc.parallel import backend
+from realsr_hpc.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One pipeline pass. All microbatches of a call share b and S."""
+
+    tokens: Tensor
+    """int64 [b, S]."""
+    segment_ids: Tensor | None = None
+    """[b, S]: packed rows, attention stays within equal ids; None: plain causal rows."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What the loss function needs."""
+
+
+Outputs = dict[str, Tensor]
+LossFunction = Callable[[Tensor, Tensor, Microbatch], tuple[Tensor, Outputs]]
+"""(hidden [b, S, H], output_weight [V/tp, H], microbatch) -> (loss, a sum in fp32; outputs, detached)."""
+
+
+class Pipelined(Protocol):
+    """What the schedule runs: a policy, or an optimizer's wrapped chunks of one."""
+
+    @property
+    def chunks(self) -> list[Any]:
+        """Model chunks of this stage."""
+        ...
+
+    @property
+    def groups(self) -> Groups:
+        """Process groups."""
+        ...
+
+
+def run_pipeline(
+    model: Pipelined, microbatches: list[Microbatch], loss_fn: LossFunction, *, forward_only: bool
+) -> list[Outputs]:
+    """Run all microbatches; the loss function's outputs in order on the last stage, [] on the others.
+
+    forward_only: no gradients. Otherwise gradients are accumulated and, where the chunks are wrapped for it,
+    reduced. ValueError when the microbatches do not fit the layout.
+    """
+    _check(model, microbatches)
+    shape = microbatches[0].tokens.shape
+    arguments = {
+        "forward_step_func": _forward_step(loss_fn),
+        "data_iterator": [iter(microbatches) for _ in model.chunks],
+        "model": list(model.chunks),
+        "num_microbatches": len(microbatches),
+        "seq_length": shape[1],
+        "micro_batch_size": shape[0],
+        "forward_only": forward_only,
+    }
+    with backend.vendor_calls(), torch.no_grad() if forward_only else nullcontext():
+        return _schedule(model)(**arguments)
+
+
+def _schedule(model: Pipelined) -> Callable[..., list[Outputs]]:
+    from megatron.core.pipeline_parallel import schedules
+
+    if model.groups.pp_size == 1:
+        return schedules.forward_backward_no_pipelining
+    if len(model.chunks) > 1:
+        return schedules.forward_backward_pipelining_with_interleaving
+    return schedules.forward_backward_pipelining_without_interleaving
+
+
+def _forward_step(loss_fn: LossFunction) -> Callable[..., Any]:
+    from megatron.core.utils import unwrap_model
+
+    one_token = torch.ones((), dtype=torch.int)
+
+    def step(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        microbatch = next(batches)
+        output = chunk(microbatch.tokens, microbatch.segment_ids)
+
+        def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Outputs]:
+            value, outputs = loss_fn(hidden, unwrap_model(chunk).output_layer.weight, microbatch)
+            # three values and calculate_per_token_loss: the schedule leaves the loss as it is
+            return value, one_token.to(value.device), outputs
+
+        return output, loss
+
+    return step
+
+
+def _check(model: Pipelined, microbatches: list[Microbatch]) -> None:
+    if not microbatches:
+        raise ValueError("microbatches is empty: every data-parallel rank passes at least one")
+    shapes = {tuple(m.tokens.shape) for m in microbatches}
+    if len(shapes) > 1:
+        raise ValueError(f"microbatches have several shapes {sorted(shapes)}: pad them to one [b, S]")
+    length = microbatches[0].tokens.shape[1]
+    if model.chunks[0].config.sequence_parallel and length % model.groups.tp_size:
+        raise ValueError(
+            f"length {length} is not divisible by tp = {model.groups.tp_size} under sequence parallelism: "
+            "pad to layout.sequence_multiple"
+        )
+    if len(model.chunks) > 1 and len(microbatches) % model.groups.pp_size:
+        raise ValueError(
+            f"{len(microbatches)} microbatches do not go round pp = {model.groups.pp_size} stages: "
+            "make their number a multiple of layout.microbatch_multiple"
+        )
+
+
+def broadcast_outputs(outputs: list[Outputs], groups: Groups) -> list[Outputs]:
+    """The last stage's outputs on every pipeline stage, tensors on the device."""
+    if groups.pp_size == 1:
+        return outputs
+    source = dist.get_global_rank(groups.pp, groups.pp_size - 1)
+    box: list[Any] = [
+        [{name: (tuple(t.shape), t.dtype) for name, t in one.items()} for one in outputs]
+        if groups.is_last_stage
+        else None
+    ]
+    dist.broadcast_object_list(box, src=source, group=groups.pp)
+    if not groups.is_last_stage:
+        outputs = [
+            {name: torch.empty(shape, dtype=dtype, device=groups.device) for name, (shape, dtype) in one.items()}
+            for one in box[0]
+        ]
+    for one in outputs:
+        for name in sorted(one):
+            one[name] = one[name].contiguous()
+            dist.broadcast(one[name], src=source, group=groups.pp)
+    return outputs
