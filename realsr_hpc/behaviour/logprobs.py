@@ -7,8 +7,8 @@ chunk_tokens x vocabulary shard, whatever the number of tokens.
 Supervised fine-tuning is the same function with a mask table whose single row is all True and temperature 1; its z-loss
 is the square of `logsumexp`, that of the logits before mask and temperature.
 
-Under tensor parallelism the vocabulary is split over `tp_group` in rank order. Every rank must hold the same targets and
-receive the same gradient of the result; the gradient of `hidden` that comes back is this shard's part, to be summed
+Under tensor parallelism the vocabulary is split over `tp_group` in rank order. Every rank must hold the same targets
+and receive the same gradient of the result; the gradient of `hidden` that comes back is this shard's part, to be summed
 over the group by the model, and that of the weight is local.
 """
 
@@ -188,7 +188,8 @@ def _grad_logits(
     """Gradient of a chunk's guided logits, [c, V/tp]; columns [c, 1] of the outputs' gradients and of saved numbers.
 
     With x = logits / T where allowed and p = softmax(x):
-    d logprob / dx_j = [j = target] - p_j; d entropy / dx_j = -p_j (log p_j + entropy); d logsumexp / dlogits_j = softmax.
+    d logprob / dx_j = [j = target] - p_j and d entropy / dx_j = -p_j (log p_j + entropy);
+    d logsumexp / d logits = softmax(logits).
     """
     grad_logprob, grad_entropy, grad_logsumexp = grads
     log_probability = inputs.behaviour(logits, rows, options.first_id) - normaliser
@@ -209,8 +210,8 @@ def _check(inputs: _Inputs, group_size: int) -> None:
     num_tokens, vocabulary = len(inputs.hidden), len(inputs.weight) * group_size
     if inputs.mask_table.shape[-1] != vocabulary:
         raise ValueError(
-            f"mask_table has {inputs.mask_table.shape[-1]} columns, output_weight has {len(inputs.weight)} rows on each of "
-            f"{group_size} shards; build the table for a vocabulary of {vocabulary}"
+            f"mask_table has {inputs.mask_table.shape[-1]} columns, output_weight has {len(inputs.weight)} rows on "
+            f"each of {group_size} shards; build the table for a vocabulary of {vocabulary}"
         )
     if (inputs.unconditional is None) != (inputs.cfg_scale is None):
         raise ValueError("unconditional_hidden and cfg_scale belong together; pass both or neither")

@@ -1,0 +1,1 @@
+"""Group relative policy optimisation: pure functions of tensors and numbers."""

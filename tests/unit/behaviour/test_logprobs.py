@@ -163,7 +163,7 @@ def test_bf16_inputs_give_fp32_scores_near_float64():
 
 
 def test_no_tensor_of_tokens_by_vocabulary_lives():
-    """The largest tensor any operation makes is a chunk's, forward and backward; saved ones do not see the vocabulary."""
+    """The largest tensor any operation makes is a chunk's, in both passes; saved ones do not see the vocabulary."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     case = make_case(torch.float32)

@@ -1,0 +1,96 @@
+"""Group-relative advantages. The last dim is the group, the ones before are prompts; nothing crosses groups.
+
+Computed in float64 and returned in the dtype of the rewards, so that a group of equal rewards gives exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from realsr_hpc.config.schema import GRPOConfig
+
+AdvantageKind = Literal["mean_std", "mean", "leave_one_out"]
+
+
+def group_advantages(
+    rewards: Float[Tensor, "*prompts G"],
+    *,
+    kind: AdvantageKind = "mean_std",
+    unbiased_std: bool = True,
+    epsilon: float = 1e-4,
+) -> Float[Tensor, "*prompts G"]:
+    """Rewards centred in their group, higher is better.
+
+    mean_std: (r - mean) / (std + epsilon), GRPO (DeepSeekMath, arXiv 2402.03300, eq. of section 4.1.2); RealSR-R1's
+    release divides by the unbiased std plus 1e-4. mean: r - mean, Dr.GRPO (arXiv 2503.20783). leave_one_out: r minus
+    the mean of the others, RLOO (arXiv 2402.14740). Raises ValueError for a group of one.
+    """
+    group_size = rewards.shape[-1]
+    if group_size < 2:
+        raise ValueError(f"group_size is {group_size}: an advantage compares siblings; use at least 2")
+    exact = rewards.double()
+    centred = exact - exact.mean(-1, keepdim=True)
+    centred = centred.masked_fill(zero_variance(rewards)[..., None], 0.0)
+    if kind == "mean_std":
+        centred = centred / (exact.std(-1, keepdim=True, correction=int(unbiased_std)) + epsilon)
+    elif kind == "leave_one_out":
+        centred = centred * (group_size / (group_size - 1))
+    return centred.to(rewards.dtype)
+
+
+def mixed_advantages(
+    breakdown: Mapping[str, Float[Tensor, "*prompts G"]],
+    weights: Mapping[str, float],
+    *,
+    normalise_each: bool = True,
+    kind: AdvantageKind = "mean_std",
+    unbiased_std: bool = True,
+    epsilon: float = 1e-4,
+) -> Float[Tensor, "*prompts G"]:
+    """Advantage of several rewards.
+
+    normalise_each: the weighted sum of each reward's own group advantages, so that none drowns the others by its scale
+    (GDPO, arXiv 2601.05242, without its last normalisation over the batch, which would make a rollout's advantage
+    depend on other prompts). Otherwise: the group advantage of the weighted sum, as GRPO has it. Raises ValueError
+    where the names differ.
+    """
+    if not breakdown or set(breakdown) != set(weights):
+        raise ValueError(
+            f"rewards {sorted(breakdown)} and weights {sorted(weights)} differ; give every reward one weight"
+        )
+    names = sorted(breakdown)
+
+    def advantage(rewards: Tensor) -> Tensor:
+        return group_advantages(rewards, kind=kind, unbiased_std=unbiased_std, epsilon=epsilon)
+
+    if normalise_each:
+        return torch.stack([weights[name] * advantage(breakdown[name]) for name in names]).sum(0)
+    return advantage(torch.stack([weights[name] * breakdown[name] for name in names]).sum(0))
+
+
+def configured_advantages(
+    breakdown: Mapping[str, Float[Tensor, "*prompts G"]], weights: Mapping[str, float], config: GRPOConfig
+) -> Float[Tensor, "*prompts G"]:
+    """`mixed_advantages` as the recipe says."""
+    return mixed_advantages(
+        breakdown,
+        weights,
+        normalise_each=config.normalise_each_reward,
+        kind=config.advantage,
+        unbiased_std=config.unbiased_std,
+        epsilon=config.advantage_epsilon,
+    )
+
+
+def zero_variance(values: Float[Tensor, "*prompts G"], tolerance: float = 1e-6) -> Bool[Tensor, "*prompts"]:
+    """Groups that teach nothing: largest and smallest value differ by no more than the tolerance.
+
+    Of rewards, as DAPO's dynamic sampling asks (arXiv 2503.14476, eq. 11), or of mixed advantages, where terms may
+    cancel in the sum but not one by one.
+    """
+    return values.amax(-1) - values.amin(-1) <= tolerance

@@ -1,0 +1,216 @@
+"""The policy loss: one microbatch's part of a mean over the whole update.
+
+Counts of the whole update come as arguments, so loss and gradient are plain sums over microbatches and ranks: any split
+of the rollouts gives the same. A rollout is never split.
+
+Three policies meet here. The *policy* is being trained; the *old* policy is the same at the start of the step (ratio
+and clipping are against it); the *rollout* log-probabilities are what the sampler reported for the old policy, and
+differ from it by numerics only. The reference is frozen. All are log-probabilities of the same behaviour distribution.
+
+Left out: critics, learned rewards, losses over tokens that the grammar forced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from realsr_hpc.config.schema import GRPOConfig
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """Size of the whole update, over all ranks and microbatches."""
+
+    num_tokens: int
+    """Tokens that carry loss."""
+    num_rollouts: int
+    """Rollouts that carry loss (at least one such token)."""
+    max_tokens: int
+    """Dr.GRPO's constant length: the recipe's max_new_tokens."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A microbatch's contribution: sum over microbatches and ranks for the update's value."""
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Float[Tensor, ""]]
+    """Detached; each already divided by its global count, so sums of contributions are means."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """How far the trainer's log-probabilities stand from the sampler's; sums, to be reduced over ranks."""
+
+    num_tokens: Float[Tensor, ""]
+    abs_sum: Float[Tensor, ""]
+    abs_max: Float[Tensor, ""]
+    """Reduce by maximum."""
+    kl_sum: Float[Tensor, ""]
+
+    @property
+    def mean_abs(self) -> Float[Tensor, ""]:
+        """Mean |policy - rollout| log-probability, nats a token."""
+        return self.abs_sum / self.num_tokens.clamp_min(1)
+
+    @property
+    def kl(self) -> Float[Tensor, ""]:
+        """Mean KL(rollout || policy), nats a token: the metric `rollout/mismatch_kl`."""
+        return self.kl_sum / self.num_tokens.clamp_min(1)
+
+
+def policy_loss(
+    policy_logprobs: Float[Tensor, "N T"],
+    rollout_logprobs: Float[Tensor, "N T"],
+    advantages: Float[Tensor, " N"],
+    loss_mask: Bool[Tensor, "N T"],
+    reference_logprobs: Float[Tensor, "N T"] | None = None,
+    *,
+    counts: GlobalCounts,
+    config: GRPOConfig,
+    old_logprobs: Float[Tensor, "N T"] | None = None,
+    entropy: Float[Tensor, "N T"] | None = None,
+) -> LossTerms:
+    """Clipped surrogate, KL to the reference and entropy bonus of one microbatch; whole rollouts in any order.
+
+    `old_logprobs` None: the policy's own, detached, hence a ratio of exactly 1 (the first update of a step).
+    Log-probabilities outside `loss_mask` may be anything, -inf included. Raises ValueError where an option of `config`
+    needs an argument that is missing.
+    """
+    _check(counts, config, reference_logprobs, entropy)
+    mask = loss_mask
+    policy = _masked(policy_logprobs, mask)
+    old = policy.detach() if old_logprobs is None else _masked(old_logprobs, mask).detach()
+    ratio = importance_ratio(policy - old, mask, config.importance)
+    advantage = advantages[:, None].to(policy.dtype)
+    surrogate, clipped = clipped_objective(ratio, advantage, config)
+    if config.mismatch_cap is not None:
+        surrogate = surrogate * mismatch_weight(old, _masked(rollout_logprobs, mask), config.mismatch_cap)
+    objective = surrogate
+    metrics = {"grpo/ratio/mean": ratio, "grpo/clip_fraction/mean": clipped.to(policy.dtype)}
+    if reference_logprobs is not None:
+        divergence = kl_estimate(policy, _masked(reference_logprobs, mask).detach(), config.kl_estimator)
+        metrics["grpo/kl_reference/mean"] = divergence
+        objective = objective - config.kl_beta * divergence if config.kl_beta > 0 else objective
+    if entropy is not None:
+        bounded = _masked(entropy, mask)
+        metrics["grpo/entropy/mean"] = bounded
+        objective = objective + config.entropy_weight * bounded if config.entropy_weight else objective
+    contributions = {name: (value.detach() * mask).sum() / counts.num_tokens for name, value in metrics.items()}
+    contributions["grpo/policy_loss/mean"] = -aggregate(surrogate.detach(), mask, counts, config.aggregation)
+    loss = -aggregate(objective, mask, counts, config.aggregation)
+    contributions["grpo/loss/mean"] = loss.detach().clone()
+    return LossTerms(loss, contributions)
+
+
+def importance_ratio(
+    log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], importance: str
+) -> Float[Tensor, "N T"]:
+    """exp(policy - old), one a token, or GSPO's one a rollout, (pi / pi_old)^(1/|y|), repeated over its tokens.
+
+    GSPO: arXiv 2507.18071, eq. 7. With aggregation "sequence" the loss is then exactly its eq. 5.
+    """
+    if importance == "token":
+        return log_ratio.exp()
+    length = mask.sum(-1, keepdim=True).clamp_min(1)
+    return (log_ratio.sum(-1, keepdim=True) / length).exp().expand_as(log_ratio)
+
+
+def clipped_objective(
+    ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N 1"], config: GRPOConfig
+) -> tuple[Float[Tensor, "N T"], Bool[Tensor, "N T"]]:
+    """min(r A, clip(r, 1 - low, 1 + high) A), and where clipping took the gradient away.
+
+    One epsilon on both sides: PPO, GRPO. high > low: DAPO's clip-higher (arXiv 2503.14476, eq. 10). None: that side is
+    free. dual_clip c: for A < 0 not below c A (arXiv 1912.09729, eq. 5).
+    """
+    free = ratio * advantage
+    objective = free
+    if config.clip_low is not None or config.clip_high is not None:
+        low = None if config.clip_low is None else 1.0 - config.clip_low
+        high = None if config.clip_high is None else 1.0 + config.clip_high
+        objective = torch.minimum(free, ratio.clamp(low, high) * advantage)
+    if config.dual_clip is not None:
+        objective = torch.where(advantage < 0, torch.maximum(objective, config.dual_clip * advantage), objective)
+    return objective, objective.detach() != free.detach()
+
+
+def mismatch_weight(
+    old_logprobs: Float[Tensor, "N T"], rollout_logprobs: Float[Tensor, "N T"], cap: float
+) -> Float[Tensor, "N T"]:
+    """Truncated importance sampling: min(pi_old / pi_rollout, cap), without gradient.
+
+    Corrects for a sampler that computes other numbers than the trainer (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training").
+    """
+    return (old_logprobs - rollout_logprobs).detach().exp().clamp_max(cap)
+
+
+def kl_estimate(
+    policy_logprobs: Float[Tensor, "*shape"], reference_logprobs: Float[Tensor, "*shape"], estimator: str
+) -> Float[Tensor, "*shape"]:
+    """KL(policy || reference) from one sample of the policy, nats (Schulman, "Approximating KL divergence", 2020).
+
+    With d = log policy - log reference. k1: d, unbiased, any sign; as a loss its gradient is 0 on average. k2: d^2 / 2.
+    k3: exp(-d) - 1 + d, unbiased, never negative; GRPO's (arXiv 2402.03300, eq. 4).
+    """
+    difference = policy_logprobs - reference_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return difference.square() / 2
+    # expm1 keeps the small values that a difference of exponentials would round to noise.
+    return torch.expm1(-difference) + difference
+
+
+def aggregate(
+    values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], counts: GlobalCounts, aggregation: str
+) -> Float[Tensor, ""]:
+    """This microbatch's part of the mean over the update.
+
+    token: over all its tokens, DAPO (arXiv 2503.14476, eq. 8, with the update in place of one group). sequence: over
+    rollouts of the mean over their tokens, GRPO (arXiv 2402.03300, eq. 3). dr_grpo: sum over tokens, divided by
+    rollouts x a constant length, Dr.GRPO (arXiv 2503.20783).
+    """
+    total = (values * mask).sum(-1)
+    if aggregation == "token":
+        return total.sum() / counts.num_tokens
+    if aggregation == "sequence":
+        return (total / mask.sum(-1).clamp_min(1)).sum() / counts.num_rollouts
+    return total.sum() / (counts.num_rollouts * counts.max_tokens)
+
+
+def mismatch(
+    rollout_logprobs: Float[Tensor, "*shape"],
+    policy_logprobs: Float[Tensor, "*shape"],
+    mask: Bool[Tensor, "*shape"],
+) -> Mismatch:
+    """Sampler against trainer on the same tokens and weights; KL(rollout || policy) by k3."""
+    rollout = _masked(rollout_logprobs, mask).detach()
+    policy = _masked(policy_logprobs, mask).detach()
+    difference = (policy - rollout).abs()
+    largest = difference.max() if difference.numel() else difference.sum()
+    return Mismatch(
+        num_tokens=mask.sum().to(difference.dtype),
+        abs_sum=difference.sum(),
+        abs_max=largest,
+        kl_sum=kl_estimate(rollout, policy, "k3").sum(),
+    )
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Zero outside the mask, so that -inf or NaN there reaches neither loss nor gradient."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def _check(counts: GlobalCounts, config: GRPOConfig, reference: Tensor | None, entropy: Tensor | None) -> None:
+    if counts.num_tokens < 1 or counts.num_rollouts < 1 or counts.max_tokens < 1:
+        raise ValueError(f"{counts} has a zero; skip the update when no rollout carries loss")
+    if config.kl_beta > 0 and reference is None:
+        raise ValueError(f"grpo.kl_beta is {config.kl_beta} but reference_logprobs is None; score the reference")
+    if config.entropy_weight != 0 and entropy is None:
+        raise ValueError(f"grpo.entropy_weight is {config.entropy_weight} but entropy is None; score with entropy")
