@@ -1,0 +1,195 @@
+"""What the drawn numbers do to pixels: one DALI graph for crop -> truth -> degraded image.
+
+Nothing is drawn here: kernels, noise and parameters come in with each sample, so a sample's bytes do not depend on
+its place in a batch or on the threads. The same description builds for the CPU (`device_id=None`) and for a GPU, where
+pixels are uploaded and JPEG, filters and resizes run on the device.
+
+Stated differences from Real-ESRGAN's own operators: bicubic has a = -0.5 (theirs -0.75, both without antialiasing); area
+is the mean of a k-fold linear oversampling (theirs exact; within 0.004 on 0..1 here) and bilinear where it enlarges;
+Poisson is its normal approximation with the same mean and variance, the photon count taken from the image's span of
+levels; JPEG is libjpeg's (theirs a differentiable imitation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.math as dmath
+import nvidia.dali.types as types
+from jaxtyping import UInt8
+from nvidia.dali import pipeline_def
+
+from realsr_hpc.data.degradation import DegradationParameters, ResizeMode, StageParameters, noise_field
+from realsr_hpc.data.kernels import build_kernel
+
+_LUMA = np.array([[[0.2989, 0.587, 0.114]]], np.float32)
+_USM_WINDOW_PX, _USM_SIGMA_PX, _USM_AMOUNT, _USM_THRESHOLD = 51, 8.0, 0.5, 10.0
+"""BasicSR's USMSharp: radius 50 (made odd), the sigma OpenCV derives from it, amount and threshold (of 255)."""
+_MAX_OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class DegradationInput:
+    """One sample as the graph takes it."""
+
+    crop: UInt8[np.ndarray, "side side 3"]
+    """Square cut of the photograph, already mirrored."""
+    parameters: DegradationParameters
+    noise_rng: np.random.Generator
+    """Drawn from twice: the first stage's field, then the second's."""
+
+
+class DegradationPipeline:
+    """Runs batches of up to `max_batch_size` samples through the graph, one at a time, nothing prefetched."""
+
+    def __init__(
+        self,
+        max_batch_size: int,
+        gt_size_px: int,
+        upscale: int,
+        *,
+        usm_sharpen_gt: bool,
+        num_threads: int = 1,
+        device_id: int | None = None,
+    ) -> None:
+        self.gt_size_px, self.lq_size_px = gt_size_px, gt_size_px // upscale
+        self._pipeline = _graph(
+            gt_size_px,
+            self.lq_size_px,
+            usm_sharpen_gt,
+            device_id is not None,
+            batch_size=max_batch_size,
+            num_threads=num_threads,
+            device_id=device_id,
+            prefetch_queue_depth=1,
+            exec_pipelined=False,
+            exec_async=False,
+        )
+        self._pipeline.build()
+
+    def run(
+        self, samples: Sequence[DegradationInput]
+    ) -> tuple[UInt8[np.ndarray, "B h w 3"], UInt8[np.ndarray, "B H W 3"]]:
+        """Degraded images and truths of the samples, in their order."""
+        rows = [self._feed(sample) for sample in samples]
+        for name in rows[0]:
+            self._pipeline.feed_input(name, [row[name] for row in rows])
+        lq, gt = self._pipeline.run()
+        return np.asarray(lq.as_cpu().as_array()), np.asarray(gt.as_cpu().as_array())
+
+    def _feed(self, sample: DegradationInput) -> dict[str, np.ndarray]:
+        p = sample.parameters
+        first, second, lq_px = p.first, p.second, self.lq_size_px
+        return {
+            "crop": sample.crop,
+            "kernel1": build_kernel(first.blur),
+            "kernel2": build_kernel(second.blur),
+            "sinc": build_kernel(p.final_sinc),
+            "noise1": noise_field(sample.noise_rng, first),
+            "noise2": noise_field(sample.noise_rng, second),
+            "resize1": _resize_row(first.resize_mode, self.gt_size_px, first.side_px),
+            "resize2": _resize_row(second.resize_mode, first.side_px, second.side_px),
+            "resize3": _resize_row(p.final_resize_mode, second.side_px, lq_px),
+            "noising1": _noise_row(first),
+            "noising2": _noise_row(second),
+            "quality": np.array([first.jpeg_quality, second.jpeg_quality, int(p.jpeg_last)], np.int32),
+        }
+
+
+def _resize_row(mode: ResizeMode, source_px: int, target_px: int) -> np.ndarray:
+    """[target side, oversampling, is bicubic]."""
+    oversampling = 1
+    if mode == "area" and target_px < source_px:
+        oversampling = min(_MAX_OVERSAMPLING, math.ceil(2 * source_px / target_px))
+    return np.array([target_px, oversampling, int(mode == "bicubic")], np.int32)
+
+
+def _noise_row(stage: StageParameters) -> np.ndarray:
+    """[level on 0..1 for Gaussian, factor for Poisson; is Poisson; is gray]."""
+    poisson = stage.noise == "poisson"
+    return np.array([stage.noise_level if poisson else stage.noise_level / 255, poisson, stage.gray], np.float32)
+
+
+@pipeline_def(enable_conditionals=True)
+def _graph(gt_size_px, lq_size_px, usm_sharpen_gt, gpu):
+    """Crop -> resize to the truth's size (antialiased) -> USM -> two stages -> the end; 8 bits out."""
+    crop = _pixels("crop", gpu)
+    gt = fn.resize(crop, size=[gt_size_px, gt_size_px], interp_type=types.INTERP_CUBIC, antialias=True,
+                   dtype=types.FLOAT)  # fmt: skip
+    gt = dmath.clamp(gt / 255.0, 0.0, 1.0)
+    if usm_sharpen_gt:
+        gt = _usm_sharpen(gt)
+    quality = fn.external_source(name="quality")
+    x = _stage(gt, "1", gpu)
+    x = _jpeg(x, quality[0])
+    x = _stage(x, "2", gpu)
+    sinc, resize = _pixels("sinc", gpu, layout=None), fn.external_source(name="resize3")
+    if quality[2] > 0:
+        x = fn.filter(_resize(x, resize), sinc, border="reflect_101")
+        x = _jpeg(x, quality[1])
+    else:
+        x = _jpeg(x, quality[1])
+        x = fn.filter(_resize(x, resize), sinc, border="reflect_101")
+    return _to_bytes(x), _to_bytes(gt)
+
+
+def _stage(x, number, gpu):
+    x = fn.filter(x, _pixels(f"kernel{number}", gpu, layout=None), border="reflect_101")
+    x = _resize(x, fn.external_source(name=f"resize{number}"))
+    return _add_noise(x, _pixels(f"noise{number}", gpu), fn.external_source(name=f"noising{number}"))
+
+
+def _pixels(name, gpu, layout="HWC"):
+    source = fn.external_source(name=name, layout=layout)
+    return source.gpu() if gpu else source
+
+
+def _resize(x, row):
+    """Without antialiasing, as PyTorch's interpolate; area averages k x k linear samples a pixel."""
+    side, k = row[0], row[1]
+    size = fn.cast(fn.stack(side * k, side * k), dtype=types.FLOAT)
+    if row[2] > 0:
+        y = fn.resize(x, size=size, interp_type=types.INTERP_CUBIC, antialias=False)
+    else:
+        y = fn.resize(x, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
+    y = fn.reshape(y, shape=fn.stack(side, k, side, k, 0 * k + 3))
+    return fn.reshape(fn.reductions.mean(y, axes=[1, 3]), layout="HWC")
+
+
+def _add_noise(x, field, row):
+    """Gaussian: level * field. Poisson: factor * sqrt(v / n) * field, v the (gray) value, n photons a unit."""
+    if row[1] > 0:
+        luma = fn.reductions.sum(x * types.Constant(_LUMA), axes=[2], keep_dims=True)
+        value = _round(x + row[2] * (luma - x))
+        span = fn.reductions.max(value, axes=[0, 1, 2]) - fn.reductions.min(value, axes=[0, 1, 2])
+        photons = dmath.fpow(2.0, dmath.ceil(dmath.log2(span * 255.0 + 1.0)))
+        noise = dmath.sqrt(value / photons) * field
+    else:
+        noise = field * 1.0
+    return fn.reshape(dmath.clamp(x + noise * row[0], 0.0, 1.0), layout="HWC")
+
+
+def _jpeg(x, quality):
+    return fn.cast(fn.jpeg_compression_distortion(_to_bytes(x), quality=quality), dtype=types.FLOAT) / 255.0
+
+
+def _usm_sharpen(x):
+    """BasicSR's USMSharp: add half of what a wide blur removes, where that is more than a threshold."""
+    residual = x - fn.gaussian_blur(x, window_size=_USM_WINDOW_PX, sigma=_USM_SIGMA_PX)
+    mask = fn.cast(dmath.abs(residual) * 255.0 > _USM_THRESHOLD, dtype=types.FLOAT)
+    soft = fn.gaussian_blur(fn.reshape(mask, layout="HWC"), window_size=_USM_WINDOW_PX, sigma=_USM_SIGMA_PX)
+    sharp = dmath.clamp(x + _USM_AMOUNT * residual, 0.0, 1.0)
+    return fn.reshape(x + soft * (sharp - x), layout="HWC")
+
+
+def _round(x):
+    return dmath.floor(dmath.clamp(x, 0.0, 1.0) * 255.0 + 0.5) / 255.0
+
+
+def _to_bytes(x):
+    """Clamped, rounded to nearest: DALI's cast does both."""
+    return fn.reshape(fn.cast(x * 255.0, dtype=types.UINT8), layout="HWC")
