@@ -238,20 +238,23 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def local_to_hf(policy: Policy) -> dict[str, Tensor]:
+def local_to_hf(policy: Policy, part: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """Gather the whole weights to world rank 0's host memory, one parameter at a time; {} elsewhere.
 
-    Every rank of the first data-parallel replica must call it (all ranks may).
+    Every rank of the first data-parallel replica must call it (all ranks may). part: what to take of a parameter
+    instead of its value, e.g. its gradient.
     """
     groups, shapes = policy.groups, policy.shapes
     owned = {(row.local, layer): (row, parameter) for row, layer, parameter in _local_rows(policy)}
-    dtype = next(policy.parameters()).dtype
     whole: dict[str, Tensor] = {}
     for (row, layer), stage in _owners(policy):
         names = [name.format(i=layer) for name in row.hf]
         if stage == groups.pp_rank:
-            tensors = [t.contiguous() for t in split(row, _shards(owned[row.local, layer][1], row, policy), shapes)]
+            _, parameter = owned[row.local, layer]
+            value = parameter.detach() if part is None else part(parameter)
+            tensors = [t.contiguous() for t in split(row, _shards(value, row, policy), shapes)]
         else:
+            dtype = _part_dtype(policy, part)
             tensors = [torch.empty(hf_shape(n, shapes), dtype=dtype, device=groups.device) for n in names]
         if groups.pp_size > 1:
             source = dist.get_global_rank(groups.pp, stage)
@@ -262,11 +265,16 @@ def local_to_hf(policy: Policy) -> dict[str, Tensor]:
     return whole
 
 
-def _shards(parameter: Tensor, row: Row, policy: Policy) -> list[Tensor]:
+def _part_dtype(policy: Policy, part: Callable[[Tensor], Tensor] | None) -> torch.dtype:
+    first = next(policy.parameters())
+    return first.dtype if part is None else part(first).dtype
+
+
+def _shards(value: Tensor, row: Row, policy: Policy) -> list[Tensor]:
     if row.cut == "whole" or policy.groups.tp_size == 1:
-        return [parameter.detach()]
-    shards = [torch.empty_like(parameter) for _ in range(policy.groups.tp_size)]
-    dist.all_gather(shards, parameter.detach().contiguous(), group=policy.groups.tp)
+        return [value]
+    shards = [torch.empty_like(value) for _ in range(policy.groups.tp_size)]
+    dist.all_gather(shards, value.contiguous(), group=policy.groups.tp)
     return shards
 
 

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -25,6 +24,25 @@ from realsr_hpc.model.hf_mapping import WeightShapes, init_weights, load_hf_weig
 from realsr_hpc.model.spec import block_spec, segment_mask, transformer_config
 from realsr_hpc.parallel import backend, layout
 from realsr_hpc.parallel.groups import Groups
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity; the gradient is summed over the group.
+
+    Megatron's copy_to_tensor_model_parallel_region reduces a contiguous copy of a strided gradient and returns the
+    gradient unreduced: silently wrong behind a transpose.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].contiguous().clone()
+        dist.all_reduce(summed, group=ctx.group)
+        return summed, None
 
 
 class PolicyChunk(GPTModel):
@@ -44,8 +62,8 @@ class PolicyChunk(GPTModel):
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        elif group.size() > 1:
+            hidden = _SumGradient.apply(hidden, group)
         return hidden.transpose(0, 1)
 
 

@@ -1,0 +1,147 @@
+"""One optimizer update: data-parallel wrapping, forward and backward, clipping, AdamW.
+
+Gradients are sums over microbatches and data-parallel ranks of what the loss function returned; nothing averages
+them. An update whose gradient is not finite is not applied, and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from torch import Tensor
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.policy import Policy
+from realsr_hpc.optim.schedule import learning_rate
+from realsr_hpc.parallel import backend
+from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, Outputs, run_pipeline
+from realsr_hpc.parallel.reduce import reduce_float
+
+# norms and their biases do not decay; by name, as the weights of q and k norms have two dimensions
+_NO_DECAY: Any = {ParamKey(name="*layernorm.*"): {"wd_mult": 0.0}}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update did."""
+
+    outputs: list[Outputs]
+    """The loss function's outputs by microbatch on the last stage, [] on the others."""
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping."""
+    applied: bool
+    """False: the gradient was not finite and the weights are unchanged."""
+    lr: float
+
+
+class Optimiser:
+    """Owns the trained policy's gradient buffers, AdamW's state and the learning-rate schedule."""
+
+    def __init__(self, policy: Policy, config: RunConfig, total_steps: int) -> None:
+        """total_steps: updates of the whole run, the end of the decay."""
+        self.policy = policy
+        self.optim = config.optim
+        self.total_steps = total_steps
+        self.num_updates = 0
+        """Updates tried so far; the schedule's clock."""
+        self.num_skipped = 0
+        """Of these, not applied because of a gradient that was not finite."""
+        self.distributed = config.parallel.distributed_optimizer
+        policy.config.finalize_model_grads_func = _sum_gradients
+        with backend.vendor_calls():
+            self.chunks = [
+                DistributedDataParallel(policy.config, self._ddp_config(), chunk, disable_bucketing=index > 0)
+                for index, chunk in enumerate(policy.chunks)
+            ]
+            self.vendor: Any = get_megatron_optimizer(self._optimizer_config(), self.chunks, _NO_DECAY)
+
+    @property
+    def groups(self) -> Groups:
+        """Process groups of the policy."""
+        return self.policy.groups
+
+    def step(self, microbatches: list[Microbatch], loss_fn: LossFunction) -> StepResult:
+        """Zero gradients, forward and backward over all microbatches, clip, update."""
+        self.backward(microbatches, loss_fn, outputs := [])
+        with backend.vendor_calls():
+            return self._update(outputs)
+
+    def backward(self, microbatches: list[Microbatch], loss_fn: LossFunction, outputs: list[Outputs]) -> None:
+        """Fresh gradients of the microbatches in every parameter's `main_grad`; outputs are appended."""
+        self.policy.train()
+        with backend.vendor_calls():
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.vendor.zero_grad()
+        outputs.extend(run_pipeline(self, microbatches, loss_fn, forward_only=False))
+
+    def _update(self, outputs: list[Outputs]) -> StepResult:
+        lr = learning_rate(self.optim, self.num_updates, self.total_steps)
+        for group in self.vendor.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.optim.weight_decay * group["wd_mult"]
+        found_inf = bool(self.vendor.prepare_grads())
+        grad_norm = self._grad_norm()
+        applied = not found_inf and math.isfinite(grad_norm)
+        if applied:
+            self._clip(grad_norm)
+            self.vendor.step_with_ready_grads()
+        self.num_updates += 1
+        self.num_skipped += not applied
+        return StepResult(outputs, grad_norm, applied, lr)
+
+    def _grad_norm(self) -> float:
+        norm = float(self.vendor.get_grad_norm())
+        # every rank must come to the same decision; Megatron's own norm spans tp x pp (x dp when sharded)
+        agreed = norm if math.isfinite(norm) else math.inf
+        return reduce_float(agreed, torch.distributed.group.WORLD, self.groups.device, "max")
+
+    def _clip(self, grad_norm: float) -> None:
+        factor = self.optim.clip_grad_norm / (grad_norm + 1e-6)
+        if factor >= 1.0:
+            return
+        for parameter in self.vendor.get_parameters():
+            gradient: Tensor | None = parameter.grad
+            if gradient is not None:
+                gradient.mul_(factor)
+
+    def _ddp_config(self) -> DistributedDataParallelConfig:
+        return DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=self.distributed,
+            overlap_grad_reduce=False,
+            overlap_param_gather=False,
+            check_for_nan_in_grad=False,
+        )
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        optim, dtype = self.optim, self.policy.config.params_dtype
+        return OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.epsilon,
+            clip_grad=optim.clip_grad_norm,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=self.distributed,
+            optimizer_cpu_offload=optim.cpu_offload,
+            optimizer_offload_fraction=1.0 if optim.cpu_offload else 0.0,
+        )
+
+
+def _sum_gradients(
+    model: list[Any], num_tokens: Tensor | None = None, pg_collection: Any = None, **arguments: Any
+) -> None:
+    """Megatron's reduction without its division by the number of tokens: the caller's loss has divided already."""
+    del num_tokens
+    finalize_model_grads(model, None, pg_collection, **arguments)
