@@ -84,6 +84,17 @@ class ParsedTrace:
 
 
 @dataclass(frozen=True)
+class RestoredImage:
+    """One restored image with its reasoning; images are RGB uint8 [H, W, 3]."""
+
+    image: np.ndarray | None
+    """Final image; None when the trace holds none."""
+    trace: ParsedTrace
+    stages: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
+    """Rough, middle and final image."""
+
+
+@dataclass(frozen=True)
 class RolloutGroup:
     """Sampled responses of one prompt, with what is needed to score them exactly as sampled."""
 
@@ -117,26 +128,35 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True)
+class TrainingSequence:
+    """One prompt and response to train on; L loss tokens, in order of position.
+
+    SFT leaves the rollout fields empty: its loss tokens are the whole response, under the plain distribution.
+    """
+
+    tokens: Int[Tensor, " S"]
+    positions: Int[Tensor, " L"]
+    """Where the prediction is made: the target is `tokens[positions + 1]`."""
+    mask_ids: Int[Tensor, " L"]
+    temperature: Float[Tensor, " L"]
+    rollout_logprobs: Float[Tensor, " L"]
+    advantage: float = 0.0
+    support: UInt8[Tensor, "L K"] | None = None
+    cfg_scale: Float[Tensor, " L"] | None = None
+    """None: no guidance."""
+    blocks: Int[Tensor, " S"] | None = None
+    """Number of the image block (or lone token) a token belongs to: context of the unconditional stream."""
+
+
+@dataclass(frozen=True)
 class GRPOBatch:
-    """One optimizer update's rollouts, flat and right-padded; position t predicts token t + 1."""
+    """The rollouts of one step on this data-parallel rank, with the counts over all ranks."""
 
-    tokens: Int[Tensor, "N S"]
-    lengths: Int[Tensor, " N"]
-    """Prompt and response tokens."""
-    loss_mask: Bool[Tensor, "N S-1"]
-    """Sampled, unforced response tokens."""
-    mask_ids: Int[Tensor, "N S-1"]
-    rollout_logprobs: Float[Tensor, "N S-1"]
-    advantages: Float[Tensor, " N"]
-    support: UInt8[Tensor, "N S-1 K"] | None = None
-    temperature: Float[Tensor, "N S-1"] | None = None
-    """Sampling temperature a position; None: one."""
-    reference_logprobs: Float[Tensor, "N S-1"] | None = None
-
-    @property
-    def num_loss_tokens(self) -> int:
-        """Tokens that carry loss in this batch (sum over ranks for the global count)."""
-        return int(self.loss_mask.sum())
+    sequences: tuple[TrainingSequence, ...]
+    num_tokens_global: int
+    """Loss tokens over all ranks."""
+    num_rollouts_global: int
+    """Rollouts that carry loss, over all ranks."""
 
 
 @dataclass(frozen=True)
