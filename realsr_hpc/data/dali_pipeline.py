@@ -4,10 +4,10 @@ Nothing is drawn here: kernels, noise and parameters come in with each sample, s
 its place in a batch or on the threads. The same description builds for the CPU (`device_id=None`) and for a GPU, where
 pixels are uploaded and JPEG, filters and resizes run on the device.
 
-Stated differences from Real-ESRGAN's own operators: bicubic has a = -0.5 (theirs -0.75, both without antialiasing); area
-is the mean of a k-fold linear oversampling (theirs exact; within 0.004 on 0..1 here) and bilinear where it enlarges;
-Poisson is its normal approximation with the same mean and variance, the photon count taken from the image's span of
-levels; JPEG is libjpeg's (theirs a differentiable imitation).
+Stated differences from Real-ESRGAN's own operators: bicubic has a = -0.5 (theirs -0.75, both without antialiasing);
+area is the mean of a k-fold linear oversampling, bilinear where it enlarges (theirs exact); Poisson is its normal
+approximation with the same mean and variance, the photon count taken from the image's span of levels (theirs from the
+number of levels in use); JPEG is libjpeg's (theirs a differentiable imitation).
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class DegradationPipeline:
         for name in rows[0]:
             self._pipeline.feed_input(name, [row[name] for row in rows])
         lq, gt = self._pipeline.run()
-        return np.asarray(lq.as_cpu().as_array()), np.asarray(gt.as_cpu().as_array())
+        # Copies: DALI writes its next batch into the same memory.
+        return np.array(lq.as_cpu().as_array()), np.array(gt.as_cpu().as_array())
 
     def _feed(self, sample: DegradationInput) -> dict[str, np.ndarray]:
         p = sample.parameters

@@ -1,0 +1,158 @@
+"""One sample by its global index: which photograph, which window, which degradation.
+
+The order is a permutation an epoch keyed on (seed, epoch); all else is keyed on (seed, index). Nothing here knows of
+batches, ranks or threads. A photograph that cannot be used is skipped, counted and named, and the next one of the
+epoch's order stands in for it under the same index.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from realsr_hpc.data.decoding import BrokenImage, decode_image
+from realsr_hpc.data.degradation import (
+    Crop,
+    DegradationParameters,
+    Preset,
+    Stream,
+    generator,
+    sample_crop,
+    sample_degradation,
+)
+from realsr_hpc.data.manifest import Manifest, ManifestEntry
+
+MIN_PHOTOGRAPH_PX = 32
+"""Shorter side below which a photograph is no truth."""
+
+Pixels = UInt8[np.ndarray, "H W 3"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and shares that decide the window."""
+
+    gt_size_px: int
+    upscale: int
+    min_scene_fraction: float
+    hflip: float
+
+    @property
+    def lq_size_px(self) -> int:
+        """Side of the degraded image."""
+        return self.gt_size_px // self.upscale
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A photograph's window, with what is to be done to it.
+
+    Unpaired: `gt` is the square window at its own size and `parameters` are to be applied. Paired: both windows at
+    their final sizes. LQ only: `lq` alone.
+    """
+
+    index: int
+    entry: ManifestEntry
+    gt: Pixels | None
+    lq: Pixels | None
+    parameters: DegradationParameters | None
+
+
+class Samples:
+    """Samples of one split, by global index."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        mode: Literal["unpaired", "paired", "lq_only"],
+        geometry: Geometry,
+        preset: Preset,
+        *,
+        seed: int,
+        shuffle: bool,
+    ) -> None:
+        self.manifest, self.mode, self.geometry, self.preset = manifest, mode, geometry, preset
+        self.seed, self.shuffle = seed, shuffle
+        self.skipped: dict[str, str] = {}
+        """Why, by key, for every photograph that could not be used so far."""
+        self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample of a global index.
+
+        Raises:
+            ValueError: if no photograph of the split can be used.
+        """
+        epoch, place = divmod(index, len(self.manifest))
+        order = self._epoch_order(epoch)
+        for step in range(len(order)):
+            entry = self.manifest.entries[order[(place + step) % len(order)]]
+            if entry.key in self.skipped:
+                continue
+            try:
+                return self._make(index, entry)
+            except BrokenImage as error:
+                self.skipped[entry.key] = str(error)
+        raise ValueError(f"no photograph of {self.manifest.root} can be used: {dict(list(self.skipped.items())[:5])}")
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.manifest))
+        known, order = self._order
+        if known != epoch:
+            order = generator(self.seed, epoch, Stream.ORDER).permutation(len(self.manifest))
+            self._order = (epoch, order)
+        return order
+
+    def _make(self, index: int, entry: ManifestEntry) -> Sample:
+        rng = generator(self.seed, index, Stream.CROP)
+        if self.mode == "unpaired":
+            return self._unpaired(index, entry, rng)
+        if self.mode == "paired":
+            return self._paired(index, entry, rng)
+        image = _decode_at_least(self.manifest.path(entry), self.geometry.lq_size_px)
+        crop = _window(rng, image, self.geometry.lq_size_px, self.geometry.hflip)
+        return Sample(index, entry, None, cut(image, crop), None)
+
+    def _unpaired(self, index: int, entry: ManifestEntry, rng: np.random.Generator) -> Sample:
+        geometry = self.geometry
+        image = _decode_at_least(self.manifest.path(entry), MIN_PHOTOGRAPH_PX)
+        crop = sample_crop(rng, image.shape[1], image.shape[0], geometry.min_scene_fraction, geometry.hflip)
+        drawn = sample_degradation(
+            generator(self.seed, index, Stream.DEGRADATION), self.preset, geometry.gt_size_px, geometry.upscale
+        )
+        return Sample(index, entry, cut(image, crop), None, drawn)
+
+    def _paired(self, index: int, entry: ManifestEntry, rng: np.random.Generator) -> Sample:
+        """Windows at native resolution: resampling would alter the real degradation."""
+        upscale = self.geometry.upscale
+        gt = decode_image(self.manifest.path(entry))
+        lq = _decode_at_least(self.manifest.lq_path(entry), self.geometry.lq_size_px)
+        if gt.shape[:2] != (lq.shape[0] * upscale, lq.shape[1] * upscale):
+            raise BrokenImage(f"pair: truth {gt.shape[:2]} is not {upscale} x low quality {lq.shape[:2]}")
+        crop = _window(rng, lq, self.geometry.lq_size_px, self.geometry.hflip)
+        large = Crop(crop.left * upscale, crop.top * upscale, crop.side * upscale, crop.flip)
+        return Sample(index, entry, cut(gt, large), cut(lq, crop), None)
+
+
+def cut(image: Pixels, crop: Crop) -> Pixels:
+    """The crop's window, mirrored where it says so."""
+    window = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
+    return np.ascontiguousarray(window[:, ::-1] if crop.flip else window)
+
+
+def _window(rng: np.random.Generator, image: Pixels, side: int, hflip: float) -> Crop:
+    height, width = image.shape[:2]
+    left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    return Crop(left, top, side, bool(rng.random() < hflip))
+
+
+def _decode_at_least(path: Path, side: int) -> Pixels:
+    image = decode_image(path)
+    if min(image.shape[:2]) < side:
+        raise BrokenImage(f"small: {image.shape[1]}x{image.shape[0]} px, at least {side} px a side are needed")
+    return image
