@@ -1,0 +1,123 @@
+"""From the spool to MLflow: in batches, in order, each (metric, step) once.
+
+`delivered.json` holds the byte offset up to which the spool has arrived. It is written after MLflow has committed, so a
+kill in between sends that batch again; MLflow's store ignores a metric with the same key, step, time and value, and
+times come from the spool, so nothing is doubled. A step logged again after a resume is sent only if it had not
+arrived before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.tracking.spool import SPOOL_NAME, Event, read_events, write_atomically
+from realsr_hpc.tracking.store import client, prepare_run, read_bookmark
+
+OFFSET_NAME = "delivered.json"
+METRICS_A_BATCH = 500
+FIRST_RETRY_S = 1.0
+LAST_RETRY_S = 60.0
+logger = logging.getLogger(__name__)
+
+
+class Delivery:
+    """Sends what the spool of one run holds and MLflow does not."""
+
+    def __init__(self, config: RunConfig, run_dir: Path) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self._spool = run_dir / SPOOL_NAME
+        self._offset = _read_offset(run_dir)
+        self._arrived: set[tuple[str, int]] = set()
+        for event, end in read_events(self._spool):
+            if end <= self._offset and event["kind"] == "metrics":
+                self._arrived.update((key, event["step"]) for key in event["metrics"])
+
+    def send_pending(self) -> int:
+        """Metric values and artifacts sent now. Any error of MLflow or of the server passes through."""
+        pending = list(read_events(self._spool, self._offset))
+        if not pending:
+            return 0
+        run_id = prepare_run(self.config, self.run_dir)
+        mlflow = client((read_bookmark(self.run_dir) or {})["uri"])
+        sent = self._send_metrics(mlflow, run_id, [event for event, _ in pending])
+        for event, _ in pending:
+            if event["kind"] == "artifact" and Path(event["path"]).exists():
+                mlflow.log_artifact(run_id, event["path"], event["folder"] or None)
+                sent += 1
+        self._offset = pending[-1][1]
+        write_atomically(self.run_dir / OFFSET_NAME, json.dumps({"offset": self._offset}))
+        return sent
+
+    def _send_metrics(self, mlflow, run_id: str, events: list[Event]) -> int:
+        from mlflow.entities import Metric
+
+        metrics = []
+        for event in _without_truncated(events):
+            for key, value in event["metrics"].items():
+                if (key, event["step"]) not in self._arrived:
+                    self._arrived.add((key, event["step"]))
+                    metrics.append(Metric(key, value, event["time_ms"], event["step"]))
+        try:
+            for start in range(0, len(metrics), METRICS_A_BATCH):
+                mlflow.log_batch(run_id, metrics=metrics[start : start + METRICS_A_BATCH])
+        except Exception:
+            self._arrived.difference_update((metric.key, metric.step) for metric in metrics)
+            raise
+        return len(metrics)
+
+
+class DeliveryThread(threading.Thread):
+    """Delivers behind the training loop; a server that is away is tried again, ever more rarely."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, interval_s: float) -> None:
+        super().__init__(name="tracking", daemon=True)
+        self._delivery = Delivery(config, run_dir)
+        self._interval_s = interval_s
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        """Until `finish`; then once more."""
+        wait_s = self._interval_s
+        while not self._end.wait(wait_s):
+            wait_s = self._interval_s if self._try() else min(LAST_RETRY_S, max(FIRST_RETRY_S, 2 * wait_s))
+        self._try()
+
+    def finish(self, timeout_s: float) -> bool:
+        """True when everything arrived within `timeout_s`; otherwise sync_tracking sends the rest later."""
+        self._end.set()
+        self.join(timeout_s)
+        return not self.is_alive()
+
+    def _try(self) -> bool:
+        try:
+            self._delivery.send_pending()
+        except Exception as error:  # tracking never stops training: whatever the server's fault is, the spool keeps all
+            logger.warning("tracking: not delivered (%s); kept in %s", brief(error), self._delivery.run_dir)
+            return False
+        return True
+
+
+def _without_truncated(events: list[Event]) -> list[Event]:
+    kept: list[Event] = []
+    for event in events:
+        if event["kind"] == "truncate":
+            kept = [earlier for earlier in kept if earlier["step"] <= event["step"]]
+        elif event["kind"] == "metrics":
+            kept.append(event)
+    return kept
+
+
+def _read_offset(run_dir: Path) -> int:
+    path = run_dir / OFFSET_NAME
+    return json.loads(path.read_text())["offset"] if path.exists() else 0
+
+
+def brief(error: Exception) -> str:
+    """One line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

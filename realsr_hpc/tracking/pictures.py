@@ -1,0 +1,54 @@
+"""Pictures for people: grids of images and curves of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CELL_PX = 128
+_MARGIN_PX = 4
+_HEADER_PX = 16
+
+
+def image_grid(
+    rows: Sequence[Sequence[np.ndarray | None]], headers: Sequence[str], cell_px: int = CELL_PX
+) -> Image.Image:
+    """A grid of RGB uint8 [h, w, 3] images, each shown at `cell_px`; None is a crossed box."""
+    step = cell_px + _MARGIN_PX
+    size = (len(headers) * step + _MARGIN_PX, len(rows) * step + _HEADER_PX + _MARGIN_PX)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, header in enumerate(headers):
+        draw.text((_MARGIN_PX + column * step, 2), header, fill="black")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            corner = (_MARGIN_PX + column * step, _HEADER_PX + _MARGIN_PX + row * step)
+            canvas.paste(_cell(image, cell_px), corner)
+    return canvas
+
+
+def _cell(image: np.ndarray | None, cell_px: int) -> Image.Image:
+    if image is None:
+        cell = Image.new("RGB", (cell_px, cell_px), "lightgrey")
+        ImageDraw.Draw(cell).line([(0, 0), (cell_px, cell_px), (0, cell_px), (cell_px, 0)], fill="grey")
+        return cell
+    # Small inputs keep their pixels visible; large ones are averaged.
+    mode = Image.Resampling.NEAREST if image.shape[0] < cell_px else Image.Resampling.LANCZOS
+    return Image.fromarray(image).resize((cell_px, cell_px), mode)
+
+
+def curves(path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, ylabel: str) -> None:
+    """Line plot PNG of named (steps, values) pairs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, (steps, values) in series.items():
+        axes.plot(steps, values, marker=".", label=name)
+    axes.set(title=title, xlabel="step", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    figure.savefig(path, dpi=120)

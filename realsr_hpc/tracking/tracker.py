@@ -1,0 +1,103 @@
+"""What a training loop calls to be seen: metrics, artifacts, progress.
+
+Calls write to the run's spool and return; MLflow is fed behind them. So a server that is slow, away or gone for good
+costs the run nothing, and `sync` sends later what did not arrive.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from realsr_hpc.config.load import from_yaml
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.tracking.delivery import Delivery, DeliveryThread, brief
+from realsr_hpc.tracking.spool import Spool, write_atomically
+from realsr_hpc.tracking.store import prepare_run, read_bookmark, set_status
+
+PROGRESS_NAME = "progress.json"
+INTERVAL_S = 2.0
+CLOSE_TIMEOUT_S = 60.0
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """One run's tracker; without `writer` (all ranks but one) every call does nothing."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, *, writer: bool) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self._spool = Spool(run_dir) if writer else None
+        self._thread = DeliveryThread(config, run_dir, INTERVAL_S) if writer else None
+
+    @classmethod
+    def open(cls, config: RunConfig, run_dir: Path, *, writer: bool) -> Tracker:
+        """The tracker of `run_dir`, its MLflow run found or created; a server that is away is no error."""
+        tracker = cls(config, run_dir, writer=writer)
+        if tracker._thread is not None:
+            try:
+                prepare_run(config, run_dir)
+                set_status(run_dir, "RUNNING")
+            except Exception as error:  # tracking never stops training
+                logger.warning("tracking: MLflow is not reachable (%s); events are kept in %s", brief(error), run_dir)
+            tracker._thread.start()
+        return tracker
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's; empty while it has not been reachable."""
+        return (read_bookmark(self.run_dir) or {}).get("run_id", "")
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Numbers of one step, keys `room/quantity/reduction`; on disk when this returns."""
+        if self._spool is not None and metrics:
+            numbers = {key: float(value) for key, value in metrics.items()}
+            self._spool.append({"kind": "metrics", "step": step, "time_ms": _now_ms(), "metrics": numbers})
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """A file that stays where it is; MLflow gets a copy under `folder`."""
+        if self._spool is not None:
+            self._spool.append({"kind": "artifact", "path": str(path.resolve()), "folder": folder})
+
+    def progress(self, step: int, total: int, text: str) -> None:
+        """Where the run stands, for whoever follows it; also the sign of life that the hang watchdog looks for."""
+        if self._spool is not None:
+            state = {"step": step, "total": total, "text": text, "time_ms": _now_ms()}
+            write_atomically(self.run_dir / PROGRESS_NAME, json.dumps(state))
+
+    def truncate(self, step: int) -> None:
+        """After a resume from `step`: what was logged for later steps no longer holds."""
+        if self._spool is not None:
+            self._spool.append({"kind": "truncate", "step": step})
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Deliver the rest and set the MLflow run's status; what cannot be delivered waits for `sync`."""
+        if self._spool is None or self._thread is None:
+            return
+        self._spool.close()
+        if not self._thread.finish(CLOSE_TIMEOUT_S):
+            return
+        try:
+            set_status(self.run_dir, status)
+        except Exception as error:  # tracking never stops training
+            logger.warning("tracking: status %s not delivered (%s)", status, brief(error))
+
+
+def sync(run_dir: Path) -> int:
+    """Send what a run's spool holds and MLflow does not; number of values and artifacts sent.
+
+    Raises RecipeError without a recipe.yaml; errors of MLflow pass through.
+    """
+    return Delivery(from_yaml(run_dir / "recipe.yaml"), run_dir).send_pending()
+
+
+def read_progress(run_dir: Path) -> dict | None:
+    """`step`, `total`, `text` and `time_ms` of the last sign of life; None before the first."""
+    path = run_dir / PROGRESS_NAME
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,136 @@
+"""Tracking: everything logged arrives once, whatever dies in between. Real MLflow on sqlite."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.tracking import Tracker, metrics_by_step, prepare_run, read_bookmark, sync
+from realsr_hpc.tracking.delivery import OFFSET_NAME
+from realsr_hpc.tracking.spool import SPOOL_NAME, Spool, read_events
+from realsr_hpc.tracking.store import client
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def make_run(root, name: str, **tracking):
+    config = RunConfig.model_validate(
+        {"name": name, "task": "grpo", "output_root": str(root), "tracking": tracking}
+    )
+    run_dir = root / name
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    return config, run_dir
+
+
+def history(run_dir, key: str) -> list[tuple[int, float]]:
+    bookmark = read_bookmark(run_dir)
+    points = client(bookmark["uri"]).get_metric_history(bookmark["run_id"], key)
+    return sorted((point.step, point.value) for point in points)
+
+
+def test_metrics_params_artifacts_and_status_arrive(root):
+    config, run_dir = make_run(root, "arrives", description="why", tags={"site": "here"})
+    tracker = Tracker.open(config, run_dir, writer=True)
+    for step in range(1, 6):
+        tracker.log_metrics(step, {"rewards/total/mean": step / 4})
+    (run_dir / "note.txt").write_text("seen")
+    tracker.log_artifact(run_dir / "note.txt", "notes")
+    tracker.close()
+    assert history(run_dir, "rewards/total/mean") == [(step, step / 4) for step in range(1, 6)]
+    run = client(read_bookmark(run_dir)["uri"]).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["grpo.kl_beta"] == "0.01"
+    assert run.data.tags["site"] == "here" and len(run.data.tags["realsr_hpc.signature"]) == 12
+    files = client(read_bookmark(run_dir)["uri"]).list_artifacts(tracker.run_id, "notes")
+    assert [file.path for file in files] == ["notes/note.txt"]
+
+
+def test_a_resumed_run_continues_the_same_mlflow_run_without_doubled_steps(root):
+    config, run_dir = make_run(root, "resumed")
+    first = Tracker.open(config, run_dir, writer=True)
+    for step in range(1, 5):
+        first.log_metrics(step, {"loss": float(step)})
+    first.close("SCHEDULED")
+    second = Tracker.open(config, run_dir, writer=True)
+    second.truncate(2)
+    for step in range(3, 7):
+        second.log_metrics(step, {"loss": float(step)})
+    second.close()
+    assert second.run_id == first.run_id
+    assert history(run_dir, "loss") == [(step, float(step)) for step in range(1, 7)]
+    assert list(metrics_by_step(run_dir)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_truncated_steps_that_never_arrived_are_not_sent(root):
+    config, run_dir = make_run(root, "truncated")
+    spool = Spool(run_dir)
+    for step in (1, 2, 3):
+        spool.append({"kind": "metrics", "step": step, "time_ms": step, "metrics": {"loss": float(step)}})
+    spool.append({"kind": "truncate", "step": 1})
+    spool.append({"kind": "metrics", "step": 2, "time_ms": 9, "metrics": {"loss": 20.0}})
+    spool.close()
+    assert sync(run_dir) == 2
+    assert history(run_dir, "loss") == [(1, 1.0), (2, 20.0)]
+    assert metrics_by_step(run_dir) == {1: {"loss": 1.0}, 2: {"loss": 20.0}}
+
+
+def test_sending_again_after_a_kill_before_the_bookkeeping_doubles_nothing(root):
+    config, run_dir = make_run(root, "killed")
+    spool = Spool(run_dir)
+    for step in (1, 2, 3):
+        spool.append({"kind": "metrics", "step": step, "time_ms": step, "metrics": {"loss": float(step)}})
+    spool.close()
+    sync(run_dir)
+    (run_dir / OFFSET_NAME).unlink()
+    sync(run_dir)
+    assert history(run_dir, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert sync(run_dir) == 0
+
+
+def test_a_torn_line_is_cut_off_and_the_rest_kept(tmp_path):
+    spool = Spool(tmp_path)
+    spool.append({"kind": "metrics", "step": 1, "time_ms": 1, "metrics": {"loss": 1.0}})
+    spool.close()
+    with (tmp_path / SPOOL_NAME).open("ab") as file:
+        file.write(b'{"kind": "metr')
+    assert [event["step"] for event, _ in read_events(tmp_path / SPOOL_NAME)] == [1]
+    again = Spool(tmp_path)
+    again.append({"kind": "metrics", "step": 2, "time_ms": 2, "metrics": {"loss": 2.0}})
+    again.close()
+    assert list(metrics_by_step(tmp_path)) == [1, 2]
+
+
+def test_a_dead_server_stops_nothing_and_sync_sends_later(root, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config, run_dir = make_run(root, "offline", uri="http://127.0.0.1:9")
+    tracker = Tracker.open(config, run_dir, writer=True)
+    tracker.log_metrics(1, {"loss": 1.0})
+    tracker.progress(1, 2, "training")
+    tracker.close()
+    assert tracker.run_id == ""
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": None})})
+    (run_dir / "recipe.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    assert sync(run_dir) == 1
+    assert history(run_dir, "loss") == [(1, 1.0)]
+
+
+def test_other_ranks_write_nothing(root):
+    config, run_dir = make_run(root, "reader")
+    tracker = Tracker.open(config, run_dir, writer=False)
+    tracker.log_metrics(1, {"loss": 1.0})
+    tracker.progress(1, 2, "training")
+    tracker.close()
+    assert {path.name for path in run_dir.iterdir()} == {"recipe.yaml"}
+
+
+def test_preparing_twice_gives_one_run(root):
+    config, run_dir = make_run(root, "twice")
+    first = prepare_run(config, run_dir)
+    (run_dir / "mlflow.json").unlink()
+    assert prepare_run(config, run_dir) == first
