@@ -1,0 +1,233 @@
+"""KV-cached decoding on the live policy weights: no second copy, no refit, at any TP x PP.
+
+Megatron's own inference path calls the training modules token by token; this one reads the same parameters and does
+only what a decode step needs. Its equality with the training forward is a test, and `rollout/mismatch_kl` watches it
+in every run. Rows are P prompts x G rollouts, row = prompt * G + rollout; all rows stand at the same position. A group
+shares its prompt: prefix keys and values are stored once a prompt and its G queries meet them in one product.
+
+Classifier-free guidance adds a second stream of the same rows that sees only the current image block
+(PAPER section 1): its linears are batched with the first stream's, its keys are masked before the block's start.
+Rotary embeddings are relative, so that stream keeps its positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from realsr_hpc.model.policy import Policy
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [n, kv, h/kv, d], k [n, kv, d], v [n, kv, d]) -> context [n, h, d]."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """References to one Megatron layer's parameters (this rank's shards)."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    q_norm: torch.nn.Module
+    k_norm: torch.nn.Module
+    proj: Tensor
+    mlp_norm: Tensor
+    fc1: Tensor
+    fc2: Tensor
+
+    @classmethod
+    def of(cls, layer: torch.nn.Module) -> LayerWeights:
+        """Works for the local spec and for Transformer Engine's, whose linears hold their norm's weight."""
+        attention, mlp = layer.self_attention, layer.mlp
+        fused = hasattr(attention.linear_qkv, "layer_norm_weight")
+        return cls(
+            attention.linear_qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
+            attention.linear_qkv.weight,
+            attention.q_layernorm,
+            attention.k_layernorm,
+            attention.linear_proj.weight,
+            mlp.linear_fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
+            mlp.linear_fc1.weight,
+            mlp.linear_fc2.weight,
+        )
+
+
+class Stream:
+    """Keys and values of one stream of rows: shared prefix [P, kv, L, d] and own suffix [n, kv, T, d] a layer."""
+
+    def __init__(self, num_layers: int, rows: int, kv_heads: int, max_tokens: int, head_dim: int, like: Tensor):
+        shape = (num_layers, rows, kv_heads, max_tokens, head_dim)
+        self.prefix: list[tuple[Tensor, Tensor]] = []
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.starts: Tensor | None = None
+        """First suffix position a row sees [n]; None: all, and the prefix."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
+        """Attention of one token a row: q [n, kv, h/kv, d], k and v [n, kv, d] -> [n, kv, h/kv, d]."""
+        self.keys[layer, :, :, position] = k
+        self.values[layer, :, :, position] = v
+        keys = self.keys[layer, :, :, : position + 1]
+        values = self.values[layer, :, :, : position + 1]
+        q = q * q.shape[-1] ** -0.5
+        scores = q @ keys.transpose(-1, -2)
+        if self.starts is not None:
+            hidden = torch.arange(position + 1, device=q.device) < self.starts[:, None]
+            scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+            return torch.softmax(scores.float(), -1).to(q.dtype) @ values
+        prefix_keys, prefix_values = self.prefix[layer]
+        by_prompt = _by_prompt(q, prefix_keys.shape[0])
+        prefix_scores = _by_row(by_prompt @ prefix_keys.transpose(-1, -2), q)
+        weights = torch.softmax(torch.cat([prefix_scores, scores], -1).float(), -1).to(q.dtype)
+        split = prefix_scores.shape[-1]
+        from_prefix = _by_prompt(weights[..., :split], prefix_keys.shape[0]) @ prefix_values
+        return _by_row(from_prefix, q) + weights[..., split:] @ values
+
+
+def _by_prompt(x: Tensor, prompts: int) -> Tensor:
+    """[n, kv, r, *] -> [P, kv, G r, *]: the group's queries side by side."""
+    n, kv, r, last = x.shape
+    return x.view(prompts, n // prompts, kv, r, last).transpose(1, 2).reshape(prompts, kv, -1, last)
+
+
+def _by_row(x: Tensor, like: Tensor) -> Tensor:
+    """Inverse of `_by_prompt` for rows like `like`."""
+    n, kv, r, _ = like.shape
+    prompts = x.shape[0]
+    return x.view(prompts, kv, n // prompts, r, -1).transpose(1, 2).reshape(n, kv, r, -1)
+
+
+class Decoder:
+    """Prefill and single-token steps over a policy's local layers."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self.groups = policy.groups
+        config = policy.config
+        self.head_dim = config.kv_channels
+        self.kv_heads = config.num_query_groups // self.groups.tp_size
+        self.queries_per_kv = config.num_attention_heads // config.num_query_groups
+        self.epsilon = config.layernorm_epsilon
+        self.chunks = [[LayerWeights.of(layer) for layer in chunk.decoder.layers] for chunk in policy.chunks]
+        self.num_layers = sum(map(len, self.chunks))
+
+    @torch.no_grad()
+    def prefill(
+        self, prompts: Int[Tensor, "P L"], group_size: int, max_new_tokens: int, guided: bool
+    ) -> tuple[list[Stream], Float[Tensor, "P V"] | None]:
+        """Cache the prompts once and return the streams and the first logits (None off the last pipeline stage)."""
+        size = (self.num_layers, prompts.shape[0] * group_size, self.kv_heads, max_new_tokens, self.head_dim)
+        like = self.policy.chunks[0].decoder.layers[0].self_attention.linear_qkv.weight
+        streams = [Stream(*size, like=like) for _ in range(2 if guided else 1)]
+        if guided:
+            streams[1].starts = torch.zeros(size[1], dtype=torch.long, device=like.device)
+        length = prompts.shape[1]
+        cos, sin = self._rotary(torch.arange(length, device=prompts.device), like.dtype)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = [x.unflatten(0, prompts.shape).movedim(1, -2) for x in (q.flatten(1, 2), k, v)]
+            q, k, v = rows[0], rows[1].contiguous(), rows[2].contiguous()
+            streams[0].prefix.append((k, v))
+            repeated = [x.repeat_interleave(self.queries_per_kv, 1) for x in (k, v)]
+            out = F.scaled_dot_product_attention(q, *repeated, is_causal=True)
+            return out.movedim(-2, 1).flatten(0, 1)
+
+        hidden = self._run(prompts.flatten(), attend, cos.repeat(len(prompts), 1), sin.repeat(len(prompts), 1))
+        if hidden is None:
+            return streams, None
+        return streams, self._logits(hidden.view(*prompts.shape, -1)[:, -1])
+
+    @torch.no_grad()
+    def step(self, streams: list[Stream], tokens: Int[Tensor, " n"], position: int) -> list[Tensor] | None:
+        """Feed one token a row at suffix `position`; logits [n, V] a stream, None off the last pipeline stage."""
+        prefix_length = streams[0].prefix[0][0].shape[2]
+        cos, sin = self._rotary(torch.tensor([prefix_length + position], device=tokens.device), streams[0].keys.dtype)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = zip(streams, *(x.chunk(len(streams)) for x in (q, k, v)), strict=True)
+            return torch.cat([stream.attend(layer, *qkv, position) for stream, *qkv in parts]).flatten(1, 2)
+
+        hidden = self._run(tokens.repeat(len(streams)), attend, cos, sin)
+        return None if hidden is None else list(self._logits(hidden).chunk(len(streams)))
+
+    def _run(self, tokens: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor | None:
+        """Embed, pass every local layer in pipeline order, final norm; None off the last stage."""
+        groups, x = self.groups, None
+        offset = 0
+        for index, layers in enumerate(self.chunks):
+            if groups.is_first_stage and index == 0:
+                x = self._embed(tokens)
+            else:
+                x = self._receive(tokens.shape[0])
+            for number, layer in enumerate(layers):
+                x = self._layer(x, layer, offset + number, attend, cos, sin)
+            offset += len(layers)
+            if groups.is_last_stage and index == len(self.chunks) - 1:
+                norm = self.policy.chunks[-1].decoder.final_layernorm.weight
+                return F.rms_norm(x, norm.shape, norm, self.epsilon)
+            self._send(x)
+        return None
+
+    def _layer(self, x: Tensor, w: LayerWeights, number: int, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
+        y = F.rms_norm(x, w.attention_norm.shape, w.attention_norm, self.epsilon)
+        qkv = F.linear(y, w.qkv).view(-1, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
+        q, k, v = qkv.split([self.queries_per_kv, 1, 1], 2)
+        q = _rotate(w.q_norm(q.flatten(1, 2)), cos, sin).view(q.shape)
+        k = _rotate(w.k_norm(k.squeeze(2)), cos, sin)
+        context = attend(number, q, k, v.squeeze(2)).flatten(1)
+        x = x + self._sum_tp(F.linear(context, w.proj))
+        y = F.rms_norm(x, w.mlp_norm.shape, w.mlp_norm, self.epsilon)
+        gate, up = F.linear(y, w.fc1).chunk(2, -1)
+        return x + self._sum_tp(F.linear(F.silu(gate) * up, w.fc2))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        table = self.policy.chunks[0].embedding.word_embeddings.weight
+        if self.groups.tp_size == 1:
+            return F.embedding(tokens, table)
+        local = tokens - self.groups.tp_rank * table.shape[0]
+        outside = (local < 0) | (local >= table.shape[0])
+        return self._sum_tp(F.embedding(local.masked_fill(outside, 0), table).masked_fill(outside[:, None], 0.0))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """float32 [n, V], gathered over the vocabulary shards."""
+        local = F.linear(hidden, self.policy.output_weight).float().contiguous()
+        if self.groups.tp_size == 1:
+            return local
+        shards = [torch.empty_like(local) for _ in range(self.groups.tp_size)]
+        dist.all_gather(shards, local, group=self.groups.tp)
+        return torch.cat(shards, -1)
+
+    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [positions, head_dim], computed in float32 (rotate-half layout)."""
+        theta = self.policy.chunks[0].rotary_base
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
+        angles = torch.outer(positions.float(), 1.0 / theta**exponents).repeat(1, 2)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _sum_tp(self, x: Tensor) -> Tensor:
+        if self.groups.tp_size > 1:
+            dist.all_reduce(x, group=self.groups.tp)
+        return x
+
+    def _neighbour(self, step: int) -> int:
+        return dist.get_global_rank(self.groups.pp, (self.groups.pp_rank + step) % self.groups.pp_size)
+
+    def _receive(self, rows: int) -> Tensor:
+        weight = self.chunks[0][0].proj
+        x = weight.new_empty(rows, self.policy.config.hidden_size)
+        dist.recv(x, self._neighbour(-1), group=self.groups.pp)
+        return x
+
+    def _send(self, x: Tensor) -> None:
+        dist.send(x.contiguous(), self._neighbour(1), group=self.groups.pp)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [n, heads, d] with cos, sin [n or 1, d]."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]

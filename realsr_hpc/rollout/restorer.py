@@ -1,0 +1,47 @@
+"""Restore images with a policy: prompts, one sampled trace each, decoded images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.policy import Policy
+from realsr_hpc.records import LQBatch, ParsedTrace, RestoredImage, RolloutGroup
+from realsr_hpc.rollout.sampler import Sampler
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.vlcot.grammar import Grammar
+
+FIRST_ID = 1 << 40
+"""Rollout numbers from here on are no training rollout's: restoring never shares draws with training."""
+
+
+class PolicyRestorer:
+    """Calls a policy on batches of LQ images; the same images and seed give the same result."""
+
+    def __init__(self, policy: Policy, tokens: TraceTokenizer, config: RunConfig, *, constrained: bool = True):
+        """constrained: force a well-formed trace, whatever grammar the recipe trains with."""
+        self.tokens = tokens
+        grammar = Grammar(tokens.codec, "constrained" if constrained else config.rollout.grammar)
+        self.sampler = Sampler(policy, grammar, config.rollout, config.seed)
+
+    def __call__(self, batch: LQBatch) -> list[RestoredImage]:
+        """One restored image each."""
+        ids = [FIRST_ID + int(index) for index in batch.index]
+        self.sampler.policy.eval()
+        groups = self.sampler.generate(self.tokens.prompts(batch.lq), 1, ids)
+        traces = [trace for group in groups for trace in parse_group(self.tokens, group)]
+        stages = zip(
+            *(self.tokens.decode([trace.images[stage] for trace in traces]) for stage in range(3)), strict=True
+        )
+        return [RestoredImage(images[2], trace, images) for trace, images in zip(traces, stages, strict=True)]
+
+
+def parse_group(tokens: TraceTokenizer, group: RolloutGroup) -> list[ParsedTrace]:
+    """The traces of a group's responses."""
+    rows = zip(group.tokens, group.lengths, strict=True)
+    return [tokens.codec.parse(row[:length].tolist()) for row, length in rows]
+
+
+def final_images(tokens: TraceTokenizer, traces: list[ParsedTrace]) -> list[np.ndarray | None]:
+    """Decoded final images, all in one batch."""
+    return tokens.decode([trace.images[2] for trace in traces])

@@ -1,0 +1,85 @@
+"""Images and texts of a batch to tokens, and code grids back to pixels: the two tokenizers behind one object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.records import DegradationLabel, LQBatch, SceneText
+from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
+from realsr_hpc.tokenizer.text import TextTokenizer
+from realsr_hpc.vlcot.sequence import Trace, TraceCodec
+from realsr_hpc.vlcot.vocabulary import build_vocabulary
+
+
+class TraceTokenizer:
+    """Prompts, traces and pixels of one recipe."""
+
+    def __init__(self, codec: TraceCodec, image: ImageTokenizer, device: torch.device):
+        self.codec, self.image, self.device = codec, image, device
+
+    @classmethod
+    def load(cls, config: RunConfig, device: torch.device) -> TraceTokenizer:
+        """Both tokenizers from the recipe's files."""
+        text = TextTokenizer(config.text_tokenizer.path)
+        vocabulary = build_vocabulary(config.vlcot, config.image_tokenizer.codebook_size, text.vocab_size)
+        codec = TraceCodec(config.vlcot, vocabulary, text, config.image_tokenizer.downsample)
+        return cls(codec, load_image_tokenizer(config.image_tokenizer, device).eval(), device)
+
+    @torch.no_grad()
+    def encode(self, images: UInt8[Tensor, "B 3 h w"], size_px: int) -> Int[np.ndarray, "B side side"]:
+        """Code grids of images shown at `size_px`."""
+        codes = self.image.encode(shown_at(images.to(self.device), size_px))
+        return codes.cpu().numpy()
+
+    def prompts(self, lq: UInt8[Tensor, "B 3 h w"]) -> Int[Tensor, "B P"]:
+        """Prompt tokens with each LQ image shown at the recipe's `vlcot.lq_size_px`."""
+        grids = self.encode(lq, self.codec.config.lq_size_px)
+        return torch.tensor([self.codec.prompt(grid) for grid in grids])
+
+    def responses(self, batch: LQBatch) -> list[list[int] | None]:
+        """Response tokens of each image's true trace; None where its truth, label or texts are unknown."""
+        if batch.gt is None:
+            return [None] * len(batch)
+        stages = [self.encode(batch.gt, size) for size in self.codec.config.image_sizes_px]
+        rows = zip(batch.labels, batch.scenes, *stages, strict=True)
+        return [self._response(label, scene, grids) for label, scene, *grids in rows]
+
+    def _response(
+        self, label: DegradationLabel | None, scene: SceneText | None, grids: Sequence[np.ndarray]
+    ) -> list[int] | None:
+        if label is None or scene is None:
+            return None
+        return self.codec.build(Trace(label.phrase, scene.captions, tuple(grids)))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def decode(self, grids: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
+        """uint8 [H, W, 3] of each grid, all grids of one shape in one batch; None stays None."""
+        images: list[np.ndarray | None] = [None] * len(grids)
+        shapes = {grid.shape for grid in grids if grid is not None}
+        for shape in sorted(shapes):
+            rows = [row for row, grid in enumerate(grids) if grid is not None and grid.shape == shape]
+            codes = torch.from_numpy(np.stack([grids[row] for row in rows])).to(self.device)
+            pixels = to_uint8(self.image.decode(codes)).movedim(1, -1).cpu().numpy()
+            for row, image in zip(rows, pixels, strict=True):
+                images[row] = image
+        return images
+
+
+def shown_at(images: UInt8[Tensor, "B 3 h w"], size_px: int) -> Float[Tensor, "B 3 size size"]:
+    """Bicubic (antialiased) resize to a square, in [-1, 1]."""
+    pixels = images.float() / 127.5 - 1.0
+    if images.shape[-2:] != (size_px, size_px):
+        pixels = F.interpolate(pixels, (size_px, size_px), mode="bicubic", antialias=True, align_corners=False)
+    return pixels.clamp(-1.0, 1.0)
+
+
+def to_uint8(pixels: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+    """[-1, 1] to 0..255, rounded."""
+    return ((pixels + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,119 @@
+"""What every training loop shares: building the parts, resuming, reporting, checkpoints, stopping in step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realsr_hpc import checkpoint
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.policy import Policy, build_policy
+from realsr_hpc.optim.step import Optimiser
+from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.parallel.pipeline import Microbatch, Outputs
+from realsr_hpc.parallel.reduce import broadcast_from_last_stage, broadcast_object, gather_objects, reduce_float
+from realsr_hpc.records import StepReport, TrainingSequence
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.tracking.tracker import Tracker
+from realsr_hpc.train.batches import collate
+
+logger = logging.getLogger(__name__)
+
+DONE, REQUEUE = 0, 85
+"""Exit codes of a training main: finished; stopped at a step boundary with a checkpoint, to be continued."""
+
+Stop = Callable[[], bool]
+
+
+class TrainingRun:
+    """A run on this rank: groups, tokenizers, policy, optimiser, tracker and their common checkpoint."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, stop: Stop, num_steps: int, num_updates: int):
+        self.config, self.run_dir, self._stop, self.num_steps = config, run_dir, stop, num_steps
+        self.groups = initialise(config.parallel, config.seed)
+        self.tokens = TraceTokenizer.load(config, self.groups.device)
+        self.policy: Policy = build_policy(config, self.groups, self.vocabulary.size)
+        self.optimiser = Optimiser(self.policy, config, num_updates)
+        self.tracker = Tracker.open(config, run_dir, writer=self.groups.is_main)
+        self.counters: dict[str, int] = {}
+
+    @property
+    def vocabulary(self):
+        """Token ids of the recipe."""
+        return self.tokens.codec.vocabulary
+
+    def per_rank(self, count: int, field: str) -> int:
+        """Share of one data-parallel rank; ValueError when `count` does not divide."""
+        if count % self.groups.dp_size:
+            raise ValueError(
+                f"{field} is {count}, which {self.groups.dp_size} data-parallel ranks cannot share evenly: "
+                f"choose a multiple of {self.groups.dp_size}"
+            )
+        return count // self.groups.dp_size
+
+    def microbatches(self, sequences: Sequence[TrainingSequence], *, packing: bool) -> list[Microbatch]:
+        """Collated for this layout; at least one, also for no sequences."""
+        parallel = self.config.parallel
+        return collate(
+            sequences,
+            parallel.microbatch_tokens,
+            packing=packing,
+            pad=self.vocabulary.pad,
+            device=self.groups.device,
+            multiple=parallel.pp if parallel.virtual_pp > 1 else 1,
+        )
+
+    def count(self, local: int) -> int:
+        """Sum over the data-parallel ranks."""
+        return int(reduce_float(float(local), self.groups.dp, self.groups.device, "sum"))
+
+    def total(self, outputs: list[Outputs]) -> dict[str, float]:
+        """Contributions of the last stage summed over microbatches and data-parallel ranks, on every rank."""
+        local: dict[str, float] = {}
+        for output in outputs:
+            for name, value in output.items():
+                local[name] = local.get(name, 0.0) + float(value)
+        # A rank without loss tokens has no names of its own.
+        named = gather_objects(broadcast_from_last_stage(local, self.groups), self.groups.dp)
+        names = sorted({name for part in named for name in part})
+        return {name: sum(part.get(name, 0.0) for part in named) for name in names}
+
+    def resume(self, loader: Any) -> int:
+        """Load the newest complete checkpoint, if there is one; the number of steps already done."""
+        path = checkpoint.latest(self.run_dir / "checkpoints") if self.groups.is_main else None
+        path = broadcast_object(path, torch.distributed.group.WORLD)
+        if path is None:
+            return 0
+        state = checkpoint.load(path, self.policy, self.optimiser, self.groups)
+        loader.load_state_dict(state["data"])
+        self.counters = dict(state["counters"])
+        self.tracker.truncate(state["step"])
+        logger.info("resumed from %s: step %d of %d", path, state["step"], self.num_steps)
+        return state["step"]
+
+    def report(self, report: StepReport, text: str) -> None:
+        """Metrics to the tracker, one line to the log, progress for whoever watches."""
+        self.tracker.log_metrics(report.step, report.metrics)
+        self.tracker.progress(report.step, self.num_steps, text)
+        if self.groups.is_main:
+            logger.info("step %d/%d  %s", report.step, self.num_steps, text)
+
+    def must_stop(self, step: int, loader: Any) -> bool:
+        """At the boundary after `step`: checkpoint when due, and whether all ranks stop here.
+
+        One rank's signal stops all at the same step: the flag is reduced, so that the collective save cannot hang.
+        """
+        stop = reduce_float(float(self._stop()), torch.distributed.group.WORLD, self.groups.device, "max") > 0
+        if stop or step == self.num_steps or step % self.config.checkpoint.every_steps == 0:
+            self.save(step, loader)
+        return stop and step < self.num_steps
+
+    def save(self, step: int, loader: Any) -> None:
+        """Write a checkpoint of everything that decides how the run goes on."""
+        state = {"step": step, "data": loader.state_dict(), "counters": self.counters, "run_id": self.tracker.run_id}
+        root = self.run_dir / "checkpoints"
+        checkpoint.save(root, step, self.policy, self.optimiser, state, keep_last=self.config.checkpoint.keep_last)

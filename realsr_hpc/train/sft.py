@@ -1,0 +1,116 @@
+"""Cold start: supervised fine-tuning on true VLCoT traces (PAPER section 1).
+
+A step reads: batch of degraded images with labels and captions -> prompts and traces -> microbatches -> cross-entropy
+of the response tokens plus z-loss -> optimizer -> report. Cross-entropy is the scorer of the GRPO loss with a mask
+that allows everything. Left out: loss on the prompt, dropout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.data.loader import LQLoader
+from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, run_pipeline
+from realsr_hpc.records import LQBatch, StepReport, TrainingSequence
+from realsr_hpc.rollout.restorer import PolicyRestorer
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.tracking.pictures import image_grid
+from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
+from realsr_hpc.train.scoring import nothing_to_score, score_microbatch
+
+
+def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
+    """Run the recipe; the exit code (see train/run.py)."""
+    sft = config.sft
+    run = TrainingRun(config, run_dir, stop, sft.num_steps, sft.num_steps)
+    groups = run.groups
+    share = run.per_rank(sft.batch_size, "sft.batch_size")
+    loader = LQLoader(config, config.data.train_split, share, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+    heldout = LQLoader(config, config.data.heldout_split, sft.heldout_traces, shuffle=False).next()
+    for step in range(run.resume(loader) + 1, sft.num_steps + 1):
+        sequences = trace_sequences(run.tokens, loader.next())
+        microbatches, num_tokens = _microbatches(run, sequences)
+        result = run.optimiser.step(microbatches, cross_entropy(run, num_tokens, sft.z_loss))
+        metrics = {**run.total(result.outputs), "optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
+        if step % sft.heldout_every_steps == 0 or step == sft.num_steps:
+            metrics |= heldout_loss(run, heldout)
+        if sft.sample_every_steps and step % sft.sample_every_steps == 0:
+            _log_samples(run, heldout, step)
+        run.report(StepReport(step, metrics), _text(metrics))
+        if run.must_stop(step, loader):
+            run.tracker.close("KILLED")
+            return REQUEUE
+    run.tracker.close("FINISHED")
+    return DONE
+
+
+def trace_sequences(tokens: TraceTokenizer, batch: LQBatch) -> list[TrainingSequence]:
+    """Prompt and true response of each image that has one; every response token carries loss."""
+    rows = zip(tokens.prompts(batch.lq), tokens.responses(batch), strict=True)
+    return [_sequence(prompt, response) for prompt, response in rows if response is not None]
+
+
+def _sequence(prompt: Tensor, response: list[int]) -> TrainingSequence:
+    count = len(response)
+    return TrainingSequence(
+        tokens=torch.cat([prompt, torch.tensor(response)]),
+        positions=torch.arange(len(prompt) - 1, len(prompt) + count - 1),
+        mask_ids=torch.zeros(count, dtype=torch.long),
+        temperature=torch.ones(count),
+        rollout_logprobs=torch.zeros(count),
+    )
+
+
+def _microbatches(run: TrainingRun, sequences: list[TrainingSequence]) -> tuple[list[Microbatch], int]:
+    """Microbatches of this rank, and the loss tokens of all ranks."""
+    microbatches = run.microbatches(sequences, packing=run.config.sft.packing)
+    return microbatches, run.count(sum(len(sequence.positions) for sequence in sequences))
+
+
+def cross_entropy(run: TrainingRun, num_tokens: int, z_loss: float) -> LossFunction:
+    """Loss function of the pipeline: this microbatch's part of the mean over `num_tokens`."""
+    allowed = torch.zeros(1, run.policy.padded_vocab_size, dtype=torch.bool, device=run.groups.device)
+    allowed[:, : run.policy.vocab_size] = True
+
+    def loss_fn(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        if not microbatch.extras:
+            return nothing_to_score(hidden, output_weight), {}
+        scores = score_microbatch(hidden, output_weight, microbatch, allowed, run.policy, with_logsumexp=True)
+        loss = -scores.logprobs.sum() / num_tokens
+        regulariser = z_loss * scores.logsumexp.square().sum() / num_tokens
+        return loss + regulariser, {"sft/loss/mean": loss.detach(), "sft/z_loss/mean": regulariser.detach()}
+
+    return loss_fn
+
+
+def heldout_loss(run: TrainingRun, batch: LQBatch) -> dict[str, float]:
+    """Cross-entropy of the held-out traces, nats a token; every data-parallel rank scores the same ones."""
+    sequences = trace_sequences(run.tokens, batch)
+    microbatches, total = _microbatches(run, sequences)
+    run.policy.eval()
+    outputs = run_pipeline(run.policy, microbatches, cross_entropy(run, total, 0.0), forward_only=True)
+    return {"heldout/loss/mean": run.total(outputs)["sft/loss/mean"]}
+
+
+def _log_samples(run: TrainingRun, batch: LQBatch, step: int) -> None:
+    """Restored held-out images of the current policy as a grid."""
+    restorer = PolicyRestorer(run.policy, run.tokens, run.config)
+    restored = restorer(batch)
+    if run.groups.is_main:
+        path = run.run_dir / "samples" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        rows = [
+            [lq.movedim(0, -1).numpy(), *item.stages, gt.movedim(0, -1).numpy()]
+            for lq, item, gt in zip(batch.lq, restored, batch.gt, strict=True)
+        ]
+        image_grid(rows, ("input", "rough", "middle", "final", "truth")).save(path)
+        run.tracker.log_artifact(path, "samples")
+
+
+def _text(metrics: dict[str, float]) -> str:
+    text = f"loss {metrics['sft/loss/mean']:.4f}"
+    return text + (f"  held-out {metrics['heldout/loss/mean']:.4f}" if "heldout/loss/mean" in metrics else "")

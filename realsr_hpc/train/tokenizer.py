@@ -1,0 +1,157 @@
+"""Train the small image tokenizer and text tokenizer from scratch; `main` reads in order.
+
+Plain PyTorch on one process: the tokenizer is small and trained once. No adversarial and no downloaded perceptual
+loss; sharpness is asked for by a multi-scale gradient loss. Weights handed on are the moving average of the trained
+ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
+from realsr_hpc.data.decoding import decode_image
+from realsr_hpc.data.manifest import read_manifest
+from realsr_hpc.tokenizer.codebook import CodebookAverages
+from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.train.tokenizer_images import TokenizerImages
+from realsr_hpc.train.tokenizer_text import train_recipe_text_tokenizer
+
+AVERAGE_DECAY = 0.998
+
+
+def main(config: RunConfig, run_dir: Path) -> None:
+    """Train, resuming from `run_dir/checkpoint.pt`; writes metrics.jsonl, grids and both tokenizers to `run_dir`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    train_recipe_text_tokenizer(config, run_dir / "text_tokenizer.json")
+    training = config.tokenizer_training
+    images = TokenizerImages(_photographs(config, config.data.train_split), training, config.seed)
+    heldout = heldout_images(config)
+    state = TokenizerTraining(config)
+    state.resume(run_dir / "checkpoint.pt")
+    while state.step < training.num_steps:
+        metrics = state.update(images.batch(state.step))
+        if state.step % training.log_every_steps == 0 or state.step == training.num_steps:
+            metrics |= state.evaluate(heldout, run_dir / f"grid_{state.step:06d}.png")
+            with open(run_dir / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": state.step, **metrics}) + "\n")
+            save_image_tokenizer(state.average, run_dir / "image_tokenizer.safetensors")
+            state.save(run_dir / "checkpoint.pt")
+
+
+class TokenizerTraining:
+    """Everything that changes from step to step, and the step itself."""
+
+    def __init__(self, config: RunConfig) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.training, self.step = config, config.tokenizer_training, 0
+        self.tokenizer = ImageTokenizer(config.image_tokenizer)
+        self.average = copy.deepcopy(self.tokenizer).requires_grad_(False)
+        self.codebook = self.tokenizer.quantize.embedding.weight.requires_grad_(False)
+        self.codebook_averages = CodebookAverages(self.codebook, self.training.codebook_decay)
+        weights = [p for p in self.tokenizer.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=1e-4)
+
+    def update(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, float]:
+        """One optimizer step, then the codebook's and the moving average's."""
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.training, self.step)
+        features = self.tokenizer.features(images)
+        quantised, codes = self.tokenizer.quantise(features)
+        loss = reconstruction_loss(self.tokenizer.reconstruct(quantised), images, self.training.gradient_weight)
+        commitment = functional.mse_loss(features, functional.embedding(codes, self.tokenizer.quantize.codebook()))
+        self.optimizer.zero_grad()
+        (loss + self.training.commitment_weight * commitment).backward()
+        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        self.optimizer.step()
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        moved = self.codebook_averages.update(
+            self.codebook, features.detach().flatten(0, 2), codes.flatten(), generator
+        )
+        decay = min(AVERAGE_DECAY, self.step / (self.step + 10))
+        for average, current in zip(self.average.parameters(), self.tokenizer.parameters(), strict=True):
+            average.lerp_(current.detach(), 1 - decay)
+        self.step += 1
+        return {"tokenizer/loss": loss.item(), "tokenizer/commitment": commitment.item(), "tokenizer/moved": moved}
+
+    def evaluate(self, images: Float[Tensor, "B 3 H W"], grid: Path) -> dict[str, float]:
+        """PSNR and codes in use on held-out images; `grid` shows truths above reconstructions."""
+        codes = self.average.encode(images)
+        reconstruction = self.average.decode(codes)
+        write_grid(torch.cat([images, reconstruction]), len(images), grid)
+        return {"tokenizer/heldout_psnr_db": psnr_db(reconstruction, images), "tokenizer/heldout_codes": len(codes.unique())}
+
+    def save(self, path: Path) -> None:
+        """Written aside, then renamed."""
+        parts = ("tokenizer", "average", "optimizer", "codebook_averages")
+        aside = path.with_suffix(f".{os.getpid()}")
+        torch.save({"step": self.step} | {part: getattr(self, part).state_dict() for part in parts}, aside)
+        os.replace(aside, path)
+
+    def resume(self, path: Path) -> None:
+        """Continue exactly from `path` if it exists; images and random choices depend on the step alone."""
+        if not path.exists():
+            return
+        stored = torch.load(path, weights_only=True)
+        self.step = stored.pop("step")
+        for part, state in stored.items():
+            getattr(self, part).load_state_dict(state)
+
+
+def learning_rate(training: TokenizerTrainingConfig, step: int) -> float:
+    """Linear warm-up, then a cosine to 2 % of `lr`."""
+    warmup = min(1.0, (step + 1) / max(1, training.warmup_steps))
+    return training.lr * warmup * (0.51 + 0.49 * math.cos(math.pi * step / training.num_steps))
+
+
+def reconstruction_loss(
+    output: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"], gradient_weight: float
+) -> Float[Tensor, ""]:
+    """L1 + L2 of pixels, and L1 of horizontal and vertical differences at sizes 1, 1/2 and 1/4."""
+    error = output - target
+    loss = error.abs().mean() + error.square().mean()
+    for scale in (1, 2, 4):
+        coarse = functional.avg_pool2d(error, scale)
+        gradient = coarse.diff(dim=-1).abs().mean() + coarse.diff(dim=-2).abs().mean()
+        loss = loss + gradient_weight / 3 * gradient
+    return loss
+
+
+def psnr_db(output: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) -> float:
+    """Mean over images, peak-to-peak 2."""
+    errors = (output - target).square().mean((1, 2, 3)).clamp_min(1e-10)
+    return float((10 * torch.log10(4 / errors)).mean())
+
+
+def write_grid(images: Float[Tensor, "N 3 H W"], columns: int, path: Path) -> None:
+    """PNG of images in [-1, 1], row by row."""
+    rows = [torch.cat(list(images[start : start + columns]), -1) for start in range(0, len(images), columns)]
+    pixels = ((torch.cat(rows, -2).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    Image.fromarray(pixels.movedim(0, -1).numpy()).save(path)
+
+
+def _photographs(config: RunConfig, split: str) -> list:
+    manifest = read_manifest(resolve(config.data.manifest)).split(split)
+    return [decode_image(manifest.path(entry)) for entry in manifest.entries]
+
+
+def heldout_images(config: RunConfig) -> Float[Tensor, "B 3 S S"]:
+    """Whole held-out scenes (central squares) at `crop_px`, in [-1, 1]."""
+    size = config.tokenizer_training.crop_px
+    squares = []
+    for photograph in map(Image.fromarray, _photographs(config, config.data.heldout_split)):
+        side, (width, height) = min(photograph.size), photograph.size
+        box = ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
+        square = photograph.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        squares.append(torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3))
+    return torch.stack(squares).movedim(-1, 1).float() / 127.5 - 1.0

@@ -1,0 +1,128 @@
+"""Images to train the tokenizer on: few photographs, seen at many scales, and images made from nothing.
+
+One image depends only on (seed, step, place in the batch), so a resumed run needs no data state. Crops span whole
+scenes to native resolution because the tokenizer encodes the same scene at 32, 64 and 128 px; some are degraded
+first because it also encodes LQ images. The degradation here is a rough stand-in; labels and exactness are data/'s.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor
+
+from realsr_hpc.config.schema import TokenizerTrainingConfig
+
+CROP_DIVISORS = (1, 2, 2, 2, 4)
+"""Crop sides of the steps, as divisors of `crop_px`; small crops come in larger batches, so steps cost the same."""
+
+
+class TokenizerImages:
+    """Batches float32 [B, 3, side, side] in [-1, 1] of a sequence of RGB photographs, uint8 [h, w, 3]."""
+
+    def __init__(
+        self, photographs: Sequence[UInt8[np.ndarray, "h w 3"]], config: TokenizerTrainingConfig, seed: int
+    ) -> None:
+        if not photographs:
+            raise ValueError("data.train_split has no photograph: the tokenizer needs at least one")
+        self.photographs = [Image.fromarray(photograph) for photograph in photographs]
+        self.config, self.seed = config, seed
+
+    def batch(self, step: int) -> Float[Tensor, "B 3 side side"]:
+        """The images of a step; `batch_size` counts images of `crop_px`."""
+        rng = np.random.default_rng([self.seed, step])
+        divisor = int(rng.choice(CROP_DIVISORS))
+        side, size = self.config.crop_px // divisor, self.config.batch_size * divisor**2
+        images = np.stack([self._image(np.random.default_rng([self.seed, step, i]), side) for i in range(size)])
+        return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1.0
+
+    def _image(self, rng: np.random.Generator, side: int) -> UInt8[np.ndarray, "side side 3"]:
+        if rng.random() < self.config.dead_leaves_share:
+            image = dead_leaves(rng, side)
+        else:
+            image = _crop(rng, self.photographs[rng.integers(len(self.photographs))], side)
+        if rng.random() < self.config.degraded_share:
+            image = _degrade(rng, image)
+        return _recolour(rng, np.rot90(np.asarray(image), rng.integers(4))[:, :: rng.choice((-1, 1))])
+
+
+def _crop(rng: np.random.Generator, photograph: Image.Image, side: int) -> Image.Image:
+    """A square between native resolution and the whole scene, log-uniform in scale, resized to `side`."""
+    largest = min(photograph.size)
+    smallest = min(side, largest)
+    source = round(smallest * (largest / smallest) ** rng.random())
+    left, top = (int(rng.integers(length - source + 1)) for length in photograph.size)
+    box = (left, top, left + source, top + source)
+    return photograph.resize((side, side), Image.Resampling.BICUBIC, box=box)
+
+
+def dead_leaves(rng: np.random.Generator, side: int) -> Image.Image:
+    """Overlapping opaque shapes with power-law sizes, each shaded and textured: edges as in photographs."""
+    big = 2 * side
+    image = Image.new("RGB", (big, big), _colour(rng))
+    radii = 0.05 * rng.random(int(rng.integers(15, 60))) ** -0.6
+    for radius in np.minimum(radii, 0.6) * big:
+        mask = _leaf_mask(rng, float(radius))
+        left, top = rng.integers(-mask.width // 2, big - mask.width // 2, 2).tolist()
+        image.paste(_leaf_paint(rng, mask.width), (left, top), mask)
+    return image.resize((side, side), Image.Resampling.BOX)
+
+
+def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
+    """Greyish colours more often than saturated ones."""
+    grey, tint = rng.uniform(0, 255), rng.normal(size=3) * rng.choice((5.0, 25.0, 70.0))
+    red, green, blue = np.clip(grey + tint, 0, 255).astype(int).tolist()
+    return red, green, blue
+
+
+def _leaf_mask(rng: np.random.Generator, radius: float) -> Image.Image:
+    """An ellipse or a polygon in a square of its own, sometimes out of focus."""
+    centre = 1.6 * radius + 4
+    mask = Image.new("L", (int(2 * centre), int(2 * centre)))
+    draw = ImageDraw.Draw(mask)
+    if rng.random() < 0.5:
+        wide, high = radius * rng.uniform(0.4, 1.6, 2)
+        draw.ellipse((centre - wide, centre - high, centre + wide, centre + high), fill=255)
+    else:
+        angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 7))))
+        corners = centre + 1.4 * radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+        draw.polygon([(float(x), float(y)) for x, y in corners], fill=255)
+    return mask.filter(ImageFilter.GaussianBlur(float(rng.uniform(1, 3)))) if rng.random() < 0.2 else mask
+
+
+def _leaf_paint(rng: np.random.Generator, side: int) -> Image.Image:
+    """Flat, shaded between two colours, or with noise of a random coarseness."""
+    kind, first = rng.random(), _colour(rng)
+    if kind < 0.3:
+        return Image.new("RGB", (side, side), first)
+    cells = 2 if kind < 0.7 else int(rng.integers(4, max(5, side // 3)))
+    spread = 40.0 if kind < 0.7 else rng.uniform(5, 50)
+    field = np.clip(np.array(first) + rng.normal(size=(cells, cells, 1)) * spread, 0, 255).astype(np.uint8)
+    return Image.fromarray(field).resize((side, side), Image.Resampling.BILINEAR)
+
+
+def _degrade(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    """Blur, shrink, noise, JPEG, enlarge: what an LQ image shown in the prompt looks like."""
+    side = image.width
+    small = max(8, round(side / rng.uniform(1, 4)))
+    image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.5)))).resize((small, small))
+    pixels = np.asarray(image) + rng.normal(size=(small, small, 3)) * rng.uniform(0, 20)
+    stored = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(stored, "JPEG", quality=int(rng.integers(30, 96)))
+    return Image.open(stored).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _recolour(rng: np.random.Generator, image: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "s s 3"]:
+    """Half the images unchanged; else channels permuted, saturation, contrast and brightness changed."""
+    if rng.random() < 0.5:
+        return image
+    pixels = image[..., rng.permutation(3)].astype(np.float32)
+    grey = pixels.mean(-1, keepdims=True)
+    pixels = grey + (pixels - grey) * rng.uniform(0.3, 1.4)
+    pixels = (pixels - 128) * rng.uniform(0.6, 1.2) + 128 + rng.uniform(-30, 30)
+    return np.clip(pixels, 0, 255).astype(np.uint8)
