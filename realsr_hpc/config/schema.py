@@ -54,13 +54,26 @@ class ImageTokenizerConfig(Section):
 
     weights: str = "recipes/assets/tiny/image_tokenizer.safetensors"
     downsample: Count = 8
-    codebook_size: Count = 512
+    codebook_size: Count = 1024
     embed_dim: Count = 8
-    base_channels: Count = 32
-    channel_multiplier: tuple[Count, ...] = (1, 2, 2, 4)
-    num_res_blocks: Count = 1
+    """Features a code is chosen by."""
+    latent_channels: Count = 64
+    """Channels between encoder and `quant_conv`."""
+    base_channels: Count = 64
+    channel_multiplier: tuple[Count, ...] = (1, 1, 1, 1)
+    num_res_blocks: Annotated[int, Field(ge=0)] = 0
+    """Residual blocks an encoder level (the decoder has one more); 0 is the cheapest, and needs multipliers of 1."""
+    decoder_channel_multiplier: tuple[Count, ...] | None = (1, 1, 2)
+    """From the finest level down; None: as the encoder."""
+    decoder_output_shuffle: Count = 2
+    """The decoder ends at 1/s of the image size and emits s x s sub-pixels; 1: taming's full-size last level."""
     normalised_codes: bool = False
     """Codes and features are compared after l2 normalisation (LlamaGen VQ-8)."""
+
+    @property
+    def decoder_multiplier(self) -> tuple[int, ...]:
+        """Channel multipliers of the decoder's levels, finest first."""
+        return self.decoder_channel_multiplier or self.channel_multiplier
 
 
 class TextTokenizerConfig(Section):
@@ -78,6 +91,13 @@ class TokenizerTrainingConfig(Section):
     lr: Positive = 1e-3
     warmup_steps: int = 100
     commitment_weight: NonNegative = 0.25
+    gradient_weight: NonNegative = 1.0
+    """Weight of the multi-scale gradient loss beside L1 and L2."""
+    codebook_decay: Probability = 0.99
+    dead_leaves_share: Probability = 0.25
+    """Share of generated images; the rest are crops of the manifest's training photographs."""
+    degraded_share: Probability = 0.2
+    """Share of images that are degraded first: the tokenizer also encodes LQ images."""
     text_vocab_size: Count = 512
     log_every_steps: Count = 100
 

@@ -1,0 +1,53 @@
+"""How the codebook is learned: moving averages of the features each entry attracts (VQ-VAE, appendix A.1).
+
+Entries that attract almost nothing are moved onto features of the current batch; without that a small data set
+uses a fraction of the codebook. Lives beside the tokenizer, not in it, so that the tokenizer's weights stay those
+transformers expects.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class CodebookAverages:
+    """Moving counts [K] and feature sums [K, E] behind a codebook of shape [K, E]."""
+
+    def __init__(self, codebook: Float[Tensor, "K E"], decay: float, dead_share: float = 0.03) -> None:
+        """`dead_share`: an entry below this share of the mean count is moved."""
+        self.decay, self.dead_share = decay, dead_share
+        self.counts = torch.zeros(len(codebook), device=codebook.device)
+        self.sums = torch.zeros_like(codebook)
+
+    @torch.no_grad()
+    def update(
+        self,
+        codebook: Float[Tensor, "K E"],
+        features: Float[Tensor, "N E"],
+        codes: Int[Tensor, " N"],
+        generator: torch.Generator,
+    ) -> int:
+        """Write the new averages into `codebook` in place; returns how many entries were moved."""
+        counts = torch.bincount(codes, minlength=len(codebook)).to(self.counts.dtype)
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, features)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        mean_count = self.counts.mean()
+        dead = torch.nonzero(self.counts < self.dead_share * mean_count).flatten()
+        if len(dead):
+            chosen = torch.randint(len(features), (len(dead),), generator=generator).to(features.device)
+            self.counts[dead] = mean_count
+            self.sums[dead] = features[chosen] * mean_count
+        codebook.copy_(self.sums / self.counts.unsqueeze(1))
+        return len(dead)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counts and sums."""
+        return {"counts": self.counts, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`."""
+        self.counts.copy_(state["counts"])
+        self.sums.copy_(state["sums"])

@@ -1,0 +1,319 @@
+"""Image tokenizer: a Chameleon-shaped VQ encoder and the decoder that transformers leaves out.
+
+Encoder and quantiser carry exactly the keys and shapes of transformers' `ChameleonVQVAE`; the decoder is
+taming-transformers' (`decoder.*`, `post_quant_conv.*`), from which Chameleon's comes. Fully convolutional: any image
+whose sides are multiples of `downsample`. How the codebook is learned stands in codebook.py; no adversarial
+loss, no dropout, no attention but in the middle block.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+import realsr_hpc
+from realsr_hpc.config.schema import ImageTokenizerConfig
+
+FULL_PRECISION_LIMIT_BYTES = 6_000_000
+"""Above this a weights file is stored as float16, so that it stays small enough to commit."""
+
+_NOT_ARCHITECTURE = {"weights"}
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice; a 1x1 shortcut where the channel count changes."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
+        """Residual branch plus the (projected) input."""
+        branch = self.conv1(functional.silu(self.norm1(hidden)))
+        branch = self.conv2(functional.silu(self.norm2(branch)))
+        return branch + (self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else hidden)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """Input plus attention output."""
+        normed = self.norm(hidden)
+        query, key, value = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        return hidden + self.proj_out(mixed.transpose(1, 2).reshape(hidden.shape))
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels)
+        self.attn_1 = SpatialAttention(channels)
+        self.block_2 = ResidualBlock(channels, channels)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """In order."""
+        return self.block_2(self.attn_1(self.block_1(hidden)))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2, padded right and below only (as in taming)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h//2 w//2"]:
+        """Half the size."""
+        return self.conv(functional.pad(hidden, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C 2*h 2*w"]:
+        """Twice the size."""
+        return self.conv(functional.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Blocks of one resolution and, if there is a next one, the resampling to it."""
+
+    def __init__(self, channels_in: int, channels_out: int, num_blocks: int) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels_out] * num_blocks
+        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.channels = widths[-1]
+
+    def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h2 w2"]:
+        """Blocks, then `downsample` or `upsample` where the level has one."""
+        for block in self.block:
+            hidden = block(hidden)
+        resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
+        return resample(hidden) if resample is not None else hidden
+
+
+class Encoder(nn.Module):
+    """Image to latents; `ChameleonVQVAEEncoder` with `attn_resolutions` None and `double_latent` False."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in (1, *config.channel_multiplier)]
+        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        self.down = nn.ModuleList(Level(a, b, config.num_res_blocks) for a, b in zip(widths, widths[1:], strict=False))
+        for level in self.down[:-1]:
+            level.downsample = Downsample(level.channels)
+        channels = self.down[-1].channels
+        self.mid = Middle(channels)
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B L h w"]:
+        """Latents at 1/downsample of the size."""
+        hidden = self.conv_in(images)
+        for level in self.down:
+            hidden = level(hidden)
+        return self.conv_out(functional.silu(self.norm_out(self.mid(hidden))))
+
+
+class Decoder(nn.Module):
+    """Latents to image; taming's decoder, optionally ending early in a pixel shuffle."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.decoder_multiplier]
+        self.output_shuffle = config.decoder_output_shuffle
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        inputs = [*widths[1:], widths[-1]]
+        self.up = nn.ModuleList(Level(a, b, config.num_res_blocks + 1) for a, b in zip(inputs, widths, strict=True))
+        for level in self.up[1:]:
+            level.upsample = Upsample(level.channels)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3 * self.output_shuffle**2, 3, padding=1)
+
+    def forward(self, latents: Float[Tensor, "B L h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images, not clamped."""
+        hidden = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            hidden = level(hidden)
+        return functional.pixel_shuffle(self.conv_out(functional.silu(self.norm_out(hidden))), self.output_shuffle)
+
+
+class Quantizer(nn.Module):
+    """Nearest codebook entry; with `normalised`, nearest in angle, and unit vectors come out (LlamaGen)."""
+
+    def __init__(self, codebook_size: int, embed_dim: int, normalised: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, embed_dim)
+        self.normalised = normalised
+
+    def codebook(self) -> Float[Tensor, "K E"]:
+        """The entries features are compared with."""
+        weight = self.embedding.weight
+        return functional.normalize(weight, dim=-1) if self.normalised else weight
+
+    def nearest(self, features: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
+        """Index of the entry of least squared distance."""
+        codebook = self.codebook()
+        distances = features.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * features @ codebook.T
+        return distances.argmin(1)
+
+
+class ImageTokenizer(nn.Module):
+    """Encoder, quantiser and decoder; images are RGB in [-1, 1]."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        _check_architecture(config)
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantize = Quantizer(config.codebook_size, config.embed_dim, config.normalised_codes)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w E"]:
+        """What is compared with the codebook."""
+        height, width = images.shape[-2:]
+        if height % self.config.downsample or width % self.config.downsample:
+            raise ValueError(
+                f"images are {height} x {width} px; both sides must be multiples of downsample = "
+                f"{self.config.downsample}: pad or crop them"
+            )
+        features = self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1)
+        return functional.normalize(features, dim=-1) if self.config.normalised_codes else features
+
+    def quantise(self, features: Float[Tensor, "B h w E"]) -> tuple[Float[Tensor, "B h w E"], Int[Tensor, "B h w"]]:
+        """Codebook vectors (gradients pass straight through to `features`) and their indices."""
+        codes = self.quantize.nearest(features.detach().flatten(0, 2)).view(features.shape[:3])
+        entries = functional.embedding(codes, self.quantize.codebook())
+        return features + (entries - features).detach(), codes
+
+    def reconstruct(self, quantised: Float[Tensor, "B h w E"]) -> Float[Tensor, "B 3 H W"]:
+        """Decoder output, not clamped."""
+        return self.decoder(self.post_quant_conv(quantised.permute(0, 3, 1, 2)))
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
+        """Codes of images in [-1, 1]; sides must be multiples of `downsample`, else ValueError."""
+        return self.quantise(self.features(images))[1]
+
+    @torch.no_grad()
+    def decode(self, codes: Int[Tensor, "B h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1] of codes in [0, codebook_size)."""
+        return self.reconstruct(functional.embedding(codes, self.quantize.codebook())).clamp(-1, 1)
+
+    def forward(
+        self, images: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B h w"], Float[Tensor, ""]]:
+        """Reconstruction (not clamped), codes and commitment loss (the codebook learns by moving averages)."""
+        features = self.features(images)
+        quantised, codes = self.quantise(features)
+        entries = functional.embedding(codes, self.quantize.codebook()).detach()
+        return self.reconstruct(quantised), codes, functional.mse_loss(features, entries)
+
+
+def _check_architecture(config: ImageTokenizerConfig) -> None:
+    factor = 2 ** (len(config.channel_multiplier) - 1)
+    if factor != config.downsample:
+        raise ValueError(
+            f"image_tokenizer.channel_multiplier has {len(config.channel_multiplier)} levels, which downsample by "
+            f"{factor}, but image_tokenizer.downsample is {config.downsample}: make them agree"
+        )
+    if config.num_res_blocks == 0 and set(config.channel_multiplier) != {1}:
+        raise ValueError("image_tokenizer.num_res_blocks is 0: channel_multiplier must be all ones (nothing widens)")
+    if config.base_channels % 32:
+        raise ValueError(f"image_tokenizer.base_channels is {config.base_channels}: GroupNorm needs a multiple of 32")
+    upsampling = 2 ** (len(config.decoder_multiplier) - 1) * config.decoder_output_shuffle
+    if upsampling != config.downsample:
+        raise ValueError(
+            f"the decoder enlarges by {upsampling}, the encoder reduces by {config.downsample}: give "
+            "image_tokenizer.decoder_channel_multiplier 1 + log2(downsample / decoder_output_shuffle) entries"
+        )
+
+
+def _architecture(config: ImageTokenizerConfig) -> str:
+    return json.dumps(config.model_dump(mode="json", exclude=_NOT_ARCHITECTURE), sort_keys=True)
+
+
+def weights_path(config: ImageTokenizerConfig) -> Path:
+    """Where `config.weights` lies; relative paths start at the project root."""
+    return Path(realsr_hpc.__file__).parent.parent / config.weights
+
+
+def load_image_tokenizer(config: ImageTokenizerConfig, device: torch.device | str) -> ImageTokenizer:
+    """Frozen float32 tokenizer with the weights of `config.weights`.
+
+    Raises ValueError if the file is missing or was written for another architecture.
+    """
+    path = weights_path(config)
+    if not path.is_file():
+        raise ValueError(
+            f"image_tokenizer.weights names {path}, which does not exist: give a file written by "
+            "save_image_tokenizer, or train one with recipe=tokenizer_tiny"
+        )
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        stored = (file.metadata() or {}).get("image_tokenizer")
+        if stored is not None and stored != _architecture(config):
+            raise ValueError(
+                f"image_tokenizer.weights: {path} was written for {stored} but the recipe says "
+                f"{_architecture(config)}: change the recipe's image_tokenizer section or the file"
+            )
+        weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (not a dict)
+    tokenizer = ImageTokenizer(config).to(device)
+    expected = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
+    faults = [k for k in expected.keys() | weights.keys() if k not in weights or weights[k].shape != expected.get(k)]
+    if faults:
+        raise ValueError(
+            f"image_tokenizer.weights: {path} does not fit the recipe's image_tokenizer section at "
+            f"{len(faults)} tensors, first {sorted(faults)[0]}: change the section or the file"
+        )
+    tokenizer.load_state_dict(weights)
+    return tokenizer.requires_grad_(False).eval()
+
+
+def save_image_tokenizer(tokenizer: ImageTokenizer, path: Path | str) -> None:
+    """Write weights and architecture as safetensors: aside, flushed to disk, then renamed over `path`."""
+    path = Path(path)
+    weights = {key: value.detach().cpu().contiguous() for key, value in tokenizer.state_dict().items()}
+    if sum(math.prod(value.shape) * 4 for value in weights.values()) > FULL_PRECISION_LIMIT_BYTES:
+        weights = {key: value.half() for key, value in weights.items()}
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(weights, aside, metadata={"image_tokenizer": _architecture(tokenizer.config), "format": "pt"})
+    with open(aside, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(aside, path)

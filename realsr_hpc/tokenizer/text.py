@@ -1,0 +1,75 @@
+"""Text tokenizer: byte-level BPE through the `tokenizers` library.
+
+Ids count from 0 and there are no special tokens: where text stands in the policy's vocabulary is vlcot/'s business.
+Every byte has an id, so any text can be written; the seven tags are single tokens when trained by
+`train_text_tokenizer`, and never merge with their neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from realsr_hpc.config.paths import resolve
+
+_PIECES = Regex(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+")
+"""Words with the space before them, single digits, runs of punctuation, runs of white space."""
+
+
+class TextTokenizer:
+    """A `tokenizer.json`; encodes to and decodes from ids in [0, vocab_size)."""
+
+    def __init__(self, path: Path | str) -> None:
+        """`path` starts at the project root if relative. Raises ValueError if there is no such file."""
+        path = resolve(path)
+        if not path.is_file():
+            raise ValueError(
+                f"text_tokenizer.path names {path}, which does not exist: give a tokenizer.json, or train one with "
+                "recipe=tokenizer_tiny"
+            )
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without special tokens."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of any ids: those out of range are ignored, broken UTF-8 becomes U+FFFD."""
+        return self._tokenizer.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False)
+
+
+def train_text_tokenizer(
+    texts: Iterable[str], vocab_size: int, path: Path | str, whole_tokens: Sequence[str] = ()
+) -> TextTokenizer:
+    """Train on `texts`, write `path` (aside, then renamed) and return it loaded.
+
+    The vocabulary is the 256 bytes, merges, and each of `whole_tokens` (the trace's tags) as one token. Raises ValueError
+    if `vocab_size` has no room for bytes and whole tokens.
+    """
+    fixed = 256 + len(whole_tokens)
+    if vocab_size < fixed:
+        raise ValueError(
+            f"tokenizer_training.text_vocab_size is {vocab_size}: 256 bytes and {len(whole_tokens)} whole tokens need "
+            f"at least {fixed}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(_PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(whole_tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in whole_tokens])
+    path = Path(path).absolute()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    tokenizer.save(str(aside))
+    os.replace(aside, path)
+    return TextTokenizer(path)
