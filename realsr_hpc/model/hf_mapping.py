@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -175,6 +175,19 @@ def _local_rows(policy: Policy) -> Iterator[tuple[Row, int, Tensor]]:
                 yield row, layer.layer_number - 1, parameters[row.local.format(i=index)]
         if chunk.post_process:
             yield from ((row, 0, parameters[row.local]) for row in FINAL)
+
+
+def mark_cuts(policy: Policy) -> None:
+    """Tell Megatron which parameters are cut over tp.
+
+    Its layers do so while they draw their random weights, which we skip; without the marks the gradient norm would
+    leave out every tensor rank's share but the first's.
+    """
+    for row, _, parameter in _local_rows(policy):
+        marks: Any = parameter
+        marks.tensor_model_parallel = row.cut != "whole"
+        marks.partition_dim = 1 if row.cut == "columns" else 0 if row.cut != "whole" else -1
+        marks.partition_stride = 1
 
 
 def _read(read: Reader, name: str, shapes: WeightShapes) -> Tensor:

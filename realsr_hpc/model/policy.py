@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.model.hf_mapping import WeightShapes, init_weights, load_hf_weights
+from realsr_hpc.model.hf_mapping import WeightShapes, init_weights, load_hf_weights, mark_cuts
 from realsr_hpc.model.spec import block_spec, segment_mask, transformer_config
 from realsr_hpc.parallel import backend, layout
 from realsr_hpc.parallel.groups import Groups
@@ -134,6 +134,7 @@ def build_policy(
         chunks = [_chunk(config, megatron, groups, padded, index) for index in range(config.parallel.virtual_pp)]
     shapes = WeightShapes.of(config.model, vocab_size)
     policy = Policy(chunks, megatron, groups, shapes, vocab_size, padded)
+    mark_cuts(policy)
     if not meta:
         _fill(policy, config)
     if not trainable:

@@ -60,7 +60,7 @@ def test_gradients_are_large_enough_to_tell() -> None:
     assert largest_difference(reference, one_process(True)["gradients"]) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2_sequence"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2_sequence", "tp2_pp2"])
 def test_distributed_optimizer_updates_as_one_process(layout: str) -> None:
     world, parallel = LAYOUTS[layout]
     # a large epsilon: Adam's first update is a sign, which would blow up differences of 1e-9
