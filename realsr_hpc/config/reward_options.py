@@ -42,7 +42,7 @@ class UnderstandingOptions(Section):
 class GenerationOptions(Section):
     """Reward `generation`."""
 
-    expert: Literal["niqe", "ranker", "pyiqa"] = "ranker"
+    expert: Literal["niqe", "ranker", "pyiqa"] = "niqe"
     weights: str | None = None
     """File of the expert; None: the one shipped under recipes/assets/tiny."""
     metrics: list[str] = []
@@ -83,6 +83,5 @@ def read_options(name: str, term: RewardTerm) -> Section:
         return section.model_validate(term.options)
     except ValidationError as error:
         faults = "; ".join(f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}" for fault in error.errors())
-        raise ValueError(
-            f"rewards.terms.{name}.options (kind {term.kind}): {faults}. Valid options: {', '.join(section.model_fields)}"
-        ) from None
+        valid = ", ".join(section.model_fields)
+        raise ValueError(f"rewards.terms.{name}.options (kind {term.kind}): {faults}. Valid options: {valid}") from None

@@ -46,17 +46,18 @@ class Reward(ABC):
         """Scores [n], float64 within `range`; never raises."""
         return self.score_counted(candidates)[0]
 
-    def score_counted(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, int]:
-        """Scores [n] and the number of items on which the reward broke."""
+    def score_counted(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [n], and on which items the reward broke, bool [n]."""
         low, high = self.range
         scores = np.full(len(candidates), low, dtype=np.float64)
         chosen = [i for i, item in enumerate(candidates) if item.image is not None or not self.needs_image]
         if not chosen:
-            return scores, 0
+            return scores, np.zeros(len(candidates), dtype=bool)
         raw = self._compute_safely([candidates[i] for i in chosen])
-        broken = ~np.isfinite(raw)
-        scores[chosen] = np.where(broken, low, np.clip(np.where(broken, low, raw), low, high))
-        return scores, int(broken.sum())
+        broken = np.zeros(len(candidates), dtype=bool)
+        broken[chosen] = ~np.isfinite(raw)
+        scores[chosen] = np.clip(np.where(np.isfinite(raw), raw, low), low, high)
+        return scores, broken
 
     def _compute_safely(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """One batch; when it raises, item by item, NaN where an item raises alone."""
@@ -64,7 +65,7 @@ class Reward(ABC):
             scores = np.asarray(self.compute(candidates), dtype=np.float64)
             if scores.shape == (len(candidates),):
                 return scores
-            raise ValueError(f"{type(self).__name__}.compute gave shape {scores.shape} for {len(candidates)} candidates")
+            raise ValueError(f"{type(self).__name__}.compute: shape {scores.shape} for {len(candidates)} candidates")
         except Exception:  # a reward must not stop a run of days; what broke is logged and counted
             logger.exception("%s broke on a batch of %d", type(self).__name__, len(candidates))
         if len(candidates) == 1:

@@ -60,7 +60,8 @@ class FidelityReward(Reward):
         if self.options.metric == "ssim":
             return ssim_y(ours.numpy(), truth.numpy())
         low, high = self.options.psnr_low, self.options.psnr_high
-        return ((psnr_db((ours - truth).square().mean(dim=(1, 2, 3))) - low) / (high - low)).clamp(0, 1).double().numpy()
+        decibels = psnr_db((ours - truth).square().mean(dim=(1, 2, 3)))
+        return ((decibels - low) / (high - low)).clamp(0.0, 1.0).double().numpy()
 
 
 def smooth(images: Tensor, sigma_px: float) -> Tensor:

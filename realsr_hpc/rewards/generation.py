@@ -9,17 +9,15 @@ which training scales so that ±2 spans clean to heavily degraded; pyiqa -> its 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-import realsr_hpc
+from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.reward_options import GenerationOptions
 from realsr_hpc.rewards.base import Candidate, Reward
 from realsr_hpc.rewards.niqe import NIQEModel, niqe
 from realsr_hpc.rewards.ranker import Ranker
 
-ROOT = Path(realsr_hpc.__file__).parent.parent
 NIQE_PATH = "recipes/assets/tiny/niqe_pristine.npz"
 RANKER_PATH = "recipes/assets/tiny/ranker.safetensors"
 NIQE_HALF = 6.0
@@ -52,9 +50,9 @@ def build_expert(options: GenerationOptions) -> Expert:
 
         return PyiqaMetrics(options.metrics, options.weights_dir)
     if options.expert == "niqe":
-        model = NIQEModel.load(ROOT / (options.weights or NIQE_PATH))
+        model = NIQEModel.load(resolve(options.weights or NIQE_PATH))
         return lambda images: niqe_to_unit(niqe(images, model))
-    ranker = Ranker.load(ROOT / (options.weights or RANKER_PATH))
+    ranker = Ranker.load(resolve(options.weights or RANKER_PATH))
     return lambda images: 1.0 / (1.0 + np.exp(-ranker.score(images)))
 
 

@@ -19,7 +19,7 @@ _SSIM_RADIUS = 5
 
 def luma_y(images: np.ndarray) -> Tensor:
     """BT.601 luma of RGB uint8 [n, H, W, 3]: float64 [n, H, W] in 16..235."""
-    return torch.from_numpy(np.ascontiguousarray(images)).double() @ torch.tensor(_Y_WEIGHTS).double() + 16.0
+    return torch.from_numpy(np.array(images)).double() @ torch.tensor(_Y_WEIGHTS, dtype=torch.float64) + 16.0
 
 
 def psnr_y(sr: np.ndarray, gt: np.ndarray, crop_px: int = 0) -> np.ndarray:

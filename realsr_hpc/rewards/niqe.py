@@ -65,7 +65,7 @@ def niqe(images: Sequence[np.ndarray], model: NIQEModel) -> np.ndarray:
 def luminance(images: np.ndarray) -> Tensor:
     """Rounded luma (0.299, 0.587, 0.114) of RGB uint8 [n, H, W, 3], float64 [n, H, W] in 0..255."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
-    return (torch.from_numpy(np.ascontiguousarray(images)).double() @ weights).round()
+    return (torch.from_numpy(np.array(images)).double() @ weights).round()
 
 
 def patch_features(luma: Tensor, patch_px: int, stride_px: int) -> tuple[Tensor, Tensor]:
@@ -99,13 +99,18 @@ def halve(luma: Tensor) -> Tensor:
 
 
 def fit_pristine(lumas: Sequence[Tensor], patch_px: int, stride_px: int, sharp_share: float = 0.75) -> NIQEModel:
-    """Model of pristine luma images, each [H, W]: patches sharper than `sharp_share` x the image's sharpest."""
+    """Model of pristine luma images, each [H, W]: patches sharper than `sharp_share` x the image's sharpest.
+
+    Raises ValueError when fewer than two patches qualify.
+    """
     chosen = []
     for luma in lumas:
         features, sharpness = patch_features(luma[None], patch_px, stride_px)
         chosen.append(features[sharpness > sharp_share * sharpness.max()])
     rows = torch.cat(chosen)
     rows = rows[rows.isfinite().all(dim=1)]
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} sharp patches in {len(lumas)} images; give more images or lower sharp_share")
     return NIQEModel(rows.mean(dim=0).numpy(), torch.cov(rows.T).numpy(), patch_px, stride_px)
 
 

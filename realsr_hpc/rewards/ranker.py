@@ -47,7 +47,7 @@ class Ranker(nn.Module):
     def load(cls, path: Path) -> Ranker:
         """Read what `save` wrote. Raises ValueError when the file is missing."""
         if not path.is_file():
-            raise ValueError(f"ranker weights {path} not found; make them with `python tools/fit_experts.py only=ranker`")
+            raise ValueError(f"ranker weights {path} not found; make them: `python tools/fit_experts.py only=ranker`")
         ranker = cls()
         ranker.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
         return ranker.eval()
@@ -58,7 +58,7 @@ class Ranker(nn.Module):
         scores = np.full(len(images), np.nan)
         for places, stack in same_shapes(images):
             if min(stack.shape[1:3]) >= _MIN_PX:
-                pixels = torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 255.0
+                pixels = torch.from_numpy(np.array(stack)).permute(0, 3, 1, 2).float() / 255.0
                 scores[places] = torch.cat([self(part) for part in pixels.split(_BATCH)]).double().numpy()
         return scores
 

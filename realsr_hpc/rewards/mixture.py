@@ -1,0 +1,109 @@
+"""The weighted sum of rewards, with each term's own values kept beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from realsr_hpc.config.reward_options import (
+    DegradationOptions,
+    FidelityOptions,
+    FormatOptions,
+    GenerationOptions,
+    UnderstandingOptions,
+    read_options,
+)
+from realsr_hpc.config.schema import RewardsConfig, RewardTerm
+from realsr_hpc.records import RolloutGroup, ScoredGroup
+from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.rewards.degradation import DegradationReward
+from realsr_hpc.rewards.fidelity import FidelityReward
+from realsr_hpc.rewards.format import FormatReward
+from realsr_hpc.rewards.generation import GenerationReward
+from realsr_hpc.rewards.understanding import UnderstandingReward
+
+
+class RewardMixture:
+    """Every term of a recipe, scored over whole batches of rollouts."""
+
+    def __init__(self, config: RewardsConfig):
+        if not config.terms:
+            raise ValueError("rewards.terms is empty; name at least one reward")
+        self.config = config
+        self.rewards = {name: build_reward(name, term) for name, term in config.terms.items()}
+        self.weights = {name: term.weight for name, term in config.terms.items()}
+
+    def score(self, group: RolloutGroup, candidates: Sequence[Candidate]) -> ScoredGroup:
+        """Rewards of one group's rollouts."""
+        return self.score_groups([group], [candidates])[0]
+
+    def score_groups(
+        self, groups: Sequence[RolloutGroup], candidates: Sequence[Sequence[Candidate]]
+    ) -> list[ScoredGroup]:
+        """Rewards of many groups, every term in one batch over all of them.
+
+        Raises ValueError when a group has not one candidate a rollout.
+        """
+        for group, members in zip(groups, candidates, strict=True):
+            if len(members) != len(group.lengths):
+                raise ValueError(f"a group of {len(group.lengths)} rollouts came with {len(members)} candidates")
+        flat = [item for members in candidates for item in members]
+        breakdown, failures = self.score_terms(flat)
+        ends = np.cumsum([len(members) for members in candidates])
+        starts = ends - [len(members) for members in candidates]
+        return [
+            self._scored(group, members, _slice(breakdown, a, b), _slice(failures, a, b))
+            for group, members, a, b in zip(groups, candidates, starts, ends, strict=True)
+        ]
+
+    def score_terms(self, candidates: Sequence[Candidate]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Unweighted scores [n] by term, and on which items the term broke, bool [n]."""
+        breakdown, failures = {}, {}
+        for name, reward in self.rewards.items():
+            scores, broken = reward.score_counted(candidates)
+            if reward.needs_image and self.config.gate_malformed:
+                malformed = np.array([not item.trace.well_formed for item in candidates], dtype=bool)
+                scores = np.where(malformed, reward.range[0], scores)
+            breakdown[name], failures[name] = scores, broken
+        return breakdown, failures
+
+    def _scored(
+        self,
+        group: RolloutGroup,
+        members: Sequence[Candidate],
+        breakdown: dict[str, np.ndarray],
+        failures: dict[str, np.ndarray],
+    ) -> ScoredGroup:
+        total = sum(self.weights[name] * scores for name, scores in breakdown.items())
+        return ScoredGroup(
+            rollouts=group,
+            rewards=torch.from_numpy(np.asarray(total)).float(),
+            reward_breakdown={name: torch.from_numpy(scores.copy()).float() for name, scores in breakdown.items()},
+            weights=dict(self.weights),
+            traces=tuple(item.trace for item in members),
+            images=tuple(item.image for item in members),
+            failures={name: int(broken.sum()) for name, broken in failures.items()},
+        )
+
+
+def _slice(values: dict[str, np.ndarray], start: int, end: int) -> dict[str, np.ndarray]:
+    return {name: column[start:end] for name, column in values.items()}
+
+
+def build_reward(name: str, term: RewardTerm) -> Reward:
+    """The reward of one recipe term. Raises ValueError naming the term and a wrong option."""
+    match read_options(name, term):
+        case FormatOptions() as options:
+            return FormatReward(options)
+        case DegradationOptions() as options:
+            return DegradationReward(options)
+        case UnderstandingOptions() as options:
+            return UnderstandingReward(options)
+        case GenerationOptions() as options:
+            return GenerationReward(options)
+        case FidelityOptions() as options:
+            return FidelityReward(options)
+        case other:
+            raise ValueError(f"rewards.terms.{name}: no reward reads {type(other).__name__}; add it in mixture.py")

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from realsr_hpc.config.reward_options import DegradationOptions
+from realsr_hpc.records import DegradationLabel
+from realsr_hpc.rewards.degradation import DegradationReward, read_phrase, slot_matches
+
+from .conftest import LABEL, make_candidate, make_trace
+
+
+def score(phrase, label=LABEL, **options):
+    item = make_candidate(None, make_trace(degradation=phrase), label=label)
+    return DegradationReward(DegradationOptions(**options)).score([item])[0]
+
+
+def test_the_papers_example_is_three_of_five():
+    assert score("medium blur, downsample, heavy noise, light compression, upsample") == pytest.approx(0.6)
+
+
+def test_truth_is_one_and_unknown_truth_or_no_phrase_zero():
+    assert [score(LABEL.phrase), score(None), score(LABEL.phrase, label=None)] == [1.0, 0.0, 0.0]
+
+
+def test_neighbouring_levels_earn_the_ordinal_credit():
+    label = DegradationLabel("light", "keep", "light", "light", "keep")
+    phrase = "medium blur, keep, heavy noise, light compression, keep"
+    assert score(phrase, label, neighbour=0.5) == pytest.approx((0.5 + 1 + 0 + 1 + 1) / 5)
+
+
+def test_reading_is_lenient_about_order_case_and_filler():
+    said = read_phrase("The image: Heavy Noise; light  blur, first downsample then upsample. medium compression")
+    assert said == ("light", "downsample", "heavy", "medium", "upsample")
+
+
+def test_naming_everything_wins_nothing():
+    phrase = "light blur medium blur heavy blur, keep upsample downsample, light noise heavy noise"
+    assert read_phrase(phrase) == (None, None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("phrase", "resizes"),
+    [("upsample, light noise", ("upsample", None)), ("light noise, light compression, keep", (None, "keep"))],
+)
+def test_a_single_resize_word_takes_the_slot_of_its_place(phrase, resizes):
+    said = read_phrase(phrase)
+    assert (said[1], said[4]) == resizes
+
+
+def test_slot_matches_names_the_slots():
+    phrase = "medium blur, downsample, heavy noise, light compression, upsample"
+    np.testing.assert_array_equal(slot_matches(phrase, LABEL), [False, True, False, True, True])

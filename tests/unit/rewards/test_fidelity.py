@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from realsr_hpc.config.reward_options import FidelityOptions
+from realsr_hpc.rewards.fidelity import FidelityReward
+from realsr_hpc.rewards.ladder import blur, noise
+from realsr_hpc.rewards.metrics import psnr_y, ssim_y
+
+from .conftest import make_candidate
+
+
+def test_the_truth_beats_another_image_and_a_shifted_tint(photograph, other_photograph):
+    lq = make_candidate(photograph).lq
+    tinted = np.clip(photograph.astype(int) + [25, 0, -25], 0, 255).astype(np.uint8)
+    items = [make_candidate(image, lq=lq) for image in (photograph, tinted, other_photograph)]
+    for metric in ("psnr", "l1"):
+        scores = FidelityReward(FidelityOptions(metric=metric)).score(items)
+        assert scores[0] > scores[1] > scores[2]
+
+
+def test_smoothing_makes_it_robust_to_noise_of_the_lq_image(photograph):
+    noisy = noise(make_candidate(photograph).lq, 0.5, np.random.default_rng(0))
+    items = [make_candidate(photograph, lq=noisy)]
+    plain, smoothed = (FidelityReward(FidelityOptions(smooth_px=s)).score(items)[0] for s in (0.0, 1.0))
+    assert smoothed > plain + 0.1
+
+
+def test_psnr_map_has_its_ends(photograph):
+    lq = make_candidate(photograph).lq
+    reward = FidelityReward(FidelityOptions(smooth_px=0.0, psnr_low=20.0, psnr_high=30.0))
+    off = np.full_like(photograph, 0) + np.repeat(np.repeat(lq, 4, 0), 4, 1).astype(int)
+    shifted = np.where(off > 127, off - 14, off + 14).astype(np.uint8)
+    expected = (20 * np.log10(255 / 14) - 20) / 10
+    assert reward.score([make_candidate(shifted, lq=lq)])[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_reference_gt_compares_at_full_size(photograph):
+    soft = blur(photograph, 0.5, np.random.default_rng(0))
+    items = [make_candidate(soft, gt=photograph), make_candidate(soft, gt=None)]
+    options = FidelityOptions(reference="gt", metric="ssim")
+    scores = FidelityReward(options).score(items)
+    assert scores[0] == pytest.approx(ssim_y(soft[None], photograph[None])[0]) and scores[1] == 0.0
+    assert psnr_y(soft[None], photograph[None])[0] > 15
+
+
+def test_many_sizes_in_one_batch(photograph, other_photograph):
+    items = [make_candidate(photograph), make_candidate(other_photograph[:64]), make_candidate(photograph)]
+    scores = FidelityReward(FidelityOptions()).score(items)
+    assert scores[0] == scores[2] and (scores > 0.8).all()
+
+
+def test_crossed_ends_are_refused():
+    with pytest.raises(ValueError, match="psnr_low=50"):
+        FidelityReward(FidelityOptions(psnr_low=50))

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from realsr_hpc.config.schema import RewardsConfig, RewardTerm
+from realsr_hpc.records import RolloutGroup
+from realsr_hpc.rewards.base import Reward
+from realsr_hpc.rewards.mixture import RewardMixture, build_reward
+
+from .conftest import make_candidate, make_trace
+
+TEXT_TERMS = {
+    "format": RewardTerm(kind="format", weight=2.0),
+    "fidelity": RewardTerm(kind="fidelity", weight=0.5),
+}
+
+
+class Breaks(Reward):
+    """Raises on some items, returns NaN on others."""
+
+    range = (-1.0, 1.0)
+
+    def compute(self, candidates):
+        if any(item.trace.degradation == "raise" for item in candidates):
+            raise RuntimeError("broken on purpose")
+        return np.array([np.nan if item.trace.degradation == "nan" else 9.0 for item in candidates])
+
+
+def group_of(size):
+    empty = torch.zeros(size, 1, dtype=torch.long)
+    return RolloutGroup(
+        prompt=torch.zeros(1, dtype=torch.long),
+        tokens=empty,
+        lengths=torch.ones(size, dtype=torch.long),
+        rollout_logprobs=torch.zeros(size, 1),
+        forced=torch.ones(size, 1, dtype=torch.bool),
+        mask_ids=empty,
+    )
+
+
+def test_rewards_are_the_weighted_sum_of_the_breakdown(photograph):
+    mixture = RewardMixture(RewardsConfig(terms=TEXT_TERMS))
+    scored = mixture.score(group_of(2), [make_candidate(photograph), make_candidate(None, make_trace(faults=("x",)))])
+    expected = 2.0 * scored.reward_breakdown["format"] + 0.5 * scored.reward_breakdown["fidelity"]
+    torch.testing.assert_close(scored.rewards, expected)
+    assert scored.failures == {"format": 0, "fidelity": 0}
+    assert scored.images[0] is photograph and scored.images[1] is None
+
+
+@pytest.mark.parametrize(("gate", "kept"), [(True, False), (False, True)])
+def test_gate_gives_malformed_traces_the_minimum_of_image_rewards(photograph, gate, kept):
+    mixture = RewardMixture(RewardsConfig(terms=TEXT_TERMS, gate_malformed=gate))
+    scored = mixture.score(group_of(1), [make_candidate(photograph, make_trace(faults=("x",)))])
+    assert (scored.reward_breakdown["fidelity"][0] > 0.5) == kept
+
+
+def test_many_groups_score_as_each_alone(photograph, other_photograph):
+    mixture = RewardMixture(RewardsConfig())
+    members = [[make_candidate(photograph), make_candidate(None)], [make_candidate(other_photograph)]]
+    together = mixture.score_groups([group_of(2), group_of(1)], members)
+    for scored, items in zip(together, members, strict=True):
+        alone = mixture.score(group_of(len(items)), items)
+        for name, values in alone.reward_breakdown.items():
+            torch.testing.assert_close(values, scored.reward_breakdown[name], rtol=0, atol=1e-5)
+
+
+def test_a_broken_item_gets_the_minimum_and_is_counted():
+    items = [make_candidate(None, make_trace(degradation=text)) for text in ("fine", "raise", "nan", "fine")]
+    scores, broken = Breaks().score_counted(items)
+    np.testing.assert_array_equal(scores, [1.0, -1.0, -1.0, 1.0])
+    np.testing.assert_array_equal(broken, [False, True, True, False])
+
+
+def test_every_default_term_is_deterministic_within_its_range(photograph):
+    items = [make_candidate(photograph), make_candidate(photograph[:, ::-1].copy()), make_candidate(None)]
+    for name, term in RewardsConfig().terms.items():
+        reward = build_reward(name, term)
+        first, second = reward.score(items), reward.score(items)
+        assert first.shape == (3,) and np.array_equal(first, second)
+        assert (first >= reward.range[0]).all() and (first <= reward.range[1]).all()
+        assert not reward.needs_image or first[2] == reward.range[0]
+
+
+def test_unknown_options_are_named_with_the_valid_ones():
+    with pytest.raises(ValueError, match=r"terms.look.options.*sharpness.*Valid options: expert, weights"):
+        build_reward("look", RewardTerm(kind="generation", options={"sharpness": 3}))
+
+
+def test_rewards_need_terms_and_one_candidate_a_rollout():
+    with pytest.raises(ValueError, match="empty"):
+        RewardMixture(RewardsConfig(terms={}))
+    mixture = RewardMixture(RewardsConfig(terms=TEXT_TERMS))
+    with pytest.raises(ValueError, match="2 rollouts came with 1"):
+        mixture.score(group_of(2), [make_candidate(None)])

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+from scipy.special import gamma
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.rewards.generation import NIQE_PATH, niqe_to_unit
+from realsr_hpc.rewards.ladder import ladder
+from realsr_hpc.rewards.niqe import NIQEModel, fit_aggd, fit_pristine, halve, luminance, niqe, normalise, patch_features
+
+
+@pytest.fixture(scope="module")
+def model():
+    return NIQEModel.load(resolve(NIQE_PATH))
+
+
+def draw_aggd(shape, left, right, num, rng):
+    """Samples of an asymmetric generalised Gaussian from gamma variates."""
+    size = rng.gamma(1 / shape, 1.0, num) ** (1 / shape)
+    negative = rng.random(num) < left / (left + right)
+    return np.where(negative, -left * size, right * size)
+
+
+@pytest.mark.parametrize(("shape", "left", "right"), [(2.0, 1.0, 1.0), (1.0, 0.5, 1.5), (0.6, 1.0, 0.7)])
+def test_fit_recovers_the_parameters_of_a_sample(shape, left, right):
+    values = draw_aggd(shape, left, right, 400_000, np.random.default_rng(0))
+    got = [float(x) for x in fit_aggd(torch.from_numpy(values)[None])]
+    np.testing.assert_allclose(got, [shape, left, right], rtol=0.03)
+
+
+def test_fit_of_a_standard_normal_has_shape_two_and_its_scale():
+    values = torch.randn(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shape, left, right = (float(x) for x in fit_aggd(values[None]))
+    assert shape == pytest.approx(2.0, rel=0.03)
+    assert left == pytest.approx(np.sqrt(gamma(1 / shape) / gamma(3 / shape)), rel=0.02)
+    assert right == pytest.approx(left, rel=0.02)
+
+
+def test_normalised_coefficients_ignore_brightness_and_halving_keeps_constants(photograph):
+    luma = luminance(photograph[None])
+    np.testing.assert_allclose(normalise(luma + 20.0)[0], normalise(luma)[0], atol=1e-9)
+    np.testing.assert_allclose(halve(torch.full((1, 16, 16), 7.0, dtype=torch.float64)), 7.0)
+
+
+def test_pristine_fit_keeps_sharp_patches_only(photograph):
+    half_soft = photograph.copy()
+    half_soft[:, 64:] = 128
+    model = fit_pristine([luminance(half_soft[None])[0]], 32, 32, sharp_share=0.3)
+    features, sharpness = patch_features(luminance(half_soft[None]), 32, 32)
+    chosen = features[0][sharpness[0] > 0.3 * sharpness.max()]
+    assert 2 <= len(chosen) <= 8
+    np.testing.assert_allclose(model.mean, chosen.mean(dim=0))
+
+
+@pytest.mark.parametrize("operator", ["blur", "resize", "noise"])
+def test_distance_grows_with_degradation(photograph, model, operator):
+    scores = niqe(ladder(photograph, [operator], [0.0, 0.3, 1.0], 0), model)
+    assert scores[0] < scores[1] < scores[2]
+
+
+def test_batch_equals_one_by_one_and_small_or_flat_images_are_nan(photograph, other_photograph, model):
+    both = niqe([photograph, other_photograph], model)
+    assert np.array_equal(both, [niqe([image], model)[0] for image in (photograph, other_photograph)])
+    assert np.isnan(niqe([photograph[:32], np.full_like(photograph, 90)], model)).all()
+
+
+def test_model_survives_its_file(model, tmp_path):
+    model.save(tmp_path / "model.npz")
+    held = NIQEModel.load(tmp_path / "model.npz")
+    assert (held.patch_px, held.stride_px) == (model.patch_px, model.stride_px)
+    np.testing.assert_array_equal(held.covariance, model.covariance)
+    with pytest.raises(ValueError, match="fit_experts"):
+        NIQEModel.load(tmp_path / "none.npz")
+
+
+def test_unit_map_falls_from_one():
+    values = niqe_to_unit(np.array([0.0, 6.0, 60.0]))
+    assert values[0] == 1.0 and values[1] == 0.5 and 0 < values[2] < 0.02
