@@ -45,7 +45,7 @@ class VLCoTConfig(Section):
     upscale: Count = 4
     instruction: str = INSTRUCTION
     """Prompt text; `<|image|>` marks where the LQ image stands."""
-    max_text_tokens: Count = 40
+    max_text_tokens: Count = 48
     """Longest free text of one understanding field."""
 
 
@@ -94,11 +94,13 @@ class TokenizerTrainingConfig(Section):
     gradient_weight: NonNegative = 1.0
     """Weight of the multi-scale gradient loss beside L1 and L2."""
     codebook_decay: Probability = 0.99
+    codebook_start_step: Annotated[int, Field(ge=0)] = 200
+    """Steps without quantisation before the codebook is started by k-means."""
     dead_leaves_share: Probability = 0.25
     """Share of generated images; the rest are crops of the manifest's training photographs."""
     degraded_share: Probability = 0.2
     """Share of images that are degraded first: the tokenizer also encodes LQ images."""
-    text_vocab_size: Count = 512
+    text_vocab_size: Count = 768
     log_every_steps: Count = 100
 
 

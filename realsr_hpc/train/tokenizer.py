@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -28,7 +28,11 @@ from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.train.tokenizer_images import TokenizerImages
 from realsr_hpc.train.tokenizer_text import train_recipe_text_tokenizer
 
-AVERAGE_DECAY = 0.998
+AVERAGE_DECAY = 0.995
+CONTINUOUS_SHRINKAGE = 0.01
+"""Weight, times the commitment's, of mean squared features before the codebook starts: bounds their scale."""
+START_BATCHES = 12
+"""Batches whose features the codebook starts from."""
 
 
 def main(config: RunConfig, run_dir: Path) -> None:
@@ -41,6 +45,8 @@ def main(config: RunConfig, run_dir: Path) -> None:
     state = TokenizerTraining(config)
     state.resume(run_dir / "checkpoint.pt")
     while state.step < training.num_steps:
+        if state.step == training.codebook_start_step:
+            state.start_codebook([images.batch(state.step + offset) for offset in range(START_BATCHES)])
         metrics = state.update(images.batch(state.step))
         if state.step % training.log_every_steps == 0 or state.step == training.num_steps:
             metrics |= state.evaluate(heldout, run_dir / f"grid_{state.step:06d}.png")
@@ -68,21 +74,38 @@ class TokenizerTraining:
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.training, self.step)
         features = self.tokenizer.features(images)
         quantised, codes = self.tokenizer.quantise(features)
-        loss = reconstruction_loss(self.tokenizer.reconstruct(quantised), images, self.training.gradient_weight)
         commitment = functional.mse_loss(features, functional.embedding(codes, self.tokenizer.quantize.codebook()))
+        if self.step < self.training.codebook_start_step:
+            quantised, commitment = features, features.square().mean() * CONTINUOUS_SHRINKAGE
+        loss = reconstruction_loss(self.tokenizer.reconstruct(quantised), images, self.training.gradient_weight)
         self.optimizer.zero_grad()
         (loss + self.training.commitment_weight * commitment).backward()
         torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
         self.optimizer.step()
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        moved = self.codebook_averages.update(
-            self.codebook, features.detach().flatten(0, 2), codes.flatten(), generator
-        )
+        moved = self._update_codebook(features.detach().flatten(0, 2), codes.flatten())
         decay = min(AVERAGE_DECAY, self.step / (self.step + 10))
         for average, current in zip(self.average.parameters(), self.tokenizer.parameters(), strict=True):
             average.lerp_(current.detach(), 1 - decay)
         self.step += 1
         return {"tokenizer/loss": loss.item(), "tokenizer/commitment": commitment.item(), "tokenizer/moved": moved}
+
+    def _update_codebook(self, features: Float[Tensor, "N E"], codes: Int[Tensor, " N"]) -> int:
+        if self.step < self.training.codebook_start_step:
+            return 0
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        return self.codebook_averages.update(self.codebook, features, codes, generator)
+
+    @torch.no_grad()
+    def start_codebook(self, batches: list[Float[Tensor, "B 3 H W"]]) -> None:
+        """k-means over the continuous features; a codebook that starts earlier forgets colour and keeps brightness."""
+        features = torch.cat([self.tokenizer.features(batch).flatten(0, 2) for batch in batches])
+        generator = torch.Generator().manual_seed(self.config.seed)
+        self.codebook.copy_(features[torch.randperm(len(features), generator=generator)[: len(self.codebook)]])
+        self.codebook_averages = CodebookAverages(self.codebook, 0.0)
+        for _ in range(10):
+            codes = self.tokenizer.quantize.nearest(features)
+            self.codebook_averages.update(self.codebook, features, codes, generator)
+        self.codebook_averages.decay = self.training.codebook_decay
 
     def evaluate(self, images: Float[Tensor, "B 3 H W"], grid: Path) -> dict[str, float]:
         """PSNR and codes in use on held-out images; `grid` shows truths above reconstructions."""
@@ -117,13 +140,16 @@ def learning_rate(training: TokenizerTrainingConfig, step: int) -> float:
 def reconstruction_loss(
     output: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"], gradient_weight: float
 ) -> Float[Tensor, ""]:
-    """L1 + L2 of pixels, and L1 of horizontal and vertical differences at sizes 1, 1/2 and 1/4."""
+    """L1 and 4 L2 of pixels; at sizes 1, 1/2, 1/4 L1 of differences between neighbours; at 1/4, 1/8 L1 (colour)."""
     error = output - target
-    loss = error.abs().mean() + error.square().mean()
-    for scale in (1, 2, 4):
+    loss = error.abs().mean() + 4 * error.square().mean()
+    for scale in (1, 2, 4, 8):
         coarse = functional.avg_pool2d(error, scale)
-        gradient = coarse.diff(dim=-1).abs().mean() + coarse.diff(dim=-2).abs().mean()
-        loss = loss + gradient_weight / 3 * gradient
+        if scale < 8:
+            gradient = coarse.diff(dim=-1).abs().mean() + coarse.diff(dim=-2).abs().mean()
+            loss = loss + gradient_weight / 3 * gradient
+        if scale > 2:
+            loss = loss + 0.5 * coarse.abs().mean()
     return loss
 
 

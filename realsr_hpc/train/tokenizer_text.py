@@ -12,8 +12,8 @@ from realsr_hpc.tokenizer.text import TextTokenizer, train_text_tokenizer
 from realsr_hpc.vlcot.grammar import degradation_phrases
 from realsr_hpc.vlcot.sequence import FIELDS
 
-CAPTION_REPEATS = 8
-"""Captions weigh more than the plain sample, so that their words become few tokens."""
+REPEATS = 8
+"""Captions and the instruction weigh more than the plain sample, so that their words become few tokens."""
 
 PLAIN_ENGLISH = """
 a photograph of a person, a man, a woman and a child in the street with houses, windows, doors and a bright blue sky.
@@ -38,11 +38,11 @@ def train_recipe_text_tokenizer(config: RunConfig, path: Path) -> TextTokenizer:
 
 
 def _texts(config: RunConfig) -> Iterator[str]:
-    yield config.vlcot.instruction
+    yield from [config.vlcot.instruction] * REPEATS
     yield from degradation_phrases()
     yield from PLAIN_ENGLISH.strip().splitlines()
     scenes = [entry.scene for entry in read_manifest(resolve(config.data.manifest)).split(config.data.train_split).entries]
-    for scene in scenes * CAPTION_REPEATS:
+    for scene in scenes * REPEATS:
         if scene is not None:
             yield from scene.captions
             yield ", ".join(scene.tags)
