@@ -8,6 +8,7 @@ CUDA present neither does anything. Two faults of Megatron's checkpoints of torc
 
 from __future__ import annotations
 
+import queue
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,7 +99,9 @@ def vendor_calls() -> Iterator[None]:
     if on_cuda():
         yield
         return
-    with _CudaLiteralsToCpu():
+    with _CudaLiteralsToCpu(), warnings.catch_warnings():
+        # what the vendor does passes through this module's mode, so its warnings come out under our name
+        warnings.filterwarnings("ignore", module=__name__.replace(".", r"\."))
         yield
 
 
@@ -107,6 +110,7 @@ def prepare() -> None:
     """Make Megatron usable here. May be called any number of times; acts once."""
     # said once at import by Megatron where Apex and Transformer Engine are absent; this is no fault of ours
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine|apex).*")
+    _write_checkpoints_without_manager()
     if not on_cuda():
         _replace_cuda_functions()
     if not has_transformer_engine():
@@ -126,6 +130,17 @@ def _replace_cuda_functions() -> None:
     rng: Any = vendor_random
     rng._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _write_checkpoints_without_manager() -> None:
+    """Megatron hands a writer's results through a spawned manager process, which imports the whole program again.
+
+    Our saves end before they return, in the same process: a plain queue does.
+    """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as vendor_writer
+
+    writer: Any = vendor_writer
+    writer._results_queue = queue.Queue()
 
 
 def _mend_adam_checkpoints() -> None:

@@ -1,0 +1,128 @@
+"""Which checkpoint folders are whole: sizes and hashes of their files. Files only; knows neither torch nor Megatron.
+
+A checkpoint `step-000010` is written as `.tmp-step-000010` and renamed when its manifest, the last file written,
+is on disk. Whatever has no manifest, or does not agree with it, is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_PREFIX, _ASIDE = "step-", ".tmp-"
+_BLOCK_BYTES = 1 << 22
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return root / f"{_PREFIX}{step:06d}"
+
+
+def aside_of(root: Path, step: int) -> Path:
+    """Where it is written first."""
+    return root / f"{_ASIDE}{_PREFIX}{step:06d}"
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint folder."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def content(folder: Path) -> list[Path]:
+    """The files a manifest lists, in name order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def describe(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Name -> {size, sha256} of some files of a folder, after flushing them to disk."""
+    described = {}
+    for path in files:
+        flush(path)
+        described[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    return described
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete(aside: Path, final: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write the manifest and rename: from here on the checkpoint exists. An older one of the step is replaced."""
+    manifest = aside / MANIFEST
+    manifest.write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True))
+    flush(manifest)
+    flush(aside)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    flush(final.parent)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; ValueError when there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it was never completed; name another one")
+    return json.loads(path.read_text())
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, every byte read; None when it is whole."""
+    try:
+        listed: dict[str, dict[str, Any]] = read(folder)["files"]
+    except (ValueError, KeyError) as error:
+        return str(error)
+    for name, facts in listed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != facts["size"]:
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {facts['size']}"
+        if sha256(path) != facts["sha256"]:
+            return f"{name} differs from the manifest's sha256"
+    return None
+
+
+def completed(root: Path) -> list[Path]:
+    """Folders that bear a manifest, oldest step first; their bytes are not read."""
+    folders = (path for path in root.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
+    return sorted((path for path in folders if (path / MANIFEST).is_file()), key=step_of)
+
+
+def latest(root: Path) -> Path | None:
+    """The newest whole checkpoint; each newer one that had to be passed over is logged as an error."""
+    for folder in reversed(completed(root)):
+        wrong = fault(folder)
+        if wrong is None:
+            return folder
+        logger.error("checkpoint %s rejected: %s; trying the one before", folder, wrong)
+    return None
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Remove what was left half-written, and all but the newest `keep_last` checkpoints."""
+    for folder in [*completed(root)[:-keep_last], *root.glob(f"{_ASIDE}*")]:
+        shutil.rmtree(folder)

@@ -1,0 +1,83 @@
+"""Checkpoints: bitwise resumption, other layouts, damaged folders."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.launcher import run_ranks
+from tests.distributed.worlds import largest_difference, loss_of, microbatches, start, tiny_config
+
+OPTIM = {"lr": 1e-2, "weight_decay": 0.1, "warmup_steps": 4, "schedule": "cosine"}
+STEPS = 6
+
+
+def train(config: Any, root: Path, steps: int, save_at: int | None, resume: bool) -> dict[str, Any]:
+    """Train to `steps`, perhaps from the newest checkpoint; weights, norms and a draw of every generator."""
+    from realsr_hpc.checkpoint import load, resume_path, save
+    from realsr_hpc.model.hf_mapping import local_to_hf
+    from realsr_hpc.optim.step import Optimiser
+
+    policy = start(config)
+    groups = policy.groups
+    optimiser = Optimiser(policy, config, total_steps=STEPS)
+    done = 0
+    random.seed(groups.world_rank)
+    np.random.seed(groups.world_rank)
+    torch.manual_seed(groups.world_rank)
+    if resume:
+        for parameter in policy.parameters():
+            parameter.data.fill_(7.0)
+        path = resume_path(root, groups)
+        assert path is not None
+        done = load(path, policy, optimiser, groups)["step"]
+    data = microbatches(2, groups.dp_rank, groups.dp_size)
+    norms = []
+    for step in range(done, steps):
+        norms.append(optimiser.step(data, loss_of(policy)).grad_norm)
+        random.random(), np.random.random(), torch.rand(1)
+        if step + 1 == save_at:
+            save(root, save_at, policy, optimiser, {"step": save_at, "run": "x"}, keep_last=2)
+    return {
+        "norms": norms,
+        "draws": (random.random(), float(np.random.random()), float(torch.rand(1))),
+        "weights": {name: t.numpy() for name, t in local_to_hf(policy).items()},
+    }
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_resumed_run_is_bitwise_the_same(tmp_path: Path, distributed_optimizer: bool) -> None:
+    config = tiny_config({"distributed_optimizer": distributed_optimizer}, optim=OPTIM)
+    whole = run_ranks(2, train, config, tmp_path, STEPS, 3, False)
+    resumed = run_ranks(2, train, config, tmp_path, STEPS, None, True)
+    for before, after in zip(whole, resumed, strict=True):
+        assert after["norms"] == before["norms"][3:]
+        assert after["draws"] == before["draws"]
+    assert whole[0]["draws"] != whole[1]["draws"]
+    assert largest_difference(resumed[0]["weights"], whole[0]["weights"]) == 0.0
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run on tp 2 x dp 2 that saved at step 3: its folder and what world rank 0 had."""
+    root = tmp_path_factory.mktemp("tp2")
+    config = tiny_config({"tp": 2, "distributed_optimizer": True}, optim=OPTIM)
+    return root, run_ranks(4, train, config, root, STEPS, 3, False)[0]
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"), [(2, {"pp": 2}), (4, {"tp": 2, "pp": 2}), (1, {}), (2, {"pp": 2, "virtual_pp": 2})]
+)
+def test_resumes_on_another_layout(
+    tensor_parallel_run: tuple[Path, dict[str, Any]], world: int, parallel: dict[str, Any]
+) -> None:
+    root, whole = tensor_parallel_run
+    other = tiny_config(parallel | {"distributed_optimizer": True}, optim=OPTIM)
+    resumed = run_ranks(world, train, other, root, STEPS, None, True)
+    assert resumed[0]["norms"] == pytest.approx(whole["norms"][3:], rel=1e-4)
+    assert largest_difference(resumed[0]["weights"], whole["weights"]) < 1e-4
