@@ -7,6 +7,7 @@ RANK (set by that supervisor, or by torchrun) it is one of those processes. Subm
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def main(arguments: list[str]) -> int:
     from realsr_hpc.launch.signals import StopFlag
 
     stop = StopFlag.install()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     return importlib.import_module(f"realsr_hpc.train.{config.task}").main(config, run_dir, stop)
 
 

@@ -33,6 +33,7 @@ class StopFlag:
         for number in STOP_SIGNALS:
             signal.signal(number, flag.ask)
         signal.signal(signal.SIGCONT, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         faulthandler.enable(all_threads=True)
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         return flag
@@ -43,4 +44,5 @@ class StopFlag:
             self._asked = True
 
     def __call__(self) -> bool:
+        """Whether the process was asked."""
         return self._asked

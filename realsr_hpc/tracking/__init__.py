@@ -1,17 +1,27 @@
 """Runs in MLflow, fed from an append-only spool beside the checkpoint so that tracking never stops training."""
 
 from realsr_hpc.tracking.spool import metrics_by_step
-from realsr_hpc.tracking.store import prepare_run, prepare_sweep, read_bookmark, set_status, tracking_uri
+from realsr_hpc.tracking.store import (
+    prepare_run,
+    prepare_store,
+    prepare_sweep,
+    read_bookmark,
+    set_status,
+    tracking_uri,
+    write_launch_tags,
+)
 from realsr_hpc.tracking.tracker import Tracker, read_progress, sync
 
 __all__ = [
     "Tracker",
     "metrics_by_step",
     "prepare_run",
+    "prepare_store",
     "prepare_sweep",
     "read_bookmark",
     "read_progress",
     "set_status",
     "sync",
     "tracking_uri",
+    "write_launch_tags",
 ]

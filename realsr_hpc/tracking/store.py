@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BOOKMARK_NAME = "mlflow.json"
 """In the run folder: which MLflow run it is."""
+LAUNCH_TAGS_NAME = "tags.json"
 PARAMS_A_BATCH = 100
 MAX_PARAM_CHARACTERS = 500
 RUN_TAG = "realsr_hpc.run"
@@ -50,8 +51,13 @@ def client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-def prepare_run(config: RunConfig, run_dir: Path, *, tags: dict[str, str] | None = None, parent: str = "") -> str:
-    """MLflow run id of `run_dir`, created with its parameters when there is none.
+def write_launch_tags(run_dir: Path, tags: dict[str, str]) -> None:
+    """Tags that the launcher knows and the job will create the MLflow run with."""
+    write_atomically(run_dir / LAUNCH_TAGS_NAME, json.dumps(tags))
+
+
+def prepare_run(config: RunConfig, run_dir: Path) -> str:
+    """MLflow run id of `run_dir`, created with its parameters and the launcher's tags when there is none.
 
     Safe to call again: the bookmark in the folder, then the run's tag, are looked up first. Any error of MLflow or of
     the server passes through.
@@ -62,12 +68,16 @@ def prepare_run(config: RunConfig, run_dir: Path, *, tags: dict[str, str] | None
     uri = tracking_uri(config)
     mlflow = client(uri)
     experiment = _experiment(mlflow, config)
-    run_id = _find(mlflow, experiment, RUN_TAG, str(run_dir)) or _create(
-        mlflow, experiment, run_dir.name, {**_tags(config, run_dir, parent), **(tags or {})}
-    )
+    run_id = _find(mlflow, experiment, RUN_TAG, str(run_dir))
+    run_id = run_id or _create(mlflow, experiment, run_dir.name, _tags(config, run_dir))
     _log_params(mlflow, run_id, config)
-    write_atomically(run_dir / BOOKMARK_NAME, json.dumps({"uri": uri, "run_id": run_id, "parent": parent}))
+    write_atomically(run_dir / BOOKMARK_NAME, json.dumps({"uri": uri, "run_id": run_id}))
     return run_id
+
+
+def prepare_store(config: RunConfig) -> None:
+    """Create database and experiment before any job does: jobs that do it at the same moment kill each other."""
+    _experiment(client(tracking_uri(config)), config)
 
 
 def prepare_sweep(config: RunConfig, sweep: str) -> str:
@@ -80,7 +90,7 @@ def prepare_sweep(config: RunConfig, sweep: str) -> str:
 
 
 def read_bookmark(run_dir: Path) -> dict[str, str] | None:
-    """`uri`, `run_id` and `parent` of a run folder; None before it has an MLflow run."""
+    """`uri` and `run_id` of a run folder; None before it has an MLflow run."""
     path = run_dir / BOOKMARK_NAME
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -116,16 +126,17 @@ def _create(mlflow: MlflowClient, experiment: str, name: str, tags: dict[str, st
     return mlflow.create_run(experiment, run_name=name, tags=tags).info.run_id
 
 
-def _tags(config: RunConfig, run_dir: Path, parent: str) -> dict[str, str]:
-    tags = {
+def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
+    launch_tags = run_dir / LAUNCH_TAGS_NAME
+    return {
         RUN_TAG: str(run_dir),
         "realsr_hpc.recipe": config.name,
         "realsr_hpc.task": config.task,
         "realsr_hpc.signature": signature(config),
         "mlflow.note.content": config.tracking.description,
         **config.tracking.tags,
+        **(json.loads(launch_tags.read_text()) if launch_tags.exists() else {}),
     }
-    return {**tags, PARENT_TAG: parent} if parent else tags
 
 
 def _log_params(mlflow: MlflowClient, run_id: str, config: RunConfig) -> None:

@@ -19,9 +19,7 @@ def root(tmp_path_factory):
 
 
 def make_run(root, name: str, **tracking):
-    config = RunConfig.model_validate(
-        {"name": name, "task": "grpo", "output_root": str(root), "tracking": tracking}
-    )
+    config = RunConfig.model_validate({"name": name, "task": "grpo", "output_root": str(root), "tracking": tracking})
     run_dir = root / name
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text(json.dumps(config.model_dump(mode="json")))

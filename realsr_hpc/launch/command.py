@@ -1,0 +1,101 @@
+"""The command line of tools/launch.py: options of launching apart from overrides of the recipe."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+
+from rich.console import Console
+
+from realsr_hpc.config.load import RecipeError, compose, nearest, recipe_names, swept_keys
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.follow import follow
+from realsr_hpc.launch.report import print_plan, print_submissions
+from realsr_hpc.launch.submit import submit
+
+USAGE = """\
+python tools/launch.py [-m] recipe=NAME [group=NAME] [section.field=value ...] [option=value ...]
+
+  recipe=NAME       one of: {recipes}
+  cluster=NAME      recipes/cluster/NAME.yaml; the other groups are model, data, rewards and parallel
+  -m                a sweep: a,b,c or range(..) or choice(..) as values; one Slurm array, one MLflow parent run
+Options:
+  plan=true         submit nothing: sbatch script, memory per GPU, pipeline bubble, GPU-hours
+  follow=false      return at once (the default waits for a single run; Ctrl-C then leaves the run going)
+  fresh=true        start anew in a new folder instead of going on with, or keeping, this recipe's run
+  sweep=NAME        name of the sweep (default: from the recipe and what varies)
+"""
+TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to launch; everything else on the command line is the recipe's."""
+
+    plan: bool = False
+    follow: bool = True
+    fresh: bool = False
+    sweep: str = ""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 done or submitted, 2 a faulty recipe or option, else the job's."""
+    console = Console()
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        console.print(USAGE.format(recipes=", ".join(recipe_names())), markup=False, highlight=False)
+        return 0 if arguments else 2
+    try:
+        options, multirun, overrides = read_arguments(arguments)
+        composed = compose(overrides, multirun=multirun)
+        configs = composed if isinstance(composed, list) else [composed]
+        if options.plan:
+            print_plan(configs, console)
+            return 0
+        return launch(configs, options, swept_keys(overrides) if multirun else [], overrides, console)
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def launch(
+    configs: list[RunConfig], options: Options, varied: list[str], overrides: list[str], console: Console
+) -> int:
+    """Submit, say what was submitted, and follow a single run."""
+    sweep = (options.sweep or _sweep_name(configs[0], overrides)) if varied else ""
+    submissions = submit(configs, sweep=sweep, varied=varied, fresh=options.fresh)
+    print_submissions(submissions, console)
+    if sweep:
+        console.print(f"compare: python tools/compare.py sweep={sweep}", markup=False, highlight=False)
+    elif options.follow and (submissions[0].submitted or submissions[0].note.startswith("already r")):
+        item = submissions[0]
+        return follow(item.run_dir, console, slurm=item.config.cluster.kind == "slurm")
+    return 0
+
+
+def read_arguments(arguments: list[str]) -> tuple[Options, bool, list[str]]:
+    """Options, whether it is a sweep, and the recipe's overrides; RecipeError for what is neither."""
+    names = {field.name for field in fields(Options)}
+    values: dict[str, bool | str] = {}
+    overrides = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument in ("-m", "--multirun"):
+            continue
+        if argument.startswith("-") or not equals and not argument.startswith("~"):
+            raise RecipeError(f"{argument!r}: write key=value{nearest(key.lstrip('-'), names | {'recipe'})}")
+        if key in names:
+            values[key] = value if key == "sweep" else _truth(key, value)
+        else:
+            overrides.append(argument)
+    return Options(**values), bool({"-m", "--multirun"} & set(arguments)), overrides  # type: ignore[arg-type]
+
+
+def _truth(key: str, value: str) -> bool:
+    if value.lower() not in TRUTH:
+        raise RecipeError(f"{key}: {value!r} is neither true nor false")
+    return TRUTH[value.lower()]
+
+
+def _sweep_name(config: RunConfig, overrides: list[str]) -> str:
+    digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:6]
+    return f"{config.name}-sweep-{digest}"

@@ -1,0 +1,88 @@
+"""Where one node's supervisor stands in its job, and the environment of the ranks it starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from realsr_hpc.config.load import project_root
+from realsr_hpc.config.schema import RunConfig
+
+FIRST_JOB_PORT = 20000
+NUM_JOB_PORTS = 10000
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One node of a job."""
+
+    node_rank: int
+    num_nodes: int
+    tasks_per_node: int
+    master_addr: str
+    master_port: int
+    job_id: str
+    """As scontrol takes it: `1234` or `1234_5`; empty outside Slurm."""
+    restarts: int
+    """How often Slurm has requeued the job."""
+
+    @classmethod
+    def find(cls, config: RunConfig, environment: Mapping[str, str]) -> Placement:
+        """From Slurm's variables, or one local node with a free port.
+
+        ValueError when Slurm gave another number of nodes than the recipe's.
+        """
+        tasks = config.cluster.tasks_per_node
+        # `bash` inside an allocation shows SLURM_JOB_ID too; only a step has a node id.
+        if config.cluster.kind == "local" or "SLURM_NODEID" not in environment:
+            return cls(0, 1, tasks, "127.0.0.1", _free_port(), "", 0)
+        num_nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment["SLURM_JOB_NUM_NODES"])
+        if num_nodes != config.cluster.nodes:
+            raise ValueError(
+                f"cluster.nodes: {config.cluster.nodes}: Slurm gave {num_nodes}; ask sbatch for --nodes="
+                f"{config.cluster.nodes}, or launch with cluster.nodes={num_nodes}"
+            )
+        restarts = int(environment.get("SLURM_RESTART_COUNT", 0))
+        return cls(
+            node_rank=int(environment["SLURM_NODEID"]),
+            num_nodes=num_nodes,
+            tasks_per_node=tasks,
+            master_addr=environment["SLURM_LAUNCH_NODE_IPADDR"],
+            master_port=job_port(int(environment["SLURM_JOB_ID"]), restarts),
+            job_id=slurm_job_id(environment),
+            restarts=restarts,
+        )
+
+    def rank_environment(self, config: RunConfig, local_rank: int) -> dict[str, str]:
+        """What torch.distributed, OpenMP and Python need to be told."""
+        paths = [str(project_root()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        return {
+            "RANK": str(self.node_rank * self.tasks_per_node + local_rank),
+            "WORLD_SIZE": str(self.num_nodes * self.tasks_per_node),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.tasks_per_node),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "OMP_NUM_THREADS": str(config.cluster.cpus_per_task),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        }
+
+
+def job_port(job_id: int, restarts: int) -> int:
+    """Two jobs of one node rarely share it, and a requeued job never meets its own dying listener."""
+    return FIRST_JOB_PORT + (7 * job_id + restarts) % NUM_JOB_PORTS
+
+
+def slurm_job_id(environment: Mapping[str, str]) -> str:
+    """`1234`, or `1234_5` for a task of an array: requeueing the raw id of a task would move the wrong one."""
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment.get("SLURM_JOB_ID", "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,58 @@
+"""Watch a run until its job ends: a progress bar from its folder, the log's end when it failed.
+
+Following reads files and the queue, nothing else: leaving it (Ctrl-C) leaves the run alone.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from realsr_hpc.launch.rundir import ALIVE, Status, current_status, rank_log
+from realsr_hpc.tracking import read_progress
+
+POLL_LOCAL_S = 0.5
+POLL_SLURM_S = 5.0
+EXIT_CODES = {"done": 0, "stopped": 85}
+
+
+def follow(run_dir: Path, console: Console, *, slurm: bool = False) -> int:
+    """The job's exit code: 0 done, 85 stopped with a checkpoint, else failed."""
+    columns = (TextColumn("{task.fields[state]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
+        task = bar.add_task("", total=None, state="submitted")
+        try:
+            status = _wait(run_dir, bar, task, POLL_SLURM_S if slurm else POLL_LOCAL_S)
+        except KeyboardInterrupt:
+            status = None
+    if status is None:
+        console.print(f"The run goes on. Follow it: python tools/jobs.py follow={run_dir.name}; end it: cancel=...")
+        return 0
+    console.print(f"{run_dir.name}: {status.state}" + (f"\n{status.message}" if status.message else ""), markup=False)
+    return EXIT_CODES.get(status.state, status.code or 1)
+
+
+def _wait(run_dir: Path, bar: Progress, task, poll_s: float) -> Status:
+    shown = -1
+    while True:
+        status = current_status(run_dir)
+        if status is None:
+            raise ValueError(f"{run_dir}: no status.json; launch the run first")
+        progress = read_progress(run_dir)
+        if progress:
+            bar.update(task, completed=progress["step"], total=progress["total"], description=progress["text"])
+            if not bar.console.is_terminal and progress["step"] != shown:
+                shown = progress["step"]
+                bar.console.print(f"step {shown}/{progress['total']}  {progress['text']}", markup=False)
+        bar.update(task, state=status.state)
+        if status.state not in ALIVE:
+            return status
+        time.sleep(poll_s)
+
+
+def log_paths(run_dir: Path) -> str:
+    """Where to read on."""
+    return str(rank_log(run_dir, 0))

@@ -1,0 +1,34 @@
+"""Is this node fit for the job: looked at before the ranks meet, because one bad node hangs all the others."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from realsr_hpc.config.schema import RunConfig
+
+MIN_FREE_GIB = 1.0
+SMI_TIMEOUT_S = 60
+
+
+def node_faults(config: RunConfig, run_dir: Path) -> list[str]:
+    """What is wrong with this node; empty: fit."""
+    faults = []
+    free_gib = shutil.disk_usage(run_dir).free / 2**30
+    if free_gib < MIN_FREE_GIB:
+        faults.append(f"{free_gib:.1f} GiB free in {run_dir}, {MIN_FREE_GIB} needed")
+    wanted = config.cluster.gpus_per_node
+    if wanted and (found := _count_gpus()) < wanted:
+        faults.append(f"{found} working GPUs, {wanted} needed (cluster.gpus_per_node)")
+    return faults
+
+
+def _count_gpus() -> int:
+    """GPUs that answer nvidia-smi; a hung driver counts as none."""
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU-") for line in answer.stdout.splitlines())

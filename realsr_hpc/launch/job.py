@@ -1,0 +1,197 @@
+"""One node's part of a job: start the ranks, watch them, and end all of them together.
+
+A rank that fails ends the others at once, and its last lines are the job's last words: no rank is left waiting in a
+collective. A signal (time is nearly up, preemption, cancel) is passed on; ranks that leave with a checkpoint make the
+job requeue itself on Slurm. A run without a sign of life for `cluster.hang_limit_s` is aborted with its stacks in the
+rank logs, and requeued. submitit only starts this; its own requeueing is left out (it races with Slurm's).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from realsr_hpc.config.load import from_yaml, project_root
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.environment import Placement
+from realsr_hpc.launch.health import node_faults
+from realsr_hpc.launch.rundir import rank_log, write_status
+from realsr_hpc.launch.signals import REQUEUE_EXIT_CODE, STOP_SIGNALS, StopFlag
+from realsr_hpc.tracking import set_status
+from realsr_hpc.tracking.delivery import brief
+
+POLL_S = 0.2
+END_GRACE_S = 10.0
+"""How long ranks get between SIGTERM and SIGKILL when another one failed."""
+REQUEUE_WAIT_S = 90.0
+FAILED, UNHEALTHY, HUNG = 1, 86, 87
+LAST_WORDS_LINES = 25
+PR_SET_PDEATHSIG = 1
+
+
+def node_job(run_dir: Path) -> int:
+    """What submitit pickles and calls on every node.
+
+    SystemExit for anything but success: submitit then writes no misleading result.
+    """
+    code = run_node(run_dir)
+    if code:
+        raise SystemExit(code)
+    return code
+
+
+def run_node(run_dir: Path) -> int:
+    """Run this node's ranks to their end; the job's exit code (0, 85 stopped with a checkpoint, else failed)."""
+    stop = StopFlag.install()
+    config = from_yaml(run_dir / "recipe.yaml")
+    placement = Placement.find(config, os.environ)
+    faults = node_faults(config, run_dir)
+    if faults:
+        message = f"node {os.uname().nodename}: {'; '.join(faults)}"
+        return _finish(run_dir, placement, config, UNHEALTHY, message)
+    if placement.node_rank == 0:
+        write_status(run_dir, "running")
+    ranks = start_ranks(config, run_dir, placement)
+    code, message = watch(ranks, config, run_dir, stop)
+    return _finish(run_dir, placement, config, code, message)
+
+
+def start_ranks(config: RunConfig, run_dir: Path, placement: Placement) -> dict[int, subprocess.Popen[bytes]]:
+    """One process a task, by global rank; each dies with this supervisor and prints to its own log."""
+    ranks = {}
+    for local_rank in range(placement.tasks_per_node):
+        extra = placement.rank_environment(config, local_rank)
+        rank = int(extra["RANK"])
+        log = rank_log(run_dir, rank)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {os.uname().nodename}\n".encode())
+            output.flush()
+            ranks[rank] = subprocess.Popen(
+                [sys.executable, "-m", "realsr_hpc", str(run_dir)],
+                env={**os.environ, **extra},
+                cwd=project_root(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_prepare_rank,
+            )
+    return ranks
+
+
+def watch(
+    ranks: dict[int, subprocess.Popen[bytes]], config: RunConfig, run_dir: Path, stop: StopFlag
+) -> tuple[int, str]:
+    """Until all ranks have ended: exit code and last words."""
+    forwarded = False
+    started = time.time()
+    while True:
+        codes = {rank: process.poll() for rank, process in ranks.items()}
+        failed = [rank for rank, code in codes.items() if code not in (None, 0, REQUEUE_EXIT_CODE)]
+        if failed:
+            end_ranks(ranks)
+            return FAILED, _last_words(run_dir, failed[0], codes[failed[0]] or FAILED)
+        if all(code is not None for code in codes.values()):
+            return max(code or 0 for code in codes.values()), ""
+        if stop() and not forwarded:
+            _signal(ranks, signal.SIGUSR2)
+            forwarded = True
+        if time.time() - max(started, _last_sign_of_life(run_dir)) > config.cluster.hang_limit_s:
+            _signal(ranks, signal.SIGABRT)
+            end_ranks(ranks)
+            return HUNG, f"no step for {config.cluster.hang_limit_s} s: aborted; the stacks are in {run_dir / 'logs'}"
+        time.sleep(POLL_S)
+
+
+def end_ranks(ranks: dict[int, subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, a little time, SIGKILL: these processes and no others."""
+    _signal(ranks, signal.SIGTERM)
+    deadline = time.time() + END_GRACE_S
+    while time.time() < deadline and any(process.poll() is None for process in ranks.values()):
+        time.sleep(POLL_S)
+    _signal(ranks, signal.SIGKILL)
+    for process in ranks.values():
+        process.wait()
+
+
+def _finish(run_dir: Path, placement: Placement, config: RunConfig, code: int, message: str) -> int:
+    """Requeue where that can help, and leave the run's state behind."""
+    requeue = code in (REQUEUE_EXIT_CODE, HUNG, UNHEALTHY) and bool(placement.job_id)
+    if requeue and placement.restarts < config.cluster.max_requeues:
+        if placement.node_rank == 0 or code == UNHEALTHY:
+            if code == UNHEALTHY:
+                _exclude_this_node(placement)
+            write_status(run_dir, "requeued", code, message)
+            if not _requeue(placement):
+                message = f"{message} requeueing failed: launch the run again to go on".strip()
+                write_status(run_dir, "stopped", code, message)
+                return code
+        time.sleep(REQUEUE_WAIT_S)  # Slurm ends this job within that time
+        return code
+    if code == 0 and placement.node_rank == 0:
+        write_status(run_dir, "done", 0)
+    elif code == REQUEUE_EXIT_CODE and placement.node_rank == 0:
+        write_status(run_dir, "stopped", code, "stopped with a checkpoint; launch it again to go on")
+    elif code not in (0, REQUEUE_EXIT_CODE):
+        print(message, file=sys.stderr, flush=True)
+        write_status(run_dir, "failed", code, message)
+        _mark_failed(run_dir)
+    return code
+
+
+def _requeue(placement: Placement) -> bool:
+    """True when Slurm requeues the job, by this call or already of itself."""
+    if shutil.which("scontrol") is None:
+        return False
+    answer = subprocess.run(["scontrol", "requeue", placement.job_id], capture_output=True, text=True, check=False)
+    text = (answer.stdout + answer.stderr).lower()
+    print(f"requeue {placement.job_id}: {answer.returncode} {text.strip()}", flush=True)
+    # A negative code: Slurm's own requeue killed the call. "pending"/"completing": it was faster than we were.
+    return answer.returncode <= 0 or "pending" in text or "completing" in text
+
+
+def _exclude_this_node(placement: Placement) -> None:
+    node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    command = ["scontrol", "update", f"JobId={placement.job_id}", f"ExcNodeList={node}"]
+    if shutil.which("scontrol") is not None:
+        subprocess.run(command, capture_output=True, check=False)
+
+
+def _mark_failed(run_dir: Path) -> None:
+    try:
+        set_status(run_dir, "FAILED")
+    except Exception as error:  # tracking never decides how a run ends
+        print(f"tracking: status FAILED not delivered ({brief(error)})", file=sys.stderr)
+
+
+def _signal(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in ranks.values():
+        if process.poll() is None:
+            process.send_signal(number)
+
+
+def _last_sign_of_life(run_dir: Path) -> float:
+    """Seconds since the epoch of the last progress or event; 0 before the first."""
+    paths = (run_dir / "progress.json", run_dir / "events.jsonl")
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+
+
+def _last_words(run_dir: Path, rank: int, code: int) -> str:
+    log = rank_log(run_dir, rank)
+    ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    with log.open(errors="replace") as file:
+        lines = "".join(deque(file, maxlen=LAST_WORDS_LINES)).rstrip()
+    return f"rank {rank} {ended}; the end of {log}:\n{lines}"
+
+
+def _prepare_rank() -> None:
+    """Runs in the child: SIGKILL when the supervisor goes; a stop signal waits until the rank can take it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

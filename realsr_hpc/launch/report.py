@@ -1,0 +1,80 @@
+"""A plan and a submission as people read them."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.rundir import rank_log
+from realsr_hpc.launch.submit import Submission, sbatch_script
+from realsr_hpc.plan import Plan, plan
+from realsr_hpc.tracking import tracking_uri
+
+
+def print_plan(configs: list[RunConfig], console: Console) -> None:
+    """The sbatch script, memory, bubble and GPU-hours of the first recipe, and the total of all."""
+    first, estimate = configs[0], plan(configs[0])
+    if first.cluster.kind == "slurm":
+        console.print(sbatch_script(first, len(configs)), markup=False, highlight=False, soft_wrap=True)
+    if estimate.memory_gib:
+        console.print(_memory_table(estimate, first))
+        console.print(_facts_table(estimate, first))
+    if len(configs) > 1:
+        hours = sum(plan(config).gpu_hours for config in configs)
+        console.print(f"{len(configs)} runs, {hours:,.0f} GPU-hours in all")
+    console.print("Nothing was submitted.")
+
+
+def print_submissions(submissions: list[Submission], console: Console) -> None:
+    """Name, folder, log and tracking of each run, or one line each when there are many."""
+    if len(submissions) == 1:
+        item = submissions[0]
+        rows = {
+            "run": item.run_dir.name,
+            "state": "submitted" if item.submitted else "not submitted",
+            "note": item.note,
+            "folder": str(item.run_dir),
+            "log": str(rank_log(item.run_dir, 0)),
+            "tracking": f"mlflow ui --backend-store-uri {tracking_uri(item.config)}",
+        }
+        for name, value in rows.items():
+            if value:
+                console.print(f"{name:9}{value}", markup=False, highlight=False, soft_wrap=True)
+        return
+    for item in submissions:
+        note = f"  ({item.note})" if item.note else ""
+        state = "submitted" if item.submitted else "left alone"
+        console.print(f"{state:11}{item.run_dir.name}{note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _memory_table(estimate: Plan, config: RunConfig) -> Table:
+    where = "GPU" if config.cluster.gpus_per_node else "process"
+    table = Table("term", "GiB", title=f"{config.name}: memory of the fullest {where}")
+    table.columns[1].justify = "right"
+    for name, gib in estimate.memory_gib.items():
+        table.add_row(name, f"{gib:.2f}")
+    table.add_section()
+    limit = "" if estimate.limit_gib is None else f" of {estimate.limit_gib:.0f}"
+    verdict = {None: "", True: ": fits", False: ": does NOT fit"}[estimate.fits]
+    table.add_row(f"total{verdict}", f"{estimate.total_gib:.2f}{limit}")
+    return table
+
+
+def _facts_table(estimate: Plan, config: RunConfig) -> Table:
+    parallel = config.parallel
+    layout = f"TP {parallel.tp} x PP {parallel.pp} x DP {estimate.dp} = {estimate.world_size} processes"
+    rows = {
+        "parameters": f"{estimate.parameters:,}",
+        "layout": layout,
+        "tokens a sequence": f"{estimate.prompt_tokens} prompt + {estimate.response_tokens} response",
+        "microbatches a rank": str(estimate.microbatches),
+        "pipeline bubble": f"{estimate.bubble:.1%} of a training pass",
+    }
+    if config.cluster.gpus_per_node:
+        rows["a step"] = f"{estimate.rollout_s:.1f} s rollout + {estimate.training_s:.1f} s training"
+        rows["GPU-hours"] = f"{estimate.gpu_hours:,.0f} for {estimate.steps} steps (H200; rewards and data not counted)"
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,149 @@
+"""The folder of a run: where everything lies and what state it is in.
+
+OUTPUT_ROOT/<name>-<signature>/
+    recipe.yaml      the resolved recipe                 status.json   state, exit code and last words
+    job.json         which job runs it, and where        code          the snapshot it runs from (Slurm)
+    checkpoints/     logs/     events.jsonl     progress.json     mlflow.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from realsr_hpc.config.load import output_root, signature
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.tracking.spool import write_atomically
+
+State = Literal["submitted", "running", "requeued", "stopped", "done", "failed", "lost"]
+"""stopped: with a checkpoint, launching it again goes on. lost: its job ended without a word."""
+ALIVE: tuple[State, ...] = ("submitted", "running", "requeued")
+SLURM_QUIET_S = 60
+"""A requeued or just submitted job may be missing from squeue for a moment."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job that runs a folder; `job_id` is a process id on `host` for a local job."""
+
+    kind: Literal["local", "slurm"]
+    job_id: str
+    host: str
+    log: str
+    """The supervisor's own output."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Last known state."""
+
+    state: State
+    code: int | None = None
+    message: str = ""
+    time_s: float = 0.0
+
+
+def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
+    """The folder of this recipe's run; with `fresh` the first numbered one that does not exist."""
+    base = output_root(config) / f"{config.name}-{signature(config)}"
+    if not fresh:
+        return base
+    number = 2
+    while (path := base.with_name(f"{base.name}-{number}")).exists():
+        number += 1
+    return path if base.exists() else base
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """What a rank printed, all attempts one behind the other."""
+    return run_dir / "logs" / f"rank-{rank}.log"
+
+
+def write_status(run_dir: Path, state: State, code: int | None = None, message: str = "") -> None:
+    """Replace the run's state."""
+    status = Status(state, code, message, time.time())
+    write_atomically(run_dir / "status.json", json.dumps(asdict(status)))
+
+
+def read_status(run_dir: Path) -> Status | None:
+    """The state as last written; `current_status` also asks whether the job still lives."""
+    return _read(run_dir / "status.json", Status)
+
+
+def write_job(run_dir: Path, job: Job) -> None:
+    """Remember the job."""
+    write_atomically(run_dir / "job.json", json.dumps(asdict(job)))
+
+
+def read_job(run_dir: Path) -> Job | None:
+    """The job last submitted for the run."""
+    return _read(run_dir / "job.json", Job)
+
+
+def current_status(run_dir: Path, queue: dict[str, str] | None = None) -> Status | None:
+    """The true state: a run that calls itself alive without a living job is `lost`.
+
+    `queue` is `slurm_queue()`'s answer, to ask Slurm once for many runs.
+    """
+    status, job = read_status(run_dir), read_job(run_dir)
+    if status is None or status.state not in ALIVE or job is None or is_alive(job, status, queue):
+        return status
+    settled = read_status(run_dir)  # it may have ended between the two looks
+    if settled is not None and settled.state not in ALIVE:
+        return settled
+    return Status("lost", None, f"job {job.job_id} ended without a word; see {job.log}", status.time_s)
+
+
+def is_alive(job: Job, status: Status, queue: dict[str, str] | None = None) -> bool:
+    """Whether the job is queued or running; a local job of another host is believed."""
+    if job.kind == "local":
+        return job.host != os.uname().nodename or _is_controller(int(job.job_id))
+    known = slurm_queue() if queue is None else queue
+    return job.job_id in known or time.time() - status.time_s < SLURM_QUIET_S
+
+
+def slurm_queue() -> dict[str, str]:
+    """Job id -> state of this user's jobs, one call; empty without Slurm."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(line.split(maxsplit=1) for line in answer.splitlines() if line.strip())
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Run folders of an output root, oldest first."""
+    found = [path.parent for path in root.glob("*/recipe.yaml")]
+    return sorted(found, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
+
+
+def find_run(root: Path, name: str) -> Path:
+    """The run whose folder is `name`, begins with it, or is that path; ValueError names the candidates."""
+    if (Path(name) / "recipe.yaml").exists():
+        return Path(name).resolve()
+    runs = list_runs(root)
+    exact = [run for run in runs if run.name == name]
+    found = exact or [run for run in runs if run.name.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(run.name for run in (found or runs)) or "none"
+    raise ValueError(f"run {name!r}: {'several begin so' if found else 'unknown'} in {root}; there are: {names}")
+
+
+def _is_controller(pid: int) -> bool:
+    """Process ids are used again: the process must be submitit's controller, and no zombie."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"submitit.local._local" in words
+
+
+def _read(path: Path, kind: type) -> Any:
+    return kind(**json.loads(path.read_text())) if path.exists() else None

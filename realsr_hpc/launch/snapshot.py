@@ -1,0 +1,88 @@
+"""A copy of the code that a Slurm job runs from, so that editing the checkout changes no job in the queue.
+
+Its name is the hash of its contents: runs of the same code share one copy, uncommitted changes included. It is
+written aside and renamed, so a half-written one is never used. Files that git ignores (weights, data) stay where they
+are; those the recipe names are linked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from realsr_hpc.config.load import output_root, project_root
+from realsr_hpc.config.schema import RunConfig
+
+FOLDERS = ("realsr_hpc", "recipes", "slurm", "tools")
+
+
+def take_snapshot(config: RunConfig) -> Path:
+    """Folder of the copy, made if it does not exist yet."""
+    root = project_root()
+    files = _files(root)
+    target = output_root(config) / "code" / _digest(root, files)
+    if not target.exists():
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        for name in files:
+            copy = aside / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, copy)
+        try:
+            os.rename(aside, target)
+        except OSError:  # another launcher was faster
+            shutil.rmtree(aside)
+    for name in external_paths(config):
+        _link(root / name, target / name)
+    return target
+
+
+def external_paths(config: RunConfig) -> list[str]:
+    """Relative paths that a recipe names."""
+    named = (config.data.manifest, config.model.weights, config.image_tokenizer.weights, config.text_tokenizer.path)
+    return [name for name in named if name and not Path(name).is_absolute()]
+
+
+def code_version() -> dict[str, str]:
+    """Commit and whether the tree differs from it, as tags; empty outside git."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    return {"mlflow.source.git.commit": commit.strip(), "realsr_hpc.uncommitted": str(bool(_git("status", "-s")))}
+
+
+def _files(root: Path) -> list[str]:
+    listed = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *FOLDERS)
+    if listed:
+        return sorted(name for name in listed.split("\0") if name and (root / name).is_file())
+    found = (path for folder in FOLDERS for path in (root / folder).rglob("*"))
+    return sorted(str(path.relative_to(root)) for path in found if path.is_file() and "__pycache__" not in path.parts)
+
+
+def _digest(root: Path, files: list[str]) -> str:
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link the folder of a file that the snapshot lacks: a manifest's photographs lie beside it."""
+    if target.exists() or not source.exists():
+        return
+    if source.is_file():
+        source, target = source.parent, target.parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        target.symlink_to(source)
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(project_root()), *arguments]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout if answer.returncode == 0 else None

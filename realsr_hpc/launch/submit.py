@@ -1,0 +1,225 @@
+"""RunConfigs -> jobs: folders, snapshot, tracking, and submitit as the one that starts them.
+
+A run's folder is named by its recipe's signature. Launching it again goes on where it stopped, says that it is done,
+or that it is running already; so launching a sweep again submits what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from realsr_hpc.config.load import flatten, output_root, project_root, to_yaml
+from realsr_hpc.config.schema import ClusterConfig, RunConfig
+from realsr_hpc.launch.job import node_job
+from realsr_hpc.launch.rundir import ALIVE, Job, current_status, read_job, run_folder, slurm_queue, write_job
+from realsr_hpc.launch.rundir import write_status as set_state
+from realsr_hpc.launch.snapshot import code_version, take_snapshot
+from realsr_hpc.tracking import prepare_run, prepare_store, prepare_sweep, write_launch_tags
+from realsr_hpc.tracking.delivery import brief
+from realsr_hpc.tracking.spool import write_atomically
+from realsr_hpc.tracking.store import PARENT_TAG, SWEEP_TAG
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What became of one recipe."""
+
+    config: RunConfig
+    run_dir: Path
+    submitted: bool
+    note: str = ""
+    """Why it was not submitted, or what the user should know."""
+
+
+def submit(
+    configs: list[RunConfig], *, sweep: str = "", varied: list[str] | None = None, fresh: bool = False
+) -> list[Submission]:
+    """Submit every recipe that is neither done nor running; a Submission each, in order.
+
+    `sweep` names the MLflow parent run, `varied` the keys in which the recipes differ.
+    """
+    queue = slurm_queue() if any(config.cluster.kind == "slurm" for config in configs) else {}
+    planned = [_look(config, run_folder(config, fresh=fresh), queue) for config in configs]
+    pending = [item for item in planned if item.submitted]
+    if pending:
+        note = _prepare_tracking(pending, sweep, varied or [])
+        for group in _by_cluster(pending):
+            _submit_together(group)
+        planned = [_with_note(item, note) for item in planned]
+    return planned
+
+
+def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str]) -> dict[str, object]:
+    """submitit's Slurm parameters: one supervisor a node, which starts that node's tasks."""
+    values: dict[str, object | None] = {
+        "job_name": job_name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": cluster.cpus_per_task * cluster.tasks_per_node,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "mem": f"{int(cluster.memory_gib * 1024)}M" if cluster.memory_gib else None,
+        "time": cluster.time_min,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "signal_delay_s": cluster.signal_delay_s,
+        "array_parallelism": cluster.array_parallelism,
+        "srun_args": _srun_arguments(cluster),
+        "stderr_to_stdout": True,
+        "additional_parameters": {"requeue": True, **cluster.extra_sbatch},
+        "setup": setup,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _srun_arguments(cluster: ClusterConfig) -> list[str]:
+    """One node that fails ends the others; a container where the site has enroot/pyxis."""
+    arguments = ["--kill-on-bad-exit=1"]
+    if cluster.container_image:
+        arguments.append(f"--container-image={cluster.container_image}")
+    return arguments
+
+
+def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
+    """Shell lines of the batch script before srun."""
+    lines = [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    if cluster.environment_file:
+        lines.insert(0, f"source {(project_root() / cluster.environment_file).resolve()}")
+    return lines
+
+
+def sbatch_script(config: RunConfig, num_runs: int = 1) -> str:
+    """The script that would be submitted, `map_count` runs as one array."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    run_dir = run_folder(config)
+    setup = setup_lines(config.cluster, output_root(config) / "code" / "SNAPSHOT")
+    return _make_sbatch_string(
+        command=f"{sys.executable} -u -m submitit.core._submit {run_dir / 'logs' / 'job'}",
+        folder=run_dir / "logs" / "job",
+        map_count=num_runs if num_runs > 1 else None,
+        **executor_parameters(config.cluster, config.name, setup),  # type: ignore[arg-type]
+    )
+
+
+def _look(config: RunConfig, run_dir: Path, queue: dict[str, str]) -> Submission:
+    status = current_status(run_dir, queue)
+    if status is not None and status.state in ALIVE:
+        job = read_job(run_dir)
+        return Submission(config, run_dir, False, f"already {status.state} as job {job.job_id if job else '?'}")
+    if status is not None and status.state == "done":
+        return Submission(config, run_dir, False, "already done; fresh=true starts it anew")
+    return Submission(config, run_dir, True, "goes on from its last checkpoint" if status else "")
+
+
+def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) -> str:
+    """Database, experiment and parent run exist before any job starts; a server that is away stops nothing."""
+    first = pending[0].config
+    note, tags = "", code_version()
+    try:
+        prepare_store(first)
+        if sweep:
+            tags |= {SWEEP_TAG: sweep, PARENT_TAG: prepare_sweep(first, sweep)}
+    except Exception as error:  # tracking never stops training
+        note = f"MLflow is not reachable ({brief(error)}); tools/sync_tracking.py sends the events later"
+    for item in pending:
+        item.run_dir.mkdir(parents=True, exist_ok=True)
+        values = flatten(item.config)
+        named = {"realsr_hpc.varied": " ".join(f"{key}={values[key]}" for key in varied if key in values)}
+        write_launch_tags(item.run_dir, tags | (named if varied else {}))
+        config = item.config.model_copy(update={"output_root": str(output_root(item.config))})
+        write_atomically(item.run_dir / "recipe.yaml", to_yaml(config))
+    if not sweep and not note:
+        prepare_run(first, pending[0].run_dir)
+    return note
+
+
+def _by_cluster(pending: list[Submission]) -> list[list[Submission]]:
+    """Runs that can share one array."""
+    groups: dict[str, list[Submission]] = {}
+    for item in pending:
+        groups.setdefault(item.config.cluster.model_dump_json(), []).append(item)
+    return list(groups.values())
+
+
+def _submit_together(group: list[Submission]) -> None:
+    if group[0].config.cluster.kind == "slurm":
+        _submit_slurm(group)
+    else:
+        for item in group:
+            _submit_local(item)
+
+
+def _submit_slurm(group: list[Submission]) -> None:
+    import submitit
+
+    config = group[0].config
+    code = take_snapshot(config)
+    single = len(group) == 1
+    folder = group[0].run_dir / "logs" / "job" if single else output_root(config) / "arrays" / "%A"
+    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=config.cluster.max_requeues)
+    executor.update_parameters(**executor_parameters(config.cluster, config.name, setup_lines(config.cluster, code)))
+    for item in group:
+        _link_code(item.run_dir, code)
+        set_state(item.run_dir, "submitted")
+    folders = [item.run_dir for item in group]
+    jobs = [executor.submit(node_job, folders[0])] if single else executor.map_array(node_job, folders)
+    for item, job in zip(group, jobs, strict=True):
+        write_job(item.run_dir, Job("slurm", job.job_id, "", str(job.paths.stdout)))
+
+
+def _submit_local(item: Submission) -> None:
+    import submitit
+
+    cluster = item.config.cluster
+    gpus = list(range(cluster.gpus_per_node))
+    executor = submitit.LocalExecutor(folder=item.run_dir / "logs" / "job")
+    executor.update_parameters(
+        timeout_min=cluster.time_min,
+        signal_delay_s=cluster.signal_delay_s,
+        stderr_to_stdout=True,
+        tasks_per_node=1,
+        gpus_per_node=len(gpus),
+        visible_gpus=gpus,
+    )
+    set_state(item.run_dir, "submitted")
+    with _outliving_the_terminal():
+        job = executor.submit(node_job, item.run_dir)
+    write_job(item.run_dir, Job("local", job.job_id, os.uname().nodename, str(job.paths.stdout)))
+
+
+@contextmanager
+def _outliving_the_terminal() -> Iterator[None]:
+    """A job started here inherits ignored Ctrl-C and hang-up signals, and the project on its path."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project_root()), path]))
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
+
+
+def _link_code(run_dir: Path, code: Path) -> None:
+    link = run_dir / "code"
+    link.unlink(missing_ok=True)
+    link.symlink_to(code)
+
+
+def _with_note(item: Submission, note: str) -> Submission:
+    if not note or not item.submitted:
+        return item
+    return Submission(item.config, item.run_dir, True, f"{item.note}; {note}" if item.note else note)
