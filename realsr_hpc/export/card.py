@@ -1,0 +1,81 @@
+"""README.md of an export: what it is, where it comes from, how good it is, under which licence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import realsr_hpc
+from realsr_hpc.config.schema import RunConfig
+
+_CARD = """---
+license: {licence}
+library_name: transformers
+pipeline_tag: image-to-image
+tags: [super-resolution, chameleon, grpo, vlcot]
+---
+
+# {name}
+
+A real-world super-resolution model (x{upscale}) that names the degradation, describes the content three times and
+paints the image at {sizes} px, trained by realsr_hpc {version} (task {task}{step}).
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, LogitsProcessorList
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # modeling_realsr.py
+```
+
+```python
+# with FOLDER on sys.path
+from modeling_realsr import ImageBlockGrammar, load_decoder
+from processing_realsr import RealSRProcessor
+processor, decoder = RealSRProcessor(FOLDER), load_decoder(FOLDER)
+prompt = processor.prompt(model, images)               # uint8 RGB [B, 3, h, w]
+grammar = ImageBlockGrammar(processor.trace, prompt.shape[1])
+tokens = model.generate(prompt, logits_processor=LogitsProcessorList([grammar]), do_sample=True)
+fields = processor.parse(tokens[0, prompt.shape[1]:])  # texts, and codes of the images
+pixels = decoder(torch.from_numpy(fields["final_image"])[None])
+```
+
+`transformers.ChameleonForConditionalGeneration` loads the same weights, but sets every image logit to the smallest
+number: it describes and never paints. The class in modeling_realsr.py lifts that mask.
+
+## Files
+
+- `model*.safetensors`: policy, and the image encoder under `model.vqmodel.*`
+- `vq_decoder.safetensors`: image decoder, which transformers has no place for
+- `tokenizer.json`: text pieces and all special tokens; `realsr.json`: shape of prompt and trace
+- `recipe.yaml`: the whole recipe of the run
+
+## Results
+
+{results}
+
+## Licence
+
+{terms}
+"""
+
+
+def model_card(config: RunConfig, *, step: int | None, metrics: Mapping[str, float], licence: str | None) -> str:
+    """The card's text. licence None: Apache-2.0 for weights that began at random, else that of the start weights."""
+    start = config.model.weights
+    terms = "Weights trained from a random start with realsr_hpc; see `license` above."
+    if start is not None:
+        terms = (
+            f"The run started from `{start}`. Whatever licence those weights carry goes on to hold for these; "
+            "read it before passing them on."
+        )
+    rows = [f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items())]
+    return _CARD.format(
+        licence=licence or ("apache-2.0" if start is None else "other"),
+        name=config.name,
+        upscale=config.vlcot.upscale,
+        sizes=", ".join(str(size) for size in config.vlcot.image_sizes_px),
+        version=realsr_hpc.__version__,
+        task=config.task,
+        step="" if step is None else f", step {step}",
+        results="\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "None recorded with this export.",
+        terms=terms,
+    )

@@ -1,0 +1,128 @@
+"""A folder of weights and files, written aside and renamed, and read back with every fault named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 5 * 10**9
+"""Largest weights file, as transformers has it."""
+
+
+class Aside:
+    """`with Aside(output) as folder:` gives a hidden sibling that becomes `output` when nothing was raised.
+
+    ValueError when `output` exists: an export is never mixed with another.
+    """
+
+    def __init__(self, output: Path):
+        self.output = output
+        self.folder = output.with_name(f".{output.name}.{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        if self.output.exists():
+            raise ValueError(f"output={self.output} exists; name a new folder, or remove that one first")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        for path in (*self.folder.rglob("*"), self.folder):
+            _flush(path)
+        os.replace(self.folder, self.output)
+        _flush(self.output.parent)
+
+
+def _flush(path: Path) -> None:
+    """To disk, so that a rename never stands before the bytes it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Indented, non-ASCII characters as they are."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
+    """`model.safetensors`, or numbered shards and their index where it would exceed `shard_bytes`."""
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        return _save(folder / SINGLE, tensors, shards[0])
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save(folder / file, tensors, names)
+        places |= dict.fromkeys(names, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    return write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], names: list[str]) -> None:
+    save_file({name: tensors[name].contiguous() for name in names}, path, metadata={"format": "pt"})
+
+
+def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name, tensor in tensors.items():
+        if names and size + tensor.nbytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += tensor.nbytes
+    yield names
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file. ValueError for a folder without weights, a missing shard or a damaged file."""
+    index = folder / INDEX
+    if index.is_file():
+        places = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        missing = sorted({path.name for path in places.values() if not path.is_file()})
+        if missing:
+            raise ValueError(f"{folder}: {INDEX} names {', '.join(missing)}, not there; copy the missing shards")
+        for path in set(places.values()):
+            held = _names(path)
+            absent = sorted(name for name, place in places.items() if place == path and name not in held)
+            if absent:
+                raise ValueError(f"{path} lacks {absent[0]}, which {INDEX} promises; copy the folder again")
+        return places
+    if not (folder / SINGLE).is_file():
+        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}; name a Hugging Face folder of safetensors")
+    return dict.fromkeys(_names(folder / SINGLE), folder / SINGLE)
+
+
+def _names(path: Path) -> set[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+
+
+def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """Tensors whose name begins with `prefix`, which is cut off; float32."""
+    tensors: dict[str, Tensor] = {}
+    for name, path in weight_files(folder).items():
+        if name.startswith(prefix):
+            with safe_open(path, framework="pt") as file:
+                tensors[name.removeprefix(prefix)] = file.get_tensor(name).to(torch.float32)
+    return tensors

@@ -1,0 +1,133 @@
+"""RunConfig and vocabulary -> what transformers reads: config.json, generation_config.json, the vocabulary map.
+
+The map gives every id a name, as Chameleon's does: `IMGIMG...Z` for codes (digits written A-J), `<reservedN>` with
+N = id - 4 for the ids between the codes and the text. transformers finds the image codes by these names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig
+from realsr_hpc.parallel.layout import kv_heads
+from realsr_hpc.vlcot.vocabulary import Vocabulary
+
+STOCK_CLASS = "ChameleonForConditionalGeneration"
+MODELING_FILE = "modeling_realsr.py"
+PROCESSING_FILE = "processing_realsr.py"
+SHIPPED_CLASS = "RealSRForConditionalGeneration"
+
+
+def code_name(code: int) -> str:
+    """Chameleon's name of a codebook entry: digits as letters, closed by Z."""
+    return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
+
+
+def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
+    """Name -> id of everything that is no text: a control token, an image code, a reserved or an unused id."""
+    names = {vocabulary.code_to_id(code): code_name(code) for code in range(vocabulary.num_codes)}
+    names |= {
+        vocabulary.bos: "<s>",
+        vocabulary.pad: "<pad>",
+        vocabulary.eos: "</s>",
+        vocabulary.image_end: "<eoss>",
+        vocabulary.image_begin: "<racm3:break>",
+        vocabulary.image_end + 515: "<image>",
+    }
+    for token in range(vocabulary.size):
+        if token not in names and not vocabulary.is_text(token):
+            names[token] = "<unk>" if token == 3 else f"<reserved{token - 4:05d}>"
+    return {name: token for token, name in sorted(names.items())}
+
+
+def vq_config(config: ImageTokenizerConfig) -> dict[str, Any]:
+    """`ChameleonVQVAEConfig` of the image tokenizer."""
+    return {
+        "embed_dim": config.embed_dim,
+        "num_embeddings": config.codebook_size,
+        "latent_channels": config.latent_channels,
+        "base_channels": config.base_channels,
+        "channel_multiplier": list(config.channel_multiplier),
+        "num_res_blocks": config.num_res_blocks,
+        "double_latent": False,
+        "attn_resolutions": None,
+        "attn_type": "vanilla",
+        "dropout": 0.0,
+    }
+
+
+def model_config(config: RunConfig, vocabulary: Vocabulary, names: dict[str, int], dtype: str) -> dict[str, Any]:
+    """Arguments of transformers' `ChameleonConfig`; `names` is the vocabulary map, `dtype` as torch names it."""
+    model: ModelConfig = config.model
+    return {
+        "architectures": [STOCK_CLASS],
+        "auto_map": dict.fromkeys(
+            ("AutoModelForCausalLM", "AutoModelForImageTextToText"), f"{MODELING_FILE[:-3]}.{SHIPPED_CLASS}"
+        ),
+        "vocab_size": vocabulary.size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": kv_heads(model),
+        "max_position_embeddings": model.max_sequence_tokens,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,
+        "initializer_range": model.init_std,
+        "bos_token_id": vocabulary.bos,
+        "pad_token_id": vocabulary.pad,
+        "eos_token_id": vocabulary.end_turn,
+        "tie_word_embeddings": False,
+        "swin_norm": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "vq_config": vq_config(config.image_tokenizer),
+        "vocabulary_map": names,
+        "dtype": dtype,
+    }
+
+
+def generation_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Sampling as in the rollouts, as far as `generate` can express it without the shipped grammar."""
+    rollout = config.rollout
+    return {
+        "bos_token_id": vocabulary.bos,
+        "pad_token_id": vocabulary.pad,
+        "eos_token_id": vocabulary.end_turn,
+        "do_sample": True,
+        "temperature": rollout.temperature,
+        "top_k": rollout.image_top_k,
+        "top_p": rollout.top_p,
+        "max_new_tokens": rollout.max_new_tokens,
+    }
+
+
+def trace_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What the shipped processor needs beyond the model: `realsr.json`."""
+    tokenizer = config.image_tokenizer
+    return {
+        "instruction": config.vlcot.instruction,
+        "image_sizes_px": list(config.vlcot.image_sizes_px),
+        "lq_size_px": config.vlcot.lq_size_px,
+        "upscale": config.vlcot.upscale,
+        "downsample": tokenizer.downsample,
+        "num_codes": vocabulary.num_codes,
+        "codes_in_block": vocabulary.codes_in_block,
+        "vocab_size": vocabulary.size,
+        "text_first": vocabulary.text_first,
+        "num_text": vocabulary.num_text,
+        "image_begin": vocabulary.image_begin,
+        "image_end": vocabulary.image_end,
+        "newline": vocabulary.newline,
+        "end_turn": vocabulary.end_turn,
+        "size_zero": vocabulary.image_end + 608,
+        "bos": vocabulary.bos,
+        "temperature": config.rollout.temperature,
+        "decoder": {
+            "latent_channels": tokenizer.latent_channels,
+            "base_channels": tokenizer.base_channels,
+            "channel_multiplier": list(tokenizer.decoder_multiplier),
+            "num_res_blocks": tokenizer.num_res_blocks,
+            "output_shuffle": tokenizer.decoder_output_shuffle,
+        },
+    }

@@ -1,0 +1,119 @@
+"""Our run or live policy -> a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from realsr_hpc import checkpoint
+from realsr_hpc.config.load import from_yaml, to_yaml
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.schema import ParallelConfig, RunConfig
+from realsr_hpc.export import hf_config
+from realsr_hpc.export.card import model_card
+from realsr_hpc.export.folder import SHARD_BYTES, Aside, write_json, write_weights
+from realsr_hpc.export.image_weights import encoder_tensors, save_decoder
+from realsr_hpc.export.text_files import combined, write_text_files
+from realsr_hpc.model.hf_mapping import local_to_hf
+from realsr_hpc.model.policy import Policy, build_policy
+from realsr_hpc.parallel.groups import Groups, initialise
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.tracking.spool import metrics_by_step
+from realsr_hpc.vlcot.vocabulary import Vocabulary
+
+_SHIPPED = Path(__file__).parent / "shipped"
+_CARD_METRICS = ("heldout/", "evaluation/", "rewards/")
+
+
+def export_policy(
+    policy: Policy,
+    config: RunConfig,
+    tokens: TraceTokenizer,
+    output: Path,
+    *,
+    step: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+    licence: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `output` from a live policy; every rank calls it, world rank 0 writes, all return when it is there.
+
+    The folder is written aside and renamed. ValueError when `output` exists or a file of the recipe does not fit.
+    """
+    weights = local_to_hf(policy)
+    if policy.groups.is_main:
+        vocabulary = tokens.codec.vocabulary
+        own = json.loads(resolve(config.text_tokenizer.path).read_text(encoding="utf-8"))
+        text = combined(own, hf_config.special_tokens(vocabulary), vocabulary)
+        with Aside(output) as folder:
+            write_weights(folder, {**weights, **encoder_tensors(tokens.image)}, shard_bytes)
+            save_decoder(tokens.image, folder)
+            _write_configs(folder, config, vocabulary, text["model"]["vocab"], weights["lm_head.weight"].dtype)
+            write_text_files(folder, text, config.model.max_sequence_tokens)
+            for file in (hf_config.MODELING_FILE, hf_config.PROCESSING_FILE):
+                shutil.copyfile(_SHIPPED / file, folder / file)
+            (folder / "recipe.yaml").write_text(to_yaml(config))
+            (folder / "README.md").write_text(model_card(config, step=step, metrics=metrics or {}, licence=licence))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write_configs(
+    folder: Path, config: RunConfig, vocabulary: Vocabulary, names: dict[str, int], dtype: torch.dtype
+) -> None:
+    from transformers import ChameleonConfig, GenerationConfig
+
+    arguments = hf_config.model_config(config, vocabulary, names, str(dtype).removeprefix("torch."))
+    ChameleonConfig(**arguments).save_pretrained(folder)
+    GenerationConfig(**hf_config.generation_config(config, vocabulary)).save_pretrained(folder)
+    write_json(folder / "realsr.json", hf_config.trace_config(config, vocabulary))
+
+
+def export_run(run_dir: Path, output: Path, *, checkpoint_path: Path | None = None, licence: str | None = None) -> Path:
+    """Export a run's newest whole checkpoint (or the one named); returns the checkpoint that was taken.
+
+    One process, or as many as the recipe's layout wants (torchrun). ValueError when there is no checkpoint.
+    """
+    config = from_yaml(run_dir / "recipe.yaml")
+    groups = initialise(layout_here(config), config.seed)
+    path = checkpoint_path or checkpoint.resume_path(run_dir / "checkpoints", groups)
+    if path is None:
+        raise ValueError(f"run={run_dir} has no whole checkpoint under checkpoints/; let the run reach its first one")
+    tokens = TraceTokenizer.load(config, groups.device)
+    policy = empty_policy(config, groups, tokens.codec.vocabulary.size)
+    state = checkpoint.load(path, policy, None, groups)
+    metrics = last_metrics(run_dir, state["step"])
+    export_policy(policy, config, tokens, output, step=state["step"], metrics=metrics, licence=licence)
+    return path
+
+
+def layout_here(config: RunConfig) -> ParallelConfig:
+    """The recipe's layout under a launcher of several processes, else a single process: checkpoints fit any."""
+    return config.parallel if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
+
+
+def empty_policy(config: RunConfig, groups: Groups, vocab_size: int) -> Policy:
+    """A policy to be filled from a checkpoint, in the layout of this world; no FP8, no start weights."""
+    plain = config.model_copy(
+        update={
+            "parallel": layout_here(config),
+            "precision": config.precision.model_copy(update={"fp8": "none", "rollout_fp8": False}),
+            "model": config.model.model_copy(update={"weights": None}),
+        }
+    )
+    return build_policy(plain, groups, vocab_size, trainable=False)
+
+
+def last_metrics(run_dir: Path, step: int) -> dict[str, float]:
+    """Last value up to `step` of each held-out, evaluation and reward metric of a run."""
+    values: dict[str, float] = {}
+    for logged, metrics in metrics_by_step(run_dir).items():
+        if logged <= step:
+            values |= {name: value for name, value in metrics.items() if name.startswith(_CARD_METRICS)}
+    return values

@@ -1,0 +1,61 @@
+"""One `tokenizers` file for the whole vocabulary: text pieces at their ids, everything else as special tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from realsr_hpc.export.folder import write_json
+from realsr_hpc.vlcot.vocabulary import Vocabulary
+
+_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def combined(text: dict[str, Any], specials: dict[str, int], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The text tokenizer's file with its ids moved to `text_first` and all special tokens added."""
+    pieces = {**text["model"]["vocab"], **{item["content"]: item["id"] for item in text.get("added_tokens", [])}}
+    outside = [piece for piece, token in pieces.items() if not 0 <= token < vocabulary.num_text]
+    if outside:
+        raise ValueError(
+            f"text tokenizer: {outside[0]!r} has id {pieces[outside[0]]}, the vocabulary holds {vocabulary.num_text} "
+            "text tokens counted from 0; give text_tokenizer.path the tokenizer that the run was trained with"
+        )
+    moved = {piece: token + vocabulary.text_first for piece, token in pieces.items()}
+    twice = sorted(moved.keys() & specials.keys())
+    if twice:
+        raise ValueError(f"text tokenizer: piece {twice[0]!r} is also a special token; train it without that piece")
+    added = [{"id": token, "content": name, **_ADDED} for name, token in specials.items()]
+    added += [{**item, "id": item["id"] + vocabulary.text_first} for item in text.get("added_tokens", [])]
+    tree = {**text, "post_processor": None}
+    tree["added_tokens"] = sorted(added, key=lambda item: item["id"])
+    tree["model"] = {**text["model"], "vocab": dict(sorted({**specials, **moved}.items(), key=lambda pair: pair[1]))}
+    return tree
+
+
+def write_text_files(folder: Path, tree: dict[str, Any], max_tokens: int) -> None:
+    """tokenizer.json and tokenizer_config.json."""
+    (folder / "tokenizer.json").write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "pad_token": "<pad>",
+            "model_max_length": max_tokens,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def text_part(tree: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The inverse of `combined`: the text tokenizer's own file, ids counted from 0."""
+    first, last = vocabulary.text_first, vocabulary.text_first + vocabulary.num_text
+
+    def own(token: int) -> bool:
+        return first <= token < last
+
+    vocab = {piece: token - first for piece, token in tree["model"]["vocab"].items() if own(token)}
+    added = [{**item, "id": item["id"] - first} for item in tree["added_tokens"] if own(item["id"])]
+    return {**tree, "added_tokens": added, "post_processor": None, "model": {**tree["model"], "vocab": vocab}}
