@@ -120,9 +120,9 @@ def fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A side without values (a flat patch) gives NaN; `niqe` leaves such patches out.
     """
     squares = values.square()
-    left, right = values < 0, values > 0
-    left_std = ((squares * left).sum(-1) / left.sum(-1)).sqrt()
-    right_std = ((squares * right).sum(-1) / right.sum(-1)).sqrt()
+    below = values.clamp(max=0.0).square().sum(-1)
+    left_std = (below / (values < 0).sum(-1)).sqrt()
+    right_std = ((squares.sum(-1) - below) / (values > 0).sum(-1)).sqrt()
     skew = left_std / right_std
     ratio = values.abs().mean(-1).square() / squares.mean(-1)
     ratio = ratio * (skew**3 + 1) * (skew + 1) / (skew.square() + 1).square()
@@ -153,21 +153,26 @@ def _features(patches: Tensor) -> Tensor:
 
 def _distance(features: Tensor, model: NIQEModel) -> np.ndarray:
     """Distance [n] between the Gaussians of features [n, patches, 36] and of the model."""
+    mean, covariance = torch.from_numpy(model.mean), torch.from_numpy(model.covariance)
     scores = []
     for rows in features:
         rows = rows[rows.isfinite().all(dim=1)]
         if len(rows) < 2:
             scores.append(np.nan)
             continue
-        gap = (rows.mean(dim=0) - torch.from_numpy(model.mean)).numpy()
-        covariance = (torch.cov(rows.T).numpy() + model.covariance) / 2
-        scores.append(float(np.sqrt(gap @ np.linalg.pinv(covariance, hermitian=True) @ gap)))
+        gap = rows.mean(dim=0) - mean
+        inverse = torch.linalg.pinv((torch.cov(rows.T) + covariance) / 2, hermitian=True)
+        scores.append(float((gap @ inverse @ gap).sqrt()))
     return np.array(scores)
 
 
 def _patches(field: Tensor, size: int, stride: int) -> Tensor:
     """[n, H, W] -> [n, patches, size, size]."""
     return field.unfold(1, size, stride).unfold(2, size, stride).flatten(1, 2)
+
+
+def _every(field: Tensor, dim: int, stride: int) -> Tensor:
+    return field[:, ::stride] if dim == 1 else field[:, :, ::stride]
 
 
 def _blur(field: Tensor) -> Tensor:
@@ -185,6 +190,11 @@ def _separable(field: Tensor, taps: Tensor, stride: int, mode: str) -> Tensor:
         places = torch.arange(-pad, size + pad)
         mirrored = torch.where(places < 0, -1 - places, torch.where(places >= size, 2 * size - 1 - places, places))
         places = mirrored if mode == "symmetric" else places.clamp(0, size - 1)
-        windows = field.index_select(dim, places).unfold(dim, len(taps), stride)
-        field = windows @ taps
+        padded = field.index_select(dim, places)
+        length = (padded.shape[dim] - len(taps)) // stride + 1
+        # Sliced sums: several times faster on the CPU than a float64 convolution.
+        shifted = (padded.narrow(dim, i, (length - 1) * stride + 1) for i in range(len(taps)))
+        field = sum(
+            tap * (part if stride == 1 else _every(part, dim, stride)) for tap, part in zip(taps, shifted, strict=True)
+        )
     return field
