@@ -1,6 +1,6 @@
 """Folders of photographs -> a checked manifest.
 
-    python tools/prepare_data.py source=DIR output=DIR [captions=FILE.jsonl] [heldout_fraction=.1]
+python tools/prepare_data.py source=DIR output=DIR [captions=FILE.jsonl] [heldout_fraction=.1]
 """
 
 from __future__ import annotations

@@ -4,15 +4,13 @@ Nothing is drawn here: kernels, noise and parameters come in with each sample, s
 its place in a batch or on the threads. The same description builds for the CPU (`device_id=None`) and for a GPU, where
 pixels are uploaded and JPEG, filters and resizes run on the device.
 
-Stated differences from Real-ESRGAN's own operators: bicubic has a = -0.5 (theirs -0.75, both without antialiasing);
-area is the mean of a k-fold linear oversampling, bilinear where it enlarges (theirs exact); Poisson is its normal
+Stated differences from Real-ESRGAN's own operators: bicubic has a = -0.5 (theirs -0.75); Poisson is its normal
 approximation with the same mean and variance, the photon count taken from the image's span of levels (theirs from the
 number of levels in use); JPEG is libjpeg's (theirs a differentiable imitation).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,13 +21,13 @@ import nvidia.dali.types as types
 from jaxtyping import UInt8
 from nvidia.dali import pipeline_def
 
+from realsr_hpc.data.area import area_taps
 from realsr_hpc.data.degradation import DegradationParameters, ResizeMode, StageParameters, noise_field
 from realsr_hpc.data.kernels import build_kernel
 
 _LUMA = np.array([[[0.2989, 0.587, 0.114]]], np.float32)
 _USM_WINDOW_PX, _USM_SIGMA_PX, _USM_AMOUNT, _USM_THRESHOLD = 51, 8.0, 0.5, 10.0
 """BasicSR's USMSharp: radius 50 (made odd), the sigma OpenCV derives from it, amount and threshold (of 255)."""
-_MAX_OVERSAMPLING = 8
 
 
 @dataclass(frozen=True)
@@ -92,21 +90,20 @@ class DegradationPipeline:
             "sinc": build_kernel(p.final_sinc),
             "noise1": noise_field(sample.noise_rng, first),
             "noise2": noise_field(sample.noise_rng, second),
-            "resize1": _resize_row(first.resize_mode, self.gt_size_px, first.side_px),
-            "resize2": _resize_row(second.resize_mode, first.side_px, second.side_px),
-            "resize3": _resize_row(p.final_resize_mode, second.side_px, lq_px),
+            **_resize_inputs("1", first.resize_mode, self.gt_size_px, first.side_px),
+            **_resize_inputs("2", second.resize_mode, first.side_px, second.side_px),
+            **_resize_inputs("3", p.final_resize_mode, second.side_px, lq_px),
             "noising1": _noise_row(first),
             "noising2": _noise_row(second),
             "quality": np.array([first.jpeg_quality, second.jpeg_quality, int(p.jpeg_last)], np.int32),
         }
 
 
-def _resize_row(mode: ResizeMode, source_px: int, target_px: int) -> np.ndarray:
-    """[target side, oversampling, is bicubic]."""
-    oversampling = 1
-    if mode == "area" and target_px < source_px:
-        oversampling = min(_MAX_OVERSAMPLING, math.ceil(2 * source_px / target_px))
-    return np.array([target_px, oversampling, int(mode == "bicubic")], np.int32)
+def _resize_inputs(number: str, mode: ResizeMode, source_px: int, target_px: int) -> dict[str, np.ndarray]:
+    """Sides and mode: [source, target, taps of a target row, is area, is bicubic]; the area table where it is one."""
+    taps = area_taps(source_px, target_px if mode == "area" else 1)
+    row = np.array([source_px, target_px, taps.count, mode == "area", mode == "bicubic"], np.int32)
+    return {f"resize{number}": row, f"taps{number}": taps.index, f"weights{number}": taps.weights}
 
 
 def _noise_row(stage: StageParameters) -> np.ndarray:
@@ -128,19 +125,20 @@ def _graph(gt_size_px, lq_size_px, usm_sharpen_gt, gpu):
     x = _stage(gt, "1", gpu)
     x = _jpeg(x, quality[0])
     x = _stage(x, "2", gpu)
-    sinc, resize = _pixels("sinc", gpu, layout=None), fn.external_source(name="resize3")
+    sinc = _pixels("sinc", gpu, layout=None)
+    row, taps, weights = _resize_sources("3", gpu)
     if quality[2] > 0:
-        x = fn.filter(_resize(x, resize), sinc, border="reflect_101")
+        x = fn.filter(_resize(x, row, taps, weights), sinc, border="reflect_101")
         x = _jpeg(x, quality[1])
     else:
         x = _jpeg(x, quality[1])
-        x = fn.filter(_resize(x, resize), sinc, border="reflect_101")
+        x = fn.filter(_resize(x, row, taps, weights), sinc, border="reflect_101")
     return _to_bytes(x), _to_bytes(gt)
 
 
 def _stage(x, number, gpu):
     x = fn.filter(x, _pixels(f"kernel{number}", gpu, layout=None), border="reflect_101")
-    x = _resize(x, fn.external_source(name=f"resize{number}"))
+    x = _resize(x, *_resize_sources(number, gpu))
     return _add_noise(x, _pixels(f"noise{number}", gpu), fn.external_source(name=f"noising{number}"))
 
 
@@ -149,16 +147,32 @@ def _pixels(name, gpu, layout="HWC"):
     return source.gpu() if gpu else source
 
 
-def _resize(x, row):
-    """Without antialiasing, as PyTorch's interpolate; area averages k x k linear samples a pixel."""
-    side, k = row[0], row[1]
-    size = fn.cast(fn.stack(side * k, side * k), dtype=types.FLOAT)
-    if row[2] > 0:
+def _resize_sources(number, gpu):
+    row, taps = fn.external_source(name=f"resize{number}"), fn.external_source(name=f"taps{number}")
+    return row, taps, _pixels(f"weights{number}", gpu, layout=None)
+
+
+def _resize(x, row, taps, weights):
+    """Without antialiasing, as PyTorch's interpolate."""
+    size = fn.cast(fn.stack(row[1], row[1]), dtype=types.FLOAT)
+    if row[3] > 0:
+        y = _gather_rows(x, taps, weights, row, row[0])
+        y = _gather_rows(fn.transpose(y, perm=[1, 0, 2]), taps, weights, row, row[1])
+        y = fn.reshape(fn.transpose(y, perm=[1, 0, 2]), layout="HWC")
+    elif row[4] > 0:
         y = fn.resize(x, size=size, interp_type=types.INTERP_CUBIC, antialias=False)
     else:
         y = fn.resize(x, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
-    y = fn.reshape(y, shape=fn.stack(side, k, side, k, 0 * k + 3))
-    return fn.reshape(fn.reductions.mean(y, axes=[1, 3]), layout="HWC")
+    return y
+
+
+def _gather_rows(x, taps, weights, row, width):
+    """[source, width, 3] -> [target, width, 3]: weighted sums of `count` source rows each."""
+    source, target, count = row[0], row[1], row[2]
+    y = fn.reshape(x, shape=fn.stack(source, width * 3), layout="FC")
+    y = fn.sequence_rearrange(y, new_order=taps) * weights
+    y = fn.reductions.sum(fn.reshape(y, shape=fn.stack(target, count, width * 3), layout="FTC"), axes=[1])
+    return fn.reshape(y, shape=fn.stack(target, width, 0 * width + 3), layout="HWC")
 
 
 def _add_noise(x, field, row):

@@ -1,0 +1,168 @@
+"""Each pixel operator, then the whole chain, against OpenCV, PyTorch and NumPy."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import nvidia.dali.fn as fn
+import pytest
+from nvidia.dali import pipeline_def
+
+from realsr_hpc.data import dali_pipeline
+from realsr_hpc.data.dali_pipeline import DegradationInput, DegradationPipeline
+from realsr_hpc.data.decoding import decode_image
+from realsr_hpc.data.degradation import (
+    PRESETS,
+    DegradationParameters,
+    StageParameters,
+    Stream,
+    generator,
+    noise_field,
+    sample_degradation,
+)
+from realsr_hpc.data.kernels import KernelParameters, build_kernel
+from realsr_hpc.data.loader import PROJECT_ROOT
+
+spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
+reference = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reference)
+
+PHOTOGRAPHS = PROJECT_ROOT / "recipes/assets/photographs"
+
+
+@pytest.fixture(scope="module")
+def image():
+    """float32 [128, 128, 3] on 0..1, levels of 8 bits."""
+    return decode_image(PHOTOGRAPHS / "china_roof.jpg")[40:168, 60:188].astype(np.float32) / 255
+
+
+def run(operator, *inputs):
+    """Apply a graph function to one sample; 3-d inputs are images."""
+
+    def source(value):
+        return fn.external_source(lambda: [value], layout="HWC" if value.ndim == 3 else None)
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, enable_conditionals=True, prefetch_queue_depth=1)
+    def graph():
+        sources = [source(np.asarray(x)) for x in inputs]
+        return operator(*sources)
+
+    pipeline = graph()
+    pipeline.build()
+    return np.array(pipeline.run()[0].at(0))
+
+
+@pytest.mark.parametrize("size_px", [1, 21])
+def test_filter_equals_filter2d(image, size_px):
+    kernel = generator(0, size_px, Stream.NOISE).random((size_px, size_px)).astype(np.float32)
+    kernel /= kernel.sum()
+    found = run(lambda x, k: fn.filter(x, k, border="reflect_101"), image, kernel)
+    np.testing.assert_allclose(found, reference.filter2d(image, kernel), atol=2e-6)
+
+
+def test_filter_reflects_twice_where_the_kernel_is_wider_than_the_image(image):
+    kernel = build_kernel(KernelParameters("iso", 21, 3.0, 3.0))
+    small = np.ascontiguousarray(image[:8, :8])
+    found = run(lambda x, k: fn.filter(x, k, border="reflect_101"), small, kernel)
+    np.testing.assert_allclose(found, reference.filter2d(small, kernel), atol=2e-6)
+
+
+@pytest.mark.parametrize("side_px", [19, 100, 190])
+@pytest.mark.parametrize(("mode", "tolerance"), [("bilinear", 4e-5), ("bicubic", 6e-4), ("area", 1e-6)])
+def test_resize(image, side_px, mode, tolerance):
+    """Bilinear is OpenCV's, area PyTorch's, bicubic Keys' with a = -.5 (DALI's weights come from a table)."""
+    found = run(dali_pipeline._resize, image, *dali_pipeline._resize_inputs("", mode, 128, side_px).values())
+    expected = reference.resize(image, mode, side_px)
+    difference = np.abs(found - expected)
+    assert found.shape == (side_px, side_px, 3)
+    assert difference.max() <= tolerance
+    assert difference.mean() <= tolerance / 10
+
+
+@pytest.mark.parametrize("quality", [30, 95])
+def test_jpeg_equals_opencv(image, quality):
+    found = run(dali_pipeline._jpeg, image, np.int32(quality))
+    np.testing.assert_allclose(found, reference.jpeg(image, quality), atol=1e-6)
+
+
+def test_usm_sharpen_equals_basicsr(image):
+    found = run(dali_pipeline._usm_sharpen, image)
+    expected = reference.usm_sharpen(image)
+    assert np.abs(expected - image).max() > 0.05
+    # A residual on the threshold may fall on either side of it; its mask is blurred wide.
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def stage(**changes):
+    fields = dict(
+        blur=None, resize="keep", resize_factor=1.0, resize_mode="bilinear", side_px=128,
+        noise="gaussian", noise_level=10.0, gray=False, jpeg_quality=95,
+    )  # fmt: skip
+    return StageParameters(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "poisson"])
+@pytest.mark.parametrize("gray", [False, True])
+def test_noise_equals_numpy(image, noise, gray):
+    noisy = stage(noise=noise, noise_level=20.0 if noise == "gaussian" else 2.0, gray=gray)
+    field = noise_field(generator(0, 0, Stream.NOISE), noisy)
+    found = run(dali_pipeline._add_noise, image, field, dali_pipeline._noise_row(noisy))
+    # A gray value half-way between two levels may round either way: 1/255 of a unit under the root.
+    np.testing.assert_allclose(found, reference.add_noise(image, field, noisy), atol=2e-2 if gray else 1e-5)
+
+
+def test_noise_has_the_stated_mean_and_variance():
+    flat = np.full((128, 128, 3), 0.5, np.float32)
+    flat[0, 0], flat[0, 1] = 0.0, 1.0  # all 256 levels spanned: 256 photons
+    for noisy, variance in (
+        (stage(noise_level=12.0), (12 / 255) ** 2),
+        (stage(noise="poisson", noise_level=1.5), 1.5**2 * 0.5 / 256),
+    ):
+        field = noise_field(generator(0, 1, Stream.NOISE), noisy)
+        found = run(dali_pipeline._add_noise, flat, field, dali_pipeline._noise_row(noisy))[1:]
+        assert abs(found.mean() - 0.5) < 5 * np.sqrt(variance / found.size)
+        assert abs(found.var() / variance - 1) < 0.03
+
+
+def inputs(crop, samples, preset="realesrgan", gt_size_px=128):
+    drawn = [sample_degradation(generator(5, i, Stream.DEGRADATION), PRESETS[preset], gt_size_px, 4) for i in samples]
+    return [DegradationInput(crop, p, generator(5, i, Stream.NOISE)) for i, p in zip(samples, drawn, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def chain():
+    return DegradationPipeline(24, 128, 4, usm_sharpen_gt=False)
+
+
+def fields_of(index, parameters: DegradationParameters):
+    rng = generator(5, index, Stream.NOISE)
+    return noise_field(rng, parameters.first), noise_field(rng, parameters.second)
+
+
+def test_whole_chain_equals_the_reference(chain, image):
+    """Most images to the byte; where a level rounds otherwise before a JPEG its whole block moves a little."""
+    batch = inputs((image * 255).round().astype(np.uint8), range(24))
+    lq, gt = chain.run(batch)
+    np.testing.assert_array_equal(gt[0], (image * 255).round().astype(np.uint8))
+    assert len({x.parameters.jpeg_last for x in batch}) == 2
+    means = []
+    for i, x in enumerate(batch):
+        expected = reference.degrade(image, x.parameters, fields_of(i, x.parameters), 32)
+        means.append(np.abs(lq[i].astype(int) - expected).mean())
+    assert max(means) < 1.5
+    assert sum(mean == 0 for mean in means) >= 12
+
+
+def test_bytes_do_not_depend_on_batch_place_or_threads(chain, image):
+    crop = (image * 255).astype(np.uint8)
+    lq, gt = chain.run(inputs(crop, range(6)))
+    turned, _ = DegradationPipeline(3, 128, 4, usm_sharpen_gt=False, num_threads=2).run(inputs(crop, [5, 4, 0]))
+    np.testing.assert_array_equal(turned, lq[[5, 4, 0]])
+    np.testing.assert_array_equal(gt[0], gt[5])
+
+
+def test_truth_is_resized_with_antialiasing():
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255
+    _, gt = DegradationPipeline(1, 128, 4, usm_sharpen_gt=False).run(inputs(stripes, [0]))
+    assert np.abs(gt[0, 8:-8, 8:-8].astype(int) - 127).max() <= 2

@@ -1,0 +1,209 @@
+"""The stream: the same bytes however it is read, exact resumption, the three modes, faults."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from realsr_hpc.config.schema import DataConfig, DegradationConfig, RunConfig, VLCoTConfig
+from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
+from realsr_hpc.data.manifest import read_manifest, write_manifest
+from realsr_hpc.data.prepare import prepare
+
+torch.set_num_threads(1)
+BUNDLED = str(PROJECT_ROOT / "recipes/assets/photographs/manifest.parquet")
+
+
+def config(manifest=BUNDLED, seed=0, edges=None, **data):
+    return RunConfig(
+        name="test",
+        task="grpo",
+        seed=seed,
+        vlcot=VLCoTConfig(image_sizes_px=(32, 32, 64)),
+        data=DataConfig(manifest=str(manifest), **data),
+        degradation=DegradationConfig(severity_edges=edges or {}),
+    )
+
+
+@pytest.fixture
+def opened():
+    """Makes loaders and closes them."""
+    loaders = []
+
+    def make(cfg, *args, **kwargs):
+        loaders.append(LQLoader(cfg, *args, **kwargs))
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+def read(loader, num_batches):
+    """{index: (key, label, lq bytes, gt bytes)} of some batches."""
+    samples = {}
+    for _ in range(num_batches):
+        batch = loader.next()
+        for i in range(len(batch)):
+            gt = None if batch.gt is None else batch.gt[i].numpy().tobytes()
+            samples[int(batch.index[i])] = (batch.keys[i], batch.labels[i], batch.lq[i].numpy().tobytes(), gt)
+    return samples
+
+
+@pytest.fixture(scope="module")
+def stream():
+    """The first 24 samples, read by one rank in one way."""
+    loader = LQLoader(config(), "train", 8)
+    samples = read(loader, 3)
+    loader.close()
+    return samples
+
+
+def test_a_batch_is_what_the_record_says(opened):
+    batch = opened(config(), "train", 3).next()
+    assert batch.lq.shape == (3, 3, 16, 16) and batch.lq.dtype == torch.uint8
+    assert batch.gt.shape == (3, 3, 64, 64) and batch.gt.dtype == torch.uint8
+    assert batch.lq.is_contiguous() and batch.gt.is_contiguous()
+    assert batch.index.tolist() == [0, 1, 2]
+    assert len({*batch.keys}) == 3
+    assert all(label is not None and label.phrase for label in batch.labels)
+    assert all(scene is not None and len(scene.tags) >= 3 for scene in batch.scenes)
+
+
+def test_same_bytes_whatever_batch_size_threads_and_prefetch(opened, stream):
+    assert read(opened(config(num_threads=2, prefetch=3), "train", 3), 8) == stream
+
+
+def test_same_bytes_whatever_the_ranks(opened, stream):
+    ranks = [opened(config(), "train", 4, dp_rank=rank, dp_size=2) for rank in range(2)]
+    parts = [read(rank, 3) for rank in ranks]
+    assert parts[0].keys() == {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19}
+    assert parts[0] | parts[1] == stream
+
+
+def test_another_seed_gives_other_samples(opened, stream):
+    assert read(opened(config(seed=1), "train", 8), 1)[0] != stream[0]
+
+
+def test_an_epoch_is_a_permutation_and_visits_differ(opened):
+    loader = opened(config(mode="lq_only"), "train", len(read_manifest(BUNDLED).split("train")))
+    first, second = loader.next(), loader.next()
+    assert len(set(first.keys)) == len(first)
+    assert set(first.keys) == set(second.keys)
+    assert first.keys != second.keys
+    place = second.keys.index(first.keys[0])
+    assert not torch.equal(first.lq[0], second.lq[place])
+
+
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_resuming_is_exact_also_with_batches_made_ahead(opened, stream, dp_size):
+    loader = opened(config(prefetch=3), "train", 8)
+    for _ in range(2):
+        loader.next()
+    state = json.loads(json.dumps(loader.state_dict()))
+    later = [opened(config(), "train", 8 // dp_size, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    found = {}
+    for rank in later:
+        rank.load_state_dict(state)
+        found |= read(rank, 1)
+    assert found == {index: stream[index] for index in range(16, 24)}
+
+
+def test_loading_a_state_drops_what_was_made_ahead(opened, stream):
+    loader = opened(config(prefetch=2), "train", 8)
+    start = loader.state_dict()
+    for _ in range(2):
+        loader.next()
+    loader.load_state_dict(start)
+    assert read(loader, 3) == stream
+
+
+def test_a_state_of_another_run_is_refused(opened):
+    state = opened(config(), "train", 2).state_dict()
+    with pytest.raises(ValueError, match="seed of the saved data position is 0, here it is 4"):
+        opened(config(seed=4), "train", 2).load_state_dict(state)
+    with pytest.raises(ValueError, match="split of the saved"):
+        opened(config(), "heldout", 2).load_state_dict(state)
+
+
+def test_heldout_images_are_the_same_each_time(opened):
+    cfg = config()
+    first, again = (opened(cfg, cfg.data.heldout_split, 4, shuffle=False).next() for _ in range(2))
+    assert first.keys == tuple(entry.key for entry in read_manifest(BUNDLED).split("heldout").entries[:4])
+    assert first.labels == again.labels
+    assert torch.equal(first.lq, again.lq) and torch.equal(first.gt, again.gt)
+
+
+def folder(path, num=4, side=96):
+    """Photographs of noise, each with its own mean."""
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(num):
+        pixels = np.random.default_rng(i).integers(0, 60, (side, side, 3), dtype=np.uint8) + 40 * i
+        Image.fromarray(pixels.astype(np.uint8)).save(path / f"photo{i}.png")
+    return path
+
+
+def test_a_broken_photograph_is_skipped_named_and_counted(opened, tmp_path):
+    report = prepare(folder(tmp_path), tmp_path, heldout_fraction=0.0)
+    whole = read(opened(config(report.manifest), "train", 4, shuffle=False), 1)
+    (tmp_path / "photo1.png").write_bytes((tmp_path / "photo1.png").read_bytes()[:300])
+    (tmp_path / "photo3.png").unlink()
+    loader = opened(config(report.manifest, num_threads=2), "train", 4, shuffle=False)
+    batch = loader.next()
+    assert batch.keys == ("photo0", "photo2", "photo2", "photo0")
+    assert set(loader.skipped) == {"photo1", "photo3"}
+    assert loader.skipped["photo1"].startswith("broken") and loader.skipped["photo3"].startswith("missing")
+    assert batch.lq[2].numpy().tobytes() == whole[2][2]
+
+
+def test_nothing_usable_is_an_error(opened, tmp_path):
+    report = prepare(folder(tmp_path, num=1), tmp_path, heldout_fraction=0.0)
+    (tmp_path / "photo0.png").unlink()
+    with pytest.raises(ValueError, match="no photograph of .* can be used"):
+        opened(config(report.manifest), "train", 1).next()
+
+
+def paired_folder(tmp_path, factor=4):
+    folder(tmp_path / "gt", side=96)
+    for path in (tmp_path / "gt").glob("*.png"):
+        Image.open(path).resize((96 // factor,) * 2, Image.Resampling.BOX).save(tmp_path / "gt" / f"lq_{path.stem}.bmp")
+    notes = [{"path": f"photo{i}.png", "lq_path": f"lq_photo{i}.bmp", "split": "train"} for i in range(4)]
+    (tmp_path / "notes.jsonl").write_text("\n".join(map(json.dumps, notes)))
+    return prepare(tmp_path / "gt", tmp_path, tmp_path / "notes.jsonl")
+
+
+def test_paired_windows_lie_over_each_other_unresampled(opened, tmp_path):
+    batch = opened(config(paired_folder(tmp_path).manifest, mode="paired"), "train", 4).next()
+    assert batch.labels == (None,) * 4 and batch.scenes == (None,) * 4
+    assert batch.lq.shape == (4, 3, 16, 16) and batch.gt.shape == (4, 3, 64, 64)
+    means = torch.nn.functional.avg_pool2d(batch.gt.float(), 4)
+    assert (means - batch.lq.float()).abs().max() <= 1
+
+
+def test_a_pair_of_wrong_sizes_is_skipped(opened, tmp_path):
+    loader = opened(config(paired_folder(tmp_path, factor=3).manifest, mode="paired"), "train", 1)
+    with pytest.raises(ValueError, match="pair: truth"):
+        loader.next()
+
+
+def test_lq_only_has_no_truth(opened, tmp_path):
+    report = prepare(folder(tmp_path, side=40), tmp_path, heldout_fraction=0.0)
+    batch = opened(config(report.manifest, mode="lq_only"), "train", 2).next()
+    assert batch.gt is None and batch.labels == (None, None)
+    assert batch.lq.shape == (2, 3, 16, 16)
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    with pytest.raises(ValueError, match="dp_rank is 2 with dp_size 2"):
+        LQLoader(config(), "train", 1, dp_rank=2, dp_size=2)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        LQLoader(config(), "train", 0)
+    with pytest.raises(ValueError, match="split 'test' has no photograph"):
+        LQLoader(config(), "test", 1)
+    with pytest.raises(ValueError, match="severity_edges has 'blur'"):
+        LQLoader(config(edges={"blur": (1.0, 2.0)}), "train", 1)
+    write_manifest(tmp_path / "empty.parquet", [])
+    with pytest.raises(ValueError, match="splits there: \\[\\]"):
+        LQLoader(config(tmp_path / "empty.parquet"), "train", 1)
