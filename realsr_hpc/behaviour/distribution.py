@@ -160,8 +160,8 @@ def pack_support(support: Bool[Tensor, "n V"]) -> UInt8[Tensor, "n K"]:
     return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
-def unpack_support(packed: UInt8[Tensor, "n K"], start: int, stop: int) -> Bool[Tensor, "n stop-start"]:
-    """Survivors of the vocabulary range [start, stop), which need not lie on bytes."""
+def unpack_support(packed: UInt8[Tensor, "n K"], start: int, stop: int) -> Bool[Tensor, "n width"]:
+    """Survivors of the vocabulary range [start, stop), width = stop - start; it need not lie on bytes."""
     if not 0 <= start <= stop <= 8 * packed.shape[-1]:
         raise ValueError(
             f"support range [{start}, {stop}) does not fit {packed.shape[-1]} packed bytes; "

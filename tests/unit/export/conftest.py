@@ -57,7 +57,7 @@ def make_config(folder: Path, params: str = "fp32", normalised: bool = False) ->
     )
 
 
-def make_run(folder: Path, **options) -> Run:
+def _make_run(folder: Path, **options) -> Run:
     """Random weights (norms too), saved as a checkpoint of step 7 and exported."""
     folder.mkdir()
     config = make_config(folder, **options)
@@ -87,6 +87,12 @@ def make_run(folder: Path, **options) -> Run:
 
 @pytest.fixture(scope="package")
 def run(tmp_path_factory) -> Run:
-    made = make_run(tmp_path_factory.mktemp("export") / "fp32")
+    made = _make_run(tmp_path_factory.mktemp("export") / "fp32")
     yield made
     shutdown()
+
+
+@pytest.fixture
+def make_run():
+    """Makes other runs: `make_run(folder, params=..., normalised=...)`."""
+    return _make_run

@@ -20,7 +20,6 @@ from realsr_hpc.export.image_weights import load_from_export
 from realsr_hpc.export.incoming import IMAGE_FILE, TEXT_FILE
 from realsr_hpc.tokenizer.image import load_image_tokenizer
 from realsr_hpc.vlcot.vocabulary import Vocabulary
-from tests.unit.export.conftest import make_run
 
 
 def shipped(folder: Path, name: str):
@@ -96,7 +95,7 @@ def test_training_loss_counts_image_codes(run, model, tokens):
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_image_codes_and_pixels_are_ours(run, tmp_path, normalised):
+def test_image_codes_and_pixels_are_ours(run, make_run, tmp_path, normalised):
     made = make_run(tmp_path / "other", normalised=True) if normalised else run
     stock = ChameleonForConditionalGeneration.from_pretrained(made.export).eval()
     images = torch.rand(2, 3, 32, 64) * 2 - 1
@@ -157,7 +156,7 @@ def test_generate_with_the_shipped_grammar_paints_whole_images(run, model):
 
 
 @pytest.mark.parametrize("params", ["fp32", "bf16"])
-def test_import_then_export_is_the_identity(run, tmp_path, params):
+def test_import_then_export_is_the_identity(run, make_run, tmp_path, params):
     made = run if params == "fp32" else make_run(tmp_path / "bf16", params="bf16")
     imported = tmp_path / "imported"
     written = import_folder(made.export, imported)
