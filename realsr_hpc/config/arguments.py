@@ -1,0 +1,38 @@
+"""`key=value` arguments of the small commands in tools/: closed, with the nearest valid key in the error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+
+def read_arguments(arguments: Sequence[str], valid: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Values by key; `valid` holds each key's default.
+
+    Raises ValueError for an argument without `=`, a key given twice, and an unknown key, naming the nearest valid one.
+    """
+    given: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not value:
+            raise ValueError(f"argument {argument!r} is not key=value; valid keys: {', '.join(valid)}")
+        if key not in valid:
+            close = difflib.get_close_matches(key, list(valid), n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"unknown key {key!r}; {hint}valid keys: {', '.join(valid)}")
+        if key in given:
+            raise ValueError(f"key {key!r} is given twice: {given[key]!r} and {value!r}; keep one")
+        given[key] = value
+    return {**valid, **given}
+
+
+def read_count(arguments: Mapping[str, str | None], key: str, minimum: int = 0) -> int:
+    """The whole number under `key`. Raises ValueError when it is none, or below `minimum`."""
+    value = arguments[key]
+    try:
+        number = int(value or "")
+    except ValueError:
+        raise ValueError(f"{key}={value!r} is no whole number; give one from {minimum} up") from None
+    if number < minimum:
+        raise ValueError(f"{key}={number} is below {minimum}; give {minimum} or more")
+    return number

@@ -1,0 +1,31 @@
+import pytest
+
+from realsr_hpc.config.arguments import read_arguments, read_count
+
+VALID = {"input": None, "output": None, "overlap": "8"}
+
+
+def test_given_values_stand_before_defaults():
+    assert read_arguments(["input=a=b"], VALID) == {"input": "a=b", "output": None, "overlap": "8"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ouput=x"], "did you mean 'output'.*valid keys: input, output, overlap"),
+        (["input"], "not key=value"),
+        (["input="], "not key=value"),
+        (["input=a", "input=b"], "given twice: 'a' and 'b'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        read_arguments(arguments, VALID)
+
+
+def test_counts():
+    assert read_count(read_arguments([], VALID), "overlap") == 8
+    with pytest.raises(ValueError, match="no whole number"):
+        read_count({"overlap": "many"}, "overlap")
+    with pytest.raises(ValueError, match="below 1"):
+        read_count({"overlap": "0"}, "overlap", minimum=1)
