@@ -63,7 +63,7 @@ class Sampler:
 
     def generate(
         self,
-        prompts: Int[Tensor, "P L"],
+        prompts: Int[Tensor, "*shape"],
         group_size: int,
         rollout_ids: Sequence[int],
         progress: Callable[[int], None] = lambda rollouts: None,
@@ -190,7 +190,7 @@ class Sampler:
         return groups
 
 
-def in_image_block(tokens: Int[Tensor, "..."], grammar: Grammar) -> Tensor:
+def in_image_block(tokens: Int[Tensor, "*shape"], grammar: Grammar) -> Tensor:
     """bool like `tokens`: continues an image block (a size, code, newline or end token).
 
     Sampler and scorer cut the unconditional stream's context with this same rule.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from realsr_hpc.config.schema import GRPOConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.grpo.advantages import configured_advantages, zero_variance
 from realsr_hpc.parallel.reduce import reduce_float, reduce_floats
@@ -33,7 +34,7 @@ class Experience:
         if grpo.zero_variance != "resample":
             return groups
         for _ in range(grpo.max_resample_rounds):
-            kept = [group for group in groups if not teaches_nothing(group, self.run)]
+            kept = [group for group in groups if not teaches_nothing(group, grpo)]
             missing = len(batch) - len(kept)
             if not reduce_float(float(missing), self.run.groups.dp, self.run.groups.device, "max"):
                 break
@@ -62,23 +63,22 @@ class Experience:
         tokens = self.run.tokens
         traces = [parse_group(tokens, group) for group in groups]
         images = iter(final_images(tokens, [trace for members in traces for trace in members]))
-        scored = []
-        for row, (group, members) in enumerate(zip(groups, traces, strict=True)):
+        candidates = []
+        for row, members in enumerate(traces):
             lq, gt = (None if x is None else x[row].movedim(0, -1).numpy() for x in (batch.lq, batch.gt))
             label, scene = batch.labels[row], batch.scenes[row]
-            candidates = [Candidate(trace, next(images), lq, gt, label, scene) for trace in members]
-            scored.append(self.rewards.score(group, candidates))
-        return scored
+            candidates.append([Candidate(trace, next(images), lq, gt, label, scene) for trace in members])
+        return self.rewards.score_groups(groups, candidates)
 
 
-def group_advantages(group: ScoredGroup, run: TrainingRun) -> Tensor:
-    """Advantages [G] as the recipe's grpo section says."""
-    return configured_advantages(group.reward_breakdown, group.weights, run.config.grpo)
+def group_advantages(group: ScoredGroup, config: GRPOConfig) -> Tensor:
+    """Advantages [G] as the recipe says."""
+    return configured_advantages(group.reward_breakdown, group.weights, config)
 
 
-def teaches_nothing(group: ScoredGroup, run: TrainingRun) -> bool:
+def teaches_nothing(group: ScoredGroup, config: GRPOConfig) -> bool:
     """All advantages of the group are zero."""
-    return bool(zero_variance(group_advantages(group, run)))
+    return bool(zero_variance(group_advantages(group, config)))
 
 
 def grpo_batches(run: TrainingRun, groups: list[ScoredGroup], sampler: Sampler) -> list[GRPOBatch]:
@@ -86,12 +86,12 @@ def grpo_batches(run: TrainingRun, groups: list[ScoredGroup], sampler: Sampler) 
 
     An update for which no rank has a loss token is left out.
     """
-    keep = run.config.grpo.zero_variance == "keep"
-    used = [group for group in groups if keep or not teaches_nothing(group, run)]
-    sequences = [sequence for group in used for sequence in training_sequences(run, group, sampler)]
+    grpo = run.config.grpo
+    used = [group for group in groups if grpo.zero_variance == "keep" or not teaches_nothing(group, grpo)]
+    sequences = [sequence for group in used for sequence in training_sequences(group, sampler, grpo)]
     batches = []
-    for part in range(run.config.grpo.updates_per_step):
-        mine = tuple(sequences[part :: run.config.grpo.updates_per_step])
+    for part in range(grpo.updates_per_step):
+        mine = tuple(sequences[part :: grpo.updates_per_step])
         num_tokens = run.count(sum(len(sequence.positions) for sequence in mine))
         num_rollouts = run.count(len(mine))
         if num_tokens:
@@ -99,10 +99,10 @@ def grpo_batches(run: TrainingRun, groups: list[ScoredGroup], sampler: Sampler) 
     return batches
 
 
-def training_sequences(run: TrainingRun, group: ScoredGroup, sampler: Sampler) -> list[TrainingSequence]:
-    """Rollouts of a group with the distribution each token was sampled from; those without a free token are left out."""
+def training_sequences(group: ScoredGroup, sampler: Sampler, config: GRPOConfig) -> list[TrainingSequence]:
+    """A group's rollouts with the distribution each token was sampled from; without a free token: left out."""
     rollouts = group.rollouts
-    advantages = group_advantages(group, run)
+    advantages = group_advantages(group, config)
     prompt_length = len(rollouts.prompt)
     sequences = []
     for row, length in enumerate(rollouts.lengths.tolist()):
@@ -138,7 +138,7 @@ def group_metrics(run: TrainingRun, groups: list[ScoredGroup], rollout_s: float)
         "rollout/length/mean": float(lengths.mean()),
         "rollout/well_formed/mean": _well_formed(groups),
         "rollout/tokens_per_s/mean": float(lengths.sum()) / rollout_s,
-        "grpo/dropped_groups/mean": sum(teaches_nothing(group, run) for group in groups) / len(groups),
+        "grpo/dropped_groups/mean": sum(teaches_nothing(group, run.config.grpo) for group in groups) / len(groups),
     }
     return reduce_floats(metrics, run.groups.dp, run.groups.device)
 

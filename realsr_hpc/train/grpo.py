@@ -61,7 +61,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
                 score_before_updates(run, reference, sampler.masks, microbatches)
         with _clock(seconds, "update"):
             for batch, microbatches in updates:
-                result = run.optimiser.step(microbatches, objective(run, batch, sampler.masks))
+                result = run.optimiser.step(microbatches, objective(config, run.policy, batch, sampler.masks))
                 metrics |= run.total(result.outputs)
                 metrics |= {"optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
         check_exactness(config, step, metrics)
@@ -90,18 +90,17 @@ def score_before_updates(
         add_logprobs(run.policy, microbatches, masks, "old_logprobs")
 
 
-def objective(run: TrainingRun, batch: GRPOBatch, masks: MaskTable) -> LossFunction:
+def objective(config: RunConfig, policy: Policy, batch: GRPOBatch, masks: MaskTable) -> LossFunction:
     """Loss function of one update: a microbatch's part of the policy loss, and its metrics."""
-    config = run.config.grpo
-    counts = GlobalCounts(batch.num_tokens_global, batch.num_rollouts_global, run.config.rollout.max_new_tokens)
-    with_entropy = config.entropy_weight != 0.0
+    counts = GlobalCounts(batch.num_tokens_global, batch.num_rollouts_global, config.rollout.max_new_tokens)
+    with_entropy = config.grpo.entropy_weight != 0.0
 
     def loss_fn(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         extras = microbatch.extras
         if not extras:
             return nothing_to_score(hidden, output_weight), {}
         scores = score_microbatch(
-            hidden, output_weight, microbatch, masks.allowed, run.policy, with_entropy=with_entropy
+            hidden, output_weight, microbatch, masks.allowed, policy, with_entropy=with_entropy
         )
         rows = {name: to_rows(extras[name], extras) for name in extras if name.endswith("_logprobs")}
         mask, logprobs = loss_mask(extras), to_rows(scores.logprobs, extras)
@@ -112,7 +111,7 @@ def objective(run: TrainingRun, batch: GRPOBatch, masks: MaskTable) -> LossFunct
             mask,
             rows.get("reference_logprobs"),
             counts=counts,
-            config=config,
+            config=config.grpo,
             old_logprobs=rows.get("old_logprobs"),
             entropy=to_rows(scores.entropy, extras) if with_entropy else None,
         )

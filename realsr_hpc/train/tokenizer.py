@@ -106,6 +106,7 @@ class TokenizerTraining:
             codes = self.tokenizer.quantize.nearest(features)
             self.codebook_averages.update(self.codebook, features, codes, generator)
         self.codebook_averages.decay = self.training.codebook_decay
+        self.average.quantize.load_state_dict(self.tokenizer.quantize.state_dict())
 
     def evaluate(self, images: Float[Tensor, "B 3 H W"], grid: Path) -> dict[str, float]:
         """PSNR and codes in use on held-out images; `grid` shows truths above reconstructions."""

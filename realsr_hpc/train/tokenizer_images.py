@@ -118,11 +118,12 @@ def _degrade(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def _recolour(rng: np.random.Generator, image: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "s s 3"]:
-    """Half the images unchanged; else channels permuted, saturation, contrast and brightness changed."""
+    """Half the images unchanged; else channels permuted and scaled, saturation, contrast and brightness changed."""
     if rng.random() < 0.5:
         return image
     pixels = image[..., rng.permutation(3)].astype(np.float32)
     grey = pixels.mean(-1, keepdims=True)
-    pixels = grey + (pixels - grey) * rng.uniform(0.3, 1.4)
+    pixels = grey + (pixels - grey) * rng.uniform(0.3, 1.5)
+    pixels *= rng.uniform(0.5, 1.3, 3)
     pixels = (pixels - 128) * rng.uniform(0.6, 1.2) + 128 + rng.uniform(-30, 30)
     return np.clip(pixels, 0, 255).astype(np.uint8)
