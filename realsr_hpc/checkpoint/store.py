@@ -11,7 +11,7 @@ import logging
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from realsr_hpc.checkpoint import manifest
 from realsr_hpc.model.policy import Policy
-from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.parallel.reduce import broadcast_object, gather_objects
@@ -31,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 _STATE = "state.json"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class Optimiser(Protocol):
+    """What is kept of an optimizer: Megatron's own, and the counters beside it."""
+
+    vendor: Any
+    distributed: bool
+    num_updates: int
+    num_skipped: int
 
 
 def save(

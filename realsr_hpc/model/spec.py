@@ -147,9 +147,7 @@ class SdpaAttention(torch.nn.Module):
         super().__init__()
         self.grouped = config.num_query_groups != config.num_attention_heads
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """query [S, b, heads/tp, d], key and value [S, b, kv_heads/tp, d] -> [S, b, heads/tp * d].
 
         attention_mask: bool [b, 1, S, S], true where query (row) may look at key (column); None: causal.

@@ -96,13 +96,13 @@ def shutdown() -> None:
 def _join(world_size: int) -> None:
     timeout = timedelta(minutes=COLLECTIVE_TIMEOUT_MIN)
     if world_size == 1:
-        dist.init_process_group(
-            backend.dist_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        dist.init_process_group(backend.dist_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ValueError(f"WORLD_SIZE = {world_size} but {', '.join(missing)} not set: start through launch or torchrun")
+        raise ValueError(
+            f"WORLD_SIZE = {world_size} but {', '.join(missing)} not set: start through launch or torchrun"
+        )
     dist.init_process_group(backend.dist_backend(), timeout=timeout)
 
 

@@ -1,0 +1,65 @@
+"""Which folders count as checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from realsr_hpc.checkpoint import manifest
+
+
+def write(root: Path, step: int) -> Path:
+    aside = manifest.aside_of(root, step)
+    aside.mkdir(parents=True)
+    for name in ("a.bin", "b.bin"):
+        (aside / name).write_bytes(str(step).encode() * 100)
+    final = manifest.folder_of(root, step)
+    manifest.complete(aside, final, manifest.describe(aside, manifest.content(aside)), {"step": step})
+    return final
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_byte(path: Path) -> None:
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_byte, Path.unlink])
+def test_damaged_shard_is_said_and_the_previous_checkpoint_used(
+    tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, newest = write(tmp_path, 10), write(tmp_path, 20)
+    assert manifest.latest(tmp_path) == newest
+    damage(newest / "b.bin")  # type: ignore[operator]
+    with caplog.at_level(logging.ERROR):
+        assert manifest.latest(tmp_path) == before
+    assert "step-000020 rejected: b.bin" in caplog.text
+
+
+def test_half_written_checkpoint_is_none(tmp_path: Path) -> None:
+    assert manifest.latest(tmp_path / "absent") is None
+    manifest.aside_of(tmp_path, 5).mkdir(parents=True)
+    (manifest.folder_of(tmp_path, 6)).mkdir()
+    assert manifest.latest(tmp_path) is None
+    with pytest.raises(ValueError, match="was never completed"):
+        manifest.read(manifest.folder_of(tmp_path, 6))
+
+
+def test_order_is_by_number_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (9, 1_000_000, 10):
+        write(tmp_path, step)
+    manifest.aside_of(tmp_path, 11).mkdir()
+    manifest.prune(tmp_path, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-1000000"]
+    assert manifest.latest(tmp_path) == manifest.folder_of(tmp_path, 1_000_000)
+
+
+def test_a_step_written_again_replaces_the_old_one(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3)
+    truncate(folder / "a.bin")
+    assert write(tmp_path, 3) == folder
+    assert manifest.fault(folder) is None

@@ -1,0 +1,65 @@
+"""Arithmetic of a layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from realsr_hpc.config.schema import ModelConfig, ParallelConfig
+from realsr_hpc.parallel import layout
+
+
+def test_data_parallelism_is_what_the_world_leaves() -> None:
+    found = layout.layout_of(ParallelConfig(tp=2, pp=4), 24)
+    assert (found.tp_size, found.pp_size, found.dp_size, found.world_size) == (2, 4, 3, 24)
+
+
+def test_world_that_tp_and_pp_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"world size 6 .* 2 x 2: start a multiple of 4 processes"):
+        layout.layout_of(ParallelConfig(tp=2, pp=2), 6)
+
+
+def test_every_layer_is_in_exactly_one_chunk_and_chunks_go_round_the_stages() -> None:
+    model, parallel = ModelConfig(num_layers=12), ParallelConfig(pp=2, virtual_pp=3)
+    per_chunk = layout.layers_per_chunk(model, parallel)
+    starts = [[layout.first_layer(model, parallel, rank, chunk) for chunk in range(3)] for rank in range(2)]
+    assert starts == [[0, 4, 8], [2, 6, 10]]
+    covered = [first + i for stage in starts for first in stage for i in range(per_chunk)]
+    assert sorted(covered) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "message"),
+    [
+        ({"num_layers": 5}, {"pp": 2}, r"model\.num_layers = 5 .* choose factors"),
+        ({"num_heads": 6, "hidden_size": 96}, {"tp": 4}, r"model\.num_heads = 6 .* parallel\.tp = 4"),
+        ({"num_kv_heads": 1}, {"tp": 2}, r"model\.num_kv_heads = 1"),
+        ({"num_kv_heads": 3}, {}, r"model\.num_kv_heads = 3 does not divide"),
+        ({"ffn_hidden_size": 99}, {"tp": 2}, r"model\.ffn_hidden_size = 99"),
+        ({"num_heads": 7}, {}, r"model\.hidden_size = 256 is not divisible"),
+        ({"hidden_size": 36, "num_heads": 4}, {}, r"is odd"),
+        ({}, {"virtual_pp": 2}, r"needs parallel\.pp > 1"),
+        ({}, {"sequence_parallel": True}, r"needs parallel\.tp > 1"),
+    ],
+)
+def test_what_does_not_fit_is_named(model: dict[str, Any], parallel: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layout.check(ModelConfig(**model), ParallelConfig(**parallel))
+
+
+def test_what_fits_passes() -> None:
+    seven_b = ModelConfig(num_layers=32, hidden_size=4096, num_heads=32, ffn_hidden_size=11008)
+    layout.check(seven_b, ParallelConfig(tp=8, pp=4, virtual_pp=2, sequence_parallel=True))
+
+
+@pytest.mark.parametrize(("vocab", "tp", "padded"), [(1030, 1, 1030), (1030, 4, 1032), (1032, 4, 1032), (1, 8, 8)])
+def test_vocabulary_is_padded_to_the_next_multiple(vocab: int, tp: int, padded: int) -> None:
+    assert layout.padded_vocab(vocab, tp) == padded
+
+
+def test_multiples_of_lengths_and_microbatches() -> None:
+    assert layout.sequence_multiple(ParallelConfig(tp=4)) == 1
+    assert layout.sequence_multiple(ParallelConfig(tp=4, sequence_parallel=True)) == 4
+    assert layout.microbatch_multiple(ParallelConfig(pp=4)) == 1
+    assert layout.microbatch_multiple(ParallelConfig(pp=4, virtual_pp=2)) == 4
