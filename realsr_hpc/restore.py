@@ -14,20 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from rich.progress import track
 
-from realsr_hpc import checkpoint
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
-from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.records import LQBatch, RestoredImage
-from realsr_hpc.rollout.restorer import PolicyRestorer
-from realsr_hpc.tokenizer.trace import TraceTokenizer
+
+if TYPE_CHECKING:
+    from realsr_hpc.rollout.restorer import PolicyRestorer
 
 Restorer = Callable[[LQBatch], list[RestoredImage]]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
@@ -148,6 +147,13 @@ def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRest
     """
     if checkpoint_path is None and config.model.weights is None:
         raise ValueError("model.weights is not set and there is no checkpoint: name a run that has one")
+    # Megatron takes seconds to import: not for who only reads pictures.
+    from realsr_hpc import checkpoint
+    from realsr_hpc.model.policy import build_policy
+    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.rollout.restorer import PolicyRestorer
+    from realsr_hpc.tokenizer.trace import TraceTokenizer
+
     precision = config.precision.model_copy(update={"fp8": "none", "rollout_fp8": False})
     config = config.model_copy(update={"parallel": ParallelConfig(), "precision": precision})
     if checkpoint_path is not None:
@@ -170,6 +176,8 @@ def find_run(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig,
     if checkpoint_folder is not None:
         path = Path(checkpoint_folder).resolve()
         return from_yaml(path.parent.parent / "recipe.yaml"), path
+    from realsr_hpc import checkpoint
+
     run_dir = Path(run or "").resolve()
     config = from_yaml(run_dir / "recipe.yaml")
     newest = checkpoint.latest(run_dir / "checkpoints")
