@@ -23,11 +23,12 @@ from nvidia.dali import pipeline_def
 
 from realsr_hpc.data.area import area_taps
 from realsr_hpc.data.degradation import DegradationParameters, ResizeMode, StageParameters, noise_field
-from realsr_hpc.data.kernels import build_kernel
+from realsr_hpc.data.kernels import KernelParameters, build_factors
 
 _LUMA = np.array([[[0.2989, 0.587, 0.114]]], np.float32)
-_USM_WINDOW_PX, _USM_SIGMA_PX, _USM_AMOUNT, _USM_THRESHOLD = 51, 8.0, 0.5, 10.0
-"""BasicSR's USMSharp: radius 50 (made odd), the sigma OpenCV derives from it, amount and threshold (of 255)."""
+_USM_BLUR = KernelParameters("iso", 51, 8.0, 8.0)
+_USM_AMOUNT, _USM_THRESHOLD = 0.5, 10.0
+"""BasicSR's USMSharp: radius 50 (made odd), the sigma OpenCV derives from it; amount, and threshold of 255."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ class DegradationPipeline:
         first, second, lq_px = p.first, p.second, self.lq_size_px
         return {
             "crop": sample.crop,
-            "kernel1": build_kernel(first.blur),
-            "kernel2": build_kernel(second.blur),
-            "sinc": build_kernel(p.final_sinc),
+            **_kernel_inputs("1", first.blur),
+            **_kernel_inputs("2", second.blur),
+            **_kernel_inputs("3", p.final_sinc),
             "noise1": noise_field(sample.noise_rng, first),
             "noise2": noise_field(sample.noise_rng, second),
             **_resize_inputs("1", first.resize_mode, self.gt_size_px, first.side_px),
@@ -97,6 +98,11 @@ class DegradationPipeline:
             "noising2": _noise_row(second),
             "quality": np.array([first.jpeg_quality, second.jpeg_quality, int(p.jpeg_last)], np.int32),
         }
+
+
+def _kernel_inputs(number: str, parameters: KernelParameters | None) -> dict[str, np.ndarray]:
+    kernel, column = build_factors(parameters)
+    return {f"kernel{number}": kernel, f"column{number}": column}
 
 
 def _resize_inputs(number: str, mode: ResizeMode, source_px: int, target_px: int) -> dict[str, np.ndarray]:
@@ -120,24 +126,24 @@ def _graph(gt_size_px, lq_size_px, usm_sharpen_gt, gpu):
                    dtype=types.FLOAT)  # fmt: skip
     gt = dmath.clamp(gt / 255.0, 0.0, 1.0)
     if usm_sharpen_gt:
-        gt = _usm_sharpen(gt)
+        gt = _usm_sharpen(gt, "gpu" if gpu else "cpu")
     quality = fn.external_source(name="quality")
     x = _stage(gt, "1", gpu)
     x = _jpeg(x, quality[0])
     x = _stage(x, "2", gpu)
-    sinc = _pixels("sinc", gpu, layout=None)
+    kernel, column = _kernel_sources("3", gpu)
     row, taps, weights = _resize_sources("3", gpu)
     if quality[2] > 0:
-        x = fn.filter(_resize(x, row, taps, weights), sinc, border="reflect_101")
+        x = _filter(_resize(x, row, taps, weights), kernel, column)
         x = _jpeg(x, quality[1])
     else:
         x = _jpeg(x, quality[1])
-        x = fn.filter(_resize(x, row, taps, weights), sinc, border="reflect_101")
+        x = _filter(_resize(x, row, taps, weights), kernel, column)
     return _to_bytes(x), _to_bytes(gt)
 
 
 def _stage(x, number, gpu):
-    x = fn.filter(x, _pixels(f"kernel{number}", gpu, layout=None), border="reflect_101")
+    x = _filter(x, *_kernel_sources(number, gpu))
     x = _resize(x, *_resize_sources(number, gpu))
     return _add_noise(x, _pixels(f"noise{number}", gpu), fn.external_source(name=f"noising{number}"))
 
@@ -145,6 +151,14 @@ def _stage(x, number, gpu):
 def _pixels(name, gpu, layout="HWC"):
     source = fn.external_source(name=name, layout=layout)
     return source.gpu() if gpu else source
+
+
+def _kernel_sources(number, gpu):
+    return _pixels(f"kernel{number}", gpu, layout=None), _pixels(f"column{number}", gpu, layout=None)
+
+
+def _filter(x, kernel, column):
+    return fn.filter(fn.filter(x, kernel, border="reflect_101"), column, border="reflect_101")
 
 
 def _resize_sources(number, gpu):
@@ -192,11 +206,13 @@ def _jpeg(x, quality):
     return fn.cast(fn.jpeg_compression_distortion(_to_bytes(x), quality=quality), dtype=types.FLOAT) / 255.0
 
 
-def _usm_sharpen(x):
+def _usm_sharpen(x, device):
     """BasicSR's USMSharp: add half of what a wide blur removes, where that is more than a threshold."""
-    residual = x - fn.gaussian_blur(x, window_size=_USM_WINDOW_PX, sigma=_USM_SIGMA_PX)
+    # Two one-dimensional filters: eight times as fast as fn.gaussian_blur on a CPU.
+    blur = [types.Constant(factor, device=device) for factor in build_factors(_USM_BLUR)]
+    residual = x - _filter(x, *blur)
     mask = fn.cast(dmath.abs(residual) * 255.0 > _USM_THRESHOLD, dtype=types.FLOAT)
-    soft = fn.gaussian_blur(fn.reshape(mask, layout="HWC"), window_size=_USM_WINDOW_PX, sigma=_USM_SIGMA_PX)
+    soft = _filter(fn.reshape(mask, layout="HWC"), *blur)
     sharp = dmath.clamp(x + _USM_AMOUNT * residual, 0.0, 1.0)
     return fn.reshape(x + soft * (sharp - x), layout="HWC")
 

@@ -49,6 +49,21 @@ def build_kernel(parameters: KernelParameters | None) -> Float32[np.ndarray, "si
     return (weights / weights.sum()).astype(np.float32)
 
 
+def build_factors(
+    parameters: KernelParameters | None,
+) -> tuple[Float32[np.ndarray, "rows columns"], Float32[np.ndarray, "size 1"]]:
+    """Two kernels that, applied in turn, do what `build_kernel`'s does, cheaper where it is separable.
+
+    The isotropic Gaussian, the commonest shape, is a row and a column; any other is itself and the identity.
+    """
+    if parameters is None or parameters.shape != "iso":
+        return build_kernel(parameters), IDENTITY
+    half = parameters.size_px // 2
+    line = np.exp(-0.5 * (np.arange(-half, half + 1) / parameters.sigma_x) ** 2)
+    line = (line / line.sum()).astype(np.float32)
+    return line[None, :], line[:, None]
+
+
 def _bell(parameters: KernelParameters) -> Float64[np.ndarray, "size size"]:
     """Gaussian exp(-q/2), generalised exp(-q^beta/2) or plateau 1/(1 + q^beta), q = x^T C^-1 x."""
     x, y = _grid(parameters.size_px)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from realsr_hpc.data.kernels import SHAPES, KernelParameters, build_kernel
+from realsr_hpc.data.kernels import SHAPES, KernelParameters, build_factors, build_kernel
 
 
 def _quadratic_form(p: KernelParameters) -> np.ndarray:
@@ -68,6 +68,15 @@ def test_every_kernel_sums_to_one_and_is_symmetric_about_its_centre():
         assert kernel.dtype == np.float32
         assert abs(kernel.sum() - 1) < 1e-5
         np.testing.assert_allclose(kernel, kernel[::-1, ::-1], atol=1e-7)
+
+
+def test_factors_in_turn_are_the_kernel():
+    for shape in (*SHAPES, "sinc"):
+        p = KernelParameters(shape, 11, 1.3, 1.3, 0.0, 1.0 if shape == "iso" else 1.5, 2.0)
+        kernel, column = build_factors(p)
+        assert (kernel.shape, column.shape) == (((1, 11), (11, 1)) if shape == "iso" else ((11, 11), (1, 1)))
+        np.testing.assert_allclose(kernel * column, build_kernel(p), atol=1e-7)
+    assert build_factors(None)[0] == build_factors(None)[1] == 1
 
 
 def test_even_side_is_refused():
