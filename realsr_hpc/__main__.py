@@ -6,13 +6,13 @@ RANK (set by that supervisor, or by torchrun) it is one of those processes. Subm
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import sys
 from pathlib import Path
 
 from realsr_hpc.config.load import RecipeError, from_yaml
+from realsr_hpc.config.schema import RunConfig
 
 
 def main(arguments: list[str]) -> int:
@@ -26,15 +26,32 @@ def main(arguments: list[str]) -> int:
     except RecipeError as error:
         print(error, file=sys.stderr)
         return 2
-    if "RANK" not in os.environ:
-        from realsr_hpc.launch.job import run_node
+    if "RANK" in os.environ:
+        return run_rank(config, run_dir)
+    from realsr_hpc.launch.job import run_node
 
-        return run_node(run_dir)
+    return run_node(run_dir)
+
+
+def run_rank(config: RunConfig, run_dir: Path) -> int:
+    """One process of the run."""
     from realsr_hpc.launch.signals import StopFlag
 
+    # Before the heavy imports: a signal that comes while they run must not kill the rank.
     stop = StopFlag.install()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    return importlib.import_module(f"realsr_hpc.train.{config.task}").main(config, run_dir, stop)
+    if config.task == "grpo":
+        from realsr_hpc.train import grpo
+
+        return grpo.main(config, run_dir, stop)
+    if config.task == "sft":
+        from realsr_hpc.train import sft
+
+        return sft.main(config, run_dir, stop)
+    from realsr_hpc.train import tokenizer
+
+    tokenizer.main(config, run_dir)
+    return 0
 
 
 if __name__ == "__main__":

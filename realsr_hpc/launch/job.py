@@ -63,8 +63,14 @@ def run_node(run_dir: Path) -> int:
     return _finish(run_dir, placement, config, code, message)
 
 
-def start_ranks(config: RunConfig, run_dir: Path, placement: Placement) -> dict[int, subprocess.Popen[bytes]]:
-    """One process a task, by global rank; each dies with this supervisor and prints to its own log."""
+def start_ranks(
+    config: RunConfig, run_dir: Path, placement: Placement, command: list[str] | None = None
+) -> dict[int, subprocess.Popen[bytes]]:
+    """One process a task, by global rank; each dies with this supervisor and prints to its own log.
+
+    `command` is what a rank runs; None: this run's training.
+    """
+    command = command or [sys.executable, "-m", "realsr_hpc", str(run_dir)]
     ranks = {}
     for local_rank in range(placement.tasks_per_node):
         extra = placement.rank_environment(config, local_rank)
@@ -75,7 +81,7 @@ def start_ranks(config: RunConfig, run_dir: Path, placement: Placement) -> dict[
             output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {os.uname().nodename}\n".encode())
             output.flush()
             ranks[rank] = subprocess.Popen(
-                [sys.executable, "-m", "realsr_hpc", str(run_dir)],
+                command,
                 env={**os.environ, **extra},
                 cwd=project_root(),
                 stdin=subprocess.DEVNULL,

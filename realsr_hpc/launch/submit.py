@@ -44,15 +44,23 @@ def submit(
 
     `sweep` names the MLflow parent run, `varied` the keys in which the recipes differ.
     """
-    queue = slurm_queue() if any(config.cluster.kind == "slurm" for config in configs) else {}
-    planned = [_look(config, run_folder(config, fresh=fresh), queue) for config in configs]
+    folders = [(config, run_folder(config, fresh=fresh)) for config in configs]
+    return submit_into(folders, sweep=sweep, varied=varied)
+
+
+def submit_into(
+    folders: list[tuple[RunConfig, Path]], *, sweep: str = "", varied: list[str] | None = None
+) -> list[Submission]:
+    """As `submit`, into folders that are already chosen."""
+    queue = slurm_queue() if any(config.cluster.kind == "slurm" for config, _ in folders) else {}
+    planned = [_look(config, run_dir, queue) for config, run_dir in folders]
     pending = [item for item in planned if item.submitted]
-    if pending:
-        note = _prepare_tracking(pending, sweep, varied or [])
-        for group in _by_cluster(pending):
-            _submit_together(group)
-        planned = [_with_note(item, note) for item in planned]
-    return planned
+    if not pending:
+        return planned
+    note = _prepare_tracking(pending, sweep, varied or [])
+    for group in _by_cluster(pending):
+        _submit_together(group)
+    return [_with_note(item, note) for item in planned]
 
 
 def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str]) -> dict[str, object]:

@@ -1,0 +1,167 @@
+"""Runs side by side, from MLflow: a table, their differences, their curves, and the best one.
+
+A sweep is the MLflow parent run that the launcher made; its children are the runs. Reading only: nothing is written
+to MLflow. What is compared are the last values of metrics; the curve shows their history.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+SWEEP_TAG = "realsr_hpc.sweep"
+PARENT_TAG = "mlflow.parentRunId"
+RUN_TAG = "realsr_hpc.run"
+MAX_RUNS = 1000
+PREFERRED = ("heldout/", "rewards/")
+"""Beginnings of the metric keys that a comparison is made by, the better one first."""
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """One run as MLflow knows it."""
+
+    run_id: str
+    name: str
+    status: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    """Last values."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs with what tells them apart; `metric` is what `best` is best by."""
+
+    runs: tuple[ComparedRun, ...]
+    differing: tuple[str, ...]
+    """Recipe keys whose values differ."""
+    metric: str
+
+    @property
+    def best(self) -> ComparedRun | None:
+        """Highest last value; None when no run has one."""
+        rated = [run for run in self.runs if math.isfinite(run.metrics.get(self.metric, math.nan))]
+        return max(rated, key=lambda run: run.metrics[self.metric]) if rated else None
+
+    def columns(self) -> list[str]:
+        """Metric keys worth showing: those of rewards and held-out evaluation that any run has."""
+        keys = {key for run in self.runs for key in run.metrics if key.startswith(PREFERRED)}
+        return sorted(keys, key=lambda key: (key != self.metric, key))
+
+    def write_csv(self, path: Path) -> None:
+        """One line a run: state, differing recipe keys, metrics."""
+        columns = self.columns()
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["run", "status", *self.differing, *columns])
+            for run in self.runs:
+                values = [run.metrics.get(key, "") for key in columns]
+                writer.writerow([run.name, run.status, *(run.params.get(key, "") for key in self.differing), *values])
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client that reports to nobody."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def find_sweep(mlflow: MlflowClient, experiment: str, sweep: str) -> list[Run]:
+    """Children of a sweep's parent run; ValueError names the sweeps there are."""
+    ids = _experiments(mlflow, experiment)
+    parents = mlflow.search_runs(ids, filter_string="tags.`realsr_hpc.kind` = 'sweep'", max_results=MAX_RUNS)
+    by_name = {run.data.tags[SWEEP_TAG]: run.info.run_id for run in parents}
+    if sweep not in by_name:
+        raise ValueError(f"sweep {sweep!r}: unknown; there are: {', '.join(sorted(by_name)) or 'none'}")
+    condition = f"tags.`{PARENT_TAG}` = '{by_name[sweep]}'"
+    return list(mlflow.search_runs(ids, filter_string=condition, max_results=MAX_RUNS))
+
+
+def find_runs(mlflow: MlflowClient, experiment: str, names: list[str]) -> list[Run]:
+    """Runs by name, a unique beginning of it, or run id; ValueError names the candidates."""
+    condition = f"tags.`{RUN_TAG}` != ''"
+    known = list(mlflow.search_runs(_experiments(mlflow, experiment), filter_string=condition, max_results=MAX_RUNS))
+    return [_one(known, name) for name in names]
+
+
+def compare(runs: list[Run], metric: str = "") -> Comparison:
+    """The comparison of these runs by `metric`, or by the best-suited one they have."""
+    compared = tuple(
+        ComparedRun(
+            run.info.run_id,
+            run.info.run_name or run.info.run_id,
+            run.info.status,
+            dict(run.data.params),
+            dict(run.data.metrics),
+        )
+        for run in sorted(runs, key=lambda run: run.info.run_name or "")
+    )
+    keys = {key for run in compared for key in run.params} - {"output_root"}
+    differing = tuple(sorted(key for key in keys if len({run.params.get(key) for run in compared}) > 1))
+    return Comparison(compared, differing, metric or _metric_of(compared))
+
+
+def plot_curves(mlflow: MlflowClient, comparison: Comparison, metric: str, path: Path) -> int:
+    """Write a PNG of `metric` over the steps of every run; the number of runs that have it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    drawn = 0
+    for run in comparison.runs:
+        points = sorted((point.step, point.value) for point in mlflow.get_metric_history(run.run_id, metric))
+        if points:
+            axes.plot(*zip(*points, strict=True), label=_label(run, comparison), linewidth=1.2)
+            drawn += 1
+    axes.set(xlabel="step", ylabel=metric)
+    axes.grid(alpha=0.3)
+    if drawn:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return drawn
+
+
+def _label(run: ComparedRun, comparison: Comparison) -> str:
+    varied = [f"{key}={run.params.get(key, '')}" for key in comparison.differing]
+    return ", ".join(varied) if 0 < len(varied) <= 3 else run.name
+
+
+def _metric_of(runs: tuple[ComparedRun, ...]) -> str:
+    """Total reward, held out before trained, where there is one."""
+    keys = sorted({key for run in runs for key in run.metrics})
+    for beginning in PREFERRED:
+        found = [key for key in keys if key.startswith(beginning)]
+        totals = [key for key in found if "total" in key and "mean" in key] or [key for key in found if "reward" in key]
+        if totals:
+            return totals[0]
+    return "rewards/total/mean"
+
+
+def _experiments(mlflow: MlflowClient, name: str) -> list[str]:
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        raise ValueError(f"tracking.experiment {name!r}: MLflow has none of that name; launch a run first")
+    return [found.experiment_id]
+
+
+def _one(known: list[Run], name: str) -> Run:
+    exact = [run for run in known if name in (run.info.run_id, run.info.run_name)]
+    found = exact or [run for run in known if (run.info.run_name or "").startswith(name)]
+    if len(found) != 1:
+        names = ", ".join(sorted(run.info.run_name or "" for run in found or known)) or "none"
+        raise ValueError(f"run {name!r}: {'several begin so' if found else 'unknown'}; there are: {names}")
+    return found[0]

@@ -1,0 +1,77 @@
+"""Runs that were launched: their states, and ending or continuing one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from realsr_hpc.config.load import from_yaml
+from realsr_hpc.launch.rundir import ALIVE, Status, current_status, list_runs, rank_log, read_job, slurm_queue
+from realsr_hpc.launch.rundir import write_status as set_state
+from realsr_hpc.launch.submit import Submission, submit_into
+from realsr_hpc.tracking import read_progress, set_status
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One line of `tools/jobs.py`."""
+
+    name: str
+    state: str
+    progress: str
+    job: str
+    log: Path
+
+
+def rows(root: Path) -> list[RunRow]:
+    """All runs of an output root, oldest first; Slurm is asked once."""
+    runs = list_runs(root)
+    queue = slurm_queue() if any((job := read_job(run)) and job.kind == "slurm" for run in runs) else {}
+    return [_row(run, queue) for run in runs]
+
+
+def cancel(run_dir: Path) -> str:
+    """Ask a run to stop at its next step, with a checkpoint; what was done, in words."""
+    status, job = current_status(run_dir), read_job(run_dir)
+    if status is None or job is None or status.state not in ALIVE:
+        return f"{run_dir.name} is {status.state if status else 'not launched'}: nothing to cancel"
+    if job.kind == "slurm":
+        # TERM reaches the ranks, which save; what is still queued goes at once.
+        subprocess.run(["scancel", job.job_id], check=True, capture_output=True, timeout=60)
+        set_state(run_dir, "stopped", None, "cancelled")
+        return f"{run_dir.name}: job {job.job_id} cancelled"
+    if job.host != os.uname().nodename:
+        raise ValueError(f"{run_dir.name}: its job runs on {job.host}; cancel it there")
+    os.kill(int(job.job_id), signal.SIGTERM)
+    return f"{run_dir.name}: asked to stop at its next step"
+
+
+def resume(run_dir: Path) -> Submission:
+    """Launch a run again as its recipe.yaml says."""
+    return submit_into([(from_yaml(run_dir / "recipe.yaml"), run_dir)])[0]
+
+
+def reconcile(root: Path) -> list[str]:
+    """Set the MLflow status of runs whose job ended without a word; their names."""
+    lost = []
+    for run_dir in list_runs(root):
+        status = current_status(run_dir)
+        if status is not None and status.state == "lost":
+            set_state(run_dir, "lost", status.code, status.message)
+            set_status(run_dir, "KILLED")
+            lost.append(run_dir.name)
+    return lost
+
+
+def _row(run_dir: Path, queue: dict[str, str]) -> RunRow:
+    status = current_status(run_dir, queue) or Status("stopped", message="never launched")
+    job, progress = read_job(run_dir), read_progress(run_dir)
+    done = f"{progress['step']}/{progress['total']}" if progress else "-"
+    named = f"{job.kind} {job.job_id}" if job else "-"
+    state = queue.get(job.job_id, "").lower() if job and status.state in ALIVE else ""
+    return RunRow(
+        run_dir.name, f"{status.state} ({state})" if state else status.state, done, named, rank_log(run_dir, 0)
+    )

@@ -1,0 +1,72 @@
+"""Each rule across sections catches its breach and names the field."""
+
+from __future__ import annotations
+
+import pytest
+
+from realsr_hpc.config.checks import RULES, faults, image_tokens
+from realsr_hpc.config.load import RecipeError, compose
+
+BREACHES = {
+    "a_name_is_one_folder_name": ["name=a/b"],
+    "image_sizes_are_multiples_of_32": ["vlcot.lq_size_px=72"],
+    "image_sizes_are_multiples_of_the_tokenizer_stride": [
+        "image_tokenizer.downsample=64",
+        "image_tokenizer.channel_multiplier=[1,1,1,1,1,1,1]",
+    ],
+    "image_sizes_grow_from_rough_to_final": ["vlcot.image_sizes_px=[64,32,128]"],
+    "the_truth_is_a_multiple_of_the_upscale": ["vlcot.upscale=3"],
+    "tokenizer_strides_match_its_levels": ["image_tokenizer.downsample=4"],
+    "vocabulary_fits_the_image_tokenizer": ["vlcot.vocabulary=chameleon_f16"],
+    "heads_divide_the_hidden_size": ["model.num_heads=7"],
+    "layers_divide_over_pipeline_stages": ["parallel.pp=3", "cluster.tasks_per_node=3"],
+    "tensor_parallel_divides_the_model": ["parallel.tp=3", "cluster.tasks_per_node=3"],
+    "sequence_parallel_needs_tensor_parallel": ["parallel.sequence_parallel=true"],
+    "world_size_divides_by_the_layout": ["parallel.tp=2"],
+    "data_parallel_ranks_share_the_batch_evenly": ["cluster.tasks_per_node=3"],
+    "a_trace_fits_the_rollout": ["rollout.max_new_tokens=100"],
+    "prompt_and_trace_fit_the_model": ["model.max_sequence_tokens=300"],
+    "a_microbatch_holds_one_sequence": ["parallel.microbatch_tokens=100"],
+    "fp8_needs_bf16_gpus_and_aligned_dimensions": ["precision.fp8=tensorwise"],
+    "one_task_a_gpu": ["cluster.gpus_per_node=1", "cluster.tasks_per_node=2"],
+    "a_local_run_has_one_node": ["cluster.nodes=2"],
+    "clipping_has_both_bounds": ["grpo.clip_low=null"],
+    "grpo_has_rewards_to_learn_from": ["rewards.terms={}"],
+    "reward_options_are_those_of_their_kind": ["rewards.terms.format.options={nothing: 1}"],
+    "image_top_k_is_fixed_or_adaptive": ["rollout.image_adaptive_top_k=true", "rollout.image_top_k=5"],
+    "a_checkpoint_can_be_taken_before_time_is_up": ["cluster.time_min=1", "cluster.signal_delay_s=60"],
+    "warm_up_ends_before_the_run": ["optim.warmup_steps=100000"],
+}
+
+
+def test_every_rule_has_a_breach_here():
+    assert {rule.__name__ for rule in RULES} == set(BREACHES)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_a_breach_is_found(rule):
+    overrides = BREACHES[rule.__name__]
+    with pytest.raises(RecipeError) as error:
+        compose(["recipe=grpo_tiny", *overrides])
+    # The rule itself must yield the fault: another rule's message would hide that it is blind.
+    config = _unchecked(overrides)
+    lines = list(rule(config))
+    assert lines and all(line in str(error.value) for line in lines)
+    assert all(":" in line for line in lines)
+
+
+def test_a_sound_recipe_has_no_fault():
+    assert faults(compose(["recipe=grpo_tiny"])) == []
+
+
+def test_image_tokens_are_those_of_the_paper():
+    assert [image_tokens(size, 16) for size in (128, 256, 512)] == [76, 276, 1060]
+    assert [image_tokens(size, 8) for size in (128, 256, 512)] == [276, 1060, 4164]
+
+
+def _unchecked(overrides):
+    from realsr_hpc.config import load
+    from realsr_hpc.config.schema import RunConfig
+
+    recipe, rest = load._split_recipe(["recipe=grpo_tiny", *overrides])
+    return RunConfig.model_validate(load._compose_yaml(recipe, rest))

@@ -1,0 +1,100 @@
+"""Recipes and overrides: what is right composes, what is wrong is said in one message."""
+
+from __future__ import annotations
+
+import pytest
+
+from realsr_hpc.config.load import RecipeError, compose, from_yaml, recipe_names, signature, swept_keys, to_yaml
+
+
+def fault(*overrides: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        compose(["recipe=grpo_tiny", *overrides])
+    return str(error.value)
+
+
+def test_a_field_that_the_recipe_does_not_mention_can_be_overridden():
+    assert compose(["recipe=grpo_tiny", "grpo.dual_clip=3.0"]).grpo.dual_clip == 3.0
+
+
+def test_the_command_line_chooses_groups():
+    config = compose(["recipe=grpo_7b", "cluster=local_gpus", "rewards=paper"])
+    assert config.cluster.kind == "local" and "fidelity" not in config.rewards.terms
+
+
+def test_a_group_that_the_recipe_does_not_list_can_be_chosen():
+    assert "fidelity" not in compose(["recipe=sft_tiny", "rewards=paper"]).rewards.terms
+
+
+def test_a_reward_can_be_removed_and_reweighted():
+    config = compose(["recipe=grpo_tiny", "~rewards.terms.fidelity", "rewards.terms.format.weight=0.5"])
+    assert "fidelity" not in config.rewards.terms and config.rewards.terms["format"].weight == 0.5
+
+
+def test_an_unknown_recipe_is_named_with_the_nearest():
+    with pytest.raises(RecipeError, match="no 'grpo_tinny'; did you mean 'grpo_tiny'"):
+        compose(["recipe=grpo_tinny"])
+
+
+def test_an_unknown_group_option_is_named_with_the_nearest():
+    assert "cluster: no 'slrm'; did you mean 'slurm'?" in fault("cluster=slrm")
+
+
+def test_all_faults_come_in_one_message():
+    message = fault("grpo.kl_btea=1", "optim.lr=x", "grpo.aggregation=tokn")
+    assert "3 faults" in message
+    assert "grpo.kl_btea: unknown key; did you mean 'kl_beta'?" in message
+    assert "optim.lr: 'x'" in message
+    assert "grpo.aggregation: 'tokn' is none of token, sequence, dr_grpo; did you mean 'token'?" in message
+
+
+@pytest.mark.parametrize("override", ["+foo=1", "foo=1", "++grpo.foo=1"])
+def test_no_way_leads_around_the_closed_schema(override):
+    assert "unknown key" in fault(override)
+
+
+@pytest.mark.parametrize("override", ["a=[1", "model.num_layers", "model=", "~grpo.nothing"])
+def test_malformed_overrides_are_recipe_errors(override):
+    assert "\n" not in fault(override)
+
+
+def test_a_sweep_is_every_combination():
+    overrides = ["recipe=grpo_tiny", "grpo.kl_beta=0,0.04", "seed=range(3)", "optim.lr=choice(1e-4,2e-4)"]
+    configs = compose(overrides, multirun=True)
+    assert len({(c.grpo.kl_beta, c.seed, c.optim.lr) for c in configs}) == len(configs) == 12
+    assert swept_keys(overrides) == ["grpo.kl_beta", "seed", "optim.lr"]
+
+
+def test_several_values_without_a_sweep_are_refused():
+    assert "need -m" in fault("grpo.kl_beta=0,0.04")
+
+
+def test_a_list_is_one_value():
+    assert compose(["recipe=grpo_tiny", "vlcot.image_sizes_px=[32,64,128]"]).vlcot.image_sizes_px == (32, 64, 128)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_yaml_round_trip_is_the_identity(recipe, tmp_path):
+    config = compose([f"recipe={recipe}"])
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
+    assert from_yaml(tmp_path / "recipe.yaml") == config
+
+
+def test_a_broken_recipe_file_is_a_recipe_error(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    with pytest.raises(RecipeError, match="cannot be read"):
+        from_yaml(path)
+    path.write_text("name: [")
+    with pytest.raises(RecipeError, match="not YAML"):
+        from_yaml(path)
+
+
+def test_the_signature_follows_the_result_and_nothing_else():
+    base = compose(["recipe=grpo_tiny"])
+    other_place = compose(
+        ["recipe=grpo_tiny", "output_root=elsewhere", "tracking.uri=http://host", "cluster.time_min=9"]
+    )
+    assert signature(base) == signature(other_place) and len(signature(base)) == 12
+    assert signature(base) != signature(compose(["recipe=grpo_tiny", "seed=1"]))
+    two_processes = compose(["recipe=grpo_tiny", "cluster.tasks_per_node=2"])
+    assert signature(base) != signature(two_processes)

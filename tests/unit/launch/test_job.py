@@ -1,0 +1,111 @@
+"""The supervisor with real processes: ends them together, passes signals on, notices a hang."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+from realsr_hpc.config.load import compose
+from realsr_hpc.launch.environment import Placement, job_port, slurm_job_id
+from realsr_hpc.launch.health import node_faults
+from realsr_hpc.launch.job import FAILED, HUNG, start_ranks, watch
+from realsr_hpc.launch.rundir import rank_log
+from realsr_hpc.launch.signals import REQUEUE_EXIT_CODE, StopFlag
+
+PREAMBLE = "import os, signal, sys, time; rank = int(os.environ['RANK']); "
+WAIT_FOR_STOP = (
+    "asked = []; signal.signal(signal.SIGUSR2, lambda *_: asked.append(1)); "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])\n"
+    "while not asked: time.sleep(.02)\n"
+    "sys.exit(85)"
+)
+
+
+def run(tmp_path, body: str, *overrides: str, tasks: int = 2, stop: StopFlag | None = None):
+    config = compose(["recipe=grpo_tiny", f"cluster.tasks_per_node={tasks}", *overrides])
+    placement = Placement.find(config, {})
+    ranks = start_ranks(config, tmp_path, placement, [sys.executable, "-c", PREAMBLE + body])
+    code, message = watch(ranks, config, tmp_path, stop or StopFlag())
+    assert all(process.poll() is not None for process in ranks.values()), "a rank outlived its job"
+    return code, message
+
+
+def test_ranks_know_their_place(tmp_path):
+    body = "print(*[os.environ[k] for k in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')])"
+    assert run(tmp_path, body) == (0, "")
+    assert rank_log(tmp_path, 1).read_text().splitlines()[-1] == "1 2 1 127.0.0.1"
+
+
+def test_a_failed_rank_ends_the_others_and_its_error_is_shown(tmp_path):
+    started = time.time()
+    code, message = run(tmp_path, "sys.exit('no such weights') if rank == 1 else time.sleep(600)")
+    assert code == FAILED and "rank 1 ended with code 1" in message and "no such weights" in message
+    assert time.time() - started < 30
+
+
+def test_a_killed_rank_is_named_by_its_signal(tmp_path):
+    _, message = run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(600)")
+    assert "rank 0 was killed by SIGKILL" in message
+
+
+def test_a_stop_reaches_every_rank_and_the_job_ends_as_stopped(tmp_path):
+    stop = StopFlag()
+    timer = threading.Timer(0.5, stop.ask)
+    timer.start()
+    assert run(tmp_path, WAIT_FOR_STOP, stop=stop) == (REQUEUE_EXIT_CODE, "")
+    timer.join()
+
+
+def test_a_hang_is_aborted_with_its_stack_in_the_log(tmp_path):
+    body = "import faulthandler; faulthandler.enable()\ndef stuck_here(): time.sleep(600)\nstuck_here()"
+    code, message = run(tmp_path, body, "cluster.hang_limit_s=1", tasks=1)
+    assert code == HUNG and "no step for 1 s" in message
+    assert "stuck_here" in rank_log(tmp_path, 0).read_text()
+
+
+def test_progress_keeps_the_watchdog_quiet(tmp_path):
+    body = f"path = {str(tmp_path / 'progress.json')!r}\nfor _ in range(20): open(path, 'w').close(); time.sleep(.1)"
+    assert run(tmp_path, body, "cluster.hang_limit_s=1", tasks=1)[0] == 0
+
+
+def test_placement_follows_slurm():
+    config = compose(["recipe=grpo_7b"])
+    environment = {
+        "SLURM_NODEID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": "1",
+        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    }  # fmt: skip
+    placement = Placement.find(config, environment)
+    assert (placement.node_rank, placement.num_nodes, placement.master_addr) == (1, 2, "10.0.0.7")
+    assert placement.rank_environment(config, 3)["RANK"] == "7"
+    assert placement.rank_environment(config, 3)["WORLD_SIZE"] == "8"
+    with pytest.raises(ValueError, match="Slurm gave 3"):
+        Placement.find(config, environment | {"SLURM_JOB_NUM_NODES": "3"})
+
+
+def test_a_requeued_job_gets_another_port_and_an_array_task_its_own_id():
+    assert job_port(4711, 0) != job_port(4711, 1)
+    assert 20000 <= job_port(10**9, 5) < 30000
+    array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2"}
+    assert slurm_job_id(array) == "10_2" and slurm_job_id({"SLURM_JOB_ID": "12"}) == "12"
+
+
+def test_a_node_without_its_gpus_is_unfit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert node_faults(compose(["recipe=grpo_tiny"]), tmp_path) == []
+    faults = node_faults(compose(["recipe=grpo_7b"]), tmp_path)
+    assert len(faults) == 1 and "0 working GPUs, 4 needed" in faults[0]
+
+
+def test_a_forked_child_does_not_set_its_parents_flag():
+    flag = StopFlag()
+    child = os.fork()
+    if child == 0:
+        flag.ask()
+        os._exit(int(flag()))
+    assert os.waitpid(child, 0)[1] == 0
+    flag.ask()
+    assert flag()

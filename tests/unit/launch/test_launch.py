@@ -1,0 +1,145 @@
+"""Launching: arguments, plans, folders, and a real local job through submitit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from realsr_hpc.config.load import RecipeError, compose, project_root, signature
+from realsr_hpc.launch.arguments import read_options
+from realsr_hpc.launch.command import Options, main, read_arguments
+from realsr_hpc.launch.rundir import (
+    Job,
+    Status,
+    current_status,
+    find_run,
+    read_status,
+    run_folder,
+    write_job,
+    write_status,
+)
+from realsr_hpc.launch.snapshot import take_snapshot
+from realsr_hpc.launch.submit import sbatch_script, submit
+
+LAUNCH = [sys.executable, str(project_root() / "tools" / "launch.py")]
+
+
+def test_options_stand_apart_from_overrides():
+    options, multirun, overrides = read_arguments(["-m", "recipe=grpo_tiny", "plan=true", "seed=1,2", "sweep=mine"])
+    assert options == Options(plan=True, sweep="mine") and multirun and overrides == ["recipe=grpo_tiny", "seed=1,2"]
+
+
+@pytest.mark.parametrize("argument", ["plan=perhaps", "--plan", "plan"])
+def test_wrong_options_are_refused(argument):
+    with pytest.raises(RecipeError):
+        read_arguments(["recipe=grpo_tiny", argument])
+
+
+def test_a_wrong_key_exits_with_2_and_no_traceback(capsys):
+    assert main(["recipe=grpo_tiny", "grpo.kl_btea=1"]) == 2
+    shown = capsys.readouterr().out
+    assert "did you mean 'kl_beta'" in shown and "Traceback" not in shown
+
+
+def test_planning_submits_nothing_and_shows_script_memory_and_hours(tmp_path, capsys):
+    assert main(["recipe=grpo_7b", "plan=true", f"output_root={tmp_path / 'runs'}", "cluster.account=mine"]) == 0
+    shown = capsys.readouterr().out
+    for expected in ("#SBATCH --account=mine", "#SBATCH --nodes=2", "USR2@120", "7,013,158,912", "GPU-hours", "fits"):
+        assert expected in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_planned_sweep_is_one_array(tmp_path, capsys):
+    main(["-m", "recipe=grpo_7b", "plan=true", "seed=range(8)", f"output_root={tmp_path}"])
+    shown = capsys.readouterr().out
+    assert "#SBATCH --array=0-7%8" in shown and "8 runs" in shown
+
+
+def test_the_batch_script_carries_the_site(tmp_path):
+    config = compose([
+        "recipe=grpo_7b", f"output_root={tmp_path}", "cluster.partition=gpu", "cluster.qos=high",
+        "cluster.constraint=h100", "cluster.memory_gib=400", "cluster.container_image=site.sqsh",
+        "cluster.environment_file=slurm/site.sh", "cluster.extra_sbatch={exclusive: user}",
+    ])  # fmt: skip
+    script = sbatch_script(config)
+    for expected in ("--partition=gpu", "--qos=high", "--constraint=h100", "--mem=409600M", "--requeue",
+                     "--container-image=site.sqsh", "slurm/site.sh", "--exclusive=user", "--kill-on-bad-exit=1"):  # fmt: skip
+        assert expected in script
+
+
+def test_launching_never_imports_torch():
+    code = (
+        "import sys; from realsr_hpc.launch.command import main; main(['recipe=grpo_7b', 'plan=true']); "
+        "print([name for name in ('torch', 'mlflow', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=project_root(), check=True
+    )
+    assert answer.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_run_folder_is_named_by_the_signature_and_fresh_is_numbered(tmp_path):
+    config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}"])
+    folder = run_folder(config)
+    assert folder == tmp_path / f"grpo_tiny-{signature(config)}" == run_folder(config, fresh=True)
+    folder.mkdir()
+    assert run_folder(config, fresh=True).name == f"{folder.name}-2"
+
+
+def test_a_run_whose_job_is_gone_is_lost(tmp_path):
+    write_status(tmp_path, "running")
+    write_job(tmp_path, Job("local", str(os.getpid()), os.uname().nodename, "the log"))
+    status = current_status(tmp_path)
+    assert status is not None and status.state == "lost" and "the log" in status.message
+    write_status(tmp_path, "done", 0)
+    assert (current_status(tmp_path) or Status("lost")).state == "done"
+
+
+def test_runs_are_found_by_a_unique_beginning(tmp_path):
+    for name in ("alpha-1", "alpha-2", "beta-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").touch()
+    assert find_run(tmp_path, "beta").name == "beta-1"
+    with pytest.raises(ValueError, match="several begin so"):
+        find_run(tmp_path, "alpha")
+    with pytest.raises(ValueError, match="unknown"):
+        find_run(tmp_path, "gamma")
+
+
+def test_read_options_is_closed():
+    assert read_options(["root=x"], {"root": "runs"}, "") == {"root": "x"}
+    with pytest.raises(ValueError, match="did you mean 'root'"):
+        read_options(["rot=x"], {"root": "runs"}, "")
+
+
+def test_a_snapshot_is_shared_by_equal_code_and_importable(tmp_path):
+    config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}"])
+    code = take_snapshot(config)
+    assert take_snapshot(config) == code
+    assert [path.name for path in (tmp_path / "code").iterdir()] == [code.name]
+    program = "import realsr_hpc, sys; sys.stdout.write(realsr_hpc.__file__)"
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(code)},
+    )  # fmt: skip
+    assert answer.stdout.startswith(str(code))
+
+
+def test_a_local_job_reports_its_failure_and_does_not_hang(tmp_path):
+    overrides = ["recipe=sft_tiny", f"output_root={tmp_path}", "data.manifest=nowhere.parquet", "model.weights=null"]
+    submissions = submit([compose(overrides)])
+    run_dir = submissions[0].run_dir
+    deadline = time.time() + 120
+    while (status := current_status(run_dir)) is None or status.state in ("submitted", "running"):
+        assert time.time() < deadline, "the job neither ended nor failed"
+        time.sleep(0.2)
+    assert status.state == "failed" and status.code == 1
+    assert "nowhere.parquet" in status.message
+    assert json.loads((run_dir / "mlflow.json").read_text())["run_id"]
+    settled = read_status(run_dir)
+    assert settled is not None and settled.state == "failed"
