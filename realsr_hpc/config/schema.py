@@ -59,16 +59,27 @@ class ImageTokenizerConfig(Section):
     """Features a code is chosen by."""
     latent_channels: Count = 64
     """Channels between encoder and `quant_conv`."""
-    base_channels: Count = 64
+    base_channels: Count = 128
     channel_multiplier: tuple[Count, ...] = (1, 1, 1, 1)
     num_res_blocks: Annotated[int, Field(ge=0)] = 0
     """Residual blocks an encoder level (the decoder has one more); 0 is the cheapest, and needs multipliers of 1."""
+    decoder_base_channels: Count | None = 64
+    """None: as the encoder."""
+    decoder_norm: bool = False
+    """Group normalisation in the decoder (taming); without it a narrow decoder keeps brightness and colour."""
+    decoder_patch_out: bool = True
+    """The decoder adds to a linear reading of each latent's patch; false: taming's."""
     decoder_channel_multiplier: tuple[Count, ...] | None = (1, 1, 2)
     """From the finest level down; None: as the encoder."""
     decoder_output_shuffle: Count = 2
     """The decoder ends at 1/s of the image size and emits s x s sub-pixels; 1: taming's full-size last level."""
     normalised_codes: bool = False
     """Codes and features are compared after l2 normalisation (LlamaGen VQ-8)."""
+
+    @property
+    def decoder_base(self) -> int:
+        """Base channels of the decoder."""
+        return self.decoder_base_channels or self.base_channels
 
     @property
     def decoder_multiplier(self) -> tuple[int, ...]:
@@ -94,8 +105,6 @@ class TokenizerTrainingConfig(Section):
     gradient_weight: NonNegative = 1.0
     """Weight of the multi-scale gradient loss beside L1 and L2."""
     codebook_decay: Probability = 0.99
-    codebook_start_step: Annotated[int, Field(ge=0)] = 200
-    """Steps without quantisation before the codebook is started by k-means."""
     dead_leaves_share: Probability = 0.25
     """Share of generated images; the rest are crops of the manifest's training photographs."""
     degraded_share: Probability = 0.2
@@ -281,7 +290,6 @@ class CheckpointConfig(Section):
 
     every_steps: Count = 10
     keep_last: Count = 2
-    async_save: bool = False
 
 
 class TrackingConfig(Section):

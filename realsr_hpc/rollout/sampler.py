@@ -47,6 +47,7 @@ class _Record:
     tokens: list[Tensor]
     logprobs: list[Tensor]
     mask_ids: list[Tensor]
+    forced: list[Tensor]
     support: list[Tensor]
 
 
@@ -97,7 +98,7 @@ class Sampler:
         uniform = torch.from_numpy(draws).to(self.groups.device)
         walks = [self.grammar.walk() for _ in range(rows)]
         next_masks: list[int | None] = [next(walk) for walk in walks]
-        record = _Record([], [], [], [])
+        record = _Record([], [], [], [], [])
         lengths = np.zeros(rows, dtype=np.int64)
         streams, first = decoder.prefill(prompts, group_size, config.max_new_tokens, self.guided)
         logits = None if first is None else [first.repeat_interleave(group_size, 0)]
@@ -140,10 +141,13 @@ class Sampler:
             dist.broadcast(tokens, _last_stage(self.groups), group=self.groups.pp)
         tokens = tokens.masked_fill(done, self.grammar.codec.vocabulary.pad)
         record.tokens.append(tokens)
-        record.logprobs.append(logprobs.masked_fill(done | masks.forced[mask_ids], 0.0))
-        record.mask_ids.append(mask_ids)
+        forced = done | masks.forced[mask_ids]
         if support is not None:
+            forced |= support.sum(-1) == 1  # truncation left no choice either (greedy text): no loss, not counted
             record.support.append(pack_support(support))
+        record.logprobs.append(logprobs.masked_fill(forced, 0.0))
+        record.mask_ids.append(mask_ids)
+        record.forced.append(forced)
         return tokens
 
     def _move_starts(self, streams: list[Stream], tokens: Tensor, position: int) -> None:
@@ -154,27 +158,27 @@ class Sampler:
         streams[1].starts = torch.where(inside, streams[1].starts, torch.full_like(tokens, position))
 
     def _share(self, record: _Record) -> None:
-        """Give every pipeline stage the log-probabilities and supports of the last."""
+        """Give every pipeline stage what only the last one knows."""
         if self.groups.pp_size == 1:
             return
         truncates = self.image_truncation.active or self.text_truncation.active
         if truncates and not record.support:
             width = -(-self.masks.allowed.shape[1] // 8)
             record.support = [tokens.new_zeros(len(tokens), width, dtype=torch.uint8) for tokens in record.tokens]
-        for column in (*record.logprobs, *record.support):
+        for column in (*record.logprobs, *record.forced, *record.support):
             dist.broadcast(column, _last_stage(self.groups), group=self.groups.pp)
 
     def _groups(
         self, record: _Record, prompts: Tensor, group_size: int, lengths: Tensor, pad: int
     ) -> list[RolloutGroup]:
-        columns = [torch.stack(column, 1).cpu() for column in (record.tokens, record.logprobs, record.mask_ids)]
+        stacked = (record.tokens, record.logprobs, record.mask_ids, record.forced)
+        columns = [torch.stack(column, 1).cpu() for column in stacked]
         support = torch.stack(record.support, 1).cpu() if record.support else None
-        forced_table = self.masks.forced.cpu()
         groups = []
         for index, prompt in enumerate(prompts.cpu()):
             rows = slice(index * group_size, (index + 1) * group_size)
             last = int(lengths[rows].max())
-            tokens, logprobs, mask_ids = (column[rows, :last] for column in columns)
+            tokens, logprobs, mask_ids, forced = (column[rows, :last] for column in columns)
             padding = torch.arange(last) >= lengths[rows, None]
             groups.append(
                 RolloutGroup(
@@ -182,7 +186,7 @@ class Sampler:
                     tokens=tokens,
                     lengths=lengths[rows],
                     rollout_logprobs=logprobs.float(),
-                    forced=forced_table[mask_ids] | padding,
+                    forced=forced | padding,
                     mask_ids=mask_ids,
                     support=None if support is None else support[rows, :last],
                 )
