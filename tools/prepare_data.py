@@ -32,6 +32,18 @@ def parse_arguments(arguments: list[str]) -> dict[str, str]:
     return pairs
 
 
+def heldout_fraction(text: str) -> float:
+    """The number in a word.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"heldout_fraction is {text!r}: give a share such as 0.1") from error
+
+
 def show(report: PrepareReport, console: Console) -> None:
     """Print what was written and what was found wrong."""
     console.print(f"{report.manifest}: {len(report.entries)} photographs, {report.splits}")
@@ -54,7 +66,7 @@ def main() -> int:
             source,
             Path(pairs["output"]),
             Path(pairs["captions"]) if pairs.get("captions") else None,
-            float(pairs.get("heldout_fraction") or 0.1),
+            heldout_fraction(pairs.get("heldout_fraction", "0.1")),
             on_photograph=lambda: next(ticks, None),
         )
         next(ticks, None)

@@ -1,12 +1,13 @@
 """What the drawn numbers do to pixels: one DALI graph for crop -> truth -> degraded image.
 
 Nothing is drawn here: kernels, noise and parameters come in with each sample, so a sample's bytes do not depend on
-its place in a batch or on the threads. The same description builds for the CPU (`device_id=None`) and for a GPU, where
-pixels are uploaded and JPEG, filters and resizes run on the device.
+its place in a batch or on the threads. One description serves the CPU (`device_id=None`, what the tests run) and a GPU,
+where pixels, kernels and noise are uploaded and every operator has its device version.
 
 Stated differences from Real-ESRGAN's own operators: bicubic has a = -0.5 (theirs -0.75); Poisson is its normal
-approximation with the same mean and variance, the photon count taken from the image's span of levels (theirs from the
-number of levels in use); JPEG is libjpeg's (theirs a differentiable imitation).
+approximation with the same mean and variance, its value not rounded to 8 bits first and its photon count taken from
+the image's span of levels (theirs from the number of levels in use); JPEG is libjpeg's (theirs a differentiable
+imitation of it).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from realsr_hpc.data.degradation import DegradationParameters, ResizeMode, Stage
 from realsr_hpc.data.kernels import KernelParameters, build_factors
 
 _LUMA = np.array([[[0.2989, 0.587, 0.114]]], np.float32)
+"""Weights of R, G, B in a gray value (ITU-R 601), as PyTorch's and BasicSR's."""
 _USM_BLUR = KernelParameters("iso", 51, 8.0, 8.0)
 _USM_AMOUNT, _USM_THRESHOLD = 0.5, 10.0
 """BasicSR's USMSharp: radius 50 (made odd), the sigma OpenCV derives from it; amount, and threshold of 255."""
@@ -192,14 +194,23 @@ def _gather_rows(x, taps, weights, row, width):
 def _add_noise(x, field, row):
     """Gaussian: level * field. Poisson: factor * sqrt(v / n) * field, v the (gray) value, n photons a unit."""
     if row[1] > 0:
-        luma = fn.reductions.sum(x * types.Constant(_LUMA), axes=[2], keep_dims=True)
-        value = _round(x + row[2] * (luma - x))
-        span = fn.reductions.max(value, axes=[0, 1, 2]) - fn.reductions.min(value, axes=[0, 1, 2])
-        photons = dmath.fpow(2.0, dmath.ceil(dmath.log2(span * 255.0 + 1.0)))
-        noise = dmath.sqrt(value / photons) * field
+        if row[2] > 0:
+            value = dmath.clamp(fn.reductions.sum(x * types.Constant(_LUMA), axes=[2], keep_dims=True), 0.0, 1.0)
+        else:
+            value = dmath.clamp(x, 0.0, 1.0)
+        amplitude = dmath.sqrt(value / _photons(value)) * row[0]
+        y = x + amplitude * field
     else:
-        noise = field * 1.0
-    return fn.reshape(dmath.clamp(x + noise * row[0], 0.0, 1.0), layout="HWC")
+        y = x + row[0] * field
+    return fn.reshape(dmath.clamp(y, 0.0, 1.0), layout="HWC")
+
+
+def _photons(value):
+    """A power of two, the first that is no less than the image's span of 8-bit levels."""
+    highest = fn.reductions.max(value, axes=[0, 1, 2])
+    lowest = fn.reductions.min(value, axes=[0, 1, 2])
+    span = dmath.floor(highest * 255.0 + 0.5) - dmath.floor(lowest * 255.0 + 0.5)
+    return dmath.fpow(2.0, dmath.ceil(dmath.log2(span + 1.0)))
 
 
 def _jpeg(x, quality):
@@ -215,10 +226,6 @@ def _usm_sharpen(x, device):
     soft = _filter(fn.reshape(mask, layout="HWC"), *blur)
     sharp = dmath.clamp(x + _USM_AMOUNT * residual, 0.0, 1.0)
     return fn.reshape(x + soft * (sharp - x), layout="HWC")
-
-
-def _round(x):
-    return dmath.floor(dmath.clamp(x, 0.0, 1.0) * 255.0 + 0.5) / 255.0
 
 
 def _to_bytes(x):

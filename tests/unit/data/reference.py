@@ -51,8 +51,8 @@ def add_noise(image, field, stage: StageParameters):
     if stage.noise == "gaussian":
         return np.clip(image + field * stage.noise_level / 255, 0, 1)
     value = image @ np.float32([0.2989, 0.587, 0.114]) if stage.gray else image
-    value = np.round(np.clip(value, 0, 1) * 255) / 255
-    levels = round((value.max() - value.min()) * 255) + 1
+    value = np.clip(value, 0, 1)
+    levels = np.round(value.max() * 255) - np.round(value.min() * 255) + 1
     photons = 2 ** np.ceil(np.log2(levels))
     noise = np.sqrt(value / photons)
     return np.clip(image + stage.noise_level * (noise[..., None] if stage.gray else noise) * field, 0, 1)
