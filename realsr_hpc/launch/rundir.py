@@ -140,9 +140,11 @@ def _is_controller(pid: int) -> bool:
     """Process ids are used again: the process must be submitit's controller, and no zombie."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return b"submitit.local._local" in words
+    # While it is being started, a process has no words yet.
+    return state not in "ZX" and (not words or b"submitit.local._local" in words)
 
 
 def _read(path: Path, kind: type) -> Any:

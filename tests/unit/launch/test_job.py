@@ -16,10 +16,12 @@ from realsr_hpc.launch.job import FAILED, HUNG, start_ranks, watch
 from realsr_hpc.launch.rundir import rank_log
 from realsr_hpc.launch.signals import REQUEUE_EXIT_CODE, StopFlag
 
-PREAMBLE = "import os, signal, sys, time; rank = int(os.environ['RANK']); "
+PREAMBLE = (
+    "import os, signal, sys, time; rank = int(os.environ['RANK']); "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
+)
 WAIT_FOR_STOP = (
-    "asked = []; signal.signal(signal.SIGUSR2, lambda *_: asked.append(1)); "
-    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])\n"
+    "asked = []; signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))\n"
     "while not asked: time.sleep(.02)\n"
     "sys.exit(85)"
 )

@@ -67,8 +67,9 @@ def test_the_batch_script_carries_the_site(tmp_path):
         "cluster.environment_file=slurm/site.sh", "cluster.extra_sbatch={exclusive: user}",
     ])  # fmt: skip
     script = sbatch_script(config)
-    for expected in ("--partition=gpu", "--qos=high", "--constraint=h100", "--mem=409600M", "--requeue",
-                     "--container-image=site.sqsh", "slurm/site.sh", "--exclusive=user", "--kill-on-bad-exit=1"):  # fmt: skip
+    resources = ("--partition=gpu", "--qos=high", "--constraint=h100", "--mem=409600M", "--exclusive=user")
+    site = ("--requeue", "--container-image=site.sqsh", "slurm/site.sh", "--kill-on-bad-exit=1")
+    for expected in (*resources, *site):
         assert expected in script
 
 
@@ -131,7 +132,7 @@ def test_a_snapshot_is_shared_by_equal_code_and_importable(tmp_path):
 
 
 def test_a_local_job_reports_its_failure_and_does_not_hang(tmp_path):
-    overrides = ["recipe=sft_tiny", f"output_root={tmp_path}", "data.manifest=nowhere.parquet", "model.weights=null"]
+    overrides = ["recipe=sft_tiny", f"output_root={tmp_path}", "text_tokenizer.path=nowhere.json"]
     submissions = submit([compose(overrides)])
     run_dir = submissions[0].run_dir
     deadline = time.time() + 120
@@ -139,7 +140,7 @@ def test_a_local_job_reports_its_failure_and_does_not_hang(tmp_path):
         assert time.time() < deadline, "the job neither ended nor failed"
         time.sleep(0.2)
     assert status.state == "failed" and status.code == 1
-    assert "nowhere.parquet" in status.message
+    assert "nowhere.json" in status.message
     assert json.loads((run_dir / "mlflow.json").read_text())["run_id"]
     settled = read_status(run_dir)
     assert settled is not None and settled.state == "failed"

@@ -39,7 +39,8 @@ def test_the_reference_costs_memory_only_where_it_is_used_and_kept():
 
 
 def test_a_group_shares_its_prompt_in_the_cache():
-    config = compose(["recipe=grpo_7b", "parallel.tp=1", "parallel.pp=1", "rollout.batch_size=8", "grpo.group_size=8"])
+    whole = ["parallel.tp=1", "parallel.pp=1", "parallel.sequence_parallel=false"]
+    config = compose(["recipe=grpo_7b", *whole, "rollout.batch_size=8", "grpo.group_size=8"])
     prompt, response = sequence_tokens(config)
     per_token = 2 * 4096 * 2 * 32  # k and v, hidden size, bf16, layers
     assert kv_cache_bytes(config) == per_token * (prompt + 8 * response)
