@@ -139,7 +139,7 @@ class Samples:
         return Sample(index, entry, cut(gt, large), cut(lq, crop), None)
 
 
-def cut(image: Pixels, crop: Crop) -> Pixels:
+def cut(image: Pixels, crop: Crop) -> UInt8[np.ndarray, "side side 3"]:
     """The crop's window, mirrored where it says so."""
     window = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
     return np.ascontiguousarray(window[:, ::-1] if crop.flip else window)
