@@ -176,10 +176,10 @@ def find_run(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig,
     if checkpoint_folder is not None:
         path = Path(checkpoint_folder).resolve()
         return from_yaml(path.parent.parent / "recipe.yaml"), path
-    from realsr_hpc import checkpoint
-
     run_dir = Path(run or "").resolve()
     config = from_yaml(run_dir / "recipe.yaml")
+    from realsr_hpc import checkpoint
+
     newest = checkpoint.latest(run_dir / "checkpoints")
     if newest is None:
         raise ValueError(f"run={run_dir} has no whole checkpoint under checkpoints/; let it reach its first one")

@@ -1,6 +1,7 @@
 """Score a run on held-out images: python tools/evaluate.py run=RUN_DIR [against=RUN_DIR|start] [num_images=16].
 
-The report goes to output=DIR, by default RUN_DIR/evaluation/STEP. Also checkpoint=RUN_DIR/checkpoints/step-N instead of run=. `against` adds a second model to the table: another run's
+The report goes to output=DIR, by default RUN_DIR/evaluation/STEP.
+Also checkpoint=RUN_DIR/checkpoints/step-N instead of run=. `against` adds a second model to the table: another run's
 newest checkpoint, or `start`, the weights the run began with. Other keys: split (heldout), crop_px (0).
 """
 

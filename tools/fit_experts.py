@@ -1,7 +1,8 @@
-"""Make and measure the generation experts: python tools/fit_experts.py [only=niqe|ranker|measure] [steps=1500].
+"""Make and measure the generation experts: python tools/fit_experts.py [only=niqe|ranker|measure] [steps=800].
 
 Fits NIQE's pristine model and trains the ranker on the bundled train photographs, then prints how often each puts
-two rungs of a degradation ladder of held-out photographs in the right order. Files go to output=DIR, by default recipes/assets/tiny.
+two rungs of a degradation ladder of held-out photographs in the right order.
+Files go to output=DIR, by default recipes/assets/tiny.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
 
 PHOTOGRAPHS = "recipes/assets/photographs"
-DEFAULTS = {"only": None, "steps": "1500", "seed": "0", "output": "recipes/assets/tiny", "photographs": PHOTOGRAPHS}
+DEFAULTS = {"only": None, "steps": "800", "seed": "0", "output": "recipes/assets/tiny", "photographs": PHOTOGRAPHS}
 
 
 def main(arguments: list[str]) -> int:

@@ -45,7 +45,7 @@ def fit_niqe(pictures: Sequence[Image.Image], patch_px: int = 32, stride_px: int
 
 
 def train_ranker(
-    pictures: Sequence[Image.Image], num_steps: int = 1500, batch_size: int = 12, lr: float = 2e-3, seed: int = 0
+    pictures: Sequence[Image.Image], num_steps: int = 800, batch_size: int = 8, lr: float = 2e-3, seed: int = 0
 ) -> Ranker:
     """A ranker trained on random ladders of random crops."""
     torch.manual_seed(seed)

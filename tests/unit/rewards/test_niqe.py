@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import gamma
+from skimage import data
 
 from realsr_hpc.config.paths import resolve
 from realsr_hpc.rewards.generation import NIQE_PATH, niqe_to_unit
@@ -76,3 +77,16 @@ def test_model_survives_its_file(model, tmp_path):
 def test_unit_map_falls_from_one():
     values = niqe_to_unit(np.array([0.0, 6.0, 60.0]))
     assert values[0] == 1.0 and values[1] == 0.5 and 0 < values[2] < 0.02
+
+
+PYIQA_FEATURES = [  # pyiqa 0.1.15.post2: mean over the 96 px patches of skimage's astronaut, rows and columns 0..383
+    2.16275, 0.69908, 0.71275, 0.02274, 0.07722, 0.0884, 0.70169, 0.02235, 0.07565, 0.08603, 0.70856, -0.00762,
+    0.08402, 0.0803, 0.71344, -0.01553, 0.089, 0.07915, 2.48025, 0.68677, 0.73675, 0.05508, 0.07088, 0.10409,
+    0.73225, 0.07176, 0.06752, 0.10983, 0.74256, 0.01793, 0.08315, 0.09753, 0.74144, -0.01045, 0.09813, 0.08617,
+]  # fmt: skip
+
+
+def test_features_equal_pyiqas():
+    image = np.ascontiguousarray(data.astronaut()[:384, :384])
+    features, _ = patch_features(luminance(image[None]), 96, 96)
+    np.testing.assert_allclose(features[0].mean(dim=0), PYIQA_FEATURES, atol=3e-4)
