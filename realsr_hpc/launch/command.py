@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass, fields
 
 from rich.console import Console
 
-from realsr_hpc.config.load import RecipeError, compose, nearest, recipe_names, swept_keys
+from realsr_hpc.config.load import RecipeError, compose, nearest, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.report import print_plan, print_submissions
@@ -21,6 +22,7 @@ python tools/launch.py [-m] recipe=NAME [group=NAME] [section.field=value ...] [
   -m                a sweep: a,b,c or range(..) or choice(..) as values; one Slurm array, one MLflow parent run
 Options:
   plan=true         submit nothing: sbatch script, memory per GPU, pipeline bubble, GPU-hours
+  resolve=true      submit nothing: print the resolved recipe as YAML
   follow=false      return at once (the default waits for a single run; Ctrl-C then leaves the run going)
   fresh=true        start anew in a new folder instead of going on with, or keeping, this recipe's run
   sweep=NAME        name of the sweep (default: from the recipe and what varies)
@@ -33,6 +35,7 @@ class Options:
     """How to launch; everything else on the command line is the recipe's."""
 
     plan: bool = False
+    resolve: bool = False
     follow: bool = True
     fresh: bool = False
     sweep: str = ""
@@ -48,6 +51,9 @@ def main(arguments: list[str]) -> int:
         options, multirun, overrides = read_arguments(arguments)
         composed = compose(overrides, multirun=multirun)
         configs = composed if isinstance(composed, list) else [composed]
+        if options.resolve:
+            sys.stdout.write("---\n".join(map(to_yaml, configs)))
+            return 0
         if options.plan:
             print_plan(configs, console)
             return 0
