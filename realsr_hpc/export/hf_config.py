@@ -125,9 +125,11 @@ def trace_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
         "temperature": config.rollout.temperature,
         "decoder": {
             "latent_channels": tokenizer.latent_channels,
-            "base_channels": tokenizer.base_channels,
+            "base_channels": tokenizer.decoder_base,
             "channel_multiplier": list(tokenizer.decoder_multiplier),
             "num_res_blocks": tokenizer.num_res_blocks,
             "output_shuffle": tokenizer.decoder_output_shuffle,
+            "norm": tokenizer.decoder_norm,
+            "patch_px": tokenizer.downsample if tokenizer.decoder_patch_out else None,
         },
     }

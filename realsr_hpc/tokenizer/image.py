@@ -29,18 +29,18 @@ FULL_PRECISION_LIMIT_BYTES = 6_000_000
 _NOT_ARCHITECTURE = {"weights"}
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+def _norm(channels: int, present: bool = True) -> nn.Module:
+    return nn.GroupNorm(32, channels, eps=1e-6) if present else nn.Identity()
 
 
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice; a 1x1 shortcut where the channel count changes."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, norm: bool = True) -> None:
         super().__init__()
-        self.norm1 = _norm(channels_in)
+        self.norm1 = _norm(channels_in, norm)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = _norm(channels_out)
+        self.norm2 = _norm(channels_out, norm)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
@@ -55,9 +55,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention over all positions."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: bool = True) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, norm)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -74,11 +74,11 @@ class SpatialAttention(nn.Module):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm: bool = True) -> None:
         super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = SpatialAttention(channels)
-        self.block_2 = ResidualBlock(channels, channels)
+        self.block_1 = ResidualBlock(channels, channels, norm)
+        self.attn_1 = SpatialAttention(channels, norm)
+        self.block_2 = ResidualBlock(channels, channels, norm)
 
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """In order."""
@@ -112,10 +112,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Blocks of one resolution and, if there is a next one, the resampling to it."""
 
-    def __init__(self, channels_in: int, channels_out: int, num_blocks: int) -> None:
+    def __init__(self, channels_in: int, channels_out: int, num_blocks: int, norm: bool = True) -> None:
         super().__init__()
         widths = [channels_in] + [channels_out] * num_blocks
-        self.block = nn.ModuleList(ResidualBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResidualBlock(a, b, norm) for a, b in zip(widths, widths[1:], strict=False))
         self.channels = widths[-1]
 
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h2 w2"]:
@@ -150,27 +150,35 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to image; taming's decoder, optionally ending early in a pixel shuffle."""
+    """Latents to image; taming's decoder, optionally ending early in a pixel shuffle and without normalisation."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
-        widths = [config.base_channels * m for m in config.decoder_multiplier]
+        widths = [config.decoder_base * m for m in config.decoder_multiplier]
+        norm = config.decoder_norm
         self.output_shuffle = config.decoder_output_shuffle
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = Middle(widths[-1], norm)
         inputs = [*widths[1:], widths[-1]]
-        self.up = nn.ModuleList(Level(a, b, config.num_res_blocks + 1) for a, b in zip(inputs, widths, strict=True))
+        blocks = config.num_res_blocks + 1
+        self.up = nn.ModuleList(Level(a, b, blocks, norm) for a, b in zip(inputs, widths, strict=True))
         for level in self.up[1:]:
             level.upsample = Upsample(level.channels)
-        self.norm_out = _norm(widths[0])
+        self.norm_out = _norm(widths[0], norm)
         self.conv_out = nn.Conv2d(widths[0], 3 * self.output_shuffle**2, 3, padding=1)
+        self.downsample = config.downsample
+        if config.decoder_patch_out:
+            self.patch_out = nn.Conv2d(config.latent_channels, 3 * config.downsample**2, 3, padding=1)
 
     def forward(self, latents: Float[Tensor, "B L h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images, not clamped."""
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden = level(hidden)
-        return functional.pixel_shuffle(self.conv_out(functional.silu(self.norm_out(hidden))), self.output_shuffle)
+        images = functional.pixel_shuffle(self.conv_out(functional.silu(self.norm_out(hidden))), self.output_shuffle)
+        if hasattr(self, "patch_out"):
+            images = images + functional.pixel_shuffle(self.patch_out(latents), self.downsample)
+        return images
 
 
 class Quantizer(nn.Module):

@@ -25,14 +25,13 @@ from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.tokenizer.codebook import CodebookAverages
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.start import start_decoder, start_encoder
 from realsr_hpc.train.tokenizer_images import TokenizerImages
 from realsr_hpc.train.tokenizer_text import train_recipe_text_tokenizer
 
 AVERAGE_DECAY = 0.995
-CONTINUOUS_SHRINKAGE = 0.01
-"""Weight, times the commitment's, of mean squared features before the codebook starts: bounds their scale."""
-START_BATCHES = 12
-"""Batches whose features the codebook starts from."""
+START_BATCHES = 40
+"""Batches that the start weights are computed from."""
 
 
 def main(config: RunConfig, run_dir: Path) -> None:
@@ -43,10 +42,9 @@ def main(config: RunConfig, run_dir: Path) -> None:
     images = TokenizerImages(_photographs(config, config.data.train_split), training, config.seed)
     heldout = heldout_images(config)
     state = TokenizerTraining(config)
-    state.resume(run_dir / "checkpoint.pt")
+    if not state.resume(run_dir / "checkpoint.pt"):
+        state.start([images.batch(training.num_steps + number) for number in range(START_BATCHES)])
     while state.step < training.num_steps:
-        if state.step == training.codebook_start_step:
-            state.start_codebook([images.batch(state.step + offset) for offset in range(START_BATCHES)])
         metrics = state.update(images.batch(state.step))
         if state.step % training.log_every_steps == 0 or state.step == training.num_steps:
             metrics |= state.evaluate(heldout, run_dir / f"grid_{state.step:06d}.png")
@@ -66,6 +64,8 @@ class TokenizerTraining:
         self.average = copy.deepcopy(self.tokenizer).requires_grad_(False)
         self.codebook = self.tokenizer.quantize.embedding.weight.requires_grad_(False)
         self.codebook_averages = CodebookAverages(self.codebook, self.training.codebook_decay)
+        for layer in (self.tokenizer.encoder.conv_in, *self.tokenizer.encoder.down[:-2]):
+            layer.requires_grad_(False)  # gathers patches: nothing to learn
         weights = [p for p in self.tokenizer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=1e-4)
 
@@ -75,8 +75,6 @@ class TokenizerTraining:
         features = self.tokenizer.features(images)
         quantised, codes = self.tokenizer.quantise(features)
         commitment = functional.mse_loss(features, functional.embedding(codes, self.tokenizer.quantize.codebook()))
-        if self.step < self.training.codebook_start_step:
-            quantised, commitment = features, features.square().mean() * CONTINUOUS_SHRINKAGE
         loss = reconstruction_loss(self.tokenizer.reconstruct(quantised), images, self.training.gradient_weight)
         self.optimizer.zero_grad()
         (loss + self.training.commitment_weight * commitment).backward()
@@ -90,23 +88,24 @@ class TokenizerTraining:
         return {"tokenizer/loss": loss.item(), "tokenizer/commitment": commitment.item(), "tokenizer/moved": moved}
 
     def _update_codebook(self, features: Float[Tensor, "N E"], codes: Int[Tensor, " N"]) -> int:
-        if self.step < self.training.codebook_start_step:
-            return 0
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         return self.codebook_averages.update(self.codebook, features, codes, generator)
 
     @torch.no_grad()
-    def start_codebook(self, batches: list[Float[Tensor, "B 3 H W"]]) -> None:
-        """k-means over the continuous features; a codebook that starts earlier forgets colour and keeps brightness."""
+    def start(self, batches: list[Float[Tensor, "B 3 H W"]]) -> None:
+        """Principal components, k-means, least squares: what can be computed need not be learned."""
+        start_encoder(self.tokenizer, batches)
         features = torch.cat([self.tokenizer.features(batch).flatten(0, 2) for batch in batches])
         generator = torch.Generator().manual_seed(self.config.seed)
         self.codebook.copy_(features[torch.randperm(len(features), generator=generator)[: len(self.codebook)]])
-        self.codebook_averages = CodebookAverages(self.codebook, 0.0)
+        self.codebook_averages.decay = 0.0
         for _ in range(10):
-            codes = self.tokenizer.quantize.nearest(features)
-            self.codebook_averages.update(self.codebook, features, codes, generator)
+            self.codebook_averages.update(
+                self.codebook, features, self.tokenizer.quantize.nearest(features), generator
+            )
         self.codebook_averages.decay = self.training.codebook_decay
-        self.average.quantize.load_state_dict(self.tokenizer.quantize.state_dict())
+        start_decoder(self.tokenizer, batches)
+        self.average.load_state_dict(self.tokenizer.state_dict())
 
     def evaluate(self, images: Float[Tensor, "B 3 H W"], grid: Path) -> dict[str, float]:
         """PSNR and codes in use on held-out images; `grid` shows truths above reconstructions."""
@@ -122,14 +121,15 @@ class TokenizerTraining:
         torch.save({"step": self.step} | {part: getattr(self, part).state_dict() for part in parts}, aside)
         os.replace(aside, path)
 
-    def resume(self, path: Path) -> None:
-        """Continue exactly from `path` if it exists; images and random choices depend on the step alone."""
+    def resume(self, path: Path) -> bool:
+        """Continue exactly from `path`; False if there is none. Images and random choices depend on the step alone."""
         if not path.exists():
-            return
+            return False
         stored = torch.load(path, weights_only=True)
         self.step = stored.pop("step")
         for part, state in stored.items():
             getattr(self, part).load_state_dict(state)
+        return True
 
 
 def learning_rate(training: TokenizerTrainingConfig, step: int) -> float:

@@ -83,14 +83,19 @@ class ImageBlockGrammar(LogitsProcessor):
         return torch.tensor([trace["newline"]]) if column == side else self.codes
 
 
+def group_norm(channels, present):
+    """32 groups, or nothing."""
+    return nn.GroupNorm(32, channels, eps=1e-6) if present else nn.Identity()
+
+
 class ResidualBlock(nn.Module):
     """GroupNorm, SiLU, convolution, twice."""
 
-    def __init__(self, channels_in, channels_out):
+    def __init__(self, channels_in, channels_out, norm):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, channels_in, eps=1e-6)
+        self.norm1 = group_norm(channels_in, norm)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(32, channels_out, eps=1e-6)
+        self.norm2 = group_norm(channels_out, norm)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
@@ -103,9 +108,9 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention over positions."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, norm):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = group_norm(channels, norm)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, hidden):
@@ -119,8 +124,18 @@ class SpatialAttention(nn.Module):
 class ImageDecoder(nn.Module):
     """Codes to pixels: codebook, post_quant_conv and taming-transformers' decoder."""
 
-    def __init__(self, codebook, latent_channels, base_channels, channel_multiplier, num_res_blocks, output_shuffle):
-        """codebook: [codes, features]."""
+    def __init__(
+        self,
+        codebook,
+        latent_channels,
+        base_channels,
+        channel_multiplier,
+        num_res_blocks,
+        output_shuffle,
+        norm,
+        patch_px,
+    ):
+        """codebook: [codes, features]; patch_px: side of the patch read linearly off each latent, None without."""
         super().__init__()
         self.register_buffer("codebook", codebook)
         self.post_quant_conv = nn.Conv2d(codebook.shape[1], latent_channels, 1)
@@ -128,35 +143,40 @@ class ImageDecoder(nn.Module):
         decoder = self.decoder = nn.Module()
         decoder.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
         decoder.mid = nn.Module()
-        decoder.mid.block_1 = ResidualBlock(widths[-1], widths[-1])
-        decoder.mid.attn_1 = SpatialAttention(widths[-1])
-        decoder.mid.block_2 = ResidualBlock(widths[-1], widths[-1])
+        decoder.mid.block_1 = ResidualBlock(widths[-1], widths[-1], norm)
+        decoder.mid.attn_1 = SpatialAttention(widths[-1], norm)
+        decoder.mid.block_2 = ResidualBlock(widths[-1], widths[-1], norm)
         decoder.up = nn.ModuleList()
         for index, (wide_in, wide_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             level = nn.Module()
             inputs = [wide_in] + [wide_out] * num_res_blocks
-            level.block = nn.ModuleList(ResidualBlock(width, wide_out) for width in inputs)
+            level.block = nn.ModuleList(ResidualBlock(width, wide_out, norm) for width in inputs)
             if index:
                 level.upsample = nn.Module()
                 level.upsample.conv = nn.Conv2d(wide_out, wide_out, 3, padding=1)
             decoder.up.append(level)
-        decoder.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        decoder.norm_out = group_norm(widths[0], norm)
         decoder.conv_out = nn.Conv2d(widths[0], 3 * output_shuffle**2, 3, padding=1)
-        self.output_shuffle = output_shuffle
+        if patch_px:
+            decoder.patch_out = nn.Conv2d(latent_channels, 3 * patch_px**2, 3, padding=1)
+        self.output_shuffle, self.patch_px = output_shuffle, patch_px
 
     @torch.no_grad()
     def forward(self, codes):
         """codes int64 [B, h, w] -> RGB in [-1, 1], [B, 3, H, W]."""
         decoder = self.decoder
-        hidden = decoder.conv_in(self.post_quant_conv(self.codebook[codes].movedim(-1, 1)))
+        latents = self.post_quant_conv(self.codebook[codes].movedim(-1, 1))
+        hidden = decoder.conv_in(latents)
         hidden = decoder.mid.block_2(decoder.mid.attn_1(decoder.mid.block_1(hidden)))
         for level in reversed(decoder.up):
             for block in level.block:
                 hidden = block(hidden)
             if hasattr(level, "upsample"):
                 hidden = level.upsample.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
-        pixels = decoder.conv_out(F.silu(decoder.norm_out(hidden)))
-        return F.pixel_shuffle(pixels, self.output_shuffle).clamp(-1, 1)
+        pixels = F.pixel_shuffle(decoder.conv_out(F.silu(decoder.norm_out(hidden))), self.output_shuffle)
+        if self.patch_px:
+            pixels = pixels + F.pixel_shuffle(decoder.patch_out(latents), self.patch_px)
+        return pixels.clamp(-1, 1)
 
 
 def load_decoder(folder):
