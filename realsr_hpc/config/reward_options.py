@@ -42,7 +42,7 @@ class UnderstandingOptions(Section):
 class GenerationOptions(Section):
     """Reward `generation`."""
 
-    expert: Literal["niqe", "ranker", "pyiqa"] = "niqe"
+    expert: Literal["niqe", "ranker", "pyiqa"] = "ranker"
     weights: str | None = None
     """File of the expert; None: the one shipped under recipes/assets/tiny."""
     metrics: list[str] = []

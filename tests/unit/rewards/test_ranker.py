@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.rewards.fit import SEVERITIES, ranking_loss, share_in_order, train_ranker
+from realsr_hpc.rewards.generation import RANKER_PATH
+from realsr_hpc.rewards.ladder import OPERATORS, ladder, random_crop
+from realsr_hpc.rewards.ranker import Ranker, high_pass
+
+
+@pytest.fixture(scope="module")
+def ranker():
+    return Ranker.load(resolve(RANKER_PATH))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_shipped_ranker_orders_degradations(ranker, other_photograph, operator):
+    scores = ranker.score(ladder(other_photograph, [operator], SEVERITIES, seed=3))
+    assert share_in_order(scores) >= 0.8 and scores[0] > scores[-1]
+
+
+def test_brightness_alone_changes_nothing(photograph):
+    pixels = torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None].float() / 510.0
+    torch.testing.assert_close(high_pass(pixels + 0.3), high_pass(pixels), atol=1e-5, rtol=0)
+
+
+def test_scores_do_not_depend_on_the_batch_and_survive_the_file(ranker, photograph, other_photograph, tmp_path):
+    both = ranker.score([photograph, other_photograph, photograph[:64]])
+    alone = [ranker.score([image])[0] for image in (photograph, other_photograph, photograph[:64])]
+    np.testing.assert_allclose(both, alone, atol=1e-5)
+    ranker.save(tmp_path / "ranker.safetensors")
+    np.testing.assert_array_equal(Ranker.load(tmp_path / "ranker.safetensors").score([photograph]), both[:1])
+    assert np.isnan(ranker.score([photograph[:16]])).all()
+
+
+def test_missing_weights_name_the_command(tmp_path):
+    with pytest.raises(ValueError, match="fit_experts"):
+        Ranker.load(tmp_path / "none.safetensors")
+
+
+def test_ranking_loss_falls_with_the_right_order():
+    severities = torch.tensor([[0.0, 0.5, 1.0]])
+    right, wrong = torch.tensor([[2.0, 0.0, -2.0]]), torch.tensor([[-2.0, 0.0, 2.0]])
+    assert ranking_loss(right, severities) == 0.0
+    assert ranking_loss(wrong, severities) > 3.0
+
+
+def test_training_lowers_the_loss(photograph):
+    from PIL import Image
+
+    picture = Image.fromarray(photograph)
+    crops = [random_crop(picture, 128, np.random.default_rng(i)) for i in range(4)]
+    rungs = torch.linspace(0.0, 1.0, 3)[None].repeat(4, 1)
+    images = np.stack([np.stack(ladder(crop, ["blur"], [0.0, 0.5, 1.0], 0)) for crop in crops])
+    pixels = torch.from_numpy(images).flatten(0, 1).permute(0, 3, 1, 2).float() / 255.0
+    losses = [
+        ranking_loss(train_ranker([picture], num_steps=steps, batch_size=2)(pixels).view(4, 3), rungs).item()
+        for steps in (1, 25)
+    ]
+    assert losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_ladders_start_clean_move_away_and_repeat(photograph, operator):
+    rungs = ladder(photograph, [operator], [0.0, 0.3, 1.0], seed=1)
+    assert rungs[0] is photograph and rungs[2].dtype == np.uint8 and rungs[2].shape == photograph.shape
+    distance = [np.abs(rung.astype(int) - photograph).mean() for rung in rungs]
+    assert 0 < distance[1] < distance[2]
+    np.testing.assert_array_equal(ladder(photograph, [operator], [1.0], seed=1)[0], rungs[2])
