@@ -22,7 +22,7 @@ OPTIONS = {
 
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 for a wrong option or an unknown run."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     try:
         options = read_options(arguments, OPTIONS, __doc__ or "")
         if bool(options["sweep"]) == bool(options["runs"]):

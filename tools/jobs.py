@@ -23,7 +23,7 @@ OPTIONS = {"root": "runs", "cancel": "", "resume": "", "follow": "", "reconcile"
 
 def main(arguments: list[str]) -> int:
     """Exit code 0; 2 for a wrong option or an unknown run; with follow the job's."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     try:
         options = read_options(arguments, OPTIONS, __doc__ or "")
         root = Path(options["root"]).resolve()

@@ -55,12 +55,14 @@ def run_node(run_dir: Path) -> int:
     faults = node_faults(config, run_dir)
     if faults:
         message = f"node {os.uname().nodename}: {'; '.join(faults)}"
-        return _finish(run_dir, placement, config, UNHEALTHY, message)
+        return _finish(run_dir, placement, config, UNHEALTHY, message, requeue=True)
     if placement.node_rank == 0:
         write_status(run_dir, "running")
     ranks = start_ranks(config, run_dir, placement)
     code, message = watch(ranks, config, run_dir, stop)
-    return _finish(run_dir, placement, config, code, message)
+    # A plain scancel sends SIGTERM alone: its user does not want the job back.
+    requeue = code == HUNG or (code == REQUEUE_EXIT_CODE and stop.warned)
+    return _finish(run_dir, placement, config, code, message, requeue=requeue)
 
 
 def start_ranks(
@@ -127,19 +129,14 @@ def end_ranks(ranks: dict[int, subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _finish(run_dir: Path, placement: Placement, config: RunConfig, code: int, message: str) -> int:
+def _finish(run_dir: Path, placement: Placement, config: RunConfig, code: int, message: str, *, requeue: bool) -> int:
     """Requeue where that can help, and leave the run's state behind."""
-    requeue = code in (REQUEUE_EXIT_CODE, HUNG, UNHEALTHY) and bool(placement.job_id)
-    if requeue and placement.restarts < config.cluster.max_requeues:
+    if requeue and placement.job_id and placement.restarts < config.cluster.max_requeues:
         if placement.node_rank == 0 or code == UNHEALTHY:
-            if code == UNHEALTHY:
-                _exclude_this_node(placement)
-            write_status(run_dir, "requeued", code, message)
-            if not _requeue(placement):
-                message = f"{message} requeueing failed: launch the run again to go on".strip()
-                write_status(run_dir, "stopped", code, message)
-                return code
-        time.sleep(REQUEUE_WAIT_S)  # Slurm ends this job within that time
+            _send_back(run_dir, placement, code, message)
+        else:
+            # Leaving first would make srun end the node that is still asking for the requeue.
+            time.sleep(REQUEUE_WAIT_S)
         return code
     if code == 0 and placement.node_rank == 0:
         write_status(run_dir, "done", 0)
@@ -150,6 +147,14 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, code: int, m
         write_status(run_dir, "failed", code, message)
         _mark_failed(run_dir)
     return code
+
+
+def _send_back(run_dir: Path, placement: Placement, code: int, message: str) -> None:
+    if code == UNHEALTHY:
+        _exclude_this_node(placement)
+    write_status(run_dir, "requeued", code, message)
+    if not _requeue(placement):
+        write_status(run_dir, "stopped", code, f"{message} requeueing failed: launch it again to go on".strip())
 
 
 def _requeue(placement: Placement) -> bool:

@@ -39,7 +39,7 @@ def cancel(run_dir: Path) -> str:
     if status is None or job is None or status.state not in ALIVE:
         return f"{run_dir.name} is {status.state if status else 'not launched'}: nothing to cancel"
     if job.kind == "slurm":
-        # TERM reaches the ranks, which save; what is still queued goes at once.
+        # SIGTERM reaches the ranks, which save and leave; what is still queued goes at once.
         subprocess.run(["scancel", job.job_id], check=True, capture_output=True, timeout=60)
         set_state(run_dir, "stopped", None, "cancelled")
         return f"{run_dir.name}: job {job.job_id} cancelled"

@@ -91,6 +91,10 @@ def current_status(run_dir: Path, queue: dict[str, str] | None = None) -> Status
     `queue` is `slurm_queue()`'s answer, to ask Slurm once for many runs.
     """
     status, job = read_status(run_dir), read_job(run_dir)
+    if status is not None and status.state == "stopped" and job is not None and job.kind == "slurm":
+        waiting = slurm_queue() if queue is None else queue
+        if waiting.get(job.job_id, "COMPLETING") != "COMPLETING":  # Slurm requeued it of itself
+            return Status("requeued", status.code, status.message, status.time_s)
     if status is None or status.state not in ALIVE or job is None or is_alive(job, status, queue):
         return status
     settled = read_status(run_dir)  # it may have ended between the two looks

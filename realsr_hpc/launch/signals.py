@@ -14,7 +14,7 @@ import signal
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-"""SIGUSR2: Slurm's early warning (NCCL uses SIGUSR1); SIGTERM: preemption and scancel."""
+"""SIGUSR2: Slurm's early warning (NCCL uses SIGUSR1); SIGTERM: scancel, or preemption without a warning."""
 REQUEUE_EXIT_CODE = 85
 """A process that stopped at a step boundary with its checkpoint on disk."""
 
@@ -24,6 +24,8 @@ class StopFlag:
 
     def __init__(self) -> None:
         self._asked = False
+        self.warned = False
+        """SIGUSR2 came: the scheduler wants its nodes back and the job may go on later."""
         self._pid = os.getpid()
 
     @classmethod
@@ -38,10 +40,11 @@ class StopFlag:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         return flag
 
-    def ask(self, _number: int | None = None, _frame: FrameType | None = None) -> None:
+    def ask(self, number: int | None = None, _frame: FrameType | None = None) -> None:
         """Ask this process, and no child of it, to stop at its next step boundary."""
         if os.getpid() == self._pid:
             self._asked = True
+            self.warned |= number == signal.SIGUSR2
 
     def __call__(self) -> bool:
         """Whether the process was asked."""

@@ -7,6 +7,7 @@ import pytest
 from realsr_hpc.config.checks import RULES, faults, image_tokens
 from realsr_hpc.config.load import RecipeError, compose
 
+BASE = ["recipe=grpo_tiny", "cluster.tasks_per_node=1"]
 BREACHES = {
     "a_name_is_one_folder_name": ["name=a/b"],
     "image_sizes_are_multiples_of_32": ["vlcot.lq_size_px=72"],
@@ -49,7 +50,7 @@ def test_every_rule_has_a_breach_here():
 def test_a_breach_is_found(rule):
     overrides = BREACHES[rule.__name__]
     with pytest.raises(RecipeError) as error:
-        compose(["recipe=grpo_tiny", *overrides])
+        compose([*BASE, *overrides])
     # The rule itself must yield the fault: another rule's message would hide that it is blind.
     config = _unchecked(overrides)
     lines = list(rule(config))
@@ -70,5 +71,5 @@ def _unchecked(overrides):
     from realsr_hpc.config import load
     from realsr_hpc.config.schema import RunConfig
 
-    recipe, rest = load._split_recipe(["recipe=grpo_tiny", *overrides])
+    recipe, rest = load._split_recipe([*BASE, *overrides])
     return RunConfig.model_validate(load._compose_yaml(recipe, rest))

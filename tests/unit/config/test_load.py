@@ -96,5 +96,5 @@ def test_the_signature_follows_the_result_and_nothing_else():
     )
     assert signature(base) == signature(other_place) and len(signature(base)) == 12
     assert signature(base) != signature(compose(["recipe=grpo_tiny", "seed=1"]))
-    two_processes = compose(["recipe=grpo_tiny", "cluster.tasks_per_node=2"])
-    assert signature(base) != signature(two_processes)
+    four_processes = compose(["recipe=grpo_tiny", "cluster.tasks_per_node=4"])
+    assert signature(base) != signature(four_processes)

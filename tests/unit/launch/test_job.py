@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -110,4 +111,6 @@ def test_a_forked_child_does_not_set_its_parents_flag():
         os._exit(int(flag()))
     assert os.waitpid(child, 0)[1] == 0
     flag.ask()
-    assert flag()
+    assert flag() and not flag.warned
+    flag.ask(signal.SIGUSR2)
+    assert flag.warned

@@ -1,0 +1,32 @@
+"""Tests that need a machine of their own are left out, and said to be, where that machine is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+NEEDS = {
+    "slurm": (("slurmctld", "slurmd", "munged", "sbatch"), "Debian's slurmctld, slurmd, slurm-client and munge"),
+    "gpu": (("nvidia-smi",), "a CUDA device"),
+}
+
+
+def absent(marker: str) -> bool:
+    """Whether a program that `marker`'s tests need is missing."""
+    return any(shutil.which(program, path=SEARCH_PATH) is None for program in NEEDS[marker][0])
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        f"left out: tests marked {marker}, they need {what}" for marker, (_, what) in NEEDS.items() if absent(marker)
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if any(item.get_closest_marker(marker) and absent(marker) for marker in NEEDS)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
