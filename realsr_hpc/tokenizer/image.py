@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-import realsr_hpc
+from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import ImageTokenizerConfig
 
 FULL_PRECISION_LIMIT_BYTES = 6_000_000
@@ -280,7 +280,7 @@ def _architecture(config: ImageTokenizerConfig) -> str:
 
 def weights_path(config: ImageTokenizerConfig) -> Path:
     """Where `config.weights` lies; relative paths start at the project root."""
-    return Path(realsr_hpc.__file__).parent.parent / config.weights
+    return resolve(config.weights)
 
 
 def load_image_tokenizer(config: ImageTokenizerConfig, device: torch.device | str) -> ImageTokenizer:

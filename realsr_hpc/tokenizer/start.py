@@ -59,7 +59,8 @@ def start_decoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
         targets.append(functional.pixel_unshuffle(batch, factor).flatten(2).transpose(1, 2).flatten(0, 1))
     x, y = torch.cat(inputs), torch.cat(targets)
     x = torch.cat([x, torch.ones(len(x), 1)], 1)
-    solution = torch.linalg.solve(x.T @ x + 1e-3 * len(x) * 1e-3 * torch.eye(x.shape[1]), x.T @ y)
+    ridge = 1e-6 * len(x) * torch.eye(x.shape[1])
+    solution = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     width = tokenizer.config.embed_dim
     tokenizer.post_quant_conv.weight.zero_()
     tokenizer.post_quant_conv.weight[range(width), range(width), 0, 0] = 1.0

@@ -47,8 +47,8 @@ def train_text_tokenizer(
 ) -> TextTokenizer:
     """Train on `texts`, write `path` (aside, then renamed) and return it loaded.
 
-    The vocabulary is the 256 bytes, merges, and each of `whole_tokens` (the trace's tags) as one token. Raises ValueError
-    if `vocab_size` has no room for bytes and whole tokens.
+    The vocabulary is the 256 bytes, merges, and each of `whole_tokens` (the trace's tags) as one token. Raises
+    ValueError if `vocab_size` has no room for bytes and whole tokens.
     """
     fixed = 256 + len(whole_tokens)
     if vocab_size < fixed:

@@ -15,18 +15,15 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
-from realsr_hpc.data.decoding import decode_image
-from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.tokenizer.codebook import CodebookAverages
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.start import start_decoder, start_encoder
-from realsr_hpc.train.tokenizer_images import TokenizerImages
+from realsr_hpc.train.tokenizer_images import TokenizerImages, heldout_images, photographs_of
+from realsr_hpc.train.tokenizer_measures import psnr_db, reconstruction_loss, write_grid
 from realsr_hpc.train.tokenizer_text import train_recipe_text_tokenizer
 
 AVERAGE_DECAY = 0.995
@@ -39,7 +36,7 @@ def main(config: RunConfig, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     train_recipe_text_tokenizer(config, run_dir / "text_tokenizer.json")
     training = config.tokenizer_training
-    images = TokenizerImages(_photographs(config, config.data.train_split), training, config.seed)
+    images = TokenizerImages(photographs_of(config, config.data.train_split), training, config.seed)
     heldout = heldout_images(config)
     state = TokenizerTraining(config)
     if not state.resume(run_dir / "checkpoint.pt"):
@@ -112,7 +109,8 @@ class TokenizerTraining:
         codes = self.average.encode(images)
         reconstruction = self.average.decode(codes)
         write_grid(torch.cat([images, reconstruction]), len(images), grid)
-        return {"tokenizer/heldout_psnr_db": psnr_db(reconstruction, images), "tokenizer/heldout_codes": len(codes.unique())}
+        psnr = psnr_db(reconstruction, images)
+        return {"tokenizer/heldout_psnr_db": psnr, "tokenizer/heldout_codes": len(codes.unique())}
 
     def save(self, path: Path) -> None:
         """Written aside, then renamed."""
@@ -136,49 +134,3 @@ def learning_rate(training: TokenizerTrainingConfig, step: int) -> float:
     """Linear warm-up, then a cosine to 2 % of `lr`."""
     warmup = min(1.0, (step + 1) / max(1, training.warmup_steps))
     return training.lr * warmup * (0.51 + 0.49 * math.cos(math.pi * step / training.num_steps))
-
-
-def reconstruction_loss(
-    output: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"], gradient_weight: float
-) -> Float[Tensor, ""]:
-    """L1 and 4 L2 of pixels; at sizes 1, 1/2, 1/4 L1 of differences between neighbours; at 1/4, 1/8 L1 (colour)."""
-    error = output - target
-    loss = error.abs().mean() + 4 * error.square().mean()
-    for scale in (1, 2, 4, 8):
-        coarse = functional.avg_pool2d(error, scale)
-        if scale < 8:
-            gradient = coarse.diff(dim=-1).abs().mean() + coarse.diff(dim=-2).abs().mean()
-            loss = loss + gradient_weight / 3 * gradient
-        if scale > 2:
-            loss = loss + 0.5 * coarse.abs().mean()
-    return loss
-
-
-def psnr_db(output: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) -> float:
-    """Mean over images, peak-to-peak 2."""
-    errors = (output - target).square().mean((1, 2, 3)).clamp_min(1e-10)
-    return float((10 * torch.log10(4 / errors)).mean())
-
-
-def write_grid(images: Float[Tensor, "N 3 H W"], columns: int, path: Path) -> None:
-    """PNG of images in [-1, 1], row by row."""
-    rows = [torch.cat(list(images[start : start + columns]), -1) for start in range(0, len(images), columns)]
-    pixels = ((torch.cat(rows, -2).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    Image.fromarray(pixels.movedim(0, -1).numpy()).save(path)
-
-
-def _photographs(config: RunConfig, split: str) -> list:
-    manifest = read_manifest(resolve(config.data.manifest)).split(split)
-    return [decode_image(manifest.path(entry)) for entry in manifest.entries]
-
-
-def heldout_images(config: RunConfig) -> Float[Tensor, "B 3 S S"]:
-    """Whole held-out scenes (central squares) at `crop_px`, in [-1, 1]."""
-    size = config.tokenizer_training.crop_px
-    squares = []
-    for photograph in map(Image.fromarray, _photographs(config, config.data.heldout_split)):
-        side, (width, height) = min(photograph.size), photograph.size
-        box = ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
-        square = photograph.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        squares.append(torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3))
-    return torch.stack(squares).movedim(-1, 1).float() / 127.5 - 1.0

@@ -16,7 +16,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
-from realsr_hpc.config.schema import TokenizerTrainingConfig
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
+from realsr_hpc.data.decoding import decode_image
+from realsr_hpc.data.manifest import read_manifest
 
 CROP_DIVISORS = (1, 2, 2, 2, 4)
 """Crop sides of the steps, as divisors of `crop_px`; small crops come in larger batches, so steps cost the same."""
@@ -127,3 +130,21 @@ def _recolour(rng: np.random.Generator, image: UInt8[np.ndarray, "s s 3"]) -> UI
     pixels *= rng.uniform(0.5, 1.3, 3)
     pixels = (pixels - 128) * rng.uniform(0.6, 1.2) + 128 + rng.uniform(-30, 30)
     return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def photographs_of(config: RunConfig, split: str) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """The manifest's photographs of a split."""
+    manifest = read_manifest(resolve(config.data.manifest)).split(split)
+    return [decode_image(manifest.path(entry)) for entry in manifest.entries]
+
+
+def heldout_images(config: RunConfig) -> Float[Tensor, "B 3 S S"]:
+    """Whole held-out scenes (central squares) at `crop_px`, in [-1, 1]."""
+    size = config.tokenizer_training.crop_px
+    squares = []
+    for photograph in map(Image.fromarray, photographs_of(config, config.data.heldout_split)):
+        side, (width, height) = min(photograph.size), photograph.size
+        box = ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
+        square = photograph.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        squares.append(torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(size, size, 3))
+    return torch.stack(squares).movedim(-1, 1).float() / 127.5 - 1.0

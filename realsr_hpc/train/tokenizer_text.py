@@ -41,8 +41,8 @@ def _texts(config: RunConfig) -> Iterator[str]:
     yield from [config.vlcot.instruction] * REPEATS
     yield from degradation_phrases()
     yield from PLAIN_ENGLISH.strip().splitlines()
-    scenes = [entry.scene for entry in read_manifest(resolve(config.data.manifest)).split(config.data.train_split).entries]
-    for scene in scenes * REPEATS:
+    manifest = read_manifest(resolve(config.data.manifest)).split(config.data.train_split)
+    for scene in [entry.scene for entry in manifest.entries] * REPEATS:
         if scene is not None:
             yield from scene.captions
             yield ", ".join(scene.tags)
