@@ -22,7 +22,7 @@ _BATCH = 32
 
 
 class Ranker(nn.Module):
-    """Fully convolutional, about 60,000 weights; the score is the mean over places, of any sign."""
+    """Fully convolutional, about 105,000 weights; the score is the mean over places, of any sign."""
 
     def __init__(self, width: int = 24):
         super().__init__()

@@ -1,0 +1,111 @@
+"""The commands on a tiny policy with random weights: from a run folder to files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from realsr_hpc import checkpoint
+from realsr_hpc.config.load import to_yaml
+from realsr_hpc.config.paths import project_root
+from realsr_hpc.config.schema import (
+    ImageTokenizerConfig,
+    ModelConfig,
+    RewardsConfig,
+    RewardTerm,
+    RunConfig,
+    VLCoTConfig,
+)
+from realsr_hpc.model.policy import build_policy
+from realsr_hpc.parallel.groups import initialise, shutdown
+from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+
+torch.set_num_threads(1)
+
+
+def command(name: str):
+    """The `main` of a file in tools/."""
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", project_root() / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """One layer and an image tokenizer, both at random, with a checkpoint of step 3."""
+    folder = tmp_path_factory.mktemp("run")
+    image = ImageTokenizerConfig(weights=str(folder / "image.safetensors"), codebook_size=40, base_channels=32)
+    torch.manual_seed(0)
+    save_image_tokenizer(ImageTokenizer(image), folder / "image.safetensors")
+    config = RunConfig(
+        name="tiny",
+        task="grpo",
+        image_tokenizer=image,
+        vlcot=VLCoTConfig(instruction="restore: <|image|>", max_text_tokens=4),
+        model=ModelConfig(num_layers=1, hidden_size=32, num_heads=2, ffn_hidden_size=48),
+        rewards=RewardsConfig(terms={"fidelity": RewardTerm(kind="fidelity"), "format": RewardTerm(kind="format")}),
+    )
+    (folder / "recipe.yaml").write_text(to_yaml(config))
+    groups = initialise(config.parallel, config.seed)
+    tokens = TraceTokenizer.load(config, groups.device)
+    policy = build_policy(config, groups, tokens.codec.vocabulary.size)
+    state = {"step": 3, "data": {}, "counters": {}, "run_id": None}
+    checkpoint.save(folder / "checkpoints", 3, policy, None, state, keep_last=1)
+    yield folder
+    shutdown()
+
+
+def test_restore_writes_images_and_reasoning_and_repeats_itself(run_dir, tmp_path, capsys):
+    Image.fromarray(data.astronaut()[:40, :48]).save(tmp_path / "face.png")
+    main = command("restore")
+    for output in ("first", "second"):
+        assert main([f"run={run_dir}", f"input={tmp_path / 'face.png'}", f"output={tmp_path / output}"]) == 0
+    assert "1 restored" in capsys.readouterr().out
+    with Image.open(tmp_path / "first/face.png") as first, Image.open(tmp_path / "second/face.png") as second:
+        assert first.size == (192, 160)
+        np.testing.assert_array_equal(first, second)
+    reasoning = json.loads((tmp_path / "first/face.json").read_text())
+    assert len(reasoning["tiles"]) == 4 and all(tile["well_formed"] for tile in reasoning["tiles"])
+    assert reasoning["source"].endswith("step-000003")
+
+
+def test_evaluate_writes_its_report_beside_the_checkpoint(run_dir, capsys):
+    assert command("evaluate")([f"checkpoint={run_dir / 'checkpoints/step-000003'}", "num_images=2"]) == 0
+    assert "| bicubic | ours |" in capsys.readouterr().out
+    folder = run_dir / "evaluation/step-000003"
+    assert {path.name for path in folder.iterdir()} == {"metrics.csv", "metrics.md", "grid.png"}
+    assert "reward_fidelity" in (folder / "metrics.md").read_text()
+
+
+def test_score_prints_a_table_and_keeps_it(tmp_path, capsys):
+    for name, image in (("a", data.astronaut()), ("b", data.chelsea())):
+        Image.fromarray(image[:128, :128]).save(tmp_path / f"{name}.png")
+    arguments = [f"input={tmp_path}", f"truth={tmp_path}", "metric=niqe,ranker,psnr_y", f"output={tmp_path / 't.csv'}"]
+    assert command("score")(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "mean"
+    rows = (tmp_path / "t.csv").read_text().splitlines()
+    assert rows[0] == "image,niqe,ranker,psnr_y" and rows[1].startswith("a.png,") and rows[1].endswith(",100.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("restore", ["run=x", "inptu=y"], "did you mean 'input'"),
+        ("restore", ["run=x"], "input=DIR_OR_FILE"),
+        ("evaluate", ["run=/nowhere"], "recipe.yaml"),
+        ("evaluate", ["num_images=none"], "no whole number"),
+        ("score", ["metric=niqe"], "input=DIR is needed"),
+        ("score", ["input=recipes/assets/photographs", "metric=psnr_y"], "needs truth=DIR"),
+        ("fit_experts", ["only=all"], "give niqe, ranker or measure"),
+    ],
+)
+def test_wrong_usage_is_said_in_one_line(name, arguments, message, capsys):
+    assert command(name)(arguments) == 2
+    assert message in capsys.readouterr().err
