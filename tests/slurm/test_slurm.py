@@ -21,11 +21,23 @@ from realsr_hpc.tracking import metrics_by_step, read_bookmark, read_progress
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 PATIENCE_S = 400
 SMALL = [
-    "recipe=sft_tiny", "cluster.kind=slurm", "cluster.tasks_per_node=1", "cluster.cpus_per_task=1",
-    "model.weights=null", "vlcot.image_sizes_px=[32,64,96]", "vlcot.lq_size_px=32", "vlcot.max_text_tokens=6", "model.num_layers=2",
-    "model.hidden_size=64", "model.ffn_hidden_size=96", "sft.batch_size=2", "sft.heldout_every_steps=100000",
-    "sft.sample_every_steps=0", "checkpoint.every_steps=100000", "optim.warmup_steps=0",
-]  # fmt: skip
+    "recipe=sft_tiny",
+    "cluster.kind=slurm",
+    "cluster.tasks_per_node=1",
+    "cluster.cpus_per_task=1",
+    "model.weights=null",
+    "vlcot.image_sizes_px=[32,64,96]",
+    "vlcot.lq_size_px=32",
+    "vlcot.max_text_tokens=6",
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "sft.batch_size=2",
+    "sft.heldout_every_steps=100000",
+    "sft.sample_every_steps=0",
+    "checkpoint.every_steps=100000",
+    "optim.warmup_steps=0",
+]
 
 
 @pytest.fixture(scope="module")
