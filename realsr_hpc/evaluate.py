@@ -29,7 +29,7 @@ Restorer = Callable[[LQBatch], list[RestoredImage]]
 BICUBIC = "bicubic"
 LOWER_IS_BETTER = frozenset({"niqe"})
 _NUM_RESAMPLES = 2000
-_NO_TRACE = ParsedTrace(None, (None,) * 3, (None,) * 3, ("no trace: not a model's output",))
+_NO_TRACE = ParsedTrace(None, (None, None, None), (None, None, None), ("no trace: not a model's output",))
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def evaluate(
 def bicubic(batch: LQBatch, size: tuple[int, int]) -> list[np.ndarray]:
     """The LQ images at `size` (height, width) by Pillow's bicubic."""
     return [
-        np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)) for image in to_hwc(batch.lq)
+        np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+        for image in to_hwc(batch.lq)
     ]
 
 

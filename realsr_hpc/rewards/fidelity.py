@@ -40,20 +40,20 @@ class FidelityReward(Reward):
 
     def _pairs(self, candidates: Sequence[Candidate]) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
         """Candidates of one pair of shapes together: (places, images, references)."""
-        groups: dict[tuple, list[int]] = {}
-        references = [item.lq if self.options.reference == "lq" else item.gt for item in candidates]
-        for i, (item, reference) in enumerate(zip(candidates, references, strict=True)):
+        groups: dict[tuple[int, ...], list[tuple[int, np.ndarray, np.ndarray]]] = {}
+        for i, item in enumerate(candidates):
+            reference = item.lq if self.options.reference == "lq" else item.gt
             if item.image is not None and reference is not None:
-                groups.setdefault((item.image.shape, reference.shape), []).append(i)
+                groups.setdefault(item.image.shape + reference.shape, []).append((i, item.image, reference))
         return [
-            (where, np.stack([candidates[i].image for i in where]), np.stack([references[i] for i in where]))
-            for where in groups.values()
+            ([i for i, _, _ in rows], np.stack([image for _, image, _ in rows]), np.stack([ref for _, _, ref in rows]))
+            for rows in groups.values()
         ]
 
     def _compare(self, images: np.ndarray, references: np.ndarray) -> np.ndarray:
         ours, truth = torch.from_numpy(images).float(), torch.from_numpy(references).float()
         if self.options.reference == "lq":
-            ours = smooth(downscale_area(ours, tuple(truth.shape[1:3])), self.options.smooth_px)
+            ours = smooth(downscale_area(ours, (truth.shape[1], truth.shape[2])), self.options.smooth_px)
             truth = smooth(truth, self.options.smooth_px)
         if self.options.metric == "l1":
             return (1.0 - (ours - truth).abs().mean(dim=(1, 2, 3)) / 255.0).double().numpy()

@@ -104,7 +104,7 @@ def _batches(
     for _ in range(num_steps):
         images, severities = [], []
         for _ in range(batch_size):
-            crop = random_crop(pictures[rng.integers(len(pictures))], SIZE_PX, rng)
+            crop = random_crop(pictures[int(rng.integers(len(pictures)))], SIZE_PX, rng)
             chain = list(rng.choice(names, rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15]), replace=False))
             rungs = np.sort([rng.random(), rng.random(), 0.0 if rng.random() < 0.5 else rng.random()]).tolist()
             images.append(np.stack(ladder(crop, chain, rungs, int(rng.integers(2**31)))))
