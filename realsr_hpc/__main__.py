@@ -50,8 +50,7 @@ def run_rank(config: RunConfig, run_dir: Path) -> int:
         return sft.main(config, run_dir, stop)
     from realsr_hpc.train import tokenizer
 
-    tokenizer.main(config, run_dir)
-    return 0
+    return tokenizer.main(config, run_dir, stop)
 
 
 if __name__ == "__main__":

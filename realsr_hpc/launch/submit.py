@@ -198,22 +198,33 @@ def _submit_local(item: Submission) -> None:
         visible_gpus=gpus,
     )
     set_state(item.run_dir, "submitted")
-    with _outliving_the_terminal():
+    with _outliving_the_terminal(item.run_dir / "logs" / "controller.log"):
         job = executor.submit(node_job, item.run_dir)
     write_job(item.run_dir, Job("local", job.job_id, os.uname().nodename, str(job.paths.stdout)))
 
 
 @contextmanager
-def _outliving_the_terminal() -> Iterator[None]:
-    """A job started here inherits ignored Ctrl-C and hang-up signals, and the project on its path."""
+def _outliving_the_terminal(log: Path) -> Iterator[None]:
+    """What is started here ignores Ctrl-C and hang-up, finds the project, and writes to `log`.
+
+    With the terminal's own streams it would keep a pipe open that somebody reads (`launch.py ... follow=false | tee`).
+    """
     numbers = (signal.SIGINT, signal.SIGHUP)
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project_root()), path]))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    streams = [os.dup(number) for number in (1, 2)]
+    with log.open("ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, stream in zip((1, 2), streams, strict=True):
+            os.dup2(stream, number)
+            os.close(stream)
+        for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
         if path is None:
             del os.environ["PYTHONPATH"]

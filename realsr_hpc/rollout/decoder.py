@@ -23,7 +23,6 @@ from torch import Tensor
 
 from realsr_hpc.model.policy import Policy
 
-
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [n, kv, h/kv, d], k [n, kv, d], v [n, kv, d]) -> context [n, h, d]."""
 

@@ -8,7 +8,6 @@ ones.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 from pathlib import Path
@@ -22,6 +21,8 @@ from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
 from realsr_hpc.tokenizer.codebook import CodebookAverages
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.start import start_decoder, start_encoder
+from realsr_hpc.tracking.tracker import Tracker
+from realsr_hpc.train.run import DONE, REQUEUE, Stop
 from realsr_hpc.train.tokenizer_images import TokenizerImages, heldout_images, photographs_of
 from realsr_hpc.train.tokenizer_measures import psnr_db, reconstruction_loss, write_grid
 from realsr_hpc.train.tokenizer_text import train_recipe_text_tokenizer
@@ -31,8 +32,8 @@ START_BATCHES = 40
 """Batches that the start weights are computed from."""
 
 
-def main(config: RunConfig, run_dir: Path) -> None:
-    """Train, resuming from `run_dir/checkpoint.pt`; writes metrics.jsonl, grids and both tokenizers to `run_dir`."""
+def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
+    """Train, resuming from `run_dir/checkpoint.pt`; grids and both tokenizers go to `run_dir`; the exit code."""
     run_dir.mkdir(parents=True, exist_ok=True)
     train_recipe_text_tokenizer(config, run_dir / "text_tokenizer.json")
     training = config.tokenizer_training
@@ -41,14 +42,24 @@ def main(config: RunConfig, run_dir: Path) -> None:
     state = TokenizerTraining(config)
     if not state.resume(run_dir / "checkpoint.pt"):
         state.start([images.batch(training.num_steps + number) for number in range(START_BATCHES)])
+    tracker = Tracker.open(config, run_dir, writer=True)
+    tracker.truncate(state.step)
     while state.step < training.num_steps:
         metrics = state.update(images.batch(state.step))
-        if state.step % training.log_every_steps == 0 or state.step == training.num_steps:
-            metrics |= state.evaluate(heldout, run_dir / f"grid_{state.step:06d}.png")
-            with open(run_dir / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": state.step, **metrics}) + "\n")
+        stopping = stop()
+        if stopping or state.step % training.log_every_steps == 0 or state.step == training.num_steps:
+            grid = run_dir / f"grid_{state.step:06d}.png"
+            metrics |= state.evaluate(heldout, grid)
+            tracker.log_metrics(state.step, metrics)
+            tracker.log_artifact(grid, "reconstructions")
             save_image_tokenizer(state.average, run_dir / "image_tokenizer.safetensors")
             state.save(run_dir / "checkpoint.pt")
+        tracker.progress(state.step, training.num_steps, f"loss {metrics['tokenizer/loss/step']:.3f}")
+        if stopping and state.step < training.num_steps:
+            tracker.close("KILLED")
+            return REQUEUE
+    tracker.close("FINISHED")
+    return DONE
 
 
 class TokenizerTraining:
@@ -82,7 +93,11 @@ class TokenizerTraining:
         for average, current in zip(self.average.parameters(), self.tokenizer.parameters(), strict=True):
             average.lerp_(current.detach(), 1 - decay)
         self.step += 1
-        return {"tokenizer/loss": loss.item(), "tokenizer/commitment": commitment.item(), "tokenizer/moved": moved}
+        return {
+            "tokenizer/loss/step": loss.item(),
+            "tokenizer/commitment/step": commitment.item(),
+            "tokenizer/moved_codes/step": moved,
+        }
 
     def _update_codebook(self, features: Float[Tensor, "N E"], codes: Int[Tensor, " N"]) -> int:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
@@ -110,7 +125,7 @@ class TokenizerTraining:
         reconstruction = self.average.decode(codes)
         write_grid(torch.cat([images, reconstruction]), len(images), grid)
         psnr = psnr_db(reconstruction, images)
-        return {"tokenizer/heldout_psnr_db": psnr, "tokenizer/heldout_codes": len(codes.unique())}
+        return {"heldout/psnr_db/mean": psnr, "heldout/codes/count": len(codes.unique())}
 
     def save(self, path: Path) -> None:
         """Written aside, then renamed."""

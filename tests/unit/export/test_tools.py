@@ -28,7 +28,7 @@ def test_export_and_import_commands(run, tmp_path, capsys):
 def test_a_recipe_of_another_shape_is_refused(run, tmp_path, capsys):
     arguments = [f"source={run.export}", f"output={tmp_path / 'x'}", "recipe=grpo_tiny"]
     assert command("import_hf")(arguments) == 2
-    assert "hidden_size 32 (recipe: 256)" in capsys.readouterr().err
+    assert "hidden_size 32 (recipe: 192)" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -1,6 +1,5 @@
 """Tokenizer training: computed start weights, exact resume, what a run leaves behind."""
 
-import json
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from realsr_hpc.config.schema import DataConfig, ImageTokenizerConfig, RunConfig, TokenizerTrainingConfig
 from realsr_hpc.tokenizer.image import load_image_tokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
+from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.train.tokenizer import TokenizerTraining, main
 from realsr_hpc.train.tokenizer_images import TokenizerImages, dead_leaves
 from realsr_hpc.train.tokenizer_measures import psnr_db
@@ -84,8 +84,8 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path) -> None:
 
 def test_a_run_leaves_weights_text_tokenizer_and_metrics(tmp_path) -> None:
     """On the bundled photographs; a second call finds nothing left to do."""
-    config = recipe(2)
-    main(config, tmp_path)
+    config = recipe(2).model_copy(update={"output_root": str(tmp_path)})
+    assert main(config, tmp_path) == 0
     tokenizer = load_image_tokenizer(
         IMAGE.model_copy(update={"weights": str(tmp_path / "image_tokenizer.safetensors")}), "cpu"
     )
@@ -93,11 +93,11 @@ def test_a_run_leaves_weights_text_tokenizer_and_metrics(tmp_path) -> None:
     text = TextTokenizer(tmp_path / "text_tokenizer.json")
     assert text.vocab_size == config.tokenizer_training.text_vocab_size
     assert len(text.encode("<degradation></degradation>")) == 2
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [2]
+    logged = metrics_by_step(tmp_path)
+    assert list(logged) == [2]
     assert (tmp_path / "grid_000002.png").is_file()
-    main(config, tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines
+    assert main(config, tmp_path) == 0
+    assert metrics_by_step(tmp_path) == logged
 
 
 def test_start_weights_need_their_architecture() -> None:
