@@ -41,12 +41,16 @@ def export_policy(
     metrics: Mapping[str, float] | None = None,
     licence: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write `output` from a live policy; every rank calls it, world rank 0 writes, all return when it is there.
 
     The folder is written aside and renamed. ValueError when `output` exists or a file of the recipe does not fit.
+    dtype: rounds the policy's weights; None keeps theirs, and only that makes the way back the identity.
     """
     weights = local_to_hf(policy)
+    if dtype is not None:
+        weights = {name: value.to(dtype) for name, value in weights.items()}
     if policy.groups.is_main:
         vocabulary = tokens.codec.vocabulary
         own = json.loads(resolve(config.text_tokenizer.path).read_text(encoding="utf-8"))
@@ -75,7 +79,14 @@ def _write_configs(
     write_json(folder / "realsr.json", hf_config.trace_config(config, vocabulary))
 
 
-def export_run(run_dir: Path, output: Path, *, checkpoint_path: Path | None = None, licence: str | None = None) -> Path:
+def export_run(
+    run_dir: Path,
+    output: Path,
+    *,
+    checkpoint_path: Path | None = None,
+    licence: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Export a run's newest whole checkpoint (or the one named); returns the checkpoint that was taken.
 
     One process, or as many as the recipe's layout wants (torchrun). ValueError when there is no checkpoint.
@@ -89,7 +100,8 @@ def export_run(run_dir: Path, output: Path, *, checkpoint_path: Path | None = No
     policy = empty_policy(config, groups, tokens.codec.vocabulary.size)
     state = checkpoint.load(path, policy, None, groups)
     metrics = last_metrics(run_dir, state["step"])
-    export_policy(policy, config, tokens, output, step=state["step"], metrics=metrics, licence=licence)
+    step = state["step"]
+    export_policy(policy, config, tokens, output, step=step, metrics=metrics, licence=licence, dtype=dtype)
     return path
 
 
