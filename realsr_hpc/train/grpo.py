@@ -68,6 +68,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
         if grpo.heldout_every_steps and (step % grpo.heldout_every_steps == 0 or step == grpo.num_steps):
             with _clock(seconds, "heldout"):
                 metrics |= experience.heldout(fixed)
+        metrics["optim/skipped_updates/count"] = run.optimiser.num_skipped
         metrics |= reduce_floats(seconds, run.groups.dp, run.groups.device, "max")
         run.report(StepReport(step, metrics), _text(metrics))
         if run.must_stop(step, loader):
