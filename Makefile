@@ -22,7 +22,7 @@ test: check
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check $(CHECKED)
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 install: $(VENV)/.installed
 
