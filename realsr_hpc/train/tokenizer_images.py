@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
 from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.manifest import read_manifest
+from realsr_hpc.data.shapes import dead_leaves
 
 CROP_DIVISORS = (1, 2, 2, 2, 4)
 """Crop sides of the steps, as divisors of `crop_px`; small crops come in larger batches, so steps cost the same."""
@@ -62,51 +63,6 @@ def _crop(rng: np.random.Generator, photograph: Image.Image, side: int) -> Image
     left, top = (int(rng.integers(length - source + 1)) for length in photograph.size)
     box = (left, top, left + source, top + source)
     return photograph.resize((side, side), Image.Resampling.BICUBIC, box=box)
-
-
-def dead_leaves(rng: np.random.Generator, side: int) -> Image.Image:
-    """Overlapping opaque shapes with power-law sizes, each shaded and textured: edges as in photographs."""
-    big = 2 * side
-    image = Image.new("RGB", (big, big), _colour(rng))
-    radii = 0.05 * rng.random(int(rng.integers(15, 60))) ** -0.6
-    for radius in np.minimum(radii, 0.6) * big:
-        mask = _leaf_mask(rng, float(radius))
-        left, top = rng.integers(-mask.width // 2, big - mask.width // 2, 2).tolist()
-        image.paste(_leaf_paint(rng, mask.width), (left, top), mask)
-    return image.resize((side, side), Image.Resampling.BOX)
-
-
-def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
-    """Greyish colours more often than saturated ones."""
-    grey, tint = rng.uniform(0, 255), rng.normal(size=3) * rng.choice((5.0, 25.0, 70.0))
-    red, green, blue = np.clip(grey + tint, 0, 255).astype(int).tolist()
-    return red, green, blue
-
-
-def _leaf_mask(rng: np.random.Generator, radius: float) -> Image.Image:
-    """An ellipse or a polygon in a square of its own, sometimes out of focus."""
-    centre = 1.6 * radius + 4
-    mask = Image.new("L", (int(2 * centre), int(2 * centre)))
-    draw = ImageDraw.Draw(mask)
-    if rng.random() < 0.5:
-        wide, high = radius * rng.uniform(0.4, 1.6, 2)
-        draw.ellipse((centre - wide, centre - high, centre + wide, centre + high), fill=255)
-    else:
-        angles = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 7))))
-        corners = centre + 1.4 * radius * np.stack([np.cos(angles), np.sin(angles)], 1)
-        draw.polygon([(float(x), float(y)) for x, y in corners], fill=255)
-    return mask.filter(ImageFilter.GaussianBlur(float(rng.uniform(1, 3)))) if rng.random() < 0.2 else mask
-
-
-def _leaf_paint(rng: np.random.Generator, side: int) -> Image.Image:
-    """Flat, shaded between two colours, or with noise of a random coarseness."""
-    kind, first = rng.random(), _colour(rng)
-    if kind < 0.3:
-        return Image.new("RGB", (side, side), first)
-    cells = 2 if kind < 0.7 else int(rng.integers(4, max(5, side // 3)))
-    spread = 40.0 if kind < 0.7 else rng.uniform(5, 50)
-    field = np.clip(np.array(first) + rng.normal(size=(cells, cells, 1)) * spread, 0, 255).astype(np.uint8)
-    return Image.fromarray(field).resize((side, side), Image.Resampling.BILINEAR)
 
 
 def _degrade(rng: np.random.Generator, image: Image.Image) -> Image.Image:

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from realsr_hpc.config.schema import DataConfig, ImageTokenizerConfig, RunConfig, TokenizerTrainingConfig
+from realsr_hpc.data.shapes import dead_leaves
 from realsr_hpc.tokenizer.image import load_image_tokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.train.tokenizer import TokenizerTraining, main
-from realsr_hpc.train.tokenizer_images import TokenizerImages, dead_leaves
+from realsr_hpc.train.tokenizer_images import TokenizerImages
 from realsr_hpc.train.tokenizer_measures import psnr_db
 
 IMAGE = ImageTokenizerConfig(codebook_size=64, latent_channels=32, decoder_base_channels=32)
