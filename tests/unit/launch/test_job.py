@@ -65,14 +65,14 @@ def test_a_stop_reaches_every_rank_and_the_job_ends_as_stopped(tmp_path):
 
 def test_a_hang_is_aborted_with_its_stack_in_the_log(tmp_path):
     body = "import faulthandler; faulthandler.enable()\ndef stuck_here(): time.sleep(600)\nstuck_here()"
-    code, message = run(tmp_path, body, "cluster.hang_limit_s=1", tasks=1)
-    assert code == HUNG and "no step for 1 s" in message
+    code, message = run(tmp_path, body, "cluster.hang_limit_s=5", tasks=1)  # long enough for Python to start
+    assert code == HUNG and "no step for 5 s" in message
     assert "stuck_here" in rank_log(tmp_path, 0).read_text()
 
 
 def test_progress_keeps_the_watchdog_quiet(tmp_path):
-    body = f"path = {str(tmp_path / 'progress.json')!r}\nfor _ in range(20): open(path, 'w').close(); time.sleep(.1)"
-    assert run(tmp_path, body, "cluster.hang_limit_s=1", tasks=1)[0] == 0
+    body = f"path = {str(tmp_path / 'progress.json')!r}\nfor _ in range(40): open(path, 'w').close(); time.sleep(.1)"
+    assert run(tmp_path, body, "cluster.hang_limit_s=3", tasks=1)[0] == 0
 
 
 def test_placement_follows_slurm():

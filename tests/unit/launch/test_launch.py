@@ -135,7 +135,7 @@ def test_a_local_job_reports_its_failure_and_does_not_hang(tmp_path):
     overrides = ["recipe=sft_tiny", f"output_root={tmp_path}", "text_tokenizer.path=nowhere.json"]
     submissions = submit([compose(overrides)])
     run_dir = submissions[0].run_dir
-    deadline = time.time() + 120
+    deadline = time.time() + 280
     while (status := current_status(run_dir)) is None or status.state in ("submitted", "running"):
         assert time.time() < deadline, "the job neither ended nor failed"
         time.sleep(0.2)
