@@ -112,15 +112,14 @@ def watch(
             _signal(ranks, signal.SIGUSR2)
             forwarded = True
         if time.time() - max(started, _last_sign_of_life(run_dir)) > config.cluster.hang_limit_s:
-            _signal(ranks, signal.SIGABRT)
-            end_ranks(ranks)
+            end_ranks(ranks, signal.SIGABRT)
             return HUNG, f"no step for {config.cluster.hang_limit_s} s: aborted; the stacks are in {run_dir / 'logs'}"
         time.sleep(POLL_S)
 
 
-def end_ranks(ranks: dict[int, subprocess.Popen[bytes]]) -> None:
-    """SIGTERM, a little time, SIGKILL: these processes and no others."""
-    _signal(ranks, signal.SIGTERM)
+def end_ranks(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals = signal.SIGTERM) -> None:
+    """Signal `number`, a little time (an abort writes its stacks), SIGKILL: these processes and no others."""
+    _signal(ranks, number)
     deadline = time.time() + END_GRACE_S
     while time.time() < deadline and any(process.poll() is None for process in ranks.values()):
         time.sleep(POLL_S)
