@@ -19,10 +19,11 @@ from realsr_hpc.launch.signals import REQUEUE_EXIT_CODE, StopFlag
 
 PREAMBLE = (
     "import os, signal, sys, time; rank = int(os.environ['RANK']); "
-    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]); "
 )
 WAIT_FOR_STOP = (
-    "asked = []; signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))\n"
+    "asked = []; signal.signal(signal.SIGUSR2, lambda *_: asked.append(1)); "
+    "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])\n"
     "while not asked: time.sleep(.02)\n"
     "sys.exit(85)"
 )
