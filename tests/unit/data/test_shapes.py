@@ -1,0 +1,38 @@
+"""Images of shapes: their texts name the colours that are there, and the shipped ones are remade bit for bit."""
+
+import numpy as np
+from PIL import Image
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.data.manifest import read_manifest, verify
+from realsr_hpc.data.shapes import COLOURS, dead_leaves, describe
+
+
+def test_texts_name_the_colours_commonest_first():
+    pixels = np.zeros((64, 64, 3), dtype=np.uint8)
+    pixels[:, :40], pixels[:, 40:] = COLOURS["red"], COLOURS["blue"]
+    scene = describe(Image.fromarray(pixels))
+    assert scene.tags == ("red", "blue", "shapes")
+    assert scene.final == "overlapping red and blue shapes: most of it is red, some is blue."
+
+
+def test_a_colour_of_a_few_pixels_is_not_named():
+    pixels = np.full((64, 64, 3), COLOURS["green"], dtype=np.uint8)
+    pixels[:8, :8] = COLOURS["white"]
+    assert describe(Image.fromarray(pixels)).tags == ("green", "shapes")
+
+
+def test_every_tag_stands_in_the_texts():
+    scene = describe(dead_leaves(np.random.default_rng(3), 96))
+    assert all(tag in scene.rough and tag in scene.final for tag in scene.tags)
+
+
+def test_shipped_shapes_are_whole_and_are_what_the_code_makes():
+    manifest = read_manifest(resolve("recipes/assets/shapes/manifest.parquet"))
+    assert not verify(manifest).faults
+    assert {entry.split for entry in manifest.entries if entry.key.startswith("shapes")} == {"train"}
+    entry = next(entry for entry in manifest.entries if entry.key == "shapes-007")
+    made = dead_leaves(np.random.default_rng([0, 7]), entry.width)
+    stored = np.asarray(Image.open(manifest.path(entry)).convert("RGB"), dtype=np.float64)
+    assert np.abs(np.asarray(made, dtype=np.float64) - stored).mean() < 6  # JPEG
+    assert describe(made).final == entry.caption_final
