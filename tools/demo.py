@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from PIL import Image  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markdown import Markdown  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -43,11 +44,10 @@ def main(overrides: list[str]) -> int:
     assert isinstance(config, RunConfig)
     run_dir = run_folder(config)
     report, export = run_dir / "demo", run_dir / "export"
-    photographs = ROOT / "recipes/assets/photographs/flower.jpg"
     commands = [
         ["tools/launch.py", "recipe=grpo_tiny", *overrides],
         ["tools/evaluate.py", f"run={run_dir}", "against=start", f"output={report}"],
-        ["tools/restore.py", f"run={run_dir}", f"input={photographs}", f"output={report / 'restored'}"],
+        ["tools/restore.py", f"run={run_dir}", f"input={small_photograph(report)}", f"output={report / 'restored'}"],
     ]
     if not export.exists():
         commands.append(["tools/export_hf.py", f"run={run_dir}", f"output={export}"])
@@ -61,6 +61,15 @@ def main(overrides: list[str]) -> int:
             return code
     show(console, config, run_dir, report, export)
     return 0
+
+
+def small_photograph(folder: Path) -> Path:
+    """A held-out photograph of 64 px: something that needs restoring."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "flower_64px.png"
+    with Image.open(ROOT / "recipes/assets/photographs/flower.jpg") as photograph:
+        photograph.resize((64, 64), Image.Resampling.BOX).save(path)
+    return path
 
 
 def show(console: Console, config: RunConfig, run_dir: Path, report: Path, export: Path) -> None:
