@@ -256,33 +256,3 @@ def behaviour_scores(
         nothing = (hidden @ output_weight.t()).sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
         return TokenScores(nothing, nothing.detach(), nothing.detach())
     return TokenScores(*_Score.apply(options, *inputs))
-
-
-def behaviour_logprobs(
-    hidden: Float[Tensor, "n H"],
-    output_weight: Float[Tensor, "Vlocal H"],
-    targets: Int[Tensor, " n"],
-    mask_table: Bool[Tensor, "M V"],
-    mask_ids: Int[Tensor, " n"],
-    temperature: Float[Tensor, " n"],
-    *,
-    support: UInt8[Tensor, "n K"] | None = None,
-    unconditional_hidden: Float[Tensor, "n H"] | None = None,
-    cfg_scale: Float[Tensor, " n"] | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-    chunk_tokens: int = 1024,
-) -> Float[Tensor, " n"]:
-    """The log-probabilities of `behaviour_scores` alone."""
-    return behaviour_scores(
-        hidden,
-        output_weight,
-        targets,
-        mask_table,
-        mask_ids,
-        temperature,
-        support=support,
-        unconditional_hidden=unconditional_hidden,
-        cfg_scale=cfg_scale,
-        tp_group=tp_group,
-        chunk_tokens=chunk_tokens,
-    ).logprobs

@@ -16,7 +16,7 @@ from realsr_hpc.behaviour.distribution import (
     sample,
     truncated_support,
 )
-from realsr_hpc.behaviour.logprobs import TokenScores, behaviour_logprobs, behaviour_scores
+from realsr_hpc.behaviour.logprobs import TokenScores, behaviour_scores
 
 torch.set_num_threads(1)
 NUM_TOKENS, HIDDEN, VOCABULARY = 23, 8, 52
@@ -111,7 +111,8 @@ def test_plain_cross_entropy_is_a_mask_of_all_true():
     hidden, weight = torch.randn(9, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
     targets = torch.randint(0, VOCABULARY, (9,))
     everything = torch.ones(1, VOCABULARY, dtype=torch.bool)
-    logprobs = behaviour_logprobs(hidden, weight, targets, everything, torch.zeros(9, dtype=torch.long), torch.ones(9))
+    first_mask = torch.zeros(9, dtype=torch.long)
+    logprobs = behaviour_scores(hidden, weight, targets, everything, first_mask, torch.ones(9)).logprobs
     torch.testing.assert_close(
         -logprobs, torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
     )
@@ -201,7 +202,7 @@ def test_no_tokens_keep_the_graph():
     weight = torch.randn(VOCABULARY, HIDDEN, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)
     everything = torch.ones(1, VOCABULARY, dtype=torch.bool)
-    behaviour_logprobs(hidden, weight, none, everything, none, torch.zeros(0)).sum().backward()
+    behaviour_scores(hidden, weight, none, everything, none, torch.zeros(0)).logprobs.sum().backward()
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
