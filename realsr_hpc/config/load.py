@@ -31,7 +31,7 @@ from realsr_hpc.config.checks import faults
 from realsr_hpc.config.schema import RunConfig
 
 GROUPS = ("model", "data", "rewards", "parallel", "cluster")
-RESULT_FREE_SECTIONS = frozenset({"output_root", "cluster", "tracking"})
+RESULT_FREE_SECTIONS = frozenset({"output_root", "cluster", "tracking", "restore"})
 """Sections that do not decide a run's result and stay out of its signature."""
 
 

@@ -238,6 +238,20 @@ class RolloutConfig(Section):
     """Rollouts decoded at once on one data-parallel rank."""
 
 
+class RestoreConfig(Section):
+    """What restoring and evaluating sample from; training rollouts have `rollout`. It does not decide a run's result."""
+
+    temperature: Positive = 1.0
+    """Of image codes; lower is calmer: rollouts explore, a result should not."""
+    text_temperature: Positive | None = None
+    """None: as `temperature`."""
+    image_top_k: Annotated[int, Field(ge=0)] = 0
+    text_top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    cfg_scale: NonNegative | None = None
+    """None: as the rollouts'."""
+
+
 class GRPOConfig(Section):
     """Group relative policy optimisation."""
 
@@ -346,6 +360,7 @@ class RunConfig(Section):
     degradation: DegradationConfig = DegradationConfig()
     rewards: RewardsConfig = RewardsConfig()
     rollout: RolloutConfig = RolloutConfig()
+    restore: RestoreConfig = RestoreConfig()
     grpo: GRPOConfig = GRPOConfig()
     sft: SFTConfig = SFTConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

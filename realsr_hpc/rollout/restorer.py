@@ -1,10 +1,10 @@
-"""Restore images with a policy: prompts, one sampled trace each, decoded images."""
+"""Restore images with a policy: prompts, one or several sampled traces each, decoded images."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.schema import RolloutConfig, RunConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.records import LQBatch, ParsedTrace, RestoredImage, RolloutGroup
 from realsr_hpc.rollout.sampler import Sampler
@@ -22,18 +22,32 @@ class PolicyRestorer:
         """constrained: force a well-formed trace, whatever grammar the recipe trains with."""
         self.tokens = tokens
         grammar = Grammar(tokens.codec, "constrained" if constrained else config.rollout.grammar)
-        self.sampler = Sampler(policy, grammar, config.rollout, config.seed)
+        self.sampler = Sampler(policy, grammar, sampling(config), config.seed)
 
     def __call__(self, batch: LQBatch) -> list[RestoredImage]:
         """One restored image each."""
-        ids = [FIRST_ID + int(index) for index in batch.index]
+        return [candidates[0] for candidates in self.candidates(batch, 1)]
+
+    def candidates(self, batch: LQBatch, count: int) -> list[list[RestoredImage]]:
+        """`count` restored images each; their prompt is read once."""
+        ids = [FIRST_ID + int(index) * count + member for index in batch.index for member in range(count)]
         self.sampler.policy.eval()
-        groups = self.sampler.generate(self.tokens.prompts(batch.lq), 1, ids)
+        groups = self.sampler.generate(self.tokens.prompts(batch.lq), count, ids)
         traces = [trace for group in groups for trace in parse_group(self.tokens, group)]
         stages = zip(
             *(self.tokens.decode([trace.images[stage] for trace in traces]) for stage in range(3)), strict=True
         )
-        return [RestoredImage(images[2], trace, images) for trace, images in zip(traces, stages, strict=True)]
+        restored = [RestoredImage(images[2], trace, images) for trace, images in zip(traces, stages, strict=True)]
+        return [restored[start : start + count] for start in range(0, len(restored), count)]
+
+
+def sampling(config: RunConfig) -> RolloutConfig:
+    """The recipe's rollouts with what its section `restore` changes."""
+    chosen = config.restore
+    cfg_scale = config.rollout.cfg_scale if chosen.cfg_scale is None else chosen.cfg_scale
+    return config.rollout.model_copy(
+        update={**chosen.model_dump(), "image_adaptive_top_k": False, "cfg_scale": cfg_scale}
+    )
 
 
 def parse_group(tokens: TraceTokenizer, group: RolloutGroup) -> list[ParsedTrace]:
