@@ -239,7 +239,7 @@ class RolloutConfig(Section):
 
 
 class RestoreConfig(Section):
-    """What restoring and evaluating sample from; training rollouts have `rollout`. It does not decide a run's result."""
+    """What restoring and evaluating sample from; training has `rollout`. Does not decide a run's result."""
 
     temperature: Positive = 1.0
     """Of image codes; lower is calmer: rollouts explore, a result should not."""
