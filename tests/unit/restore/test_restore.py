@@ -5,18 +5,31 @@ import pytest
 import torch
 from PIL import Image
 
+from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.records import LQBatch, ParsedTrace, RestoredImage
-from realsr_hpc.restore import RestoreSettings, find_run, read_picture, restore_folder, restore_image, tile_starts
+from realsr_hpc.restore import (
+    BestOf,
+    Chosen,
+    RestoreSettings,
+    find_model,
+    read_picture,
+    restore_folder,
+    restore_images,
+    tile_starts,
+    with_sampling,
+)
+from realsr_hpc.restore.colour import fix_colour, low_frequencies
 
 torch.set_num_threads(1)
-SETTINGS = RestoreSettings("here", tile_px=32, upscale=4, overlap_px=8, batch_size=3)
+SETTINGS = RestoreSettings("here", tile_px=32, model_upscale=4, overlap_px=8, batch_size=3)
 TRACE = ParsedTrace("light blur", ("a", "b", "c"), (None,) * 3, ())
 
 
 def nearest(batch: LQBatch) -> list[RestoredImage]:
     """Knows nothing of the tile's surroundings, so blending tiles must give the whole image's own upscale."""
-    images = batch.lq.permute(0, 2, 3, 1).numpy().repeat(4, axis=1).repeat(4, axis=2)
-    return [RestoredImage(image, TRACE, (None, None, image)) for image in images]
+    lqs = batch.lq.permute(0, 2, 3, 1).numpy()
+    images = [lq.repeat(4, axis=0).repeat(4, axis=1) for lq in lqs]
+    return [RestoredImage(image, TRACE, (lq, None, image)) for lq, image in zip(lqs, images, strict=True)]
 
 
 def silent(batch: LQBatch) -> list[RestoredImage]:
@@ -30,9 +43,11 @@ def noise(height, width, channels=3):
 @pytest.mark.parametrize("size", [(32, 32), (5, 70), (33, 32), (100, 57), (1, 1)])
 def test_tiles_blend_to_the_whole_image_whatever_its_size(size):
     rgb = noise(*size)
-    restored, records = restore_image(nearest, rgb, SETTINGS)
-    np.testing.assert_array_equal(restored, rgb.repeat(4, axis=0).repeat(4, axis=1))
-    assert len(records) >= 1 and records[0]["texts"] == ["a", "b", "c"]
+    result, small = restore_images(nearest, [rgb, rgb[:1, :1]], SETTINGS)
+    np.testing.assert_array_equal(result.image, rgb.repeat(4, axis=0).repeat(4, axis=1))
+    np.testing.assert_array_equal(small.image, rgb[:1, :1].repeat(4, axis=0).repeat(4, axis=1))
+    np.testing.assert_array_equal(result.stages["rough"], rgb)
+    assert result.tiles[0]["texts"] == ["a", "b", "c"] and "middle" not in result.stages
 
 
 @pytest.mark.parametrize("size", range(32, 200, 7))
@@ -47,7 +62,7 @@ def test_seams_fade_over_the_overlap():
         values = [40 if int(number) % 2 else 200 for number in batch.index]
         return [RestoredImage(np.full((128, 128, 3), v, np.uint8), TRACE, (None,) * 3) for v in values]
 
-    restored, _ = restore_image(tinted, noise(32, 56), SETTINGS)
+    restored = restore_images(tinted, [noise(32, 56)], SETTINGS)[0].image
     steps = np.abs(np.diff(restored[64, :, 0].astype(int)))
     assert restored[0, 0, 0] == 200 and restored[0, -1, 0] == 40 and steps.max() <= 160 / 8
 
@@ -113,8 +128,8 @@ def test_a_second_call_does_only_what_is_missing(pictures, tmp_path):
 
 def test_results_of_other_settings_are_not_mixed(pictures, tmp_path):
     restore_folder(nearest, pictures, tmp_path / "out", SETTINGS, show_progress=False)
-    other = RestoreSettings("elsewhere", tile_px=32, upscale=4)
-    with pytest.raises(ValueError, match="other settings.*choose an empty folder"):
+    other = RestoreSettings("elsewhere", tile_px=32, model_upscale=4)
+    with pytest.raises(ValueError, match=r"other settings \(source=here\); choose an empty folder"):
         restore_folder(nearest, pictures, tmp_path / "out", other, show_progress=False)
 
 
@@ -130,6 +145,67 @@ def test_nothing_to_do_and_wrong_settings_are_said(tmp_path):
     with pytest.raises(ValueError, match="no images there"):
         restore_folder(nearest, tmp_path, tmp_path / "out", SETTINGS)
     with pytest.raises(ValueError, match="overlap_px=20"):
-        RestoreSettings("x", tile_px=32, upscale=4, overlap_px=20)
-    with pytest.raises(ValueError, match="either run="):
-        find_run(None, None)
+        RestoreSettings("x", tile_px=32, model_upscale=4, overlap_px=20)
+    with pytest.raises(ValueError, match=r"upscale=5 must lie in 1\.\.4"):
+        RestoreSettings("x", tile_px=32, model_upscale=4, upscale=5)
+    with pytest.raises(ValueError, match="one of run="):
+        find_model({"run": "a", "export": "b"})
+    with pytest.raises(ValueError, match="temperature=0: "):
+        with_sampling(RunConfig(name="x", task="grpo"), {"temperature": "0"})
+    with pytest.raises(ValueError, match="choose='pretty' is none of ranker"):
+        BestOf(Tints(), 2, "pretty")
+
+
+@pytest.mark.parametrize(("upscale", "size"), [(1, (48, 20)), (2.5, (120, 50)), (4, (192, 80))])
+def test_the_result_has_the_size_asked_for(upscale, size, tmp_path):
+    Image.fromarray(noise(20, 48)).save(tmp_path / "x.png")
+    settings = RestoreSettings("x", tile_px=32, model_upscale=4, upscale=upscale)
+    restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", settings, show_progress=False)
+    with Image.open(tmp_path / "out/x.png") as restored, Image.open(tmp_path / "out/x.steps.jpg") as steps:
+        assert restored.size == size and steps.height > size[1]
+
+
+class Tints:
+    """Candidate k is the input, k times 40 grey levels too bright; the second has no image."""
+
+    def candidates(self, batch: LQBatch, count: int) -> list[list[RestoredImage]]:
+        def tinted(image, member):
+            return (image.image.astype(int) // 2 + 40 * member).clip(0, 255).astype(np.uint8)
+
+        rows = [[tinted(image, member) if member != 1 else None for member in range(count)] for image in nearest(batch)]
+        return [[RestoredImage(image, TRACE, (None, None, image)) for image in row] for row in rows]
+
+
+def test_the_candidate_that_the_expert_likes_best_is_kept_and_said():
+    dark = (noise(32, 32) // 2).astype(np.uint8)
+    result = restore_images(BestOf(Tints(), 3, "fidelity"), [dark], SETTINGS)[0]
+    record = result.tiles[0]
+    assert record["chosen"] == 0 and record["scores"][0] > record["scores"][2] and record["scores"][1] is None
+    mean = restore_images(BestOf(Tints(), 3, "mean"), [dark], SETTINGS)[0].image
+    expected = (dark.astype(int) // 2 + 40).repeat(4, axis=0).repeat(4, axis=1)
+    np.testing.assert_array_equal(mean, expected)
+    only = BestOf(Tints(), 1, "ranker")(_one(dark))[0]
+    assert isinstance(only, Chosen) and only.chosen == 0
+
+
+def _one(image: np.ndarray) -> LQBatch:
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    return LQBatch(pixels, None, (None,), (None,), ("x",), torch.zeros(1, dtype=torch.int64))
+
+
+def test_colour_fixes_keep_detail_and_take_the_colours_of_the_input():
+    smooth = np.linspace(0, 120, 96)[:, None, None] + np.zeros((96, 96, 3))
+    detail = 30 * (np.indices((96, 96)).sum(0) % 2)[..., None]
+    reference = (smooth + 40).astype(np.uint8)
+    image = (smooth * [0.5, 1.0, 0.8] + detail + [60, 0, 20]).astype(np.uint8)
+    adain = fix_colour(image, reference, "adain").astype(float)
+    np.testing.assert_allclose(adain.mean((0, 1)), reference.mean((0, 1)), atol=0.6)
+    np.testing.assert_allclose(adain.std((0, 1)), reference.std((0, 1)), atol=0.6)
+    wavelet = torch.from_numpy(fix_colour(image, reference, "wavelet")).permute(2, 0, 1).float()
+    ours, theirs = (torch.from_numpy(np.array(x)).permute(2, 0, 1).float() for x in (image, reference))
+    inside = slice(32, 64)
+    np.testing.assert_allclose(
+        low_frequencies(wavelet)[:, inside, inside], low_frequencies(theirs)[:, inside, inside], atol=2
+    )
+    high = wavelet - low_frequencies(wavelet) - (ours - low_frequencies(ours))
+    assert float(high[:, inside, inside].abs().max()) < 3

@@ -1,0 +1,30 @@
+"""Images in, images out: low-quality images restored by a policy, each with its reasoning beside it.
+
+`folder` walks files, `tiles` cuts and blends an image, `candidates` chooses among several results, `colour` gives them
+the input's colours, `pictures` reads and writes what formats there are, `model` opens a run or an export.
+"""
+
+from realsr_hpc.restore.candidates import BestOf, Chosen
+from realsr_hpc.restore.folder import RestoreReport, restore_folder
+from realsr_hpc.restore.model import find_model, find_run, open_restorer, with_sampling
+from realsr_hpc.restore.pictures import Picture, find_images, read_picture
+from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, restore_images, tile_starts
+
+__all__ = [
+    "BestOf",
+    "Blended",
+    "Chosen",
+    "Picture",
+    "RestoreReport",
+    "RestoreSettings",
+    "Restorer",
+    "find_images",
+    "find_model",
+    "find_run",
+    "open_restorer",
+    "read_picture",
+    "restore_folder",
+    "restore_images",
+    "tile_starts",
+    "with_sampling",
+]

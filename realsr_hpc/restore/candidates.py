@@ -1,0 +1,96 @@
+"""Several restored images of one input: the one that an expert likes best, or their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions
+from realsr_hpc.records import LQBatch, RestoredImage
+from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.rewards.fidelity import FidelityReward
+from realsr_hpc.rewards.generation import build_expert
+
+CHOICES = ("ranker", "niqe", "fidelity", "mean")
+"""Experts that need nothing staged; besides them pyiqa:METRIC."""
+Expert = Callable[[Sequence[RestoredImage], np.ndarray], np.ndarray]
+"""Candidates and their LQ image [h, w, 3] -> scores, higher is better, NaN where impossible."""
+
+
+class ManyRestorer(Protocol):
+    """What gives several results of each input (`PolicyRestorer`)."""
+
+    def candidates(self, batch: LQBatch, count: int) -> list[list[RestoredImage]]:
+        """`count` results of each image."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chosen(RestoredImage):
+    """The result taken, with what the expert gave each candidate."""
+
+    chosen: int
+    """Its number; -1: the mean of all."""
+    scores: tuple[float, ...]
+
+
+class BestOf:
+    """A restorer that samples `count` candidates and keeps one."""
+
+    def __init__(self, restorer: ManyRestorer, count: int, choice: str, weights_dir: str | None = None):
+        """choice: an expert of `CHOICES`, or pyiqa:METRIC with its weights staged. ValueError for another."""
+        self.restorer, self.count = restorer, count
+        self.expert = None if choice == "mean" else build_chooser(choice, weights_dir)
+
+    def __call__(self, batch: LQBatch) -> list[RestoredImage]:
+        """One image each; candidates without an image are never chosen while another has one."""
+        lqs = batch.lq.permute(0, 2, 3, 1).numpy()
+        return [
+            self._choose(found, lq) for found, lq in zip(self.restorer.candidates(batch, self.count), lqs, strict=True)
+        ]
+
+    def _choose(self, found: list[RestoredImage], lq: np.ndarray) -> RestoredImage:
+        given = [item for item in found if item.image is not None]
+        if not given:
+            return found[0]
+        if self.expert is None:
+            return _mean(given)
+        scores = np.full(len(found), -np.inf)
+        scores[[item.image is not None for item in found]] = np.nan_to_num(self.expert(given, lq), nan=-np.inf)
+        best = int(scores.argmax())
+        item = found[best]
+        return Chosen(item.image, item.trace, item.stages, best, tuple(scores.tolist()))
+
+
+def build_chooser(choice: str, weights_dir: str | None = None) -> Expert:
+    """The expert called `choice`. ValueError for an unknown name, or weights that are not staged."""
+    if choice == "fidelity":
+        reward = FidelityReward(FidelityOptions())
+        return lambda found, lq: reward.score([Candidate(item.trace, item.image, lq) for item in found])
+    kind, _, metric = choice.partition(":")
+    if kind == "pyiqa" and metric:
+        options = GenerationOptions(expert="pyiqa", metrics=[metric], weights_dir=weights_dir)
+    elif choice in ("ranker", "niqe"):
+        options = GenerationOptions(expert=choice)
+    else:
+        raise ValueError(f"choose={choice!r} is none of {', '.join(CHOICES)}, pyiqa:METRIC; name one")
+    expert = build_expert(options)
+    return lambda found, lq: expert([item.image for item in found if item.image is not None])
+
+
+def _mean(given: list[RestoredImage]) -> RestoredImage:
+    """Pixel means of every stage; the words are those of the candidate nearest to the mean."""
+    finals = np.stack([item.image for item in given if item.image is not None]).astype(np.float32)
+    distances = np.square(finals - finals.mean(0)).mean((1, 2, 3))
+    nearest = given[int(distances.argmin())]
+    stages = tuple(_mean_of([item.stages[stage] for item in given]) for stage in range(3))
+    image = _mean_of([item.image for item in given])
+    return Chosen(image, nearest.trace, stages, -1, tuple((-distances).tolist()))  # type: ignore[arg-type]
+
+
+def _mean_of(images: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [image for image in images if image is not None]
+    return np.stack(known).astype(np.float32).mean(0).round().astype(np.uint8) if known else None

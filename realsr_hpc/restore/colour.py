@@ -1,0 +1,48 @@
+"""Give a restored image the colours of its input: wavelet and AdaIN, as StableSR (Wang et al. 2024) names them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, pad
+
+ColourFix = Literal["none", "wavelet", "adain"]
+COLOUR_FIXES: tuple[ColourFix, ...] = get_args(ColourFix)
+_LEVELS = 5
+
+
+def fix_colour(image: np.ndarray, reference: np.ndarray, how: ColourFix) -> np.ndarray:
+    """uint8 [H, W, 3] with the colours of `reference` (same shape, the input at the result's size).
+
+    wavelet: low frequencies of the reference, high ones of the image. adain: mean and deviation of each channel.
+    """
+    if how == "none":
+        return image
+    ours, theirs = (torch.from_numpy(np.array(x)).permute(2, 0, 1).float() for x in (image, reference))
+    fixed = ours - low_frequencies(ours) + low_frequencies(theirs) if how == "wavelet" else _adain(ours, theirs)
+    return fixed.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def low_frequencies(planes: Tensor) -> Tensor:
+    """What is left of [3, H, W] after five levels of the à trous transform: taps 1 2 1, spread 1, 2, 4, 8, 16 px."""
+    taps = torch.tensor([0.25, 0.5, 0.25])
+    for level in range(_LEVELS):
+        spread = 2**level
+        for kernel, border in (
+            (taps.view(1, 1, 3, 1), (0, 0, spread, spread)),
+            (taps.view(1, 1, 1, 3), (spread, spread, 0, 0)),
+        ):
+            planes = conv2d(pad(planes[:, None], border, mode="replicate"), kernel, dilation=spread)[:, 0]
+    return planes
+
+
+def _adain(ours: Tensor, theirs: Tensor) -> Tensor:
+    (mean, spread), (wanted_mean, wanted_spread) = _moments(ours), _moments(theirs)
+    return (ours - mean) / spread.clamp(min=1e-5) * wanted_spread + wanted_mean
+
+
+def _moments(planes: Tensor) -> tuple[Tensor, Tensor]:
+    return planes.mean((1, 2), keepdim=True), planes.std((1, 2), keepdim=True, correction=0)

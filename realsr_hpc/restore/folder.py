@@ -1,0 +1,141 @@
+"""A folder of images restored file by file: what is done is skipped, what cannot be read is reported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from realsr_hpc.restore.pictures import SUFFIXES, Picture, find_images, read_picture, targets, write_picture
+from realsr_hpc.restore.reasoning import write_reasoning
+from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_tiles, restore_images
+
+SETTINGS_FILE = "restore.json"
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""Pillow's ways to refuse a file."""
+
+
+@dataclass
+class RestoreReport:
+    """What became of the files."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why, by file."""
+    num_tiles: int = 0
+    num_tiles_bicubic: int = 0
+    """Tiles for which the model gave no image: filled in bicubically."""
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.done)} restored, {len(self.skipped)} already there, {len(self.failed)} failed"]
+        if self.num_tiles_bicubic:
+            lines.append(
+                f"{self.num_tiles_bicubic} of {self.num_tiles} tiles are bicubic: the model gave no image there"
+            )
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.failed.items()])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One file on its way."""
+
+    file: Path
+    target: Path
+    picture: Picture
+
+
+def restore_folder(
+    restorer: Restorer, source: Path, output: Path, settings: RestoreSettings, *, show_progress: bool = True
+) -> RestoreReport:
+    """Restore every image of a folder (or one file) into `output`: NAME.png, NAME.json and NAME.steps.jpg.
+
+    Small images are restored together, a batch of tiles at once; each file is written as soon as it is done.
+    Raises ValueError when there is nothing to read, or `output` holds results of other settings.
+    """
+    files = find_images(source, output)
+    if not files:
+        raise ValueError(f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))}")
+    _claim(output, settings)
+    places = targets(files, source if source.is_dir() else source.parent, output)
+    report = RestoreReport()
+    report.skipped = [str(file) for file, target in places.items() if target.exists()]
+    missing = {file: target for file, target in places.items() if not target.exists()}
+    with _progress(show_progress) as progress:
+        task = progress.add_task("restoring", total=_expected_tiles(list(missing), settings))
+        for part in _parts(missing, settings, report):
+            pixels = [work.picture.rgb for work in part]
+            results = restore_images(restorer, pixels, settings, lambda count: progress.advance(task, count))
+            for work, result in zip(part, results, strict=True):
+                _write(work, result, settings, report)
+    return report
+
+
+def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: RestoreReport) -> Iterator[list[_Work]]:
+    """Readable files, as many at a time as fill a batch of tiles."""
+    part: list[_Work] = []
+    waiting = 0
+    for file, target in missing.items():
+        try:
+            picture = read_picture(file)
+        except UNREADABLE as error:
+            report.failed[str(file)] = f"cannot be read ({type(error).__name__}: {error})"
+            continue
+        part.append(_Work(file, target, picture))
+        waiting += count_tiles(*picture.rgb.shape[:2], settings)
+        if waiting >= settings.batch_size:
+            yield part
+            part, waiting = [], 0
+    if part:
+        yield part
+
+
+def _write(work: _Work, result: Blended, settings: RestoreSettings, report: RestoreReport) -> None:
+    """The image last: where it exists, its reasoning does."""
+    work.target.parent.mkdir(parents=True, exist_ok=True)
+    write_reasoning(work.file, work.target, work.picture.rgb, result, settings.source)
+    write_picture(result.image, work.picture, work.target)
+    report.done.append(str(work.file))
+    report.num_tiles += len(result.tiles)
+    report.num_tiles_bicubic += sum(bool(record["bicubic"]) for record in result.tiles)
+
+
+def _claim(output: Path, settings: RestoreSettings) -> None:
+    """Note the settings in the folder; refuse a folder of other settings."""
+    path = output / SETTINGS_FILE
+    wanted = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
+    if path.exists() and (held := json.loads(path.read_text())) != wanted:
+        differing = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
+        was = ", ".join(f"{name}={held.get(name)}" for name in differing)
+        raise ValueError(f"output={output} holds results of other settings ({was}); choose an empty folder")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=1))
+
+
+def _expected_tiles(files: list[Path], settings: RestoreSettings) -> int:
+    """From the files' headers; a broken one counts none."""
+    total = 0
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                total += count_tiles(picture.height, picture.width, settings)
+        except UNREADABLE:
+            continue
+    return total
+
+
+class _Rate(ProgressColumn):
+    """Tiles a second, of the last while."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.2f} tiles/s" if task.speed else "– tiles/s")
+
+
+def _progress(show: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, disable=not show)

@@ -1,0 +1,105 @@
+"""Open what restores: a run, one of its checkpoints, or a Hugging Face export of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from realsr_hpc.config.load import from_yaml
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.schema import ParallelConfig, RestoreConfig, RunConfig
+
+if TYPE_CHECKING:
+    from realsr_hpc.rollout.restorer import PolicyRestorer
+
+
+def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRestorer:
+    """A restorer whole on this process; checkpoint None: the recipe's start weights.
+
+    Under a launcher of several processes each of them opens one. Raises ValueError when there is neither a checkpoint
+    nor start weights.
+    """
+    if checkpoint_path is None and config.model.weights is None:
+        raise ValueError("model.weights is not set and there is no checkpoint: name a run that has one")
+    # Megatron takes seconds to import: not for who only reads pictures.
+    from realsr_hpc import checkpoint
+    from realsr_hpc.model.policy import build_policy
+    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.rollout.restorer import PolicyRestorer
+    from realsr_hpc.tokenizer.trace import TraceTokenizer
+
+    precision = config.precision.model_copy(update={"fp8": "none", "rollout_fp8": False})
+    config = config.model_copy(update={"parallel": ParallelConfig(), "precision": precision})
+    if checkpoint_path is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+    groups = initialise(config.parallel, config.seed)
+    tokens = TraceTokenizer.load(config, groups.device)
+    policy = build_policy(config, groups, tokens.codec.vocabulary.size, trainable=False)
+    if checkpoint_path is not None:
+        checkpoint.load(checkpoint_path, policy, None, groups)
+    return PolicyRestorer(policy, tokens, config)
+
+
+def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None, str]:
+    """Recipe, checkpoint (None: the weights the recipe names) and name of `run=`, `checkpoint=` or `export=`.
+
+    Raises ValueError when none or several are given, or what they name is not whole.
+    """
+    named = [key for key in ("run", "checkpoint", "export") if given.get(key)]
+    if len(named) != 1:
+        raise ValueError("give one of run=RUN_DIR, checkpoint=RUN_DIR/checkpoints/step-N, export=DIR")
+    if named == ["export"]:
+        folder = Path(given["export"] or "").resolve()
+        return read_export(folder), None, str(folder)
+    config, path = find_run(given.get("run"), given.get("checkpoint"))
+    return config, path, str(path)
+
+
+def find_run(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig, Path]:
+    """Recipe and checkpoint folder of `run=RUN_DIR` (its newest checkpoint) or `checkpoint=RUN_DIR/checkpoints/STEP`.
+
+    Raises ValueError when neither or both are given, or there is no whole checkpoint.
+    """
+    if (run is None) == (checkpoint_folder is None):
+        raise ValueError("give either run=RUN_DIR or checkpoint=RUN_DIR/checkpoints/step-N")
+    if checkpoint_folder is not None:
+        path = Path(checkpoint_folder).resolve()
+        return from_yaml(path.parent.parent / "recipe.yaml"), path
+    run_dir = Path(run or "").resolve()
+    config = from_yaml(run_dir / "recipe.yaml")
+    from realsr_hpc import checkpoint
+
+    newest = checkpoint.latest(run_dir / "checkpoints")
+    if newest is None:
+        raise ValueError(f"run={run_dir} has no whole checkpoint under checkpoints/; let it reach its first one")
+    return config, newest
+
+
+def read_export(folder: Path) -> RunConfig:
+    """The recipe of an export, with its weights as start weights. ValueError where a file it needs is not here."""
+    config = from_yaml(folder / "recipe.yaml")
+    files = {
+        "image_tokenizer.weights": config.image_tokenizer.weights,
+        "text_tokenizer.path": config.text_tokenizer.path,
+    }
+    for field, file in files.items():
+        if not resolve(file).is_file():
+            raise ValueError(
+                f"export={folder}: {field} of its recipe, {file}, is not on this machine; unpack the export's own "
+                f"with python tools/import_hf.py source={folder} output=RUN_DIR, then give run=RUN_DIR"
+            )
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": str(folder)})})
+
+
+def with_sampling(config: RunConfig, given: Mapping[str, str | None]) -> RunConfig:
+    """The recipe with those of its `restore` fields that `given` names. ValueError for a value out of range."""
+    chosen = {name: given[name] for name in RestoreConfig.model_fields if given.get(name) is not None}
+    try:
+        restore = RestoreConfig.model_validate({**config.restore.model_dump(), **chosen})
+    except ValidationError as error:
+        faults = "; ".join(f"{fault['loc'][0]}={fault['input']}: {fault['msg']}" for fault in error.errors())
+        raise ValueError(faults) from None
+    return config.model_copy(update={"restore": restore})

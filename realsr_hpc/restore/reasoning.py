@@ -1,0 +1,57 @@
+"""How an image was restored, beside it: NAME.json for programs, NAME.steps.jpg for people."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from realsr_hpc.restore.pictures import resized
+from realsr_hpc.restore.tiles import STAGES, Blended
+
+MAX_SIDE_PX = 512
+"""Longer side of one image in the picture of steps."""
+_LINE_PX = 14
+_CHARACTER_PX = 6
+
+
+def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended, made_by: str) -> None:
+    """`target` is the restored image's path; lq: uint8 [h, w, 3]."""
+    reasoning = {"input": str(source), "output": target.name, "source": made_by, "tiles": result.tiles}
+    target.with_suffix(".json").write_text(json.dumps(reasoning, indent=1, ensure_ascii=False))
+    steps_picture(lq, result).save(target.with_suffix(".steps.jpg"), quality=90)
+
+
+def steps_picture(lq: np.ndarray, result: Blended) -> Image.Image:
+    """Input, rough, middle and final image side by side, the words of the first tile below."""
+    height, width = result.image.shape[:2]
+    shrink = min(1.0, MAX_SIDE_PX / max(height, width))
+    size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+    columns = {"input": lq, **{name: result.stages[name] for name in STAGES if name in result.stages}}
+    columns["final"] = result.image
+    lines = [line for text in _words(result) for line in textwrap.wrap(text, _columns(len(columns) * size[1]))]
+    canvas = Image.new("RGB", (len(columns) * (size[1] + 4) + 4, size[0] + 24 + _LINE_PX * len(lines)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (name, pixels) in enumerate(columns.items()):
+        left = 4 + number * (size[1] + 4)
+        draw.text((left, 2), name, fill="black")
+        canvas.paste(Image.fromarray(resized(pixels, *size)), (left, 18))
+    for number, line in enumerate(lines):
+        draw.text((4, size[0] + 22 + _LINE_PX * number), line, fill="black")
+    return canvas
+
+
+def _words(result: Blended) -> list[str]:
+    first = result.tiles[0]
+    texts = list(first["texts"])  # type: ignore[call-overload]
+    said = [first["degradation"], *texts]
+    names = ("degradation", "rough", "middle", "final")
+    of = f" (tile 1 of {len(result.tiles)})" if len(result.tiles) > 1 else ""
+    return [f"{name}{of}: {text or 'nothing well formed'}" for name, text in zip(names, said, strict=True)]
+
+
+def _columns(width_px: int) -> int:
+    return max(40, width_px // _CHARACTER_PX)

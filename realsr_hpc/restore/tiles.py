@@ -1,0 +1,191 @@
+"""Images of any size through a model of one size: overlapping tiles, restored in common batches, blended.
+
+Left out: context from one tile to the next; tiles see only themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from realsr_hpc.records import LQBatch, RestoredImage
+from realsr_hpc.restore.candidates import Chosen
+from realsr_hpc.restore.colour import ColourFix, fix_colour
+from realsr_hpc.restore.pictures import resized
+
+Restorer = Callable[[LQBatch], list[RestoredImage]]
+Stage = Literal["rough", "middle"]
+STAGES: tuple[Stage, Stage] = ("rough", "middle")
+
+
+@dataclass(frozen=True)
+class RestoreSettings:
+    """How an image is cut and what restores it; kept beside the results, so that they are never mixed."""
+
+    source: str
+    """What restores: the path of the checkpoint or export, and how it samples."""
+    tile_px: int
+    """Side of a tile of the LQ image."""
+    model_upscale: int
+    """Factor that the model was trained for."""
+    upscale: float = 0.0
+    """Factor of the result, 1 up to the model's; 0: the model's."""
+    overlap_px: int = 8
+    """By which neighbouring tiles overlap, in LQ pixels."""
+    colour: ColourFix = "none"
+    batch_size: int = 64
+    """Tiles restored at once, of several images where they are small."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap_px <= self.tile_px // 2:
+            raise ValueError(f"overlap_px={self.overlap_px} must lie in 0..{self.tile_px // 2} (half a tile)")
+        if self.upscale and not 1 <= self.upscale <= self.model_upscale:
+            raise ValueError(f"upscale={self.upscale:g} must lie in 1..{self.model_upscale} (what the model enlarges)")
+
+    @property
+    def factor(self) -> float:
+        """Output side over input side."""
+        return self.upscale or float(self.model_upscale)
+
+
+@dataclass(frozen=True)
+class Blended:
+    """A restored image of any size; RGB uint8."""
+
+    image: np.ndarray
+    """[round(h factor), round(w factor), 3]."""
+    stages: dict[Stage, np.ndarray]
+    """The tiles' rough and middle images blended alike, at their own size."""
+    tiles: list[dict[str, object]]
+    """Of each tile: corner, texts, faults, whether it had to be filled in bicubically."""
+
+
+def restore_images(
+    restorer: Restorer,
+    images: Sequence[np.ndarray],
+    settings: RestoreSettings,
+    on_tiles: Callable[[int], None] = lambda count: None,
+) -> list[Blended]:
+    """Restore uint8 [h, w, 3] of any size; tiles of all of them share batches. `on_tiles`: told of every batch.
+
+    A tile's draws follow its number within its image, so they do not depend on what else is restored.
+    """
+    canvases = [_Canvas(image, settings) for image in images]
+    work = [(canvas, number) for canvas in canvases for number in range(len(canvas.corners))]
+    for start in range(0, len(work), settings.batch_size):
+        part = work[start : start + settings.batch_size]
+        batch = _batch([canvas.tile(number) for canvas, number in part], [number for _, number in part])
+        for (canvas, number), restored in zip(part, restorer(batch), strict=True):
+            canvas.add(number, restored)
+        on_tiles(len(part))
+    return [canvas.finish() for canvas in canvases]
+
+
+def count_tiles(height: int, width: int, settings: RestoreSettings) -> int:
+    """Tiles of an image of this size."""
+    sides = (max(side, settings.tile_px) for side in (height, width))
+    down, across = (len(tile_starts(side, settings.tile_px, settings.overlap_px)) for side in sides)
+    return down * across
+
+
+def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin along one side of `size` >= `tile`: evenly spread, overlapping by `overlap` or more."""
+    if size == tile:
+        return [0]
+    count = -(-(size - overlap) // (tile - overlap))
+    return [round(i * (size - tile) / (count - 1)) for i in range(count)]
+
+
+class _Canvas:
+    """One image: its tiles, and the weighted sums that become the result."""
+
+    def __init__(self, rgb: np.ndarray, settings: RestoreSettings):
+        self.rgb, self.settings = rgb, settings
+        height, width = rgb.shape[:2]
+        tile, overlap = settings.tile_px, settings.overlap_px
+        self.padded = np.pad(rgb, ((0, max(0, tile - height)), (0, max(0, tile - width)), (0, 0)), mode="symmetric")
+        tops, lefts = (tile_starts(side, tile, overlap) for side in self.padded.shape[:2])
+        self.corners = [(top, left) for top in tops for left in lefts]
+        self.final = _Sum(self.padded.shape, settings, settings.model_upscale)
+        self.stages: dict[Stage, _Sum] = {}
+        self.records: list[dict[str, object]] = []
+
+    def tile(self, number: int) -> np.ndarray:
+        """LQ pixels [tile, tile, 3]."""
+        top, left = self.corners[number]
+        return self.padded[top : top + self.settings.tile_px, left : left + self.settings.tile_px]
+
+    def add(self, number: int, restored: RestoredImage) -> None:
+        """Blend a tile in; bicubic where the model gave no image."""
+        corner, side = self.corners[number], self.settings.tile_px * self.settings.model_upscale
+        image = restored.image if restored.image is not None else resized(self.tile(number), side, side)
+        if image.shape != (side, side, 3):
+            raise ValueError(f"a tile came back as {image.shape}, not {(side, side, 3)}; check tile_px and upscale")
+        self.final.add(corner, image)
+        for name, stage in zip(STAGES, restored.stages, strict=False):
+            if stage is not None:
+                scale = max(1, stage.shape[0] // self.settings.tile_px)
+                total = self.stages.setdefault(name, _Sum(self.padded.shape, self.settings, scale))
+                total.add(corner, resized(stage, *[scale * self.settings.tile_px] * 2))
+        self.records.append(_record(corner, restored))
+
+    def finish(self) -> Blended:
+        """Blended, cut to the image, with the colour fix, at the size asked for."""
+        height, width = self.rgb.shape[:2]
+        large = self.final.blended(height, width)
+        large = fix_colour(large, resized(self.rgb, *large.shape[:2]), self.settings.colour)
+        factor = self.settings.factor
+        image = resized(large, max(1, round(height * factor)), max(1, round(width * factor)))
+        stages = {name: total.blended(height, width) for name, total in self.stages.items()}
+        return Blended(image, stages, self.records)
+
+
+class _Sum:
+    """Weighted sum of tiles at `scale` times the LQ size; the weight rises over the overlap from every edge."""
+
+    def __init__(self, shape: tuple[int, ...], settings: RestoreSettings, scale: int):
+        self.scale = scale
+        self.total = np.zeros((shape[0] * scale, shape[1] * scale, 3), np.float32)
+        self.weight = np.zeros((*self.total.shape[:2], 1), np.float32)
+        distance = np.minimum(np.arange(settings.tile_px * scale), np.arange(settings.tile_px * scale)[::-1]) + 1.0
+        line = np.minimum(distance / (settings.overlap_px * scale + 1.0), 1.0).astype(np.float32)
+        self.ramp = (line[:, None] * line[None])[..., None]
+
+    def add(self, corner: tuple[int, int], image: np.ndarray) -> None:
+        top, left = (place * self.scale for place in corner)
+        where = (slice(top, top + image.shape[0]), slice(left, left + image.shape[1]))
+        self.total[where] += image * self.ramp
+        self.weight[where] += self.ramp
+
+    def blended(self, height: int, width: int) -> np.ndarray:
+        """uint8 of the first `height` x `width` LQ pixels; grey where no tile gave anything."""
+        mean = np.divide(self.total, self.weight, out=np.full_like(self.total, 128.0), where=self.weight > 0)
+        whole = np.clip(np.round(mean), 0, 255).astype(np.uint8)
+        return whole[: height * self.scale, : width * self.scale]
+
+
+def _batch(tiles: Sequence[np.ndarray], numbers: Sequence[int]) -> LQBatch:
+    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+    unknown = (None,) * len(tiles)
+    return LQBatch(pixels, None, unknown, unknown, tuple(map(str, numbers)), torch.tensor(list(numbers)))
+
+
+def _record(corner: tuple[int, int], restored: RestoredImage) -> dict[str, object]:
+    trace = restored.trace
+    record: dict[str, object] = {
+        "top": corner[0],
+        "left": corner[1],
+        "well_formed": trace.well_formed,
+        "bicubic": restored.image is None,
+        "degradation": trace.degradation,
+        "texts": list(trace.texts),
+        "faults": list(trace.faults),
+    }
+    if isinstance(restored, Chosen):
+        scores = [round(score, 4) if np.isfinite(score) else None for score in restored.scores]
+        record |= {"chosen": restored.chosen, "scores": scores}
+    return record
