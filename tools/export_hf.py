@@ -1,40 +1,46 @@
-"""Run folder -> Hugging Face folder: python tools/export_hf.py run=RUN_DIR output=DIR [checkpoint=DIR] [dtype=bf16]."""
+"""Run folder -> Hugging Face folder: python tools/export_hf.py run=RUN_DIR output=DIR [checkpoint=DIR] [dtype=bf16].
+
+checkpoint=RUN_DIR/checkpoints/step-N takes that one instead of the newest; licence=ID goes into the model card;
+dtype=bf16|fp32 rounds the policy's weights (default: as they are).
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-USAGE = """\
-usage: python tools/export_hf.py run=RUN_DIR output=DIR [checkpoint=RUN_DIR/checkpoints/step-N] [licence=ID]
-                                 [dtype=bf16|fp32]   (rounds the policy's weights; default: as they are)"""
-KEYS = {"run", "output", "checkpoint", "licence", "dtype"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from realsr_hpc.config.arguments import read_arguments  # noqa: E402
+
+DEFAULTS = {"run": None, "output": None, "checkpoint": None, "licence": None, "dtype": None}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage or a run that cannot be exported."""
-    given = dict(item.partition("=")[::2] for item in arguments)
-    if not {"run", "output"} <= given.keys() <= KEYS or given.get("dtype", "bf16") not in DTYPES:
-        print(USAGE, file=sys.stderr)
-        return 2
-    import torch
-
-    from realsr_hpc.export import export_run
-
     try:
-        taken = export_run(
-            Path(given["run"]),
-            Path(given["output"]),
-            checkpoint_path=Path(given["checkpoint"]) if "checkpoint" in given else None,
-            licence=given.get("licence"),
-            dtype=getattr(torch, DTYPES[given["dtype"]]) if "dtype" in given else None,
-        )
+        given = read_arguments(arguments, DEFAULTS)
+        if not given["run"] or not given["output"]:
+            raise ValueError("run=RUN_DIR and output=DIR are needed")
+        if given["dtype"] not in (None, *DTYPES):
+            raise ValueError(f"dtype={given['dtype']!r} is none of {', '.join(DTYPES)}; leave it out to round nothing")
+        taken = _export(given, Path(given["run"]), Path(given["output"]))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{given['output']}: {taken.name} of {given['run']}")
     return 0
+
+
+def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
+    import torch
+
+    from realsr_hpc.export import export_run
+
+    path = Path(given["checkpoint"]) if given["checkpoint"] else None
+    dtype = getattr(torch, DTYPES[given["dtype"]]) if given["dtype"] else None
+    return export_run(run, output, checkpoint_path=path, licence=given["licence"], dtype=dtype)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> run folder: python tools/import_hf.py source=DIR output=RUN_DIR [recipe=NAME ...].
+"""Hugging Face folder -> run folder: python tools/import_hf.py source=DIR output=RUN_DIR [recipe=NAME field=value ...].
 
 Without recipe= the source must be an export of ours. The run folder can be continued, evaluated and exported like any.
 """
@@ -8,27 +8,34 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-USAGE = "usage: python tools/import_hf.py source=DIR output=RUN_DIR [recipe=NAME [section.field=value ...]]"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from realsr_hpc.config.arguments import read_arguments  # noqa: E402
+
+DEFAULTS = {"source": None, "output": None}
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage or a folder that does not fit."""
-    given = {key: value for key, _, value in (item.partition("=") for item in arguments) if key in ("source", "output")}
-    overrides = [item for item in arguments if item.partition("=")[0] not in given]
-    if len(given) != 2:
-        print(USAGE, file=sys.stderr)
-        return 2
-    from realsr_hpc.config.load import compose_one
-    from realsr_hpc.export import import_folder
-
+    own = [item for item in arguments if item.partition("=")[0] in DEFAULTS]
+    overrides = [item for item in arguments if item not in own]
     try:
-        config = compose_one(overrides) if overrides else None
-        written = import_folder(Path(given["source"]), Path(given["output"]), config)
+        given = read_arguments(own, DEFAULTS)
+        if not given["source"] or not given["output"]:
+            raise ValueError("source=DIR and output=RUN_DIR are needed, and recipe=NAME for weights of others")
+        written = _import(Path(given["source"]), Path(given["output"]), overrides)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"checkpoint {written}")
     return 0
+
+
+def _import(source: Path, output: Path, overrides: list[str]) -> Path:
+    from realsr_hpc.config.load import compose_one
+    from realsr_hpc.export import import_folder
+
+    return import_folder(source, output, compose_one(overrides) if overrides else None)
 
 
 if __name__ == "__main__":

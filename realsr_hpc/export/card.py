@@ -22,21 +22,17 @@ paints the image at {sizes} px, trained by realsr_hpc {version} (task {task}{ste
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, LogitsProcessorList
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)  # modeling_realsr.py
+processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)     # processing_realsr.py
+restored, trace = processor.restore(model, Image.open("lq.png"), details=True)
+restored.save("sr.png")
+print(trace["degradation"], trace["final_understand"])
 ```
 
-```python
-# with FOLDER on sys.path
-from modeling_realsr import ImageBlockGrammar, load_decoder
-from processing_realsr import RealSRProcessor
-processor, decoder = RealSRProcessor(FOLDER), load_decoder(FOLDER)
-prompt = processor.prompt(model, images)               # uint8 RGB [B, 3, h, w]
-grammar = ImageBlockGrammar(processor.trace, prompt.shape[1])
-tokens = model.generate(prompt, logits_processor=LogitsProcessorList([grammar]), do_sample=True)
-fields = processor.parse(tokens[0, prompt.shape[1]:])  # texts, and codes of the images
-pixels = decoder(torch.from_numpy(fields["final_image"])[None])
-```
+`processor.prompt`, `model.generate`, `processor.parse` and `model.load_decoder` are its steps.
 
 `transformers.ChameleonForConditionalGeneration` loads the same weights, but sets every image logit to the smallest
 number: it describes and never paints. The class in modeling_realsr.py lifts that mask.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -61,33 +62,39 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
-    """`model.safetensors`, or numbered shards and their index where it would exceed `shard_bytes`."""
-    shards = list(_shards(tensors, shard_bytes))
+def write_weights(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """`model.safetensors`, or numbered shards and their index where it would exceed `shard_bytes`.
+
+    tensors: name and value in the order of `sizes` (name -> bytes); taken one by one, a shard's worth held at a time.
+    """
+    shards = list(_shards(sizes, shard_bytes))
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        return _save(folder / SINGLE, tensors, shards[0])
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(folder / file, tensors, names)
-        places |= dict.fromkeys(names, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    return write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        files = [SINGLE]
+    given = iter(tensors)
+    for file, names in zip(files, shards, strict=True):
+        _save(folder / file, dict(itertools.islice(given, len(names))), names)
+    if len(shards) > 1:
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places})
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], names: list[str]) -> None:
-    save_file({name: tensors[name].contiguous() for name in names}, path, metadata={"format": "pt"})
+def _save(path: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
+    assert list(tensors) == names, f"{path.name}: tensors {list(tensors)} come in another order than planned: {names}"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
 
 
-def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
-    for name, tensor in tensors.items():
-        if names and size + tensor.nbytes > shard_bytes:
+    for name, nbytes in sizes.items():
+        if names and size + nbytes > shard_bytes:
             yield names
             names, size = [], 0
         names.append(name)
-        size += tensor.nbytes
+        size += nbytes
     yield names
 
 

@@ -16,6 +16,7 @@ STOCK_CLASS = "ChameleonForConditionalGeneration"
 MODELING_FILE = "modeling_realsr.py"
 PROCESSING_FILE = "processing_realsr.py"
 SHIPPED_CLASS = "RealSRForConditionalGeneration"
+SHIPPED_PROCESSOR = "RealSRProcessor"
 
 
 def code_name(code: int) -> str:
@@ -61,9 +62,12 @@ def model_config(config: RunConfig, vocabulary: Vocabulary, names: dict[str, int
     model: ModelConfig = config.model
     return {
         "architectures": [STOCK_CLASS],
-        "auto_map": dict.fromkeys(
-            ("AutoModelForCausalLM", "AutoModelForImageTextToText"), f"{MODELING_FILE[:-3]}.{SHIPPED_CLASS}"
-        ),
+        "auto_map": {
+            **dict.fromkeys(
+                ("AutoModelForCausalLM", "AutoModelForImageTextToText"), f"{MODELING_FILE[:-3]}.{SHIPPED_CLASS}"
+            ),
+            "AutoProcessor": f"{PROCESSING_FILE[:-3]}.{SHIPPED_PROCESSOR}",
+        },
         "vocab_size": vocabulary.size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -110,6 +114,7 @@ def trace_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
         "image_sizes_px": list(config.vlcot.image_sizes_px),
         "lq_size_px": config.vlcot.lq_size_px,
         "upscale": config.vlcot.upscale,
+        "max_text_tokens": config.vlcot.max_text_tokens,
         "downsample": tokenizer.downsample,
         "num_codes": vocabulary.num_codes,
         "codes_in_block": vocabulary.codes_in_block,

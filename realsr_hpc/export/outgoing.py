@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,8 +21,9 @@ from realsr_hpc.export import hf_config
 from realsr_hpc.export.card import model_card
 from realsr_hpc.export.folder import SHARD_BYTES, Aside, write_json, write_weights
 from realsr_hpc.export.image_weights import encoder_tensors, save_decoder
+from realsr_hpc.export.recipe import portable
 from realsr_hpc.export.text_files import combined, write_text_files
-from realsr_hpc.model.hf_mapping import local_to_hf
+from realsr_hpc.model.hf_mapping import hf_names, hf_shape, hf_tensors
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.tokenizer.trace import TraceTokenizer
@@ -48,24 +51,36 @@ def export_policy(
     The folder is written aside and renamed. ValueError when `output` exists or a file of the recipe does not fit.
     dtype: rounds the policy's weights; None keeps theirs, and only that makes the way back the identity.
     """
-    weights = local_to_hf(policy)
-    if dtype is not None:
-        weights = {name: value.to(dtype) for name, value in weights.items()}
+    kept = next(policy.parameters()).dtype if dtype is None else dtype
+    weights = _rounded(policy, kept)
     if policy.groups.is_main:
         vocabulary = tokens.codec.vocabulary
         own = json.loads(resolve(config.text_tokenizer.path).read_text(encoding="utf-8"))
         text = combined(own, hf_config.special_tokens(vocabulary), vocabulary)
+        image = encoder_tensors(tokens.image)
+        sizes = {name: math.prod(hf_shape(name, policy.shapes)) * kept.itemsize for name in hf_names(policy.shapes)}
         with Aside(output) as folder:
-            write_weights(folder, {**weights, **encoder_tensors(tokens.image)}, shard_bytes)
+            image_sizes = {name: value.nbytes for name, value in image.items()}
+            write_weights(folder, itertools.chain(weights, image.items()), sizes | image_sizes, shard_bytes)
             save_decoder(tokens.image, folder)
-            _write_configs(folder, config, vocabulary, text["model"]["vocab"], weights["lm_head.weight"].dtype)
+            _write_configs(folder, config, vocabulary, text["model"]["vocab"], kept)
             write_text_files(folder, text, config.model.max_sequence_tokens)
             for file in (hf_config.MODELING_FILE, hf_config.PROCESSING_FILE):
                 shutil.copyfile(_SHIPPED / file, folder / file)
-            (folder / "recipe.yaml").write_text(to_yaml(config))
+            (folder / "recipe.yaml").write_text(to_yaml(portable(config)))
             (folder / "README.md").write_text(model_card(config, step=step, metrics=metrics or {}, licence=licence))
+    else:
+        for _ in weights:  # its part in gathering
+            pass
     if dist.is_initialized():
         dist.barrier()
+
+
+def _rounded(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole weights in `dtype` on world rank 0, nothing on the others; all ranks go through it together."""
+    for name, value in hf_tensors(policy):
+        if value is not None:
+            yield name, value.to(dtype)
 
 
 def _write_configs(
@@ -119,7 +134,7 @@ def empty_policy(config: RunConfig, groups: Groups, vocab_size: int) -> Policy:
             "model": config.model.model_copy(update={"weights": None}),
         }
     )
-    return build_policy(plain, groups, vocab_size, trainable=False)
+    return build_policy(plain, groups, vocab_size, trainable=False, filled=False)
 
 
 def last_metrics(run_dir: Path, step: int) -> dict[str, float]:

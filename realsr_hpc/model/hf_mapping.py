@@ -250,16 +250,22 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(reader.keys(), single)
 
 
-@torch.no_grad()
 def local_to_hf(policy: Policy, part: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """Gather the whole weights to world rank 0's host memory, one parameter at a time; {} elsewhere.
+    """The whole weights in world rank 0's host memory; {} elsewhere. See `hf_tensors`, which never holds them all."""
+    return {name: tensor for name, tensor in hf_tensors(policy, part) if tensor is not None}
 
-    Every rank of the first data-parallel replica must call it (all ranks may). part: what to take of a parameter
-    instead of its value, e.g. its gradient.
+
+@torch.no_grad()
+def hf_tensors(
+    policy: Policy, part: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Name and whole tensor, one parameter gathered at a time, in the order of `hf_names`.
+
+    The tensor is in host memory on world rank 0 and None elsewhere. Every rank of the first data-parallel replica must
+    take all of it (all ranks may). part: what to take of a parameter instead of its value, e.g. its gradient.
     """
     groups, shapes = policy.groups, policy.shapes
     owned = {(row.local, layer): (row, parameter) for row, layer, parameter in _local_rows(policy)}
-    whole: dict[str, Tensor] = {}
     for (row, layer), stage in _owners(policy):
         names = [name.format(i=layer) for name in row.hf]
         if stage == groups.pp_rank:
@@ -273,9 +279,8 @@ def local_to_hf(policy: Policy, part: Callable[[Tensor], Tensor] | None = None) 
             source = dist.get_global_rank(groups.pp, stage)
             for tensor in tensors:
                 dist.broadcast(tensor, source, group=groups.pp)
-        if groups.is_main:
-            whole |= {name: tensor.cpu().clone() for name, tensor in zip(names, tensors, strict=True)}
-    return whole
+        for name, tensor in zip(names, tensors, strict=True):
+            yield name, tensor.cpu().clone() if groups.is_main else None
 
 
 def _part_dtype(policy: Policy, part: Callable[[Tensor], Tensor] | None) -> torch.dtype:

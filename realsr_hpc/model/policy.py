@@ -119,12 +119,19 @@ class Policy:
 
 
 def build_policy(
-    config: RunConfig, groups: Groups, vocab_size: int, *, trainable: bool = True, meta: bool = False
+    config: RunConfig,
+    groups: Groups,
+    vocab_size: int,
+    *,
+    trainable: bool = True,
+    meta: bool = False,
+    filled: bool = True,
 ) -> Policy:
     """Build the local chunks and fill them.
 
     Weights come from `config.model.weights` (a Hugging Face export folder) or at random from `config.seed`, the
-    same whatever the layout. meta: shapes only, on torch's meta device, nothing filled.
+    same whatever the layout. meta: shapes only, on torch's meta device, nothing filled. filled=False: the caller
+    overwrites every weight (a checkpoint, an import), so none is drawn.
     ValueError naming the field when the layout cannot hold the model.
     """
     layout.check(config.model, config.parallel)
@@ -135,7 +142,7 @@ def build_policy(
     shapes = WeightShapes.of(config.model, vocab_size)
     policy = Policy(chunks, megatron, groups, shapes, vocab_size, padded)
     mark_cuts(policy)
-    if not meta:
+    if filled and not meta:
         _fill(policy, config)
     if not trainable:
         for parameter in policy.parameters():

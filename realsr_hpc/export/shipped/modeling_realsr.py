@@ -40,6 +40,11 @@ class RealSRForConditionalGeneration(ChameleonForConditionalGeneration):
             attentions=outputs.attentions,
         )
 
+    @staticmethod
+    def load_decoder(folder):
+        """The image decoder of the export folder; see the function of that name."""
+        return load_decoder(folder)
+
 
 class ImageBlockGrammar(LogitsProcessor):
     """For `generate`: text outside image blocks; inside, what the block leaves no choice in is forced.

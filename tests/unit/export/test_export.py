@@ -2,23 +2,30 @@
 
 import importlib.util
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ChameleonForConditionalGeneration, LogitsProcessorList
 
-from realsr_hpc.config.load import from_yaml
+from realsr_hpc.config.load import from_yaml, project_root, to_yaml
+from realsr_hpc.config.schema import ClusterConfig, DataConfig, TrackingConfig
 from realsr_hpc.export import export_run, import_folder
 from realsr_hpc.export.folder import weight_files, write_weights
 from realsr_hpc.export.hf_config import code_name, special_tokens
 from realsr_hpc.export.image_weights import load_from_export
 from realsr_hpc.export.incoming import IMAGE_FILE, TEXT_FILE
+from realsr_hpc.export.recipe import portable
 from realsr_hpc.tokenizer.image import load_image_tokenizer
+from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
 
@@ -191,7 +198,7 @@ def test_imported_tokenizers_are_the_runs_own(run, tmp_path):
 
 def test_large_weights_are_split_and_indexed(tmp_path):
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
-    write_weights(tmp_path, tensors, shard_bytes=90)
+    write_weights(tmp_path, tensors.items(), {name: value.nbytes for name, value in tensors.items()}, shard_bytes=90)
     files = weight_files(tmp_path)
     assert sorted({path.name for path in files.values()}) == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
     assert all(torch.equal(load_file(files[name])[name], value) for name, value in tensors.items())
@@ -200,7 +207,8 @@ def test_large_weights_are_split_and_indexed(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    write_weights(tmp_path, {f"t{i}": torch.zeros(10) for i in range(5)}, shard_bytes=90)
+    tensors = {f"t{i}": torch.zeros(10) for i in range(5)}
+    write_weights(tmp_path, tensors.items(), dict.fromkeys(tensors, 40), shard_bytes=90)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match="model-00002-of-00003.safetensors, not there"):
         weight_files(tmp_path)
@@ -252,7 +260,60 @@ def test_card_names_recipe_step_and_licence(run):
     assert "license: apache-2.0" in card
     assert "tiny_export" in card
     assert "step 7" in card
-    assert (run.export / "recipe.yaml").read_text() == (run.folder / "recipe.yaml").read_text()
+    written, own = from_yaml(run.export / "recipe.yaml"), from_yaml(run.folder / "recipe.yaml")
+    assert (written.model, written.grpo, written.rollout) == (own.model, own.grpo, own.rollout)
+
+
+def test_the_recipe_in_an_export_names_nothing_of_this_machine(run):
+    there = "/scratch/me"
+    config = run.config.model_copy(
+        update={
+            "output_root": there,
+            "tracking": TrackingConfig(uri="postgresql://me:password@host/db", description="kept"),
+            "cluster": ClusterConfig(account="mine", environment_file=f"{there}/env.sh", tasks_per_node=2),
+            "data": DataConfig(manifest=str(project_root() / "data" / "m.parquet")),
+        }
+    )
+    text = to_yaml(portable(config))
+    assert not any(part in text for part in (there, "password", "mine", str(project_root()), str(run.folder.parent)))
+    kept = portable(config)
+    assert (kept.data.manifest, kept.image_tokenizer.weights) == ("data/m.parquet", "image.safetensors")
+    assert (kept.tracking.description, kept.cluster.tasks_per_node) == ("kept", 2)
+
+
+def test_the_readmes_example_restores_an_image_with_transformers_alone(run, tmp_path):
+    """In a fresh interpreter, away from the project: the code between the README's fences, as it stands."""
+    readme = (project_root() / "README.md").read_text()
+    (example,) = [code for code in re.findall("```python\n(.*?)```", readme, re.DOTALL) if "processor.restore" in code]
+    shutil.copytree(run.export, tmp_path / "export")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "lq.png")
+    alone = "\nimport sys; assert not [name for name in sys.modules if name.startswith(('realsr_hpc.', 'megatron'))]"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", example + alone], cwd=tmp_path, env=environment, check=True)
+    with Image.open(tmp_path / "sr.png") as restored:
+        assert restored.size == (run.config.vlcot.image_sizes_px[-1],) * 2
+
+
+def test_the_shipped_grammar_is_the_constrained_one(run):
+    """Both walks side by side: the same choices at every position of random traces."""
+    shipped_grammar = shipped(run.export, "processing_realsr")
+    theirs = shipped_grammar.TraceGrammar(shipped_grammar.RealSRProcessor(run.export))
+    ours = Grammar(run.tokens.codec, "constrained")
+    masks, random = ours.mask_table, np.random.default_rng(0)
+    for _ in range(3):
+        walks, allowed, length = (theirs.walk(), ours.walk()), [], 0
+        choices = [next(walk) for walk in walks]
+        while choices:
+            allowed = np.flatnonzero(masks[choices[1]])
+            assert sorted(choices[0]) == allowed.tolist()
+            token, length = int(random.choice(allowed)), length + 1
+            try:
+                choices = [walks[0].send(token), walks[1].send(token)]
+            except StopIteration:
+                choices = []
+        assert token == run.tokens.codec.vocabulary.end_turn
+        assert length <= theirs.longest
 
 
 def test_special_names_are_chameleons():

@@ -32,8 +32,13 @@ def test_a_recipe_of_another_shape_is_refused(run, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_wrong_usage_is_answered_with_the_usage(capsys):
-    assert command("export_hf")(["run=x"]) == 2
-    assert command("export_hf")(["run=x", "output=y", "format=z"]) == 2
-    assert command("import_hf")(["source=x"]) == 2
-    assert capsys.readouterr().err.count("usage:") == 3
+def test_wrong_usage_names_what_is_wrong(capsys):
+    wrong = {
+        "export_hf": (["run=x"], ["run=x", "output=y", "outptu=z"], ["run=x", "output=y", "dtype=fp16"]),
+        "import_hf": (["source=x"], ["source=x", "output=y", "recipe=grpo_tinny"]),
+    }
+    assert all(command(name)(arguments) == 2 for name, given in wrong.items() for arguments in given)
+    said = capsys.readouterr().err.splitlines()
+    parts = ("output=DIR are needed", "did you mean 'output'", "none of bf16, fp32", "are needed", "'grpo_tiny'")
+    assert len(said) == len(parts)
+    assert all(part in line for part, line in zip(parts, said, strict=True)), said

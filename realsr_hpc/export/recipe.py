@@ -1,0 +1,39 @@
+"""The recipe as it leaves this machine: what was trained and how, nothing about where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from realsr_hpc.config.paths import project_root
+from realsr_hpc.config.schema import ClusterConfig, RunConfig
+
+_SIZES = ("kind", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "gpu_memory_gib", "time_min")
+"""Of the cluster section, what describes the machine; the rest names accounts, partitions and files of one site."""
+
+
+def portable(config: RunConfig) -> RunConfig:
+    """`config` without this machine's folders, its tracking server (whose address may hold a password) and its site.
+
+    Paths inside the project become relative to it, paths elsewhere keep their last part alone.
+    """
+    cluster = ClusterConfig(**{name: getattr(config.cluster, name) for name in _SIZES})
+    image, text, data, model = config.image_tokenizer, config.text_tokenizer, config.data, config.model
+    return config.model_copy(
+        update={
+            "output_root": RunConfig.model_fields["output_root"].default,
+            "tracking": config.tracking.model_copy(update={"uri": None}),
+            "cluster": cluster,
+            "image_tokenizer": image.model_copy(update={"weights": _short(image.weights)}),
+            "text_tokenizer": text.model_copy(update={"path": _short(text.path)}),
+            "data": data.model_copy(update={"manifest": _short(data.manifest)}),
+            "model": model.model_copy(update={"weights": None if model.weights is None else _short(model.weights)}),
+        }
+    )
+
+
+def _short(path: str) -> str:
+    absolute = Path(path).expanduser()
+    if not absolute.is_absolute():
+        return path
+    root = project_root()
+    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else absolute.name
