@@ -1,11 +1,12 @@
 """Make the images of shapes that sft_tiny trains on beside the photographs: python tools/make_shapes.py
 
-Writes recipes/assets/shapes/: the images, and one manifest of them and of the bundled photographs (each of those
-PHOTOGRAPH_SHARE times, so that the two kinds come about equally often).
+Writes runs/shapes/: the images, and one manifest of them and of the bundled photographs (each training photograph
+PHOTOGRAPH_SHARE times, so that every third training image is one).
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +20,16 @@ sys.path.insert(0, str(ROOT))
 from realsr_hpc.data.manifest import ManifestEntry, read_manifest, sha256_of, write_manifest  # noqa: E402
 from realsr_hpc.data.shapes import dead_leaves, describe  # noqa: E402
 
-SEED, NUM_IMAGES, SIDE_PX, PHOTOGRAPH_SHARE = 0, 240, 144, 6
+SEED, NUM_IMAGES, SIDE_PX, PHOTOGRAPH_SHARE = 0, 1600, 144, 60
 
 
-def main() -> int:
+def main(folder: Path = ROOT / "runs" / "shapes", num_images: int = NUM_IMAGES) -> int:
     """Write the folder."""
-    assets = ROOT / "recipes" / "assets"
-    folder = assets / "shapes"
-    folder.mkdir(exist_ok=True)
-    entries = [_shapes(folder, number) for number in track(range(NUM_IMAGES), "shapes")]
-    for entry in read_manifest(assets / "photographs" / "manifest.parquet").entries:
-        path = f"../photographs/{entry.path}"
+    photographs = ROOT / "recipes" / "assets" / "photographs"
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [_shapes(folder, number) for number in track(range(num_images), "shapes")]
+    for entry in read_manifest(photographs / "manifest.parquet").entries:
+        path = os.path.relpath(photographs / entry.path, folder)
         for copy in range(PHOTOGRAPH_SHARE if entry.split == "train" else 1):
             entries.append(replace(entry, key=f"{entry.key}-{copy}", path=path))
     write_manifest(folder / "manifest.parquet", entries)
@@ -38,10 +38,10 @@ def main() -> int:
 
 def _shapes(folder: Path, number: int) -> ManifestEntry:
     image = dead_leaves(np.random.default_rng([SEED, number]), SIDE_PX)
-    scene, name = describe(image), f"{number:03d}.jpg"
+    scene, name = describe(image), f"{number:04d}.jpg"
     image.save(folder / name, quality=88)
     return ManifestEntry(
-        key=f"shapes-{number:03d}",
+        key=f"shapes-{number:04d}",
         path=name,
         split="train",
         width=SIDE_PX,

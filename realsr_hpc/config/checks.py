@@ -180,6 +180,13 @@ def a_trace_fits_the_rollout(config: RunConfig) -> Iterator[str]:
         )
 
 
+def text_slots_fit_the_grammar(config: RunConfig) -> Iterator[str]:
+    """A text that training traces fill up can also be sampled."""
+    longest = max(config.vlcot.text_slots or (0,))
+    if longest > config.vlcot.max_text_tokens:
+        yield f"vlcot.text_slots: {longest}: longer than vlcot.max_text_tokens {config.vlcot.max_text_tokens}"
+
+
 def prompt_and_trace_fit_the_model(config: RunConfig) -> Iterator[str]:
     """The context holds the LQ image, and the longest rollout behind it."""
     limit, prompt = config.model.max_sequence_tokens, prompt_image_tokens(config)
@@ -303,6 +310,7 @@ RULES: tuple[Rule, ...] = (
     world_size_divides_by_the_layout,
     data_parallel_ranks_share_the_batch_evenly,
     a_trace_fits_the_rollout,
+    text_slots_fit_the_grammar,
     prompt_and_trace_fit_the_model,
     a_microbatch_holds_one_sequence,
     fp8_needs_bf16_gpus_and_aligned_dimensions,

@@ -47,6 +47,9 @@ class VLCoTConfig(Section):
     """Prompt text; `<|image|>` marks where the LQ image stands."""
     max_text_tokens: Count = 48
     """Longest free text of one understanding field."""
+    text_slots: tuple[Count, Count, Count] | None = None
+    """Training traces: tokens that each text is filled up to with blanks. Images then begin at the same place in every
+    trace, and a small model learns where to look; None: texts as they are (the paper)."""
 
 
 class ImageTokenizerConfig(Section):

@@ -68,6 +68,7 @@ class TraceCodec:
         self.vocabulary = vocabulary
         self.text = text
         self.downsample = downsample
+        self._blank = self.encode_text(" ")
 
     def side(self, size_px: int) -> int:
         """Codes along one side of an image of `size_px`."""
@@ -106,10 +107,12 @@ class TraceCodec:
     def build(self, trace: Trace) -> list[int]:
         """Response tokens of a trace, the end of turn included."""
         tokens = self.field("degradation", self.encode_text(trace.degradation))
-        for text_name, text, image_name, codes in zip(
-            TEXT_FIELDS, trace.texts, IMAGE_FIELDS, trace.images, strict=True
+        slots = self.config.text_slots or (0, 0, 0)
+        for text_name, text, slot, image_name, codes in zip(
+            TEXT_FIELDS, trace.texts, slots, IMAGE_FIELDS, trace.images, strict=True
         ):
-            tokens += self.field(text_name, self.encode_text(text))
+            body = self.encode_text(text)
+            tokens += self.field(text_name, body + self._blank * (slot - len(body)))
             tokens += self.field(image_name, self.image_block(codes))
         return [*tokens, self.vocabulary.end_turn]
 
@@ -201,10 +204,10 @@ def _body(text: str, name: str, faults: list[str]) -> str | None:
 
 
 def _plain(body: str | None, name: str, faults: list[str]) -> str | None:
-    """The field's text, when it holds text alone."""
+    """The field's text without the blanks that fill it up, when it holds text alone."""
     if body is None:
         return None
     if not body.strip() or _IMAGE_MARK.search(body) or "<" in body:
         faults.append(f"{name} is empty or holds more than text")
         return None
-    return body
+    return body.rstrip(" ")

@@ -26,6 +26,7 @@ BREACHES = {
     "world_size_divides_by_the_layout": ["parallel.tp=2"],
     "data_parallel_ranks_share_the_batch_evenly": ["cluster.tasks_per_node=3"],
     "a_trace_fits_the_rollout": ["rollout.max_new_tokens=100"],
+    "text_slots_fit_the_grammar": ["vlcot.text_slots=[16,24,60]"],
     "prompt_and_trace_fit_the_model": ["model.max_sequence_tokens=300"],
     "a_microbatch_holds_one_sequence": ["parallel.microbatch_tokens=100"],
     "fp8_needs_bf16_gpus_and_aligned_dimensions": ["precision.fp8=tensorwise"],

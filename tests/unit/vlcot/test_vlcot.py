@@ -65,6 +65,20 @@ def test_parse_inverts_build(codec, seed):
     assert all(np.array_equal(a, b) for a, b in zip(parsed.images, trace.images, strict=True))
 
 
+def test_filled_up_texts_put_the_images_at_one_place_and_parse_to_the_same_trace(codec):
+    config = codec.config.model_copy(update={"text_slots": (20, 20, 20)})
+    filling = TraceCodec(config, codec.vocabulary, codec.text, DOWNSAMPLE)
+    trace = random_trace(codec, 0)
+    other = Trace("light blur, upsample, light noise, light compression, upsample", ("a", "b", "c"), trace.images)
+    places = [
+        [place for place, token in enumerate(tokens) if token == codec.vocabulary.image_begin]
+        for tokens in (filling.build(trace), filling.build(other), codec.build(trace))
+    ]
+    assert [b - a for a, b in zip(places[0], places[1], strict=True)] == [places[1][0] - places[0][0]] * 3
+    assert places[2][1] - places[2][0] < places[0][1] - places[0][0]
+    assert filling.parse(filling.build(trace)).texts == trace.texts
+
+
 def test_prompt_holds_the_instruction_and_the_image(codec):
     grid = np.arange(16).reshape(4, 4)
     prompt = codec.prompt(grid)
