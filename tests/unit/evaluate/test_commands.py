@@ -77,11 +77,25 @@ def test_restore_writes_images_and_reasoning_and_repeats_itself(run_dir, tmp_pat
 
 
 def test_evaluate_writes_its_report_beside_the_checkpoint(run_dir, capsys):
-    assert command("evaluate")([f"checkpoint={run_dir / 'checkpoints/step-000003'}", "num_images=2"]) == 0
-    assert "| bicubic | ours |" in capsys.readouterr().out
+    arguments = [f"checkpoint={run_dir / 'checkpoints/step-000003'}", "num_images=2", "temperature=0.5", "candidates=2"]
+    assert command("evaluate")([*arguments, "choose=mean"]) == 0
+    printed = capsys.readouterr().out
+    assert "| bicubic | ours |" in printed and "has no MLflow run" in printed
     folder = run_dir / "evaluation/step-000003"
-    assert {path.name for path in folder.iterdir()} == {"metrics.csv", "metrics.md", "grid.png"}
-    assert "reward_fidelity" in (folder / "metrics.md").read_text()
+    assert {"metrics.csv", "metrics.md", "grid.png", "worst.png", "images.json"} <= {p.name for p in folder.iterdir()}
+    text = (folder / "metrics.md").read_text()
+    assert "reward_fidelity" in text and "not computed: `topiq_nr`" in text
+
+
+def test_evaluate_takes_finished_images_and_a_set_of_any_size(run_dir, tmp_path, capsys):
+    for name, size in (("lq", 40), ("gt", 160), ("other", 160)):
+        (tmp_path / name).mkdir()
+        Image.fromarray(data.astronaut()).resize((size, size)).save(tmp_path / name / "face.png")
+    place = [f"data={tmp_path}", "set=paired", "pyiqa=none"]
+    assert command("evaluate")([f"images={tmp_path / 'other'}", *place]) == 0
+    assert "| psnr_y ↑ |" in capsys.readouterr().out and (tmp_path / "other-evaluation/paired/metrics.md").exists()
+    assert command("evaluate")([f"run={run_dir}", f"against={tmp_path / 'other'}", *place]) == 0  # in four tiles
+    assert "bicubic 1, other 1, ours 1" in capsys.readouterr().out
 
 
 def test_score_prints_a_table_and_keeps_it(tmp_path, capsys):

@@ -1,4 +1,5 @@
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -7,77 +8,155 @@ from PIL import Image
 from skimage import data
 
 from realsr_hpc.config.schema import RewardsConfig
-from realsr_hpc.evaluate import BICUBIC, bootstrap, evaluate
-from realsr_hpc.records import DegradationLabel, LQBatch, ParsedTrace, RestoredImage
+from realsr_hpc.evaluate import BICUBIC, Bicubic, Case, FinishedImages, Metrics, World, bootstrap, evaluate, open_set
+from realsr_hpc.evaluate.published import published_table
+from realsr_hpc.records import DegradationLabel, ParsedTrace, RestoredImage, SceneText
 from realsr_hpc.rewards.metrics import psnr_y
 from realsr_hpc.rewards.mixture import RewardMixture
 
 torch.set_num_threads(1)
 LABEL = DegradationLabel("light", "keep", "medium", "light", "upsample")
 WRONG_BLUR = "heavy blur, keep, medium noise, light compression, upsample"
+SCENE = SceneText("a cat", "a cat on a sofa", "a grey cat on a red sofa", ("cat", "sofa"))
 
 
 @pytest.fixture(scope="module")
-def batch():
+def cases():
     photographs = (data.astronaut(), data.coffee(), data.chelsea())
     pictures = [Image.fromarray(image).resize((192, 128)) for image in photographs]
-    gt = np.stack([np.asarray(picture)[:, 20:148] for picture in pictures])
-    lq = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX)) for image in gt])
-    to_tensor = lambda images: torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # noqa: E731
-    return LQBatch(to_tensor(lq), to_tensor(gt), (LABEL,) * 3, (None,) * 3, ("a", "b", "c"), torch.arange(3))
+    gts = [np.asarray(picture)[:, 20:148] for picture in pictures]
+    lqs = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX)) for image in gts]
+    return [Case(key, lq, gt, LABEL, SCENE, i) for i, (key, lq, gt) in enumerate(zip("abc", lqs, gts, strict=True))]
 
 
-def half_way(batch):
-    """The truth plus a constant; the last image is missing."""
-    truths = [image.permute(1, 2, 0).numpy() for image in batch.gt]
-    images = [np.clip(image.astype(int) + 5, 0, 255).astype(np.uint8) for image in truths[:2]] + [None]
-    traces = [ParsedTrace(WRONG_BLUR, ("x",) * 3, (None,) * 3, () if image is not None else ("f",)) for image in images]
-    return [RestoredImage(image, trace, (None, None, image)) for image, trace in zip(images, traces, strict=True)]
+def half_way(cases):
+    """The truth plus a constant; the image of `c` is missing."""
+    results = []
+    for case in cases:
+        image = None if case.key == "c" else np.clip(case.gt.astype(int) + 5, 0, 255).astype(np.uint8)
+        trace = ParsedTrace(WRONG_BLUR, ("a cat", "x", "x"), (None,) * 3, () if image is not None else ("fault",))
+        results.append(RestoredImage(image, trace, (case.lq, None, image)))
+    return results
 
 
-def test_metrics_are_those_of_the_images_and_missing_ones_are_left_out(batch):
-    report = evaluate(half_way, batch, crop_px=4)
-    truth = batch.gt[:2].permute(0, 2, 3, 1).numpy()
-    given = np.stack([item.image for item in half_way(batch)[:2]])
+METHODS = {BICUBIC: Bicubic(4), "ours": half_way}
+
+
+@pytest.fixture(scope="module")
+def report(cases, tmp_path_factory):
+    metrics = Metrics(crop_px=4, rewards=RewardMixture(RewardsConfig()), pyiqa=["lpips"])
+    return evaluate(METHODS, cases, tmp_path_factory.mktemp("report"), metrics=metrics, set_name="realsr")
+
+
+def test_metrics_are_those_of_the_images_and_missing_ones_are_left_out(report, cases):
+    truth = np.stack([case.gt for case in cases[:2]])
+    given = np.stack([item.image for item in half_way(cases[:2])])
     values = report.values("ours", "psnr_y")
     np.testing.assert_allclose(values[:2], psnr_y(given, truth, 4))
-    assert np.isnan(values[2]) and report.num_restored("ours") == 2 and report.num_restored(BICUBIC) == 3
-    assert report.interval("ours", "psnr_y").num_images == 2
+    assert np.isnan(values[2]) and report.interval("ours", "psnr_y").num_images == 2
     assert report.interval("ours", "slot_accuracy").mean == pytest.approx(0.8)
     assert report.interval("ours", "well_formed").mean == pytest.approx(2 / 3)
+    assert report.interval("ours", "text_tags").mean == pytest.approx(0.5)
     assert report.gain("ours", BICUBIC, "psnr_y").low > 0
-
-
-def test_reward_terms_of_bicubic_are_the_image_ones(batch):
-    report = evaluate(half_way, batch, rewards=RewardMixture(RewardsConfig()))
+    # A method without traces has only the reward terms that look at the image.
     assert report.interval(BICUBIC, "reward_fidelity").num_images == 3
-    assert report.interval(BICUBIC, "reward_format").num_images == 0
     assert report.interval("ours", "reward_degradation").mean == pytest.approx(0.8)
-    assert "evaluate/bicubic/reward_format" not in report.summary()
+    assert "evaluate/realsr/bicubic/reward_format" not in report.summary()
 
 
-def test_files_say_the_same_as_the_report(batch, tmp_path):
-    report = evaluate({"before": half_way, "after": half_way}, batch)
-    report.write(tmp_path / "report")
-    rows = list(csv.DictReader((tmp_path / "report/metrics.csv").read_text().splitlines()))
-    assert len(rows) == 9 and [row["method"] for row in rows[:3]] == [BICUBIC, "before", "after"]
-    assert float(rows[1]["psnr_y"]) == report.values("before", "psnr_y")[0]
-    text = (tmp_path / "report/metrics.md").read_text()
-    assert "before 2, after 2" in text and "BT.601" in text and "no border left out" in text
-    with Image.open(tmp_path / "report/grid.png") as grid:
-        assert grid.width > 5 * 128
+def test_confusion_counts_what_was_said_for_what_was_true(report):
+    blur = report.confusions("ours")[0]
+    assert blur.counts.tolist() == [[0, 0, 3, 0], [0] * 4, [0] * 4] and blur.accuracy == 0.0
+    assert [item.accuracy for item in report.confusions("ours")[1:]] == [1.0] * 4
 
 
-def test_without_truth_only_reference_free_metrics_remain(batch):
-    blind = LQBatch(batch.lq, None, (None,) * 3, (None,) * 3, batch.keys, batch.index)
-    report = evaluate(lambda _: half_way(batch), blind)
-    assert "psnr_y" not in report.metrics and report.interval(BICUBIC, "niqe").num_images == 3
-    assert report.interval("ours", "slot_accuracy").num_images == 0
+def test_files_say_the_same_as_the_report(report):
+    rows = list(csv.DictReader((report.folder / "metrics.csv").read_text().splitlines()))
+    assert len(rows) == 6 and [row["method"] for row in rows[:2]] == [BICUBIC, "ours"]
+    assert float(rows[1]["psnr_y"]) == report.values("ours", "psnr_y")[0]
+    text = (report.folder / "metrics.md").read_text()
+    assert "bicubic 3, ours 2" in text and "4 px of border left out" in text
+    assert "- not computed: `lpips`" in text  # named, not silently absent
+    assert "RealSR usually" not in text and "| RealSR-R1 | 22.89 |" in text
+    records = json.loads((report.folder / "images.json").read_text())
+    assert (
+        records[0]["methods"]["ours"]["texts"][0] == "a cat" and "final" not in records[2]["methods"]["ours"]["files"]
+    )
+    for name in ("grid.png", "worst.png", "slots.png"):
+        with Image.open(report.folder / name) as picture:
+            assert picture.width > 3 * 128
+    assert [record["key"] for record in report.worst(1)] == ["c"]
 
 
-def test_a_restorer_must_answer_for_every_image(batch):
+def test_finished_images_of_another_method_score_alike(report, cases, tmp_path):
+    finished = FinishedImages(report.folder / "images" / "ours")
+    metrics = Metrics(crop_px=4)
+    again = evaluate({BICUBIC: Bicubic(4), "other": finished}, cases, tmp_path, metrics=metrics)
+    np.testing.assert_array_equal(again.values("other", "psnr_y"), report.values("ours", "psnr_y"))
+    assert again.interval("other", "well_formed").num_images == 0 and not (tmp_path / "slots.png").exists()
+
+
+def test_ranks_share_the_cases_and_the_first_one_reports(cases, tmp_path):
+    metrics, posted = Metrics(), []
+
+    def gather(value):
+        posted.append(value)
+        return [posted[1], value] if len(posted) == 4 else [value]
+
+    second = World(1, 2, gather)
+    assert evaluate(METHODS, cases, tmp_path, metrics=metrics, world=second, batch_size=2) is None
+    first = evaluate(METHODS, cases, tmp_path, metrics=metrics, world=World(0, 2, gather), batch_size=2)
+    assert [record["key"] for record in first.records] == ["a", "b", "c"]
+
+
+@pytest.fixture
+def test_set(tmp_path, cases):
+    """Pairs in RealSR's own names, one with a truth of the wrong size, one broken."""
+    folder = tmp_path / "Test" / "4"
+    folder.mkdir(parents=True)
+    for case in cases:
+        Image.fromarray(case.lq).save(folder / f"{case.key}_LR4.png")
+        Image.fromarray(case.gt[:64] if case.key == "b" else case.gt).save(folder / f"{case.key}_HR.png")
+    (folder / "c_LR4.png").write_bytes(b"nonsense")
+    return tmp_path
+
+
+def test_a_set_is_read_in_its_layout_and_what_cannot_be_used_is_named(test_set, tmp_path):
+    found, remarks = open_set("realsr", test_set, 4)
+    assert found.keys() == ["a", "b", "c"] and "usually has 100 images" in remarks[0]
+    report = evaluate({BICUBIC: Bicubic(4)}, found, tmp_path / "out", metrics=Metrics(), remarks=remarks)
+    assert [record["key"] for record in report.records] == ["a"]
+    assert "is not 4 x low quality" in report.skipped["b"] and "cannot be read" in report.skipped["c"]
+
+
+@pytest.mark.parametrize(("lq", "gt"), [("test_LR", "test_HR"), ("lq", "gt"), ("StableSR/LR", "StableSR/HR")])
+def test_two_folders_side_by_side_are_pairs(lq, gt, cases, tmp_path):
+    for name, tag, pixels in ((lq, "x4", cases[0].lq), (gt, "", cases[0].gt)):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / name / f"0001{tag}.png")
+    case = open_set("paired", tmp_path, 4)[0][0]
+    assert case.key == "0001" and case.gt.shape == (128, 128, 3)
+    blind = open_set("unpaired", tmp_path / lq, 4)[0]
+    assert len(blind) == 1 and blind[0].gt is None
+
+
+def test_without_truth_only_reference_free_metrics_remain(cases, tmp_path):
+    blind = [Case(case.key, case.lq) for case in cases]
+    report = evaluate({BICUBIC: Bicubic(4)}, blind, tmp_path, metrics=Metrics())
+    assert report.names == ("restored", "niqe") and report.interval(BICUBIC, "niqe").num_images == 3
+    assert published_table("heldout") == [] and report.worst(1)[0]["key"] in "abc"
+
+
+def test_what_does_not_fit_is_said(cases, tmp_path):
     with pytest.raises(ValueError, match="returned 2 images for 3"):
-        evaluate(lambda b: half_way(b)[:2], batch)
+        evaluate({BICUBIC: Bicubic(4), "x": lambda c: half_way(c)[:2]}, cases, tmp_path, metrics=Metrics())
+    with pytest.raises(ValueError, match="a: image .128, 64. px|a: image .128, 64., truth"):
+        narrow = lambda c: [RestoredImage(case.gt[:, :64], half_way([case])[0].trace, (None,) * 3) for case in c]  # noqa: E731
+        evaluate({BICUBIC: Bicubic(4), "x": narrow}, cases[:1], tmp_path, metrics=Metrics())
+    with pytest.raises(ValueError, match="bicubic is missing"):
+        evaluate({"ours": half_way}, cases, tmp_path, metrics=Metrics())
+    with pytest.raises(ValueError, match="set='relasr' is none of realsr"):
+        open_set("relasr", tmp_path, 4)
 
 
 def test_bootstrap_interval_covers_the_normal_one():

@@ -1,0 +1,198 @@
+"""What an evaluation found, for people and programs.
+
+metrics.md       tables with intervals, gains, words, the published table, what was not computed
+metrics.csv      a line an image and method
+grid.png         the first images: input, every method, truth        worst.png   the last method's worst
+slots.png        degradation words, true against said                images.json, images/   everything behind it
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from realsr_hpc.evaluate.intervals import Interval, bootstrap
+from realsr_hpc.evaluate.methods import BICUBIC
+from realsr_hpc.evaluate.metrics import Metrics
+from realsr_hpc.evaluate.published import published_table
+from realsr_hpc.evaluate.words import Confusion, confusions
+from realsr_hpc.tracking.pictures import image_grid
+
+GRID_ROWS = 12
+
+
+@dataclass
+class EvaluationReport:
+    """Records of all images (see run.py) and what follows from them."""
+
+    folder: Path
+    set_name: str
+    methods: tuple[str, ...]
+    records: list[dict[str, Any]]
+    metrics: Metrics
+    remarks: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Cases that could not be used, and why."""
+    set_scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of the whole set, by metric and method: no mean over images (FID)."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Metrics of images, in the order met."""
+        rows = (entry["metrics"] for record in self.records for entry in record["methods"].values())
+        return tuple(dict.fromkeys(name for row in rows for name in row))
+
+    def values(self, method: str, metric: str) -> np.ndarray:
+        """Values of all images, NaN where there is none."""
+        rows = (record["methods"][method]["metrics"] for record in self.records)
+        return np.array([row.get(metric, np.nan) for row in rows], dtype=np.float64)
+
+    def interval(self, method: str, metric: str) -> Interval:
+        """Mean and interval of one method."""
+        return bootstrap(self.values(method, metric))
+
+    def gain(self, method: str, over: str, metric: str) -> Interval:
+        """Mean and interval of the paired difference `method` - `over` over images that both have."""
+        return bootstrap(self.values(method, metric) - self.values(over, metric))
+
+    def confusions(self, method: str) -> list[Confusion]:
+        """True against said, a slot each."""
+        said = [record["methods"][method].get("degradation") for record in self.records]
+        return confusions(said, [record["degradation"] for record in self.records])
+
+    def add_set_scores(self, scores: Mapping[str, dict[str, float]]) -> None:
+        """Scores of whole sets, by metric and method."""
+        self.set_scores |= scores
+
+    def summary(self) -> dict[str, float]:
+        """`evaluate/SET/METHOD/METRIC` -> mean, for trackers; means without images are left out."""
+        found = {f"{a}/{b}": self.interval(a, b) for a in self.methods for b in self.names}
+        means = {name: interval.mean for name, interval in found.items() if interval.num_images}
+        means |= {f"{a}/{metric}": value for metric, row in self.set_scores.items() for a, value in row.items()}
+        return {f"evaluate/{self.set_name}/{name}": value for name, value in means.items()}
+
+    def speakers(self) -> list[str]:
+        """Methods that name a degradation where it is known."""
+        return [method for method in self.methods if np.isfinite(self.values(method, "slot_accuracy")).any()]
+
+    def worst(self, count: int = GRID_ROWS) -> list[dict[str, Any]]:
+        """The last method's worst images: lowest PSNR, or highest NIQE without truths; missing ones first."""
+        values = self.values(self.methods[-1], "psnr_y" if "psnr_y" in self.names else "niqe")
+        order = np.argsort(np.nan_to_num(values if "psnr_y" in self.names else -values, nan=-np.inf), kind="stable")
+        return [self.records[place] for place in order[:count]]
+
+    def markdown(self) -> str:
+        """Everything that can be said in text."""
+        counts = ", ".join(f"{method} {int(self.values(method, 'restored').sum())}" for method in self.methods)
+        head = [
+            f"{self.set_name}: {len(self.records)} images; images given: {counts}. Mean [95 % bootstrap interval].",
+            *(f"- {remark}" for remark in self.remarks),
+            *(f"- left out: {key}: {reason}" for key, reason in self.skipped.items()),
+        ]
+        sections = [head, self._table(), self._gains(), self._words(), published_table(self.set_name), self._notes()]
+        return "\n".join("\n".join([*section, ""]) for section in sections if section)
+
+    def write(self) -> None:
+        """All files of the report, into its folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "metrics.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ["key", "method", *self.names], restval="nan")
+            writer.writeheader()
+            for record in self.records:
+                for method, entry in record["methods"].items():
+                    writer.writerow({"key": record["key"], "method": method, **entry["metrics"]})
+        (self.folder / "metrics.md").write_text(self.markdown())
+        self._grid(self.records[:GRID_ROWS]).save(self.folder / "grid.png")
+        self._grid(self.worst()).save(self.folder / "worst.png")
+        if self.speakers():
+            plot_confusions({name: self.confusions(name) for name in self.speakers()}, self.folder / "slots.png")
+
+    def _table(self) -> list[str]:
+        lines = ["| metric | " + " | ".join(self.methods) + " |", "|---" * (len(self.methods) + 1) + "|"]
+        for metric in self.names:
+            cells = [str(self.interval(method, metric)) for method in self.methods]
+            lines.append(f"| {metric} {self._arrow(metric)} | " + " | ".join(cells) + " |")
+        for metric, row in self.set_scores.items():
+            cells = [f"{row[method]:.3f}" for method in self.methods]
+            lines.append(f"| {metric} {self._arrow(metric)} | " + " | ".join(cells) + " |")
+        return lines
+
+    def _arrow(self, metric: str) -> str:
+        return "↓" if self.metrics.lower_is_better(metric) else "↑"
+
+    def _gains(self) -> list[str]:
+        """Paired differences from bicubic, and of the last method from each other."""
+        last = self.methods[-1]
+        pairs = [(method, BICUBIC) for method in self.methods if method != BICUBIC]
+        pairs += [(last, method) for method in self.methods if method not in (BICUBIC, last)]
+        return [
+            f"- {method} less {over}, {metric}: {self.gain(method, over, metric)}"
+            for method, over in pairs
+            for metric in ("psnr_y", "ssim_y", "niqe", "slot_accuracy", "text_chrf")
+            if self.gain(method, over, metric).num_images
+        ]
+
+    def _words(self) -> list[str]:
+        lines: list[str] = []
+        for method in self.speakers():
+            tables = self.confusions(method)
+            rates = ", ".join(
+                f"{item.slot} {item.accuracy:.2f} (always one word: {item.chance:.2f})" for item in tables
+            )
+            lines += [f"Degradation as {method} names it, share right: {rates}", ""]
+            if method == self.methods[-1]:
+                lines += [line for item in tables for line in [*item.markdown(), ""]]
+        return lines
+
+    def _notes(self) -> list[str]:
+        names = [*self.names, *self.set_scores]
+        lines = [f"- `{name}`: {note}" for name, note in self.metrics.notes(names).items()]
+        missing = [f"- not computed: `{name}`: {reason}" for name, reason in self.metrics.not_computed.items()]
+        return lines + missing
+
+    def _grid(self, records: Sequence[dict[str, Any]]) -> Image.Image:
+        has_truth = any("truth" in record["files"] for record in records)
+        rows = [
+            [
+                self._pixels(record["files"]["input"]),
+                *(self._pixels(record["methods"][method]["files"].get("final")) for method in self.methods),
+                *([self._pixels(record["files"].get("truth"))] if has_truth else []),
+            ]
+            for record in records
+        ]
+        return image_grid(rows, ("input", *self.methods, *(("truth",) if has_truth else ())))
+
+    def _pixels(self, file: str | None) -> np.ndarray | None:
+        if file is None:
+            return None
+        with Image.open(self.folder / file) as picture:
+            return np.array(picture)
+
+
+def plot_confusions(tables: Mapping[str, Sequence[Confusion]], path: Path) -> None:
+    """A row a method, a square a slot; colour: share of the true word's cases."""
+    from matplotlib.figure import Figure
+
+    from realsr_hpc.evaluate.words import NOTHING, slot_words
+
+    figure = Figure(figsize=(15, 3.4 * len(tables)), layout="constrained")
+    axes = figure.subplots(len(tables), 5, squeeze=False)
+    for row, (method, slots) in zip(axes, tables.items(), strict=True):
+        for place, item in zip(row, slots, strict=True):
+            words = slot_words(item.slot)
+            shares = item.counts / np.maximum(item.counts.sum(1, keepdims=True), 1)
+            place.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+            place.set(xticks=range(4), yticks=range(3), title=f"{method}: {item.slot} ({item.accuracy:.2f})")
+            place.set_xticklabels([*words, NOTHING], rotation=30)
+            place.set_yticklabels(words)
+            for (true, said), count in np.ndenumerate(item.counts):
+                place.text(said, true, str(count), ha="center", color="white" if shares[true, said] > 0.6 else "black")
+    figure.supxlabel("said")
+    figure.supylabel("true")
+    figure.savefig(path, dpi=80)

@@ -1,0 +1,74 @@
+"""What a model says, judged: the five degradation slots against the truth, the texts against their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import get_args
+
+import numpy as np
+
+from realsr_hpc.records import DegradationLabel, Level, ParsedTrace, Resize, SceneText
+from realsr_hpc.rewards.degradation import read_phrase
+from realsr_hpc.rewards.understanding import chrf, tag_share
+
+SLOTS = tuple(item.name for item in fields(DegradationLabel))
+NOTHING = "nothing"
+TEXT_NOTES = {
+    "text_tags": "share of the truth's content tags named in the rough text",
+    "text_chrf": "chrF2 of the three texts with their captions, mean",
+}
+
+
+def slot_words(slot: str) -> tuple[str, ...]:
+    """What can stand in a slot."""
+    return get_args(Resize) if slot.startswith("resize") else get_args(Level)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts of one slot: rows the truth, columns what was said, the last column nothing readable."""
+
+    slot: str
+    counts: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Share said rightly; NaN without cases."""
+        return float(np.trace(self.counts) / self.counts.sum()) if self.counts.sum() else float("nan")
+
+    @property
+    def chance(self) -> float:
+        """What always saying the most frequent word would earn."""
+        return float(self.counts.sum(1).max() / self.counts.sum()) if self.counts.sum() else float("nan")
+
+    def markdown(self) -> list[str]:
+        """A table of counts."""
+        words = slot_words(self.slot)
+        head = [f"| {self.slot}: true \\ said | " + " | ".join([*words, NOTHING]) + " |", "|---" * 5 + "|"]
+        return head + [f"| {word} | " + " | ".join(map(str, row)) + " |" for word, row in zip(words, self.counts)]  # noqa: B905
+
+
+def confusions(said: Sequence[str | None], truths: Sequence[str | None]) -> list[Confusion]:
+    """One a slot, over the cases whose true phrase is known."""
+    counts = {slot: np.zeros((3, 4), dtype=int) for slot in SLOTS}
+    for phrase, truth in zip(said, truths, strict=True):
+        if truth is None:
+            continue
+        spoken = read_phrase(phrase) if phrase is not None else (None,) * len(SLOTS)
+        for slot, word, right in zip(SLOTS, spoken, read_phrase(truth), strict=True):
+            words = slot_words(slot)
+            counts[slot][words.index(right or words[0]), words.index(word) if word in words else 3] += 1
+    return [Confusion(slot, table) for slot, table in counts.items()]
+
+
+def text_scores(trace: ParsedTrace, scene: SceneText | None) -> Mapping[str, float]:
+    """`text_tags` and `text_chrf` in 0..1, NaN where the truth has no tags or captions."""
+    if scene is None:
+        return dict.fromkeys(TEXT_NOTES, float("nan"))
+    pairs = zip(trace.texts, scene.captions, strict=True)
+    likeness = [chrf(text, caption) if text else 0.0 for text, caption in pairs if caption]
+    return {
+        "text_tags": tag_share(trace.texts[0], scene) if scene.tags else float("nan"),
+        "text_chrf": float(np.mean(likeness)) if likeness else float("nan"),
+    }

@@ -1,0 +1,62 @@
+"""pyiqa's metrics in their own unit, with and without truth, for evaluation; weights staged as for the reward."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.rewards.pyiqa_adapter import load_pyiqa, no_downloads
+
+
+class PyiqaScore:
+    """One metric by pyiqa's name; `fid` compares two folders, any other an image, with its truth where it needs one."""
+
+    def __init__(self, name: str, weights_dir: str | None = None, device: str = "cpu"):
+        """ValueError when pyiqa or the metric's weights are not there."""
+        pyiqa = load_pyiqa(resolve(weights_dir) if weights_dir else None)
+        from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+        if name not in DEFAULT_CONFIGS:
+            raise ValueError(f"pyiqa has no metric {name!r}; python -c 'import pyiqa; print(pyiqa.list_models())'")
+        entry = DEFAULT_CONFIGS[name]
+        self.name, self.device = name, torch.device(device)
+        self.lower_is_better = bool(entry.get("lower_better", False))
+        self.needs_truth = entry.get("metric_mode") == "FR"
+        options = ", ".join(f"{key}={value}" for key, value in entry.get("metric_opts", {}).items()) or "its defaults"
+        self.note = f"pyiqa {importlib.metadata.version('pyiqa')} `{name}` ({options}), RGB input, no border left out"
+        try:
+            with no_downloads(name):
+                self._metric: Any = pyiqa.create_metric(name, device=self.device)
+        except (OSError, RuntimeError) as error:  # a backbone from the hub, or weights of another version
+            raise ValueError(f"pyiqa metric {name!r}: {' '.join(str(error).split())[:200]}") from error
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray, truth: np.ndarray | None = None) -> float:
+        """Score of RGB uint8 [H, W, 3]; NaN where a truth is needed and missing."""
+        if self.needs_truth and truth is None:
+            return float("nan")
+        inputs = [image, truth] if self.needs_truth else [image]
+        pixels = [torch.from_numpy(np.array(x)).permute(2, 0, 1)[None].float() / 255.0 for x in inputs]
+        return float(self._metric(*(x.to(self.device) for x in pixels)))
+
+    @torch.no_grad()
+    def of_folders(self, ours: Path, truths: Path) -> float:
+        """Distance of two folders of images (`fid`)."""
+        return float(self._metric(str(ours), str(truths)))
+
+
+def open_scores(names: Sequence[str], weights_dir: str | None) -> tuple[list[PyiqaScore], dict[str, str]]:
+    """The metrics that can be computed here, and why the others cannot."""
+    scores, missing = [], {}
+    for name in names:
+        try:
+            scores.append(PyiqaScore(name, weights_dir))
+        except ValueError as error:
+            missing[name] = str(error)
+    return scores, missing
