@@ -174,6 +174,8 @@ class OptimConfig(Section):
     beta2: Probability = 0.95
     epsilon: Positive = 1e-8
     clip_grad_norm: Positive = 1.0
+    max_skipped_in_a_row: Count = 5
+    """Stop the run after so many updates in a row whose gradient was not finite; each is skipped, its batch kept."""
     cpu_offload: bool = False
 
 
@@ -307,6 +309,12 @@ class CheckpointConfig(Section):
 
     every_steps: Count = 10
     keep_last: Count = 2
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """Checkpoints kept for their `best_metric`, beside the last ones; a new best one is saved when it is measured."""
+    best_metric: str = "heldout/total/mean"
+    best_is: Literal["highest", "lowest"] = "highest"
+    async_save: bool = False
+    """Files are written behind the next steps; costs a copy of the shards in host memory."""
 
 
 class TrackingConfig(Section):
@@ -317,6 +325,10 @@ class TrackingConfig(Section):
     experiment: str = "realsr_hpc"
     description: str = ""
     tags: dict[str, str] = {}
+    rollouts_every_steps: Annotated[int, Field(ge=0)] = 8
+    """How often a few groups are kept whole for people to look at (tools/gallery.py); 0: never."""
+    rollouts_groups: Count = 2
+    """Groups kept each time, training and held-out ones."""
 
 
 class ClusterConfig(Section):
@@ -341,7 +353,9 @@ class ClusterConfig(Section):
     array_parallelism: Count = 16
     signal_delay_s: Count = 120
     max_requeues: Annotated[int, Field(ge=0)] = 5
+    """Requeues in a row without a new step; a run that gets on is requeued without limit."""
     hang_limit_s: Count = 1800
+    """Longest time without a step; longer, and the job ends with its stacks in the logs and is requeued."""
 
 
 class RunConfig(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from realsr_hpc.rewards.base import Candidate
 from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.rollout.restorer import FIRST_ID, final_images, parse_group
 from realsr_hpc.rollout.sampler import Sampler, in_image_block
+from realsr_hpc.tracking.rollouts import write_rollouts
 from realsr_hpc.train.run import TrainingRun
 
 
@@ -22,6 +25,7 @@ class Experience:
 
     def __init__(self, run: TrainingRun, sampler: Sampler, rewards: RewardMixture):
         self.run, self.sampler, self.rewards = run, sampler, rewards
+        self._latest: tuple[LQBatch, list[ScoredGroup]] | None = None
 
     def collect(self, loader: LQLoader) -> list[ScoredGroup]:
         """This rank's groups of one step; with `zero_variance=resample`, groups that teach nothing are replaced.
@@ -57,7 +61,20 @@ class Experience:
         ids = [sample * group_size + member for sample in sample_ids for member in range(group_size)]
         policy.eval()
         groups = self.sampler.generate(tokens.prompts(batch.lq), group_size, ids)
-        return self._score(batch, groups)
+        self._latest = (batch, self._score(batch, groups))
+        return self._latest[1]
+
+    def keep(self, step: int, kind: Literal["train", "heldout"]) -> None:
+        """Save the first groups of the last rollouts for people to look at, where the recipe wants it at this step."""
+        tracking, run = self.run.config.tracking, self.run
+        every, latest = tracking.rollouts_every_steps, self._latest
+        if not (run.groups.is_main and latest and every and (step % every == 0 or step in (1, run.num_steps))):
+            return
+        batch, groups = latest[0], latest[1][: tracking.rollouts_groups]
+        traces = [trace for group in groups for trace in group.traces]
+        stages = [run.tokens.decode([trace.images[stage] for trace in traces]) for stage in range(3)]
+        advantages = [group_advantages(group, run.config.grpo).tolist() for group in groups]
+        write_rollouts(run.run_dir, step, kind, batch, groups, advantages, stages)
 
     def _score(self, batch: LQBatch, groups: list[RolloutGroup]) -> list[ScoredGroup]:
         tokens = self.run.tokens

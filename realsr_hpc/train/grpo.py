@@ -47,11 +47,13 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     fixed = heldout.next()
     if done == 0 and grpo.heldout_every_steps:
         run.report(StepReport(0, experience.heldout(fixed)), "held-out, before the first step")
+        experience.keep(0, "heldout")
 
     for step in range(done + 1, grpo.num_steps + 1):
         seconds: dict[str, float] = {}
         with _clock(seconds, "rollout"):
             groups = experience.collect(loader)
+        experience.keep(step, "train")
         metrics = group_metrics(run, groups, seconds["time/rollout/s"])
         updates = [
             (batch, run.microbatches(batch.sequences, packing=False)) for batch in grpo_batches(run, groups, sampler)
@@ -68,6 +70,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
         if grpo.heldout_every_steps and (step % grpo.heldout_every_steps == 0 or step == grpo.num_steps):
             with _clock(seconds, "heldout"):
                 metrics |= experience.heldout(fixed)
+            experience.keep(step, "heldout")
         metrics["optim/skipped_updates/count"] = run.optimiser.num_skipped
         metrics |= reduce_floats(seconds, run.groups.dp, run.groups.device, "max")
         run.report(StepReport(step, metrics), _text(metrics))
