@@ -291,6 +291,29 @@ def warm_up_ends_before_the_run(config: RunConfig) -> Iterator[str]:
         yield f"optim.min_lr: {config.optim.min_lr}: above optim.lr {config.optim.lr}"
 
 
+def the_best_checkpoint_is_measured(config: RunConfig) -> Iterator[str]:
+    """Keeping the best needs a metric that the task reports."""
+    if not config.checkpoint.keep_best or not config.checkpoint.best_metric.startswith("heldout/"):
+        return
+    measured = {"grpo": config.grpo.heldout_every_steps, "sft": config.sft.heldout_every_steps}
+    if not measured.get(config.task, 1):
+        yield f"checkpoint.keep_best: {config.checkpoint.keep_best}: needs {config.task}.heldout_every_steps above 0"
+    if config.task == "sft" and config.checkpoint.best_metric != "heldout/loss/mean":
+        yield (
+            f"checkpoint.best_metric: {config.checkpoint.best_metric}: SFT reports heldout/loss/mean; "
+            "set that, and checkpoint.best_is=lowest"
+        )
+
+
+def a_tracking_uri_holds_no_password(config: RunConfig) -> Iterator[str]:
+    """The URI is logged as a parameter and stands in files that people share."""
+    if "@" in (uri := config.tracking.uri or "") and ":" in uri.partition("://")[2].rpartition("@")[0]:
+        yield (
+            "tracking.uri: holds a password; leave it out and give MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (a server) or PGPASSFILE (PostgreSQL) in cluster.environment_file"
+        )
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -322,4 +345,6 @@ RULES: tuple[Rule, ...] = (
     image_top_k_is_fixed_or_adaptive,
     a_checkpoint_can_be_taken_before_time_is_up,
     warm_up_ends_before_the_run,
+    the_best_checkpoint_is_measured,
+    a_tracking_uri_holds_no_password,
 )

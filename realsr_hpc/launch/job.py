@@ -1,8 +1,9 @@
 """One node's part of a job: start the ranks, watch them, and end all of them together.
 
 A rank that fails ends the others at once, and its last lines are the job's last words: no rank is left waiting in a
-collective. A signal (time is nearly up, preemption, cancel) is passed on; ranks that leave with a checkpoint make the
-job requeue itself on Slurm. A run without a sign of life for `cluster.hang_limit_s` is aborted with its stacks in the
+collective. A rank that was killed (SIGKILL, a crash in native code) makes the job requeue itself on Slurm; one that
+raised does not. A signal (time is nearly up, preemption, cancel) is passed on; ranks that leave with a checkpoint make
+the job requeue itself too. A run without a sign of life for `cluster.hang_limit_s` is aborted with its stacks in the
 rank logs, and requeued. submitit only starts this; its own requeueing is left out (it races with Slurm's).
 """
 
@@ -23,7 +24,19 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.rundir import rank_log, write_status
-from realsr_hpc.launch.signals import REQUEUE_EXIT_CODE, STOP_SIGNALS, StopFlag
+from realsr_hpc.launch.signals import HANDLED_SIGNALS, StopFlag
+from realsr_hpc.launch.verdict import (
+    CRASHED,
+    DONE,
+    FAILED,
+    HUNG,
+    REQUEUED,
+    STOPPED,
+    UNHEALTHY,
+    Verdict,
+    agree,
+    count_requeue,
+)
 from realsr_hpc.tracking import set_status
 from realsr_hpc.tracking.delivery import brief
 
@@ -31,7 +44,6 @@ POLL_S = 0.2
 END_GRACE_S = 10.0
 """How long ranks get between SIGTERM and SIGKILL when another one failed."""
 REQUEUE_WAIT_S = 90.0
-FAILED, UNHEALTHY, HUNG = 1, 86, 87
 LAST_WORDS_LINES = 25
 PR_SET_PDEATHSIG = 1
 
@@ -49,20 +61,22 @@ def node_job(run_dir: Path) -> int:
 
 def run_node(run_dir: Path) -> int:
     """Run this node's ranks to their end; the job's exit code (0, 85 stopped with a checkpoint, else failed)."""
-    stop = StopFlag.install()
+    stop = StopFlag.install(early_warning=True)
     config = from_yaml(run_dir / "recipe.yaml")
     placement = Placement.find(config, os.environ)
     faults = node_faults(config, run_dir)
     if faults:
         message = f"node {os.uname().nodename}: {'; '.join(faults)}"
-        return _finish(run_dir, placement, config, UNHEALTHY, message, requeue=True)
-    if placement.node_rank == 0:
-        write_status(run_dir, "running")
-    ranks = start_ranks(config, run_dir, placement)
-    code, message = watch(ranks, config, run_dir, stop)
+        verdict = Verdict(placement.node_rank, UNHEALTHY, message)
+    else:
+        if placement.node_rank == 0:
+            write_status(run_dir, "running")
+        ranks = start_ranks(config, run_dir, placement)
+        code, message, time_s = watch(ranks, config, run_dir, stop)
+        verdict = agree(run_dir, placement, Verdict(placement.node_rank, code, message, time_s))
     # A plain scancel sends SIGTERM alone: its user does not want the job back.
-    requeue = code == HUNG or (code == REQUEUE_EXIT_CODE and stop.warned)
-    return _finish(run_dir, placement, config, code, message, requeue=requeue)
+    requeue = verdict.code in REQUEUED or (verdict.code == STOPPED and stop.warned)
+    return _finish(run_dir, placement, config, verdict, requeue=requeue)
 
 
 def start_ranks(
@@ -96,24 +110,27 @@ def start_ranks(
 
 def watch(
     ranks: dict[int, subprocess.Popen[bytes]], config: RunConfig, run_dir: Path, stop: StopFlag
-) -> tuple[int, str]:
-    """Until all ranks have ended: exit code and last words."""
+) -> tuple[int, str, float]:
+    """Until all ranks have ended: exit code, last words, and when they were written."""
     forwarded = False
     started = time.time()
     while True:
         codes = {rank: process.poll() for rank, process in ranks.items()}
-        failed = [rank for rank, code in codes.items() if code not in (None, 0, REQUEUE_EXIT_CODE)]
+        failed = {rank: code for rank, code in codes.items() if code not in (None, DONE, STOPPED)}
         if failed:
             end_ranks(ranks)
-            return FAILED, _last_words(run_dir, failed[0], codes[failed[0]] or FAILED)
+            rank = _first_to_fail(run_dir, failed)
+            code = failed[rank] or FAILED
+            return CRASHED if code < 0 else FAILED, _last_words(run_dir, rank, code), _last_written(run_dir, rank)
         if all(code is not None for code in codes.values()):
-            return max(code or 0 for code in codes.values()), ""
+            return max(code or 0 for code in codes.values()), "", time.time()
         if stop() and not forwarded:
             _signal(ranks, signal.SIGUSR2)
             forwarded = True
         if time.time() - max(started, _last_sign_of_life(run_dir)) > config.cluster.hang_limit_s:
             end_ranks(ranks, signal.SIGABRT)
-            return HUNG, f"no step for {config.cluster.hang_limit_s} s: aborted; the stacks are in {run_dir / 'logs'}"
+            message = f"no step for {config.cluster.hang_limit_s} s: aborted; the stacks are in {run_dir / 'logs'}"
+            return HUNG, message, time.time()
         time.sleep(POLL_S)
 
 
@@ -128,20 +145,25 @@ def end_ranks(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals 
         process.wait()
 
 
-def _finish(run_dir: Path, placement: Placement, config: RunConfig, code: int, message: str, *, requeue: bool) -> int:
-    """Requeue where that can help, and leave the run's state behind."""
-    if requeue and placement.job_id and placement.restarts < config.cluster.max_requeues:
-        if placement.node_rank == 0 or code == UNHEALTHY:
-            _send_back(run_dir, placement, code, message)
-        else:
+def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Verdict, *, requeue: bool) -> int:
+    """Requeue where that can help, and leave the run's state behind; one node does, the one that speaks for all."""
+    code, message = verdict.code, verdict.message
+    speaks = placement.node_rank == (verdict.node if code in REQUEUED else 0)
+    if requeue and placement.job_id:
+        if not speaks:
             # Leaving first would make srun end the node that is still asking for the requeue.
             time.sleep(REQUEUE_WAIT_S)
-        return code
-    if code == 0 and placement.node_rank == 0:
+            return code
+        attempts = count_requeue(run_dir)
+        if attempts <= config.cluster.max_requeues:
+            _send_back(run_dir, placement, code, message)
+            return code
+        message = f"{message}\nnot requeued: {attempts} attempts in a row came to no new step (cluster.max_requeues)"
+    if code == DONE and speaks:
         write_status(run_dir, "done", 0)
-    elif code == REQUEUE_EXIT_CODE and placement.node_rank == 0:
-        write_status(run_dir, "stopped", code, "stopped with a checkpoint; launch it again to go on")
-    elif code not in (0, REQUEUE_EXIT_CODE):
+    elif code == STOPPED and speaks:
+        write_status(run_dir, "stopped", code, f"{message} stopped with a checkpoint; launch it again to go on".strip())
+    elif code not in (DONE, STOPPED) and placement.node_rank == verdict.node:
         print(message, file=sys.stderr, flush=True)
         write_status(run_dir, "failed", code, message)
         _mark_failed(run_dir)
@@ -153,7 +175,8 @@ def _send_back(run_dir: Path, placement: Placement, code: int, message: str) -> 
         _exclude_this_node(placement)
     write_status(run_dir, "requeued", code, message)
     if not _requeue(placement):
-        write_status(run_dir, "stopped", code, f"{message} requeueing failed: launch it again to go on".strip())
+        state = "stopped" if code == STOPPED else "failed"
+        write_status(run_dir, state, code, f"{message} requeueing failed: launch it again to go on".strip())
 
 
 def _requeue(placement: Placement) -> bool:
@@ -193,6 +216,15 @@ def _last_sign_of_life(run_dir: Path) -> float:
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
+def _first_to_fail(run_dir: Path, failed: dict[int, int | None]) -> int:
+    """The cause among ranks that ended together: one that was killed, else the one that spoke its last words first."""
+    return min(failed, key=lambda rank: ((failed[rank] or 0) >= 0, _last_written(run_dir, rank)))
+
+
+def _last_written(run_dir: Path, rank: int) -> float:
+    return rank_log(run_dir, rank).stat().st_mtime
+
+
 def _last_words(run_dir: Path, rank: int, code: int) -> str:
     log = rank_log(run_dir, rank)
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
@@ -204,4 +236,4 @@ def _last_words(run_dir: Path, rank: int, code: int) -> str:
 def _prepare_rank() -> None:
     """Runs in the child: SIGKILL when the supervisor goes; a stop signal waits until the rank can take it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)

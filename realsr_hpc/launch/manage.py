@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc.config.load import from_yaml
-from realsr_hpc.launch.rundir import ALIVE, Status, current_status, list_runs, rank_log, read_job, slurm_queue
+from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, list_runs, rank_log, read_job, slurm_queue
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.submit import Submission, submit_into
 from realsr_hpc.tracking import read_progress, set_status
@@ -29,7 +29,7 @@ class RunRow:
 def rows(root: Path) -> list[RunRow]:
     """All runs of an output root, oldest first; Slurm is asked once."""
     runs = list_runs(root)
-    queue = slurm_queue() if any((job := read_job(run)) and job.kind == "slurm" for run in runs) else {}
+    queue = slurm_queue() if any((job := read_job(run)) and job.kind == "slurm" for run in runs) else Queue({})
     return [_row(run, queue) for run in runs]
 
 
@@ -66,12 +66,15 @@ def reconcile(root: Path) -> list[str]:
     return lost
 
 
-def _row(run_dir: Path, queue: dict[str, str]) -> RunRow:
+def _row(run_dir: Path, queue: Queue) -> RunRow:
     status = current_status(run_dir, queue) or Status("stopped", message="never launched")
     job, progress = read_job(run_dir), read_progress(run_dir)
     done = f"{progress['step']}/{progress['total']}" if progress else "-"
     named = f"{job.kind} {job.job_id}" if job else "-"
-    state = queue.get(job.job_id, "").lower() if job and status.state in ALIVE else ""
+    state = ""
+    if job and status.state in ALIVE:
+        silent = job.kind == "slurm" and not queue.answered
+        state = "Slurm does not answer" if silent else queue.states.get(job.job_id, "").lower()
     return RunRow(
         run_dir.name, f"{status.state} ({state})" if state else status.state, done, named, rank_log(run_dir, 0)
     )

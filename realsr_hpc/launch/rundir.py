@@ -48,6 +48,14 @@ class Status:
     time_s: float = 0.0
 
 
+@dataclass(frozen=True)
+class Queue:
+    """What Slurm said of this user's jobs: id -> state, or that it does not answer."""
+
+    states: dict[str, str]
+    answered: bool = True
+
+
 def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
     """The folder of this recipe's run; with `fresh` the first numbered one that does not exist."""
     base = output_root(config) / f"{config.name}-{signature(config)}"
@@ -57,6 +65,13 @@ def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
     while (path := base.with_name(f"{base.name}-{number}")).exists():
         number += 1
     return path if base.exists() else base
+
+
+def make_private(folder: Path) -> Path:
+    """The folder, made with access for its owner alone: recipes, logs and pickles are nobody else's."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
@@ -85,7 +100,7 @@ def read_job(run_dir: Path) -> Job | None:
     return _read(run_dir / "job.json", Job)
 
 
-def current_status(run_dir: Path, queue: dict[str, str] | None = None) -> Status | None:
+def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
     """The true state: a run that calls itself alive without a living job is `lost`.
 
     `queue` is `slurm_queue()`'s answer, to ask Slurm once for many runs.
@@ -93,7 +108,7 @@ def current_status(run_dir: Path, queue: dict[str, str] | None = None) -> Status
     status, job = read_status(run_dir), read_job(run_dir)
     if status is not None and status.state == "stopped" and job is not None and job.kind == "slurm":
         waiting = slurm_queue() if queue is None else queue
-        if waiting.get(job.job_id, "COMPLETING") != "COMPLETING":  # Slurm requeued it of itself
+        if waiting.states.get(job.job_id, "COMPLETING") != "COMPLETING":  # Slurm requeued it of itself
             return Status("requeued", status.code, status.message, status.time_s)
     if status is None or status.state not in ALIVE or job is None or is_alive(job, status, queue):
         return status
@@ -103,22 +118,22 @@ def current_status(run_dir: Path, queue: dict[str, str] | None = None) -> Status
     return Status("lost", None, f"job {job.job_id} ended without a word; see {job.log}", status.time_s)
 
 
-def is_alive(job: Job, status: Status, queue: dict[str, str] | None = None) -> bool:
-    """Whether the job is queued or running; a local job of another host is believed."""
+def is_alive(job: Job, status: Status, queue: Queue | None = None) -> bool:
+    """Whether the job is queued or running. Believed: a local job of another host, any job while Slurm is silent."""
     if job.kind == "local":
         return job.host != os.uname().nodename or _is_controller(int(job.job_id))
     known = slurm_queue() if queue is None else queue
-    return job.job_id in known or time.time() - status.time_s < SLURM_QUIET_S
+    return not known.answered or job.job_id in known.states or time.time() - status.time_s < SLURM_QUIET_S
 
 
-def slurm_queue() -> dict[str, str]:
-    """Job id -> state of this user's jobs, one call; empty without Slurm."""
+def slurm_queue() -> Queue:
+    """This user's jobs, one call."""
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(line.split(maxsplit=1) for line in answer.splitlines() if line.strip())
+        return Queue({}, answered=False)
+    return Queue(dict(line.split(maxsplit=1) for line in answer.splitlines() if line.strip()))
 
 
 def list_runs(root: Path) -> list[Path]:

@@ -15,8 +15,7 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """SIGUSR2: Slurm's early warning (NCCL uses SIGUSR1); SIGTERM: scancel, or preemption without a warning."""
-REQUEUE_EXIT_CODE = 85
-"""A process that stopped at a step boundary with its checkpoint on disk."""
+HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 
 
 class StopFlag:
@@ -25,17 +24,22 @@ class StopFlag:
     def __init__(self) -> None:
         self._asked = False
         self.warned = False
-        """SIGUSR2 came: the scheduler wants its nodes back and the job may go on later."""
+        """SIGUSR1 or 2 came: the scheduler wants its nodes back and the job may go on later."""
         self._pid = os.getpid()
 
     @classmethod
-    def install(cls) -> StopFlag:
-        """A flag set by STOP_SIGNALS; stacks of all threads go to stderr when the watchdog aborts the process."""
+    def install(cls, *, early_warning: bool = False) -> StopFlag:
+        """A flag set by STOP_SIGNALS; stacks of all threads go to stderr when the watchdog aborts the process.
+
+        With `early_warning` (a supervisor: it runs no NCCL) SIGUSR1 sets it as well, and elsewhere it does nothing:
+        Slurm sends a warning signal to every process of a step.
+        """
         flag = cls()
         for number in STOP_SIGNALS:
             signal.signal(number, flag.ask)
+        signal.signal(signal.SIGUSR1, flag.ask if early_warning else signal.SIG_IGN)
         signal.signal(signal.SIGCONT, lambda *_: None)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         faulthandler.enable(all_threads=True)
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         return flag
@@ -44,7 +48,7 @@ class StopFlag:
         """Ask this process, and no child of it, to stop at its next step boundary."""
         if os.getpid() == self._pid:
             self._asked = True
-            self.warned |= number == signal.SIGUSR2
+            self.warned |= number in (signal.SIGUSR1, signal.SIGUSR2)
 
     def __call__(self) -> bool:
         """Whether the process was asked."""

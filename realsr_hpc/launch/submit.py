@@ -17,7 +17,17 @@ from pathlib import Path
 from realsr_hpc.config.load import flatten, output_root, project_root, to_yaml
 from realsr_hpc.config.schema import ClusterConfig, RunConfig
 from realsr_hpc.launch.job import node_job
-from realsr_hpc.launch.rundir import ALIVE, Job, current_status, read_job, run_folder, slurm_queue, write_job
+from realsr_hpc.launch.rundir import (
+    ALIVE,
+    Job,
+    Queue,
+    current_status,
+    make_private,
+    read_job,
+    run_folder,
+    slurm_queue,
+    write_job,
+)
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.snapshot import code_version, take_snapshot
 from realsr_hpc.tracking import prepare_run, prepare_store, prepare_sweep, write_launch_tags
@@ -52,7 +62,11 @@ def submit_into(
     folders: list[tuple[RunConfig, Path]], *, sweep: str = "", varied: list[str] | None = None
 ) -> list[Submission]:
     """As `submit`, into folders that are already chosen."""
-    queue = slurm_queue() if any(config.cluster.kind == "slurm" for config, _ in folders) else {}
+    queue = slurm_queue() if any(config.cluster.kind == "slurm" for config, _ in folders) else Queue({})
+    if not queue.answered:
+        raise ValueError(
+            "cluster.kind: slurm: squeue does not answer; launch where Slurm's commands work, or cluster=local"
+        )
     planned = [_look(config, run_dir, queue) for config, run_dir in folders]
     pending = [item for item in planned if item.submitted]
     if not pending:
@@ -117,7 +131,7 @@ def sbatch_script(config: RunConfig, num_runs: int = 1) -> str:
     )
 
 
-def _look(config: RunConfig, run_dir: Path, queue: dict[str, str]) -> Submission:
+def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
     status = current_status(run_dir, queue)
     if status is not None and status.state in ALIVE:
         job = read_job(run_dir)
@@ -138,7 +152,7 @@ def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) 
     except Exception as error:  # tracking never stops training
         note = f"MLflow is not reachable ({brief(error)}); tools/sync_tracking.py sends the events later"
     for item in pending:
-        item.run_dir.mkdir(parents=True, exist_ok=True)
+        make_private(item.run_dir)
         values = flatten(item.config)
         named = {"realsr_hpc.varied": " ".join(f"{key}={values[key]}" for key in varied if key in values)}
         write_launch_tags(item.run_dir, tags | (named if varied else {}))
@@ -171,7 +185,7 @@ def _submit_slurm(group: list[Submission]) -> None:
     config = group[0].config
     code = take_snapshot(config)
     single = len(group) == 1
-    folder = group[0].run_dir / "logs" / "job" if single else output_root(config) / "arrays" / "%A"
+    folder = group[0].run_dir / "logs" / "job" if single else make_private(output_root(config) / "arrays") / "%A"
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=config.cluster.max_requeues)
     executor.update_parameters(**executor_parameters(config.cluster, config.name, setup_lines(config.cluster, code)))
     for item in group:

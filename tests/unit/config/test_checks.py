@@ -40,6 +40,8 @@ BREACHES = {
     "image_top_k_is_fixed_or_adaptive": ["rollout.image_adaptive_top_k=true", "rollout.image_top_k=5"],
     "a_checkpoint_can_be_taken_before_time_is_up": ["cluster.time_min=1", "cluster.signal_delay_s=60"],
     "warm_up_ends_before_the_run": ["optim.warmup_steps=100000"],
+    "the_best_checkpoint_is_measured": ["checkpoint.keep_best=1", "grpo.heldout_every_steps=0"],
+    "a_tracking_uri_holds_no_password": ["tracking.uri='postgresql://me:secret@db/mlflow'"],
 }
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from realsr_hpc.config.load import compose
 from realsr_hpc.launch.environment import Placement, job_port, slurm_job_id
 from realsr_hpc.launch.health import node_faults
-from realsr_hpc.launch.job import FAILED, HUNG, start_ranks, watch
+from realsr_hpc.launch.job import start_ranks, watch
 from realsr_hpc.launch.rundir import rank_log
-from realsr_hpc.launch.signals import REQUEUE_EXIT_CODE, StopFlag
+from realsr_hpc.launch.signals import StopFlag
+from realsr_hpc.launch.verdict import CRASHED, FAILED, HUNG, STOPPED, Verdict, agree, count_requeue
 
 PREAMBLE = (
     "import os, signal, sys, time; rank = int(os.environ['RANK']); "
@@ -33,7 +36,7 @@ def run(tmp_path, body: str, *overrides: str, tasks: int = 2, stop: StopFlag | N
     config = compose(["recipe=grpo_tiny", f"cluster.tasks_per_node={tasks}", *overrides])
     placement = Placement.find(config, {})
     ranks = start_ranks(config, tmp_path, placement, [sys.executable, "-c", PREAMBLE + body])
-    code, message = watch(ranks, config, tmp_path, stop or StopFlag())
+    code, message, _ = watch(ranks, config, tmp_path, stop or StopFlag())
     assert all(process.poll() is not None for process in ranks.values()), "a rank outlived its job"
     return code, message
 
@@ -51,16 +54,39 @@ def test_a_failed_rank_ends_the_others_and_its_error_is_shown(tmp_path):
     assert time.time() - started < 30
 
 
-def test_a_killed_rank_is_named_by_its_signal(tmp_path):
-    _, message = run(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(600)")
-    assert "rank 0 was killed by SIGKILL" in message
+def test_a_killed_rank_is_the_cause_although_its_partner_raised(tmp_path):
+    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sys.exit('connection closed by peer')"
+    code, message = run(tmp_path, body)
+    assert code == CRASHED and "rank 1 was killed by SIGKILL" in message
+
+
+@pytest.mark.parametrize(
+    ("others", "cause"),
+    [
+        ([Verdict(1, CRASHED, "rank 2 was killed", 5.0)], "rank 2 was killed"),
+        ([Verdict(1, FAILED, "no such weights", 3.0)], "no such weights"),
+        ([Verdict(1, FAILED, "connection closed", 5.0)], "mine"),
+        ([], "node 1 of the job is gone; mine"),
+    ],
+)
+def test_nodes_agree_on_the_cause(tmp_path, others, cause):
+    placement = Placement(0, 2, 1, "127.0.0.1", 1, "7", 0)
+    for verdict in others:
+        agree(tmp_path, replace(placement, node_rank=1), verdict, wait_s=0.0)
+    assert agree(tmp_path, placement, Verdict(0, FAILED, "mine", 4.0), wait_s=0.3).message == cause
+
+
+def test_requeues_are_counted_from_the_last_new_step(tmp_path):
+    assert [count_requeue(tmp_path), count_requeue(tmp_path)] == [1, 2]
+    (tmp_path / "progress.json").write_text(json.dumps({"step": 4}))
+    assert [count_requeue(tmp_path), count_requeue(tmp_path)] == [1, 2]
 
 
 def test_a_stop_reaches_every_rank_and_the_job_ends_as_stopped(tmp_path):
     stop = StopFlag()
     timer = threading.Timer(0.5, stop.ask)
     timer.start()
-    assert run(tmp_path, WAIT_FOR_STOP, stop=stop) == (REQUEUE_EXIT_CODE, "")
+    assert run(tmp_path, WAIT_FOR_STOP, stop=stop) == (STOPPED, "")
     timer.join()
 
 
@@ -72,8 +98,8 @@ def test_a_hang_is_aborted_with_its_stack_in_the_log(tmp_path):
 
 
 def test_progress_keeps_the_watchdog_quiet(tmp_path):
-    body = f"path = {str(tmp_path / 'progress.json')!r}\nfor _ in range(40): open(path, 'w').close(); time.sleep(.1)"
-    assert run(tmp_path, body, "cluster.hang_limit_s=3", tasks=1)[0] == 0
+    body = f"path = {str(tmp_path / 'progress.json')!r}\nfor _ in range(70): open(path, 'w').close(); time.sleep(.1)"
+    assert run(tmp_path, body, "cluster.hang_limit_s=6", tasks=1)[0] == 0
 
 
 def test_placement_follows_slurm():

@@ -18,6 +18,7 @@ from realsr_hpc.launch.rundir import (
     Status,
     current_status,
     find_run,
+    make_private,
     read_status,
     run_folder,
     write_job,
@@ -99,6 +100,22 @@ def test_a_run_whose_job_is_gone_is_lost(tmp_path):
     assert status is not None and status.state == "lost" and "the log" in status.message
     write_status(tmp_path, "done", 0)
     assert (current_status(tmp_path) or Status("lost")).state == "done"
+
+
+def test_nothing_is_lost_or_submitted_twice_while_slurm_is_silent(tmp_path, monkeypatch):
+    config = compose(["recipe=grpo_7b", f"output_root={tmp_path / 'runs'}"])
+    (squeue := tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    folder = make_private(run_folder(config))
+    write_status(folder, "running")
+    write_job(folder, Job("slurm", "12", "", "the log"))
+    old = json.loads((folder / "status.json").read_text()) | {"time_s": 0.0}
+    (folder / "status.json").write_text(json.dumps(old))
+    assert (current_status(folder) or Status("lost")).state == "running"
+    with pytest.raises(ValueError, match="squeue does not answer"):
+        submit([config])
+    assert folder.stat().st_mode & 0o077 == 0
 
 
 def test_runs_are_found_by_a_unique_beginning(tmp_path):

@@ -1,0 +1,67 @@
+"""How the nodes of a job agree on how its attempt ended, and whether it may be requeued.
+
+When a rank is killed, its partners on other nodes fail too, of the broken connection. Each supervisor writes what it
+saw to the run's folder and waits for the others a little, so that the job ends by its cause: one killed rank requeues
+the job although ten others raised.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from realsr_hpc.launch.environment import Placement
+from realsr_hpc.tracking import read_progress
+from realsr_hpc.tracking.spool import write_atomically
+
+DONE, FAILED, STOPPED, UNHEALTHY, HUNG, CRASHED = 0, 1, 85, 86, 87, 88
+"""How an attempt ends, as exit codes. FAILED: a rank raised; CRASHED: a rank was killed, or a node went away."""
+REQUEUED = (UNHEALTHY, HUNG, CRASHED)
+"""Ends that another attempt, perhaps on other nodes, can mend; a rank that raised would raise again."""
+AGREE_S = 20.0
+_POLL_S = 0.1
+_CAUSES = (UNHEALTHY, HUNG, CRASHED, FAILED, STOPPED, DONE)
+"""Causes before their consequences."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one node saw of the end."""
+
+    node: int
+    code: int
+    message: str = ""
+    time_s: float = 0.0
+    """When the rank that decided it wrote its last words: the earlier of two failures is the cause."""
+
+
+def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AGREE_S) -> Verdict:
+    """The verdict that all nodes of this attempt come to; a node silent for `wait_s` counts as gone (CRASHED)."""
+    if placement.num_nodes == 1:
+        return mine
+    folder = run_dir / "logs" / "verdicts" / f"{placement.job_id}-{placement.restarts}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / f"node-{mine.node}.json", json.dumps(asdict(mine)))
+    if mine.code in (DONE, STOPPED):  # the ranks left together, by a collective decision
+        return mine
+    deadline = time.time() + wait_s
+    while len(paths := list(folder.glob("node-*.json"))) < placement.num_nodes and time.time() < deadline:
+        time.sleep(_POLL_S)
+    verdicts = [Verdict(**json.loads(path.read_text())) for path in paths]
+    if len(verdicts) < placement.num_nodes:
+        present = min(verdict.node for verdict in verdicts)
+        silent = sorted(set(range(placement.num_nodes)) - {verdict.node for verdict in verdicts})
+        verdicts.append(Verdict(present, CRASHED, f"node {silent[0]} of the job is gone; {mine.message}"))
+    return min(verdicts, key=lambda verdict: (_CAUSES.index(verdict.code), verdict.time_s))
+
+
+def count_requeue(run_dir: Path) -> int:
+    """Requeues in a row without a new step, this one included: a run that gets on may be requeued for ever."""
+    path = run_dir / "requeues.json"
+    before = json.loads(path.read_text()) if path.exists() else {"step": 0, "count": 0}
+    step = (read_progress(run_dir) or {"step": 0})["step"]
+    count = 1 if step > before["step"] else before["count"] + 1
+    write_atomically(path, json.dumps({"step": max(step, before["step"]), "count": count}))
+    return count
