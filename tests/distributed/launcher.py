@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-RANK_TIMEOUT_S = 120
+RANK_TIMEOUT_S = 300
 _IMPORTED_BY_SERVER = ["pytest", "realsr_hpc.model.policy", "realsr_hpc.optim.step", "realsr_hpc.checkpoint"]
 
 
