@@ -143,6 +143,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     microbatch_tokens: Count = 4096
     """Token budget of one microbatch on one data-parallel rank, padding included."""
+    scoring_microbatches: Count = 4
+    """Microbatches that the reference scores at once: without gradients it keeps no activations."""
     recompute: Literal["none", "selective", "full"] = "none"
     reference_offload: bool = False
     """Keep the frozen reference in host memory between its uses."""
@@ -155,11 +157,17 @@ class PrecisionConfig(Section):
     params: Literal["fp32", "bf16"] = "fp32"
     fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
     fp8_format: Literal["e4m3", "hybrid"] = "hybrid"
+    fp8_backend: Literal["transformer_engine", "emulated"] = "transformer_engine"
+    """emulated: operands are rounded to FP8 and multiplied in bf16. The same numerics, no speed, on any machine."""
     rollout_fp8: bool = False
+    """Rollouts multiply FP8 copies of the weights (one scale a row), whatever training does."""
     first_last_layers_bf16: bool = True
     fp8_gate_logprob: Positive = 0.1
     """Largest mean |log-prob(FP8) - log-prob(bf16)| on a fixed batch, nats a token."""
+    fp8_gate_every_steps: Annotated[int, Field(ge=0)] = 50
+    """The gate is asked before the first step and then this often; 0: only before."""
     fp8_gate_action: Literal["bf16", "stop"] = "bf16"
+    """What a closed gate does: go on in bf16 from there, or stop the run."""
 
 
 class OptimConfig(Section):
@@ -177,6 +185,10 @@ class OptimConfig(Section):
     max_skipped_in_a_row: Count = 5
     """Stop the run after so many updates in a row whose gradient was not finite; each is skipped, its batch kept."""
     cpu_offload: bool = False
+    """Adam's states and arithmetic in host memory (Megatron's hybrid optimizer); slower by two copies a step."""
+    main_params: Literal["fp32", "bf16"] = "fp32"
+    """bf16: main weights as the bf16 weights plus their 16-bit remainders (no bit is lost), Adam's moments in bf16:
+    6 instead of 12 bytes a parameter. Needs Transformer Engine's optimizer."""
 
 
 class DataConfig(Section):
@@ -284,6 +296,8 @@ class GRPOConfig(Section):
     entropy_weight: float = 0.0
     mismatch_cap: Positive | None = None
     """Truncated importance sampling: cap of exp(policy - rollout log-prob); None: off."""
+    mismatch_bounds: tuple[Positive, Positive] | None = None
+    """Tokens whose exp(policy - rollout log-prob) lies outside take no part in the policy loss; None: off."""
     mismatch_kl_gate: Positive | None = 1e-3
     """Stop the run when the mean KL(rollout || policy) of the first update exceeds this, nats a token."""
     heldout_every_steps: Annotated[int, Field(ge=0)] = 0

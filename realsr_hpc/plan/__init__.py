@@ -1,5 +1,8 @@
-"""Memory, bubble and GPU-hours of a recipe: arithmetic, nothing is allocated."""
+"""Memory, bubble, traffic and GPU-hours of a recipe, and what to change when it does not fit: nothing is allocated."""
 
-from realsr_hpc.plan.estimate import Device, Plan, parameter_count, plan
+from realsr_hpc.plan.advice import Knob, knobs, way_to_fit
+from realsr_hpc.plan.estimate import Plan, plan
+from realsr_hpc.plan.seconds import H200, Device
+from realsr_hpc.plan.sizes import parameter_count
 
-__all__ = ["Device", "Plan", "parameter_count", "plan"]
+__all__ = ["H200", "Device", "Knob", "Plan", "knobs", "parameter_count", "plan", "way_to_fit"]

@@ -1,0 +1,141 @@
+"""Time and traffic of a step from a roofline: stated shares of the device's peaks, nothing overlapped.
+
+Left out: rewards, image tokenizer, loader, checkpoint. What is sent is counted exactly; how long it takes follows from
+the links' usable rates in `Device`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from realsr_hpc.config.checks import world_size
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.plan.memory import kv_cache_bytes, microbatches
+from realsr_hpc.plan.sizes import (
+    guided,
+    has_reference,
+    layer_size,
+    parameter_count,
+    sequence_tokens,
+    sequences_per_update,
+    stage_parameters,
+    vocabulary_size,
+    width,
+)
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator and its links: peaks from the data sheet, and the shares that a run is assumed to reach."""
+
+    bf16_tflops: float = 989.0
+    bandwidth_tb_s: float = 4.8
+    training_share: float = 0.40
+    """Of `bf16_tflops` in the matrix products of training; Megatron-LM reports 41-48 %."""
+    decoding_share: float = 0.45
+    """Of `bandwidth_tb_s` while decoding."""
+    fp8_speedup: float = 1.25
+    nvlink_gb_s: float = 360.0
+    """Usable by one GPU, one direction, inside a node (80 % of 450)."""
+    network_gb_s: float = 40.0
+    """Usable by one GPU, one direction, between nodes (80 % of a 400 Gbit/s card a GPU)."""
+    collective_us: float = 20.0
+    """Shortest collective inside a node."""
+
+
+H200 = Device()
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """GB that one GPU sends in a step, by axis."""
+
+    tp: float
+    pp: float
+    dp: float
+
+
+def bubble(pp: int, virtual_pp: int, count: int) -> float:
+    """Idle share of (interleaved) 1F1B: (p - 1) / (v m + p - 1)."""
+    return (pp - 1) / (virtual_pp * count + pp - 1)
+
+
+def training_seconds(config: RunConfig, device: Device, dp: int) -> float:
+    """One step's arithmetic: forward and backward of every update, the reference's forward, recomputation; and idling.
+
+    With several updates a step the policy's own log-probabilities are computed once more before the first.
+    """
+    prompt, response = sequence_tokens(config)
+    length = prompt + response
+    tokens = sequences_per_update(config) * length * (2 if guided(config) else 1)
+    if not tokens:
+        return 0.0
+    model = config.model
+    matrices = parameter_count(config) - vocabulary_size(config) * model.hidden_size
+    forward = tokens * (2 * matrices + 2 * model.num_layers * model.hidden_size * length)  # causal: half the scores
+    # every update sees its own share of the rollouts
+    passes = 3.0 + _computed_again(config) + has_reference(config)
+    passes += config.task == "grpo" and config.grpo.updates_per_step > 1
+    rate = device.bf16_tflops * 1e12 * device.training_share * world_size(config)
+    if config.precision.fp8 != "none":
+        rate *= device.fp8_speedup
+    idle = bubble(config.parallel.pp, config.parallel.virtual_pp, microbatches(config, dp))
+    return forward * passes / rate / (1 - idle)
+
+
+def _computed_again(config: RunConfig) -> float:
+    """Share of a forward pass that recomputation adds: all of it, or the MLPs."""
+    if config.parallel.recompute == "selective":
+        return 3 * config.model.hidden_size * config.model.ffn_hidden_size / layer_size(config)
+    return 1.0 if config.parallel.recompute == "full" else 0.0
+
+
+def rollout_seconds(config: RunConfig, device: Device, dp: int) -> float:
+    """One step's decoding: every token reads the weights and half of the full cache, at a share of the bandwidth."""
+    if config.task != "grpo":
+        return 0.0
+    _, response = sequence_tokens(config)
+    parallel, model = config.parallel, config.model
+    batches = math.ceil(sequences_per_update(config) / dp / config.rollout.batch_size)
+    byte = 1 if config.precision.rollout_fp8 else width(config)
+    weights = parameter_count(config) * byte / parallel.tp
+    cache = kv_cache_bytes(config) * parallel.pp
+    # Stages take turns: a token passes all of them, each reading its own share of the weights.
+    token_s = (weights + cache / 2) / (device.bandwidth_tb_s * 1e12 * device.decoding_share)
+    if parallel.tp > 1:  # two sums a layer, too small for anything but their latency to count
+        token_s += 2 * model.num_layers * device.collective_us * 1e-6
+    return batches * response * token_s
+
+
+def traffic(config: RunConfig, dp: int) -> Traffic:
+    """What one GPU sends in the training of a step. Decoding sends little, but often: see `rollout_seconds`."""
+    parallel, model = config.parallel, config.model
+    prompt, response = sequence_tokens(config)
+    tokens = sequences_per_update(config) / dp * (prompt + response) * (2 if guided(config) else 1)
+    hidden = tokens * model.hidden_size * width(config)
+    ring = (parallel.tp - 1) / parallel.tp
+    # a sum over tp is a reduce-scatter and an all-gather; two a layer forward, two backward; under sequence
+    # parallelism the gathered inputs are gathered once more for the weights' gradients
+    passes = 4 * 2 + (2 if parallel.sequence_parallel else 0) + (4 if has_reference(config) else 0)
+    passes += {"none": 0, "selective": 2, "full": 4}[parallel.recompute]
+    over_tp = model.num_layers / parallel.pp * hidden * ring * passes
+    over_pp = 2 * hidden / (parallel.tp if parallel.sequence_parallel else 1) if parallel.pp > 1 else 0.0
+    updates = config.grpo.updates_per_step if config.task == "grpo" else 1
+    shard = stage_parameters(config)
+    over_dp = shard * (4 + width(config)) * (dp - 1) / dp * updates  # gradients scattered, weights gathered
+    return Traffic(over_tp / GB, over_pp / GB, over_dp / GB)
+
+
+def communication_seconds(config: RunConfig, device: Device, dp: int) -> float:
+    """Time of `traffic`, nothing hidden behind arithmetic: an axis is as fast as the slowest link it spans."""
+    sent = traffic(config, dp)
+    parallel = config.parallel
+    per_node = max(1, config.cluster.tasks_per_node)
+    spans = {"tp": parallel.tp, "dp": parallel.tp * dp, "pp": world_size(config)}
+    return sum(
+        getattr(sent, axis) / (device.nvlink_gb_s if span <= per_node else device.network_gb_s)
+        for axis, span in spans.items()
+    )
