@@ -1,7 +1,9 @@
 """Compare runs from MLflow: `python tools/compare.py sweep=NAME` or `runs=a,b` [metric=KEY] [output=DIR].
 
-Options: root=DIR (output root, default runs/), uri=MLFLOW_URI, experiment=NAME. Prints a table and the best run;
-writes comparison.csv and curve.png to output= (default: ROOT/compare/NAME).
+Runs that differ in their seed alone become one row with an interval. Written to output= (default ROOT/compare/NAME):
+comparison.md and .html (tables, cost, differing recipe keys, pictures), comparison.csv (a line a run), curves.png, and
+grid.png: the same inputs restored by each, from the runs' evaluations or the held-out rollouts that training kept.
+Options: root=DIR (output root, default runs/), uri=MLFLOW_URI, experiment=NAME.
 """
 
 import sys
@@ -12,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from realsr_hpc.compare import Comparison, compare, connect, find_runs, find_sweep, plot_curves  # noqa: E402
+from realsr_hpc.compare import Comparison, compare, connect, find_runs, find_sweep, group_runs, write_report  # noqa: E402
 from realsr_hpc.launch.arguments import read_options  # noqa: E402
 
 OPTIONS = {
@@ -33,30 +35,27 @@ def main(arguments: list[str]) -> int:
             runs = find_sweep(mlflow, options["experiment"], options["sweep"])
         else:
             runs = find_runs(mlflow, options["experiment"], options["runs"].split(","))
-        comparison = compare(runs, options["metric"])
+        comparison = compare(runs, options["metric"], mlflow)
         default = root / "compare" / (options["sweep"] or options["runs"].replace(",", "-vs-"))
         output = Path(options["output"] or default)
-        output.mkdir(parents=True, exist_ok=True)
-        comparison.write_csv(output / "comparison.csv")
-        curve = next((run for run in (comparison.metric, "rewards/total/mean") if run), "")
-        plot_curves(mlflow, comparison, curve, output / "curve.png")
+        files = write_report(comparison, output, options["sweep"] or options["runs"])
     except ValueError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
     show(comparison, console)
-    console.print(f"written: {output / 'comparison.csv'}, {output / 'curve.png'}", markup=False, soft_wrap=True)
+    console.print(f"{output}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
     return 0
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """The table, best run first said in words."""
+    """A line a group, and the best run in words."""
     metrics = comparison.columns()[:6]
-    table = Table("run", "status", *comparison.differing[:4], *metrics)
-    for run in comparison.runs:
-        style = "bold green" if run is comparison.best else ""
-        varied = [run.params.get(key, "") for key in comparison.differing[:4]]
-        values = [f"{run.metrics[key]:.4g}" if key in run.metrics else "-" for key in metrics]
-        table.add_row(run.name, run.status, *varied, *values, style=style)
+    table = Table("runs", "n", "finished", *metrics)
+    for group in group_runs(comparison):
+        finished = sum(run.status == "FINISHED" for run in group.runs)
+        style = "bold green" if comparison.best in group.runs else ""
+        values = [str(group.final(key)) for key in metrics]
+        table.add_row(group.label, str(len(group.runs)), str(finished), *values, style=style)
     console.print(table)
     best = comparison.best
     if best is None:

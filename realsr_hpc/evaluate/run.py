@@ -74,7 +74,7 @@ def evaluate(
         raise ValueError(
             f"set={set_name}: none of its {len(cases)} images can be used: {dict(list(skipped.items())[:3])}"
         )
-    (folder / RECORDS_FILE).write_text(json.dumps(records, indent=1, ensure_ascii=False))
+    (folder / RECORDS_FILE).write_text(json.dumps(_without_nan(records), indent=1, ensure_ascii=False))
     report = EvaluationReport(folder, set_name, tuple(methods), records, metrics, tuple(remarks), skipped)
     report.add_set_scores(_set_scores(methods, folder, metrics))
     report.write()
@@ -141,6 +141,15 @@ def save_png(pixels: np.ndarray, folder: Path, method: str, key: str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path.relative_to(folder).as_posix()
+
+
+def _without_nan(value: Any) -> Any:
+    """NaN as None: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _set_scores(methods: Mapping[str, Method], folder: Path, metrics: Metrics) -> dict[str, dict[str, float]]:

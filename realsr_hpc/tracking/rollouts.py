@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from realsr_hpc.config.files import write_atomically
 from realsr_hpc.records import LQBatch, ScoredGroup
-from realsr_hpc.tracking.spool import write_atomically
 
 ROLLOUTS_FOLDER = "rollouts"
 RECORD_NAME = "rollouts.json"

@@ -5,47 +5,82 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
+from scipy.stats import t as student
 
-from realsr_hpc.compare import compare, connect, find_runs, find_sweep, plot_curves
+from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, write_report
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking import prepare_sweep, sync, write_launch_tags
 from realsr_hpc.tracking.spool import Spool
 from realsr_hpc.tracking.store import PARENT_TAG
 
-REWARDS = {0.0: [0.1, 0.5, 0.9], 0.04: [0.1, 0.3, 0.4]}
+REWARDS = {
+    ("0.0", 0): [0.1, 0.5, 0.9],
+    ("0.0", 1): [0.2, 0.6, 0.8],
+    ("0.04", 0): [0.1, 0.3, 0.4],
+    ("0.04", 1): [0.2, 0.3, 0.3],
+}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Two runs of one sweep, with rewards that rise to .9 and .4."""
+    """Two values of kl_beta, two seeds each, in one sweep; rewards of three steps, and held-out images kept."""
     root = tmp_path_factory.mktemp("runs")
-    for kl_beta, rewards in REWARDS.items():
-        tree = {"name": f"beta{kl_beta}", "task": "grpo", "output_root": str(root), "grpo": {"kl_beta": kl_beta}}
-        config = RunConfig.model_validate(tree)
+    for (kl_beta, seed), rewards in REWARDS.items():
+        grpo = {"kl_beta": float(kl_beta)}
+        tree = {"name": f"beta{kl_beta}-{seed}", "task": "grpo", "seed": seed, "output_root": str(root), "grpo": grpo}
+        config = RunConfig.model_validate({**tree, "cluster": {"tasks_per_node": 2}})
         run_dir = root / config.name
         run_dir.mkdir()
         write_launch_tags(run_dir, {PARENT_TAG: prepare_sweep(config, "betas")})
         (run_dir / "recipe.yaml").write_text(json.dumps(config.model_dump(mode="json")))
         spool = Spool(run_dir)
         for step, value in enumerate(rewards, 1):
-            metrics = {"rewards/total/mean": value, "optim/lr": 1e-4}
+            metrics = {"rewards/total/mean": value, "heldout/total/mean": 2 * value, "optim/lr": 1e-4}
+            metrics |= {"time/rollout/s": 900.0, "rollout/tokens_per_s/mean": 10.0}
             spool.append({"kind": "metrics", "step": step, "time_ms": step, "metrics": metrics})
         spool.close()
         sync(run_dir)
+        keep_images(run_dir, seed)
     return connect(f"sqlite:///{root / 'mlflow.db'}")
+
+
+def keep_images(run_dir, shade):
+    folder = run_dir / "rollouts" / "step-000003-heldout"
+    folder.mkdir(parents=True)
+    for name in ("i.png", "t.png", "f.png"):
+        Image.fromarray(np.full((16, 16, 3), 50 * shade, np.uint8)).save(folder / name)
+    group = {"key": "cat", "files": {"input": "i.png", "truth": "t.png"}, "rollouts": [{"files": {"final": "f.png"}}]}
+    (folder / "rollouts.json").write_text(json.dumps({"groups": [group]}))
 
 
 def test_a_sweep_is_its_children_and_the_best_has_the_highest_reward(store):
     comparison = compare(find_sweep(store, "realsr_hpc", "betas"))
-    assert [run.name for run in comparison.runs] == ["beta0.0", "beta0.04"]
-    assert comparison.metric == "rewards/total/mean"
-    assert comparison.best is not None and comparison.best.name == "beta0.0"
-    assert comparison.differing == ("grpo.kl_beta", "name")
+    assert [run.name for run in comparison.runs] == ["beta0.0-0", "beta0.0-1", "beta0.04-0", "beta0.04-1"]
+    assert comparison.metric == "heldout/total/mean"
+    assert comparison.best is not None and comparison.best.name == "beta0.0-0"
+    assert comparison.differing == ("grpo.kl_beta", "name", "seed") and comparison.deciding == ("grpo.kl_beta",)
+
+
+def test_seeds_are_one_group_with_an_interval_and_paired_differences(store):
+    zero, some = group_runs(compare(find_sweep(store, "realsr_hpc", "betas"), "rewards/total/mean", store))
+    assert (zero.label, some.label) == ("kl_beta=0.0", "kl_beta=0.04") and len(zero.runs) == 2
+    final = zero.final("rewards/total/mean")
+    half = student.ppf(0.975, 1) * np.std([0.9, 0.8], ddof=1) / np.sqrt(2)
+    np.testing.assert_allclose([final.mean, final.low, final.high], [0.85, 0.85 - half, 0.85 + half])
+    assert zero.less(some, "rewards/total/mean").mean == pytest.approx(0.5)  # 0.9 - 0.4, 0.8 - 0.3
+    assert zero.less(some, "rewards/total/mean").excludes_zero
+    assert zero.change("heldout/total/mean").mean == pytest.approx(2 * (0.8 + 0.6) / 2)
+    assert zero.process_hours().mean == pytest.approx(3 * 900 * 2 / 3600)
+    assert zero.rollout_tokens().mean == pytest.approx(3 * 900 * 10 * 2)
+    alone = estimate([1.0])
+    assert str(alone) == "1" and not alone.excludes_zero
 
 
 def test_runs_are_found_by_name_and_unknown_ones_named(store):
-    assert [run.info.run_name for run in find_runs(store, "realsr_hpc", ["beta0.04"])] == ["beta0.04"]
+    assert [run.info.run_name for run in find_runs(store, "realsr_hpc", ["beta0.04-0"])] == ["beta0.04-0"]
     with pytest.raises(ValueError, match="several begin so"):
         find_runs(store, "realsr_hpc", ["beta"])
     with pytest.raises(ValueError, match="there are: betas"):
@@ -54,15 +89,26 @@ def test_runs_are_found_by_name_and_unknown_ones_named(store):
         find_sweep(store, "other", "betas")
 
 
-def test_csv_and_curve_hold_every_run(store, tmp_path):
-    comparison = compare(find_sweep(store, "realsr_hpc", "betas"))
-    comparison.write_csv(tmp_path / "table.csv")
-    with (tmp_path / "table.csv").open() as file:
+def test_the_report_holds_every_run_and_group(store, tmp_path):
+    comparison = compare(find_sweep(store, "realsr_hpc", "betas"), "rewards/total/mean", store)
+    files = write_report(comparison, tmp_path / "out", "betas")
+    assert {file.name for file in files} == {
+        "comparison.md", "comparison.html", "comparison.csv", "curves.png", "grid.png",
+    }  # fmt: skip
+    with (tmp_path / "out/comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["grpo.kl_beta"], float(row["rewards/total/mean"])) for row in rows] == [("0.0", 0.9), ("0.04", 0.4)]
-    assert plot_curves(store, comparison, "rewards/total/mean", tmp_path / "curve.png") == 2
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert [float(row["rewards/total/mean"]) for row in rows] == [0.9, 0.8, 0.4, 0.3]
+    text = (tmp_path / "out/comparison.md").read_text()
+    assert "Best by rewards/total/mean: kl_beta=0.0, 0.85 [" in text
+    assert "| grpo.kl_beta | 0.0 | 0.04 |" in text and "| process-hours a run | 1.5 [" in text
+    with Image.open(tmp_path / "out/grid.png") as grid:
+        assert grid.width > 4 * 128  # input, two groups, truth
+    page = (tmp_path / "out/comparison.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "kl_beta=0.04" in page
 
 
-def test_no_run_is_best_where_none_has_the_metric(store):
-    assert compare(find_sweep(store, "realsr_hpc", "betas"), "heldout/none").best is None
+def test_no_run_is_best_where_none_has_the_metric(store, tmp_path):
+    comparison = compare(find_sweep(store, "realsr_hpc", "betas"), "heldout/none")
+    assert comparison.best is None
+    write_report(comparison, tmp_path, "betas")
+    assert "No run has heldout/none yet." in (tmp_path / "comparison.md").read_text()

@@ -1,15 +1,11 @@
-"""Runs side by side, from MLflow: a table, their differences, their curves, and the best one.
-
-A sweep is the MLflow parent run that the launcher made; its children are the runs. Reading only: nothing is written
-to MLflow. What is compared are the last values of metrics; the curve shows their history.
-"""
+"""Runs as MLflow knows them: found by sweep or name, with what tells them apart."""
 
 from __future__ import annotations
 
 import csv
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +16,14 @@ if TYPE_CHECKING:
 SWEEP_TAG = "realsr_hpc.sweep"
 PARENT_TAG = "mlflow.parentRunId"
 RUN_TAG = "realsr_hpc.run"
+PROFILE_TAG = "profile"
+"""Tag that the recipes of recipes/profile/ carry: the name of a bundle of overrides."""
 MAX_RUNS = 1000
 PREFERRED = ("heldout/", "rewards/")
 """Beginnings of the metric keys that a comparison is made by, the better one first."""
+SHOWN = (*PREFERRED, "evaluate/")
+BY_THE_WAY = frozenset({"seed", "name", "output_root", "cluster.", "tracking."})
+"""Recipe keys (or their beginnings) in which runs may differ and still be repetitions of one another."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,20 @@ class ComparedRun:
     params: dict[str, str]
     metrics: dict[str, float]
     """Last values."""
+    tags: dict[str, str] = field(default_factory=dict)
+    histories: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """(step, value) in step order, of the metrics that were asked for."""
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Its folder, where it lies on this machine."""
+        path = Path(self.tags.get(RUN_TAG, ""))
+        return path if self.tags.get(RUN_TAG) and path.is_dir() else None
+
+    @property
+    def num_processes(self) -> int:
+        """Processes, one a GPU on a GPU machine."""
+        return int(self.params.get("cluster.nodes", 1)) * int(self.params.get("cluster.tasks_per_node", 1))
 
 
 @dataclass(frozen=True)
@@ -52,10 +67,16 @@ class Comparison:
         rated = [run for run in self.runs if math.isfinite(run.metrics.get(self.metric, math.nan))]
         return max(rated, key=lambda run: run.metrics[self.metric]) if rated else None
 
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """Differing keys that decide a result, the seed aside."""
+        return tuple(key for key in self.differing if not key.startswith(tuple(BY_THE_WAY)))
+
     def columns(self) -> list[str]:
-        """Metric keys worth showing: those of rewards and held-out evaluation that any run has."""
-        keys = {key for run in self.runs for key in run.metrics if key.startswith(PREFERRED)}
-        return sorted(keys, key=lambda key: (key != self.metric, key))
+        """Metric keys worth showing: those of rewards, held-out images and evaluations that any run has."""
+        keys = {key for run in self.runs for key in run.metrics if key.startswith(SHOWN)}
+        order = {beginning: place for place, beginning in enumerate(SHOWN)}
+        return sorted(keys, key=lambda key: (key != self.metric, order[f"{key.split('/')[0]}/"], key))
 
     def write_csv(self, path: Path) -> None:
         """One line a run: state, differing recipe keys, metrics."""
@@ -95,8 +116,12 @@ def find_runs(mlflow: MlflowClient, experiment: str, names: list[str]) -> list[R
     return [_one(known, name) for name in names]
 
 
-def compare(runs: list[Run], metric: str = "") -> Comparison:
-    """The comparison of these runs by `metric`, or by the best-suited one they have."""
+def compare(runs: list[Run], metric: str = "", mlflow: MlflowClient | None = None) -> Comparison:
+    """The comparison of these runs by `metric`, or by the best-suited one they have.
+
+    With `mlflow`, each run also gets its histories: of the metric, of its steps' times and rollout rates (cost).
+    """
+    chosen = metric or _metric_of(runs)
     compared = tuple(
         ComparedRun(
             run.info.run_id,
@@ -104,45 +129,27 @@ def compare(runs: list[Run], metric: str = "") -> Comparison:
             run.info.status,
             dict(run.data.params),
             dict(run.data.metrics),
+            dict(run.data.tags),
+            _histories(mlflow, run, chosen) if mlflow else {},
         )
         for run in sorted(runs, key=lambda run: run.info.run_name or "")
     )
     keys = {key for run in compared for key in run.params} - {"output_root"}
     differing = tuple(sorted(key for key in keys if len({run.params.get(key) for run in compared}) > 1))
-    return Comparison(compared, differing, metric or _metric_of(compared))
+    return Comparison(compared, differing, chosen)
 
 
-def plot_curves(mlflow: MlflowClient, comparison: Comparison, metric: str, path: Path) -> int:
-    """Write a PNG of `metric` over the steps of every run; the number of runs that have it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    drawn = 0
-    for run in comparison.runs:
-        points = sorted((point.step, point.value) for point in mlflow.get_metric_history(run.run_id, metric))
-        if points:
-            axes.plot(*zip(*points, strict=True), label=_label(run, comparison), linewidth=1.2)
-            drawn += 1
-    axes.set(xlabel="step", ylabel=metric)
-    axes.grid(alpha=0.3)
-    if drawn:
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return drawn
+def _histories(mlflow: MlflowClient, run: Run, metric: str) -> dict[str, list[tuple[int, float]]]:
+    held_out = [key for key in run.data.metrics if key.startswith("heldout/")]
+    cost = [key for key in run.data.metrics if key.startswith("time/") or key == "rollout/tokens_per_s/mean"]
+    wanted = dict.fromkeys([metric, "rewards/total/mean", *held_out, *cost])
+    found = {key: mlflow.get_metric_history(run.info.run_id, key) for key in wanted if key in run.data.metrics}
+    return {key: sorted((point.step, point.value) for point in points) for key, points in found.items()}
 
 
-def _label(run: ComparedRun, comparison: Comparison) -> str:
-    varied = [f"{key}={run.params.get(key, '')}" for key in comparison.differing]
-    return ", ".join(varied) if 0 < len(varied) <= 3 else run.name
-
-
-def _metric_of(runs: tuple[ComparedRun, ...]) -> str:
+def _metric_of(runs: list[Run]) -> str:
     """Total reward, held out before trained, where there is one."""
-    keys = sorted({key for run in runs for key in run.metrics})
+    keys = sorted({key for run in runs for key in run.data.metrics})
     for beginning in PREFERRED:
         found = [key for key in keys if key.startswith(beginning)]
         totals = [key for key in found if "total" in key and "mean" in key] or [key for key in found if "reward" in key]

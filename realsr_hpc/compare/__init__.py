@@ -1,0 +1,26 @@
+"""Runs side by side, from MLflow: tables with intervals over seeds, curves, images of the same inputs, cost.
+
+A sweep is the MLflow parent run that the launcher made; its children are the runs. Reading only: nothing is written
+to MLflow. `runs` finds them, `groups` puts seeds together, `pictures` draws, `report` writes.
+"""
+
+from realsr_hpc.compare.groups import Estimate, Group, estimate, group_runs
+from realsr_hpc.compare.pictures import image_rows, plot_curves
+from realsr_hpc.compare.report import write_report
+from realsr_hpc.compare.runs import ComparedRun, Comparison, compare, connect, find_runs, find_sweep
+
+__all__ = [
+    "ComparedRun",
+    "Comparison",
+    "Estimate",
+    "Group",
+    "compare",
+    "connect",
+    "estimate",
+    "find_runs",
+    "find_sweep",
+    "group_runs",
+    "image_rows",
+    "plot_curves",
+    "write_report",
+]

@@ -1,0 +1,102 @@
+"""Curves with bands over seeds, and images of the same inputs by every group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from realsr_hpc.compare.groups import Group
+
+MAX_ROWS = 8
+
+
+def plot_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> int:
+    """PNG, a panel a metric: mean over a group's runs, the band from its lowest to its highest; lines drawn."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(5.2 * columns + 1.5, 3.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    drawn = 0
+    for panel, metric in zip(panels, metrics, strict=False):
+        for number, group in enumerate(groups):
+            steps, mean, low, high = group.curve(metric)
+            if len(steps):
+                label = f"{group.label} ({len(group.runs)})"
+                style = ("-", "--", "-.", ":")[number // 10 % 4]
+                panel.plot(steps, mean, style, color=f"C{number % 10}", label=label, linewidth=1.6, marker=".")
+                panel.fill_between(steps, low, high, color=f"C{number % 10}", alpha=0.15, linewidth=0)
+                drawn += 1
+        panel.set(title=metric, xlabel="step")
+        panel.grid(alpha=0.3)
+    for panel in list(panels):
+        panel.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=110)
+    return drawn
+
+
+def image_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[np.ndarray | None]]]:
+    """Headers and rows of the inputs that every group has images of: input, one run of each group, truth.
+
+    From the runs' evaluations where every group has one, else from the held-out rollouts that training kept last.
+    Empty where the runs' folders are not on this machine, or have no input in common.
+    """
+    for read in (_evaluated, _kept):
+        found = [next((images for run in group.runs if (images := read(run.run_dir))), {}) for group in groups]
+        common = [key for key in found[0] if all(key in images for images in found)] if found else []
+        if common:
+            headers = ["input", *(group.label for group in groups), "truth"]
+            rows = [
+                [
+                    _pixels(found[0][key]["input"]),
+                    *(_pixels(i[key]["final"]) for i in found),
+                    _pixels(found[0][key]["truth"]),
+                ]
+                for key in common[:MAX_ROWS]
+            ]
+            return headers, rows
+    return [], []
+
+
+def _evaluated(run_dir: Path | None) -> dict[str, dict[str, Path | None]]:
+    """Images by key of a run's newest evaluation on its held-out split."""
+    reports = sorted(run_dir.glob("evaluation/step-*/images.json")) if run_dir else []
+    if not reports:
+        return {}
+    folder = reports[-1].parent
+    return {item["key"]: _files(folder, item, item["methods"].get("ours", {})) for item in _read(reports[-1])}
+
+
+def _kept(run_dir: Path | None) -> dict[str, dict[str, Path | None]]:
+    """First rollout of each held-out group that training kept at its last step."""
+    records = sorted(run_dir.glob("rollouts/step-*-heldout/rollouts.json")) if run_dir else []
+    if not records:
+        return {}
+    folder = records[-1].parent
+    return {item["key"]: _files(folder, item, item["rollouts"][0]) for item in _read(records[-1])["groups"]}
+
+
+def _files(folder: Path, item: dict[str, Any], made: dict[str, Any]) -> dict[str, Path | None]:
+    given, restored = item["files"], made.get("files", {})
+    names = {"input": given.get("input"), "truth": given.get("truth"), "final": restored.get("final")}
+    return {kind: folder / name if name else None for kind, name in names.items()}
+
+
+def _pixels(path: Path | None) -> np.ndarray | None:
+    if path is None or not path.is_file():
+        return None
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"))
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,126 @@
+"""A comparison for people: comparison.md, comparison.html (one file, pictures inside), comparison.csv, PNGs."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from realsr_hpc.compare.groups import Group, group_runs
+from realsr_hpc.compare.pictures import image_rows, plot_curves
+from realsr_hpc.compare.runs import Comparison
+from realsr_hpc.tracking.pictures import image_grid
+
+TEMPLATE = "report.html.j2"
+MAX_PANELS = 9
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column names the row."""
+
+    title: str
+    remark: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """As GitHub reads it."""
+        lines = ["| " + " | ".join(self.head) + " |", "|---" * len(self.head) + "|"]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
+        return "\n".join([f"## {self.title}", "", *([self.remark, ""] if self.remark else []), *lines, ""])
+
+
+def write_report(comparison: Comparison, folder: Path, title: str) -> list[Path]:
+    """Write everything into `folder`; the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = group_runs(comparison)
+    comparison.write_csv(folder / "comparison.csv")
+    plot_curves(groups, panels(comparison), folder / "curves.png")
+    files = [folder / "comparison.csv", folder / "curves.png"]
+    headers, rows = image_rows(groups)
+    if rows:
+        image_grid(rows, headers).save(folder / "grid.png")
+        files.append(folder / "grid.png")
+    tables = [final_table(comparison, groups), change_table(comparison, groups), cost_table(groups)]
+    tables += [config_table(comparison, groups)]
+    tables = [table for table in tables if table.rows]
+    pictures = [path.name for path in files if path.suffix == ".png"]
+    text = [f"# {title}", "", verdict(comparison, groups), "", *(table.markdown() for table in tables)]
+    text += [f"![{name}]({name})\n" for name in pictures]
+    (folder / "comparison.md").write_text("\n".join(text))
+    (folder / "comparison.html").write_text(_html(title, verdict(comparison, groups), tables, folder, pictures))
+    return [folder / "comparison.md", folder / "comparison.html", *files]
+
+
+def panels(comparison: Comparison) -> list[str]:
+    """Metrics whose curves are drawn: the one compared by, then the held-out ones."""
+    known = {key for run in comparison.runs for key in run.histories if key.startswith(("heldout/", "rewards/"))}
+    ordered = [key for key in comparison.columns() if key in known]
+    return ordered[:MAX_PANELS] or [comparison.metric]
+
+
+def verdict(comparison: Comparison, groups: Sequence[Group]) -> str:
+    """What can be said in one sentence, and no more."""
+    rated = [group for group in groups if group.final(comparison.metric).num_runs]
+    if not rated:
+        return f"No run has {comparison.metric} yet."
+    best = max(rated, key=lambda group: group.final(comparison.metric).mean)
+    text = f"Best by {comparison.metric}: {best.label}, {best.final(comparison.metric)} over {len(best.runs)} run(s)."
+    if len(rated) > 1 and best is not rated[0]:
+        gain = best.less(rated[0], comparison.metric)
+        sure = "more than chance at 95 %" if gain.excludes_zero else "not more than chance at 95 %"
+        text += f" Less {rated[0].label}, paired by seed: {gain}: {sure}."
+    return text
+
+
+def final_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
+    """Last values."""
+    columns = comparison.columns()
+    rows = [[column, *(str(group.final(column)) for group in groups)] for column in columns]
+    remark = "Last values: mean [95 % Student interval] over runs that differ in their seed alone."
+    return Table("Results", remark, ["metric", *_names(groups)], rows)
+
+
+def change_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
+    """What training changed on held-out images, and the difference to the first group."""
+    columns = [column for column in comparison.columns() if column.startswith("heldout/")]
+    rows = [[column, *(str(group.change(column)) for group in groups)] for column in columns]
+    base = groups[0] if groups else None
+    for group in groups[1:]:
+        for column in columns[:1]:
+            cells = [str(item.less(base, column)) if item is group and base else "" for item in groups]
+            rows.append([f"{column}, less {base.label if base else ''}, paired by seed", *cells])
+    return Table("Change from the first held-out measurement to the last", "", ["metric", *_names(groups)], rows)
+
+
+def cost_table(groups: Sequence[Group]) -> Table:
+    """Process-hours and tokens, where the runs measured them."""
+    rows = [
+        ["process-hours a run", *(str(group.process_hours()) for group in groups)],
+        ["tokens sampled a run", *(str(group.rollout_tokens()) for group in groups)],
+        ["runs", *(str(len(group.runs)) for group in groups)],
+        ["finished", *(str(sum(run.status == "FINISHED" for run in group.runs)) for group in groups)],
+    ]
+    remark = "Process-hours are GPU-hours where each process has a GPU: the measured parts of all steps."
+    return Table("Cost", remark, ["", *_names(groups)], rows)
+
+
+def config_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
+    """Recipe keys that differ between the groups."""
+    rows = [[key, *(group.runs[0].params.get(key, "–") for group in groups)] for key in comparison.deciding]
+    return Table("What differs in the recipes", "", ["key", *_names(groups)], rows)
+
+
+def _names(groups: Sequence[Group]) -> list[str]:
+    return [group.label for group in groups]
+
+
+def _html(title: str, said: str, tables: Sequence[Table], folder: Path, pictures: Sequence[str]) -> str:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    encoded = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
+    return environment.get_template(TEMPLATE).render(title=title, verdict=said, tables=tables, pictures=encoded)

@@ -1,0 +1,10 @@
+"""One static HTML file to look at results with: rollouts of training, an evaluation, a folder of restored images.
+
+`sources` reads what the other rooms wrote, `page` renders it with Jinja2. The file holds everything it shows, so it
+can be opened from disk, mailed, or served; nothing is loaded from a network.
+"""
+
+from realsr_hpc.gallery.page import render, write_page
+from realsr_hpc.gallery.sources import Entry, Result, read_evaluation, read_restored, read_run
+
+__all__ = ["Entry", "Result", "read_evaluation", "read_restored", "read_run", "render", "write_page"]

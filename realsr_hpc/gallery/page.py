@@ -1,0 +1,113 @@
+"""Entries -> one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from realsr_hpc.config.files import write_atomically
+from realsr_hpc.gallery.sources import STAGES, Entry, Result
+
+TEMPLATE = "page.html.j2"
+MAX_SIDE_PX = 1024
+"""Larger images are shown at this size: the file has to stay light."""
+_QUALITY = 88
+_TEXTS = ("rough", "middle", "final")
+
+
+def write_page(entries: Sequence[Entry], path: Path, title: str) -> None:
+    """Write the page; the old one or the new, never a part. ValueError when there is nothing to show."""
+    if not entries:
+        raise ValueError("nothing to show: no group, evaluation or restored image was found")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render(entries, title))
+
+
+def render(entries: Sequence[Entry], title: str) -> str:
+    """The page's HTML; texts of a model are escaped, whatever they hold."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    shown = [_entry(number, entry) for number, entry in enumerate(entries)]
+    return environment.get_template(TEMPLATE).render(
+        title=title,
+        entries=shown,
+        sources=sorted({entry.source for entry in entries}),
+        kinds=sorted({entry.kind for entry in entries}),
+        steps=sorted({entry.step for entry in entries}),
+        slots=_slot_choices(entries),
+    )
+
+
+def data_uri(path: Path) -> str:
+    """An image file as WebP inside the page; at most `MAX_SIDE_PX` a side."""
+    with Image.open(path) as picture:
+        image = picture.convert("RGB")
+    image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=_QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _entry(number: int, entry: Entry) -> dict[str, Any]:
+    numbers = list(dict.fromkeys(name for result in entry.results for name in result.numbers))
+    totals = [result.total for result in entry.results if result.total is not None]
+    return {
+        "id": f"entry-{number}",
+        "source": entry.source,
+        "kind": entry.kind,
+        "step": entry.step,
+        "key": entry.key,
+        "degradation": entry.degradation,
+        "slots": _slots(entry.degradation),
+        "captions": dict(zip(_TEXTS, entry.captions, strict=False)),
+        "images": {name: data_uri(path) for name, path in entry.images.items()},
+        "numbers": numbers,
+        "spread": max(totals) - min(totals) if totals else 0.0,
+        "best": max(totals) if totals else None,
+        "has_advantage": any(result.advantage is not None for result in entry.results),
+        "results": [_result(result, entry) for result in entry.results],
+    }
+
+
+def _result(result: Result, entry: Entry) -> dict[str, Any]:
+    totals = [item.total for item in entry.results if item.total is not None]
+    return {
+        "name": result.name,
+        "images": {name: data_uri(path) for name, path in result.images.items()},
+        "stages": [name for name in (*STAGES, "steps") if name in result.images],
+        "said": _compared(result.degradation, entry.degradation),
+        "texts": [(name, text) for name, text in zip(_TEXTS, result.texts, strict=False)],
+        "faults": result.faults,
+        "numbers": result.numbers,
+        "total": result.total,
+        "advantage": result.advantage,
+        "is_best": len(totals) > 1 and result.total == max(totals),
+    }
+
+
+def _slots(phrase: str | None) -> list[str]:
+    return [part.strip() for part in phrase.split(",")] if phrase else []
+
+
+def _compared(said: str | None, true: str | None) -> list[tuple[str, bool | None]]:
+    """Each slot as said, and whether it is right (None: unknown)."""
+    truth = _slots(true)
+    return [(slot, slot == truth[place] if place < len(truth) else None) for place, slot in enumerate(_slots(said))]
+
+
+def _slot_choices(entries: Sequence[Entry]) -> list[str]:
+    """True words to filter by: blur, noise and compression; the resize words stand twice in a phrase."""
+    found = {slot for entry in entries for slot in _slots(entry.degradation) if " " in slot}
+    order = {"light": 0, "medium": 1, "heavy": 2}
+    return sorted(found, key=lambda slot: (slot.partition(" ")[2], order.get(slot.partition(" ")[0], 3)))

@@ -1,0 +1,146 @@
+"""What training, evaluating and restoring left on disk, as entries of one kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STAGES = ("rough", "middle", "final")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One rollout of a group, one method of an evaluation, or the restored image."""
+
+    name: str
+    images: Mapping[str, Path]
+    """By stage: rough, middle, final; `steps` is a picture of all of them."""
+    degradation: str | None = None
+    texts: tuple[str | None, ...] = ()
+    faults: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    total: float | None = None
+    """Reward, where there is one."""
+    advantage: float | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One input with everything made of it."""
+
+    source: str
+    """The run, evaluation or folder it is of."""
+    kind: str
+    """rollouts, held-out, evaluation or restored."""
+    step: int
+    key: str
+    images: Mapping[str, Path]
+    """`input`, and `truth` where it is known."""
+    results: tuple[Result, ...]
+    degradation: str | None = None
+    """The true phrase."""
+    captions: tuple[str, ...] = ()
+
+
+def read_run(run_dir: Path) -> list[Entry]:
+    """Groups that training kept (tracking.rollouts_every_steps), and the run's evaluations.
+
+    ValueError when there are neither.
+    """
+    kept = sorted(run_dir.glob("rollouts/*/rollouts.json"))
+    entries = [entry for path in kept for entry in _rollouts(path)]
+    for path in sorted(run_dir.glob("evaluation/**/images.json")):
+        entries += read_evaluation(path.parent, f"{run_dir.name} {path.parent.relative_to(run_dir / 'evaluation')}")
+    if not entries:
+        raise ValueError(
+            f"run={run_dir}: neither rollouts/ nor evaluation/ there; train with tracking.rollouts_every_steps "
+            "above 0, or run tools/evaluate.py"
+        )
+    return entries
+
+
+def read_evaluation(folder: Path, name: str = "") -> list[Entry]:
+    """Images of a report that tools/evaluate.py wrote. ValueError when it is none."""
+    path = folder / "images.json"
+    if not path.is_file():
+        raise ValueError(f"evaluation={folder} has no images.json; name a folder that tools/evaluate.py wrote")
+    step = folder.name.rpartition("-")[2]
+    return [_evaluated(folder, name or folder.name, int(step) if step.isdigit() else 0, item) for item in _read(path)]
+
+
+def read_restored(folder: Path) -> list[Entry]:
+    """Images of a folder that tools/restore.py wrote. ValueError when it is none."""
+    if not (folder / "restore.json").is_file():
+        raise ValueError(f"restored={folder} has no restore.json; name a folder that tools/restore.py wrote")
+    found = (path for path in sorted(folder.rglob("*.json")) if path != folder / "restore.json")
+    entries = [_restored(folder, path) for path in found]
+    return [entry for entry in entries if entry is not None]
+
+
+def _rollouts(path: Path) -> list[Entry]:
+    content = _read(path)
+    kind = "held-out" if content["kind"] == "heldout" else "rollouts"
+    return [
+        Entry(
+            content["run"],
+            kind,
+            content["step"],
+            group["key"],
+            _paths(path.parent, group["files"]),
+            tuple(_rollout(path.parent, number, item) for number, item in enumerate(group["rollouts"], 1)),
+            group["degradation"],
+            tuple(group["captions"] or ()),
+        )
+        for group in content["groups"]
+    ]
+
+
+def _rollout(folder: Path, number: int, item: dict[str, Any]) -> Result:
+    return Result(
+        f"rollout {number}",
+        _paths(folder, item["files"]),
+        item["degradation"],
+        tuple(item["texts"]),
+        tuple(item["faults"]),
+        item["rewards"],
+        item["reward"],
+        item["advantage"],
+    )
+
+
+def _evaluated(folder: Path, name: str, step: int, item: dict[str, Any]) -> Entry:
+    results = []
+    for method, made in item["methods"].items():
+        numbers = {key: value for key, value in made["metrics"].items() if value is not None and key != "restored"}
+        rewards = [value for key, value in numbers.items() if key.startswith("reward_")]
+        said = (made.get("degradation"), tuple(made.get("texts", ())), tuple(made.get("faults", ())))
+        total = sum(rewards) if rewards and said[1] else None
+        results.append(Result(method, _paths(folder, made["files"]), *said, numbers, total))
+    images, captions = _paths(folder, item["files"]), tuple(item["captions"] or ())
+    return Entry(name, "evaluation", step, item["key"], images, tuple(results), item["degradation"], captions)
+
+
+def _restored(folder: Path, path: Path) -> Entry | None:
+    content = _read(path)
+    final, source = path.with_suffix(".png"), Path(content.get("input", ""))
+    if "tiles" not in content or not final.is_file():
+        return None
+    tile, steps = content["tiles"][0], path.with_suffix(".steps.jpg")
+    images = {"final": final} | ({"steps": steps} if steps.is_file() else {})
+    name = (
+        "restored" if len(content["tiles"]) == 1 else f"restored in {len(content['tiles'])} tiles (words of the first)"
+    )
+    result = Result(name, images, tile["degradation"], tuple(tile["texts"]), tuple(tile["faults"]))
+    inputs = {"input": source} if source.is_file() else {}
+    return Entry(folder.name, "restored", 0, path.stem, inputs, (result,))
+
+
+def _paths(folder: Path, files: Mapping[str, str]) -> dict[str, Path]:
+    return {name: folder / file for name, file in files.items() if (folder / file).is_file()}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,120 @@
+"""The page: what it holds, and what Chromium makes of it."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from skimage import data
+
+from realsr_hpc.config.paths import project_root
+from realsr_hpc.gallery import read_run, render
+from realsr_hpc.records import DegradationLabel, LQBatch, ParsedTrace, RolloutGroup, SceneText, ScoredGroup
+from realsr_hpc.tracking.rollouts import write_rollouts
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+HEAVY = DegradationLabel("heavy", "keep", "medium", "light", "upsample")
+LIGHT = DegradationLabel("light", "downsample", "medium", "light", "keep")
+SCENE = SceneText("a cat", "a striped cat", "a striped cat looking to the left", ("cat",))
+
+
+def group(phrase: str, rewards: list[float], final: np.ndarray, faults=()) -> ScoredGroup:
+    """Rollouts that differ in their rewards and in how far their image is turned to grey."""
+    size = len(rewards)
+    empty = torch.zeros(size, 1, dtype=torch.int64)
+    rollouts = RolloutGroup(empty[0], empty, empty[:, 0], empty.float(), empty.bool(), empty)
+    trace = ParsedTrace(phrase, ("a cat <script>alert(1)</script>", None, "whiskers"), (None,) * 3, faults)
+    values = torch.tensor(rewards)
+    return ScoredGroup(
+        rollouts, 2 * values, {"fidelity": values, "format": values}, {"fidelity": 1.0, "format": 1.0},
+        (trace,) * size, (final,) * size,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    """Two groups of three rollouts kept at step 8, one of them again at step 16."""
+    folder = tmp_path_factory.mktemp("runs") / "grpo_tiny-abc"
+    images = [np.ascontiguousarray(image[100:228, 100:228]) for image in (data.chelsea(), data.coffee())]
+    gt = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    lq = gt[:, :, ::4, ::4].contiguous()
+    batch = LQBatch(lq, gt, (HEAVY, LIGHT), (SCENE, None), ("cat", "coffee"), torch.arange(2))
+    groups = [group(HEAVY.phrase, [0.2, 0.9, 0.4], images[0]), group(HEAVY.phrase, [0.1, 0.3, 0.2], images[1], ("x",))]
+    stages = [[image[::4, ::4] for image in images for _ in range(3)], [None] * 6]
+    stages.append([(image * share).astype(np.uint8) for image in images for share in (0.4, 0.7, 1.0)])
+    gains = [[-1.0, 1.0, 0.0], [-1.0, 1.0, 0.0]]
+    write_rollouts(folder, 8, "train", batch, groups, gains, stages)
+    write_rollouts(folder, 16, "heldout", batch, groups[:1], gains[:1], [row[:3] for row in stages])
+    return folder
+
+
+def test_a_group_stands_with_its_rewards_words_and_images(run_dir):
+    entries = read_run(run_dir)
+    assert [(entry.kind, entry.step, entry.key) for entry in entries] == [
+        ("rollouts", 8, "cat"), ("rollouts", 8, "coffee"), ("held-out", 16, "cat"),
+    ]  # fmt: skip
+    best = entries[0].results[1]
+    assert best.total == pytest.approx(1.8) and best.advantage == 1.0 and set(best.images) == {"rough", "final"}
+    page = render(entries, "Results & more")
+    assert "<title>Results &amp; more</title>" in page and page.count('class="best"') == 3
+    # What a model says is text, never markup; and the page asks no network for anything.
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    # A slot named wrongly is said in words, not by colour alone.
+    assert "heavy blur" in page and "(wrong)" in page and "Not well formed: x" in page
+
+
+@pytest.fixture(scope="module")
+def page(run_dir) -> Path:
+    output = run_dir.parent / "gallery.html"
+    spec = importlib.util.spec_from_file_location("tool_gallery", project_root() / "tools/gallery.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.main([f"run={run_dir}", f"output={output}"]) == 0
+    assert tool.main([f"run={run_dir.parent}"]) == 2 and tool.main([]) == 2
+    return output
+
+
+def dump_dom(page: Path, view: str, profile: Path) -> str:
+    """The document after its script has run, at an address that carries a view."""
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", f"{page.as_uri()}{view}",
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian package chromium)")
+def test_in_a_browser_filters_hide_the_slider_cuts_and_the_best_is_shown(page, tmp_path):
+    dom = dump_dom(page, "#slot=heavy+blur&kind=rollouts&slide=25&order=spread", tmp_path)
+    shown = [match for match in re.findall(r"<article[^>]*>", dom) if "hidden" not in match]
+    assert len(shown) == 1 and 'data-step="8"' in shown[0]
+    assert ">1 of 3 shown<" in dom
+    assert dom.count("--cut: 25%") == 3
+    # The best rollout stands on the right of the slider without a click.
+    assert dom.count('<span class="shown">rollout 2</span>') == 3
+    everything = dump_dom(page, "", tmp_path)
+    assert ">3 of 3 shown<" in everything
+
+
+def test_it_is_served_on_loopback_and_nothing_beside_it(page):
+    command = [sys.executable, str(project_root() / "tools/gallery.py"), f"run={page.parent / 'grpo_tiny-abc'}"]
+    command += [f"output={page}", "serve=true", "port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = [server.stdout.readline() for _ in range(2)][1].strip()
+            assert address.startswith("http://127.0.0.1:")
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                assert b"grpo_tiny-abc" in answer.read()
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(address + "grpo_tiny-abc/rollouts", timeout=60)
+            refused.value.close()
+        finally:
+            server.terminate()
