@@ -59,9 +59,9 @@ class Group:
         """Steps that every run of the group has, mean, lowest and highest value at each."""
         histories = [dict(run.histories[metric]) for run in self.runs if run.histories.get(metric)]
         steps = sorted(set.intersection(*map(set, histories))) if histories else []
-        values = np.array([[history[step] for step in steps] for history in histories]).reshape(-1, len(steps))
-        if not len(steps):
+        if not steps:
             return np.array([]), np.array([]), np.array([]), np.array([])
+        values = np.array([[history[step] for step in steps] for history in histories])
         return np.array(steps), values.mean(0), values.min(0), values.max(0)
 
     def process_hours(self) -> Estimate:
