@@ -16,7 +16,7 @@ from realsr_hpc.rewards.base import Candidate
 from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.rollout.restorer import FIRST_ID, final_images, parse_group
 from realsr_hpc.rollout.sampler import Sampler, in_image_block
-from realsr_hpc.tracking.rollouts import write_rollouts
+from realsr_hpc.train.kept import write_rollouts
 from realsr_hpc.train.run import TrainingRun
 
 

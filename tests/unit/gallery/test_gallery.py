@@ -17,7 +17,7 @@ from skimage import data
 from realsr_hpc.config.paths import project_root
 from realsr_hpc.gallery import read_run, render
 from realsr_hpc.records import DegradationLabel, LQBatch, ParsedTrace, RolloutGroup, SceneText, ScoredGroup
-from realsr_hpc.tracking.rollouts import write_rollouts
+from realsr_hpc.train.kept import write_rollouts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HEAVY = DegradationLabel("heavy", "keep", "medium", "light", "upsample")
