@@ -1,7 +1,8 @@
 """Runs, their states and logs: `python tools/jobs.py [root=DIR]`; cancel=RUN, resume=RUN, follow=RUN, reconcile=true.
 
 RUN is a run's name, a unique beginning of it, or its folder. A run that is `lost` ended without a word (the machine
-went down, SIGKILL); resume goes on from its last checkpoint.
+went down, SIGKILL); resume goes on from its last checkpoint, also on another layout or cluster:
+`resume=RUN parallel.tp=2 cluster.nodes=4`.
 """
 
 import sys
@@ -25,12 +26,15 @@ def main(arguments: list[str]) -> int:
     """Exit code 0; 2 for a wrong option or an unknown run; with follow the job's."""
     console = Console() if sys.stdout.isatty() else Console(width=200)
     try:
-        options = read_options(arguments, OPTIONS, __doc__ or "")
+        overrides = [item for item in arguments if "." in item.partition("=")[0]]
+        options = read_options([item for item in arguments if item not in overrides], OPTIONS, __doc__ or "")
+        if overrides and not options["resume"]:
+            raise ValueError(f"{overrides[0]}: an override goes with resume=RUN")
         root = Path(options["root"]).resolve()
         if options["cancel"]:
             console.print(cancel(find_run(root, options["cancel"])), markup=False)
         elif options["resume"]:
-            print_submissions([resume(find_run(root, options["resume"]))], console)
+            print_submissions([resume(find_run(root, options["resume"]), overrides)], console)
         elif options["follow"]:
             run_dir = find_run(root, options["follow"])
             job = read_job(run_dir)

@@ -9,17 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from realsr_hpc.config.files import flush, publish
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+BEST = "best"
+"""Link to the best of the checkpoints that are kept for their metric."""
 _PREFIX, _ASIDE = "step-", ".tmp-"
 _BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the newest `last`, and the `best` ones by the metric in their manifests."""
+
+    last: int
+    best: int = 0
+    highest: bool = True
+    """Whether a higher metric is better."""
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -60,25 +76,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def flush(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def complete(aside: Path, final: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
     """Write the manifest and rename: from here on the checkpoint exists. An older one of the step is replaced."""
-    manifest = aside / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True))
-    flush(manifest)
-    flush(aside)
+    (aside / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True))
     if final.exists():
         shutil.rmtree(final)
-    aside.rename(final)
-    flush(final.parent)
+    publish(aside, final)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -122,7 +125,20 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove what was left half-written, and all but the newest `keep_last` checkpoints."""
-    for folder in [*completed(root)[:-keep_last], *root.glob(f"{_ASIDE}*")]:
+def best(root: Path, count: int, *, highest: bool) -> list[tuple[Path, float]]:
+    """The `count` checkpoints with the best metric and its value, the best first; ties go to the newer."""
+    rated = [(folder, read(folder).get("metric")) for folder in reversed(completed(root))]
+    finite = [(folder, value) for folder, value in rated if value is not None and math.isfinite(value)]
+    return sorted(finite, key=lambda item: item[1], reverse=highest)[:count]
+
+
+def prune(root: Path, keep: Keep) -> None:
+    """Remove what was left half-written, and every checkpoint that `keep` does not name; link the best one."""
+    ranked = [folder for folder, _ in best(root, keep.best, highest=keep.highest)]
+    stay = {*completed(root)[-keep.last :], *ranked}
+    for folder in [*(set(completed(root)) - stay), *root.glob(f"{_ASIDE}*")]:
         shutil.rmtree(folder)
+    if ranked:
+        link = root / f".{BEST}.{os.getpid()}"
+        link.symlink_to(ranked[0].name)
+        os.replace(link, root / BEST)

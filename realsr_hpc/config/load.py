@@ -7,12 +7,14 @@ and all errors come in one message. Left out: Hydra's launchers, sweepers and lo
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import itertools
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import realsr_hpc
 from realsr_hpc.config.checks import faults
 from realsr_hpc.config.schema import RunConfig
 
-GROUPS = ("model", "data", "rewards", "parallel", "cluster")
+GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
 RESULT_FREE_SECTIONS = frozenset({"output_root", "cluster", "tracking", "restore"})
 """Sections that do not decide a run's result and stay out of its signature."""
 
@@ -64,21 +66,55 @@ def compose(overrides: list[str], *, multirun: bool = False) -> RunConfig | list
 
     Raises RecipeError with all faults.
     """
-    combinations = _expand(_parse(overrides), multirun)
-    configs = [compose_one(combination) for combination in combinations]
+    composer = _Composer()
+    configs = [composer.config(combination) for combination in _expand(_parse(overrides), multirun)]
     return configs if multirun else configs[0]
 
 
 def compose_one(overrides: list[str]) -> RunConfig:
     """One recipe with its overrides, none of them swept."""
-    recipe, rest = _split_recipe(overrides)
-    tree = _compose_yaml(recipe, rest)
-    return validate(tree, source=f"recipe {recipe}")
+    return _Composer().config(overrides)
 
 
 def swept_keys(overrides: list[str]) -> list[str]:
     """Keys that a multirun varies, in the order given."""
     return [str(item.key_or_group) for item in _parse(overrides) if item.is_sweep_override()]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a sampler may choose for one key: one of `choices`, or a number from `low` to `high`."""
+
+    key: str
+    choices: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    """Drawn evenly in the logarithm: `tag(log, interval(1e-6, 1e-4))`."""
+
+
+def search_space(overrides: list[str]) -> tuple[list[str], list[Axis]]:
+    """The overrides that are fixed, and the axes of those that vary; intervals are for samplers only."""
+    parsed = _parse(overrides)
+    fixed = [item.input_line or "" for item in parsed if not item.is_sweep_override()]
+    return fixed, [_axis(item) for item in parsed if item.is_sweep_override()]
+
+
+def _axis(item: Override) -> Axis:
+    value: Any = item.value()
+    if item.is_interval_sweep():
+        return Axis(item.key_or_group, low=float(value.start), high=float(value.end), log="log" in value.tags)
+    return Axis(item.key_or_group, choices=tuple(item.sweep_iterator()))
+
+
+def read_axes(name: str) -> list[str]:
+    """The overrides of recipes/sweeps/NAME.yaml: a list is a sweep, text is an override's value as it stands."""
+    folder = recipes_dir() / "sweeps"
+    if not (path := folder / f"{name}.yaml").is_file():
+        names = sorted(found.stem for found in folder.glob("*.yaml"))
+        raise RecipeError(f"axes: no {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
+    axes = yaml.safe_load(path.read_text())
+    return [f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}" for key, value in axes.items()]
 
 
 def validate(tree: Any, *, source: str) -> RunConfig:
@@ -107,6 +143,14 @@ def from_yaml(path: Path) -> RunConfig:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     return validate(tree, source=str(path))
+
+
+def override(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """A resolved recipe with plain `section.field=value` overrides."""
+    tree = OmegaConf.create(config.model_dump(mode="json"))
+    for item in _parse(overrides):
+        OmegaConf.update(tree, item.key_or_group, item.value(), merge=True, force_add=True)
+    return validate(OmegaConf.to_container(tree), source=config.name)
 
 
 def signature(config: RunConfig) -> str:
@@ -142,6 +186,9 @@ def _expand(parsed: list[Override], multirun: bool) -> list[list[str]]:
     swept = [item.input_line or "" for item in parsed if item.is_sweep_override()]
     if swept and not multirun:
         raise RecipeError(f"{', '.join(swept)}: several values need -m (a sweep)")
+    drawn = [item.input_line or "" for item in parsed if item.is_interval_sweep()]
+    if drawn:
+        raise RecipeError(f"{', '.join(drawn)}: an interval is drawn from by sampler=optuna; or write range(..)")
     choices = []
     for item in parsed:
         if item.is_sweep_override():
@@ -164,17 +211,44 @@ def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
     return chosen[0], rest
 
 
-def _compose_yaml(recipe: str, overrides: list[str]) -> Any:
-    try:
-        arguments = [_as_hydra(item, _groups_of(recipe)) for item in _parse(overrides)]
-        with initialize_config_dir(config_dir=str(recipes_dir()), version_base="1.3"):
-            return OmegaConf.to_container(hydra_compose(recipe, arguments), resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise RecipeError(f"recipe {recipe}: {_first_line(error)}") from None
+class _Composer:
+    """Composes many recipes that share files: Hydra reads each choice of groups once, values are set on a copy."""
+
+    def __init__(self) -> None:
+        self._parsed: dict[str, Override] = {}
+        self._trees: dict[tuple[str, ...], Any] = {}
+
+    def config(self, overrides: list[str]) -> RunConfig:
+        """One recipe with its overrides, none of them swept."""
+        recipe, rest = _split_recipe(overrides)
+        return validate(self.tree(recipe, rest), source=f"recipe {recipe}")
+
+    def _parse(self, line: str) -> Override:
+        if line not in self._parsed:
+            [self._parsed[line]] = _parse([line])
+        return self._parsed[line]
+
+    def tree(self, recipe: str, lines: list[str]) -> Any:
+        """The plain tree of a recipe, not yet judged."""
+        groups, overrides = _groups_of(recipe), [self._parse(line) for line in lines]
+        chosen = [item for item in overrides if item.key_or_group in GROUPS or item.is_delete()]
+        key = (recipe, *(_as_hydra(item, groups) for item in chosen))
+        try:
+            if key not in self._trees:
+                with initialize_config_dir(config_dir=str(recipes_dir()), version_base="1.3"):
+                    self._trees[key] = hydra_compose(recipe, list(key[1:]))
+            tree = copy.deepcopy(self._trees[key])
+            for item in overrides:
+                if item not in chosen:
+                    # Values are forced in: the schema rejects unknown ones.
+                    OmegaConf.update(tree, item.key_or_group, item.value(), merge=True, force_add=True)
+            return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise RecipeError(f"recipe {recipe}: {_first_line(error)}") from None
 
 
 def _as_hydra(item: Override, groups: set[str]) -> str:
-    """Values are forced in (the schema rejects unknown ones); a group the recipe does not list is appended."""
+    """A group that the recipe does not list is appended."""
     line = item.input_line or ""
     if item.key_or_group in GROUPS:
         options = sorted(path.stem for path in (recipes_dir() / item.key_or_group).glob("*.yaml"))
@@ -182,7 +256,7 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
             hint = nearest(str(item.value()), options)
             raise RecipeError(f"{item.key_or_group}: no {item.value()!r}{hint}; there are: {', '.join(options)}")
         return line if item.key_or_group in groups else f"+{line.lstrip('+')}"
-    return line if item.is_delete() else f"++{line.lstrip('+')}"
+    return line
 
 
 def _groups_of(recipe: str) -> set[str]:

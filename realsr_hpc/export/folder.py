@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from realsr_hpc.config.files import publish
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
@@ -42,19 +44,7 @@ class Aside:
         if kind is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        for path in (*self.folder.rglob("*"), self.folder):
-            _flush(path)
-        os.replace(self.folder, self.output)
-        _flush(self.output.parent)
-
-
-def _flush(path: Path) -> None:
-    """To disk, so that a rename never stands before the bytes it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        publish(self.folder, self.output)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -41,7 +41,7 @@ def import_folder(source: Path, output: Path, config: RunConfig | None = None) -
         policy = empty_policy(config, groups, vocabulary.size)
         load_hf_weights(policy, source)
         state = {"step": 0, "data": {}, "counters": {}, "run_id": ""}
-        path = checkpoint.save(folder / "checkpoints", 0, policy, None, state, keep_last=1)
+        path = checkpoint.save(folder / "checkpoints", 0, policy, None, state, checkpoint.Keep(last=1))
         (folder / "recipe.yaml").write_text(to_yaml(_with_files(config, output.resolve(), files)))
     return output / path.relative_to(folder)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 
 from rich.console import Console
 
-from realsr_hpc.config.load import RecipeError, compose, nearest, recipe_names, swept_keys, to_yaml
+from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.follow import follow
-from realsr_hpc.launch.report import print_plan, print_submissions
+from realsr_hpc.launch.report import print_plan, print_submissions, refuse_what_cannot_fit
 from realsr_hpc.launch.submit import submit
 
 USAGE = """\
@@ -20,12 +20,16 @@ python tools/launch.py [-m] recipe=NAME [group=NAME] [section.field=value ...] [
   recipe=NAME       one of: {recipes}
   cluster=NAME      recipes/cluster/NAME.yaml; the other groups are model, data, rewards and parallel
   -m                a sweep: a,b,c or range(..) or choice(..) as values; one Slurm array, one MLflow parent run
+  axes=NAME         a sweep over the values of recipes/sweeps/NAME.yaml; your own values go before its
 Options:
   plan=true         submit nothing: sbatch script, memory per GPU, pipeline bubble, GPU-hours
   resolve=true      submit nothing: print the resolved recipe as YAML
   follow=false      return at once (the default waits for a single run; Ctrl-C then leaves the run going)
   fresh=true        start anew in a new folder instead of going on with, or keeping, this recipe's run
   sweep=NAME        name of the sweep (default: from the recipe and what varies)
+  sampler=optuna    Optuna draws from the swept values, interval(a,b) among them; launched again with the same
+                    sweep=NAME it learns from the runs before and draws on
+  trials=16         how many it draws at a time
 """
 TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
@@ -39,6 +43,9 @@ class Options:
     follow: bool = True
     fresh: bool = False
     sweep: str = ""
+    axes: str = ""
+    sampler: str = "all"
+    trials: str = "16"
 
 
 def main(arguments: list[str]) -> int:
@@ -49,8 +56,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     try:
         options, multirun, overrides = read_arguments(arguments)
-        composed = compose(overrides, multirun=multirun)
-        configs = composed if isinstance(composed, list) else [composed]
+        configs = choose(options, multirun, overrides)
         if options.resolve:
             sys.stdout.write("---\n".join(map(to_yaml, configs)))
             return 0
@@ -63,11 +69,26 @@ def main(arguments: list[str]) -> int:
         return 2
 
 
+def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunConfig]:
+    """The recipes to run: one, every combination of a sweep, or those that the sampler draws."""
+    if options.sampler == "all":
+        composed = compose(overrides, multirun=multirun)
+        return composed if isinstance(composed, list) else [composed]
+    if options.sampler != "optuna":
+        raise RecipeError(f"sampler: {options.sampler!r} is none of all, optuna")
+    if not options.trials.isdecimal() or int(options.trials) < 1:
+        raise RecipeError(f"trials: {options.trials!r} is no number from 1 up")
+    from realsr_hpc.launch.sampler import sample
+
+    return sample(overrides, options.sweep or _sweep_name(overrides), int(options.trials))
+
+
 def launch(
     configs: list[RunConfig], options: Options, varied: list[str], overrides: list[str], console: Console
 ) -> int:
     """Submit, say what was submitted, and follow a single run."""
-    sweep = (options.sweep or _sweep_name(configs[0], overrides)) if varied else ""
+    refuse_what_cannot_fit(configs)
+    sweep = (options.sweep or _sweep_name(overrides)) if varied else ""
     submissions = submit(configs, sweep=sweep, varied=varied, fresh=options.fresh)
     print_submissions(submissions, console)
     if sweep:
@@ -90,10 +111,14 @@ def read_arguments(arguments: list[str]) -> tuple[Options, bool, list[str]]:
         if argument.startswith("-") or not equals and not argument.startswith("~"):
             raise RecipeError(f"{argument!r}: write key=value{nearest(key.lstrip('-'), names | {'recipe'})}")
         if key in names:
-            values[key] = value if key == "sweep" else _truth(key, value)
+            values[key] = value if isinstance(getattr(Options, key), str) else _truth(key, value)
         else:
             overrides.append(argument)
-    return Options(**values), bool({"-m", "--multirun"} & set(arguments)), overrides  # type: ignore[arg-type]
+    options = Options(**values)  # type: ignore[arg-type]
+    own = {override.partition("=")[0] for override in overrides}
+    axes = read_axes(options.axes) if options.axes else []
+    overrides += [axis for axis in axes if axis.partition("=")[0] not in own]
+    return options, bool({"-m", "--multirun"} & set(arguments) or options.axes), overrides
 
 
 def _truth(key: str, value: str) -> bool:
@@ -102,6 +127,7 @@ def _truth(key: str, value: str) -> bool:
     return TRUTH[value.lower()]
 
 
-def _sweep_name(config: RunConfig, overrides: list[str]) -> str:
+def _sweep_name(overrides: list[str]) -> str:
+    recipe = next((item.partition("=")[2] for item in overrides if item.startswith("recipe=")), "none")
     digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:6]
-    return f"{config.name}-sweep-{digest}"
+    return f"{recipe}-sweep-{digest}"

@@ -8,11 +8,14 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from realsr_hpc.config.load import from_yaml
+from realsr_hpc.config.load import from_yaml, override
 from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, list_runs, rank_log, read_job, slurm_queue
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.submit import Submission, submit_into
 from realsr_hpc.tracking import read_progress, set_status
+
+RESUMABLE_SECTIONS = ("parallel", "cluster", "checkpoint", "tracking")
+"""What a run may change on its way: where and how it computes, not what."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,21 @@ def cancel(run_dir: Path) -> str:
     return f"{run_dir.name}: asked to stop at its next step"
 
 
-def resume(run_dir: Path) -> Submission:
-    """Launch a run again as its recipe.yaml says."""
-    return submit_into([(from_yaml(run_dir / "recipe.yaml"), run_dir)])[0]
+def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
+    """Launch a run again as its recipe.yaml says, perhaps elsewhere or on another layout, from its last checkpoint.
+
+    ValueError for an override of what decides the result: that would be another run.
+    """
+    config = from_yaml(run_dir / "recipe.yaml")
+    if overrides:
+        foreign = [item for item in overrides if item.partition(".")[0] not in RESUMABLE_SECTIONS]
+        if foreign:
+            raise ValueError(
+                f"{foreign[0]}: a resumed run keeps what decides its result; only {', '.join(RESUMABLE_SECTIONS)} may "
+                "change; launch a new run for the rest"
+            )
+        config = override(config, overrides)
+    return submit_into([(config, run_dir)])[0]
 
 
 def reconcile(root: Path) -> list[str]:

@@ -2,28 +2,66 @@
 
 from __future__ import annotations
 
+import io
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import rank_log
-from realsr_hpc.launch.submit import Submission, sbatch_script
-from realsr_hpc.plan import Plan, plan
+from realsr_hpc.launch.script import sbatch_script
+from realsr_hpc.plan import Plan, plan, way_to_fit
+from realsr_hpc.plan.tables import comparison, knob_table
 from realsr_hpc.tracking import tracking_uri
+
+if TYPE_CHECKING:
+    from realsr_hpc.launch.submit import Submission
+
+PLAN_WIDTH = 120
 
 
 def print_plan(configs: list[RunConfig], console: Console) -> None:
     """The sbatch script, memory, bubble and GPU-hours of the first recipe, and the total of all."""
-    first, estimate = configs[0], plan(configs[0])
-    if first.cluster.kind == "slurm":
-        console.print(sbatch_script(first, len(configs)), markup=False, highlight=False, soft_wrap=True)
-    if estimate.memory_gib:
-        console.print(_memory_table(estimate, first))
-        console.print(_facts_table(estimate, first))
+    _print_one(configs[0], console, len(configs))
     if len(configs) > 1:
         hours = sum(plan(config).gpu_hours for config in configs)
-        console.print(f"{len(configs)} runs, {hours:,.0f} GPU-hours in all")
+        console.print(comparison(configs, f"{len(configs)} runs, {hours:,.0f} GPU-hours in all"))
     console.print("Nothing was submitted.")
+
+
+def plan_text(config: RunConfig) -> str:
+    """The plan of one recipe as plain text: what a run's folder and MLflow keep of it."""
+    text = io.StringIO()
+    _print_one(config, Console(file=text, width=PLAN_WIDTH), 1)
+    return text.getvalue()
+
+
+def refuse_what_cannot_fit(configs: list[RunConfig]) -> None:
+    """ValueError for the first recipe whose plan exceeds its GPUs' memory."""
+    for config in configs:
+        estimate = plan(config)
+        if estimate.fits is False:
+            raise ValueError(
+                f"cluster.gpu_memory_gib: {config.cluster.gpu_memory_gib}: {config.name} needs "
+                f"{estimate.total_gib:.0f} GiB a GPU; {_remedy(config)} (null for gpu_memory_gib: submit anyway)"
+            )
+
+
+def _remedy(config: RunConfig) -> str:
+    way = [override for knob in way_to_fit(config) for override in knob.overrides]
+    return f"it fits with {' '.join(way)}" if way else "no recipe of this size does: take larger or more GPUs"
+
+
+def _print_one(config: RunConfig, console: Console, num_runs: int) -> None:
+    estimate = plan(config)
+    if config.cluster.kind == "slurm":
+        console.print(sbatch_script(config, num_runs), markup=False, highlight=False, soft_wrap=True)
+    if estimate.memory_gib:
+        console.print(_memory_table(estimate, config))
+        console.print(_facts_table(estimate, config))
+    if estimate.fits is False:
+        console.print(knob_table(config))
 
 
 def print_submissions(submissions: list[Submission], console: Console) -> None:
@@ -71,8 +109,15 @@ def _facts_table(estimate: Plan, config: RunConfig) -> Table:
         "microbatches a rank": str(estimate.microbatches),
         "pipeline bubble": f"{estimate.bubble:.1%} of a training pass",
     }
+    if estimate.memory.host:
+        rows["host memory"] = f"{estimate.memory.host:.1f} GiB a process, offloaded"
     if config.cluster.gpus_per_node:
-        rows["a step"] = f"{estimate.rollout_s:.1f} s rollout + {estimate.training_s:.1f} s training"
+        sent = estimate.traffic
+        rows["a step"] = (
+            f"{estimate.rollout_s:.1f} s rollout + {estimate.training_s:.1f} s training + "
+            f"{estimate.communication_s:.1f} s communication, if none of it is hidden"
+        )
+        rows["a GPU sends"] = f"{sent.tp:.0f} GB over tp, {sent.pp:.1f} over pp, {sent.dp:.1f} over dp a step"
         rows["GPU-hours"] = f"{estimate.gpu_hours:,.0f} for {estimate.steps} steps (H200; rewards and data not counted)"
     table = Table(show_header=False)
     for name, value in rows.items():

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
+from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 from realsr_hpc.config.load import output_root, project_root
 from realsr_hpc.config.schema import RunConfig
@@ -19,11 +23,11 @@ from realsr_hpc.config.schema import RunConfig
 FOLDERS = ("realsr_hpc", "recipes", "slurm", "tools")
 
 
-def take_snapshot(config: RunConfig) -> Path:
-    """Folder of the copy, made if it does not exist yet."""
+def take_snapshot(configs: Sequence[RunConfig]) -> Path:
+    """Folder of the copy that the runs of these recipes share, made if it does not exist yet."""
     root = project_root()
     files = _files(root)
-    target = output_root(config) / "code" / _digest(root, files)
+    target = output_root(configs[0]) / "code" / _digest(root, files)
     if not target.exists():
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         for name in files:
@@ -34,7 +38,7 @@ def take_snapshot(config: RunConfig) -> Path:
             os.rename(aside, target)
         except OSError:  # another launcher was faster
             shutil.rmtree(aside)
-    for name in external_paths(config):
+    for name in {name for config in configs for name in external_paths(config)}:
         _link(root / name, target / name)
     return target
 
@@ -51,6 +55,17 @@ def code_version() -> dict[str, str]:
     if commit is None:
         return {}
     return {"mlflow.source.git.commit": commit.strip(), "realsr_hpc.uncommitted": str(bool(_git("status", "-s")))}
+
+
+def environment() -> dict[str, Any]:
+    """Python, machine, commit and the version of every installed package; no environment variable is in it."""
+    packages = {found.metadata["Name"]: found.version for found in distributions()}
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "code": code_version() | {"branch": (_git("rev-parse", "--abbrev-ref", "HEAD") or "").strip()},
+        "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower())),
+    }
 
 
 def _files(root: Path) -> list[str]:

@@ -6,17 +6,19 @@ or that it is running already; so launching a sweep again submits what is missin
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.load import flatten, output_root, project_root, to_yaml
-from realsr_hpc.config.schema import ClusterConfig, RunConfig
+from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.job import node_job
+from realsr_hpc.launch.report import plan_text
 from realsr_hpc.launch.rundir import (
     ALIVE,
     Job,
@@ -29,10 +31,11 @@ from realsr_hpc.launch.rundir import (
     write_job,
 )
 from realsr_hpc.launch.rundir import write_status as set_state
-from realsr_hpc.launch.snapshot import code_version, take_snapshot
+from realsr_hpc.launch.script import executor_parameters, setup_lines
+from realsr_hpc.launch.snapshot import code_version, environment, take_snapshot
+from realsr_hpc.launch.turns import node_job_in_turn
 from realsr_hpc.tracking import prepare_run, prepare_store, prepare_sweep, write_launch_tags
 from realsr_hpc.tracking.delivery import brief
-from realsr_hpc.tracking.spool import write_atomically
 from realsr_hpc.tracking.store import PARENT_TAG, SWEEP_TAG
 
 
@@ -54,8 +57,8 @@ def submit(
 
     `sweep` names the MLflow parent run, `varied` the keys in which the recipes differ.
     """
-    folders = [(config, run_folder(config, fresh=fresh)) for config in configs]
-    return submit_into(folders, sweep=sweep, varied=varied)
+    folders = {run_folder(config, fresh=fresh): config for config in configs}  # equal recipes are one run
+    return submit_into([(config, folder) for folder, config in folders.items()], sweep=sweep, varied=varied)
 
 
 def submit_into(
@@ -77,60 +80,6 @@ def submit_into(
     return [_with_note(item, note) for item in planned]
 
 
-def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str]) -> dict[str, object]:
-    """submitit's Slurm parameters: one supervisor a node, which starts that node's tasks."""
-    values: dict[str, object | None] = {
-        "job_name": job_name,
-        "nodes": cluster.nodes,
-        "ntasks_per_node": 1,
-        "cpus_per_task": cluster.cpus_per_task * cluster.tasks_per_node,
-        "gpus_per_node": cluster.gpus_per_node or None,
-        "mem": f"{int(cluster.memory_gib * 1024)}M" if cluster.memory_gib else None,
-        "time": cluster.time_min,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "signal_delay_s": cluster.signal_delay_s,
-        "array_parallelism": cluster.array_parallelism,
-        "srun_args": _srun_arguments(cluster),
-        "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True, **cluster.extra_sbatch},
-        "setup": setup,
-    }
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _srun_arguments(cluster: ClusterConfig) -> list[str]:
-    """One node that fails ends the others; a container where the site has enroot/pyxis."""
-    arguments = ["--kill-on-bad-exit=1"]
-    if cluster.container_image:
-        arguments.append(f"--container-image={cluster.container_image}")
-    return arguments
-
-
-def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
-    """Shell lines of the batch script before srun."""
-    lines = [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
-    if cluster.environment_file:
-        lines.insert(0, f"source {(project_root() / cluster.environment_file).resolve()}")
-    return lines
-
-
-def sbatch_script(config: RunConfig, num_runs: int = 1) -> str:
-    """The script that would be submitted, `map_count` runs as one array."""
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    run_dir = run_folder(config)
-    setup = setup_lines(config.cluster, output_root(config) / "code" / "SNAPSHOT")
-    return _make_sbatch_string(
-        command=f"{sys.executable} -u -m submitit.core._submit {run_dir / 'logs' / 'job'}",
-        folder=run_dir / "logs" / "job",
-        map_count=num_runs if num_runs > 1 else None,
-        **executor_parameters(config.cluster, config.name, setup),  # type: ignore[arg-type]
-    )
-
-
 def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
     status = current_status(run_dir, queue)
     if status is not None and status.state in ALIVE:
@@ -145,6 +94,7 @@ def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) 
     """Database, experiment and parent run exist before any job starts; a server that is away stops nothing."""
     first = pending[0].config
     note, tags = "", code_version()
+    installed = json.dumps(environment(), indent=1)
     try:
         prepare_store(first)
         if sweep:
@@ -158,6 +108,8 @@ def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) 
         write_launch_tags(item.run_dir, tags | (named if varied else {}))
         config = item.config.model_copy(update={"output_root": str(output_root(item.config))})
         write_atomically(item.run_dir / "recipe.yaml", to_yaml(config))
+        write_atomically(item.run_dir / "plan.txt", plan_text(item.config))
+        write_atomically(item.run_dir / "environment.json", installed)
     if not sweep and not note:
         prepare_run(first, pending[0].run_dir)
     return note
@@ -176,14 +128,14 @@ def _submit_together(group: list[Submission]) -> None:
         _submit_slurm(group)
     else:
         for item in group:
-            _submit_local(item)
+            _submit_local(item, len(group))
 
 
 def _submit_slurm(group: list[Submission]) -> None:
     import submitit
 
     config = group[0].config
-    code = take_snapshot(config)
+    code = take_snapshot([item.config for item in group])
     single = len(group) == 1
     folder = group[0].run_dir / "logs" / "job" if single else make_private(output_root(config) / "arrays") / "%A"
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=config.cluster.max_requeues)
@@ -197,14 +149,15 @@ def _submit_slurm(group: list[Submission]) -> None:
         write_job(item.run_dir, Job("slurm", job.job_id, "", str(job.paths.stdout)))
 
 
-def _submit_local(item: Submission) -> None:
+def _submit_local(item: Submission, num_runs: int) -> None:
+    """At once when it is alone; runs of a sweep take turns."""
     import submitit
 
     cluster = item.config.cluster
     gpus = list(range(cluster.gpus_per_node))
     executor = submitit.LocalExecutor(folder=item.run_dir / "logs" / "job")
     executor.update_parameters(
-        timeout_min=cluster.time_min,
+        timeout_min=cluster.time_min * num_runs,
         signal_delay_s=cluster.signal_delay_s,
         stderr_to_stdout=True,
         tasks_per_node=1,
@@ -213,7 +166,11 @@ def _submit_local(item: Submission) -> None:
     )
     set_state(item.run_dir, "submitted")
     with _outliving_the_terminal(item.run_dir / "logs" / "controller.log"):
-        job = executor.submit(node_job, item.run_dir)
+        if num_runs == 1:
+            job = executor.submit(node_job, item.run_dir)
+        else:
+            slots = output_root(item.config) / "slots"
+            job = executor.submit(node_job_in_turn, item.run_dir, slots, cluster.array_parallelism)
     write_job(item.run_dir, Job("local", job.job_id, os.uname().nodename, str(job.paths.stdout)))
 
 

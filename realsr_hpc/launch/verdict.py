@@ -12,9 +12,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from realsr_hpc.config.files import write_atomically
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.tracking import read_progress
-from realsr_hpc.tracking.spool import write_atomically
 
 DONE, FAILED, STOPPED, UNHEALTHY, HUNG, CRASHED = 0, 1, 85, 86, 87, 88
 """How an attempt ends, as exit codes. FAILED: a rank raised; CRASHED: a rank was killed, or a node went away."""

@@ -7,6 +7,7 @@ them. An update whose gradient is not finite is not applied, and counted.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from torch import Tensor
 
-from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.schema import OptimConfig, RunConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.optim.schedule import learning_rate
 from realsr_hpc.parallel import backend
@@ -52,6 +53,9 @@ class Optimiser:
         """Updates tried so far; the schedule's clock."""
         self.num_skipped = 0
         """Of these, not applied because of a gradient that was not finite."""
+        self.skipped_in_a_row = 0
+        self.on_skipped: Callable[[list[Microbatch]], None] | None = None
+        """Called on every rank with the microbatches of an update that was not applied."""
         self.distributed = config.parallel.distributed_optimizer
         policy.config.finalize_model_grads_func = _sum_gradients
         with backend.vendor_calls():
@@ -70,7 +74,11 @@ class Optimiser:
         """Zero gradients, forward and backward over all microbatches, clip, update."""
         self.backward(microbatches, loss_fn, outputs := [])
         with backend.vendor_calls():
-            return self._update(outputs)
+            result = self._update(outputs)
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + 1
+        if not result.applied and self.on_skipped is not None:
+            self.on_skipped(microbatches)
+        return result
 
     def backward(self, microbatches: list[Microbatch], loss_fn: LossFunction, outputs: list[Outputs]) -> None:
         """Fresh gradients of the microbatches in every parameter's `main_grad`; outputs are appended."""
@@ -107,7 +115,8 @@ class Optimiser:
         if factor >= 1.0:
             return
         for parameter in self.vendor.get_parameters():
-            gradient: Tensor | None = parameter.grad
+            # where the optimizer keeps no float32 weights of its own, gradients stand beside the bf16 ones
+            gradient: Tensor | None = getattr(parameter, "decoupled_grad", parameter.grad)
             if gradient is not None:
                 gradient.mul_(factor)
 
@@ -121,22 +130,41 @@ class Optimiser:
         )
 
     def _optimizer_config(self) -> OptimizerConfig:
-        optim, dtype = self.optim, self.policy.config.params_dtype
         return OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            adam_eps=optim.epsilon,
-            clip_grad=optim.clip_grad_norm,
-            bf16=dtype is torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=self.distributed,
-            optimizer_cpu_offload=optim.cpu_offload,
-            optimizer_offload_fraction=1.0 if optim.cpu_offload else 0.0,
+            **optimizer_arguments(self.optim, self.policy.config.params_dtype, distributed=self.distributed)
         )
+
+
+def optimizer_arguments(optim: OptimConfig, params_dtype: torch.dtype, *, distributed: bool) -> dict[str, Any]:
+    """Keywords of Megatron's OptimizerConfig.
+
+    main_params=bf16 is Megatron's "precision-aware" optimizer: Transformer Engine's Adam keeps the float32 main
+    weights as the bf16 ones and their remainders, and its moments in bf16.
+    """
+    arguments: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": optim.lr,
+        "min_lr": optim.min_lr,
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.beta1,
+        "adam_beta2": optim.beta2,
+        "adam_eps": optim.epsilon,
+        "clip_grad": optim.clip_grad_norm,
+        "bf16": params_dtype is torch.bfloat16,
+        "params_dtype": params_dtype,
+        "use_distributed_optimizer": distributed,
+        "optimizer_cpu_offload": optim.cpu_offload,
+        "optimizer_offload_fraction": 1.0 if optim.cpu_offload else 0.0,
+    }
+    if optim.main_params == "bf16":
+        arguments |= {
+            "use_precision_aware_optimizer": True,
+            "store_param_remainders": True,
+            "main_params_dtype": torch.float32,
+            "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16,
+        }
+    return arguments
 
 
 def _sum_gradients(

@@ -6,7 +6,9 @@ for later steps before that line no longer holds. A line torn by a kill is cut o
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 
 Event = dict[str, Any]
 SPOOL_NAME = "events.jsonl"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, a quota or a file that can take no more."""
+logger = logging.getLogger(__name__)
 
 
 class Spool:
@@ -22,18 +27,35 @@ class Spool:
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / SPOOL_NAME
         run_dir.mkdir(parents=True, exist_ok=True)
+        self.is_new = not self.path.exists()
         _cut_torn_line(self.path)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
+        self._size = self._file.tell()
+        self._waiting = b""
+        """What a full disk has not taken yet."""
 
     def append(self, event: Event) -> None:
-        """On disk when this returns."""
-        self._file.write(json.dumps(event).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """On disk when this returns; on a disk that is full, kept here and written with a later event."""
+        self._waiting += json.dumps(event).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            os.truncate(self.path, self._size)
+            logger.error("%s: not written (%s); %d bytes wait", self.path, error.strerror, len(self._waiting))
 
     def close(self) -> None:
         """Further appends are errors."""
         self._file.close()
+
+    def _write(self) -> None:
+        rest = memoryview(self._waiting)
+        while rest:
+            rest = rest[self._file.write(rest) or 0 :]
+        os.fsync(self._file.fileno())
+        self._size += len(self._waiting)
+        self._waiting = b""
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
@@ -58,13 +80,6 @@ def metrics_by_step(run_dir: Path) -> dict[int, dict[str, float]]:
         elif event["kind"] == "metrics":
             steps.setdefault(event["step"], {}).update(event["metrics"])
     return dict(sorted(steps.items()))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The old content or the new, never a part of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    os.replace(aside, path)
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.load import flatten, output_root, signature
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.tracking.spool import write_atomically
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -23,7 +23,8 @@ BOOKMARK_NAME = "mlflow.json"
 """In the run folder: which MLflow run it is."""
 LAUNCH_TAGS_NAME = "tags.json"
 PARAMS_A_BATCH = 100
-MAX_PARAM_CHARACTERS = 500
+MAX_PARAM_CHARACTERS = 6000
+"""MLflow's limit; what is longer is logged in parts, `key.1`, `key.2`, ..."""
 RUN_TAG = "realsr_hpc.run"
 SWEEP_TAG = "realsr_hpc.sweep"
 PARENT_TAG = "mlflow.parentRunId"
@@ -140,14 +141,15 @@ def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
 
 
 def _log_params(mlflow: MlflowClient, run_id: str, config: RunConfig) -> None:
-    """In batches below MLflow's limits; values it would refuse for their length are cut."""
+    """In batches below MLflow's limits."""
     from mlflow.entities import Param
 
-    params = [Param(key, _param_text(value)) for key, value in flatten(config).items()]
+    params = [Param(key, text) for name, value in flatten(config).items() for key, text in _in_parts(name, value)]
     for start in range(0, len(params), PARAMS_A_BATCH):
         mlflow.log_batch(run_id, params=params[start : start + PARAMS_A_BATCH])
 
 
-def _param_text(value: Any) -> str:
+def _in_parts(name: str, value: Any) -> list[tuple[str, str]]:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= MAX_PARAM_CHARACTERS else text[: MAX_PARAM_CHARACTERS - 1] + "…"
+    parts = [text[start : start + MAX_PARAM_CHARACTERS] for start in range(0, len(text), MAX_PARAM_CHARACTERS)]
+    return [(name, text)] if len(parts) <= 1 else [(f"{name}.{number}", part) for number, part in enumerate(parts, 1)]

@@ -11,13 +11,16 @@ import logging
 import time
 from pathlib import Path
 
+from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking.delivery import Delivery, DeliveryThread, brief
-from realsr_hpc.tracking.spool import Spool, write_atomically
+from realsr_hpc.tracking.spool import Spool
 from realsr_hpc.tracking.store import prepare_run, read_bookmark, set_status
 
 PROGRESS_NAME = "progress.json"
+LAUNCH_FILES = ("recipe.yaml", "plan.txt", "environment.json")
+"""What the launcher left in the run folder: logged once, as `launch/`."""
 INTERVAL_S = 2.0
 CLOSE_TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
@@ -36,6 +39,10 @@ class Tracker:
     def open(cls, config: RunConfig, run_dir: Path, *, writer: bool) -> Tracker:
         """The tracker of `run_dir`, its MLflow run found or created; a server that is away is no error."""
         tracker = cls(config, run_dir, writer=writer)
+        if tracker._spool is not None and tracker._spool.is_new:
+            for path in (run_dir / name for name in LAUNCH_FILES):
+                if path.exists():
+                    tracker.log_artifact(path, "launch")
         if tracker._thread is not None:
             try:
                 prepare_run(config, run_dir)
@@ -65,7 +72,10 @@ class Tracker:
         """Where the run stands, for whoever follows it; also the sign of life that the hang watchdog looks for."""
         if self._spool is not None:
             state = {"step": step, "total": total, "text": text, "time_ms": _now_ms()}
-            write_atomically(self.run_dir / PROGRESS_NAME, json.dumps(state))
+            try:
+                write_atomically(self.run_dir / PROGRESS_NAME, json.dumps(state))
+            except OSError as error:  # a full disk: the next step may find room
+                logger.error("tracking: progress not written (%s)", error.strerror)
 
     def truncate(self, step: int) -> None:
         """After a resume from `step`: what was logged for later steps no longer holds."""

@@ -15,11 +15,14 @@ from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.parallel.pipeline import Microbatch, Outputs
-from realsr_hpc.parallel.reduce import broadcast_from_last_stage, broadcast_object, gather_objects, reduce_float
+from realsr_hpc.parallel.reduce import broadcast_from_last_stage, gather_objects, reduce_float, reduce_floats
 from realsr_hpc.records import StepReport, TrainingSequence
 from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.tracking.system import SystemUse
 from realsr_hpc.tracking.tracker import Tracker
-from realsr_hpc.train.batches import collate
+from realsr_hpc.train.batches import ROW_MULTIPLE, collate
+from realsr_hpc.train.parity import ParityGate
+from realsr_hpc.train.skipped import SkippedUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,14 @@ class TrainingRun:
         self.optimiser = Optimiser(self.policy, config, num_updates)
         self.tracker = Tracker.open(config, run_dir, writer=self.groups.is_main)
         self.counters: dict[str, int] = {}
+        SkippedUpdates(run_dir / "skipped", self.optimiser, config.optim.max_skipped_in_a_row)
+        keep = config.checkpoint
+        self._keep = checkpoint.Keep(keep.keep_last, keep.keep_best, highest=keep.best_is == "highest")
+        self._saver = checkpoint.Saver(run_dir / "checkpoints", self._keep, behind=keep.async_save)
+        self._measured: float | None = None
+        self._use = SystemUse(run_dir)
+        self.parity = ParityGate(self) if config.precision.fp8 != "none" else None
+        """The FP8 gate; None without FP8."""
 
     @property
     def vocabulary(self):
@@ -65,6 +76,8 @@ class TrainingRun:
             pad=self.vocabulary.pad,
             device=self.groups.device,
             multiple=parallel.pp if parallel.virtual_pp > 1 else 1,
+            # FP8 products need such a multiple on every rank, and sequence parallelism cuts a row over tp
+            row_multiple=ROW_MULTIPLE * (parallel.tp if parallel.sequence_parallel else 1),
         )
 
     def count(self, local: int) -> int:
@@ -84,9 +97,15 @@ class TrainingRun:
 
     def resume(self, loader: Any) -> int:
         """Load the newest complete checkpoint, if there is one; the number of steps already done."""
-        path = checkpoint.latest(self.run_dir / "checkpoints") if self.groups.is_main else None
-        path = broadcast_object(path, torch.distributed.group.WORLD)
+        step = self._resume(loader)
+        if self.parity is not None:
+            self.parity.start(step)
+        return step
+
+    def _resume(self, loader: Any) -> int:
+        path = checkpoint.resume_path(self._saver.root, self.groups)
         if path is None:
+            self.tracker.truncate(-1)
             return 0
         state = checkpoint.load(path, self.policy, self.optimiser, self.groups)
         loader.load_state_dict(state["data"])
@@ -97,7 +116,10 @@ class TrainingRun:
 
     def report(self, report: StepReport, text: str) -> None:
         """Metrics to the tracker, one line to the log, progress for whoever watches."""
-        self.tracker.log_metrics(report.step, report.metrics)
+        self._measured = report.metrics.get(self.config.checkpoint.best_metric)
+        counted = {"optim/skipped_updates/count": float(self.optimiser.num_skipped)}
+        parity = {} if self.parity is None else self.parity.metrics(report.step)
+        self.tracker.log_metrics(report.step, {**report.metrics, **parity, **counted, **self._use.sample()})
         self.tracker.progress(report.step, self.num_steps, text)
         if self.groups.is_main:
             logger.info("step %d/%d  %s", report.step, self.num_steps, text)
@@ -107,13 +129,28 @@ class TrainingRun:
 
         One rank's signal stops all at the same step: the flag is reduced, so that the collective save cannot hang.
         """
-        stop = reduce_float(float(self._stop()), torch.distributed.group.WORLD, self.groups.device, "max") > 0
-        if stop or step == self.num_steps or step % self.config.checkpoint.every_steps == 0:
+        mine = {"stop": self._stop(), "best": self._is_among_best(), "writing": self._saver.writing}
+        flags = {name: float(flag) for name, flag in mine.items()}
+        agreed = reduce_floats(flags, torch.distributed.group.WORLD, self.groups.device, "max")
+        leaving = agreed["stop"] > 0 or step == self.num_steps
+        due = leaving or agreed["best"] > 0 or step % self.config.checkpoint.every_steps == 0
+        if self._saver.pending and (due or not agreed["writing"]):
+            self._saver.complete()
+        if due:
             self.save(step, loader)
-        return stop and step < self.num_steps
+        if self._saver.pending and (leaving or not self._saver.behind):
+            self._saver.complete()
+        return agreed["stop"] > 0 and step < self.num_steps
 
     def save(self, step: int, loader: Any) -> None:
-        """Write a checkpoint of everything that decides how the run goes on."""
+        """Begin a checkpoint of everything that decides how the run goes on."""
         state = {"step": step, "data": loader.state_dict(), "counters": self.counters, "run_id": self.tracker.run_id}
-        root = self.run_dir / "checkpoints"
-        checkpoint.save(root, step, self.policy, self.optimiser, state, keep_last=self.config.checkpoint.keep_last)
+        self._saver.start(step, self.policy, self.optimiser, state, self._measured)
+
+    def _is_among_best(self) -> bool:
+        """This step's measure belongs to those that are kept; rank 0 answers for all."""
+        if not self._keep.best or self._measured is None or not self.groups.is_main:
+            return False
+        best = checkpoint.best(self._saver.root, self._keep.best, highest=self._keep.highest)
+        sign = 1.0 if self._keep.highest else -1.0
+        return len(best) < self._keep.best or sign * self._measured > sign * best[-1][1]

@@ -10,13 +10,13 @@ import pytest
 from realsr_hpc.checkpoint import manifest
 
 
-def write(root: Path, step: int) -> Path:
+def write(root: Path, step: int, metric: float | None = None) -> Path:
     aside = manifest.aside_of(root, step)
     aside.mkdir(parents=True)
     for name in ("a.bin", "b.bin"):
         (aside / name).write_bytes(str(step).encode() * 100)
     final = manifest.folder_of(root, step)
-    manifest.complete(aside, final, manifest.describe(aside, manifest.content(aside)), {"step": step})
+    manifest.complete(aside, final, manifest.describe(aside, manifest.content(aside)), {"step": step, "metric": metric})
     return final
 
 
@@ -53,7 +53,7 @@ def test_order_is_by_number_and_old_ones_go(tmp_path: Path) -> None:
     for step in (9, 1_000_000, 10):
         write(tmp_path, step)
     manifest.aside_of(tmp_path, 11).mkdir()
-    manifest.prune(tmp_path, keep_last=2)
+    manifest.prune(tmp_path, manifest.Keep(last=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000010", "step-1000000"]
     assert manifest.latest(tmp_path) == manifest.folder_of(tmp_path, 1_000_000)
 
@@ -63,3 +63,13 @@ def test_a_step_written_again_replaces_the_old_one(tmp_path: Path) -> None:
     truncate(folder / "a.bin")
     assert write(tmp_path, 3) == folder
     assert manifest.fault(folder) is None
+
+
+@pytest.mark.parametrize(("highest", "left"), [(True, [20, 50]), (False, [10, 30, 50])])
+def test_the_best_stay_beside_the_last_and_are_linked(tmp_path: Path, highest: bool, left: list[int]) -> None:
+    for step, metric in ((10, 0.1), (20, 0.9), (30, 0.2), (40, float("nan")), (50, 0.9 if highest else None)):
+        write(tmp_path, step, metric)
+    manifest.prune(tmp_path, manifest.Keep(last=1, best=2, highest=highest))
+    assert [manifest.step_of(folder) for folder in manifest.completed(tmp_path)] == left
+    assert manifest.step_of((tmp_path / manifest.BEST).resolve()) == (50 if highest else 10)
+    assert manifest.latest(tmp_path) == manifest.folder_of(tmp_path, 50)

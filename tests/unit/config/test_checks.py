@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from realsr_hpc.config.checks import RULES, faults, image_tokens
@@ -30,6 +32,7 @@ BREACHES = {
     "prompt_and_trace_fit_the_model": ["model.max_sequence_tokens=300"],
     "a_microbatch_holds_one_sequence": ["parallel.microbatch_tokens=100"],
     "fp8_needs_bf16_gpus_and_aligned_dimensions": ["precision.fp8=tensorwise"],
+    "lean_optimizers_need_gpus": ["optim.cpu_offload=true"],
     "one_task_a_gpu": ["cluster.gpus_per_node=1", "cluster.tasks_per_node=2"],
     "a_local_run_has_one_node": ["cluster.nodes=2"],
     "clipping_has_both_bounds": ["grpo.clip_low=null"],
@@ -70,9 +73,27 @@ def test_image_tokens_are_those_of_the_paper():
     assert [image_tokens(size, 8) for size in (128, 256, 512)] == [276, 1060, 4164]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["precision.params=fp32", "precision.fp8=tensorwise"], "precision.params: fp32"),
+        (["precision.fp8=blockwise", "model.ffn_hidden_size=11016"], "model.ffn_hidden_size: 2754 per tensor-parallel"),
+        (["precision.rollout_fp8=true", "model.ffn_hidden_size=11016"], "model.ffn_hidden_size: 2754"),
+        (["optim.main_params=bf16", "parallel.distributed_optimizer=false"], "needs parallel.distributed_optimizer"),
+        (["optim.main_params=bf16", "precision.params=fp32"], "and precision.params=bf16"),
+    ],
+)
+def test_large_recipes_are_told_what_fp8_and_lean_optimizers_need(overrides, said):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        compose(["recipe=grpo_7b", *overrides])
+    fp8 = ["precision.fp8=tensorwise", "precision.rollout_fp8=true"]
+    sound = [*fp8, "optim.main_params=bf16", "optim.cpu_offload=true"]
+    assert faults(compose(["recipe=grpo_7b", *sound])) == []
+
+
 def _unchecked(overrides):
     from realsr_hpc.config import load
     from realsr_hpc.config.schema import RunConfig
 
     recipe, rest = load._split_recipe([*BASE, *overrides])
-    return RunConfig.model_validate(load._compose_yaml(recipe, rest))
+    return RunConfig.model_validate(load._Composer().tree(recipe, rest))

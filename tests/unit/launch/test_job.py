@@ -31,6 +31,19 @@ WAIT_FOR_STOP = (
     "sys.exit(85)"
 )
 
+ONE_DIES_THE_OTHER_RAISES = """
+if rank == 1:
+    open(path, 'w').write(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGKILL)
+def partner_lives():
+    try:
+        return open(f'/proc/{open(path).read()}/stat').read().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return not os.path.exists(path)
+while partner_lives(): time.sleep(.01)
+sys.exit('connection closed by peer')
+"""
+
 
 def run(tmp_path, body: str, *overrides: str, tasks: int = 2, stop: StopFlag | None = None):
     config = compose(["recipe=grpo_tiny", f"cluster.tasks_per_node={tasks}", *overrides])
@@ -55,8 +68,7 @@ def test_a_failed_rank_ends_the_others_and_its_error_is_shown(tmp_path):
 
 
 def test_a_killed_rank_is_the_cause_although_its_partner_raised(tmp_path):
-    body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else sys.exit('connection closed by peer')"
-    code, message = run(tmp_path, body)
+    code, message = run(tmp_path, f"path = {str(tmp_path / 'pid')!r}\n" + ONE_DIES_THE_OTHER_RAISES)
     assert code == CRASHED and "rank 1 was killed by SIGKILL" in message
 
 

@@ -24,8 +24,9 @@ from realsr_hpc.launch.rundir import (
     write_job,
     write_status,
 )
+from realsr_hpc.launch.script import sbatch_script
 from realsr_hpc.launch.snapshot import take_snapshot
-from realsr_hpc.launch.submit import sbatch_script, submit
+from realsr_hpc.launch.submit import submit
 
 LAUNCH = [sys.executable, str(project_root() / "tools" / "launch.py")]
 
@@ -137,8 +138,8 @@ def test_read_options_is_closed():
 
 def test_a_snapshot_is_shared_by_equal_code_and_importable(tmp_path):
     config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}"])
-    code = take_snapshot(config)
-    assert take_snapshot(config) == code
+    code = take_snapshot([config])
+    assert take_snapshot([config]) == code
     assert [path.name for path in (tmp_path / "code").iterdir()] == [code.name]
     program = "import realsr_hpc, sys; sys.stdout.write(realsr_hpc.__file__)"
     answer = subprocess.run(

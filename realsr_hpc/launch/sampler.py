@@ -1,0 +1,91 @@
+"""Optuna chooses the recipes of a sweep: each launch tells it how the runs before ended and asks for the next ones.
+
+Its memory is a journal in OUTPUT_ROOT/sweeps/NAME/, so a sweep goes on from any machine that sees the output root.
+Runs that are still missing are proposed again first; new ones only when all earlier have ended. The objective is the
+recipe's `checkpoint.best_metric`, as `checkpoint.best_is` says. Left out: Optuna's own loop and pruning; Slurm runs the
+runs, in one array.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from realsr_hpc.config.load import Axis, RecipeError, compose_one, output_root, search_space
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.rundir import current_status, run_folder
+from realsr_hpc.tracking import metrics_by_step
+
+
+def sample(overrides: list[str], sweep: str, trials: int) -> list[RunConfig]:
+    """Recipes to run now: the unfinished ones of this sweep, or `trials` new ones. RecipeError without optuna."""
+    fixed, axes = search_space(overrides)
+    if not axes:
+        raise RecipeError("sampler: optuna: nothing to choose; give a key several values, or interval(low, high)")
+    study = _study(fixed, sweep)
+    waiting = _tell(study, fixed)
+    if not waiting:
+        for _ in range(trials):
+            trial = study.ask()
+            trial.set_user_attr("overrides", [f"{axis.key}={_draw(trial, axis)}" for axis in axes])
+        waiting = _running(study)
+    return [_config(fixed, trial) for trial in waiting]
+
+
+def _study(fixed: list[str], sweep: str) -> Any:
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError:
+        raise RecipeError("sampler: optuna: not installed; pip install 'realsr_hpc[sweep]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config = compose_one(fixed)
+    path = output_root(config) / "sweeps" / sweep / "optuna.journal"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(path))),
+        study_name=sweep,
+        direction="maximize" if config.checkpoint.best_is == "highest" else "minimize",
+        load_if_exists=True,
+    )
+    # A sampler seeded alike at each launch would draw its random start again and again.
+    study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials), constant_liar=True)
+    return study
+
+
+def _tell(study: Any, fixed: list[str]) -> list[Any]:
+    """Give Optuna the ends of runs; the trials that have none yet."""
+    from optuna.trial import TrialState
+
+    for trial in _running(study):
+        config = _config(fixed, trial)
+        run_dir = run_folder(config)
+        status = current_status(run_dir)
+        value = _last(run_dir, config.checkpoint.best_metric)
+        if status is not None and status.state == "done" and value is not None:
+            study.tell(trial.number, value)
+        elif status is not None and status.state in ("done", "failed"):
+            study.tell(trial.number, state=TrialState.FAIL)
+    return _running(study)
+
+
+def _running(study: Any) -> list[Any]:
+    from optuna.trial import TrialState
+
+    return list(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
+
+
+def _config(fixed: list[str], trial: Any) -> RunConfig:
+    return compose_one([*fixed, *trial.user_attrs["overrides"]])
+
+
+def _draw(trial: Any, axis: Axis) -> Any:
+    if axis.choices:
+        return trial.suggest_categorical(axis.key, axis.choices)
+    return trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)
+
+
+def _last(run_dir: Path, metric: str) -> float | None:
+    values = [metrics[metric] for metrics in metrics_by_step(run_dir).values() if metric in metrics]
+    return values[-1] if values else None

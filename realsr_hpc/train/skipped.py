@@ -1,0 +1,55 @@
+"""What an update that was not applied leaves behind: its batch, an error in the log, and after too many the end."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from realsr_hpc.optim.step import Optimiser
+from realsr_hpc.parallel.pipeline import Microbatch
+
+MAX_KEPT = 10
+"""Batches kept a run: enough to look at, and no full disk."""
+logger = logging.getLogger(__name__)
+
+
+class SkippedUpdates:
+    """Keeps the batches of skipped updates; RuntimeError on every rank after `limit` of them in a row."""
+
+    def __init__(self, folder: Path, optimiser: Optimiser, limit: int) -> None:
+        self.folder, self.optimiser, self.limit = folder, optimiser, limit
+        optimiser.on_skipped = self.keep
+
+    def keep(self, microbatches: list[Microbatch]) -> None:
+        """Write this data-parallel rank's microbatches, and judge whether to go on."""
+        optimiser, groups = self.optimiser, self.optimiser.groups
+        target = self.folder / f"update-{optimiser.num_updates:06d}" / f"dp-{groups.dp_rank}.safetensors"
+        if optimiser.num_skipped <= MAX_KEPT and groups.tp_rank == 0 and groups.pp_rank == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_file(_tensors(microbatches), target)
+        if groups.is_main:
+            logger.error(
+                "update %d was skipped: its gradient is not finite (%d in all); its batch is in %s",
+                optimiser.num_updates,
+                optimiser.num_skipped,
+                target.parent,
+            )
+        if optimiser.skipped_in_a_row >= self.limit:
+            raise RuntimeError(
+                f"optim.max_skipped_in_a_row: {self.limit}: so many updates in a row had a gradient that was not "
+                f"finite; their batches are in {self.folder}; lower optim.lr ({optimiser.optim.lr}) or raise "
+                "precision.params"
+            )
+
+
+def _tensors(microbatches: list[Microbatch]) -> dict[str, torch.Tensor]:
+    """`0.tokens`, `0.segment_ids`, `0.extras.advantages`, ... of every microbatch."""
+    named = {}
+    for number, batch in enumerate(microbatches):
+        parts = {"tokens": batch.tokens, "segment_ids": batch.segment_ids}
+        parts |= {f"extras.{name}": value for name, value in batch.extras.items()}
+        named |= {f"{number}.{name}": value.contiguous() for name, value in parts.items() if value is not None}
+    return named
