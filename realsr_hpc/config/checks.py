@@ -206,20 +206,47 @@ def a_microbatch_holds_one_sequence(config: RunConfig) -> Iterator[str]:
 
 
 def fp8_needs_bf16_gpus_and_aligned_dimensions(config: RunConfig) -> Iterator[str]:
-    """Megatron ignores fp8 silently without Transformer Engine, and its kernels need multiples of 16."""
-    precision = config.precision
-    if precision.fp8 == "none":
-        if precision.rollout_fp8:
-            yield "precision.rollout_fp8: true: needs precision.fp8; set fp8 or rollout_fp8=false"
-        return
-    if precision.params != "bf16":
+    """Megatron ignores fp8 silently without Transformer Engine, and FP8 products need multiples of 16."""
+    precision, gpus = config.precision, config.cluster.gpus_per_node > 0
+    real = precision.fp8 != "none" and precision.fp8_backend == "transformer_engine"
+    if real and not gpus:
+        yield (
+            f"precision.fp8: {precision.fp8}: needs GPUs; set cluster.gpus_per_node, or fp8=none, or "
+            "fp8_backend=emulated to see what FP8 does to the numbers"
+        )
+    if (real or (precision.rollout_fp8 and gpus)) and precision.params != "bf16":
         yield f"precision.params: {precision.params}: FP8 layers keep bf16 parameters; set bf16"
-    if config.cluster.gpus_per_node == 0:
-        yield f"precision.fp8: {precision.fp8}: needs GPUs; set cluster.gpus_per_node, or fp8=none"
-    for field in ("hidden_size", "ffn_hidden_size"):
-        shard = getattr(config.model, field) // config.parallel.tp
-        if shard % FP8_MULTIPLE:
-            yield f"model.{field}: {shard} per tensor-parallel rank: FP8 needs a multiple of {FP8_MULTIPLE}"
+    if real or precision.rollout_fp8:
+        for field, width in fp8_widths(config).items():
+            if width % FP8_MULTIPLE:
+                yield f"model.{field}: {width} per tensor-parallel rank: FP8 needs a multiple of {FP8_MULTIPLE}"
+
+
+def fp8_widths(config: RunConfig) -> dict[str, int]:
+    """Input and output widths of the layers' matrices on one tensor-parallel rank, by the field that decides them."""
+    model, tp = config.model, config.parallel.tp
+    head_dim = model.hidden_size // model.num_heads
+    rows = (model.num_heads + 2 * (model.num_kv_heads or model.num_heads)) * head_dim
+    return {
+        "hidden_size": model.hidden_size // tp,
+        "num_kv_heads": rows // tp,
+        "ffn_hidden_size": model.ffn_hidden_size // tp,
+    }
+
+
+def lean_optimizers_need_gpus(config: RunConfig) -> Iterator[str]:
+    """Offloading moves memory off a GPU; 16-bit remainders are Transformer Engine's."""
+    optim, gpus = config.optim, config.cluster.gpus_per_node > 0
+    if optim.cpu_offload and not gpus:
+        yield "optim.cpu_offload: true: without GPUs everything is in host memory already; set it to false"
+    if optim.main_params == "bf16":
+        if not gpus or config.precision.params != "bf16":
+            yield (
+                "optim.main_params: bf16: needs GPUs (Transformer Engine's optimizer) and precision.params=bf16; "
+                "set it to fp32"
+            )
+        if not config.parallel.distributed_optimizer:
+            yield "optim.main_params: bf16: needs parallel.distributed_optimizer=true; set it, or main_params=fp32"
 
 
 def one_task_a_gpu(config: RunConfig) -> Iterator[str]:
@@ -247,6 +274,13 @@ def clipping_has_both_bounds(config: RunConfig) -> Iterator[str]:
         yield f"grpo.dual_clip: {config.grpo.dual_clip}: needs clip_low and clip_high"
 
 
+def mismatch_bounds_hold_one(config: RunConfig) -> Iterator[str]:
+    """A sampler that agrees with the trainer has ratio 1, which must not be masked."""
+    bounds = config.grpo.mismatch_bounds
+    if bounds is not None and not bounds[0] <= 1.0 <= bounds[1]:
+        yield f"grpo.mismatch_bounds: {list(bounds)}: must hold 1, the ratio of equal numbers; try [0.5, 5]"
+
+
 def grpo_has_rewards_to_learn_from(config: RunConfig) -> Iterator[str]:
     """Without a weighted reward every advantage is 0."""
     if config.task == "grpo" and not config.rewards.terms:
@@ -262,6 +296,15 @@ def reward_options_are_those_of_their_kind(config: RunConfig) -> Iterator[str]:
             read_options(name, term)
         except ValueError as error:
             yield str(error)
+
+
+def a_ramp_has_both_ends(config: RunConfig) -> Iterator[str]:
+    """A reward whose weight changes has a last weight, and steps in order."""
+    for name, term in config.rewards.terms.items():
+        if (term.final_weight is None) != (term.ramp_steps is None):
+            yield f"rewards.terms.{name}: final_weight and ramp_steps belong together: give both or neither"
+        if term.ramp_steps is not None and term.ramp_steps[0] >= term.ramp_steps[1]:
+            yield f"rewards.terms.{name}.ramp_steps: {list(term.ramp_steps)}: the first step must come before the last"
 
 
 def image_top_k_is_fixed_or_adaptive(config: RunConfig) -> Iterator[str]:
@@ -337,11 +380,14 @@ RULES: tuple[Rule, ...] = (
     prompt_and_trace_fit_the_model,
     a_microbatch_holds_one_sequence,
     fp8_needs_bf16_gpus_and_aligned_dimensions,
+    lean_optimizers_need_gpus,
     one_task_a_gpu,
     a_local_run_has_one_node,
     clipping_has_both_bounds,
+    mismatch_bounds_hold_one,
     grpo_has_rewards_to_learn_from,
     reward_options_are_those_of_their_kind,
+    a_ramp_has_both_ends,
     image_top_k_is_fixed_or_adaptive,
     a_checkpoint_can_be_taken_before_time_is_up,
     warm_up_ends_before_the_run,

@@ -219,6 +219,10 @@ class RewardTerm(Section):
 
     kind: Literal["format", "degradation", "understanding", "generation", "fidelity"]
     weight: float = 1.0
+    final_weight: float | None = None
+    """Weight at and after the ramp's end; None: `weight` throughout."""
+    ramp_steps: tuple[Annotated[int, Field(ge=0)], Count] | None = None
+    """Steps between which the weight goes linearly from `weight` to `final_weight`."""
     options: dict[str, float | int | str | bool | list[str]] = {}
 
 

@@ -20,7 +20,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.fp8 import start_emulation
 from realsr_hpc.model.hf_mapping import WeightShapes, init_weights, load_hf_weights, mark_cuts
+from realsr_hpc.model.precision import emulates_fp8
 from realsr_hpc.model.spec import block_spec, segment_mask, transformer_config
 from realsr_hpc.parallel import backend, layout
 from realsr_hpc.parallel.groups import Groups
@@ -142,6 +144,8 @@ def build_policy(
     shapes = WeightShapes.of(config.model, vocab_size)
     policy = Policy(chunks, megatron, groups, shapes, vocab_size, padded)
     mark_cuts(policy)
+    if emulates_fp8(config.precision):
+        start_emulation(policy, config.precision)
     if filled and not meta:
         _fill(policy, config)
     if not trainable:
@@ -155,7 +159,9 @@ def _chunk(config: RunConfig, megatron: TransformerConfig, groups: Groups, padde
     last_index = config.parallel.virtual_pp - 1
     return PolicyChunk(
         config=megatron,
-        transformer_layer_spec=block_spec(layout.layers_per_chunk(config.model, config.parallel)),
+        transformer_layer_spec=block_spec(
+            layout.layers_per_chunk(config.model, config.parallel), emulated_fp8=emulates_fp8(config.precision)
+        ),
         vocab_size=padded,
         max_sequence_length=config.model.max_sequence_tokens,
         pre_process=groups.is_first_stage and index == 0,

@@ -29,16 +29,25 @@ def precision_arguments(precision: PrecisionConfig, num_layers: int) -> dict[str
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
     }
-    if precision.fp8 == "none":
-        return arguments
+    if precision.fp8 == "none" or emulates_fp8(precision):
+        return arguments  # Megatron's own FP8 paths need Transformer Engine: fp8.py emulates outside of them
     _check_fp8(precision)
     return arguments | fp8_arguments(precision, num_layers)
 
 
+def emulates_fp8(precision: PrecisionConfig) -> bool:
+    """FP8 numerics come from model/fp8.py."""
+    return precision.fp8 != "none" and precision.fp8_backend == "emulated"
+
+
+def keeps_ends_in_bf16(precision: PrecisionConfig, num_layers: int) -> bool:
+    """The first and the last layer stay in bf16. Delayed scaling holds for the whole block, so it keeps none."""
+    return precision.first_last_layers_bf16 and precision.fp8 != "delayed" and num_layers > 2
+
+
 def fp8_arguments(precision: PrecisionConfig, num_layers: int) -> dict[str, Any]:
-    """The FP8 part of the keywords. Delayed scaling holds for the whole block, so it keeps no layer in bf16."""
-    per_layer = precision.fp8 != "delayed"
-    keep_ends = precision.first_last_layers_bf16 and per_layer and num_layers > 2
+    """The FP8 part of the keywords, for Transformer Engine."""
+    keep_ends = keeps_ends_in_bf16(precision, num_layers)
     return {
         "fp8": precision.fp8_format,
         "fp8_recipe": precision.fp8,
@@ -52,7 +61,8 @@ def _check_fp8(precision: PrecisionConfig) -> None:
     if not backend.has_transformer_engine():
         raise ValueError(
             f"precision.fp8 = {precision.fp8!r} needs CUDA and Transformer Engine, and one of them is absent here: "
-            "install the extra `gpu` on a GPU node, or set precision.fp8=none"
+            "install the extra `gpu` on a GPU node, set precision.fp8=none, or precision.fp8_backend=emulated to see "
+            "what FP8 does to the numbers"
         )
     if precision.params != "bf16":
         raise ValueError(

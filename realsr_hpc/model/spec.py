@@ -28,6 +28,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from realsr_hpc.model.precision import precision_arguments
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups
@@ -165,12 +166,22 @@ def segment_mask(segment_ids: Tensor) -> Tensor:
     return same.tril()
 
 
-def block_spec(num_layers: int, transformer_engine: bool | None = None) -> TransformerBlockSubmodules:
-    """Spec of `num_layers` layers and the final norm; Transformer Engine's linear layers and norms where it is."""
+def block_spec(
+    num_layers: int, transformer_engine: bool | None = None, emulated_fp8: bool = False
+) -> TransformerBlockSubmodules:
+    """Spec of `num_layers` layers and the final norm; Transformer Engine's linear layers and norms where it is.
+
+    emulated_fp8: linear layers that can round their operands, whatever is installed.
+    """
     if transformer_engine is None:
         transformer_engine = backend.has_transformer_engine()
-    norm, column, row = _transformer_engine_modules() if transformer_engine else _torch_modules()
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(norm, column, row)] * num_layers, layer_norm=norm)
+    modules = _torch_modules()
+    if emulated_fp8:
+        modules = (RMSNorm, Fp8ColumnParallelLinear, Fp8RowParallelLinear)
+    elif transformer_engine:
+        modules = _transformer_engine_modules()
+    layer = _layer_spec(*modules)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules[0])
 
 
 def _torch_modules() -> tuple[Any, Any, Any]:

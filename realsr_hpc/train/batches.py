@@ -16,6 +16,8 @@ from torch import Tensor
 from realsr_hpc.parallel.pipeline import Microbatch
 from realsr_hpc.records import TrainingSequence
 
+SCORED = ("positions", "targets", "mask_ids", "temperature", "support", "cfg_scale")
+"""Extras that log-probabilities depend on."""
 ROW_MULTIPLE = 16
 """Row lengths are rounded up to this: divisible by TP for sequence parallelism and by what FP8 products need."""
 
@@ -28,6 +30,7 @@ def collate(
     pad: int,
     device: torch.device,
     multiple: int = 1,
+    row_multiple: int = ROW_MULTIPLE,
 ) -> list[Microbatch]:
     """Microbatches of one shape [rows, row_tokens] for all sequences; at least one, empty ones at the end.
 
@@ -38,10 +41,11 @@ def collate(
         pad: token id of padding.
         device: where the tensors go.
         multiple: the number of microbatches is rounded up to this (interleaved pipeline schedules need it).
+        row_multiple: row lengths are rounded up to this.
     """
     longest = max((len(sequence.tokens) for sequence in sequences), default=1)
     target = max(longest, microbatch_tokens) if packing else longest
-    row_tokens = -(-target // ROW_MULTIPLE) * ROW_MULTIPLE
+    row_tokens = -(-target // row_multiple) * row_multiple
     streams = 2 if any(sequence.blocks is not None for sequence in sequences) else 1
     layout = _pack(sequences, row_tokens) if packing else [[number] for number in range(len(sequences))]
     rows = max(1, min(microbatch_tokens // (row_tokens * streams), len(layout)))
@@ -110,6 +114,30 @@ def _loss_columns(sequence: TrainingSequence, offset: int, rollout: int) -> dict
     }
     optional = {"support": sequence.support, "cfg_scale": sequence.cfg_scale}
     return columns | {name: value for name, value in optional.items() if value is not None}
+
+
+def joined_microbatch(parts: Sequence[Microbatch]) -> Microbatch:
+    """Several microbatches of one shape as one with all their rows; of the extras, what scoring needs."""
+    if len(parts) == 1:
+        return Microbatch(parts[0].tokens, parts[0].segment_ids, dict(parts[0].extras))
+    streams = 2 if any("cfg_scale" in part.extras for part in parts) else 1
+    extras: dict[str, Tensor] = {}
+    for name in SCORED:
+        columns = [part.extras[name] for part in parts if name in part.extras]
+        if columns:
+            extras[name] = torch.cat(columns)
+    if extras:
+        stream_tokens = parts[0].tokens.numel() // streams
+        starts = [part.extras["positions"] + number * stream_tokens for number, part in enumerate(parts) if part.extras]
+        extras["positions"] = torch.cat(starts)
+    ids = [part.segment_ids for part in parts]
+    segments = None if ids[0] is None else _rows_of([part for part in ids if part is not None], streams)
+    return Microbatch(_rows_of([part.tokens for part in parts], streams), segments, extras)
+
+
+def _rows_of(parts: Sequence[Tensor], streams: int) -> Tensor:
+    """[streams x b, S] each -> [streams x parts x b, S]: first all conditional rows, then all their twins."""
+    return torch.cat([part.unflatten(0, (streams, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def to_rows(values: Tensor, extras: dict[str, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from realsr_hpc.plan import parameter_count
 PUBLISHED = {"chameleon_7b": 7_013_158_912, "chameleon_7b_f8": 7_080_267_776}
 SEVEN_B = ("sft_7b", "grpo_7b", "grpo_7b_paper")
 OWN_NORMS = 32 * 2 * 2 * (32 - 1) * 128
-"""We hold a q and a k norm (weight, bias) for each of 32 heads; the published count has one for all heads of a layer."""
+"""We hold a q and a k norm (weight, bias) for each of 32 heads; the published count has one for a layer."""
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from torch import Tensor
 from realsr_hpc.config.schema import ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, RunConfig
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.optim.schedule import learning_rate
-from realsr_hpc.optim.step import Optimiser
+from realsr_hpc.optim.step import Optimiser, optimizer_arguments
+from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.parallel.pipeline import Microbatch
 
@@ -104,3 +105,23 @@ def test_norms_do_not_decay() -> None:
     assert torch.equal(moved["decoder.final_layernorm.weight"], torch.ones(16))
     fresh = make().policy.chunks[0].output_layer.weight
     assert torch.allclose(moved["output_layer.weight"], fresh * 0.95)
+
+
+def test_lean_main_weights_are_transformer_engines_and_refused_without_it() -> None:
+    """Arguments only: Transformer Engine's Adam, which knows remainders, needs a GPU."""
+    from dataclasses import fields
+
+    from megatron.core.optimizer import OptimizerConfig
+
+    arguments = optimizer_arguments(OptimConfig(main_params="bf16"), torch.bfloat16, distributed=True)
+    assert arguments.keys() <= {field.name for field in fields(OptimizerConfig)}
+    assert arguments["use_precision_aware_optimizer"] and arguments["store_param_remainders"]
+    assert arguments["exp_avg_dtype"] is arguments["exp_avg_sq_dtype"] is torch.bfloat16
+    assert arguments["main_params_dtype"] is torch.float32  # what weights and remainders make together
+    plain = optimizer_arguments(OptimConfig(), torch.bfloat16, distributed=True)
+    assert "use_precision_aware_optimizer" not in plain
+    offloaded = optimizer_arguments(OptimConfig(cpu_offload=True), torch.bfloat16, distributed=True)
+    assert (offloaded["optimizer_cpu_offload"], offloaded["optimizer_offload_fraction"]) == (True, 1.0)
+    if not backend.has_transformer_engine():
+        with pytest.raises(RuntimeError, match="FusedAdam from TransformerEngine"):
+            OptimizerConfig(**arguments)

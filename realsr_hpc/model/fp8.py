@@ -1,0 +1,203 @@
+"""FP8 products of the layers: switching them off and on, and their numerics where there is no FP8 hardware.
+
+Transformer Engine's layers need a GPU. The emulated ones are Megatron's own with rounded operands: input and weight
+take the values that FP8 can hold, under the scales of the chosen recipe, and are multiplied in the parameters' format;
+gradients that come back are rounded the same way. So everything but speed can be tried on any machine: what FP8 does
+to log-probabilities, the parity gate, the scales in checkpoints.
+
+Scales: tensorwise, one a tensor from its own largest value; blockwise, powers of two, one for 128 inputs of a token
+and for 128 x 128 of a weight; delayed, one a tensor from the largest value of the pass before (Megatron's default
+history of one), which is state and travels in checkpoints as Transformer Engine's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from realsr_hpc.config.schema import PrecisionConfig
+from realsr_hpc.model.precision import keeps_ends_in_bf16
+
+if TYPE_CHECKING:
+    from realsr_hpc.model.policy import Policy
+
+BLOCK = 128
+_INPUT, _WEIGHT, _GRADIENT = range(3)
+
+
+@dataclass(frozen=True)
+class Fp8Recipe:
+    """How operands are rounded."""
+
+    scaling: str
+    """tensorwise, blockwise or delayed."""
+    forward: torch.dtype
+    backward: torch.dtype
+
+    @classmethod
+    def of(cls, precision: PrecisionConfig) -> Fp8Recipe:
+        """Of the recipe's precision section; `hybrid` keeps gradients in E5M2, whose range is wider."""
+        backward = torch.float8_e5m2 if precision.fp8_format == "hybrid" else torch.float8_e4m3fn
+        return cls(precision.fp8, torch.float8_e4m3fn, backward)
+
+
+def rounded(x: Tensor, dtype: torch.dtype, largest: Tensor) -> Tensor:
+    """`x` as FP8 holds it when `largest` is scaled to the format's maximum; what exceeds it saturates.
+
+    largest: float32, one value or any shape that broadcasts with x.
+    """
+    top = torch.finfo(dtype).max
+    scale = torch.where(largest > 0, top / largest.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
+    return ((x.float() * scale).clamp(-top, top).to(dtype).float() / scale).to(x.dtype)
+
+
+def rounded_by_blocks(x: Tensor, dtype: torch.dtype, *, square: bool) -> Tensor:
+    """`x` [..., K] under power-of-two scales of 128 neighbours of a row, or of 128 x 128 where `square`."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    block = (BLOCK if square else 1, BLOCK)
+    padding = [-size % side for size, side in zip(rows.shape, block, strict=True)]
+    padded = F.pad(rows, (0, padding[1], 0, padding[0]))
+    tiles = padded.view(padded.shape[0] // block[0], block[0], -1, BLOCK)
+    top = torch.finfo(dtype).max
+    # the next power of two above: the scale is one too, and its product with any value is exact
+    largest = top * torch.exp2(torch.ceil(torch.log2(tiles.abs().amax((1, 3), keepdim=True) / top)))
+    whole = rounded(tiles, dtype, largest).view(padded.shape)
+    return whole[: rows.shape[0], : rows.shape[1]].reshape(x.shape).to(x.dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    """A rounded value whose gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _RoundedGradient(torch.autograd.Function):
+    """The same value; its gradient is rounded by the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: _Fp8Layer) -> Tensor:
+        ctx.layer = layer
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.round(gradients[0], _GRADIENT), None
+
+
+class _Fp8Layer:
+    """What both linear layers share: rounding around Megatron's product."""
+
+    fp8: Fp8Recipe | None = None
+    """None: an ordinary layer of the same kind."""
+    fp8_on = True
+
+    def start_fp8(self, recipe: Fp8Recipe, groups: Sequence[dist.ProcessGroup]) -> None:
+        """From now on products are those of FP8; largest values are agreed over `groups`."""
+        self.fp8, self._groups = recipe, groups
+        self.largest = torch.zeros(3)
+        """Delayed scaling: largest input, weight and gradient of the pass before; 0: none yet."""
+
+    def round(self, x: Tensor, operand: int) -> Tensor:
+        """One operand as the recipe rounds it."""
+        recipe, learns = self.fp8, operand == _GRADIENT or torch.is_grad_enabled()
+        assert recipe is not None, "start_fp8 comes first"
+        dtype = recipe.backward if operand == _GRADIENT else recipe.forward
+        with torch.no_grad():
+            if recipe.scaling == "blockwise":
+                return rounded_by_blocks(x, dtype, square=operand == _WEIGHT)
+            largest = x.abs().max().float()
+            if recipe.scaling == "tensorwise":
+                return rounded(x, dtype, largest)
+            known = self.largest[operand].to(x.device)
+            if learns:  # scoring changes nothing; of a recomputed pass only the second run does
+                for group in self._groups:
+                    dist.all_reduce(agreed := largest.clone(), dist.ReduceOp.MAX, group=group)
+                    largest = agreed
+                self.largest[operand] = largest.cpu()
+            return rounded(x, dtype, torch.where(known > 0, known, largest))
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **named: Any) -> Any:
+        product: Any = super()._forward_impl  # type: ignore[misc]
+        if self.fp8 is None or not self.fp8_on:
+            return product(input, weight, *args, **named)
+        values = [_Rounded.apply(x, self.round(x, operand)) for operand, x in enumerate((input, weight))]
+        return _RoundedGradient.apply(product(*values, *args, **named), self)
+
+    def get_extra_state(self) -> Tensor | None:
+        """Delayed scaling's values, under the key that Transformer Engine's have; None for the other recipes."""
+        delayed = self.fp8 is not None and self.fp8.scaling == "delayed"
+        return self.largest.clone() if delayed else None
+
+    def set_extra_state(self, state: Any) -> None:
+        """From a checkpoint; one that was written without FP8 has none."""
+        if isinstance(state, Tensor) and self.fp8 is not None:
+            self.largest = state.clone()
+
+
+class Fp8ColumnParallelLinear(_Fp8Layer, ColumnParallelLinear):
+    """Megatron's column-parallel layer with rounded operands."""
+
+
+class Fp8RowParallelLinear(_Fp8Layer, RowParallelLinear):
+    """Megatron's row-parallel layer with rounded operands."""
+
+
+def start_emulation(policy: Policy, precision: PrecisionConfig) -> None:
+    """FP8 numerics in every layer that is not kept in bf16."""
+    recipe, num_layers = Fp8Recipe.of(precision), policy.shapes.num_layers
+    ends = (1, num_layers) if keeps_ends_in_bf16(precision, num_layers) else ()
+    groups = [group for group in (policy.groups.tp, policy.groups.dp) if group.size() > 1]
+    for chunk in policy.chunks:
+        for layer in chunk.decoder.layers:
+            if layer.layer_number not in ends:
+                for module in _fp8_layers(layer):
+                    module.start_fp8(recipe, groups)
+
+
+def _fp8_layers(root: torch.nn.Module) -> list[_Fp8Layer]:
+    return [module for module in root.modules() if isinstance(module, _Fp8Layer)]
+
+
+@contextmanager
+def without_fp8(policy: Policy) -> Iterator[None]:
+    """Within, the same weights multiply in bf16."""
+    configs = {id(module.config): module.config for module in _configured(policy)}
+    formats = {key: config.fp8 for key, config in configs.items()}
+    states = [(module, module.fp8_on) for chunk in policy.chunks for module in _fp8_layers(chunk)]
+    stop_fp8(policy)
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config.fp8 = formats[key]
+        for module, state in states:
+            module.fp8_on = state
+
+
+def stop_fp8(policy: Policy) -> None:
+    """From now on the same weights multiply in bf16; optimizer and checkpoints do not change."""
+    for module in _configured(policy):
+        module.config.fp8 = None  # Megatron's blocks ask at every pass
+    for chunk in policy.chunks:
+        for layer in _fp8_layers(chunk):
+            layer.fp8_on = False
+
+
+def _configured(policy: Policy) -> list[Any]:
+    modules: list[Any] = [module for chunk in policy.chunks for module in chunk.modules()]
+    return [module for module in modules if isinstance(getattr(module, "config", None), TransformerConfig)]

@@ -1,0 +1,100 @@
+"""Every 7B recipe with its model's and images' sizes cut, all other keys as shipped, trains two steps on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realsr_hpc.config.load import compose_one
+from realsr_hpc.config.schema import RunConfig
+from tests.distributed.launcher import run_ranks
+
+CUT = [
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.num_heads=4",
+    "model.ffn_hidden_size=96",
+    "model.weights=null",
+    "vlcot.image_sizes_px=[32,64,96]",
+    "vlcot.lq_size_px=32",
+    "vlcot.max_text_tokens=8",
+    "rollout.max_new_tokens=420",
+    "image_tokenizer.base_channels=32",
+    "image_tokenizer.num_res_blocks=1",
+    "image_tokenizer.latent_channels=32",
+    "data=bundled",
+    "data.num_threads=1",
+    "optim.warmup_steps=0",
+]
+"""Sizes, files, and warm-up, which is longer than two steps."""
+SHORT = {
+    "sft": ["sft.num_steps=2", "sft.batch_size=2", "sft.heldout_traces=2", "sft.sample_every_steps=0"],
+    "grpo": ["grpo.num_steps=2", "grpo.prompts_per_step=1", "grpo.heldout_every_steps=0", "rewards=default"],
+}
+LEVELS = {"chameleon_7b": "[1,1,1,1,1]", "chameleon_7b_f8": "[1,1,1,1]"}
+LOSS = {"sft": "sft/loss/mean", "grpo": "rewards/total/mean"}
+
+
+def cut(recipe: str, model: str, folder: Path, layout: list[str]) -> RunConfig:
+    task = recipe.split("_")[0]
+    files = [
+        f"image_tokenizer.weights={folder / 'image.safetensors'}",
+        f"text_tokenizer.path={folder / 'text.json'}",
+        f"image_tokenizer.channel_multiplier={LEVELS[model]}",
+        f"output_root={folder}",
+    ]
+    return compose_one([f"recipe={recipe}", f"model={model}", "cluster=local", *layout, *CUT, *files, *SHORT[task]])
+
+
+def two_steps(config: RunConfig, run_dir: Path) -> tuple[int, dict[int, dict[str, float]]]:
+    from realsr_hpc.tracking.spool import metrics_by_step
+    from realsr_hpc.train import grpo, sft
+
+    loop: Any = {"grpo": grpo, "sft": sft}[config.task]
+    run_dir.mkdir(exist_ok=True)
+    return loop.main(config, run_dir), metrics_by_step(run_dir)
+
+
+def make_tokenizers(config: RunConfig, folder: Path) -> None:
+    """Random image tokenizer and a small text tokenizer: what a 7B recipe reads from `weights/`."""
+    import torch
+
+    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.tokenizer.text import train_text_tokenizer
+    from realsr_hpc.vlcot.sequence import FIELDS
+
+    torch.manual_seed(0)
+    save_image_tokenizer(ImageTokenizer(config.image_tokenizer), folder / "image.safetensors")
+    tags = [f"<{name}>" for name in FIELDS] + [f"</{name}>" for name in FIELDS]
+    train_text_tokenizer(["a lion on a rock under the sky"] * 3, 320, folder / "text.json", tags)
+
+
+ONE = ["parallel.tp=1", "parallel.pp=1", "parallel.sequence_parallel=false"]
+FOUR = ["parallel.tp=2", "cluster.tasks_per_node=4"]
+"""Pipeline stages, sequence parallelism and recomputation as shipped."""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "layout"),
+    [
+        ("sft_7b", "chameleon_7b", FOUR),
+        ("sft_7b", "chameleon_7b_f8", ONE),
+        ("grpo_7b", "chameleon_7b", FOUR),
+        ("grpo_7b", "chameleon_7b_f8", ONE),
+        ("grpo_7b_paper", "chameleon_7b", ONE),
+        ("grpo_7b_paper", "chameleon_7b_f8", FOUR),
+    ],
+)
+def test_two_steps(recipe: str, model: str, layout: list[str], tmp_path: Path) -> None:
+    config = cut(recipe, model, tmp_path, layout)
+    assert config.precision.params == "bf16"
+    run_ranks(1, make_tokenizers, config, tmp_path)
+    world = config.cluster.tasks_per_node
+    results = run_ranks(world, two_steps, config, tmp_path / "run")
+    assert {code for code, _ in results} == {0}
+    steps = results[0][1]
+    assert sorted(steps)[-2:] == [1, 2]
+    assert all(steps[step]["optim/grad_norm/step"] >= 0.0 for step in (1, 2))
+    assert steps[2][LOSS[config.task]] == steps[2][LOSS[config.task]]  # a number
