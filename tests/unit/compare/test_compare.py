@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from scipy.stats import t as student
 
 from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, write_report
+from realsr_hpc.config.paths import project_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking import prepare_sweep, sync, write_launch_tags
 from realsr_hpc.tracking.spool import Spool
@@ -25,9 +27,13 @@ REWARDS = {
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def store(root):
     """Two values of kl_beta, two seeds each, in one sweep; rewards of three steps, and held-out images kept."""
-    root = tmp_path_factory.mktemp("runs")
     for (kl_beta, seed), rewards in REWARDS.items():
         grpo = {"kl_beta": float(kl_beta)}
         tree = {"name": f"beta{kl_beta}-{seed}", "task": "grpo", "seed": seed, "output_root": str(root), "grpo": grpo}
@@ -87,6 +93,17 @@ def test_runs_are_found_by_name_and_unknown_ones_named(store):
         find_sweep(store, "realsr_hpc", "gammas")
     with pytest.raises(ValueError, match="tracking.experiment 'other'"):
         find_sweep(store, "other", "betas")
+
+
+def test_the_command_prints_the_groups_and_writes_the_report(store, root, capsys):
+    spec = importlib.util.spec_from_file_location("tool_compare", project_root() / "tools" / "compare.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.main(["sweep=betas", f"root={root}"]) == 0
+    printed = capsys.readouterr().out
+    assert "kl_beta=0.04" in printed and "best by heldout/total/mean: beta0.0-0" in printed
+    assert (root / "compare" / "betas" / "comparison.html").exists()
+    assert tool.main(["sweep=betas", "runs=x", f"root={root}"]) == 2
 
 
 def test_the_report_holds_every_run_and_group(store, tmp_path):

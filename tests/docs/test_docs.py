@@ -1,0 +1,96 @@
+"""What the documentation tells people to type exists, takes those words and is run by a test; the reference is current.
+
+A block of commands that needs a cluster, several GPUs or a browser is marked `<!-- cluster -->`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from realsr_hpc.config.load import GROUPS, compose
+from realsr_hpc.config.paths import project_root
+from realsr_hpc.launch.command import read_arguments
+
+ROOT = project_root()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELL = {"make", "for", "do", "done", "mlflow", "torchrun", "pip", "sbatch", "source", "cd", "export", "sudo", "git"}
+BY_HAND = {"bench": "measures for minutes", "demo": "make demo; its commands have tests of their own"}
+"""Documented tools that no test runs, and why."""
+TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+
+
+def commands(page: Path) -> list[tuple[str, bool]]:
+    """Lines of a page's `sh` blocks and its indented `python tools/...` lines; whether they need a cluster."""
+    text = page.read_text()
+    blocks = re.findall(r"(<!-- cluster -->\n)?```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
+    lines = [(line, bool(mark)) for mark, block in blocks for line in block.splitlines()]
+    lines += [(line, "7b" in line) for line in re.findall(r"^    (python tools/\S+\.py.*)$", text, re.MULTILINE)]
+    return [(line.split("   #")[0].split("  # ")[0].strip(), needs) for line, needs in lines if line.strip()]
+
+
+def tool(name: str):
+    """The module of a command."""
+    spec = importlib.util.spec_from_file_location(f"documented_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DOCUMENTED = sorted({(page.name, *command) for page in PAGES for command in commands(page)})
+
+
+@pytest.mark.parametrize(("page", "command", "needs_cluster"), DOCUMENTED)
+def test_a_documented_command_is_there_takes_its_words_and_is_run_by_a_test(page, command, needs_cluster):
+    words = shlex.split(command)
+    called = re.search(r"tools/(\w+)\.py", command)
+    if called is None:
+        assert words[0] in SHELL, f"{page}: {command!r} is neither a command of this project nor a known one"
+        return
+    name = called[1]
+    assert (ROOT / "tools" / f"{name}.py").is_file(), f"{page}: {command!r}: no such tool"
+    rest = shlex.split(command.split(f"tools/{name}.py")[1].split(";")[0])
+    given = [
+        word for word in rest if "=" in word and not word.startswith("recipe=") and "." not in word.partition("=")[0]
+    ]
+    if name == "launch":
+        launch(rest)
+    else:
+        module = tool(name)
+        keys = getattr(module, "DEFAULTS", getattr(module, "OPTIONS", None))
+        unknown = [word for word in given if keys is not None and word.partition("=")[0] not in keys]
+        assert not unknown, f"{page}: {command!r}: {unknown} are no keys of tools/{name}.py: {list(keys or ())}"
+    if not needs_cluster and name not in BY_HAND:
+        assert re.search(rf"""["'/]{name}(\.py)?["']|tool_{name}\b""", TESTS), f"no test runs tools/{name}.py"
+
+
+def test_small_commands_run(tmp_path, capsys):
+    assert tool("jobs").main([f"root={tmp_path}"]) == 0 and tool("sync_tracking").main([f"root={tmp_path}"]) == 0
+    assert "no runs in" in capsys.readouterr().out
+    assert tool("make_shapes").main(tmp_path / "shapes", 1) == 0
+    assert {"0000.jpg", "manifest.parquet"} == {path.name for path in (tmp_path / "shapes").iterdir()}
+
+
+def launch(words: list[str]) -> None:
+    """Options are known and the recipe composes."""
+    given = [word for word in words if "..." not in word]
+    _, multirun, overrides = read_arguments(given)
+    configs = compose(overrides, multirun=multirun)
+    assert configs
+
+
+def test_the_recipe_reference_is_what_the_schema_says():
+    reference = tool("recipe_reference").reference()
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert page == reference, "docs/recipes.md is out of date: python tools/recipe_reference.py"
+    assert all(f"`{group}=`" in page for group in GROUPS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name}: {target} is not there"

@@ -1,0 +1,138 @@
+"""Write docs/recipes.md from the schema: python tools/recipe_reference.py; check=true only says if it is current."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pydantic import BaseModel  # noqa: E402
+
+from realsr_hpc.config import reward_options, schema  # noqa: E402
+from realsr_hpc.config.arguments import read_arguments  # noqa: E402
+from realsr_hpc.config.load import RESULT_FREE_SECTIONS, recipe_names, recipes_dir  # noqa: E402
+from realsr_hpc.config.paths import project_root  # noqa: E402
+
+PAGE = project_root() / "docs" / "recipes.md"
+HEAD = """# Recipes
+
+<!-- Written by tools/recipe_reference.py from realsr_hpc/config/schema.py: change it there. -->
+
+`python tools/launch.py recipe=NAME section.field=value ...`. A misspelt field is answered with the nearest valid one,
+and all faults of a recipe are said at once. `resolve=true` prints the whole recipe. Sections marked ◦ do not decide a
+run's result and stay out of its signature.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 written or up to date, 1 out of date, 2 wrong usage."""
+    try:
+        check = read_arguments(arguments, {"check": "false"})["check"] == "true"
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    text = reference()
+    if check:
+        return 0 if PAGE.read_text() == text else 1
+    PAGE.write_text(text)
+    print(PAGE)
+    return 0
+
+
+def reference() -> str:
+    """The page."""
+    parts = [HEAD, "## Recipes and groups\n", *_lists()]
+    parts.append("\n## Whole run\n\n" + _table(schema.RunConfig, schema))
+    for name, field in schema.RunConfig.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            mark = " ◦" if name in RESULT_FREE_SECTIONS else ""
+            parts.append(f"\n## `{name}`{mark}\n\n{_first_line(kind)}\n\n{_table(kind, schema)}")
+    parts.append(
+        f"\n## `rewards.terms.NAME`\n\n{_first_line(schema.RewardTerm)}\n\n{_table(schema.RewardTerm, schema)}"
+    )
+    for kind, options in reward_options.OPTIONS.items():
+        parts.append(f"\n### Options of kind `{kind}`\n\n{_table(options, reward_options)}")
+    return "\n".join(parts)
+
+
+def _lists() -> list[str]:
+    lines = [f"- `recipe=`: {', '.join(f'`{name}`' for name in recipe_names())}"]
+    for folder in sorted(path for path in recipes_dir().iterdir() if path.is_dir() and list(path.glob("*.yaml"))):
+        names = ", ".join(f"`{path.stem}`" for path in sorted(folder.glob("*.yaml")))
+        lines.append(f"- `{folder.name}=`: {names}")
+    return lines
+
+
+def _table(section: type[BaseModel], module: Any) -> str:
+    notes = _docstrings(section, module)
+    rows = ["| field | type | default | |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        default = "required" if field.is_required() else f"`{_value(field.get_default())}`"
+        limits = "".join(f", {text}" for text in map(_limit, field.metadata) if text)
+        note = notes.get(name, "").replace("|", "\\|")
+        rows.append(f"| `{name}` | {_type(field.annotation)}{limits} | {default} | {note} |")
+    return "\n".join(rows) + "\n"
+
+
+def _docstrings(section: type[BaseModel], module: Any) -> dict[str, str]:
+    """The string under each field."""
+    tree = ast.parse(Path(module.__file__).read_text())
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
+    notes = {}
+    for field, below in zip(body, body[1:], strict=False):
+        is_note = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_note:
+            notes[field.target.id] = " ".join(str(below.value.value).split())
+    return notes
+
+
+def _type(annotation: Any) -> str:
+    """In words that a YAML author uses."""
+    if annotation is type(None):
+        return "null"
+    options = get_args(annotation)
+    if "Literal" in str(annotation).split("[")[0]:
+        return " \\| ".join(f"`{option}`" for option in options)
+    name = getattr(annotation, "__name__", str(annotation))
+    if options and name in ("tuple", "list"):
+        return f"list of {_type(options[0])}"
+    if options and name == "dict":
+        return f"{_type(options[0])}: {_type(options[1])}"
+    if hasattr(annotation, "__metadata__"):
+        return _type(options[0]) + "".join(f", {text}" for text in map(_limit, annotation.__metadata__) if text)
+    if options:
+        return " or ".join(_type(option) for option in options)
+    return {"int": "whole number", "float": "number", "str": "text", "bool": "true or false"}.get(name, f"`{name}`")
+
+
+def _limit(constraint: Any) -> str:
+    """Limits of a number, also where pydantic nests them."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    found = [f"{sign} {getattr(constraint, key):g}" for key, sign in signs.items() if hasattr(constraint, key)]
+    nested = [_limit(item) for item in getattr(constraint, "metadata", [])]
+    return ", ".join(text for text in [*found, *nested] if text)
+
+
+def _value(value: Any) -> str:
+    plain = {key: item.model_dump() for key, item in value.items()} if isinstance(value, dict) and value and all(
+        isinstance(item, BaseModel) for item in value.values()
+    ) else value  # fmt: skip
+    if isinstance(plain, dict) and len(plain) > 2:
+        return ", ".join(plain)
+    text = json.dumps(plain, ensure_ascii=False) if not isinstance(plain, str) else plain
+    return (text if len(text) <= 60 else text[:59] + "…").replace("|", "\\|")
+
+
+def _first_line(kind: type[BaseModel]) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
