@@ -88,10 +88,13 @@ def policy_loss(
     ratio = importance_ratio(policy - old, mask, config.importance)
     advantage = advantages[:, None].to(policy.dtype)
     surrogate, clipped = clipped_objective(ratio, advantage, config)
-    if config.mismatch_cap is not None:
-        surrogate = surrogate * mismatch_weight(old, _masked(rollout_logprobs, mask), config.mismatch_cap)
-    objective = surrogate
     metrics = {"grpo/ratio/mean": ratio, "grpo/clip_fraction/mean": clipped.to(policy.dtype)}
+    if config.mismatch_cap is not None or config.mismatch_bounds is not None:
+        rollout = _masked(rollout_logprobs, mask)
+        weight = mismatch_weight(old, rollout, cap=config.mismatch_cap, bounds=config.mismatch_bounds)
+        surrogate = surrogate * weight
+        metrics["grpo/mismatch_weight/mean"] = weight
+    objective = surrogate
     if reference_logprobs is not None:
         divergence = kl_estimate(policy, _masked(reference_logprobs, mask).detach(), config.kl_estimator)
         metrics["grpo/kl_reference/mean"] = divergence
@@ -140,14 +143,23 @@ def clipped_objective(
 
 
 def mismatch_weight(
-    old_logprobs: Float[Tensor, "N T"], rollout_logprobs: Float[Tensor, "N T"], cap: float
+    old_logprobs: Float[Tensor, "N T"],
+    rollout_logprobs: Float[Tensor, "N T"],
+    *,
+    cap: float | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Float[Tensor, "N T"]:
-    """Truncated importance sampling: min(pi_old / pi_rollout, cap), without gradient.
+    """What corrects for a sampler that computes other numbers than the trainer; k = pi_old / pi_rollout, no gradient.
 
-    Corrects for a sampler that computes other numbers than the trainer (Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training").
+    cap: truncated importance sampling, min(k, cap) (Yao et al. 2025, "Your efficient RL framework secretly brings you
+    off-policy RL training"). bounds: a token whose k lies outside [low, high] teaches nothing; with a cap from `high`
+    up this is IcePop's k inside and 0 outside (Ling team 2025, arXiv 2510.18855). A masked token still counts.
     """
-    return (old_logprobs - rollout_logprobs).detach().exp().clamp_max(cap)
+    k = (old_logprobs - rollout_logprobs).detach().exp()
+    weight = torch.ones_like(k) if cap is None else k.clamp_max(cap)
+    if bounds is None:
+        return weight
+    return weight * ((k >= bounds[0]) & (k <= bounds[1]))
 
 
 def kl_estimate(

@@ -2,39 +2,47 @@
 
 Megatron's own inference path calls the training modules token by token; this one reads the same parameters and does
 only what a decode step needs. Its equality with the training forward is a test, and `rollout/mismatch_kl` watches it
-in every run. Rows are P prompts x G rollouts, row = prompt * G + rollout; all rows stand at the same position. A group
-shares its prompt: prefix keys and values are stored once a prompt and its G queries meet them in one product.
+in every run. Rows are prompts x rollouts, prompt by prompt and as many of each; all rows stand at the same position. A
+group shares its prompt: prefix keys and values are stored once a prompt and its queries meet them in one product.
 
 Classifier-free guidance adds a second stream of the same rows that sees only the current image block
 (PAPER section 1): its linears are batched with the first stream's, its keys are masked before the block's start.
 Rotary embeddings are relative, so that stream keeps its positions.
+
+Under pipeline parallelism a forward pass is a generator that yields before it would wait for another stage, so that the
+caller can let several batches take turns and no stage idles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from realsr_hpc.model.policy import Policy
+from realsr_hpc.model.spec import HEAD_NORM_EPSILON
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [n, kv, h/kv, d], k [n, kv, d], v [n, kv, d]) -> context [n, h, d]."""
+Turns = Generator[None, None, Tensor | None]
+"""A pass in turns; returns the last stage's result, None on the others."""
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """References to one Megatron layer's parameters (this rank's shards)."""
+    """References to one Megatron layer's parameters (this rank's shards); only the head norms' are gathered."""
 
     attention_norm: Tensor
     qkv: Tensor
-    q_norm: torch.nn.Module
-    k_norm: torch.nn.Module
+    qk_norm_weight: Tensor
+    """[kv, h/kv + 1, d]: of each key head's queries, then of the key, as the rows of `qkv` lie."""
+    qk_norm_bias: Tensor
     proj: Tensor
     mlp_norm: Tensor
     fc1: Tensor
@@ -45,16 +53,22 @@ class LayerWeights:
         """Works for the local spec and for Transformer Engine's, whose linears hold their norm's weight."""
         attention, mlp = layer.self_attention, layer.mlp
         fused = hasattr(attention.linear_qkv, "layer_norm_weight")
+        q_norm, k_norm = attention.q_layernorm, attention.k_layernorm
         return cls(
             attention.linear_qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
             attention.linear_qkv.weight,
-            attention.q_layernorm,
-            attention.k_layernorm,
+            _beside(q_norm.weight.detach(), k_norm.weight.detach()),
+            _beside(q_norm.bias.detach(), k_norm.bias.detach()),
             attention.linear_proj.weight,
             mlp.linear_fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
             mlp.linear_fc1.weight,
             mlp.linear_fc2.weight,
         )
+
+
+def _beside(queries: Tensor, keys: Tensor) -> Tensor:
+    """[h, d] and [kv, d] -> [kv, h/kv + 1, d]."""
+    return torch.cat([queries.unflatten(0, (len(keys), -1)), keys[:, None]], 1)
 
 
 class Stream:
@@ -66,6 +80,16 @@ class Stream:
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
         self.starts: Tensor | None = None
         """First suffix position a row sees [n]; None: all, and the prefix."""
+
+    def keep(self, rows: Tensor, prompts: Tensor, length: int) -> None:
+        """Go on with these rows of these prompts; `length` suffix positions are written."""
+        for cache in (self.keys, self.values):
+            for layer in cache:  # one at a time: the copy is a layer's, not the cache's
+                layer[: len(rows), :, :length] = layer[rows, :, :length]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        if self.prefix and len(prompts) < len(self.prefix[0][0]):
+            self.prefix = [(keys[prompts], values[prompts]) for keys, values in self.prefix]
+        self.starts = None if self.starts is None else self.starts[rows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
         """Attention of one token a row: q [n, kv, h/kv, d], k and v [n, kv, d] -> [n, kv, h/kv, d]."""
@@ -85,7 +109,25 @@ class Stream:
         weights = torch.softmax(torch.cat([prefix_scores, scores], -1).float(), -1).to(q.dtype)
         split = prefix_scores.shape[-1]
         from_prefix = _by_prompt(weights[..., :split], prefix_keys.shape[0]) @ prefix_values
-        return _by_row(from_prefix, q) + weights[..., split:] @ values
+        return _by_row(from_prefix, q).add_(weights[..., split:] @ values)
+
+
+@dataclass
+class Cache:
+    """What decoding a batch of rollouts keeps between its steps."""
+
+    streams: list[Stream]
+    """The rollouts', and with guidance the unconditional one."""
+    cos: Tensor
+    """[L + T, d]; rotary tables of prompt and response positions."""
+    sin: Tensor
+    prompt_length: int
+
+    def keep(self, rows: list[int], prompts: list[int], length: int) -> None:
+        """Go on with these rows and prompts (indices among the present ones) after `length` response tokens."""
+        device = self.cos.device
+        for stream in self.streams:
+            stream.keep(torch.tensor(rows, device=device), torch.tensor(prompts, device=device), length)
 
 
 def _by_prompt(x: Tensor, prompts: int) -> Tensor:
@@ -114,47 +156,55 @@ class Decoder:
         self.epsilon = config.layernorm_epsilon
         self.chunks = [[LayerWeights.of(layer) for layer in chunk.decoder.layers] for chunk in policy.chunks]
         self.num_layers = sum(map(len, self.chunks))
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
-    @torch.no_grad()
-    def prefill(
-        self, prompts: Int[Tensor, "P L"], group_size: int, max_new_tokens: int, guided: bool
-    ) -> tuple[list[Stream], Float[Tensor, "P V"] | None]:
-        """Cache the prompts once and return the streams and the first logits (None off the last pipeline stage)."""
+    def new_cache(self, prompts: Int[Tensor, "P L"], group_size: int, max_new_tokens: int, guided: bool) -> Cache:
+        """Room for the rollouts of these prompts."""
         size = (self.num_layers, prompts.shape[0] * group_size, self.kv_heads, max_new_tokens, self.head_dim)
         like = self.policy.chunks[0].decoder.layers[0].self_attention.linear_qkv.weight
         streams = [Stream(*size, like=like) for _ in range(2 if guided else 1)]
         if guided:
             streams[1].starts = torch.zeros(size[1], dtype=torch.long, device=like.device)
         length = prompts.shape[1]
-        cos, sin = self._rotary(torch.arange(length, device=prompts.device), like.dtype)
+        return Cache(streams, *self._rotary(length + max_new_tokens, like), length)
+
+    @torch.no_grad()
+    def prefill(self, cache: Cache, prompts: Int[Tensor, "P L"]) -> Turns:
+        """Cache the prompts; the first logits [P, V]."""
+        cos, sin = (table[: cache.prompt_length].repeat(len(prompts), 1) for table in (cache.cos, cache.sin))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             rows = [x.unflatten(0, prompts.shape).movedim(1, -2) for x in (q.flatten(1, 2), k, v)]
             q, k, v = rows[0], rows[1].contiguous(), rows[2].contiguous()
-            streams[0].prefix.append((k, v))
+            cache.streams[0].prefix.append((k, v))
             repeated = [x.repeat_interleave(self.queries_per_kv, 1) for x in (k, v)]
             out = F.scaled_dot_product_attention(q, *repeated, is_causal=True)
             return out.movedim(-2, 1).flatten(0, 1)
 
-        hidden = self._run(prompts.flatten(), attend, cos.repeat(len(prompts), 1), sin.repeat(len(prompts), 1))
-        if hidden is None:
-            return streams, None
-        return streams, self._logits(hidden.view(*prompts.shape, -1)[:, -1])
+        hidden = yield from self._run(prompts.flatten(), attend, cos, sin)
+        return None if hidden is None else self._logits(hidden.view(*prompts.shape, -1)[:, -1])
 
     @torch.no_grad()
-    def step(self, streams: list[Stream], tokens: Int[Tensor, " n"], position: int) -> list[Tensor] | None:
-        """Feed one token a row at suffix `position`; logits [n, V] a stream, None off the last pipeline stage."""
-        prefix_length = streams[0].prefix[0][0].shape[2]
-        cos, sin = self._rotary(torch.tensor([prefix_length + position], device=tokens.device), streams[0].keys.dtype)
+    def step(self, cache: Cache, tokens: Int[Tensor, " n"], position: int) -> Turns:
+        """Feed one token a row at response `position`; logits [streams, n, V]."""
+        streams, place = cache.streams, cache.prompt_length + position
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if len(streams) == 1:
+                return streams[0].attend(layer, q, k, v, position).flatten(1, 2)
             parts = zip(streams, *(x.chunk(len(streams)) for x in (q, k, v)), strict=True)
             return torch.cat([stream.attend(layer, *qkv, position) for stream, *qkv in parts]).flatten(1, 2)
 
-        hidden = self._run(tokens.repeat(len(streams)), attend, cos, sin)
-        return None if hidden is None else list(self._logits(hidden).chunk(len(streams)))
+        cos, sin = cache.cos[place : place + 1], cache.sin[place : place + 1]
+        hidden = yield from self._run(tokens.repeat(len(streams)), attend, cos, sin)
+        return None if hidden is None else self._logits(hidden).unflatten(0, (len(streams), -1))
 
-    def _run(self, tokens: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor | None:
+    def finish(self) -> None:
+        """Wait until the other stages have what was sent to them."""
+        while self._sent:
+            self._sent.popleft()[0].wait()
+
+    def _run(self, tokens: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Turns:
         """Embed, pass every local layer in pipeline order, final norm; None off the last stage."""
         groups, x = self.groups, None
         offset = 0
@@ -162,6 +212,8 @@ class Decoder:
             if groups.is_first_stage and index == 0:
                 x = self._embed(tokens)
             else:
+                if index:
+                    yield
                 x = self._receive(tokens.shape[0])
             for number, layer in enumerate(layers):
                 x = self._layer(x, layer, offset + number, attend, cos, sin)
@@ -175,10 +227,9 @@ class Decoder:
     def _layer(self, x: Tensor, w: LayerWeights, number: int, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
         y = F.rms_norm(x, w.attention_norm.shape, w.attention_norm, self.epsilon)
         qkv = F.linear(y, w.qkv).view(-1, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
-        q, k, v = qkv.split([self.queries_per_kv, 1, 1], 2)
-        q = _rotate(w.q_norm(q.flatten(1, 2)), cos, sin).view(q.shape)
-        k = _rotate(w.k_norm(k.squeeze(2)), cos, sin)
-        context = attend(number, q, k, v.squeeze(2)).flatten(1)
+        qk = F.layer_norm(qkv[:, :, :-1], (self.head_dim,), None, None, HEAD_NORM_EPSILON)
+        qk = _rotate(qk * w.qk_norm_weight + w.qk_norm_bias, cos, sin)
+        context = attend(number, qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]).flatten(1)
         x = x + self._sum_tp(F.linear(context, w.proj))
         y = F.rms_norm(x, w.mlp_norm.shape, w.mlp_norm, self.epsilon)
         gate, up = F.linear(y, w.fc1).chunk(2, -1)
@@ -201,12 +252,13 @@ class Decoder:
         dist.all_gather(shards, local, group=self.groups.tp)
         return torch.cat(shards, -1)
 
-    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [positions, head_dim], computed in float32 (rotate-half layout)."""
-        theta = self.policy.chunks[0].rotary_base
-        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=torch.float32) / self.head_dim
-        angles = torch.outer(positions.float(), 1.0 / theta**exponents).repeat(1, 2)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+    def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [length, head_dim], computed in float32; sin has the sign that `_rotate` wants."""
+        half = torch.arange(0, self.head_dim, 2, device=like.device, dtype=torch.float32) / self.head_dim
+        positions = torch.arange(length, device=like.device, dtype=torch.float32)
+        angles = torch.outer(positions, 1.0 / self.policy.chunks[0].rotary_base ** half)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], -1).to(like.dtype), torch.cat([-sin, sin], -1).to(like.dtype)
 
     def _sum_tp(self, x: Tensor) -> Tensor:
         if self.groups.tp_size > 1:
@@ -223,10 +275,15 @@ class Decoder:
         return x
 
     def _send(self, x: Tensor) -> None:
-        dist.send(x.contiguous(), self._neighbour(1), group=self.groups.pp)
+        # What was sent two rounds of all batches ago has long been received: this bounds memory and never waits.
+        if len(self._sent) > 2 * self.groups.pp_size * len(self.chunks):
+            self._sent.popleft()[0].wait()
+        x = x.contiguous()
+        work = dist.isend(x, self._neighbour(1), group=self.groups.pp)
+        assert work is not None, "isend on a rank outside its group"
+        self._sent.append((work, x))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [n, heads, d] with cos, sin [n or 1, d]."""
-    first, second = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    """Rotary embedding (rotate-half) of [n, kv, heads, d] with cos, signed sin [n or 1, d]."""
+    return x * cos[:, None, None] + x.roll(x.shape[-1] // 2, -1) * sin[:, None, None]

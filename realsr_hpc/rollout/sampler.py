@@ -3,26 +3,35 @@
 Every rollout draws from its own counter-based stream, keyed by the run's seed and the rollout's global number. So the
 tokens do not depend on how rollouts are spread over ranks and batches. What the grammar and truncation allowed at each
 position is kept with the tokens: the loss scores with exactly that distribution.
+
+Finished rollouts leave the batch. With several pipeline stages as many batches take turns, so that each stage works on
+one while the others' tokens travel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from realsr_hpc.behaviour.distribution import Truncation, guided, modality_support, pack_support, sample
+from realsr_hpc.behaviour.distribution import Truncation, guided, modality_support, sample
 from realsr_hpc.config.schema import RolloutConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.records import RolloutGroup
-from realsr_hpc.rollout.decoder import Decoder, Stream
+from realsr_hpc.rollout.decoder import Cache, Decoder
+from realsr_hpc.rollout.record import Record
 from realsr_hpc.vlcot.grammar import Grammar
+
+T = TypeVar("T")
+RETIRE_AT = 0.75
+"""Finished rows leave the batch once no more than this share of its rows has to go on: leaving copies the cache."""
 
 
 class MaskTable:
@@ -38,17 +47,9 @@ class MaskTable:
         text = config.temperature if config.text_temperature is None else config.text_temperature
         self.temperature = torch.where(self.image, config.temperature, text)
         self.cfg_scale = torch.where(self.image, config.cfg_scale, 1.0)
-
-
-@dataclass
-class _Record:
-    """Columns of one batch, one entry a step."""
-
-    tokens: list[Tensor]
-    logprobs: list[Tensor]
-    mask_ids: list[Tensor]
-    forced: list[Tensor]
-    support: list[Tensor]
+        self.continues_block = _continues_block(grammar).to(device)
+        """bool [vocabulary]: a size, code, newline or end token, which continues an image block. Sampler and scorer cut
+        the unconditional stream's context with this one rule."""
 
 
 class Sampler:
@@ -80,53 +81,76 @@ class Sampler:
         if len(rollout_ids) != len(prompts) * group_size:
             raise ValueError(f"{len(rollout_ids)} rollout ids for {len(prompts)} prompts x {group_size}: give one each")
         decoder = Decoder(self.policy)
-        step = max(1, self.config.batch_size // group_size)
+        at_once = max(1, self.config.batch_size // group_size)
         result: list[RolloutGroup] = []
-        for start in range(0, len(prompts), step):
-            part = prompts[start : start + step].to(self.groups.device)
-            ids = rollout_ids[start * group_size : (start + len(part)) * group_size]
-            result += self._batch(decoder, part, group_size, ids)
+        for start in range(0, len(prompts), at_once):
+            stop = min(start + at_once, len(prompts))
+            # As many batches as pipeline stages, in turns: each stage has one to work on.
+            bounds = np.linspace(start, stop, min(self.groups.pp_size, stop - start) + 1).astype(int).tolist()
+            batches = []
+            for first, last in itertools.pairwise(bounds):
+                ids = rollout_ids[first * group_size : last * group_size]
+                batches.append(self._batch(decoder, prompts[first:last].to(self.groups.device), group_size, ids))
+            result += itertools.chain(*_in_turns(batches))
+            decoder.finish()
             progress(len(result) * group_size)
         return result
 
     def _batch(
         self, decoder: Decoder, prompts: Tensor, group_size: int, rollout_ids: Sequence[int]
-    ) -> list[RolloutGroup]:
-        config, vocabulary = self.config, self.grammar.codec.vocabulary
-        rows = len(rollout_ids)
-        draws = np.stack([_stream(self.seed, number, config.max_new_tokens) for number in rollout_ids])
+    ) -> Generator[None, None, list[RolloutGroup]]:
+        """Decode one batch to its end, yielding before what needs another pipeline stage's result."""
+        limit, is_last = self.config.max_new_tokens, self.groups.is_last_stage
+        draws = np.stack([_stream(self.seed, number, limit) for number in rollout_ids])
         uniform = torch.from_numpy(draws).to(self.groups.device)
-        walks = [self.grammar.walk() for _ in range(rows)]
+        walks = [self.grammar.walk() for _ in rollout_ids]
         next_masks: list[int | None] = [next(walk) for walk in walks]
-        record = _Record([], [], [], [], [])
-        lengths = np.zeros(rows, dtype=np.int64)
-        streams, first = decoder.prefill(prompts, group_size, config.max_new_tokens, self.guided)
-        logits = None if first is None else [first.repeat_interleave(group_size, 0)]
-        for position in range(config.max_new_tokens):
-            alive = [mask is not None for mask in next_masks]
-            tokens = self._choose(record, logits, next_masks, uniform[:, position])
-            lengths += alive
-            for row, token in enumerate(tokens.tolist()):
+        record = Record.empty(len(rollout_ids), limit, self.grammar.codec.vocabulary.pad, self.groups.device)
+        rows = list(range(len(rollout_ids)))
+        cache = decoder.new_cache(prompts, group_size, limit, self.guided)
+        first = yield from decoder.prefill(cache, prompts)
+        logits = None if first is None else first.repeat_interleave(group_size, 0)[None]
+        for position in range(limit):
+            if not is_last:
+                yield
+            tokens = self._choose(record, rows, position, logits, next_masks, uniform)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
                 if next_masks[row] is not None:
                     next_masks[row] = _advance(walks[row], token)
-            if position + 1 == config.max_new_tokens or not any(mask is not None for mask in next_masks):
+            if position + 1 == limit or all(mask is None for mask in next_masks):
                 break
-            self._move_starts(streams, tokens, position)
-            logits = decoder.step(streams, tokens, position)
+            self._move_starts(cache, tokens, position)
+            kept = retire(rows, [next_masks[row] is not None for row in rows], group_size)
+            if len(kept) <= RETIRE_AT * len(rows):
+                prompt_of = [row // group_size for row in rows]
+                prompts_left = sorted({prompt_of[slot] for slot in kept})
+                present = sorted(set(prompt_of))
+                cache.keep(kept, [present.index(prompt) for prompt in prompts_left], position)
+                rows, tokens = [rows[slot] for slot in kept], tokens[kept]
+            if is_last:
+                yield
+            logits = yield from decoder.step(cache, tokens, position)
         self._share(record)
-        return self._groups(record, prompts, group_size, torch.from_numpy(lengths), vocabulary.pad)
+        return record.groups(prompts, group_size)
 
     def _choose(
-        self, record: _Record, logits: list[Tensor] | None, next_masks: list[int | None], uniform: Tensor
+        self,
+        record: Record,
+        rows: list[int],
+        position: int,
+        logits: Float[Tensor, "streams n V"] | None,
+        next_masks: list[int | None],
+        uniform: Float[Tensor, "all T"],
     ) -> Int[Tensor, " n"]:
         """Sample on the last pipeline stage, tell the others; finished rows get padding."""
         device, masks = self.groups.device, self.masks
-        mask_ids = torch.tensor([mask or 0 for mask in next_masks], device=device)
-        done = torch.tensor([mask is None for mask in next_masks], device=device)
+        here = torch.tensor(rows, device=device)
+        mask_ids = torch.tensor([next_masks[row] or 0 for row in rows], device=device)
+        done = torch.tensor([next_masks[row] is None for row in rows], device=device)
         if logits is None:
-            tokens, logprobs, support = torch.zeros_like(mask_ids), torch.zeros(len(mask_ids), device=device), None
+            tokens, logprobs, support = torch.zeros_like(mask_ids), torch.zeros(len(rows), device=device), None
         else:
-            merged = logits[0] if len(logits) == 1 else guided(*logits, masks.cfg_scale[mask_ids])
+            merged = logits[0] if len(logits) == 1 else guided(logits[0], logits[1], masks.cfg_scale[mask_ids])
             allowed, temperature, image = masks.allowed[mask_ids], masks.temperature[mask_ids], masks.image[mask_ids]
             support = modality_support(
                 merged,
@@ -136,75 +160,70 @@ class Sampler:
                 text=self.text_truncation,
                 temperature=temperature,
             )
-            tokens, logprobs = sample(merged, allowed, temperature, support, uniform=uniform)
+            tokens, logprobs = sample(merged, allowed, temperature, support, uniform=uniform[here, position])
         if self.groups.pp_size > 1:
             dist.broadcast(tokens, _last_stage(self.groups), group=self.groups.pp)
         tokens = tokens.masked_fill(done, self.grammar.codec.vocabulary.pad)
-        record.tokens.append(tokens)
         forced = done | masks.forced[mask_ids]
         if support is not None:
             forced |= support.sum(-1) == 1  # truncation left no choice either (greedy text): no loss, not counted
-            record.support.append(pack_support(support))
-        record.logprobs.append(logprobs.masked_fill(forced, 0.0))
-        record.mask_ids.append(mask_ids)
-        record.forced.append(forced)
+        record.write(here, position, tokens, logprobs.masked_fill(forced, 0.0), mask_ids, forced, ~done, support)
         return tokens
 
-    def _move_starts(self, streams: list[Stream], tokens: Tensor, position: int) -> None:
+    def _move_starts(self, cache: Cache, tokens: Tensor, position: int) -> None:
         """The unconditional stream sees the current image block alone: anything else starts it anew."""
-        if not self.guided or streams[1].starts is None:
+        if not self.guided:
             return
-        inside = in_image_block(tokens, self.grammar)
-        streams[1].starts = torch.where(inside, streams[1].starts, torch.full_like(tokens, position))
+        unconditional = cache.streams[1]
+        assert unconditional.starts is not None, "the unconditional stream has no starts"
+        inside = self.masks.continues_block[tokens]
+        unconditional.starts = torch.where(inside, unconditional.starts, torch.full_like(tokens, position))
 
-    def _share(self, record: _Record) -> None:
-        """Give every pipeline stage what only the last one knows."""
-        if self.groups.pp_size == 1:
-            return
-        truncates = self.image_truncation.active or self.text_truncation.active
-        if truncates and not record.support:
-            width = -(-self.masks.allowed.shape[1] // 8)
-            record.support = [tokens.new_zeros(len(tokens), width, dtype=torch.uint8) for tokens in record.tokens]
-        for column in (*record.logprobs, *record.forced, *record.support):
-            dist.broadcast(column, _last_stage(self.groups), group=self.groups.pp)
-
-    def _groups(
-        self, record: _Record, prompts: Tensor, group_size: int, lengths: Tensor, pad: int
-    ) -> list[RolloutGroup]:
-        stacked = (record.tokens, record.logprobs, record.mask_ids, record.forced)
-        columns = [torch.stack(column, 1).cpu() for column in stacked]
-        support = torch.stack(record.support, 1).cpu() if record.support else None
-        groups = []
-        for index, prompt in enumerate(prompts.cpu()):
-            rows = slice(index * group_size, (index + 1) * group_size)
-            last = int(lengths[rows].max())
-            tokens, logprobs, mask_ids, forced = (column[rows, :last] for column in columns)
-            padding = torch.arange(last) >= lengths[rows, None]
-            groups.append(
-                RolloutGroup(
-                    prompt=prompt,
-                    tokens=tokens,
-                    lengths=lengths[rows],
-                    rollout_logprobs=logprobs.float(),
-                    forced=forced | padding,
-                    mask_ids=mask_ids,
-                    support=None if support is None else support[rows, :last],
-                )
-            )
-        return groups
+    def _share(self, record: Record) -> None:
+        """Give every pipeline stage what only the last one knows; the supports stay with it, who alone scores."""
+        if self.groups.pp_size > 1:
+            for column in (record.logprobs, record.forced):
+                dist.broadcast(column, _last_stage(self.groups), group=self.groups.pp)
 
 
-def in_image_block(tokens: Int[Tensor, "*shape"], grammar: Grammar) -> Tensor:
-    """bool like `tokens`: continues an image block (a size, code, newline or end token).
+def retire(rows: Sequence[int], alive: Sequence[bool], group_size: int) -> list[int]:
+    """Which of the present rows to go on with, as indices into `rows`, when the rest is finished.
 
-    Sampler and scorer cut the unconditional stream's context with this same rule.
+    Groups stay equally large, so that a prompt's queries meet its prefix in one product: each prompt that has a row
+    alive keeps as many rows as the fullest one has alive, finished ones as padding.
     """
+    by_prompt: dict[int, list[int]] = {}
+    for slot, row in enumerate(rows):
+        by_prompt.setdefault(row // group_size, []).append(slot)
+    groups = [sorted(slots, key=lambda slot: not alive[slot]) for slots in by_prompt.values()]
+    width = max(sum(alive[slot] for slot in slots) for slots in groups)
+    return [slot for slots in groups if alive[slots[0]] for slot in sorted(slots[:width])]
+
+
+def _in_turns(batches: list[Generator[None, None, T]]) -> list[T]:
+    """Run all generators side by side, each up to its next yield in turn; their results in order.
+
+    Every pipeline stage takes the turns in the same order, so sends, receives and broadcasts meet.
+    """
+    results: dict[int, T] = {}
+    while len(results) < len(batches):
+        for number, batch in enumerate(batches):
+            if number in results:
+                continue
+            try:
+                next(batch)
+            except StopIteration as end:
+                results[number] = end.value
+    return [results[number] for number in range(len(batches))]
+
+
+def _continues_block(grammar: Grammar) -> Bool[Tensor, " V"]:
     vocabulary = grammar.codec.vocabulary
-    continues = torch.zeros(vocabulary.size, dtype=torch.bool, device=tokens.device)
+    continues = torch.zeros(vocabulary.size, dtype=torch.bool)
     sizes = [vocabulary.size_token(size) for size in grammar.codec.config.image_sizes_px]
     codes = [vocabulary.code_to_id(code) for code in range(vocabulary.num_codes)]
     continues[[*sizes, *codes, vocabulary.newline, vocabulary.image_end]] = True
-    return continues[tokens]
+    return continues
 
 
 def _advance(walk, token: int) -> int | None:

@@ -15,7 +15,7 @@ from realsr_hpc.records import GRPOBatch, LQBatch, RolloutGroup, ScoredGroup, Tr
 from realsr_hpc.rewards.base import Candidate
 from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.rollout.restorer import FIRST_ID, final_images, parse_group
-from realsr_hpc.rollout.sampler import Sampler, in_image_block
+from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.train.kept import write_rollouts
 from realsr_hpc.train.run import TrainingRun
 
@@ -128,7 +128,7 @@ def training_sequences(group: ScoredGroup, sampler: Sampler, config: GRPOConfig)
             continue
         tokens = torch.cat([rollouts.prompt, rollouts.tokens[row, :length]])
         mask_ids = rollouts.mask_ids[row, free]
-        blocks = (~in_image_block(tokens, sampler.grammar)).cumsum(0) if sampler.guided else None
+        blocks = (~sampler.masks.continues_block.cpu()[tokens]).cumsum(0) if sampler.guided else None
         sequences.append(
             TrainingSequence(
                 tokens=tokens,

@@ -8,6 +8,7 @@ from realsr_hpc.behaviour.logprobs import TokenScores, behaviour_scores
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
 from realsr_hpc.rollout.sampler import MaskTable
+from realsr_hpc.train.batches import joined_microbatch
 
 
 def score_microbatch(
@@ -41,8 +42,25 @@ def score_microbatch(
     )
 
 
-def add_logprobs(policy: Policy, microbatches: list[Microbatch], masks: MaskTable, name: str) -> None:
-    """Score the microbatches without gradient; the log-probabilities join their extras as `name`, on the last stage."""
+def add_logprobs(
+    policy: Policy, microbatches: list[Microbatch], masks: MaskTable, name: str, *, at_once: int = 1, multiple: int = 1
+) -> None:
+    """Score the microbatches without gradient; the log-probabilities join their extras as `name`, on the last stage.
+
+    Args:
+        policy: whose log-probabilities.
+        microbatches: of one shape.
+        masks: the sampler's.
+        name: of the new column.
+        at_once: microbatches in one pass.
+        multiple: the number of passes is rounded up to this (interleaved pipeline schedules need it).
+    """
+    passes = -(-len(microbatches) // at_once)
+    room = -(-passes // multiple) * multiple * at_once
+    blank = Microbatch(microbatches[0].tokens, microbatches[0].segment_ids)
+    filled = [*microbatches, *[blank] * (room - len(microbatches))]
+    parts = [filled[start : start + at_once] for start in range(0, room, at_once)]
+    joined = [joined_microbatch(part) for part in parts]
 
     def keep(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         if microbatch.extras:
@@ -51,7 +69,13 @@ def add_logprobs(policy: Policy, microbatches: list[Microbatch], masks: MaskTabl
         return hidden.new_zeros(()), {}
 
     policy.eval()
-    run_pipeline(policy, microbatches, keep, forward_only=True)
+    run_pipeline(policy, joined, keep, forward_only=True)
+    for part, whole in zip(parts, joined, strict=True):
+        scored = [microbatch for microbatch in part if microbatch.extras]
+        if name in whole.extras:
+            columns = whole.extras[name].split([len(microbatch.extras["positions"]) for microbatch in scored])
+            for microbatch, column in zip(scored, columns, strict=True):
+                microbatch.extras[name] = column
 
 
 def nothing_to_score(hidden: Tensor, output_weight: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ def one_update(
         sequences, microbatch_tokens, packing=packing, pad=1, device=groups.device, multiple=multiple
     )
     add_logprobs(policy, microbatches, sampler.masks, "scored")
-    pairs = [(m.extras["rollout_logprobs"], m.extras["scored"]) for m in microbatches if "scored" in m.extras]
+    add_logprobs(policy, microbatches, sampler.masks, "joined", at_once=3, multiple=multiple)
+    scored = [m.extras for m in microbatches if "scored" in m.extras]
+    pairs = [(one["rollout_logprobs"], one[name]) for one in scored for name in ("scored", "joined")]
     worst = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
     result = Optimiser(policy, config, 1).step(microbatches, objective(config, policy, batch, sampler.masks))
     summed = {"loss": sum(float(o["grpo/loss/mean"]) for o in result.outputs if o), "worst": worst}

@@ -1,9 +1,8 @@
 """The scorer against plain float64 torch, whole and over vocabulary shards; its memory; its agreement with sampling."""
 
-import multiprocessing
-import os
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from realsr_hpc.behaviour.distribution import (
     truncated_support,
 )
 from realsr_hpc.behaviour.logprobs import TokenScores, behaviour_scores
+from tests.distributed.launcher import run_ranks
 
 torch.set_num_threads(1)
 NUM_TOKENS, HIDDEN, VOCABULARY = 23, 8, 52
@@ -206,34 +206,20 @@ def test_no_tokens_keep_the_graph():
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
-def _rank(rank: int, world_size: int, port: int, queue) -> None:
-    """One shard of the same case; sends its scores and gradients back."""
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def shard_of_the_case() -> list[np.ndarray]:
+    """On a rank: scores and gradients of this rank's vocabulary shard."""
+    dist.init_process_group("gloo")
     case = make_case()
-    shard = case.weight.detach().chunk(world_size)[rank].clone().requires_grad_()
+    shard = case.weight.detach().chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
     scores = case.scores(weight=shard, tp_group=dist.group.WORLD, chunk_tokens=6)
     objective(scores).backward()
     result = [*scores, case.hidden.grad, shard.grad, case.unconditional.grad]
-    queue.put((rank, [tensor.detach().numpy() for tensor in result]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [tensor.detach().numpy() for tensor in result]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_vocabulary_shards_on_gloo_equal_one_process(world_size, unused_port):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(rank, world_size, unused_port, queue), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    parts = dict(queue.get(timeout=60) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=30)
+def test_vocabulary_shards_on_gloo_equal_one_process(world_size):
+    parts = run_ranks(world_size, shard_of_the_case)
     shards = [[torch.from_numpy(array) for array in parts[rank]] for rank in range(world_size)]
 
     case = make_case()

@@ -36,6 +36,7 @@ BREACHES = {
     "one_task_a_gpu": ["cluster.gpus_per_node=1", "cluster.tasks_per_node=2"],
     "a_local_run_has_one_node": ["cluster.nodes=2"],
     "clipping_has_both_bounds": ["grpo.clip_low=null"],
+    "mismatch_bounds_hold_one": ["grpo.mismatch_bounds=[2,5]"],
     "grpo_has_rewards_to_learn_from": [
         f"rewards.terms.{name}.weight=0" for name in compose(["recipe=grpo_tiny"]).rewards.terms
     ],

@@ -168,15 +168,27 @@ def test_dual_clip_bounds_the_loss_of_bad_rollouts_only():
     assert terms.loss < batch.terms(GRPOConfig(kl_beta=0.0)).loss
 
 
-def test_mismatch_weight_is_truncated_and_carries_no_gradient():
+MISMATCHES = {
+    "truncated": (dict(mismatch_cap=1.02), lambda k: k.clamp(max=1.02)),
+    "masked": (dict(mismatch_bounds=(0.97, 1.02)), lambda k: ((k >= 0.97) & (k <= 1.02)).double()),
+    "icepop": (
+        dict(mismatch_bounds=(0.97, 1.02), mismatch_cap=1.02),
+        lambda k: torch.where((k < 0.97) | (k > 1.02), 0.0, k),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_mismatch_weights_are_the_published_ones_and_carry_no_gradient(name):
+    options, definition = MISMATCHES[name]
     batch = Batch()
-    terms = batch.terms(GRPOConfig(kl_beta=0.0, mismatch_cap=1.02, clip_low=None, clip_high=None))
-    weight = (batch.old - batch.rollout).exp().clamp(max=1.02)
-    assert (weight == 1.02).any()
-    assert (weight < 1.02).any()
+    terms = batch.terms(GRPOConfig(kl_beta=0.0, clip_low=None, clip_high=None, **options))
+    weight = definition((batch.old - batch.rollout).exp())
+    assert 0.1 < weight[batch.mask].mean() < 1.0
     objective = weight * (batch.policy - batch.old).exp() * batch.advantages[:, None]
     expected = -objective[batch.mask].mean()
     torch.testing.assert_close(terms.loss, expected)
+    torch.testing.assert_close(terms.metrics["grpo/mismatch_weight/mean"], weight[batch.mask].mean())
     got, wanted = (torch.autograd.grad(loss, batch.policy)[0] for loss in (terms.loss, expected))
     torch.testing.assert_close(got, wanted)
 

@@ -1,0 +1,82 @@
+"""Finished rollouts leave the batch, and nothing of the others changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.schema import ModelConfig, RolloutConfig, RunConfig, VLCoTConfig
+from realsr_hpc.model.policy import build_policy
+from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.rollout import sampler as room
+from realsr_hpc.rollout.decoder import Cache
+from realsr_hpc.rollout.sampler import Sampler, retire
+from realsr_hpc.tokenizer.text import TextTokenizer
+from realsr_hpc.vlcot.grammar import Grammar, Walk
+from realsr_hpc.vlcot.sequence import TraceCodec
+from realsr_hpc.vlcot.vocabulary import build_vocabulary
+
+CONFIG = RunConfig(
+    name="t",
+    task="grpo",
+    vlcot=VLCoTConfig(instruction="restore <|image|>"),
+    model=ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, init_std=0.2),
+    rollout=RolloutConfig(max_new_tokens=120, cfg_scale=0.7, temperature=1.3, image_top_k=40),
+)
+
+
+def test_groups_stay_equally_large_and_finished_prompts_leave():
+    rows = list(range(12))  # three prompts of four
+    alive = [row in (1, 3, 8) for row in rows]
+    assert retire(rows, alive, 4) == [1, 3, 8, 9]
+    assert retire([4, 6, 8, 9], [False, True, False, False], 4) == [1]
+    assert retire(rows, [True] * 12, 4) == rows
+
+
+class EndingGrammar(Grammar):
+    """Cuts rollout number i of every twelve off after 9 (i + 1) tokens, so that lengths differ widely."""
+
+    started = 0
+
+    def walk(self) -> Walk:
+        self.started += 1
+        return self._cut(9 * (1 + (self.started - 1) * 5 % 12))
+
+    def _cut(self, length: int) -> Walk:
+        inner = super().walk()
+        mask = next(inner)
+        for _ in range(length):
+            token = yield mask
+            try:
+                mask = inner.send(token)
+            except StopIteration:
+                return
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    torch.set_num_threads(1)
+    text = TextTokenizer(resolve(CONFIG.text_tokenizer.path))
+    codec = TraceCodec(CONFIG.vlcot, build_vocabulary(CONFIG.vlcot, 64, text.vocab_size), text, 16)
+    policy = build_policy(CONFIG, initialise(CONFIG.parallel, 0), codec.vocabulary.size, trainable=False)
+    return Sampler(policy, EndingGrammar(codec, "constrained"), CONFIG.rollout, seed=2)
+
+
+def test_leaving_changes_no_rollout(sampler, monkeypatch):
+    grids = np.random.default_rng(0).integers(0, 64, (3, 4, 4))
+    prompts = torch.tensor([sampler.grammar.codec.prompt(grid) for grid in grids])
+    left: list[int] = []
+    keep = Cache.keep
+    monkeypatch.setattr(Cache, "keep", lambda self, rows, *rest: left.append(len(rows)) or keep(self, rows, *rest))
+    shrinking = sampler.generate(prompts, 4, list(range(12)))
+    assert len(left) >= 2 and left[-1] < 6
+    monkeypatch.setattr(room, "RETIRE_AT", -1.0)
+    padded = sampler.generate(prompts, 4, list(range(12)))
+    for ours, whole in zip(shrinking, padded, strict=True):
+        assert torch.equal(ours.tokens, whole.tokens) and torch.equal(ours.lengths, whole.lengths)
+        assert torch.equal(ours.forced, whole.forced)
+        torch.testing.assert_close(ours.rollout_logprobs, whole.rollout_logprobs, rtol=0, atol=1e-5)
+        free = ~whole.forced
+        assert torch.equal(ours.support[free], whole.support[free])

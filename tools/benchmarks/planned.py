@@ -1,0 +1,46 @@
+"""The 7B on one to 128 nodes of eight H100, by the planner: layouts, growing batches, one batch on more GPUs."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from realsr_hpc.config.arguments import read_arguments
+from realsr_hpc.config.load import compose_one
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.plan.tables import comparison, markdown
+
+BASE = ["recipe=grpo_7b", "cluster=slurm_h100x8", "rollout.batch_size=64", "parallel.microbatch_tokens=8192"]
+NODES = (1, 2, 4, 8, 16, 32, 64, 128)
+LAYOUTS = ((8, 1), (4, 2), (4, 1), (2, 2), (2, 1))
+TITLES = {
+    "layouts": "32 prompts x 8 rollouts on one node: which layout",
+    "growing": "TP 2, 8 prompts a data-parallel rank: nodes and batch grow together",
+    "fixed": "TP 2, 512 prompts x 8 rollouts: more nodes, the same batch",
+    "long": "The same layouts for the f = 8 variant (5,500 image tokens a trace)",
+}
+
+
+def recipes(table: str) -> list[RunConfig]:
+    """The recipes of one table."""
+    if table in ("layouts", "long"):
+        longer = ["model=chameleon_7b_f8", "parallel.microbatch_tokens=10240", "rollout.batch_size=32"]
+        extra = longer if table == "long" else []
+        return [_recipe(1, tp, pp, 32, extra) for tp, pp in LAYOUTS]
+    return [_recipe(nodes, 2, 1, 32 * nodes if table == "growing" else 512) for nodes in NODES]
+
+
+def _recipe(nodes: int, tp: int, pp: int, prompts: int, extra: list[str] | None = None) -> RunConfig:
+    layout = [f"parallel.tp={tp}", f"parallel.pp={pp}"]
+    return compose_one([*BASE, f"cluster.nodes={nodes}", *layout, f"grpo.prompts_per_step={prompts}", *(extra or [])])
+
+
+def main(arguments: list[str]) -> int:
+    """Print all tables; markdown=true as docs/scaling.md has them. Exit code 0."""
+    as_markdown = read_arguments(arguments, {"markdown": "false"})["markdown"] == "true"
+    console = Console(width=180)
+    for table, title in TITLES.items():
+        if as_markdown:
+            print(f"{title}:\n\n{markdown(recipes(table))}\n")
+        else:
+            console.print(comparison(recipes(table), title))
+    return 0

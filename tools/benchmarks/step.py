@@ -1,0 +1,186 @@
+"""A GRPO step of ours and of TRL's GRPOTrainer: same weights, prompts, group and lengths, one update, one core.
+
+    python tools/bench.py step [group=8] [prompts=2] [tokens=256] [rounds=3] [section.field=value ...]
+
+Needs the extra `bench`. A step is: sample prompts x group rollouts of `tokens` tokens, score them with the frozen
+reference, one AdamW update with a KL term, float32; the rewards are the same cheap numbers on both sides. TRL samples
+with transformers and trains on every token; ours samples under the grammar, keeps the log-probabilities and trains on
+the tokens that were free. TRL runs one more step before the measured ones; then the two take turns.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.policy import Policy, build_policy
+from realsr_hpc.optim.step import Optimiser
+from realsr_hpc.records import GRPOBatch, ParsedTrace, ScoredGroup
+from realsr_hpc.rollout.sampler import Sampler
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.train.batches import collate
+from realsr_hpc.train.experience import training_sequences
+from realsr_hpc.train.grpo import objective
+from realsr_hpc.train.scoring import add_logprobs
+from realsr_hpc.vlcot.grammar import Grammar
+from tools.benchmarks._measure import Timing, show
+from tools.benchmarks._options import split_options
+from tools.benchmarks._policy import compose_or_none, our_policy, some_prompts, transformers_copy
+
+Clock = tuple[float, float]
+"""Wall and CPU seconds."""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 2 for wrong arguments or without the extra."""
+    if importlib.util.find_spec("trl") is None:
+        print("step compares with TRL: pip install -c constraints.txt -e '.[bench]'", file=sys.stderr)
+        return 2
+    options, overrides = split_options(arguments, {"group": 8, "prompts": 2, "tokens": 256, "rounds": 3})
+    config = compose_or_none(
+        [f"rollout.max_new_tokens={options['tokens']}", f"grpo.group_size={options['group']}", *overrides]
+    )
+    if config is None:
+        return 2
+    _, tokens, policy = our_policy(config)
+    prompts = some_prompts(tokens, options["prompts"])
+    with tempfile.TemporaryDirectory() as folder:
+        model = transformers_copy(policy, config, tokens, Path(folder) / "export")
+        step = our_step(config, policy, tokens, prompts)
+        step()
+        ours, theirs = in_turns_with_trl(model, prompts, config, options["rounds"], step, Path(folder))
+    show(
+        f"GRPO step: {options['prompts']} prompts of {prompts.shape[1]} tokens x {options['group']} rollouts of "
+        f"{options['tokens']}, one update, median of {options['rounds']}",
+        ["", "wall s", "CPU s", "realsr_hpc is faster by (wall)", "(CPU)"],
+        [
+            [
+                name,
+                f"{timing.median_wall_s:.2f}",
+                f"{timing.median_cpu_s:.2f}",
+                f"{timing.median_wall_s / ours.median_wall_s:.2f}x",
+                f"{timing.median_cpu_s / ours.median_cpu_s:.2f}x",
+            ]
+            for name, timing in (("realsr_hpc", ours), ("TRL GRPOTrainer", theirs))
+        ],
+    )
+    return 0
+
+
+def rewards_of(count: int) -> list[float]:
+    """Rewards that differ within every group, whatever was sampled."""
+    return [float(number % 7) for number in range(count)]
+
+
+def our_step(config: RunConfig, policy: Policy, tokens: TraceTokenizer, prompts: Tensor) -> Callable[[], None]:
+    """The loop's own functions in the loop's order, without data, images and checkpoints."""
+    # before the policy is trained: the reference has the same weights
+    reference = build_policy(config, policy.groups, tokens.codec.vocabulary.size, trainable=False)
+    optimiser = Optimiser(policy, config, total_steps=100)
+    sampler = Sampler(policy, Grammar(tokens.codec, "constrained"), config.rollout, config.seed)
+    size = config.grpo.group_size
+    nothing = ParsedTrace(None, (None,) * 3, (None,) * 3, ())
+
+    def step() -> None:
+        policy.eval()
+        groups = sampler.generate(prompts, size, list(range(len(prompts) * size)))
+        rewards = torch.tensor(rewards_of(size))
+        scored = [
+            ScoredGroup(g, rewards, {"r": rewards}, {"r": 1.0}, (nothing,) * size, (None,) * size) for g in groups
+        ]
+        sequences = tuple(s for group in scored for s in training_sequences(group, sampler, config.grpo))
+        batch = GRPOBatch(sequences, sum(len(s.positions) for s in sequences), len(sequences))
+        budget, pad = config.parallel.microbatch_tokens, tokens.codec.vocabulary.pad
+        microbatches = collate(sequences, budget, packing=False, pad=pad, device=policy.groups.device)
+        at_once = config.parallel.scoring_microbatches
+        add_logprobs(reference, microbatches, sampler.masks, "reference_logprobs", at_once=at_once)
+        optimiser.step(microbatches, objective(config, policy, batch, sampler.masks))
+
+    return step
+
+
+def in_turns_with_trl(
+    model: Any, prompts: Tensor, config: RunConfig, rounds: int, step: Callable[[], None], folder: Path
+) -> tuple[Timing, Timing]:
+    """Ours and TRL's timings; ours runs between TRL's steps, outside their time."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Turns(TrainerCallback):
+        """Times TRL from the end of one step to that of the next, generation included, and ours in between."""
+
+        def __init__(self) -> None:
+            self.ours: list[Clock] = []
+            self.theirs: list[Clock] = []
+            self.started = now()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.theirs.append(since(self.started))
+            started = now()
+            step()
+            self.ours.append(since(started))
+            self.started = now()
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "export", padding_side="left")
+    texts = [tokenizer.decode(row) for row in prompts]
+    lengths = {len(tokenizer(text)["input_ids"]) for text in texts}
+    assert lengths == {prompts.shape[1]}, f"the export's tokenizer reads prompts of {lengths}, not {prompts.shape[1]}"
+    grpo, group = config.grpo, config.grpo.group_size
+    rollouts, turns = len(texts) * group, Turns()
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: rewards_of(len(completions)),
+        args=GRPOConfig(
+            output_dir=str(folder / "trl"),
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=rollouts,
+            num_generations=group,
+            max_completion_length=config.rollout.max_new_tokens,
+            generation_kwargs={"min_new_tokens": config.rollout.max_new_tokens},
+            num_iterations=1,
+            beta=grpo.kl_beta,
+            learning_rate=config.optim.lr,
+            max_steps=rounds + 1,
+            save_strategy="no",
+            report_to=[],
+            logging_steps=1000,
+            disable_tqdm=True,
+            trust_remote_code=True,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": texts * (rounds + 1)}),
+        processing_class=tokenizer,
+        callbacks=[turns],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+    return as_timing(turns.ours[1:]), as_timing(turns.theirs[1:])
+
+
+def now() -> Clock:
+    """Wall and CPU clocks, seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: Clock) -> Clock:
+    """Seconds on both clocks since `start`."""
+    wall, cpu = now()
+    return wall - start[0], cpu - start[1]
+
+
+def as_timing(clocks: list[Clock]) -> Timing:
+    """Repeated measurements of one way."""
+    return Timing(tuple(wall for wall, _ in clocks), tuple(cpu for _, cpu in clocks))
