@@ -86,7 +86,8 @@ def prepare_sweep(config: RunConfig, sweep: str) -> str:
     mlflow = client(tracking_uri(config))
     experiment = _experiment(mlflow, config)
     found = _find(mlflow, experiment, SWEEP_TAG, sweep, extra="tags.`realsr_hpc.kind` = 'sweep'")
-    tags = {SWEEP_TAG: sweep, "realsr_hpc.kind": "sweep", "mlflow.note.content": config.tracking.description}
+    note = config.tracking.description or f"Compare its runs: `python tools/compare.py sweep={sweep}`"
+    tags = {SWEEP_TAG: sweep, "realsr_hpc.kind": "sweep", "mlflow.note.content": note}
     return found or _create(mlflow, experiment, sweep, tags)
 
 
@@ -134,10 +135,20 @@ def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
         "realsr_hpc.recipe": config.name,
         "realsr_hpc.task": config.task,
         "realsr_hpc.signature": signature(config),
-        "mlflow.note.content": config.tracking.description,
+        "mlflow.note.content": config.tracking.description or _describe(config, run_dir),
         **config.tracking.tags,
         **(json.loads(launch_tags.read_text()) if launch_tags.exists() else {}),
     }
+
+
+def _describe(config: RunConfig, run_dir: Path) -> str:
+    """What a person who meets the run in MLflow wants to know first (Markdown)."""
+    profile = f", profile {config.tracking.tags['profile']}" if "profile" in config.tracking.tags else ""
+    return (
+        f"Recipe `{config.name}` ({config.task}){profile}, seed {config.seed}; folder `{run_dir}`\n\n"
+        f"- images, words and rewards: `python tools/gallery.py run={run_dir}`\n"
+        f"- metrics: `python tools/evaluate.py run={run_dir}`"
+    )
 
 
 def _log_params(mlflow: MlflowClient, run_id: str, config: RunConfig) -> None:
