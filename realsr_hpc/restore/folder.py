@@ -87,7 +87,7 @@ def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: Restore
             report.failed[str(file)] = f"cannot be read ({type(error).__name__}: {error})"
             continue
         part.append(_Work(file, target, picture))
-        waiting += count_tiles(*picture.rgb.shape[:2], settings)
+        waiting += count_tiles(picture.rgb.shape[0], picture.rgb.shape[1], settings)
         if waiting >= settings.batch_size:
             yield part
             part, waiting = [], 0

@@ -140,7 +140,7 @@ class _Canvas:
         large = fix_colour(large, resized(self.rgb, *large.shape[:2]), self.settings.colour)
         factor = self.settings.factor
         image = resized(large, max(1, round(height * factor)), max(1, round(width * factor)))
-        stages = {name: total.blended(height, width) for name, total in self.stages.items()}
+        stages: dict[Stage, np.ndarray] = {name: total.blended(height, width) for name, total in self.stages.items()}
         return Blended(image, stages, self.records)
 
 
