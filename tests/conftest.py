@@ -10,6 +10,7 @@ import pytest
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 NEEDS = {
     "slurm": (("slurmctld", "slurmd", "munged", "sbatch"), "Debian's slurmctld, slurmd, slurm-client and munge"),
+    "postgresql": (("pg_ctlcluster",), "Debian's postgresql"),
     "gpu": (("nvidia-smi",), "a CUDA device"),
 }
 

@@ -1,13 +1,10 @@
-"""Real jobs on a real Slurm: two nodes, preemption, cancelling, an array; the small SFT recipe trains in them."""
+"""Real jobs on a real Slurm: cancelling, a sweep as one array on one node, a faulty job, the plain batch file."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,154 +12,73 @@ import pytest
 from realsr_hpc.compare import connect, find_sweep
 from realsr_hpc.config.load import compose, project_root
 from realsr_hpc.launch.manage import cancel
-from realsr_hpc.launch.rundir import ALIVE, current_status, list_runs, rank_log, read_job
-from realsr_hpc.tracking import metrics_by_step, read_bookmark, read_progress
+from realsr_hpc.launch.rundir import read_job
+from tests.slurm.watching import log_of, steps_done, wait_for, wait_for_end
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
-PATIENCE_S = 400
-SMALL = [
-    "recipe=sft_tiny",
-    "cluster.kind=slurm",
-    "cluster.tasks_per_node=1",
-    "cluster.cpus_per_task=1",
-    "model.weights=null",
-    "vlcot.image_sizes_px=[32,64,96]",
-    "vlcot.lq_size_px=32",
-    "vlcot.max_text_tokens=6",
-    "model.num_layers=2",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=96",
-    "sft.batch_size=2",
-    "sft.heldout_every_steps=100000",
-    "sft.sample_every_steps=0",
-    "checkpoint.every_steps=100000",
-    "optim.warmup_steps=0",
-]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[None]:
-    """Two nodes of four processors, stopped afterwards by their process ids."""
-    script = project_root() / "slurm" / "dev_cluster.sh"
-    settings = {"SLURM_ROOT": str(tmp_path_factory.mktemp("slurm")), "PORT": "29100", "NODES": "2"}
-    environment = {**os.environ, **settings}
-    up = subprocess.run([script, "up"], env=environment, capture_output=True, text=True, check=True)
-    before = os.environ.get("SLURM_CONF")
-    os.environ["SLURM_CONF"] = up.stdout.strip().splitlines()[-1].partition("SLURM_CONF=")[2]
-    yield
-    subprocess.run([script, "down"], env=environment, check=True)
-    if before is None:
-        del os.environ["SLURM_CONF"]
-    else:
-        os.environ["SLURM_CONF"] = before
-
-
-@pytest.fixture(scope="module")
-def image_tokenizer(tmp_path_factory) -> Path:
-    """Random weights are enough to train on."""
-    import torch
-
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
-
-    path = tmp_path_factory.mktemp("tokenizer") / "image_tokenizer.safetensors"
-    torch.manual_seed(0)
-    save_image_tokenizer(ImageTokenizer(compose(["recipe=sft_tiny"]).image_tokenizer), path)
-    return path
-
-
-@pytest.fixture
-def launch(cluster, image_tokenizer, tmp_path) -> Callable[..., list[Path]]:
-    """tools/launch.py with the small recipe; the folders of its runs."""
-
-    def run(*arguments: str) -> list[Path]:
-        places = [f"output_root={tmp_path}", f"image_tokenizer.weights={image_tokenizer}", "follow=false"]
-        command = [sys.executable, str(project_root() / "tools" / "launch.py"), *arguments, *SMALL, *places]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-        return list_runs(tmp_path)
-
-    return run
-
-
-def wait_for(what: Callable[[], bool], run_dir: Path) -> None:
-    deadline = time.time() + PATIENCE_S
-    while not what():
-        assert time.time() < deadline, f"{current_status(run_dir)}\n{_log(run_dir)}"
-        time.sleep(0.5)
-
-
-def wait_for_end(run_dir: Path) -> str:
-    wait_for(lambda: (current_status(run_dir) or pytest.fail("never launched")).state not in ALIVE, run_dir)
-    return current_status(run_dir).state
-
-
-def steps_done(run_dir: Path) -> int:
-    return (read_progress(run_dir) or {"step": 0})["step"]
-
-
-def _log(run_dir: Path) -> str:
-    log = rank_log(run_dir, 0)
-    return log.read_text()[-3000:] if log.exists() else "no log"
-
-
-def test_two_nodes_train_together(launch):
-    [run_dir] = launch("cluster.nodes=2", "sft.num_steps=3")
-    assert wait_for_end(run_dir) == "done", _log(run_dir)
-    assert list(metrics_by_step(run_dir)) == [1, 2, 3]
-    assert rank_log(run_dir, 1).exists()
-    assert (run_dir / "code").resolve().parent == run_dir.parent / "code"
-    bookmark = read_bookmark(run_dir)
-    assert connect(bookmark["uri"]).get_run(bookmark["run_id"]).info.status == "FINISHED"
-
-
-def test_a_preempted_job_goes_on_where_it_stopped_in_the_same_mlflow_run(launch, tmp_path):
-    [run_dir] = launch("cluster.nodes=2", "cluster.partition=scavenge", "sft.num_steps=150")
-    wait_for(lambda: steps_done(run_dir) >= 3, run_dir)
-    first = read_bookmark(run_dir)
-    blocker = ["sbatch", "--parsable", "--nodes=2", "--exclusive", f"--output={tmp_path / 'blocker'}", "--wrap=sleep 1"]
-    subprocess.run(blocker, check=True, capture_output=True)
-    assert wait_for_end(run_dir) == "done", _log(run_dir)
-    log = _log(run_dir) if rank_log(run_dir, 0).stat().st_size < 3000 else rank_log(run_dir, 0).read_text()
-    assert log.count("--- 20") == 2 and "resumed from" in log
-    assert list(metrics_by_step(run_dir)) == list(range(1, 151))
-    assert read_bookmark(run_dir) == first
-    history = connect(first["uri"]).get_metric_history(first["run_id"], "sft/loss/mean")
-    steps = [point.step for point in history]
-    assert len(steps) == len(set(steps)) and set(steps) == set(range(1, 151))
-
-
-def test_a_cancelled_job_saves_and_is_not_requeued(launch):
-    [run_dir] = launch("cluster.nodes=1", "sft.num_steps=100000")
+def test_a_cancelled_job_saves_and_is_not_requeued(launch, tmp_path):
+    [run_dir] = launch(tmp_path, "cluster.nodes=1", "sft.num_steps=100000", "checkpoint.every_steps=100000")
     wait_for(lambda: steps_done(run_dir) >= 2, run_dir)
     assert "cancelled" in cancel(run_dir)
-    job = read_job(run_dir)
-    queue = ["squeue", "--noheader", f"--jobs={job.job_id}"]
+    queue = ["squeue", "--noheader", f"--jobs={read_job(run_dir).job_id}"]
     wait_for(lambda: not subprocess.run(queue, capture_output=True, text=True).stdout.strip(), run_dir)
     assert wait_for_end(run_dir) == "stopped"
-    assert any((run_dir / "checkpoints").glob("step-*")), _log(run_dir)
+    assert any((run_dir / "checkpoints").glob("step-*")), log_of(run_dir)
 
 
-def test_a_sweep_is_one_array_under_one_parent_run_and_is_not_submitted_twice(launch, tmp_path):
-    sweep = ("-m", "cluster.nodes=1", "sft.num_steps=2", "seed=0,1", "sweep=seeds")
-    runs = launch(*sweep)
+def test_a_sweep_is_one_array_on_one_node_under_one_parent_and_only_the_missing_is_submitted_again(launch, tmp_path):
+    sweep = ("-m", "cluster.nodes=1", "cluster.extra_sbatch={nodelist: n1}", "sft.num_steps=2", "sweep=seeds")
+    runs = launch(tmp_path, *sweep, "seed=0,1")
     ids = {read_job(run).job_id.partition("_")[0] for run in runs}
     assert len(runs) == 2 and len(ids) == 1
     assert {wait_for_end(run) for run in runs} == {"done"}
-    before = [(run / "job.json").read_text() for run in runs]
-    assert launch(*sweep) == runs and [(run / "job.json").read_text() for run in runs] == before
-    children = find_sweep(connect(f"sqlite:///{tmp_path / 'mlflow.db'}"), "realsr_hpc", "seeds")
-    assert sorted(child.data.tags["realsr_hpc.varied"] for child in children) == ["seed=0", "seed=1"]
+    before = {run: (run / "job.json").read_text() for run in runs}
+    (runs[1] / "status.json").write_text(json.dumps({"state": "failed", "code": 1, "message": "", "time_s": 0.0}))
+    assert launch(tmp_path, *sweep, "seed=0,1") != []
+    assert (runs[0] / "job.json").read_text() == before[runs[0]]
+    assert (runs[1] / "job.json").read_text() != before[runs[1]]
+    assert wait_for_end(runs[1]) == "done"
+    mlflow = connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    children = find_sweep(mlflow, "realsr_hpc", "seeds")
+    assert sorted(child.data.params["seed"] for child in children) == ["0", "1"]
+    kept = {file.path for file in mlflow.list_artifacts(children[0].info.run_id, "launch")}
+    assert kept == {"launch/recipe.yaml", "launch/plan.txt", "launch/environment.json"}
 
 
-def test_a_faulty_job_tells_why(launch):
-    [run_dir] = launch("cluster.nodes=1", "sft.num_steps=2", "text_tokenizer.path=nowhere.json")
+def test_a_faulty_job_tells_why(launch, tmp_path):
+    [run_dir] = launch(tmp_path, "cluster.nodes=1", "sft.num_steps=2", "text_tokenizer.path=nowhere.json")
     assert wait_for_end(run_dir) == "failed"
     assert "nowhere.json" in json.loads((run_dir / "status.json").read_text())["message"]
 
 
-def test_the_plain_batch_file_is_one_that_slurm_takes():
+def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(launch, tmp_path):
+    [run_dir] = launch(
+        tmp_path, "cluster.nodes=1", "sft.num_steps=9", "optim.lr=1e38", "optim.min_lr=1e38",
+        "optim.max_skipped_in_a_row=2",
+    )  # fmt: skip
+    assert wait_for_end(run_dir) == "failed"
+    assert "optim.max_skipped_in_a_row: 2" in json.loads((run_dir / "status.json").read_text())["message"]
+    assert len(list((run_dir / "skipped").glob("update-*/dp-0.safetensors"))) == 2
+    assert (run_dir / "status.json").stat().st_mode and run_dir.stat().st_mode & 0o077 == 0
+
+
+def test_the_plain_batch_file_trains(cluster, launch, image_tokenizer, tmp_path):
+    """The same lines as slurm/grpo_7b.sbatch, without its GPUs, on a prepared recipe."""
     script = (project_root() / "slurm" / "grpo_7b.sbatch").read_text()
-    cluster = compose(["recipe=grpo_7b"]).cluster
-    for line in (f"--nodes={cluster.nodes}", f"--gpus-per-node={cluster.gpus_per_node}", "--requeue", "USR2@"):
-        assert f"#SBATCH {line}" in script.replace("--signal=USR2@", "USR2@")
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    wanted = compose(["recipe=grpo_7b"]).cluster
+    for line in (f"--nodes={wanted.nodes}", f"--gpus-per-node={wanted.gpus_per_node}", "--requeue", "--signal=USR2@"):
+        assert f"#SBATCH {line}" in script
+    from realsr_hpc.config.load import to_yaml
+    from tests.slurm.conftest import SMALL
+
+    run_dir = Path(tmp_path / "plain")
+    run_dir.mkdir()
+    places = [f"output_root={tmp_path}", f"image_tokenizer.weights={image_tokenizer}", "cluster.nodes=2"]
+    (run_dir / "recipe.yaml").write_text(to_yaml(compose([*SMALL, *places, "sft.num_steps=2"])))
+    options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={tmp_path / 'out'}", "--wait"]
+    here = {**os.environ, "RUN_DIR": str(run_dir)}
+    batch = str(project_root() / "slurm" / "grpo_7b.sbatch")
+    subprocess.run(["sbatch", *options, batch], env=here, cwd=project_root(), check=True, capture_output=True)
+    assert wait_for_end(run_dir) == "done" and steps_done(run_dir) == 2, log_of(run_dir)

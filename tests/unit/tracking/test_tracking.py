@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
+from realsr_hpc.config.load import project_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking import Tracker, metrics_by_step, prepare_run, read_bookmark, sync
 from realsr_hpc.tracking.delivery import OFFSET_NAME
@@ -89,6 +92,32 @@ def test_sending_again_after_a_kill_before_the_bookkeeping_doubles_nothing(root)
     sync(run_dir)
     assert history(run_dir, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert sync(run_dir) == 0
+
+
+def test_a_full_disk_delays_events_and_loses_none(tmp_path):
+    """A file-size limit stands for a quota: the kernel refuses to write more, in the middle of a line."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from realsr_hpc.tracking.spool import Spool\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); spool = Spool(Path(sys.argv[1]))\n"
+        "event = lambda step: {'kind': 'metrics', 'step': step, 'time_ms': 1, 'metrics': {'loss': float(step)}}\n"
+        "spool.append(event(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))\n"
+        "spool.append(event(2)); spool.append(event(3)); resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))\n"
+        "print(Path(sys.argv[1], 'events.jsonl').read_bytes().count(b'step')); spool.append(event(4))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=project_root()
+    )
+    assert answer.stdout.strip() == "1" and "bytes wait" in answer.stderr
+    assert metrics_by_step(tmp_path) == {step: {"loss": float(step)} for step in (1, 2, 3, 4)}
+
+
+def test_a_long_parameter_is_logged_in_parts(root):
+    instruction = "<|image|>" + "x" * 13_000
+    config, run_dir = make_run(root, "long")
+    config = config.model_copy(update={"vlcot": config.vlcot.model_copy(update={"instruction": instruction})})
+    run_id = prepare_run(config, run_dir)
+    params = client(read_bookmark(run_dir)["uri"]).get_run(run_id).data.params
+    assert "".join(params[f"vlcot.instruction.{part}"] for part in (1, 2, 3)) == instruction
 
 
 def test_a_torn_line_is_cut_off_and_the_rest_kept(tmp_path):
