@@ -118,7 +118,8 @@ def _facts_table(estimate: Plan, config: RunConfig) -> Table:
             f"{estimate.communication_s:.1f} s communication, if none of it is hidden"
         )
         rows["a GPU sends"] = f"{sent.tp:.0f} GB over tp, {sent.pp:.1f} over pp, {sent.dp:.1f} over dp a step"
-        rows["GPU-hours"] = f"{estimate.gpu_hours:,.0f} for {estimate.steps} steps (H200; rewards and data not counted)"
+        counted = f"{estimate.steps} steps ({estimate.device}; rewards and data not counted)"
+        rows["GPU-hours"] = f"{estimate.gpu_hours:,.0f} for {counted}"
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)

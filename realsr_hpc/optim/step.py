@@ -130,6 +130,11 @@ class Optimiser:
         )
 
     def _optimizer_config(self) -> OptimizerConfig:
+        if self.optim.main_params == "bf16" and not backend.has_transformer_engine():
+            raise ValueError(
+                "optim.main_params = bf16 needs CUDA and Transformer Engine's Adam, and one of them is absent here: "
+                "install the extra `gpu` on a GPU node, or set optim.main_params=fp32"
+            )
         return OptimizerConfig(
             **optimizer_arguments(self.optim, self.policy.config.params_dtype, distributed=self.distributed)
         )

@@ -12,11 +12,11 @@ from realsr_hpc.config.checks import world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.memory import Memory, memory, microbatches
 from realsr_hpc.plan.seconds import (
-    H200,
     Device,
     Traffic,
     bubble,
     communication_seconds,
+    device_of,
     rollout_seconds,
     traffic,
     training_seconds,
@@ -28,6 +28,7 @@ from realsr_hpc.plan.sizes import parameter_count, sequence_tokens, sequences_pe
 class Plan:
     """An estimate; memory in GiB on the fullest GPU."""
 
+    device: str
     parameters: int
     world_size: int
     dp: int
@@ -83,13 +84,18 @@ class Plan:
         return self.steps * self.step_s * self.world_size / 3600
 
 
-def plan(config: RunConfig, device: Device = H200) -> Plan:
-    """The estimate for a GRPO or SFT recipe; a tokenizer recipe has no sequence model, its figures are 0."""
+def plan(config: RunConfig, device: Device | None = None) -> Plan:
+    """The estimate for a GRPO or SFT recipe; a tokenizer recipe has no sequence model, its figures are 0.
+
+    device: None: the one that the recipe's GPU memory tells.
+    """
+    device = device or device_of(config)
     parallel, world = config.parallel, world_size(config)
     dp = world // (parallel.tp * parallel.pp)
     prompt, response = sequence_tokens(config)
     count, learns = microbatches(config, dp), config.task != "tokenizer"
     return Plan(
+        device=device.name,
         parameters=parameter_count(config),
         world_size=world,
         dp=dp,

@@ -31,6 +31,7 @@ GB = 1e9
 class Device:
     """An accelerator and its links: peaks from the data sheet, and the shares that a run is assumed to reach."""
 
+    name: str
     bf16_tflops: float = 989.0
     bandwidth_tb_s: float = 4.8
     training_share: float = 0.40
@@ -46,7 +47,14 @@ class Device:
     """Shortest collective inside a node."""
 
 
-H200 = Device()
+H100, H200 = Device("H100", bandwidth_tb_s=3.35), Device("H200")
+_LARGEST_H100_GIB = 80.0
+
+
+def device_of(config: RunConfig) -> Device:
+    """What a recipe's figures are for: an H200, or an H100 where its GPUs have no more than 80 GiB."""
+    gib = config.cluster.gpu_memory_gib
+    return H100 if gib is not None and gib <= _LARGEST_H100_GIB else H200
 
 
 @dataclass(frozen=True)
