@@ -15,7 +15,7 @@ ROOT=${MLFLOW_ROOT:-$HERE/.mlflow-dev}
 PORT=${PORT:-25000} PYTHON=${PYTHON:-$HERE/.venv/bin/python}
 BIN=$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -n 1 || true)
 DATA=${TMPDIR:-/tmp}/realsr-postgres-$PORT
-export PGPASSFILE=$ROOT/pgpass MLFLOW_DISABLE_TELEMETRY=true
+export PGPASSFILE=$ROOT/pgpass MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 
 as_postgres() {
     if [ "$(id -u)" = 0 ]; then (cd / && runuser -u postgres -- "$@"); else "$@"; fi
