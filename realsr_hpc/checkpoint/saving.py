@@ -114,13 +114,14 @@ class _Saving:
         if self._groups.is_main:
             shutil.rmtree(self._aside, ignore_errors=True)
             self._aside.mkdir(parents=True)
-            own = {"run": state, "optimiser": None if optimiser is None else counters(optimiser)}
-            (self._aside / STATE).write_text(json.dumps(own, indent=1))
         dist.barrier()
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         with backend.vendor_calls():
             wanted = sharded_state(policy, optimiser, loading=False)
             self._request: Any = dist_checkpointing.save(wanted, str(self._aside), strategy, async_sharded_save=True)
+        if self._groups.is_main:
+            own = {"run": state, "optimiser": None if optimiser is None else counters(optimiser)}
+            (self._aside / STATE).write_text(json.dumps(own, indent=1))
         self._buckets = self._stage(copy)
         self._random = random_states()
         self._files: dict[str, dict[str, Any]] = {}
