@@ -67,7 +67,7 @@ def restricted(
 ) -> Float[Tensor, "n V"]:
     """logits / T where allowed and surviving, -inf elsewhere. The only definition of masking and tempering."""
     keep = allowed if support is None else allowed & support
-    return (logits / temperature[:, None].to(logits.dtype)).masked_fill(~keep, -torch.inf)
+    return (logits / temperature[:, None].to(logits.dtype)).masked_fill_(~keep, -torch.inf)
 
 
 def adaptive_top_k(entropy: Float[Tensor, " n"]) -> Int[Tensor, " n"]:

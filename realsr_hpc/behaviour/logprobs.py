@@ -92,7 +92,7 @@ class _Partial(NamedTuple):
 def _partial_softmax(values: Tensor, with_weighted: bool) -> _Partial:
     shift = values.amax(-1)
     # A shard with nothing allowed has shift -inf; its exponentials must be 0, not NaN.
-    exponential = (values - shift.clamp_min(torch.finfo(values.dtype).min)[:, None]).exp()
+    exponential = (values - shift.clamp_min(torch.finfo(values.dtype).min)[:, None]).exp_()
     weighted = torch.zeros_like(shift)
     if with_weighted:
         weighted = (exponential * values.masked_fill(values == -torch.inf, 0.0)).sum(-1)
@@ -154,7 +154,7 @@ class _Score(torch.autograd.Function):
         inputs, options = _Inputs(*tensors), ctx.options
         grad_hidden = torch.empty_like(inputs.hidden)
         # Chunks are summed in at least float32: bf16 would lose all but the first.
-        grad_weight = torch.zeros_like(inputs.weight, dtype=normaliser.dtype)
+        grad_weight = torch.zeros_like(inputs.weight, dtype=normaliser.dtype) if ctx.needs_input_grad[2] else None
         grad_unconditional = None if inputs.unconditional is None else torch.empty_like(inputs.unconditional)
         for rows in _chunks(len(inputs.hidden), options.chunk_tokens):
             logits = inputs.logits(rows)
@@ -168,11 +168,22 @@ class _Score(torch.autograd.Function):
                 conditional = grad_logits * scale
                 of_unconditional = (grad_logits - conditional).to(inputs.weight.dtype)
                 grad_unconditional[rows] = of_unconditional @ inputs.weight
-                grad_weight += of_unconditional.t() @ inputs.unconditional[rows]
+                _add_product(grad_weight, of_unconditional, inputs.unconditional[rows])
             conditional = conditional.to(inputs.weight.dtype)
             grad_hidden[rows] = conditional @ inputs.weight
-            grad_weight += conditional.t() @ inputs.hidden[rows]
-        return None, grad_hidden, grad_weight.to(inputs.weight.dtype), grad_unconditional, *(None,) * 6
+            _add_product(grad_weight, conditional, inputs.hidden[rows])
+        grad_weight = None if grad_weight is None else grad_weight.to(inputs.weight.dtype)
+        return None, grad_hidden, grad_weight, grad_unconditional, *(None,) * 6
+
+
+def _add_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> None:
+    """total += grad_logits^T hidden; in place where the formats agree, so that no second [V/tp, H] is made."""
+    if total is None:
+        return
+    if total.dtype == hidden.dtype:
+        total.addmm_(grad_logits.t(), hidden)
+    else:
+        total += grad_logits.t() @ hidden
 
 
 def _grad_logits(
@@ -192,9 +203,9 @@ def _grad_logits(
     d logsumexp / d logits = softmax(logits).
     """
     grad_logprob, grad_entropy, grad_logsumexp = grads
-    log_probability = inputs.behaviour(logits, rows, options.first_id) - normaliser
-    probability = log_probability.exp()
-    grad = -grad_logprob * probability
+    log_probability = inputs.behaviour(logits, rows, options.first_id).sub_(normaliser)
+    probability = log_probability.exp() if options.with_entropy else log_probability.exp_()
+    grad = probability * -grad_logprob if options.with_entropy else probability.mul_(-grad_logprob)
     column, ours = inputs.local_targets(rows, options.first_id)
     grad.scatter_add_(-1, column, grad_logprob * ours)
     if options.with_entropy:

@@ -44,10 +44,9 @@ def main(arguments: list[str]) -> int:
         scores = behaviour_scores(hidden, weight, targets, everything, zeros, ones, chunk_tokens=options["chunk"])
         return scores.logprobs
 
-    def run(way: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(way: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
         logprobs = way()
-        (gradient,) = torch.autograd.grad(logprobs.sum(), hidden)
-        return logprobs.detach(), gradient
+        return logprobs.detach(), *torch.autograd.grad(logprobs.sum(), (hidden, weight))
 
     ways = {"realsr_hpc": lambda: run(ours), "plain": lambda: run(plain)}
     peaks = {name: peak_mib(way) for name, way in ways.items()}
