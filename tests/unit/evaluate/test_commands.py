@@ -57,7 +57,7 @@ def run_dir(tmp_path_factory) -> Path:
     tokens = TraceTokenizer.load(config, groups.device)
     policy = build_policy(config, groups, tokens.codec.vocabulary.size)
     state = {"step": 3, "data": {}, "counters": {}, "run_id": None}
-    checkpoint.save(folder / "checkpoints", 3, policy, None, state, keep_last=1)
+    checkpoint.save(folder / "checkpoints", 3, policy, None, state, checkpoint.Keep(last=1))
     yield folder
     shutdown()
 
@@ -106,6 +106,23 @@ def test_score_prints_a_table_and_keeps_it(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "mean"
     rows = (tmp_path / "t.csv").read_text().splitlines()
     assert rows[0] == "image,niqe,ranker,psnr_y" and rows[1].startswith("a.png,") and rows[1].endswith(",100.0")
+
+
+def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):
+    for folder in ("sr", "lq"):
+        (tmp_path / folder).mkdir()
+    Image.fromarray(data.chelsea()[:128, :128]).save(tmp_path / "sr" / "chelsea.png")
+    Image.fromarray(data.chelsea()[:128, :128]).resize((32, 32)).save(tmp_path / "lq" / "chelsea.png")
+    tile = {"well_formed": True, "degradation": "light blur", "texts": ["cat", "a cat.", "a cat sits."], "faults": []}
+    (tmp_path / "sr" / "chelsea.json").write_text(json.dumps({"tiles": [tile]}))
+    manifest = "recipes/assets/photographs/manifest.parquet"
+    arguments = [f"input={tmp_path / 'sr'}", f"lq={tmp_path / 'lq'}", "rewards=default", f"manifest={manifest}"]
+    assert command("score")([*arguments, f"output={tmp_path / 't.csv'}"]) == 0
+    assert "left out: degradation needs the degradation" in capsys.readouterr().err
+    header, row = (line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines())
+    scores = dict(zip(header[1:], map(float, row[1:]), strict=True))
+    assert scores["format"] == 1.0 and scores["fidelity"] > 0.8 and scores["understanding"] > 0
+    assert scores["total"] == pytest.approx(sum(value for name, value in scores.items() if name != "total"))
 
 
 @pytest.mark.parametrize(

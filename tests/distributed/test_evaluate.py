@@ -1,0 +1,73 @@
+"""Evaluating on two ranks: the same numbers and images as on one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from realsr_hpc import checkpoint
+from realsr_hpc.config.load import to_yaml
+from realsr_hpc.config.paths import project_root
+from realsr_hpc.config.schema import (
+    ImageTokenizerConfig,
+    ModelConfig,
+    RewardsConfig,
+    RewardTerm,
+    RunConfig,
+    VLCoTConfig,
+)
+from realsr_hpc.model.policy import build_policy
+from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from tests.distributed.launcher import run_ranks
+
+
+def make_run(folder: Path) -> None:
+    """One layer and an image tokenizer, both at random, with a checkpoint."""
+    image = ImageTokenizerConfig(weights=str(folder / "image.safetensors"), codebook_size=40, base_channels=32)
+    torch.manual_seed(0)
+    save_image_tokenizer(ImageTokenizer(image), folder / "image.safetensors")
+    config = RunConfig(
+        name="tiny",
+        task="grpo",
+        image_tokenizer=image,
+        vlcot=VLCoTConfig(instruction="restore: <|image|>", max_text_tokens=4),
+        model=ModelConfig(num_layers=1, hidden_size=32, num_heads=2, ffn_hidden_size=48),
+        rewards=RewardsConfig(terms={"fidelity": RewardTerm(kind="fidelity")}),
+    )
+    (folder / "recipe.yaml").write_text(to_yaml(config))
+    groups = initialise(config.parallel, config.seed)
+    policy = build_policy(config, groups, TraceTokenizer.load(config, groups.device).codec.vocabulary.size)
+    state = {"step": 1, "data": {}, "counters": {}, "run_id": None}
+    checkpoint.save(folder / "checkpoints", 1, policy, None, state, checkpoint.Keep(last=1))
+
+
+def run_tool(arguments: list[str]) -> int:
+    """The command, as torchrun starts it."""
+    spec = importlib.util.spec_from_file_location("tool_evaluate", project_root() / "tools" / "evaluate.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool.main(arguments)
+
+
+def test_two_ranks_report_what_one_reports(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    run_ranks(1, make_run, run_dir)
+    for size in (1, 2):
+        given = [f"run={run_dir}", "num_images=3", "pyiqa=none", f"output={tmp_path / str(size)}"]
+        assert run_ranks(size, run_tool, given) == [0] * size
+    tables = [(tmp_path / size / "metrics.csv").read_text().splitlines() for size in "12"]
+    assert len(tables[0]) == 1 + 3 * 2 and [row.split(",")[:2] for row in tables[0]] == [
+        row.split(",")[:2] for row in tables[1]
+    ]
+    numbers = [np.array([row.split(",")[2:] for row in table[1:]], dtype=float) for table in tables]
+    np.testing.assert_allclose(numbers[0], numbers[1], rtol=1e-6)
+    for path in (tmp_path / "1/images/ours").iterdir():
+        with Image.open(path) as one, Image.open(tmp_path / "2/images/ours" / path.name) as two:
+            np.testing.assert_array_equal(one, two)
