@@ -1,0 +1,171 @@
+"""A Hugging Face export <-> a `.nemo` archive, through nemo-toolkit's own SaveRestoreConnector (the extra `nemo`).
+
+The archive holds the recipe as NeMo's model_config.yaml, all small files of the export as NeMo artifacts, and the
+weights as model_weights.ckpt. nemo-toolkit 3.0.0 has no Megatron models left, so what is restored is a carrier of
+weights and files, not a network: unpack it and import, or load, the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from realsr_hpc.config.load import flatten, from_yaml
+from realsr_hpc.export.folder import INDEX, SHARD_BYTES, Aside, weight_files, write_weights
+
+RECIPE = "recipe.yaml"
+
+
+def pack(export: Path, archive: Path) -> None:
+    """Write `archive` (a `.nemo` file) from an export folder, aside and renamed.
+
+    ValueError when the folder is no whole export, the archive exists, or nemo-toolkit is not installed.
+    """
+    _check_name(archive)
+    if archive.exists():
+        raise ValueError(f"output={archive} exists; name a new archive, or remove that one first")
+    places = weight_files(export)
+    if not (export / RECIPE).is_file():
+        raise ValueError(f"{export} has no {RECIPE} (not an export of ours); name a folder that export_hf wrote")
+    vendor = _Vendor()
+    weights = {path.name for path in places.values()} | {INDEX}
+    small = sorted(path for path in export.iterdir() if path.is_file() and path.name not in weights)
+    config = {
+        # flat, `section.field`: NeMo gives a nested key `params`, as in our precision section, a meaning of its own
+        "recipe": flatten(from_yaml(export / RECIPE)),
+        "shard_bytes": _largest_shard(places) if (export / INDEX).is_file() else SHARD_BYTES,
+        "files": {f"file{number}": {"name": path.name, "path": str(path)} for number, path in enumerate(small)},
+    }
+    carrier = vendor.carrier(vendor.as_config(config))
+    carrier.load_state_dict(dict(_tensors(places)))
+    aside = archive.with_name(f".{archive.name}.{os.getpid()}")
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        vendor.connector.save_to(carrier, str(aside))
+        os.replace(aside, archive)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Write the export folder that `archive` was packed from, file by file the same.
+
+    ValueError when the archive is missing, damaged or not ours, the folder exists, or nemo-toolkit is not installed.
+    """
+    _check_name(archive)
+    if not archive.is_file():
+        raise ValueError(f"{archive} is not there; name an archive that nemo_archive.py packed")
+    vendor = _Vendor()
+    carrier = vendor.restore(archive)
+    with Aside(folder) as aside:
+        for name, content in carrier.files.items():
+            (aside / name).write_bytes(content)
+        tensors = carrier.state_dict()
+        sizes = {name: value.nbytes for name, value in tensors.items()}
+        write_weights(aside, tensors.items(), sizes, carrier.cfg.shard_bytes)
+
+
+def _check_name(archive: Path) -> None:
+    if archive.suffix != ".nemo":
+        raise ValueError(f"{archive} does not end in .nemo; NeMo finds its archives by that ending")
+
+
+def _largest_shard(places: dict[str, Path]) -> int:
+    """Bytes of tensors in the fullest shard: cut by it, the shards come out as they were."""
+    totals: dict[Path, int] = {}
+    for name, value in _tensors(places):
+        totals[places[name]] = totals.get(places[name], 0) + value.nbytes
+    return max(totals.values())
+
+
+def _tensors(places: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
+    for name, path in places.items():
+        with safe_open(path, framework="pt") as file:
+            yield name, file.get_tensor(name)
+
+
+class _Vendor:
+    """nemo-toolkit, imported when it is needed: it takes seconds."""
+
+    def __init__(self) -> None:
+        try:
+            from nemo.core.classes import common
+            from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
+            from omegaconf import OmegaConf
+        except ImportError as error:
+            raise ValueError(
+                f".nemo archives need nemo-toolkit ({error}); install the extra: pip install 'realsr_hpc[nemo]'"
+            ) from None
+
+        class Connector(SaveRestoreConnector):
+            """Reads weights as tensors alone, and off the disk as they are needed."""
+
+            @staticmethod
+            def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> dict[str, Tensor]:
+                return torch.load(model_weights, map_location=map_location, weights_only=True)
+
+        self.connector = Connector()
+        self.as_config = OmegaConf.create
+        self.carrier = carrier_class()
+        self.target = f"{self.carrier.__module__}.{self.carrier.__name__}"
+        if self.target not in common.ALLOWED_TARGET_PREFIXES:
+            common.ALLOWED_TARGET_PREFIXES.append(self.target)  # NeMo makes only what it knows
+
+    def restore(self, archive: Path) -> Any:
+        """The carrier inside an archive."""
+        arguments = {"restore_path": str(archive), "map_location": torch.device("cpu")}
+        try:
+            config = self.connector.restore_from(self.carrier, return_config=True, **arguments)
+            kind = config.get("target")
+            if kind != self.target:
+                raise ValueError(f"{archive} holds a {kind}, not an export of ours; restore it with NeMo")
+            return self.connector.restore_from(self.carrier, **arguments)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{archive} cannot be read ({error}); copy it again") from None
+
+
+def carrier_class() -> Any:
+    """`ExportCarrier`, made once: its base class needs nemo-toolkit."""
+    if "ExportCarrier" in globals():
+        return globals()["ExportCarrier"]
+    from nemo.core.classes import ModelPT
+
+    class ExportCarrier(ModelPT):
+        """Weights and files of an export, as NeMo's connector stores and restores them."""
+
+        def __init__(self, cfg: Any, trainer: Any = None) -> None:
+            super().__init__(cfg=cfg, trainer=trainer)
+            self.files: dict[str, bytes] = {}
+            """Name -> content; read here, as the archive's folder is gone afterwards."""
+            for key, item in list(cfg.files.items()):
+                name = Path(item.name).name
+                self.files[name] = Path(self.register_artifact(f"files.{key}.path", item.path)).read_bytes()
+            self._tensors: dict[str, Tensor] = {}
+
+        def state_dict(self, *arguments: Any, **named: Any) -> dict[str, Tensor]:
+            """Hugging Face names and whole tensors."""
+            return dict(self._tensors)
+
+        def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
+            """Take the tensors as they are."""
+            self._tensors = dict(state_dict)
+
+        def setup_training_data(self, train_data_config: Any) -> None:
+            """A carrier is not trained."""
+
+        def setup_validation_data(self, val_data_config: Any) -> None:
+            """A carrier is not trained."""
+
+        @classmethod
+        def list_available_models(cls) -> None:
+            """None are published."""
+
+    ExportCarrier.__qualname__ = "ExportCarrier"  # NeMo finds a class by module and name
+    globals()["ExportCarrier"] = ExportCarrier
+    return ExportCarrier
