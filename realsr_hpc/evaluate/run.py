@@ -59,6 +59,7 @@ def evaluate(
     if world.rank == 0 and (folder / RECORDS_FILE).exists():
         shutil.rmtree(folder / "images")  # an earlier evaluation's: FID reads whole folders
     world.gather(None)
+    batch_size = min(batch_size, -(-len(cases) // world.size))  # no rank idle for a small set
     records: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     for start in range(world.rank * batch_size, len(cases), world.size * batch_size):

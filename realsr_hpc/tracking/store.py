@@ -115,9 +115,7 @@ def _experiment(mlflow: MlflowClient, config: RunConfig) -> str:
         return found.experiment_id
     local = config.tracking.uri is None
     location = (output_root(config) / "mlartifacts").as_uri() if local else None
-    # Without it MLflow's page shows its tools for language agents in place of runs.
-    tags = {"mlflow.experimentKind": "custom_model_development"}
-    return mlflow.create_experiment(config.tracking.experiment, artifact_location=location, tags=tags)
+    return mlflow.create_experiment(config.tracking.experiment, artifact_location=location)
 
 
 def _find(mlflow: MlflowClient, experiment: str, tag: str, value: str, extra: str = "") -> str | None:
