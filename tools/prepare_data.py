@@ -1,81 +1,125 @@
-"""Folders of photographs -> a checked manifest.
+"""Folders of photographs or WebDataset tars -> a checked manifest. Killed? The same command goes on where it stood.
 
-python tools/prepare_data.py source=DIR output=DIR [captions=FILE.jsonl] [heldout_fraction=.1]
+python tools/prepare_data.py source=DIR_OR_TAR output=DIR [key=value ...]
+
+captions=FILE.jsonl    captions, tags, splits and partners that were written beforehand
+captioner=DIR          a transformers image-to-text model describes photographs without captions
+tagger=captions|folder|DIR   tags from the captions' words, from the folder's name, or by an image-classification model
+heldout_fraction=.1    share that is kept from training, where neither a note nor a folder tells
+num_threads=N          photographs examined at once (default: this process's cores)
+device=cpu|cuda        where captioner and tagger run
+shard=k/n              examine and describe every n-th photograph only, as task k of a Slurm array
+                       (slurm/prepare_data.sbatch); the same command without shard= then writes the manifest
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from realsr_hpc.data.prepare import PrepareReport, find_photographs, prepare
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress, TimeElapsedColumn  # noqa: E402
 
-KNOWN = ("source", "output", "captions", "heldout_fraction")
+from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
 
-
-def parse_arguments(arguments: list[str]) -> dict[str, str]:
-    """`key=value` words to a table.
-
-    Raises:
-        ValueError: for a word without `=`, an unknown key, or a missing source or output.
-    """
-    pairs = dict(word.split("=", 1) if "=" in word else (word, "") for word in arguments)
-    unknown = sorted(set(pairs) - set(KNOWN))
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]!r}; give key=value with one of {', '.join(KNOWN)}")
-    absent = [key for key in ("source", "output") if not pairs.get(key)]
-    if absent:
-        raise ValueError(f"{absent[0]} is missing; give {absent[0]}=DIR")
-    return pairs
+DEFAULTS = {
+    "source": None,
+    "output": None,
+    "captions": None,
+    "captioner": None,
+    "tagger": None,
+    "heldout_fraction": "0.1",
+    "num_threads": str(len(os.sched_getaffinity(0))),
+    "device": "cpu",
+    "shard": None,
+}
 
 
-def heldout_fraction(text: str) -> float:
-    """The number in a word.
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 prepared, 2 wrong arguments or data."""
+    console = Console(soft_wrap=True)
+    try:
+        given = read_arguments(arguments, DEFAULTS)
+        absent = [key for key in ("source", "output") if not given[key]]
+        if absent:
+            raise ValueError(f"{absent[0]} is missing; give {absent[0]}=DIR")
+        report = run(given, console)
+    except ValueError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+    show(report, console)
+    return 0
 
-    Raises:
-        ValueError: if it is none.
-    """
+
+def run(given: dict[str, str | None], console: Console):
+    """Prepare with a progress bar."""
+    from realsr_hpc.data.prepare import prepare
+
+    options = read_options(given)
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("photographs")
+        return prepare(
+            Path(str(given["source"])),
+            Path(str(given["output"])),
+            options,
+            on_photograph=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def read_options(given: dict[str, str | None]):
+    """The arguments as `PrepareOptions`; loads the models they name. Raises ValueError naming the wrong one."""
+    from realsr_hpc.data.describe import Captioner, ClassTagger
+    from realsr_hpc.data.prepare import PrepareOptions
+
+    tagger, device = given["tagger"], str(given["device"])
+    return PrepareOptions(
+        captions=Path(given["captions"]) if given["captions"] else None,
+        heldout_fraction=read_share(str(given["heldout_fraction"])),
+        captioner=Captioner(Path(given["captioner"]), device) if given["captioner"] else None,
+        tagger=ClassTagger(Path(tagger), device) if tagger and tagger not in ("captions", "folder") else tagger,
+        num_threads=read_count(given, "num_threads", 1),
+        shard=read_shard(given["shard"]),
+    )
+
+
+def read_share(text: str) -> float:
+    """The number in a word. Raises ValueError if it is none."""
     try:
         return float(text)
     except ValueError as error:
         raise ValueError(f"heldout_fraction is {text!r}: give a share such as 0.1") from error
 
 
-def show(report: PrepareReport, console: Console) -> None:
+def read_shard(text: str | None) -> tuple[int, int] | None:
+    """(k, n) of `k/n`. Raises ValueError if it is none."""
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise ValueError(f"shard is {text!r}: give k/n such as 1/16")
+    return int(number), int(count)
+
+
+def show(report, console: Console) -> None:
     """Print what was written and what was found wrong."""
-    console.print(f"{report.manifest}: {len(report.entries)} photographs, {report.splits}")
+    where = report.manifest or "shard done (the same command without shard= writes the manifest)"
+    console.print(f"{where}: {len(report.entries)} photographs, {report.splits}", markup=False)
+    if report.reused:
+        console.print(f"examined before: {report.reused}")
     if report.without_captions:
         console.print(f"without captions: {report.without_captions}")
-    for group in report.duplicates:
-        console.print(f"look alike: {', '.join(group)}")
-    for path, fault in report.faults.items():
-        console.print(f"left out: {path}: {fault}", style="yellow")
-
-
-def main() -> int:
-    """Run the command; 2 for wrong arguments or data."""
-    console = Console()
-    try:
-        pairs = parse_arguments(sys.argv[1:])
-        source = Path(pairs["source"])
-        ticks = iter(track(find_photographs(source), description="reading", console=console))
-        report = prepare(
-            source,
-            Path(pairs["output"]),
-            Path(pairs["captions"]) if pairs.get("captions") else None,
-            heldout_fraction(pairs.get("heldout_fraction", "0.1")),
-            on_photograph=lambda: next(ticks, None),
-        )
-        next(ticks, None)
-    except ValueError as error:
-        console.print(f"error: {error}", style="red")
-        return 2
-    show(report, console)
-    return 0
+    for group in report.duplicates[:20]:
+        console.print(f"look alike: {', '.join(group)}", markup=False)
+    if report.faults:
+        console.print(f"left out: {report.fault_counts}", style="yellow", markup=False)
+    for path, fault in list(report.faults.items())[:20]:
+        console.print(f"  {path}: {fault}", style="yellow", markup=False)
+    if len(report.faults) > 20 or len(report.duplicates) > 20:
+        console.print("  ... the rest is in report.json beside the manifest")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,20 @@
-"""Score a folder of images: python tools/score.py input=DIR [metric=niqe,ranker,psnr_y,ssim_y,PYIQA_NAME] [truth=DIR].
+"""Score a folder of images, to look at a reward before training on it: python tools/score.py input=DIR [key=value ...]
 
-psnr_y and ssim_y need truth=DIR with files of the same names and sizes. pyiqa's metrics by name need the extra `iqa`
-and weights_dir=DIR. Higher is better but for niqe (the distance itself). output=FILE.csv keeps the table.
+metric=NAME,...    niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa (extra `iqa`); the default
+                   is niqe,ranker. Higher is better but for niqe (the distance itself) and stripes (share of stripes)
+rewards=GROUP      instead: the rewards of recipes/rewards/GROUP.yaml, and overrides such as
+                   rewards.terms.generation.options.expert=niqe. With tools/restore.py's NAME.json beside an image its
+                   texts are scored, too; what needs something that is not given is left out and named
+lq=DIR truth=DIR   low-quality images and truths of the same names
+manifest=FILE      captions and tags by key, for the understanding reward
+weights_dir=DIR    staged weights of pyiqa's metrics
+output=FILE.csv    keeps the table
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,57 +25,82 @@ import numpy as np  # noqa: E402
 
 from realsr_hpc.config.arguments import read_arguments  # noqa: E402
 
-DEFAULTS = {"input": None, "metric": "niqe,ranker", "truth": None, "weights_dir": None, "output": None}
+DEFAULTS = {
+    "input": None,
+    "metric": "niqe,ranker",
+    "rewards": None,
+    "lq": None,
+    "truth": None,
+    "manifest": None,
+    "weights_dir": None,
+    "output": None,
+}
+Columns = dict[str, np.ndarray]
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 scored, 2 wrong usage."""
+    overrides = [argument for argument in arguments if argument.startswith("rewards.")]
     try:
-        given = read_arguments(arguments, DEFAULTS)
+        given = read_arguments([argument for argument in arguments if argument not in overrides], DEFAULTS)
         if not given["input"]:
             raise ValueError("input=DIR is needed")
-        files, columns = score(given)
+        files, images = read_folder(Path(str(given["input"])))
+        truths = read_partners(files, given["truth"], "truth")
+        if given["rewards"]:
+            columns = score_rewards(files, images, truths, given, overrides)
+        else:
+            columns = score_metrics(files, images, truths, given)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    rows = list(zip([file.name for file in files], *columns.values(), strict=True))
-    means = ["mean", *(float(np.nanmean(column)) for column in columns.values())]
-    for name, *values in [["image", *columns], *rows, means]:
-        cells = [f"{value:>12.4f}" if isinstance(value, float) else f"{value:>12}" for value in values]
-        print(f"{name:<32}", *cells)
-    if given["output"]:
-        with open(given["output"], "w", newline="") as file:
-            csv.writer(file).writerows([["image", *columns], *rows])
+    show([file.name for file in files], columns, given["output"])
     return 0
 
 
-def score(given: dict[str, str | None]) -> tuple[list[Path], dict[str, np.ndarray]]:
-    """Files and their scores by metric, NaN where an image is too small."""
-    from realsr_hpc.restore import find_images, read_picture
+def show(names: list[str], columns: Columns, output: str | None) -> None:
+    """Print the table, and keep it where `output` says."""
+    rows = list(zip(names, *(column.tolist() for column in columns.values()), strict=True))
+    means = ["mean", *(float(np.nanmean(column)) for column in columns.values())]
+    for name, *values in [["image", *columns], *rows, means]:
+        cells = [f"{value:>14.4f}" if isinstance(value, float) else f"{value:>14}" for value in values]
+        print(f"{name:<32}", *cells)
+    if output:
+        with open(output, "w", newline="") as file:
+            csv.writer(file).writerows([["image", *columns], *rows])
 
-    source = Path(str(given["input"]))
-    files = find_images(source, source / ".none")
+
+def read_folder(source: Path) -> tuple[list[Path], list[np.ndarray]]:
+    """Files and their pixels. Raises ValueError without any."""
+    from realsr_hpc.restore.pictures import find_images, read_picture
+
+    files = [file for file in find_images(source, source / ".none") if not file.name.endswith(".steps.jpg")]
     if not files:
         raise ValueError(f"input={source}: no images there")
-    images = [read_picture(file).rgb for file in files]
-    truths = _truths(files, images, given["truth"])
-    names = str(given["metric"]).split(",")
-    return files, {name: np.asarray(_scorer(name, given, truths)(images), dtype=np.float64) for name in names}
+    return files, [read_picture(file).rgb for file in files]
 
 
-def _truths(files: list[Path], images: list[np.ndarray], folder: str | None) -> list[np.ndarray] | None:
-    from realsr_hpc.restore import read_picture
+def read_partners(files: list[Path], folder: str | None, field: str) -> list[np.ndarray] | None:
+    """The images of the same names in another folder. Raises ValueError where one is missing."""
+    from realsr_hpc.restore.pictures import read_picture
 
     if folder is None:
         return None
     missing = [file.name for file in files if not (Path(folder) / file.name).is_file()]
     if missing:
-        raise ValueError(f"truth={folder} has no {', '.join(missing[:3])}; the names must be those of input=")
-    truths = [read_picture(Path(folder) / file.name).rgb for file in files]
-    for file, image, truth in zip(files, images, truths, strict=True):
+        raise ValueError(f"{field}={folder} has no {', '.join(missing[:3])}; the names must be those of input=")
+    return [read_picture(Path(folder) / file.name).rgb for file in files]
+
+
+def score_metrics(
+    files: list[Path], images: list[np.ndarray], truths: list[np.ndarray] | None, given: dict[str, str | None]
+) -> Columns:
+    """Scores by metric, NaN where an image is too small."""
+    for file, image, truth in zip(files, images, truths or images, strict=True):
         if image.shape != truth.shape:
             raise ValueError(f"{file.name} is {image.shape[:2]}, its truth {truth.shape[:2]} px; they must agree")
-    return truths
+    names = str(given["metric"]).split(",")
+    return {name: np.asarray(_scorer(name, given, truths)(images), dtype=np.float64) for name in names}
 
 
 def _scorer(name: str, given: dict[str, str | None], truths: list[np.ndarray] | None) -> Callable:
@@ -76,6 +109,7 @@ def _scorer(name: str, given: dict[str, str | None], truths: list[np.ndarray] | 
     from realsr_hpc.rewards.metrics import psnr_y, ssim_y
     from realsr_hpc.rewards.niqe import NIQEModel, niqe
     from realsr_hpc.rewards.ranker import Ranker
+    from realsr_hpc.rewards.stripes import stripe_share
 
     if name in ("psnr_y", "ssim_y"):
         if truths is None:
@@ -87,9 +121,86 @@ def _scorer(name: str, given: dict[str, str | None], truths: list[np.ndarray] | 
         return lambda images: niqe(images, model)
     if name == "ranker":
         return Ranker.load(resolve(RANKER_PATH)).score
+    if name == "stripes":
+        return stripe_share
     from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
 
     return PyiqaMetrics([name], given["weights_dir"])
+
+
+def score_rewards(
+    files: list[Path],
+    images: list[np.ndarray],
+    truths: list[np.ndarray] | None,
+    given: dict[str, str | None],
+    overrides: list[str],
+) -> Columns:
+    """Scores by the reward group's terms, and their weighted total."""
+    from realsr_hpc.config.load import compose_one
+    from realsr_hpc.rewards.base import Candidate
+    from realsr_hpc.rewards.mixture import build_reward, weight_at
+
+    terms = compose_one(["recipe=grpo_tiny", f"rewards={given['rewards']}", *overrides]).rewards.terms
+    lq, scenes = read_partners(files, given["lq"], "lq"), read_scenes(files, given["manifest"])
+    traces = [read_trace(file) for file in files]
+    for name, lacking in lacking_of(terms, traces, lq, truths, scenes).items():
+        print(f"left out: {name} needs {lacking}", file=sys.stderr)
+        terms = {other: term for other, term in terms.items() if other != name}
+    candidates = [
+        Candidate(trace or no_trace(), image, small, truth, None, scene)
+        for trace, image, small, truth, scene in zip(
+            traces, images, lq or images, truths or [None] * len(files), scenes, strict=True
+        )
+    ]
+    columns = {name: build_reward(name, term).score(candidates) for name, term in terms.items()}
+    if columns:
+        columns["total"] = np.sum([weight_at(terms[name], 1) * column for name, column in columns.items()], axis=0)
+    return columns
+
+
+def lacking_of(terms, traces, lq, truths, scenes) -> dict[str, str]:
+    """What each term would need and is not given."""
+    lacking = {}
+    for name, term in terms.items():
+        reference = term.options.get("reference", "lq")
+        if term.kind in ("format", "degradation", "understanding") and not all(traces):
+            lacking[name] = "NAME.json of tools/restore.py beside each image"
+        elif term.kind == "degradation":
+            lacking[name] = "the degradation that was applied, which only training knows"
+        elif term.kind == "understanding" and not all(scenes):
+            lacking[name] = "manifest=FILE with captions under each image's name"
+        elif term.kind == "fidelity" and (lq if reference == "lq" else truths) is None:
+            lacking[name] = f"{'lq' if reference == 'lq' else 'truth'}=DIR"
+    return lacking
+
+
+def read_trace(file: Path):
+    """The first tile's trace as `tools/restore.py` told it; None without."""
+    from realsr_hpc.records import ParsedTrace
+
+    beside = file.with_suffix(".json")
+    tiles = json.loads(beside.read_text()).get("tiles") if beside.is_file() else None
+    if not tiles:
+        return None
+    grids = (np.zeros((1, 1), np.int64),) * 3 if tiles[0]["well_formed"] else (None,) * 3
+    return ParsedTrace(tiles[0]["degradation"], tuple(tiles[0]["texts"]), grids, tuple(tiles[0]["faults"]))
+
+
+def no_trace():
+    """Nothing said."""
+    from realsr_hpc.records import ParsedTrace
+
+    return ParsedTrace(None, (None,) * 3, (None,) * 3, ())
+
+
+def read_scenes(files: list[Path], manifest: str | None) -> list:
+    """Captions and tags of each image by its name without ending, None where unknown."""
+    if manifest is None:
+        return [None] * len(files)
+    from realsr_hpc.data.manifest import read_manifest
+
+    scenes = {entry.key: entry.scene for entry in read_manifest(manifest).entries}
+    return [scenes.get(file.stem) for file in files]
 
 
 if __name__ == "__main__":

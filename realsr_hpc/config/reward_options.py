@@ -5,9 +5,9 @@ No torch here: `read_options` is called while launching as well as when the rewa
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from realsr_hpc.config.schema import Count, Positive, Probability, RewardTerm, Section
 
@@ -37,6 +37,12 @@ class UnderstandingOptions(Section):
     """Of each text with its caption; none: tags only (the paper)."""
     tags_weight: Probability = 0.5
     """Share of the tag term; the similarity has the rest. Unused with similarity=none."""
+    synonyms: Literal["none", "wordnet", "minilm"] = "none"
+    """What else names a tag: the other words of its WordNet senses, or a word or two that mean nearly the same."""
+    wordnet_dir: str = "/usr/share/wordnet"
+    """Folder with WordNet's index.noun and data.noun; only with synonyms=wordnet."""
+    min_cosine: Probability = 0.7
+    """Similarity from which words mean nearly the same; only with synonyms=minilm."""
 
 
 class GenerationOptions(Section):
@@ -49,19 +55,44 @@ class GenerationOptions(Section):
     """pyiqa's metric names, averaged; only with expert=pyiqa."""
     weights_dir: str | None = None
     """Folder of staged pyiqa weights with its SHA256SUMS; only with expert=pyiqa."""
+    stripe_guard: bool = True
+    """Images of stripes and grids earn less, down to nothing (rewards/stripes.py)."""
+
+    @model_validator(mode="after")
+    def metrics_are_pyiqas(self) -> Self:
+        """Metrics are named for pyiqa, and only for it."""
+        if (self.expert == "pyiqa") != bool(self.metrics):
+            raise ValueError(f"expert={self.expert} with metrics={self.metrics}: name metrics with expert=pyiqa only")
+        return self
 
 
 class FidelityOptions(Section):
     """Reward `fidelity`."""
 
     reference: Literal["lq", "gt"] = "lq"
-    metric: Literal["psnr", "l1", "ssim"] = "psnr"
+    metric: Literal["psnr", "l1", "ssim", "pyiqa"] = "psnr"
+    """pyiqa: its full-reference metrics by name, at full size (reference=gt)."""
+    metrics: list[str] = []
+    """pyiqa's names such as lpips, dists, topiq_fr, averaged; only with metric=pyiqa."""
+    weights_dir: str | None = None
+    """Folder of staged pyiqa weights with its SHA256SUMS; only with metric=pyiqa."""
     smooth_px: Annotated[float, Field(ge=0.0)] = 1.0
     """Gaussian sigma over both images before comparing with the LQ image, in LQ pixels; 0: none."""
     psnr_low: float = 10.0
     """PSNR in dB that earns 0."""
     psnr_high: Positive = 40.0
     """PSNR in dB that earns 1."""
+
+    @model_validator(mode="after")
+    def options_belong_together(self) -> Self:
+        """pyiqa compares with the truth; PSNR's ends are in order."""
+        if (self.metric == "pyiqa") != bool(self.metrics):
+            raise ValueError(f"metric={self.metric} with metrics={self.metrics}: name metrics with metric=pyiqa only")
+        if self.metric == "pyiqa" and self.reference != "gt":
+            raise ValueError("metric=pyiqa compares at full size: set reference=gt")
+        if self.psnr_low >= self.psnr_high:
+            raise ValueError(f"psnr_low={self.psnr_low} must be below psnr_high={self.psnr_high}; swap or widen them")
+        return self
 
 
 OPTIONS: dict[str, type[Section]] = {
@@ -82,6 +113,9 @@ def read_options(name: str, term: RewardTerm) -> Section:
     try:
         return section.model_validate(term.options)
     except ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(
+            f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}" if fault["loc"] else fault["msg"]
+            for fault in error.errors()
+        )
         valid = ", ".join(section.model_fields)
         raise ValueError(f"rewards.terms.{name}.options (kind {term.kind}): {faults}. Valid options: {valid}") from None

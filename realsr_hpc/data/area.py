@@ -15,12 +15,21 @@ from jaxtyping import Float32, Int32
 
 @dataclass(frozen=True)
 class AreaTaps:
-    """`target_px * count` source rows, grouped by target row, and their weights; each group sums to 1."""
+    """`count` source rows for each of `target` rows, and their weights; those of one target row sum to 1."""
 
-    index: Int32[np.ndarray, " taps"]
-    weights: Float32[np.ndarray, "taps 1"]
-    count: int
-    """Source rows a target row takes; unused ones weigh 0."""
+    index: Int32[np.ndarray, "count target"]
+    weights: Float32[np.ndarray, "count target 1"]
+
+    @property
+    def count(self) -> int:
+        """Source rows a target row takes; unused ones weigh 0."""
+        return len(self.index)
+
+    def with_count(self, count: int) -> AreaTaps:
+        """The same with unused rows up to `count`."""
+        more = count - self.count
+        index = np.pad(self.index, ((0, more), (0, 0)), mode="edge")
+        return AreaTaps(index, np.pad(self.weights, ((0, more), (0, 0), (0, 0))))
 
 
 def area_taps(source_px: int, target_px: int) -> AreaTaps:
@@ -28,8 +37,8 @@ def area_taps(source_px: int, target_px: int) -> AreaTaps:
     rows = np.arange(target_px)
     first = rows * source_px // target_px
     last = -(-(rows + 1) * source_px // target_px)
-    lengths = (last - first)[:, None]
-    offsets = np.arange(lengths.max())[None, :]
-    index = np.minimum(first[:, None] + offsets, source_px - 1)
+    lengths = (last - first)[None, :]
+    offsets = np.arange(lengths.max())[:, None]
+    index = np.minimum(first[None, :] + offsets, source_px - 1)
     weights = (offsets < lengths) / lengths
-    return AreaTaps(index.astype(np.int32).ravel(), weights.astype(np.float32).reshape(-1, 1), offsets.shape[1])
+    return AreaTaps(index.astype(np.int32), weights.astype(np.float32)[..., None])

@@ -2,7 +2,7 @@
 
 Nothing is drawn here: kernels, noise and parameters come in with each sample, so a sample's bytes do not depend on
 its place in a batch or on the threads. One description serves the CPU (`device_id=None`, what the tests run) and a GPU,
-where pixels, kernels and noise are uploaded and every operator has its device version.
+where pixels, kernels and noise are uploaded and every operator has its device version. Pixels are float32 on 0..255.
 
 Stated differences from Real-ESRGAN's own operators: bicubic has a = -0.5 (theirs -0.75); Poisson is its normal
 approximation with the same mean and variance, its value not rounded to 8 bits first and its photon count taken from
@@ -13,7 +13,6 @@ imitation of it).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -22,26 +21,14 @@ import nvidia.dali.types as types
 from jaxtyping import UInt8
 from nvidia.dali import pipeline_def
 
-from realsr_hpc.data.area import area_taps
-from realsr_hpc.data.degradation import DegradationParameters, ResizeMode, StageParameters, noise_field
+from realsr_hpc.data.graph_inputs import NOTHING, NUM_STRIPS, SEPARABLE, STRIPS, DegradationInput, graph_inputs
 from realsr_hpc.data.kernels import KernelParameters, build_factors
 
-_LUMA = np.array([[[0.2989, 0.587, 0.114]]], np.float32)
+_LUMA = (0.2989, 0.587, 0.114)
 """Weights of R, G, B in a gray value (ITU-R 601), as PyTorch's and BasicSR's."""
 _USM_BLUR = KernelParameters("iso", 51, 8.0, 8.0)
 _USM_AMOUNT, _USM_THRESHOLD = 0.5, 10.0
 """BasicSR's USMSharp: radius 50 (made odd), the sigma OpenCV derives from it; amount, and threshold of 255."""
-
-
-@dataclass(frozen=True)
-class DegradationInput:
-    """One sample as the graph takes it."""
-
-    crop: UInt8[np.ndarray, "side side 3"]
-    """Square cut of the photograph, already mirrored."""
-    parameters: DegradationParameters
-    noise_rng: np.random.Generator
-    """Drawn from twice: the first stage's field, then the second's."""
 
 
 class DegradationPipeline:
@@ -76,76 +63,46 @@ class DegradationPipeline:
         self, samples: Sequence[DegradationInput]
     ) -> tuple[UInt8[np.ndarray, "B h w 3"], UInt8[np.ndarray, "B H W 3"]]:
         """Degraded images and truths of the samples, in their order."""
-        rows = [self._feed(sample) for sample in samples]
+        rows = [graph_inputs(sample, self.gt_size_px, self.lq_size_px) for sample in samples]
         for name in rows[0]:
             self._pipeline.feed_input(name, [row[name] for row in rows])
         lq, gt = self._pipeline.run()
         # Copies: DALI writes its next batch into the same memory.
         return np.array(lq.as_cpu().as_array()), np.array(gt.as_cpu().as_array())
 
-    def _feed(self, sample: DegradationInput) -> dict[str, np.ndarray]:
-        p = sample.parameters
-        first, second, lq_px = p.first, p.second, self.lq_size_px
-        return {
-            "crop": sample.crop,
-            **_kernel_inputs("1", first.blur),
-            **_kernel_inputs("2", second.blur),
-            **_kernel_inputs("3", p.final_sinc),
-            "noise1": noise_field(sample.noise_rng, first),
-            "noise2": noise_field(sample.noise_rng, second),
-            **_resize_inputs("1", first.resize_mode, self.gt_size_px, first.side_px),
-            **_resize_inputs("2", second.resize_mode, first.side_px, second.side_px),
-            **_resize_inputs("3", p.final_resize_mode, second.side_px, lq_px),
-            "noising1": _noise_row(first),
-            "noising2": _noise_row(second),
-            "quality": np.array([first.jpeg_quality, second.jpeg_quality, int(p.jpeg_last)], np.int32),
-        }
-
-
-def _kernel_inputs(number: str, parameters: KernelParameters | None) -> dict[str, np.ndarray]:
-    kernel, column = build_factors(parameters)
-    return {f"kernel{number}": kernel, f"column{number}": column}
-
-
-def _resize_inputs(number: str, mode: ResizeMode, source_px: int, target_px: int) -> dict[str, np.ndarray]:
-    """Sides and mode: [source, target, taps of a target row, is area, is bicubic]; the area table where it is one."""
-    taps = area_taps(source_px, target_px if mode == "area" else 1)
-    row = np.array([source_px, target_px, taps.count, mode == "area", mode == "bicubic"], np.int32)
-    return {f"resize{number}": row, f"taps{number}": taps.index, f"weights{number}": taps.weights}
-
-
-def _noise_row(stage: StageParameters) -> np.ndarray:
-    """[level on 0..1 for Gaussian, factor for Poisson; is Poisson; is gray]."""
-    poisson = stage.noise == "poisson"
-    return np.array([stage.noise_level if poisson else stage.noise_level / 255, poisson, stage.gray], np.float32)
-
 
 @pipeline_def(enable_conditionals=True)
 def _graph(gt_size_px, lq_size_px, usm_sharpen_gt, gpu):
     """Crop -> resize to the truth's size (antialiased) -> USM -> two stages -> the end; 8 bits out."""
-    crop = _pixels("crop", gpu)
-    gt = fn.resize(crop, size=[gt_size_px, gt_size_px], interp_type=types.INTERP_CUBIC, antialias=True,
-                   dtype=types.FLOAT)  # fmt: skip
-    gt = dmath.clamp(gt / 255.0, 0.0, 1.0)
+    gt = _truth(_pixels("crop", gpu), gt_size_px, fn.external_source(name="sides"))
     if usm_sharpen_gt:
         gt = _usm_sharpen(gt, "gpu" if gpu else "cpu")
     quality = fn.external_source(name="quality")
-    x = _stage(gt, "1", gpu)
-    x = _jpeg(x, quality[0])
-    x = _stage(x, "2", gpu)
-    kernel, column = _kernel_sources("3", gpu)
-    row, taps, weights = _resize_sources("3", gpu)
+    x = _jpeg(_stage(gt, "1", gpu), quality[0])
+    x = _stage(_to_float(x), "2", gpu)
+    sinc, resize = _filter_sources("3", gpu), _resize_sources("3", gpu)
     if quality[2] > 0:
-        x = _filter(_resize(x, row, taps, weights), kernel, column)
+        # Clamped here only: where bytes follow, the cast to them clamps.
+        x = _filter(_resize(_clamp(x), *resize), *sinc)
         x = _jpeg(x, quality[1])
     else:
-        x = _jpeg(x, quality[1])
-        x = _filter(_resize(x, row, taps, weights), kernel, column)
-    return _to_bytes(x), _to_bytes(gt)
+        x = _to_float(_jpeg(x, quality[1]))
+        x = _to_bytes(_filter(_resize(x, *resize), *sinc))
+    return x, _to_bytes(gt)
+
+
+def _truth(crop, gt_size_px, sides):
+    if sides[0] > 0:
+        gt = _clamp(fn.resize(crop, size=[gt_size_px, gt_size_px], interp_type=types.INTERP_CUBIC, antialias=True,
+                              dtype=types.FLOAT))  # fmt: skip
+    else:
+        gt = _to_float(crop)
+    return gt
 
 
 def _stage(x, number, gpu):
-    x = _filter(x, *_kernel_sources(number, gpu))
+    """Blur, resize, noise; not clamped."""
+    x = _filter(x, *_filter_sources(number, gpu))
     x = _resize(x, *_resize_sources(number, gpu))
     return _add_noise(x, _pixels(f"noise{number}", gpu), fn.external_source(name=f"noising{number}"))
 
@@ -155,12 +112,39 @@ def _pixels(name, gpu, layout="HWC"):
     return source.gpu() if gpu else source
 
 
-def _kernel_sources(number, gpu):
-    return _pixels(f"kernel{number}", gpu, layout=None), _pixels(f"column{number}", gpu, layout=None)
+def _filter_sources(number, gpu):
+    kernel, column = (_pixels(f"{name}{number}", gpu, layout=None) for name in ("kernel", "column"))
+    return kernel, column, fn.external_source(name=f"way{number}"), fn.external_source(name=f"rows{number}"), gpu
 
 
-def _filter(x, kernel, column):
-    return fn.filter(fn.filter(x, kernel, border="reflect_101"), column, border="reflect_101")
+def _filter(x, kernel, column, way, rows, gpu=False):
+    """By the way that `kernel_inputs` chose; the GPU needs no strips."""
+    if way[0] == NOTHING:
+        y = x
+    elif way[0] == SEPARABLE:
+        y = _correlate(_correlate(x, kernel), column)
+    elif way[0] == STRIPS:
+        y = _correlate(x, kernel) if gpu else _filter_strips(x, kernel, way, rows)
+    else:
+        y = _correlate(x, kernel)
+    return y
+
+
+def _correlate(x, kernel):
+    return fn.filter(x, kernel, border="reflect_101")
+
+
+def _filter_strips(x, kernel, way, rows):
+    """The sum of filters by strips of the kernel's rows, each over the image with its reflected rows written out."""
+    side = way[1]
+    padded = fn.reshape(x, layout="FHC")
+    padded = fn.reshape(fn.sequence_rearrange(padded, new_order=rows), layout="HWC")
+    parts = []
+    for strip in range(NUM_STRIPS):
+        first, end = way[2 + strip], way[3 + strip]
+        start = first + (end - first) // 2
+        parts.append(fn.slice(_correlate(padded, kernel[first:end]), start, side, axes=[0]))
+    return fn.reshape(parts[0] + parts[1] + parts[2] + parts[3], layout="HWC")
 
 
 def _resize_sources(number, gpu):
@@ -169,9 +153,11 @@ def _resize_sources(number, gpu):
 
 
 def _resize(x, row, taps, weights):
-    """Without antialiasing, as PyTorch's interpolate."""
+    """Without antialiasing, as PyTorch's interpolate; one to the same size changes nothing."""
     size = fn.cast(fn.stack(row[1], row[1]), dtype=types.FLOAT)
-    if row[3] > 0:
+    if row[0] == row[1]:
+        y = x
+    elif row[3] > 0:
         y = _gather_rows(x, taps, weights, row, row[0])
         y = _gather_rows(fn.transpose(y, perm=[1, 0, 2]), taps, weights, row, row[1])
         y = fn.reshape(fn.transpose(y, perm=[1, 0, 2]), layout="HWC")
@@ -185,49 +171,73 @@ def _resize(x, row, taps, weights):
 def _gather_rows(x, taps, weights, row, width):
     """[source, width, 3] -> [target, width, 3]: weighted sums of `count` source rows each."""
     source, target, count = row[0], row[1], row[2]
-    y = fn.reshape(x, shape=fn.stack(source, width * 3), layout="FC")
-    y = fn.sequence_rearrange(y, new_order=taps) * weights
-    y = fn.reductions.sum(fn.reshape(y, shape=fn.stack(target, count, width * 3), layout="FTC"), axes=[1])
+    x = fn.reshape(x, shape=fn.stack(source, width * 3), layout="FC")
+    if count == 2:
+        y = _tap(x, taps, weights, 0) + _tap(x, taps, weights, 1)
+    elif count == 4:
+        y = (
+            _tap(x, taps, weights, 0)
+            + _tap(x, taps, weights, 1)
+            + _tap(x, taps, weights, 2)
+            + _tap(x, taps, weights, 3)
+        )
+    else:
+        y = fn.sequence_rearrange(x, new_order=fn.reshape(taps, shape=[-1]))
+        y = fn.reshape(y, shape=fn.stack(count, target, width * 3), layout="TFC") * weights
+        y = fn.reductions.sum(y, axes=[0])
     return fn.reshape(y, shape=fn.stack(target, width, 0 * width + 3), layout="HWC")
 
 
+def _tap(x, taps, weights, number):
+    """Each target row's source row of one number, weighted."""
+    return fn.sequence_rearrange(x, new_order=taps[number]) * weights[number]
+
+
 def _add_noise(x, field, row):
-    """Gaussian: level * field. Poisson: factor * sqrt(v / n) * field, v the (gray) value, n photons a unit."""
+    """Gaussian: level * field. Poisson: factor * sqrt(255 v / n) * field, v the (gray) value of 255, n photons."""
     if row[1] > 0:
         if row[2] > 0:
-            value = dmath.clamp(fn.reductions.sum(x * types.Constant(_LUMA), axes=[2], keep_dims=True), 0.0, 1.0)
+            value = _clamp(x[:, :, 0:1] * _LUMA[0] + x[:, :, 1:2] * _LUMA[1] + x[:, :, 2:3] * _LUMA[2])
         else:
-            value = dmath.clamp(x, 0.0, 1.0)
-        amplitude = dmath.sqrt(value / _photons(value)) * row[0]
-        y = x + amplitude * field
+            value = _clamp(x)
+        y = x + dmath.sqrt(value * (255.0 / _photons(value))) * (row[0] * field)
     else:
         y = x + row[0] * field
-    return fn.reshape(dmath.clamp(y, 0.0, 1.0), layout="HWC")
+    return fn.reshape(y, layout="HWC")
 
 
 def _photons(value):
     """A power of two, the first that is no less than the image's span of 8-bit levels."""
     highest = fn.reductions.max(value, axes=[0, 1, 2])
     lowest = fn.reductions.min(value, axes=[0, 1, 2])
-    span = dmath.floor(highest * 255.0 + 0.5) - dmath.floor(lowest * 255.0 + 0.5)
+    span = dmath.floor(highest + 0.5) - dmath.floor(lowest + 0.5)
     return dmath.fpow(2.0, dmath.ceil(dmath.log2(span + 1.0)))
 
 
 def _jpeg(x, quality):
-    return fn.cast(fn.jpeg_compression_distortion(_to_bytes(x), quality=quality), dtype=types.FLOAT) / 255.0
+    """Bytes of float pixels that went through a JPEG file."""
+    return fn.jpeg_compression_distortion(_to_bytes(x), quality=quality)
 
 
 def _usm_sharpen(x, device):
     """BasicSR's USMSharp: add half of what a wide blur removes, where that is more than a threshold."""
     # Two one-dimensional filters: eight times as fast as fn.gaussian_blur on a CPU.
-    blur = [types.Constant(factor, device=device) for factor in build_factors(_USM_BLUR)]
-    residual = x - _filter(x, *blur)
-    mask = fn.cast(dmath.abs(residual) * 255.0 > _USM_THRESHOLD, dtype=types.FLOAT)
-    soft = _filter(fn.reshape(mask, layout="HWC"), *blur)
-    sharp = dmath.clamp(x + _USM_AMOUNT * residual, 0.0, 1.0)
-    return fn.reshape(x + soft * (sharp - x), layout="HWC")
+    row, column = (types.Constant(factor, device=device) for factor in build_factors(_USM_BLUR))
+    residual = x - _correlate(_correlate(x, row), column)
+    mask = fn.cast(dmath.abs(residual) > _USM_THRESHOLD, dtype=types.FLOAT)
+    soft = _correlate(_correlate(fn.reshape(mask, layout="HWC"), row), column)
+    return fn.reshape(x + soft * (_clamp(x + _USM_AMOUNT * residual) - x), layout="HWC")
+
+
+def _clamp(x):
+    # dmath.clamp takes three times as long on a CPU.
+    return dmath.min(dmath.max(x, 0.0), 255.0)
+
+
+def _to_float(x):
+    return fn.cast(x, dtype=types.FLOAT)
 
 
 def _to_bytes(x):
     """Clamped, rounded to nearest: DALI's cast does both."""
-    return fn.reshape(fn.cast(x * 255.0, dtype=types.UINT8), layout="HWC")
+    return fn.reshape(fn.cast(x, dtype=types.UINT8), layout="HWC")

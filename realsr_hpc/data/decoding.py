@@ -10,7 +10,8 @@
 | a phone's picture with a second view (MPO) | the first view |
 | animation, several pages | refused: `frames` |
 | 32-bit integer or float | refused: `depth` (its range is unknown) |
-| truncated, unreadable, too large | refused: `broken` |
+| truncated, unreadable | refused: `broken` |
+| more than 179 million pixels | refused: `huge` (a decompression bomb) |
 """
 
 from __future__ import annotations
@@ -22,28 +23,31 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from realsr_hpc.data.storage import open_bytes
+
 
 class BrokenImage(ValueError):
     """A file that gives no usable photograph; the message starts with the kind of fault."""
 
 
 def decode_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode one file by the table above.
+    """Decode one file, or member of a tar, by the table above.
 
     Raises:
-        BrokenImage: with `missing`, `frames`, `depth` or `broken` first.
+        BrokenImage: with `missing`, `frames`, `depth`, `huge` or `broken` first.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with open_bytes(path) as stream, warnings.catch_warnings(), Image.open(stream) as image:
+            # Above half of the size that Pillow refuses it warns: a scan or panorama, and usable.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return np.asarray(_upright_rgb(image))
     except FileNotFoundError as error:
         raise BrokenImage("missing: no such file") from error
     except BrokenImage:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenImage(f"broken: {error}") from error
-    except Image.DecompressionBombWarning as error:
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(f"huge: {error}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise BrokenImage(f"broken: {error}") from error
 
 

@@ -20,6 +20,7 @@ import torch
 import realsr_hpc
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.degradation import PRESETS, Stream, generator
+from realsr_hpc.data.graph_inputs import DegradationInput
 from realsr_hpc.data.labels import check_edges, label
 from realsr_hpc.data.manifest import Manifest, read_manifest
 from realsr_hpc.data.samples import Geometry, Sample, Samples
@@ -175,7 +176,7 @@ class LQLoader:
 
     def _degrade(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
         # DALI takes over a second to import: not for paired data, nor for who only reads a manifest.
-        from realsr_hpc.data.dali_pipeline import DegradationInput, DegradationPipeline
+        from realsr_hpc.data.dali_pipeline import DegradationPipeline
 
         if self._pipeline is None:
             geometry = self._samples.geometry

@@ -6,7 +6,6 @@ reports what is missing, altered or broken; nothing here decides what to train o
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
+from realsr_hpc.data.storage import exists, sha256_of
 from realsr_hpc.records import SceneText
 
 SCHEMA = pa.schema(
@@ -145,12 +145,6 @@ def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def verify(manifest: Manifest, on_entry: Callable[[], None] = lambda: None) -> VerifyReport:
     """Read every photograph whole: existence, checksum, decoding. `on_entry` is called after each (progress)."""
     good: list[ManifestEntry] = []
@@ -168,7 +162,7 @@ def verify(manifest: Manifest, on_entry: Callable[[], None] = lambda: None) -> V
 def entry_fault(manifest: Manifest, entry: ManifestEntry) -> str | None:
     """Why the entry cannot be used, or None."""
     path = manifest.path(entry)
-    if not path.is_file():
+    if not exists(path):
         return "missing"
     if entry.sha256 and sha256_of(path) != entry.sha256:
         return "checksum"

@@ -1,7 +1,10 @@
-"""Folders of photographs -> a checked manifest: sizes, checksums, splits, captions, and what was found wrong.
+"""Folders of photographs or tars -> a checked manifest: sizes, checksums, splits, captions, and what was found wrong.
 
-Near-duplicates (a difference hash of 64 bits, at most 3 bits apart) are reported and kept on one side of the split,
-so that no held-out photograph has its twin in training. Nothing is copied or changed.
+Three passes: every photograph is examined (decoded, hashed) in parallel; those without captions are described, if a
+captioner is given; then all is joined. The first two keep journals in `output/.prepare`, so that a killed run goes on
+where it stood, and a shard (k of n, a task of a Slurm array) does its share of them and stops. Near-duplicates are
+reported and kept on one side of the split, so that no held-out photograph has its twin in training. Nothing is copied
+or changed.
 """
 
 from __future__ import annotations
@@ -9,155 +12,233 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from realsr_hpc.data.decoding import BrokenImage, decode_image
-from realsr_hpc.data.manifest import ManifestEntry, sha256_of, write_manifest
+from realsr_hpc.data.describe import Captioner, ClassTagger, tags_of_captions
+from realsr_hpc.data.duplicates import difference_hash, near_duplicates
+from realsr_hpc.data.journal import Journal
+from realsr_hpc.data.manifest import ManifestEntry, write_manifest
+from realsr_hpc.data.notes import CAPTIONS, Note, note_beside, read_notes, refuse_unused
+from realsr_hpc.data.samples import MIN_PHOTOGRAPH_PX
+from realsr_hpc.data.sources import Item, find_items, folder_splits
+from realsr_hpc.data.storage import sha256_of, stamp
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-CAPTION_FIELDS = frozenset(
-    {"key", "path", "split", "caption_rough", "caption_middle", "caption_final", "tags", "lq_path", "source"}
-)
-_DUPLICATE_BITS = 3
+_DESCRIBED_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How a source is prepared."""
+
+    captions: Path | None = None
+    """JSON lines: see `notes.py`."""
+    heldout_fraction: float = 0.1
+    """Share of the photographs whose split neither a note nor a folder tells."""
+    captioner: Captioner | None = None
+    """Describes photographs without captions."""
+    tagger: ClassTagger | str | None = None
+    """Tags photographs without tags: a model, `captions` (their content words) or `folder` (its name)."""
+    num_threads: int = 1
+    shard: tuple[int, int] | None = None
+    """(k, n), k from 1: examine and describe every n-th photograph only and write no manifest."""
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What came of a folder."""
+    """What came of a source."""
 
-    manifest: Path
+    manifest: Path | None
+    """None after a shard."""
     entries: tuple[ManifestEntry, ...]
     faults: dict[str, str]
-    """By path relative to the source: why the file was left out."""
-    duplicates: tuple[tuple[str, ...], ...]
+    """By path relative to the source: why the file was left out, the kind of fault first."""
+    duplicates: tuple[tuple[str, ...], ...] = ()
     """Groups of keys that look alike."""
-    without_captions: int
+    reused: int = 0
+    """Photographs that an earlier run or another shard had examined."""
+    without_captions: int = 0
 
     @property
     def splits(self) -> dict[str, int]:
         """Photographs by split."""
         return dict(Counter(entry.split for entry in self.entries))
 
-
-def find_photographs(source: Path) -> list[Path]:
-    """Image files below the folder, sorted.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if not source.is_dir():
-        raise ValueError(f"source {source} is not a folder")
-    found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
-        raise ValueError(f"source {source} holds no photograph; endings looked for: {sorted(SUFFIXES)}")
-    return found
+    @property
+    def fault_counts(self) -> dict[str, int]:
+        """Photographs left out, by kind of fault."""
+        return dict(Counter(fault.split(":")[0] for fault in self.faults.values()))
 
 
 def prepare(
     source: Path,
     output: Path,
-    captions: Path | None = None,
-    heldout_fraction: float = 0.1,
-    on_photograph: Callable[[], None] = lambda: None,
+    options: PrepareOptions | None = None,
+    on_photograph: Callable[[int, int], None] = lambda done, total: None,
 ) -> PrepareReport:
-    """Write `output/manifest.parquet` for the photographs below `source`.
+    """Write `output/manifest.parquet` and `report.json` for the photographs below `source`.
 
-    Captions come from one JSON-lines file (a `path` relative to `source`, or a `key`, in each line) or from
-    `<image>.json` beside a photograph. A `split` given there holds; otherwise a hash of the key decides, so adding
-    photographs never moves the others (`lq_path` there is relative to `source` too).
+    A `split` in a note holds; then folders called train and test; then a hash of the key decides, so adding
+    photographs never moves the others. `on_photograph` is told how many of how many are examined.
 
     Raises:
-        ValueError: for a fraction outside 0..1, an unknown caption field, or a caption without its photograph.
+        ValueError: for wrong options, an unknown caption field, or a caption without its photograph.
     """
-    if not 0.0 <= heldout_fraction <= 1.0:
-        raise ValueError(f"heldout_fraction is {heldout_fraction}: give a share between 0 and 1")
-    photographs = find_photographs(source)
-    notes = _read_captions(captions) if captions else {}
-    partners = {source / note["lq_path"] for note in notes.values() if note.get("lq_path")}
-    entries, faults, hashes = [], {}, []
-    output.mkdir(parents=True, exist_ok=True)
-    for path in (path for path in photographs if path not in partners):
-        try:
-            entry, look = _examine(path, source, output, notes)
-            entries.append(entry)
-            hashes.append(look)
-        except BrokenImage as error:
-            faults[path.relative_to(source).as_posix()] = str(error)
-        on_photograph()
-    _refuse_unused(notes, entries, faults)
-    groups = near_duplicates(hashes)
-    entries = _assign_splits(entries, groups, heldout_fraction)
+    options = options or PrepareOptions()
+    _check(options)
+    items, left_out = find_items(source)
+    notes = read_notes(options.captions) if options.captions else {}
+    items = _with_partners(items, notes, source)
+    splits = dict(zip((item.name for item in items), folder_splits(items), strict=True))
+    mine = items[options.shard[0] - 1 :: options.shard[1]] if options.shard else items
+    rows, reused = _examine_all(mine, output, options, on_photograph)
+    told = {item.name: _note(item, notes) for item in mine}
+    sound = [item for item in mine if "fault" not in rows[item.name]]
+    _describe_all(sound, told, output, options)
+    faults = left_out | {item.name: rows[item.name]["fault"] for item in mine if "fault" in rows[item.name]}
+    entries = [_entry(item, rows[item.name], told[item.name], splits[item.name], output) for item in sound]
+    if options.shard:
+        return PrepareReport(None, tuple(entries), faults, (), reused, _without_captions(entries))
+    refuse_unused(notes, [*_keys(entries), *faults, *(str(Path(name).with_suffix("")) for name in faults)])
+    groups = near_duplicates([int(rows[item.name]["look"], 16) for item in sound])
+    entries = _assign_splits(entries, groups, options.heldout_fraction)
     write_manifest(output / "manifest.parquet", entries)
-    return PrepareReport(
-        manifest=output / "manifest.parquet",
-        entries=tuple(entries),
-        faults=faults,
-        duplicates=tuple(tuple(entries[i].key for i in group) for group in groups),
-        without_captions=sum(entry.scene is None for entry in entries),
+    duplicates = tuple(tuple(entries[i].key for i in group) for group in groups)
+    report = PrepareReport(
+        output / "manifest.parquet", tuple(entries), faults, duplicates, reused, _without_captions(entries)
     )
+    (output / "report.json").write_text(json.dumps(_told(report), indent=2) + "\n", encoding="utf-8")
+    return report
 
 
-def difference_hash(image: np.ndarray) -> int:
-    """64 bits: is each of 8 x 8 grey cells darker than its right neighbour. `image` is uint8 [H, W, 3]."""
-    cells = np.asarray(Image.fromarray(image).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
-    return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
+def _check(options: PrepareOptions) -> None:
+    if not 0.0 <= options.heldout_fraction <= 1.0:
+        raise ValueError(f"heldout_fraction is {options.heldout_fraction}: give a share between 0 and 1")
+    if options.shard and not 1 <= options.shard[0] <= options.shard[1]:
+        raise ValueError(f"shard is {options.shard[0]}/{options.shard[1]}: give k/n with k from 1 to n")
+    if isinstance(options.tagger, str) and options.tagger not in ("captions", "folder"):
+        raise ValueError(f"tagger is {options.tagger!r}: give captions, folder, or a model's folder")
 
 
-def near_duplicates(hashes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Groups of positions whose hashes differ in at most 3 bits, chains joined.
-
-    Two such hashes agree on at least one of four 16-bit parts, so only those that share a part are compared.
-    """
-    parent = list(range(len(hashes)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
-    for shift in (0, 16, 32, 48):
-        buckets: dict[int, list[int]] = defaultdict(list)
-        for i, value in enumerate(hashes):
-            buckets[value >> shift & 0xFFFF].append(i)
-        for members in buckets.values():
-            for i, j in combinations(members, 2):
-                if (hashes[i] ^ hashes[j]).bit_count() <= _DUPLICATE_BITS:
-                    low, high = sorted((root(i), root(j)))
-                    parent[high] = low
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(hashes)):
-        groups[root(i)].append(i)
-    return [tuple(group) for group in groups.values() if len(group) > 1]
+def _with_partners(items: Sequence[Item], notes: Mapping[str, Note], source: Path) -> list[Item]:
+    """Notes' partners joined, and the partners themselves no photographs of their own."""
+    partners = {note["lq_path"] for note in notes.values() if note.get("lq_path")}
+    kept = [item for item in items if item.name not in partners]
+    named = {item.name: notes.get(item.name) or notes.get(item.stem) or {} for item in kept}
+    return [
+        replace(item, lq_path=source / named[item.name]["lq_path"]) if named[item.name].get("lq_path") else item
+        for item in kept
+    ]
 
 
-def _examine(path: Path, source: Path, output: Path, notes: Mapping[str, dict]) -> tuple[ManifestEntry, int]:
-    image = decode_image(path)
-    relative = path.relative_to(source)
-    note = notes.get(relative.as_posix()) or notes.get(relative.with_suffix("").as_posix()) or _beside(path)
-    lq_path = note.get("lq_path")
-    entry = ManifestEntry(
-        key=note.get("key", relative.with_suffix("").as_posix()),
-        path=_relative(path, output),
-        split=note.get("split", ""),
-        width=image.shape[1],
-        height=image.shape[0],
-        sha256=sha256_of(path),
-        caption_rough=note.get("caption_rough", ""),
-        caption_middle=note.get("caption_middle", ""),
-        caption_final=note.get("caption_final", ""),
+def _note(item: Item, notes: Mapping[str, Note]) -> Note:
+    given = notes.get(item.name) or notes.get(item.stem) or (note_beside(item.path) if not item.note else {})
+    return {**item.note, **given}
+
+
+def _examine_all(
+    items: Sequence[Item], output: Path, options: PrepareOptions, on_photograph: Callable[[int, int], None]
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Rows by name, from the journal where it has them, and how many it had."""
+    journal = Journal(output / ".prepare", "examined", options.shard)
+    rows = {item.name: row for item in items if (row := journal.get(item.name, _stamp(item))) is not None}
+    todo = [item for item in items if item.name not in rows]
+    reused = len(rows)
+    on_photograph(reused, len(items))
+    # Threads are enough: decoding and hashing release the interpreter.
+    with ThreadPoolExecutor(options.num_threads) as pool:
+        for item, row in zip(todo, pool.map(_examine, todo), strict=True):
+            rows[item.name] = journal.add(item.name, _stamp(item), row)
+            on_photograph(len(rows), len(items))
+    journal.close()
+    return rows, reused
+
+
+def _examine(item: Item) -> dict[str, Any]:
+    try:
+        image = decode_image(item.path)
+        if min(image.shape[:2]) < MIN_PHOTOGRAPH_PX:
+            raise BrokenImage(
+                f"small: {image.shape[1]}x{image.shape[0]} px, at least {MIN_PHOTOGRAPH_PX} px are needed"
+            )
+        if item.lq_path is not None:
+            decode_image(item.lq_path)
+    except BrokenImage as error:
+        return {"fault": str(error)}
+    look = f"{difference_hash(image):016x}"
+    return {"width": image.shape[1], "height": image.shape[0], "sha256": sha256_of(item.path), "look": look}
+
+
+def _stamp(item: Item) -> str:
+    """Of the photograph and its partner: a row examined without the partner is examined again with it."""
+    return stamp(item.path) if item.lq_path is None else f"{stamp(item.path)}+{item.lq_path.name}"
+
+
+def _describe_all(items: Sequence[Item], told: dict[str, Note], output: Path, options: PrepareOptions) -> None:
+    """Add captions and tags to the notes that lack them."""
+    if options.captioner is not None:
+        captioner = options.captioner
+        lacking = [item for item in items if not told[item.name].get("caption_final")]
+        found = _described(lacking, output, f"captions-{captioner.name}", captioner, options.shard)
+        for name, texts in found:
+            told[name] |= dict(zip(CAPTIONS, texts, strict=True))
+    lacking = [item for item in items if not told[item.name].get("tags")]
+    if isinstance(options.tagger, ClassTagger):
+        for name, tags in _described(lacking, output, f"tags-{options.tagger.name}", options.tagger, options.shard):
+            told[name]["tags"] = tags
+    for item in lacking:
+        note = told[item.name]
+        if options.tagger == "folder" and item.folders:
+            note["tags"] = [item.folders[-1].replace("_", " ").lower()]
+        elif options.tagger == "captions" and note.get("caption_final"):
+            note["tags"] = list(tags_of_captions(tuple(note[name] for name in CAPTIONS)))
+
+
+def _described(
+    items: Sequence[Item], output: Path, kind: str, model: Callable, shard: tuple[int, int] | None
+) -> Iterable[tuple[str, list[str]]]:
+    """(name, texts) of each item, a batch at a time, through the model's own journal."""
+    journal = Journal(output / ".prepare", kind, shard)
+    todo = []
+    for item in items:
+        row = journal.get(item.name, _stamp(item))
+        if row is None:
+            todo.append(item)
+        else:
+            yield item.name, row["texts"]
+    for start in range(0, len(todo), _DESCRIBED_AT_ONCE):
+        batch = todo[start : start + _DESCRIBED_AT_ONCE]
+        for item, texts in zip(batch, model([decode_image(item.path) for item in batch]), strict=True):
+            yield item.name, journal.add(item.name, _stamp(item), {"texts": list(texts)})["texts"]
+    journal.close()
+
+
+def _entry(item: Item, row: Mapping[str, Any], note: Note, split: str, output: Path) -> ManifestEntry:
+    return ManifestEntry(
+        key=note.get("key", item.stem),
+        path=_relative(item.path, output),
+        split=note.get("split", split),
+        width=row["width"],
+        height=row["height"],
+        sha256=row["sha256"],
+        **{name: note.get(name, "") for name in CAPTIONS},
         tags=tuple(note.get("tags", ())),
-        lq_path=_relative(source / lq_path, output) if lq_path else None,
+        lq_path=_relative(item.lq_path, output) if item.lq_path else None,
         source=note.get("source", ""),
     )
-    return entry, difference_hash(image)
+
+
+def _keys(entries: Sequence[ManifestEntry]) -> list[str]:
+    return [entry.key for entry in entries]
+
+
+def _without_captions(entries: Sequence[ManifestEntry]) -> int:
+    return sum(entry.scene is None for entry in entries)
 
 
 def _assign_splits(
@@ -168,7 +249,7 @@ def _assign_splits(
     for i, entry in enumerate(entries):
         first = entries[leader.get(i, i)]
         splits.append(entry.split or first.split or _split_of(first.key, heldout_fraction))
-    return [ManifestEntry(**{**vars(entry), "split": split}) for entry, split in zip(entries, splits, strict=True)]
+    return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)]
 
 
 def _split_of(key: str, heldout_fraction: float) -> str:
@@ -176,48 +257,17 @@ def _split_of(key: str, heldout_fraction: float) -> str:
     return "heldout" if share < heldout_fraction else "train"
 
 
-def _read_captions(path: Path) -> dict[str, dict[str, Any]]:
-    notes: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        note = _checked(json.loads(line), f"{path}:{number}")
-        name = note.get("path") or note.get("key")
-        if not name:
-            raise ValueError(f"{path}:{number} has neither path nor key; name the photograph it describes")
-        notes[name] = note
-    return notes
-
-
-def _beside(path: Path) -> dict[str, Any]:
-    note = path.with_name(path.name + ".json")
-    return _checked(json.loads(note.read_text(encoding="utf-8")), str(note)) if note.is_file() else {}
-
-
-def _checked(note: dict[str, Any], where: str) -> dict[str, Any]:
-    unknown = sorted(set(note) - CAPTION_FIELDS)
-    if unknown:
-        raise ValueError(f"{where} has the unknown fields {unknown}; known: {sorted(CAPTION_FIELDS)}")
-    texts = [note.get(name, "") for name in ("caption_rough", "caption_middle", "caption_final")]
-    if any(texts) and not all(texts):
-        raise ValueError(f"{where} has some of the three captions; give all of them or none")
-    if any("<" in text or ">" in text for text in texts):
-        raise ValueError(f"{where} has '<' or '>' in a caption: leave out what closes a trace's fields")
-    return note
-
-
-def _refuse_unused(
-    notes: Mapping[str, dict[str, Any]], entries: Sequence[ManifestEntry], faults: Mapping[str, str]
-) -> None:
-    used = {entry.key for entry in entries} | set(faults) | {str(Path(name).with_suffix("")) for name in faults}
-    unused = [name for name, note in notes.items() if name not in used and note.get("key", _stem(name)) not in used]
-    if unused:
-        raise ValueError(f"captions describe {unused[:5]}, not found below source; correct path or key")
-
-
-def _stem(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
-
-
 def _relative(path: Path, output: Path) -> str:
     return Path(os.path.relpath(path.resolve(), output.resolve())).as_posix()
+
+
+def _told(report: PrepareReport) -> dict[str, Any]:
+    """The report as a person or a script reads it later."""
+    return {
+        "photographs": len(report.entries),
+        "splits": report.splits,
+        "without_captions": report.without_captions,
+        "left_out": report.fault_counts,
+        "faults": report.faults,
+        "duplicates": report.duplicates,
+    }

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.degradation import (
@@ -128,10 +129,17 @@ class Samples:
         return Sample(index, entry, cut(image, crop), None, drawn)
 
     def _paired(self, index: int, entry: ManifestEntry, rng: np.random.Generator) -> Sample:
-        """Windows at native resolution: resampling would alter the real degradation."""
+        """Windows at native resolution: resampling would alter the real degradation.
+
+        A low-quality photograph as large as its truth (RealSR and DRealSR as released) is averaged down first.
+        """
         upscale = self.geometry.upscale
         gt = decode_image(self.manifest.path(entry))
-        lq = _decode_at_least(self.manifest.lq_path(entry), self.geometry.lq_size_px)
+        lq = decode_image(self.manifest.lq_path(entry))
+        if lq.shape == gt.shape:
+            gt = gt[: gt.shape[0] // upscale * upscale, : gt.shape[1] // upscale * upscale]
+            lq = np.asarray(Image.fromarray(lq[: gt.shape[0], : gt.shape[1]]).reduce(upscale))
+        _refuse_small(lq, self.geometry.lq_size_px)
         if gt.shape[:2] != (lq.shape[0] * upscale, lq.shape[1] * upscale):
             raise BrokenImage(f"pair: truth {gt.shape[:2]} is not {upscale} x low quality {lq.shape[:2]}")
         crop = _window(rng, lq, self.geometry.lq_size_px, self.geometry.hflip)
@@ -153,6 +161,10 @@ def _window(rng: np.random.Generator, image: Pixels, side: int, hflip: float) ->
 
 def _decode_at_least(path: Path, side: int) -> Pixels:
     image = decode_image(path)
+    _refuse_small(image, side)
+    return image
+
+
+def _refuse_small(image: Pixels, side: int) -> None:
     if min(image.shape[:2]) < side:
         raise BrokenImage(f"small: {image.shape[1]}x{image.shape[0]} px, at least {side} px a side are needed")
-    return image

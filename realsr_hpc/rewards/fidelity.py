@@ -3,6 +3,7 @@
 reference=lq (default, no truth needed): the final image is area-averaged to the LQ size and compared with the LQ
 image, both first smoothed a little so that the LQ image's noise and block edges weigh less than its content.
 reference=gt: compared with the truth at full size. The generation reward alone pays for invention; this holds it.
+metric=pyiqa (with reference=gt): LPIPS, DISTS, TOPIQ-FR and the like by name, direction and range from pyiqa's table.
 Maps: psnr -> (dB - low) / (high - low); l1 -> 1 - mean |difference| / 255; ssim -> itself, negatives cut.
 """
 
@@ -25,11 +26,12 @@ class FidelityReward(Reward):
     needs_image = True
 
     def __init__(self, options: FidelityOptions):
-        if options.psnr_low >= options.psnr_high:
-            raise ValueError(
-                f"fidelity: psnr_low={options.psnr_low} must be below psnr_high={options.psnr_high}; swap or widen them"
-            )
         self.options = options
+        self.perceptual = None
+        if options.metric == "pyiqa":
+            from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
+
+            self.perceptual = PyiqaMetrics(options.metrics, options.weights_dir, mode="FR")
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Scores [n] in [0, 1]; 0 where reference=gt and there is no truth."""
@@ -51,6 +53,8 @@ class FidelityReward(Reward):
         ]
 
     def _compare(self, images: np.ndarray, references: np.ndarray) -> np.ndarray:
+        if self.perceptual is not None:
+            return self.perceptual(list(images), list(references))
         ours, truth = torch.from_numpy(images).float(), torch.from_numpy(references).float()
         if self.options.reference == "lq":
             ours = smooth(downscale_area(ours, (truth.shape[1], truth.shape[2])), self.options.smooth_px)

@@ -4,6 +4,7 @@ Experts: `niqe` (our own, natural scene statistics), `ranker` (our own small CNN
 and `pyiqa` (any of its metrics, weights staged by the user). docs/rewards.md has the measured rankings.
 Maps to [0, 1]: niqe -> 1 / (1 + (d / half)^2), half the distance that earns 1/2; ranker -> logistic of its score,
 which training scales so that ±2 spans clean to heavily degraded; pyiqa -> its stated range, direction turned.
+What the expert says is multiplied by the stripe guard, unless the recipe turns it off.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from realsr_hpc.config.reward_options import GenerationOptions
 from realsr_hpc.rewards.base import Candidate, Reward
 from realsr_hpc.rewards.niqe import NIQEModel, niqe
 from realsr_hpc.rewards.ranker import Ranker
+from realsr_hpc.rewards.stripes import stripe_guard
 
 NIQE_PATH = "recipes/assets/tiny/niqe_pristine.npz"
 RANKER_PATH = "recipes/assets/tiny/ranker.safetensors"
@@ -31,16 +33,14 @@ class GenerationReward(Reward):
     needs_image = True
 
     def __init__(self, options: GenerationOptions):
-        if (options.expert == "pyiqa") != bool(options.metrics):
-            raise ValueError(
-                f"generation: expert={options.expert} with metrics={options.metrics}; "
-                "name metrics with expert=pyiqa, and only then"
-            )
+        self.options = options
         self.expert = build_expert(options)
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Scores [n] in [0, 1]."""
-        return self.expert([item.image for item in candidates if item.image is not None])
+        images = [item.image for item in candidates if item.image is not None]
+        scores = self.expert(images)
+        return scores * stripe_guard(images, [item.gt for item in candidates]) if self.options.stripe_guard else scores
 
 
 def build_expert(options: GenerationOptions) -> Expert:

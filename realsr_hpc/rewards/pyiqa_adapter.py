@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,20 +33,28 @@ _LIBRARIES: list[Any] = []
 
 
 class PyiqaMetrics:
-    """Mean of some no-reference pyiqa metrics, each in [0, 1], higher better."""
+    """Mean of some pyiqa metrics, each in [0, 1], higher better: without a reference (`NR`) or with one (`FR`)."""
 
-    def __init__(self, names: Sequence[str], weights_dir: str | None = None, device: str = "cpu"):
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights_dir: str | None = None,
+        device: str = "cpu",
+        mode: Literal["NR", "FR"] = "NR",
+    ):
         pyiqa = load_pyiqa(resolve(weights_dir) if weights_dir else None)
-        self.metrics = [(*normalisation(name), _create(pyiqa, name, device)) for name in names]
+        self.metrics = [(*normalisation(name, mode), _create(pyiqa, name, device)) for name in names]
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Scores [n] of RGB uint8 images [H, W, 3]."""
+    def __call__(self, images: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None) -> np.ndarray:
+        """Scores [n] of RGB uint8 images [H, W, 3], against references of the same shapes with `FR`."""
         scores = np.zeros(len(images))
         for places, stack in same_shapes(images):
-            pixels = torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 255.0
+            inputs = [_pixels(stack)]
+            if references is not None:
+                inputs.append(_pixels(np.stack([references[place] for place in places])))
             for low, high, lower_better, metric in self.metrics:
-                raw = metric(pixels).double().reshape(-1).cpu().numpy()
+                raw = metric(*inputs).double().reshape(-1).cpu().numpy()
                 unit = np.clip((raw - low) / (high - low), 0.0, 1.0)
                 scores[places] += (1.0 - unit if lower_better else unit) / len(self.metrics)
         return scores
@@ -56,18 +64,23 @@ OPEN_RANGES = {"niqe": (0.0, 20.0), "ilniqe": (0.0, 100.0), "brisque": (0.0, 100
 """Where pyiqa's table leaves an end open, the range that is used here, in the metric's own unit."""
 
 
-def normalisation(name: str) -> tuple[float, float, bool]:
+def _pixels(stack: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(stack)).permute(0, 3, 1, 2).float() / 255.0
+
+
+def normalisation(name: str, mode: Literal["NR", "FR"] = "NR") -> tuple[float, float, bool]:
     """Low and high end and whether lower is better, from pyiqa's table; `load_pyiqa` must have run.
 
-    Raises ValueError for an unknown metric, one that needs a reference, or one without a usable range.
+    Raises ValueError for an unknown metric, one of the other mode, or one without a usable range.
     """
     from pyiqa.default_model_configs import DEFAULT_CONFIGS
 
     if name not in DEFAULT_CONFIGS:
         raise ValueError(f"pyiqa has no metric {name!r}; it has {', '.join(sorted(DEFAULT_CONFIGS))}")
     entry = DEFAULT_CONFIGS[name]
-    if entry.get("metric_mode") != "NR":
-        raise ValueError(f"pyiqa metric {name!r} needs a reference image; the generation reward takes NR metrics")
+    if entry.get("metric_mode") != mode:
+        other = {"NR": "needs a reference: use fidelity", "FR": "takes no reference: use generation"}[mode]
+        raise ValueError(f"pyiqa metric {name!r} {other}")
     ends = OPEN_RANGES.get(name) or tuple(_number(end) for end in entry.get("score_range", ",").split(","))
     low, high = ends if len(ends) == 2 else (None, None)
     if low is None or high is None or low >= high:
@@ -101,7 +114,7 @@ def verify_weights(folder: Path) -> None:
     """Check every file of `folder`/SHA256SUMS. Raises ValueError naming what is missing or differs."""
     listing = folder / "SHA256SUMS"
     if not listing.is_file():
-        raise ValueError(f"{listing} not found; stage the weights and run `sha256sum hub/*/* > SHA256SUMS` there")
+        raise ValueError(f"{listing} not found; stage the weights with tools/stage_weights.py recipe=NAME collect=DIR")
     for line in listing.read_text().splitlines():
         expected, name = line.split(maxsplit=1)
         path = folder / name.lstrip("*")

@@ -1,6 +1,8 @@
 """Understanding reward: are the content tags named, and do the three texts say what their captions say?
 
-Tags: share of the tags that stand in the rough text as whole words, singular or plural. Similarity: chrF
+Tags: share of the tags that stand in the rough text as whole words, singular or plural; with `synonyms` also by another
+word of the same WordNet sense, or by words whose embeddings are near. Similarity of each text with the caption of its
+own stage: chrF
 (Popovic 2015; the chrF2 of sacrebleu, character 1..6-grams, beta 2, no weights to load) or the cosine of
 MiniLM sentence embeddings. Without tags or captions the term is 0 for every rollout of the group.
 """
@@ -10,12 +12,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from realsr_hpc.config.reward_options import UnderstandingOptions
 from realsr_hpc.records import SceneText
 from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.rewards.wordnet import WordNet
 
 _CHRF_ORDER = 6
 _CHRF_BETA = 2.0
@@ -27,18 +31,31 @@ class UnderstandingReward(Reward):
     def __init__(self, options: UnderstandingOptions):
         self.options = options
         self._minilm = None
-        if options.similarity == "minilm":
+        self._wordnet = WordNet(Path(options.wordnet_dir)) if options.synonyms == "wordnet" else None
+        if "minilm" in (options.similarity, options.synonyms):
             from realsr_hpc.rewards.minilm import MiniLM
 
             self._minilm = MiniLM()
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Scores [n] in [0, 1]."""
-        tags = np.array([tag_share(item.trace.texts[0], item.scene) for item in candidates], np.float64)
+        tags = np.array([self._tag_share(item) for item in candidates], np.float64)
         if self.options.similarity == "none":
             return tags
         weight = self.options.tags_weight
         return weight * tags + (1.0 - weight) * self._similarities(candidates)
+
+    def _tag_share(self, item: Candidate) -> float:
+        text, scene = item.trace.texts[0], item.scene
+        if self.options.synonyms == "none" or text is None or scene is None or not scene.tags:
+            return tag_share(text, scene)
+        named = np.array([names(text, tag) for tag in scene.tags])
+        if self._wordnet is not None:
+            synonyms = [any(names(text, word) for word in self._wordnet.synonyms(tag)) for tag in scene.tags]
+            named = named | np.array(synonyms)
+        elif self.options.synonyms == "minilm" and self._minilm is not None:
+            named = named | (self._minilm.nearest(scene.tags, _phrases(text)) >= self.options.min_cosine)
+        return float(named.mean())
 
     def _similarities(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Mean over the three texts, [n]; a missing text or caption counts 0."""
@@ -51,7 +68,8 @@ class UnderstandingReward(Reward):
             if text and caption
         ]
         texts, captions = [text for _, text, _ in pairs], [caption for _, _, caption in pairs]
-        values = self._minilm.similarity(texts, captions) if self._minilm else list(map(chrf, texts, captions))
+        by_meaning = self.options.similarity == "minilm" and self._minilm is not None
+        values = self._minilm.similarity(texts, captions) if by_meaning else list(map(chrf, texts, captions))
         np.add.at(totals, [i for i, _, _ in pairs], values)
         return totals / 3.0
 
@@ -60,9 +78,19 @@ def tag_share(text: str | None, scene: SceneText | None) -> float:
     """Share of the scene's tags named in the text as whole words, plural or singular."""
     if text is None or scene is None or not scene.tags:
         return 0.0
+    return sum(names(text, tag) for tag in scene.tags) / len(scene.tags)
+
+
+def names(text: str, tag: str) -> bool:
+    """Whether the tag stands in the text as whole words, plural or singular."""
     words = " ".join(map(_singular, _words(text)))
-    named = [re.search(rf"\b{re.escape(' '.join(map(_singular, _words(tag))))}\b", words) for tag in scene.tags]
-    return sum(hit is not None for hit in named) / len(named)
+    return re.search(rf"\b{re.escape(' '.join(map(_singular, _words(tag))))}\b", words) is not None
+
+
+def _phrases(text: str) -> list[str]:
+    """Single words and neighbouring pairs."""
+    words = _words(text)
+    return words + [" ".join(pair) for pair in zip(words, words[1:], strict=False)]
 
 
 def chrf(text: str, reference: str) -> float:

@@ -10,9 +10,10 @@ from PIL import Image
 from realsr_hpc.config.schema import DataConfig, DegradationConfig, RunConfig, VLCoTConfig
 from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
 from realsr_hpc.data.manifest import read_manifest, write_manifest
-from realsr_hpc.data.prepare import prepare
+from realsr_hpc.data.prepare import PrepareOptions, prepare
 
 torch.set_num_threads(1)
+ALL_TRAIN = PrepareOptions(heldout_fraction=0.0)
 BUNDLED = str(PROJECT_ROOT / "recipes/assets/photographs/manifest.parquet")
 
 
@@ -146,7 +147,7 @@ def folder(path, num=4, side=96):
 
 
 def test_a_broken_photograph_is_skipped_named_and_counted(opened, tmp_path):
-    report = prepare(folder(tmp_path), tmp_path, heldout_fraction=0.0)
+    report = prepare(folder(tmp_path), tmp_path, ALL_TRAIN)
     whole = read(opened(config(report.manifest), "train", 4, shuffle=False), 1)
     (tmp_path / "photo1.png").write_bytes((tmp_path / "photo1.png").read_bytes()[:300])
     (tmp_path / "photo3.png").unlink()
@@ -159,7 +160,7 @@ def test_a_broken_photograph_is_skipped_named_and_counted(opened, tmp_path):
 
 
 def test_nothing_usable_is_an_error(opened, tmp_path):
-    report = prepare(folder(tmp_path, num=1), tmp_path, heldout_fraction=0.0)
+    report = prepare(folder(tmp_path, num=1), tmp_path, ALL_TRAIN)
     (tmp_path / "photo0.png").unlink()
     with pytest.raises(ValueError, match="no photograph of .* can be used"):
         opened(config(report.manifest), "train", 1).next()
@@ -171,7 +172,7 @@ def paired_folder(tmp_path, factor=4):
         Image.open(path).resize((96 // factor,) * 2, Image.Resampling.BOX).save(tmp_path / "gt" / f"lq_{path.stem}.bmp")
     notes = [{"path": f"photo{i}.png", "lq_path": f"lq_photo{i}.bmp", "split": "train"} for i in range(4)]
     (tmp_path / "notes.jsonl").write_text("\n".join(map(json.dumps, notes)))
-    return prepare(tmp_path / "gt", tmp_path, tmp_path / "notes.jsonl")
+    return prepare(tmp_path / "gt", tmp_path, PrepareOptions(captions=tmp_path / "notes.jsonl"))
 
 
 def test_paired_windows_lie_over_each_other_unresampled(opened, tmp_path):
@@ -182,6 +183,12 @@ def test_paired_windows_lie_over_each_other_unresampled(opened, tmp_path):
     assert (means - batch.lq.float()).abs().max() <= 1
 
 
+def test_a_partner_as_large_as_its_truth_is_averaged_down(opened, tmp_path):
+    batch = opened(config(paired_folder(tmp_path, factor=1).manifest, mode="paired"), "train", 4).next()
+    means = torch.nn.functional.avg_pool2d(batch.gt.float(), 4)
+    assert batch.lq.shape == (4, 3, 16, 16) and (means - batch.lq.float()).abs().max() <= 1
+
+
 def test_a_pair_of_wrong_sizes_is_skipped(opened, tmp_path):
     loader = opened(config(paired_folder(tmp_path, factor=3).manifest, mode="paired"), "train", 1)
     with pytest.raises(ValueError, match="pair: truth"):
@@ -189,7 +196,7 @@ def test_a_pair_of_wrong_sizes_is_skipped(opened, tmp_path):
 
 
 def test_lq_only_has_no_truth(opened, tmp_path):
-    report = prepare(folder(tmp_path, side=40), tmp_path, heldout_fraction=0.0)
+    report = prepare(folder(tmp_path, side=40), tmp_path, ALL_TRAIN)
     batch = opened(config(report.manifest, mode="lq_only"), "train", 2).next()
     assert batch.gt is None and batch.labels == (None, None)
     assert batch.lq.shape == (2, 3, 16, 16)

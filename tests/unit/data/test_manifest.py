@@ -1,8 +1,6 @@
-"""Decoding rules, the table, its verification, and making it from folders."""
+"""Decoding rules, the table, and its verification."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from PIL import Image
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.loader import PROJECT_ROOT
 from realsr_hpc.data.manifest import ManifestEntry, read_manifest, verify, write_manifest
-from realsr_hpc.data.prepare import difference_hash, near_duplicates, prepare
+from realsr_hpc.data.prepare import prepare
 
 PHOTOGRAPHS = PROJECT_ROOT / "recipes/assets/photographs"
 
@@ -73,6 +71,14 @@ def test_what_cannot_be_used_is_named(tmp_path, kind):
         Image.fromarray(pixels()[..., 0].astype(np.float32)).save(path)
     with pytest.raises(BrokenImage, match=f"^{kind}: "):
         decode_image(path)
+
+
+def test_a_bomb_is_huge(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 60 // 2 - 1)
+    with pytest.raises(BrokenImage, match="^huge: "):
+        decode_image(saved(tmp_path / "bomb.png", Image.fromarray(pixels())))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 60 - 1)
+    assert decode_image(tmp_path / "bomb.png").shape == (40, 60, 3)
 
 
 def test_a_truncated_file_is_broken(tmp_path):
@@ -145,64 +151,3 @@ def test_no_photograph_is_on_both_sides_of_the_split():
     assert {name.split("/")[-1] for name, found in splits.items() if found == {"heldout"}} == {
         "coffee.png", "rocket.jpg", "flower.jpg", "grace_hopper.jpg",
     }  # fmt: skip
-
-
-def test_prepare_reports_broken_and_alike_and_keeps_twins_together(tmp_path):
-    source = tmp_path / "photos" / "deep"
-    source.mkdir(parents=True)
-    for i in range(30):
-        saved(source / f"{i:02}.png", Image.fromarray(pixels(i)))
-        saved(source / f"{i:02}_again.jpg", Image.fromarray(pixels(i)), quality=95)
-    (source / "bad.png").write_bytes(b"nothing")
-    (source / "notes.txt").write_text("not a photograph")
-    report = prepare(tmp_path / "photos", tmp_path / "out", heldout_fraction=0.4)
-    assert report.faults.keys() == {"deep/bad.png"}
-    assert len(report.duplicates) >= 29 and report.without_captions == 60
-    split = {entry.key: entry.split for entry in report.entries}
-    assert all(len({split[key] for key in group}) == 1 for group in report.duplicates)
-    assert set(report.splits) == {"train", "heldout"}
-    assert verify(read_manifest(report.manifest)).faults == {}
-
-
-def test_hash_groups_are_those_of_all_pairs():
-    rng = np.random.default_rng(0)
-    hashes = [int(x) for x in rng.integers(0, 2**63, 200)]
-    hashes += [hashes[i] ^ (1 << 5) ^ (1 << 40) ^ (1 << 63) for i in range(20)]
-    hashes += [hashes[i] ^ 0b1111 for i in range(50, 60)]
-    assert sorted(near_duplicates(hashes)) == [(i, 200 + i) for i in range(20)]
-    assert difference_hash(pixels(1)) != difference_hash(pixels(2))
-
-
-def test_captions_beside_and_in_lines_are_read_and_checked(tmp_path):
-    saved(tmp_path / "a.png", Image.fromarray(pixels(1)))
-    saved(tmp_path / "b.png", Image.fromarray(pixels(2)))
-    texts = dict(caption_rough="r", caption_middle="m", caption_final="f", tags=["t"])
-    (tmp_path / "a.png.json").write_text(json.dumps(texts))
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text(json.dumps({"path": "b.png", "split": "mine", **texts, "caption_rough": "r2"}) + "\n\n")
-    a, b = prepare(tmp_path, tmp_path, lines).entries
-    assert (a.scene.rough, b.scene.rough, b.split) == ("r", "r2", "mine")
-    for wrong, message in (
-        ({"path": "b.png", "caption": "x"}, "unknown fields \\['caption'\\]"),
-        ({"path": "b.png", "caption_final": "x"}, "some of the three captions"),
-        ({"path": "b.png", **texts, "caption_final": "<x>"}, "leave out"),
-        ({"path": "c.png", **texts}, "captions describe \\['c.png'\\]"),
-        ({**texts}, "neither path nor key"),
-    ):
-        lines.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=message):
-            prepare(tmp_path, tmp_path, lines)
-
-
-def test_the_command_writes_a_manifest_and_names_wrong_arguments(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("prepare_data", PROJECT_ROOT / "tools/prepare_data.py")
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
-    saved(tmp_path / "a.png", Image.fromarray(pixels(1)))
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", f"source={tmp_path}", f"output={tmp_path / 'out'}"])
-    assert command.main() == 0
-    assert len(read_manifest(tmp_path / "out" / "manifest.parquet")) == 1
-    for wrong, message in (("ouput=out", "unknown argument 'ouput'"), ("source=.", "output is missing")):
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", wrong])
-        assert command.main() == 2
-        assert message in capsys.readouterr().out

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from realsr_hpc.config.reward_options import FidelityOptions
+from realsr_hpc.config.reward_options import FidelityOptions, read_options
+from realsr_hpc.config.schema import RewardTerm
 from realsr_hpc.rewards.fidelity import FidelityReward
 from realsr_hpc.rewards.ladder import blur, noise
 from realsr_hpc.rewards.metrics import psnr_y, ssim_y
@@ -50,5 +51,10 @@ def test_many_sizes_in_one_batch(photograph, other_photograph):
 
 
 def test_crossed_ends_are_refused():
-    with pytest.raises(ValueError, match="psnr_low=50"):
-        FidelityReward(FidelityOptions(psnr_low=50))
+    for options, message in (
+        ({"psnr_low": 50}, "psnr_low=50"),
+        ({"metric": "pyiqa", "metrics": ["lpips"]}, "set reference=gt"),
+        ({"metrics": ["lpips"]}, "name metrics with metric=pyiqa only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_options("fidelity", RewardTerm(kind="fidelity", options=options))

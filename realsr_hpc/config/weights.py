@@ -1,0 +1,160 @@
+"""Which files a recipe needs beside the code: tokenizers, start weights, the rewards' experts; where each must lie.
+
+Nothing is downloaded here or anywhere else: a cluster without a network is the usual case. pyiqa's files are known for
+the metrics of the super-resolution literature; of other metrics its adapter names what is missing when it is built.
+File names and addresses: pyiqa 0.1.15 (`default_model_urls`), torchvision and OpenAI's CLIP. A name that ends in
+`-0123abcd` carries the beginning of the file's SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions, UnderstandingOptions, read_options
+from realsr_hpc.config.schema import RunConfig
+
+SUMS = "SHA256SUMS"
+State = Literal["there", "missing", "differs", "unlisted"]
+
+_PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
+_TORCH = "https://download.pytorch.org/models/"
+_CLIP_RN50 = (
+    "hub/clip/RN50.pt",
+    "https://openaipublic.azureedge.net/clip/models/"
+    "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
+)
+_RESNET50 = ("huggingface/hub/models--timm--resnet50.a1_in1k", "https://huggingface.co/timm/resnet50.a1_in1k")
+_VIT = (
+    "huggingface/hub/models--timm--vit_base_patch8_224.augreg2_in21k_ft_in1k",
+    "https://huggingface.co/timm/vit_base_patch8_224.augreg2_in21k_ft_in1k",
+)
+
+
+def _head(name: str) -> tuple[str, str]:
+    return f"hub/pyiqa/{name}", _PYIQA + name
+
+
+def _backbone(name: str) -> tuple[str, str]:
+    return f"hub/checkpoints/{name}", _TORCH + name
+
+
+PYIQA_FILES: dict[str, tuple[tuple[str, str], ...]] = {
+    "musiq": (_head("musiq_koniq_ckpt-e95806b9.pth"),),
+    "musiq-ava": (_head("musiq_ava_ckpt-e8d3f067.pth"),),
+    "musiq-spaq": (_head("musiq_spaq_ckpt-358bb6af.pth"),),
+    "musiq-paq2piq": (_head("musiq_paq2piq_ckpt-364c0c84.pth"),),
+    "maniqa": (_head("ckpt_koniq10k.pt"), _VIT),
+    "maniqa-kadid": (_head("ckpt_kadid10k.pt"), _VIT),
+    "maniqa-pipal": (_head("MANIQA_PIPAL-ae6d356b.pth"), _VIT),
+    "clipiqa": (_CLIP_RN50,),
+    "clipiqa+": (_head("CLIP-IQA+_learned_prompts-603f3273.pth"), _CLIP_RN50),
+    "topiq_nr": (_head("cfanet_nr_koniq_res50-9a73138b.pth"), _RESNET50),
+    "topiq_nr-flive": (_head("cfanet_nr_flive_res50-ded1c74e.pth"), _RESNET50),
+    "topiq_nr-spaq": (_head("cfanet_nr_spaq_res50-a7f799ac.pth"), _RESNET50),
+    "topiq_fr": (_head("cfanet_fr_kadid_res50-2c4cc61d.pth"), _RESNET50),
+    "topiq_fr-pipal": (_head("cfanet_fr_pipal_res50-69bbe5ba.pth"), _RESNET50),
+    "lpips": (_head("LPIPS_v0.1_alex-df73285e.pth"), _backbone("alexnet-owt-7be5be79.pth")),
+    "lpips-vgg": (_head("LPIPS_v0.1_vgg-a78928a0.pth"), _backbone("vgg16-397923af.pth")),
+    "dists": (_head("DISTS_weights-f5e65c96.pth"), _backbone("vgg16-397923af.pth")),
+    "niqe": (_head("niqe_modelparameters.mat"),),
+    "brisque": (_head("brisque_svm_weights.pth"),),
+    "piqe": (),
+}
+"""Path below `weights_dir` and address of each file, by pyiqa's name of the metric; a folder is a hub's cache of one
+model."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """One file or folder that a recipe reads."""
+
+    purpose: str
+    """Field of the recipe, or reward and metric."""
+    path: Path
+    origin: str
+    """Where it comes from, in words or as an address."""
+    weights_dir: Path | None = None
+    """Folder whose SHA256SUMS must list it."""
+
+    def files(self) -> list[Path]:
+        """The files that are there: itself, or those below the folder."""
+        if self.path.is_dir():
+            return sorted(path for path in self.path.rglob("*") if path.is_file())
+        return [self.path] if self.path.is_file() else []
+
+
+def needs_of(config: RunConfig) -> list[Need]:
+    """Every file that the recipe reads beside code and photographs."""
+    needs = [Need("text_tokenizer.path", resolve(config.text_tokenizer.path), "tools/launch.py recipe=tokenizer_tiny")]
+    if config.task != "tokenizer":
+        origin = "tools/launch.py recipe=tokenizer_tiny, or tools/import_hf.py"
+        needs.append(Need("image_tokenizer.weights", resolve(config.image_tokenizer.weights), origin))
+    if config.model.weights:
+        needs.append(Need("model.weights", resolve(config.model.weights), "tools/export_hf.py or import_hf.py"))
+    if config.task == "grpo":
+        needs += [need for name in config.rewards.terms for need in _of_reward(config, name)]
+    return list(dict.fromkeys(needs))
+
+
+def _of_reward(config: RunConfig, name: str) -> Iterator[Need]:
+    match read_options(name, config.rewards.terms[name]):
+        case GenerationOptions(expert="pyiqa") | FidelityOptions(metric="pyiqa") as options:
+            yield from pyiqa_needs(f"rewards.terms.{name}", options.metrics, options.weights_dir)
+        case GenerationOptions() as options:
+            own = {"ranker": "ranker.safetensors", "niqe": "niqe_pristine.npz"}[options.expert]
+            path = resolve(options.weights or f"recipes/assets/tiny/{own}")
+            yield Need(f"rewards.terms.{name}", path, "tools/fit_experts.py")
+        case UnderstandingOptions(synonyms="wordnet") as options:
+            for file in ("index.noun", "data.noun"):
+                path = resolve(options.wordnet_dir) / file
+                yield Need(f"rewards.terms.{name}", path, "WordNet 3; Debian: wordnet-base")
+
+
+def pyiqa_needs(purpose: str, metrics: list[str], weights_dir: str | None) -> list[Need]:
+    """Files of some pyiqa metrics; one that is not in the table needs whatever its folder lists."""
+    folder = resolve(weights_dir or "weights/iqa")
+    needs = []
+    for metric in metrics:
+        if metric not in PYIQA_FILES:
+            needs.append(Need(f"{purpose}: {metric}", folder / SUMS, "see pyiqa's documentation of the metric"))
+        for path, address in PYIQA_FILES.get(metric, ()):
+            needs.append(Need(f"{purpose}: {metric}", folder / path, address, folder))
+    return needs
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by path from the folder, from its SHA256SUMS; empty without one."""
+    listing = folder / SUMS
+    if not listing.is_file():
+        return {}
+    rows = (line.split(maxsplit=1) for line in listing.read_text().splitlines() if line.strip())
+    return {name.lstrip("*"): expected for expected, name in rows}
+
+
+def state(need: Need) -> State:
+    """Whether it is there and its bytes are those listed (or, by the habit of such names, those its name says)."""
+    files = need.files()
+    if not files:
+        return "missing"
+    sums = read_sums(need.weights_dir) if need.weights_dir else {}
+    for path in files:
+        named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+        listed = sums.get(path.relative_to(need.weights_dir).as_posix(), "") if need.weights_dir else ""
+        expected = listed or (named[1] if named else "")
+        if expected and not sha256_of(path).startswith(expected):
+            return "differs"
+        if need.weights_dir and not listed:
+            return "unlisted"
+    return "there"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,51 @@
+"""Photographs that look alike: a difference hash of 64 bits, and the groups that differ in at most 3 of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+_DUPLICATE_BITS = 3
+
+
+def difference_hash(image: UInt8[np.ndarray, "H W 3"]) -> int:
+    """64 bits: is each of 8 x 8 grey cells darker than its right neighbour."""
+    cells = np.asarray(Image.fromarray(image).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
+
+
+def near_duplicates(hashes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Groups of positions whose hashes differ in at most 3 bits, chains joined.
+
+    Two such hashes agree on at least one of four 16-bit parts, so only those that share a part are compared; equal
+    hashes are compared once, so that a thousand white pages do not cost a million comparisons.
+    """
+    places: dict[int, list[int]] = defaultdict(list)
+    for place, value in enumerate(hashes):
+        places[value].append(place)
+    values = list(places)
+    parent = list(range(len(values)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for shift in (0, 16, 32, 48):
+        buckets: dict[int, list[int]] = defaultdict(list)
+        for i, value in enumerate(values):
+            buckets[value >> shift & 0xFFFF].append(i)
+        for members in buckets.values():
+            for i, j in combinations(members, 2):
+                if (values[i] ^ values[j]).bit_count() <= _DUPLICATE_BITS:
+                    low, high = sorted((root(i), root(j)))
+                    parent[high] = low
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, value in enumerate(values):
+        groups[root(i)] += places[value]
+    return [tuple(sorted(group)) for group in groups.values() if len(group) > 1]

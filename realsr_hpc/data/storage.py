@@ -1,0 +1,81 @@
+"""Where a photograph's bytes lie: a file, or a member of an uncompressed tar (WebDataset), read in place.
+
+A member is written as a path, `shard-0000.tar#name.jpg@offset+size`, so manifests and loaders treat both alike and any
+photograph of a tar is read by one seek.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+_MEMBER = re.compile(r"(?P<tar>.+\.tar)#(?P<name>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar, and where its bytes start."""
+
+    tar: Path
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def path(self) -> Path:
+        """How the member is written in a manifest."""
+        return Path(f"{self.tar}#{self.name}@{self.offset}+{self.size}")
+
+
+def tar_members(tar: Path) -> Iterator[Member]:
+    """The files of a tar in its order, only headers being read.
+
+    Raises:
+        ValueError: if it cannot be read as an uncompressed tar.
+    """
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for info in archive:
+                if info.isfile():
+                    yield Member(tar, info.name, info.offset_data, info.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{tar} is no plain tar ({error}); unpack or re-pack it without compression") from error
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The photograph's bytes, readable and seekable.
+
+    Raises:
+        FileNotFoundError: if the file or its tar is missing.
+    """
+    member = _MEMBER.fullmatch(str(path))
+    if member is None:
+        return path.open("rb")
+    with open(member["tar"], "rb") as tar:
+        tar.seek(int(member["offset"]))
+        return io.BytesIO(tar.read(int(member["size"])))
+
+
+def exists(path: Path) -> bool:
+    """Whether the file, or the tar it is in, is there."""
+    member = _MEMBER.fullmatch(str(path))
+    return Path(member["tar"] if member else path).is_file()
+
+
+def stamp(path: Path) -> str:
+    """Changes when the file (or its tar) was written again."""
+    member = _MEMBER.fullmatch(str(path))
+    status = Path(member["tar"] if member else path).stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of the photograph's bytes."""
+    with open_bytes(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

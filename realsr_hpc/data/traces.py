@@ -1,0 +1,172 @@
+"""Frozen VLCoT traces: prompts and true responses as tokens, made once, so that SFT needs no image and no tokenizer.
+
+A folder of `traces-00000.safetensors`, each with the tokens of some traces one after another, where each starts and how
+long its prompt is. Files are written aside and renamed, and each is decided by its number alone: a killed run goes on
+at the first missing file, and tasks of an array write disjoint ones. What decided the tokens (seed, photographs,
+degradation, both tokenizers, shape of a trace) stands in each file and is compared when they are read. Each visit of a
+photograph has its own window and degradation, as when degrading on the fly; after the last trace they come again in
+another order. Packing into rows is the collator's (`sft.packing`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.data.degradation import Stream, generator
+from realsr_hpc.data.loader import LQLoader
+from realsr_hpc.data.storage import sha256_of
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+
+TracePair = tuple[Tensor, list[int]]
+"""Prompt tokens, int64 [P], and response tokens."""
+
+
+def freeze_traces(
+    config: RunConfig,
+    output: Path,
+    num_samples: int,
+    samples_per_file: int = 1024,
+    *,
+    device: torch.device | None = None,
+    shard: tuple[int, int] = (1, 1),
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Tokenise the first `num_samples` samples of the training split; the number of traces that lie in the folder.
+
+    A photograph without captions gives no trace. `shard` (k, n) writes every n-th file only.
+
+    Raises:
+        ValueError: if the folder holds files of another recipe.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    identity = trace_identity(config)
+    starts = list(range(0, num_samples, samples_per_file))
+    tokens = TraceTokenizer.load(config, device or torch.device("cpu"))
+    for number in range(shard[0] - 1, len(starts), shard[1]):
+        path = output / f"traces-{number:05d}.safetensors"
+        if not path.is_file():
+            stop = min(starts[number] + samples_per_file, num_samples)
+            _write(path, list(_pairs(config, tokens, starts[number], stop)), identity | {"samples": samples_per_file})
+        on_file(number // shard[1] + 1, -(-(len(starts) - shard[0] + 1) // shard[1]))
+    return len(FrozenTraces(output, config))
+
+
+def trace_identity(config: RunConfig) -> dict[str, Any]:
+    """What decides the tokens of a trace, JSON-able."""
+    return {
+        "seed": config.seed,
+        "vlcot": config.vlcot.model_dump(mode="json"),
+        "degradation": config.degradation.model_dump(mode="json"),
+        "windows": [config.data.mode, config.data.train_split, config.data.min_scene_fraction, config.data.hflip],
+        "photographs": sha256_of(resolve(config.data.manifest)),
+        "image_tokenizer": sha256_of(resolve(config.image_tokenizer.weights)),
+        "text_tokenizer": sha256_of(resolve(config.text_tokenizer.path)),
+    }
+
+
+class FrozenTraces:
+    """The traces of a folder by number, read from disk as they are asked for."""
+
+    def __init__(self, folder: Path, config: RunConfig) -> None:
+        paths = sorted(folder.glob("traces-*.safetensors"))
+        if not paths:
+            raise ValueError(f"{folder} holds no traces; make them with tools/freeze_traces.py")
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        expected = trace_identity(config)
+        for path, file in zip(paths, self._files, strict=True):
+            found = json.loads(file.metadata()["identity"])
+            for name, here in expected.items():
+                if found.get(name) != here:
+                    raise ValueError(f"{path} was made with another {name}; make traces of this recipe anew")
+        self._starts = [file.get_tensor("starts") for file in self._files]
+        self._ends = np.cumsum([len(starts) - 1 for starts in self._starts])
+        self.fingerprint = hashlib.sha256(json.dumps([expected, self._ends.tolist()]).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int) -> TracePair:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        row = number - int(self._ends[place - 1] if place else 0)
+        start, stop = self._starts[place][row : row + 2].tolist()
+        tokens = self._files[place].get_slice("tokens")[start:stop].long()
+        prompt = int(self._files[place].get_slice("prompts")[row : row + 1])
+        return tokens[:prompt], tokens[prompt:].tolist()
+
+
+class TraceLoader:
+    """Batches of frozen traces for one data-parallel rank, as `LQLoader` gives images: endless and resumable."""
+
+    def __init__(self, config: RunConfig, folder: Path, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1) -> None:
+        self.traces = FrozenTraces(folder, config)
+        self._seed, self._batch_size, self._dp_rank, self._dp_size = config.seed, batch_size, dp_rank, dp_size
+        self.position = 0
+        """Index at which the next global batch starts."""
+
+    def next(self) -> list[TracePair]:
+        """The next batch of this rank."""
+        start = self.position + self._dp_rank * self._batch_size
+        self.position += self._batch_size * self._dp_size
+        return [self.traces[self._number(index)] for index in range(start, start + self._batch_size)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on from here, JSON-able."""
+        return {"position": self.position, "traces": self.traces.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was taken, also with other batch or data-parallel sizes.
+
+        Raises:
+            ValueError: if the state is of other traces.
+        """
+        if state.get("traces") != self.traces.fingerprint:
+            raise ValueError("the saved data position is of other traces; resume with those the run began with")
+        self.position = int(state["position"])
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def _number(self, index: int) -> int:
+        """The first round in the order of the files; each later one in an order of its own."""
+        epoch, place = divmod(index, len(self.traces))
+        if epoch == 0:
+            return place
+        return int(generator(self._seed, epoch, Stream.ORDER).permutation(len(self.traces))[place])
+
+
+def _pairs(config: RunConfig, tokens: TraceTokenizer, start: int, stop: int) -> Iterator[TracePair]:
+    """Traces of the samples start..stop; the batch divides the range so that no sample is read twice."""
+    size = next(size for size in range(16, 0, -1) if (stop - start) % size == 0)
+    loader = LQLoader(config, config.data.train_split, size)
+    loader.load_state_dict({**loader.state_dict(), "position": start})
+    for _ in range((stop - start) // size):
+        batch = loader.next()
+        for prompt, response in zip(tokens.prompts(batch.lq), tokens.responses(batch), strict=True):
+            if response is not None:
+                yield prompt, response
+    loader.close()
+
+
+def _write(path: Path, pairs: list[TracePair], identity: dict[str, Any]) -> None:
+    rows = [torch.cat([prompt, torch.tensor(response)]) for prompt, response in pairs]
+    tensors = {
+        "tokens": torch.cat(rows).int() if rows else torch.zeros(0, dtype=torch.int32),
+        "starts": torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int64),
+        "prompts": torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.int32),
+    }
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file(tensors, part, metadata={"identity": json.dumps(identity)})
+    part.replace(path)

@@ -1,0 +1,72 @@
+"""Stripes and grids: how much of an image's fine detail repeats itself at one frequency, as no photograph's does.
+
+A policy that optimises an expert without a reference ends in patterns that the expert takes for detail: stripes, grids,
+the same code painted again and again. Their spectrum is a few sharp peaks; a photograph's is smooth, and where straight
+edges draw lines through it, a line has neighbours on both sides, a peak has none. So: the mean spectrum of overlapping
+windows, each weighed by its own energy, whitened (photographs fall with the square of the frequency); then the share of
+power at periods of 8 px and less that stands above everything three bins around it. docs/rewards.md has the shares that
+were measured on photographs and on striped images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from realsr_hpc.rewards.base import same_shapes
+from realsr_hpc.rewards.metrics import luma_y
+
+HARMLESS_SHARE, WORTHLESS_SHARE = 0.1, 0.4
+"""Up to the first an image keeps its reward; from the second on it loses all of it."""
+_LONGEST_PERIOD_PX = 8
+_FLOOR = 16.0
+"""Variance (of 255 squared) below which a window counts less: nobody sees what repeats there."""
+_STANDS_OUT = 2.0
+"""A peak is this many times the highest bin around it."""
+_RING = [(dy, dx) for dy in range(-3, 4) for dx in range(-3, 4) if max(abs(dy), abs(dx)) == 3]
+"""Three bins away: the main lobe of the Hann window is two wide."""
+
+
+def stripe_guard(images: Sequence[np.ndarray], truths: Sequence[np.ndarray | None] | None = None) -> np.ndarray:
+    """Factor [n] in 0..1 for RGB uint8 images [H, W, 3]: 1 for photographs, 0 for stripes.
+
+    Where the truth is known, what share of it is stripes (brick, a mesh, a blind) is allowed to the image as well.
+    """
+    allowed = np.full(len(images), HARMLESS_SHARE)
+    known = [(place, truth) for place, truth in enumerate(truths or ()) if truth is not None]
+    if known:
+        places = [place for place, _ in known]
+        allowed[places] = np.maximum(HARMLESS_SHARE, stripe_share([truth for _, truth in known]))
+    return 1.0 - np.clip((stripe_share(images) - allowed) / (WORTHLESS_SHARE - HARMLESS_SHARE), 0.0, 1.0)
+
+
+def stripe_share(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Share [n] in 0..1 of fine detail that is sharp peaks of the spectrum; 0 for images below 32 px."""
+    shares = np.zeros(len(images))
+    for places, stack in same_shapes(images):
+        if min(stack.shape[1:3]) >= 32:
+            shares[places] = _share(_spectrum(luma_y(stack).float())).numpy()
+    return shares
+
+
+def _spectrum(luma: Tensor) -> Tensor:
+    """Whitened mean power [n, side, side] of luma [n, H, W]; the side is that of the windows."""
+    side = 64 if min(luma.shape[1:]) >= 128 else 32
+    windows = luma.unfold(1, side, side // 2).unfold(2, side, side // 2)
+    windows = windows - windows.mean(dim=(3, 4), keepdim=True)
+    taper = torch.hann_window(side, periodic=True)
+    energy = windows.square().mean(dim=(3, 4), keepdim=True) + _FLOOR
+    power = torch.fft.fft2(windows * taper[:, None] * taper).abs().square() / energy
+    frequency = torch.fft.fftfreq(side)
+    return power.mean(dim=(1, 2)) * (frequency[:, None].square() + frequency.square())
+
+
+def _share(power: Tensor) -> Tensor:
+    around = torch.stack([power.roll(shift, dims=(1, 2)) for shift in _RING]).amax(dim=0)
+    frequency = torch.fft.fftfreq(power.shape[1]).abs()
+    fine = torch.maximum(frequency[:, None], frequency.expand_as(power[0])) >= 1 / _LONGEST_PERIOD_PX
+    peaks = (power - _STANDS_OUT * around).clamp(min=0.0) * fine
+    return (peaks.sum(dim=(1, 2)) / (power * fine).sum(dim=(1, 2)).clamp(min=1e-9)).double()

@@ -1,0 +1,49 @@
+"""Synonyms of nouns from WordNet's own database files (index.noun, data.noun), without a library or a download.
+
+Two senses of a word are read, its most frequent ones: more of them name everything. Files: wordnet.princeton.edu, or
+Debian's package `wordnet-base`. Format: wndb(5WN).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+_SENSES = 2
+
+
+class WordNet:
+    """Nouns and the other nouns of their senses."""
+
+    def __init__(self, folder: Path) -> None:
+        index, self._data = folder / "index.noun", folder / "data.noun"
+        missing = [path for path in (index, self._data) if not path.is_file()]
+        if missing:
+            raise ValueError(f"options.wordnet_dir={folder}: {missing[0].name} is not there; Debian: wordnet-base")
+        self._offsets = dict(_senses(line) for line in index.read_text().splitlines() if not line.startswith(" "))
+        self.synonyms = lru_cache(maxsize=None)(self._synonyms)
+
+    def _synonyms(self, word: str) -> frozenset[str]:
+        """Other words for it, lower case; none for a word WordNet does not know."""
+        lemma = word.lower().replace(" ", "_")
+        forms = [lemma, lemma.removesuffix("s"), lemma.removesuffix("es")]
+        known = next((form for form in forms if form in self._offsets), None)
+        if known is None:
+            return frozenset()
+        with self._data.open("rb") as data:
+            found = {name for offset in self._offsets[known] for name in _words_at(data, offset)}
+        return frozenset(name.lower().replace("_", " ") for name in found) - {word.lower()}
+
+
+def _senses(line: str) -> tuple[str, tuple[int, ...]]:
+    """Lemma and the places of its most frequent senses in data.noun."""
+    fields = line.split()
+    count = int(fields[2])
+    return fields[0], tuple(int(offset) for offset in fields[-count:][:_SENSES])
+
+
+def _words_at(data, offset: int) -> list[str]:
+    """The words of the sense at an offset: `offset file type count word id word id ...`."""
+    data.seek(offset)
+    fields = data.readline().decode().split()
+    return fields[4 : 4 + 2 * int(fields[3], 16) : 2]

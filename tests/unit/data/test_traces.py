@@ -1,0 +1,73 @@
+"""Frozen traces: the tokens SFT would make on the fly, resumable to write and to read."""
+
+import pytest
+import torch
+
+from realsr_hpc.config.load import compose_one
+from realsr_hpc.data.loader import LQLoader
+from realsr_hpc.data.traces import FrozenTraces, TraceLoader, freeze_traces
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+
+torch.set_num_threads(1)
+RECIPE = ["recipe=sft_tiny", "data.manifest=recipes/assets/photographs/manifest.parquet"]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return compose_one(RECIPE)
+
+
+@pytest.fixture(scope="module")
+def folder(config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces")
+    assert freeze_traces(config, path, 10, 4, shard=(2, 2)) == 4
+    assert freeze_traces(config, path, 10, 4) == 10
+    return path
+
+
+def test_they_are_the_traces_made_on_the_fly(config, folder):
+    loader = LQLoader(config, config.data.train_split, 10)
+    batch = loader.next()
+    loader.close()
+    tokens = TraceTokenizer.load(config, torch.device("cpu"))
+    frozen = FrozenTraces(folder, config)
+    expected = zip(tokens.prompts(batch.lq), tokens.responses(batch), strict=True)
+    for number, (prompt, response) in enumerate(expected):
+        found_prompt, found_response = frozen[number]
+        assert torch.equal(found_prompt, prompt) and found_response == response
+
+
+def test_a_killed_run_writes_what_is_missing_only(config, folder):
+    files = sorted(folder.glob("*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in files}
+    files[1].unlink()
+    assert freeze_traces(config, folder, 10, 4) == 10
+    after = {path: path.stat().st_mtime_ns for path in files}
+    assert [before[path] == after[path] for path in files] == [True, False, True]
+
+
+def first(pairs):
+    return [(prompt.tolist(), response) for prompt, response in pairs]
+
+
+def test_ranks_share_batches_rounds_differ_and_resuming_is_exact(config, folder):
+    whole = TraceLoader(config, folder, 4)
+    batches = [first(whole.next()) for _ in range(5)]
+    ranks = [TraceLoader(config, folder, 2, dp_rank=rank, dp_size=2) for rank in range(2)]
+    assert first(ranks[0].next()) + first(ranks[1].next()) == batches[0]
+    state = ranks[0].state_dict()
+    resumed = TraceLoader(config, folder, 4)
+    resumed.load_state_dict(state)
+    assert [first(resumed.next()) for _ in range(4)] == batches[1:]
+    rows = [row for batch in batches for row in batch]
+    assert rows[:10] != rows[10:20] and sorted(rows[:10]) == sorted(rows[10:20])
+
+
+def test_traces_of_another_recipe_are_refused(config, folder, tmp_path):
+    other = compose_one([*RECIPE, "degradation.preset=seesr"])
+    with pytest.raises(ValueError, match="another degradation"):
+        TraceLoader(other, folder, 2)
+    with pytest.raises(ValueError, match="holds no traces"):
+        FrozenTraces(tmp_path, config)
+    with pytest.raises(ValueError, match="other traces"):
+        TraceLoader(config, folder, 2).load_state_dict({"position": 0, "traces": "x"})
