@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_the_plain_batch_file_trains(cluster, launch, image_tokenizer, tmp_path)
     places = [f"output_root={tmp_path}", f"image_tokenizer.weights={image_tokenizer}", "cluster.nodes=2"]
     (run_dir / "recipe.yaml").write_text(to_yaml(compose([*SMALL, *places, "sft.num_steps=2"])))
     options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={tmp_path / 'out'}", "--wait"]
-    here = {**os.environ, "RUN_DIR": str(run_dir)}
+    here = {**os.environ, "RUN_DIR": str(run_dir), "PYTHON": sys.executable}
     batch = str(project_root() / "slurm" / "grpo_7b.sbatch")
     subprocess.run(["sbatch", *options, batch], env=here, cwd=project_root(), check=True, capture_output=True)
     assert wait_for_end(run_dir) == "done" and steps_done(run_dir) == 2, log_of(run_dir)
