@@ -262,8 +262,8 @@ class RolloutConfig(Section):
 class RestoreConfig(Section):
     """What restoring and evaluating sample from; training has `rollout`. Does not decide a run's result."""
 
-    temperature: Positive = 1.0
-    """Of image codes; lower is calmer: rollouts explore, a result should not."""
+    temperature: Positive = 0.8
+    """Of image codes; lower is calmer: rollouts explore, a result should not (docs/looking.md has measured values)."""
     text_temperature: Positive | None = None
     """None: as `temperature`."""
     image_top_k: Annotated[int, Field(ge=0)] = 0
