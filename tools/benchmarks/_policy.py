@@ -17,15 +17,16 @@ from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 
-def compose_or_none(overrides: list[str]) -> RunConfig | None:
-    """The recipe grpo_tiny in one process with these overrides; its faults are printed."""
+def compose_or_none(overrides: list[str], tokens: int) -> RunConfig | None:
+    """The recipe grpo_tiny in one process with these overrides and rollouts of `tokens`; its faults are printed."""
     try:
         config = compose(["recipe=grpo_tiny", "cluster.tasks_per_node=1", *overrides])
     except RecipeError as error:
         print(error, file=sys.stderr)
         return None
     assert isinstance(config, RunConfig), "no overrides make a sweep here"
-    return config
+    # past the check that a rollout can hold three images: here it is cut off on purpose
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_new_tokens": tokens})})
 
 
 def our_policy(config: RunConfig) -> tuple[Groups, TraceTokenizer, Policy]:

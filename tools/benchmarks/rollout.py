@@ -29,7 +29,7 @@ from tools.benchmarks._policy import compose_or_none, our_policy, some_prompts, 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments, 1 when the two disagree on the weights' log-probabilities."""
     options, overrides = split_options(arguments, {"group": 8, "prompts": 2, "tokens": 400, "rounds": 3})
-    config = compose_or_none([f"rollout.max_new_tokens={options['tokens']}", *overrides])
+    config = compose_or_none(overrides, options["tokens"])
     if config is None:
         return 2
     _, tokens, policy = our_policy(config)

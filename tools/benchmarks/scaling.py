@@ -33,15 +33,13 @@ def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments."""
     options, overrides = split_options(arguments, {"tokens": 64, "rounds": 2})
     longest = max(LENGTHS)
-    config = compose_or_none(
-        [f"model.max_sequence_tokens={longest}", f"parallel.microbatch_tokens={longest}", *overrides]
-    )
+    sizes = [f"model.max_sequence_tokens={longest}", f"parallel.microbatch_tokens={longest}"]
+    config = compose_or_none([*sizes, *overrides], options["tokens"])
     if config is None:
         return 2
     _, tokens, policy = our_policy(config)
     policy.eval()
-    rollout = config.rollout.model_copy(update={"max_new_tokens": options["tokens"]})
-    sampler = Sampler(policy, Grammar(tokens.codec, "constrained"), rollout, config.seed)
+    sampler = Sampler(policy, Grammar(tokens.codec, "constrained"), config.rollout, config.seed)
     prompt = some_prompts(tokens, 1)
     with tempfile.TemporaryDirectory() as folder:
         model = transformers_copy(policy, config, tokens, Path(folder) / "export")

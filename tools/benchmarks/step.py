@@ -47,9 +47,7 @@ def main(arguments: list[str]) -> int:
         print("step compares with TRL: pip install -c constraints.txt -e '.[bench]'", file=sys.stderr)
         return 2
     options, overrides = split_options(arguments, {"group": 8, "prompts": 2, "tokens": 256, "rounds": 3})
-    config = compose_or_none(
-        [f"rollout.max_new_tokens={options['tokens']}", f"grpo.group_size={options['group']}", *overrides]
-    )
+    config = compose_or_none([f"grpo.group_size={options['group']}", *overrides], options["tokens"])
     if config is None:
         return 2
     _, tokens, policy = our_policy(config)
