@@ -1,4 +1,4 @@
-"""FP8 products of the layers: switching them off and on, and their numerics where there is no FP8 hardware.
+"""FP8 products of the layers: switching them off and on, their numerics where there is no FP8 hardware, and rollouts.
 
 Transformer Engine's layers need a GPU. The emulated ones are Megatron's own with rounded operands: input and weight
 take the values that FP8 can hold, under the scales of the chosen recipe, and are multiplied in the parameters' format;
@@ -155,6 +155,35 @@ class Fp8ColumnParallelLinear(_Fp8Layer, ColumnParallelLinear):
 
 class Fp8RowParallelLinear(_Fp8Layer, RowParallelLinear):
     """Megatron's row-parallel layer with rounded operands."""
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A matrix in E4M3 with a scale a row, for rollouts: half the bytes that a decode step reads."""
+
+    values: Tensor
+    """float8_e4m3fn [out, in]."""
+    scales: Tensor
+    """float32 [out, 1]."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Fp8Weight:
+        """A copy of a weight [out, in] of any format."""
+        return cls(*_by_rows(weight.detach()))
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [n, in] -> [n, out] in x's format; x is rounded by rows as well. Sizes are multiples of 16."""
+        values, scales = _by_rows(x)
+        return torch._scaled_mm(
+            values, self.values.t(), scale_a=scales, scale_b=self.scales.t().contiguous(), out_dtype=x.dtype
+        )
+
+
+def _by_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [n, k] and float32 scales [n, 1] whose product is x, rounded."""
+    top = torch.finfo(torch.float8_e4m3fn).max
+    scales = (x.abs().amax(-1, keepdim=True).float() / top).clamp(min=torch.finfo(torch.float32).tiny)
+    return (x.float() / scales).to(torch.float8_e4m3fn), scales
 
 
 def start_emulation(policy: Policy, precision: PrecisionConfig) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.fp8 import start_emulation
 from realsr_hpc.model.hf_mapping import WeightShapes, init_weights, load_hf_weights, mark_cuts
-from realsr_hpc.model.precision import emulates_fp8
+from realsr_hpc.model.precision import emulates_fp8, rollout_fp8_layers
 from realsr_hpc.model.spec import block_spec, segment_mask, transformer_config
 from realsr_hpc.parallel import backend, layout
 from realsr_hpc.parallel.groups import Groups
@@ -81,6 +81,8 @@ class Policy:
     vocab_size: int
     """Rows that mean something; `padded_vocab_size` rows are held over all tensor ranks."""
     padded_vocab_size: int
+    rollout_fp8_layers: tuple[int, ...] = ()
+    """Layers, from 1, whose products rollouts compute in FP8."""
 
     @property
     def output_weight(self) -> Tensor:
@@ -142,7 +144,8 @@ def build_policy(
     with backend.vendor_calls(), torch.device("meta") if meta else nullcontext():
         chunks = [_chunk(config, megatron, groups, padded, index) for index in range(config.parallel.virtual_pp)]
     shapes = WeightShapes.of(config.model, vocab_size)
-    policy = Policy(chunks, megatron, groups, shapes, vocab_size, padded)
+    in_fp8 = rollout_fp8_layers(config.precision, config.model.num_layers)
+    policy = Policy(chunks, megatron, groups, shapes, vocab_size, padded, in_fp8)
     mark_cuts(policy)
     if emulates_fp8(config.precision):
         start_emulation(policy, config.precision)

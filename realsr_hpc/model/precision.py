@@ -45,6 +45,14 @@ def keeps_ends_in_bf16(precision: PrecisionConfig, num_layers: int) -> bool:
     return precision.first_last_layers_bf16 and precision.fp8 != "delayed" and num_layers > 2
 
 
+def rollout_fp8_layers(precision: PrecisionConfig, num_layers: int) -> tuple[int, ...]:
+    """Layers, from 1, whose products rollouts compute in FP8: all, or all but the ends; () without rollout_fp8."""
+    if not precision.rollout_fp8:
+        return ()
+    skipped = 1 if precision.first_last_layers_bf16 and num_layers > 2 else 0
+    return tuple(range(1 + skipped, num_layers + 1 - skipped))
+
+
 def fp8_arguments(precision: PrecisionConfig, num_layers: int) -> dict[str, Any]:
     """The FP8 part of the keywords, for Transformer Engine."""
     keep_ends = keeps_ends_in_bf16(precision, num_layers)

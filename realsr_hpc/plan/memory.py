@@ -16,6 +16,7 @@ from realsr_hpc.plan.sizes import (
     has_reference,
     sequence_tokens,
     sequences_per_update,
+    stage_layers,
     stage_parameters,
     vocabulary_size,
     width,
@@ -61,7 +62,9 @@ def memory(config: RunConfig) -> Memory:
     dp = world_size(config) // (config.parallel.tp * config.parallel.pp)
     phases = {"update": _update(config, dp), "images": {"image tokenizer's maps": _images(config)}}
     if config.task == "grpo":
-        phases["rollout"] = {"KV cache": kv_cache_bytes(config), "allowed tokens": _support(config)}
+        copies = stage_layers(config) if config.precision.rollout_fp8 else 0.0
+        cache = kv_cache_bytes(config)
+        phases["rollout"] = {"KV cache": cache, "allowed tokens": _support(config), "FP8 weights": copies}
         phases["score"] = _score(config)
     in_gib = {phase: {name: size / GIB for name, size in terms.items()} for phase, terms in phases.items()}
     return Memory(_resident(config, dp), in_gib, _host(config, dp) / GIB)

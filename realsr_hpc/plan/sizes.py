@@ -39,7 +39,12 @@ def stage_parameters(config: RunConfig) -> float:
     parallel = config.parallel
     matrices = 2 if parallel.pp == 1 else 1
     vocabulary = matrices * vocabulary_size(config) * config.model.hidden_size
-    return (config.model.num_layers / parallel.pp * layer_size(config) + vocabulary) / parallel.tp
+    return stage_layers(config) + vocabulary / parallel.tp
+
+
+def stage_layers(config: RunConfig) -> float:
+    """Of the layers alone."""
+    return config.model.num_layers / config.parallel.pp * layer_size(config) / config.parallel.tp
 
 
 def sequence_tokens(config: RunConfig) -> tuple[int, int]:

@@ -25,11 +25,14 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from realsr_hpc.model.fp8 import Fp8Weight
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.model.spec import HEAD_NORM_EPSILON
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [n, kv, h/kv, d], k [n, kv, d], v [n, kv, d]) -> context [n, h, d]."""
+Matrix = Tensor | Fp8Weight
+"""[out, in]."""
 Turns = Generator[None, None, Tensor | None]
 """A pass in turns; returns the last stage's result, None on the others."""
 
@@ -39,31 +42,44 @@ class LayerWeights:
     """References to one Megatron layer's parameters (this rank's shards); only the head norms' are gathered."""
 
     attention_norm: Tensor
-    qkv: Tensor
+    qkv: Matrix
     qk_norm_weight: Tensor
     """[kv, h/kv + 1, d]: of each key head's queries, then of the key, as the rows of `qkv` lie."""
     qk_norm_bias: Tensor
-    proj: Tensor
+    proj: Matrix
     mlp_norm: Tensor
-    fc1: Tensor
-    fc2: Tensor
+    fc1: Matrix
+    fc2: Matrix
 
     @classmethod
-    def of(cls, layer: torch.nn.Module) -> LayerWeights:
-        """Works for the local spec and for Transformer Engine's, whose linears hold their norm's weight."""
+    def of(cls, layer: torch.nn.Module, fp8: bool = False) -> LayerWeights:
+        """Works for the local spec and for Transformer Engine's, whose linears hold their norm's weight.
+
+        fp8: the matrices as FP8 copies of what they are now.
+        """
+        matrix = Fp8Weight.of if fp8 else _itself
         attention, mlp = layer.self_attention, layer.mlp
         fused = hasattr(attention.linear_qkv, "layer_norm_weight")
         q_norm, k_norm = attention.q_layernorm, attention.k_layernorm
         return cls(
             attention.linear_qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
-            attention.linear_qkv.weight,
+            matrix(attention.linear_qkv.weight),
             _beside(q_norm.weight.detach(), k_norm.weight.detach()),
             _beside(q_norm.bias.detach(), k_norm.bias.detach()),
-            attention.linear_proj.weight,
+            matrix(attention.linear_proj.weight),
             mlp.linear_fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
-            mlp.linear_fc1.weight,
-            mlp.linear_fc2.weight,
+            matrix(mlp.linear_fc1.weight),
+            matrix(mlp.linear_fc2.weight),
         )
+
+
+def _itself(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _product(x: Tensor, matrix: Matrix) -> Tensor:
+    """[n, in] -> [n, out]."""
+    return matrix.product(x) if isinstance(matrix, Fp8Weight) else F.linear(x, matrix)
 
 
 def _beside(queries: Tensor, keys: Tensor) -> Tensor:
@@ -154,7 +170,11 @@ class Decoder:
         self.kv_heads = config.num_query_groups // self.groups.tp_size
         self.queries_per_kv = config.num_attention_heads // config.num_query_groups
         self.epsilon = config.layernorm_epsilon
-        self.chunks = [[LayerWeights.of(layer) for layer in chunk.decoder.layers] for chunk in policy.chunks]
+        in_fp8 = policy.rollout_fp8_layers
+        self.chunks = [
+            [LayerWeights.of(layer, layer.layer_number in in_fp8) for layer in chunk.decoder.layers]
+            for chunk in policy.chunks
+        ]
         self.num_layers = sum(map(len, self.chunks))
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
@@ -226,14 +246,14 @@ class Decoder:
 
     def _layer(self, x: Tensor, w: LayerWeights, number: int, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
         y = F.rms_norm(x, w.attention_norm.shape, w.attention_norm, self.epsilon)
-        qkv = F.linear(y, w.qkv).view(-1, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
+        qkv = _product(y, w.qkv).view(-1, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
         qk = F.layer_norm(qkv[:, :, :-1], (self.head_dim,), None, None, HEAD_NORM_EPSILON)
         qk = _rotate(qk * w.qk_norm_weight + w.qk_norm_bias, cos, sin)
         context = attend(number, qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]).flatten(1)
-        x = x + self._sum_tp(F.linear(context, w.proj))
+        x = x + self._sum_tp(_product(context, w.proj))
         y = F.rms_norm(x, w.mlp_norm.shape, w.mlp_norm, self.epsilon)
-        gate, up = F.linear(y, w.fc1).chunk(2, -1)
-        return x + self._sum_tp(F.linear(F.silu(gate) * up, w.fc2))
+        gate, up = _product(y, w.fc1).chunk(2, -1)
+        return x + self._sum_tp(_product(F.silu(gate) * up, w.fc2))
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table = self.policy.chunks[0].embedding.word_embeddings.weight

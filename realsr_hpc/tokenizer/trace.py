@@ -17,6 +17,9 @@ from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.vlcot.sequence import Trace, TraceCodec
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
+PIXELS_AT_ONCE = 2**21
+"""Pixels that pass the image tokenizer together, 8 images of 512 px: a step's 64 would need tens of GiB."""
+
 
 class TraceTokenizer:
     """Prompts, traces and pixels of one recipe."""
@@ -35,8 +38,9 @@ class TraceTokenizer:
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "B 3 h w"], size_px: int) -> Int[np.ndarray, "B side side"]:
         """Code grids of images shown at `size_px`."""
-        codes = self.image.encode(shown_at(images.to(self.device), size_px))
-        return codes.cpu().numpy()
+        parts = images.split(_images_at_once(size_px))
+        codes = [self.image.encode(shown_at(part.to(self.device), size_px)).cpu() for part in parts]
+        return torch.cat(codes).numpy()
 
     def prompts(self, lq: UInt8[Tensor, "B 3 h w"]) -> Int[Tensor, "B P"]:
         """Prompt tokens with each LQ image shown at the recipe's `vlcot.lq_size_px`."""
@@ -65,11 +69,17 @@ class TraceTokenizer:
         shapes = {grid.shape for grid in grids if grid is not None}
         for shape in sorted(shapes):
             rows = [row for row, grid in enumerate(grids) if grid is not None and grid.shape == shape]
-            codes = torch.from_numpy(np.stack([grids[row] for row in rows])).to(self.device)
-            pixels = to_uint8(self.image.decode(codes)).movedim(1, -1).cpu().numpy()
+            codes = torch.from_numpy(np.stack([grids[row] for row in rows]))
+            parts = codes.split(_images_at_once(shape[0] * self.codec.downsample))
+            decoded = [to_uint8(self.image.decode(part.to(self.device))).movedim(1, -1).cpu() for part in parts]
+            pixels = torch.cat(decoded).numpy()
             for row, image in zip(rows, pixels, strict=True):
                 images[row] = image
         return images
+
+
+def _images_at_once(size_px: int) -> int:
+    return max(1, PIXELS_AT_ONCE // size_px**2)
 
 
 def shown_at(images: UInt8[Tensor, "B 3 h w"], size_px: int) -> Float[Tensor, "B 3 size size"]:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from realsr_hpc.config.schema import ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, RunConfig
-from realsr_hpc.model.fp8 import rounded, rounded_by_blocks, stop_fp8, without_fp8
+from realsr_hpc.model.fp8 import Fp8Weight, rounded, rounded_by_blocks, stop_fp8, without_fp8
 from realsr_hpc.model.hf_mapping import local_to_hf
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
+from realsr_hpc.rollout.decoder import Decoder
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 RECIPES = ("tensorwise", "blockwise", "delayed")
@@ -128,3 +129,40 @@ def test_training_follows_that_without_fp8(groups: Groups, recipe: str, recomput
         assert (state > 0).all()
         hidden_of(policy)
         assert torch.equal(policy.chunks[0].decoder.layers[1].mlp.linear_fc1.get_extra_state(), state)
+
+
+def test_a_weight_in_fp8_multiplies_as_its_rounded_rows_do() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 32, generator=random), torch.randn(48, 32, generator=random)
+    weight[7] *= 1e3  # a row's scale is its own
+    fp8 = Fp8Weight.of(weight)
+    held = fp8.values.float() * fp8.scales
+    assert fp8.values.element_size() == 1
+    assert ((held - weight).abs() <= weight.abs() * 2.0**-4 + weight.abs().amax(1, keepdim=True) * 2.0**-10).all()
+    exact = x @ weight.T
+    moved = (fp8.product(x) - exact).norm(dim=0) / exact.norm(dim=0)
+    assert 1e-3 < moved.mean() < 0.05
+    assert fp8.product(x.bfloat16()).dtype is torch.bfloat16
+
+
+def test_rollouts_multiply_in_fp8_where_the_recipe_says(groups: Groups) -> None:
+    """Training's forward stays exact; the decoder moves a little, more so with its ends in FP8 as well."""
+
+    def first_logits(policy: Policy) -> Tensor:
+        decoder, prompts = Decoder(policy), tokens()
+        turns = decoder.prefill(decoder.new_cache(prompts, 1, 4, False), prompts)
+        try:
+            while True:
+                next(turns)
+        except StopIteration as end:
+            return end.value
+
+    exact = policy_of(groups, "none")
+    inner, every = (
+        policy_of(groups, "none", rollout_fp8=True, first_last_layers_bf16=ends) for ends in (True, False)
+    )
+    assert (inner.rollout_fp8_layers, every.rollout_fp8_layers) == ((2,), (1, 2, 3))
+    assert torch.equal(hidden_of(every), hidden_of(exact))
+    reference = first_logits(exact)
+    little, more = ((first_logits(policy) - reference).abs().mean() for policy in (inner, every))
+    assert 0 < little < more < 0.2 * reference.abs().mean()
