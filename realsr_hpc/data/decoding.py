@@ -37,10 +37,11 @@ def decode_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
         BrokenImage: with `missing`, `frames`, `depth`, `huge` or `broken` first.
     """
     try:
-        with open_bytes(path) as stream, warnings.catch_warnings(), Image.open(stream) as image:
+        with open_bytes(path) as stream, warnings.catch_warnings():
             # Above half of the size that Pillow refuses it warns: a scan or panorama, and usable.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return np.asarray(_upright_rgb(image))
+            with Image.open(stream) as image:
+                return np.asarray(_upright_rgb(image))
     except FileNotFoundError as error:
         raise BrokenImage("missing: no such file") from error
     except BrokenImage:

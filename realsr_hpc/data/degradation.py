@@ -224,4 +224,4 @@ def noise_field(rng: np.random.Generator, stage: StageParameters) -> Float32[np.
     """Standard normal noise of the stage's image; the channels are equal where `gray`."""
     channels = 1 if stage.gray else 3
     field = rng.standard_normal((stage.side_px, stage.side_px, channels), dtype=np.float32)
-    return np.ascontiguousarray(np.broadcast_to(field, (stage.side_px, stage.side_px, 3)))
+    return np.repeat(field, 3, axis=2) if stage.gray else field
