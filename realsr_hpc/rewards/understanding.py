@@ -68,8 +68,10 @@ class UnderstandingReward(Reward):
             if text and caption
         ]
         texts, captions = [text for _, text, _ in pairs], [caption for _, _, caption in pairs]
-        by_meaning = self.options.similarity == "minilm" and self._minilm is not None
-        values = self._minilm.similarity(texts, captions) if by_meaning else list(map(chrf, texts, captions))
+        if self.options.similarity == "minilm" and self._minilm is not None:
+            values = self._minilm.similarity(texts, captions)
+        else:
+            values = list(map(chrf, texts, captions))
         np.add.at(totals, [i for i, _, _ in pairs], values)
         return totals / 3.0
 
