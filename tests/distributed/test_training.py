@@ -15,6 +15,7 @@ SMALL = [
     "vlcot.image_sizes_px=[32,64,96]",
     "vlcot.lq_size_px=32",
     "vlcot.max_text_tokens=6",
+    "vlcot.text_slots=null",
     "model.num_layers=2",
     "model.hidden_size=64",
     "model.ffn_hidden_size=96",
