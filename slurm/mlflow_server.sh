@@ -41,6 +41,7 @@ start_postgres() {
 up() {
     [ -n "$BIN" ] || { echo "missing package: postgresql (apt-get install postgresql)" >&2; exit 3; }
     alive "$ROOT/server.pid" && { echo "already up in $ROOT" >&2; exit 1; }
+    [ ! -d "$DATA" ] || [ -f "$PGPASSFILE" ] || { echo "$DATA is another server's: choose another PORT" >&2; exit 1; }
     mkdir -p -m 700 "$ROOT"
     as_postgres "$BIN/pg_ctl" -D "$DATA/db" status >/dev/null 2>&1 || start_postgres
     setsid "$PYTHON" -m mlflow server --host 127.0.0.1 --port "$PORT" --workers 1 \

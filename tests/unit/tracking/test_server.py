@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,7 +65,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict
     """Its URI, and the environment of the script that runs it."""
     script = str(project_root() / "slurm" / "mlflow_server.sh")
     root = tmp_path_factory.mktemp("server") / "mlflow"
-    environment = {**os.environ, "MLFLOW_ROOT": str(root), "PORT": "25600", "PYTHON": sys.executable}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "MLFLOW_ROOT": str(root), "PORT": str(port), "PYTHON": sys.executable}
     up = subprocess.run([script, "up"], env=environment, capture_output=True, text=True, check=False)
     assert up.returncode == 0, up.stdout + up.stderr
     yield up.stdout.strip().partition("=")[2], environment
