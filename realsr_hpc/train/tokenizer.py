@@ -112,9 +112,7 @@ class TokenizerTraining:
         self.codebook.copy_(features[torch.randperm(len(features), generator=generator)[: len(self.codebook)]])
         self.codebook_averages.decay = 0.0
         for _ in range(10):
-            self.codebook_averages.update(
-                self.codebook, features, self.tokenizer.quantize.nearest(features), generator
-            )
+            self.codebook_averages.update(self.codebook, features, self.tokenizer.quantize.nearest(features), generator)
         self.codebook_averages.decay = self.training.codebook_decay
         start_decoder(self.tokenizer, batches)
         self.average.load_state_dict(self.tokenizer.state_dict())
