@@ -1,7 +1,7 @@
 """Memory of one rank of the fullest pipeline stage: what stays, and what each phase of a step adds.
 
 Counted from what the code keeps, tensor by tensor: model/spec.py for activations, rollout/decoder.py for the cache,
-behaviour/logprobs.py for logits. tests/unit/plan compares the sums with what a small model really allocates.
+behaviour/logprobs.py for logits. Not yet compared with what a run really allocates.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ def test_the_small_recipe_has_all_it_needs_and_packs(tool, tmp_path, capsys, mon
     target = tmp_path / "weights.tar"
     assert tool.main(["recipe=grpo_tiny", f"pack={target}"]) == 0
     assert capsys.readouterr().out.count(" there ") >= 4
-    tarfile.open(target).extractall(tmp_path, filter="data")
+    with tarfile.open(target) as archive:
+        archive.extractall(tmp_path, filter="data")
     sums = tmp_path / "weights" / "SHA256SUMS"
     for line in sums.read_text().splitlines():
         digest, name = line.split(maxsplit=1)
