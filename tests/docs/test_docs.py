@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from realsr_hpc.config.load import GROUPS, compose
+from realsr_hpc.config.load import GROUPS
 from realsr_hpc.config.paths import project_root
-from realsr_hpc.launch.command import read_arguments
+from realsr_hpc.launch.command import choose, read_arguments
 
 ROOT = project_root()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,9 +78,7 @@ def test_small_commands_run(tmp_path, capsys):
 def launch(words: list[str]) -> None:
     """Options are known and the recipe composes."""
     given = [word for word in words if "..." not in word]
-    _, multirun, overrides = read_arguments(given)
-    configs = compose(overrides, multirun=multirun)
-    assert configs
+    assert choose(*read_arguments(given))
 
 
 def test_the_recipe_reference_is_what_the_schema_says():

@@ -143,7 +143,7 @@ def test_a_dead_server_stops_nothing_and_sync_sends_later(root, monkeypatch):
     assert tracker.run_id == ""
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": None})})
     (run_dir / "recipe.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    assert sync(run_dir) == 1
+    assert sync(run_dir) == 2  # the recipe and the metrics
     assert history(run_dir, "loss") == [(1, 1.0)]
 
 
