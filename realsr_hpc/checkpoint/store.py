@@ -72,8 +72,7 @@ def sharded_state(policy: Policy, optimiser: Optimiser | None, loading: bool) ->
     state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(policy)}
     if optimiser is not None:
         whole = dict(state) if len(policy.chunks) > 1 else state["model"]
-        if loading:
-            _give_empty_states(optimiser)
+        _give_empty_states(optimiser)
         state["optimizer"] = optimiser.vendor.sharded_state_dict(whole, is_loading=loading, metadata=_SHARDING)
     return state
 
@@ -85,10 +84,20 @@ def _named_chunks(policy: Policy) -> list[tuple[str, Any]]:
 
 
 def _give_empty_states(optimiser: Optimiser) -> None:
-    """Torch's Adam has no states before its first update, and Megatron's sharded optimizer asserts that it has."""
-    if optimiser.distributed:
-        for vendor in getattr(optimiser.vendor, "chained_optimizers", [optimiser.vendor]):
-            vendor._init_optimizer_states_with_dummy_values()
+    """Torch's Adam has no states before its first update, and Megatron's sharded optimizer asserts that it has.
+
+    A run may save without one: every group of its rollouts was dropped. Megatron's own way is an update with zero
+    gradients; at a rate of zero it changes no weight, and its count is taken back.
+    """
+    for vendor in getattr(optimiser.vendor, "chained_optimizers", [optimiser.vendor]):
+        if not optimiser.distributed or vendor.optimizer.state:
+            continue
+        for group in vendor.optimizer.param_groups:
+            group["lr"] = 0.0
+        vendor._init_optimizer_states_with_dummy_values()
+        for state in vendor.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
 
 def _take_model(policy: Policy, loaded: dict[str, Any]) -> None:
