@@ -256,9 +256,7 @@ def local_to_hf(policy: Policy, part: Callable[[Tensor], Tensor] | None = None) 
 
 
 @torch.no_grad()
-def hf_tensors(
-    policy: Policy, part: Callable[[Tensor], Tensor] | None = None
-) -> Iterator[tuple[str, Tensor | None]]:
+def hf_tensors(policy: Policy, part: Callable[[Tensor], Tensor] | None = None) -> Iterator[tuple[str, Tensor | None]]:
     """Name and whole tensor, one parameter gathered at a time, in the order of `hf_names`.
 
     The tensor is in host memory on world rank 0 and None elsewhere. Every rank of the first data-parallel replica must

@@ -158,9 +158,7 @@ def test_rollouts_multiply_in_fp8_where_the_recipe_says(groups: Groups) -> None:
             return end.value
 
     exact = policy_of(groups, "none")
-    inner, every = (
-        policy_of(groups, "none", rollout_fp8=True, first_last_layers_bf16=ends) for ends in (True, False)
-    )
+    inner, every = (policy_of(groups, "none", rollout_fp8=True, first_last_layers_bf16=ends) for ends in (True, False))
     assert (inner.rollout_fp8_layers, every.rollout_fp8_layers) == ((2,), (1, 2, 3))
     assert torch.equal(hidden_of(every), hidden_of(exact))
     reference = first_logits(exact)

@@ -1,6 +1,5 @@
 """Tokenizer training: computed start weights, exact resume, what a run leaves behind."""
 
-
 import numpy as np
 import pytest
 import torch
