@@ -56,7 +56,7 @@ def test_a_faulty_job_tells_why(launch, tmp_path):
 
 def test_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(launch, tmp_path):
     [run_dir] = launch(
-        tmp_path, "cluster.nodes=1", "sft.num_steps=9", "optim.lr=1e38", "optim.min_lr=1e38",
+        tmp_path, "cluster.nodes=1", "sft.num_steps=9", "optim.lr=1e30", "optim.min_lr=1e30",
         "optim.max_skipped_in_a_row=2",
     )  # fmt: skip
     assert wait_for_end(run_dir) == "failed"
