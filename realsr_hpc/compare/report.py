@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from realsr_hpc.compare.axes import plot_axes
 from realsr_hpc.compare.groups import Group, group_runs
 from realsr_hpc.compare.pictures import image_rows, plot_curves
 from realsr_hpc.compare.runs import Comparison
@@ -41,6 +42,8 @@ def write_report(comparison: Comparison, folder: Path, title: str) -> list[Path]
     comparison.write_csv(folder / "comparison.csv")
     plot_curves(groups, panels(comparison), folder / "curves.png")
     files = [folder / "comparison.csv", folder / "curves.png"]
+    if plot_axes(groups, comparison.deciding, comparison.metric, folder / "axes.png"):
+        files.append(folder / "axes.png")
     headers, rows = image_rows(groups)
     if rows:
         image_grid(rows, headers).save(folder / "grid.png")

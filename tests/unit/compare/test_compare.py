@@ -12,6 +12,9 @@ from PIL import Image
 from scipy.stats import t as student
 
 from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, write_report
+from realsr_hpc.compare.axes import plot_axes
+from realsr_hpc.compare.groups import Group
+from realsr_hpc.compare.runs import ComparedRun
 from realsr_hpc.config.paths import project_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking import prepare_sweep, sync, write_launch_tags
@@ -110,7 +113,7 @@ def test_the_report_holds_every_run_and_group(store, tmp_path):
     comparison = compare(find_sweep(store, "realsr_hpc", "betas"), "rewards/total/mean", store)
     files = write_report(comparison, tmp_path / "out", "betas")
     assert {file.name for file in files} == {
-        "comparison.md", "comparison.html", "comparison.csv", "curves.png", "grid.png",
+        "comparison.md", "comparison.html", "comparison.csv", "curves.png", "axes.png", "grid.png",
     }  # fmt: skip
     with (tmp_path / "out/comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -121,7 +124,25 @@ def test_the_report_holds_every_run_and_group(store, tmp_path):
     with Image.open(tmp_path / "out/grid.png") as grid:
         assert grid.width > 4 * 128  # input, two groups, truth
     page = (tmp_path / "out/comparison.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "kl_beta=0.04" in page
+    assert page.count("data:image/png;base64,") == 3 and "kl_beta=0.04" in page
+
+
+def test_axes_are_drawn_for_one_two_and_many_keys(tmp_path):
+    grid = [(a, b, c) for a in ("0.5", "10", "2") for b in ("x", "y") for c in ("1", "2")]
+    keys = ("a", "b", "c")
+    runs = [
+        ComparedRun(str(n), str(n), "FINISHED", dict(zip(keys, values, strict=True)), {"m": float(n)})
+        for n, values in enumerate(grid)
+    ]
+    groups = [Group(run.name, (run,)) for run in runs]
+    pictures = {}
+    for shown in (keys[:1], keys[:2], keys):
+        path = tmp_path / f"{len(shown)}.png"
+        assert plot_axes(groups, shown, "m", path)
+        pictures[len(shown)] = path.read_bytes()
+    assert len(set(pictures.values())) == 3
+    assert not plot_axes(groups, (), "m", tmp_path / "none.png") and not (tmp_path / "none.png").exists()
+    assert not plot_axes(groups, keys, "unmeasured", tmp_path / "none.png")
 
 
 def test_no_run_is_best_where_none_has_the_metric(store, tmp_path):
