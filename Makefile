@@ -5,9 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses=auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
 
-PIP = $(VENV)/bin/python -m pip --no-input --disable-pip-version-check
+PIP = $(VENV)/bin/python -m pip --no-input --disable-pip-version-check --quiet --quiet
 REQUIREMENTS = pyproject.toml constraints.txt
 CHECKED = realsr_hpc tools tests
 
@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python tools/demo.py
 
 test: check
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check $(CHECKED)
@@ -30,16 +30,17 @@ install-dev: $(VENV)/.installed-dev
 
 $(VENV)/.torch:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else "Python 3.11 or 3.12 is needed; this is %d.%d. Name one: make PYTHON=python3.11" % v)'
+	@echo "Installing into $(VENV): minutes, the first time alone."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(REQUIREMENTS)
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(PIP) install --constraint constraints.txt --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed $(REQUIREMENTS)
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
