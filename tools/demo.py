@@ -1,7 +1,7 @@
 """The whole system in minutes on a CPU: GRPO on the bundled photographs, and what it learned.
 
 python tools/demo.py [section.field=value ...] runs the commands that a user would type, one after another, and shows
-each: launch, evaluate, restore, export. Overrides go to the recipe grpo_tiny. A finished run is not repeated.
+each: launch, evaluate, restore, export, gallery. Overrides go to the recipe grpo_tiny. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def main(overrides: list[str]) -> int:
     if not export.exists():
         commands.append(["tools/export_hf.py", f"run={run_dir}", f"output={export}"])
     commands.append(["-c", LOAD_EXPORT, str(export)])
+    commands.append(["tools/gallery.py", f"run={run_dir}", f"evaluation={report}", f"output={report / 'gallery.html'}"])
     for command in commands:
         shown = "python " + ("-c '(load it with transformers)'" if command[0] == "-c" else " ".join(command))
         console.rule(shown, align="left")
@@ -95,6 +96,7 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
         "reward curve": report / "reward.png",
         "input | bicubic | before | after | truth": report / "grid.png",
         "a restored photograph": report / "restored",
+        "what it thinks, and what GRPO rewards": report / "gallery.html",
         "Hugging Face export": export,
     }.items():
         console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
