@@ -59,7 +59,8 @@ def image_sizes_are_multiples_of_32(config: RunConfig) -> Iterator[str]:
     sizes = [(f"vlcot.image_sizes_px.{i}", size) for i, size in enumerate(config.vlcot.image_sizes_px)]
     for field, size in [*sizes, ("vlcot.lq_size_px", config.vlcot.lq_size_px)]:
         if size % SIZE_UNIT_PX:
-            yield f"{field}: {size}: must be a multiple of {SIZE_UNIT_PX}; try {_round_up(size, SIZE_UNIT_PX)}"
+            above = -(-size // SIZE_UNIT_PX) * SIZE_UNIT_PX
+            yield f"{field}: {size}: must be a multiple of {SIZE_UNIT_PX}; try {above}"
 
 
 def image_sizes_are_multiples_of_the_tokenizer_stride(config: RunConfig) -> Iterator[str]:
@@ -325,6 +326,12 @@ def a_checkpoint_can_be_taken_before_time_is_up(config: RunConfig) -> Iterator[s
         )
 
 
+def sft_learns_from_degraded_photographs(config: RunConfig) -> Iterator[str]:
+    """A trace names the degradation that was applied; pairs and LQ images carry no such label."""
+    if config.task == "sft" and config.data.mode != "unpaired":
+        yield f"data.mode: {config.data.mode}: has no degradation labels, so no traces for SFT; set unpaired"
+
+
 def warm_up_ends_before_the_run(config: RunConfig) -> Iterator[str]:
     """A warm-up as long as the run never reaches its learning rate."""
     num_steps = {"grpo": config.grpo.num_steps * config.grpo.updates_per_step, "sft": config.sft.num_steps}
@@ -357,10 +364,6 @@ def a_tracking_uri_holds_no_password(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 RULES: tuple[Rule, ...] = (
     a_name_is_one_folder_name,
     image_sizes_are_multiples_of_32,
@@ -390,6 +393,7 @@ RULES: tuple[Rule, ...] = (
     a_ramp_has_both_ends,
     image_top_k_is_fixed_or_adaptive,
     a_checkpoint_can_be_taken_before_time_is_up,
+    sft_learns_from_degraded_photographs,
     warm_up_ends_before_the_run,
     the_best_checkpoint_is_measured,
     a_tracking_uri_holds_no_password,

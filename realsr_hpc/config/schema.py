@@ -315,6 +315,8 @@ class SFTConfig(Section):
     num_steps: Count = 2000
     batch_size: Count = 16
     """Traces an optimizer step, over all data-parallel ranks."""
+    traces: str | None = None
+    """Folder of frozen traces (tools/freeze_traces.py) to train on; None: they are made of photographs in each step."""
     z_loss: NonNegative = 1e-5
     packing: bool = True
     heldout_every_steps: Count = 200
@@ -333,6 +335,8 @@ class CheckpointConfig(Section):
     best_is: Literal["highest", "lowest"] = "highest"
     async_save: bool = False
     """Files are written behind the next steps; costs a copy of the shards in host memory."""
+    max_failed_in_a_row: Count = 3
+    """So many checkpoints in a row that could not be written (a full disk) end the run; before, it trains on."""
 
 
 class TrackingConfig(Section):

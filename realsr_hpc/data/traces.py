@@ -3,9 +3,9 @@
 A folder of `traces-00000.safetensors`, each with the tokens of some traces one after another, where each starts and how
 long its prompt is. Files are written aside and renamed, and each is decided by its number alone: a killed run goes on
 at the first missing file, and tasks of an array write disjoint ones. What decided the tokens (seed, photographs,
-degradation, both tokenizers, shape of a trace) stands in each file and is compared when they are read. Each visit of a
-photograph has its own window and degradation, as when degrading on the fly; after the last trace they come again in
-another order. Packing into rows is the collator's (`sft.packing`).
+degradation, both tokenizers, shape of a trace) stands in each file and is compared when they are read; only the seed of
+the run that reads may be another one. Each visit of a photograph has its own window and degradation, as when degrading
+on the fly; after the last trace they come again in another order. Packing into rows is the collator's (`sft.packing`).
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def freeze_traces(
     """
     output.mkdir(parents=True, exist_ok=True)
     identity = trace_identity(config)
+    for path in sorted(output.glob("traces-*.safetensors")):
+        _require_same(path, _identity_of(path), identity)
     starts = list(range(0, num_samples, samples_per_file))
     tokens = TraceTokenizer.load(config, device or torch.device("cpu"))
     for number in range(shard[0] - 1, len(starts), shard[1]):
@@ -84,16 +86,16 @@ class FrozenTraces:
         paths = sorted(folder.glob("traces-*.safetensors"))
         if not paths:
             raise ValueError(f"{folder} holds no traces; make them with tools/freeze_traces.py")
+        identity = trace_identity(config) | {"seed": _identity_of(paths[0])["seed"]}
+        for path in paths:
+            _require_same(path, _identity_of(path), identity)
         self._files = [safe_open(path, framework="pt") for path in paths]
-        expected = trace_identity(config)
-        for path, file in zip(paths, self._files, strict=True):
-            found = json.loads(file.metadata()["identity"])
-            for name, here in expected.items():
-                if found.get(name) != here:
-                    raise ValueError(f"{path} was made with another {name}; make traces of this recipe anew")
+        numbers = [int(path.stem.partition("-")[2]) for path in paths]
+        self.missing = sorted(set(range(numbers[-1])) - set(numbers))
+        """Numbers of files that are not there, below that of the last one."""
         self._starts = [file.get_tensor("starts") for file in self._files]
         self._ends = np.cumsum([len(starts) - 1 for starts in self._starts])
-        self.fingerprint = hashlib.sha256(json.dumps([expected, self._ends.tolist()]).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(json.dumps([identity, self._ends.tolist()]).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -112,9 +114,12 @@ class TraceLoader:
 
     def __init__(self, config: RunConfig, folder: Path, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1) -> None:
         self.traces = FrozenTraces(folder, config)
+        if self.traces.missing:
+            raise ValueError(f"{folder} lacks files {self.traces.missing}; write them with tools/freeze_traces.py")
         self._seed, self._batch_size, self._dp_rank, self._dp_size = config.seed, batch_size, dp_rank, dp_size
         self.position = 0
         """Index at which the next global batch starts."""
+        self._order: tuple[int, np.ndarray] = (0, np.arange(len(self.traces)))
 
     def next(self) -> list[TracePair]:
         """The next batch of this rank."""
@@ -144,7 +149,22 @@ class TraceLoader:
         epoch, place = divmod(index, len(self.traces))
         if epoch == 0:
             return place
-        return int(generator(self._seed, epoch, Stream.ORDER).permutation(len(self.traces))[place])
+        if self._order[0] != epoch:
+            self._order = (epoch, generator(self._seed, epoch, Stream.ORDER).permutation(len(self.traces)))
+        return int(self._order[1][place])
+
+
+def _identity_of(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["identity"])
+
+
+def _require_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, here in expected.items():
+        if found.get(name) != here:
+            raise ValueError(
+                f"{path} was made with another {name}; make traces of this recipe in a folder of their own"
+            )
 
 
 def _pairs(config: RunConfig, tokens: TraceTokenizer, start: int, stop: int) -> Iterator[TracePair]:

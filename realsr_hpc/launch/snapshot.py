@@ -45,7 +45,8 @@ def take_snapshot(configs: Sequence[RunConfig]) -> Path:
 
 def external_paths(config: RunConfig) -> list[str]:
     """Relative paths that a recipe names."""
-    named = (config.data.manifest, config.model.weights, config.image_tokenizer.weights, config.text_tokenizer.path)
+    tokenizers = (config.image_tokenizer.weights, config.text_tokenizer.path)
+    named = (config.data.manifest, config.sft.traces, config.model.weights, *tokenizers)
     return [name for name in named if name and not Path(name).is_absolute()]
 
 

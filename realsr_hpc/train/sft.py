@@ -1,8 +1,9 @@
 """Cold start: supervised fine-tuning on true VLCoT traces (PAPER section 1).
 
 A step reads: batch of degraded images with labels and captions -> prompts and traces -> microbatches -> cross-entropy
-of the response tokens plus z-loss -> optimizer -> report. Cross-entropy is the scorer of the GRPO loss with a mask
-that allows everything. Left out: loss on the prompt, dropout.
+of the response tokens plus z-loss -> optimizer -> report. With `sft.traces` prompts and traces were made before, and a
+step begins at the tokens. Cross-entropy is the scorer of the GRPO loss with a mask that allows everything. Left out:
+loss on the prompt, dropout.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
+from realsr_hpc.data.traces import TraceLoader
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, run_pipeline
 from realsr_hpc.records import LQBatch, StepReport, TrainingSequence
 from realsr_hpc.rollout.restorer import PolicyRestorer
@@ -27,13 +30,10 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     """Run the recipe; the exit code (see train/run.py)."""
     sft = config.sft
     run = TrainingRun(config, run_dir, stop, sft.num_steps, sft.num_steps)
-    groups = run.groups
-    share = run.per_rank(sft.batch_size, "sft.batch_size")
-    loader = LQLoader(config, config.data.train_split, share, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+    loader = _loader(run, run.per_rank(sft.batch_size, "sft.batch_size"))
     heldout = LQLoader(config, config.data.heldout_split, sft.heldout_traces, shuffle=False).next()
     for step in range(run.resume(loader) + 1, sft.num_steps + 1):
-        sequences = trace_sequences(run.tokens, loader.next())
-        microbatches, num_tokens = _microbatches(run, sequences)
+        microbatches, num_tokens = _microbatches(run, next_sequences(run.tokens, loader))
         result = run.optimiser.step(microbatches, cross_entropy(run, num_tokens, sft.z_loss))
         metrics = {**run.total(result.outputs), "optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
         if step % sft.heldout_every_steps == 0 or step == sft.num_steps:
@@ -46,6 +46,20 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
             return REQUEUE
     run.tracker.close("FINISHED")
     return DONE
+
+
+def _loader(run: TrainingRun, batch_size: int) -> LQLoader | TraceLoader:
+    config, rank, size = run.config, run.groups.dp_rank, run.groups.dp_size
+    if config.sft.traces is not None:
+        return TraceLoader(config, resolve(config.sft.traces), batch_size, dp_rank=rank, dp_size=size)
+    return LQLoader(config, config.data.train_split, batch_size, dp_rank=rank, dp_size=size)
+
+
+def next_sequences(tokens: TraceTokenizer, loader: LQLoader | TraceLoader) -> list[TrainingSequence]:
+    """The next batch of this rank as sequences: frozen ones as they are, images through the tokenizers."""
+    if isinstance(loader, TraceLoader):
+        return [_sequence(prompt, response) for prompt, response in loader.next()]
+    return trace_sequences(tokens, loader.next())
 
 
 def trace_sequences(tokens: TraceTokenizer, batch: LQBatch) -> list[TrainingSequence]:

@@ -71,6 +71,7 @@ def train(overrides: list[str], run_dir: Path, stop_after: int | None) -> tuple[
 
 @pytest.mark.parametrize("recipe", [GRPO, SFT], ids=["grpo", "sft"])
 def test_resumed_run_is_bitwise_the_uninterrupted_one(recipe, tmp_path):
+    """SFT also on frozen traces, which are those that it makes on the fly."""
     overrides = [*recipe, *SMALL]
     [(code, whole)] = run_ranks(1, train, overrides, tmp_path / "whole", None)
     assert code == 0 and max(whole) == 4
@@ -79,6 +80,20 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(recipe, tmp_path):
     [(code, parts)] = run_ranks(1, train, overrides, tmp_path / "parts", None)
     assert code == 0
     assert parts == whole
+    if recipe is SFT:
+        frozen = [*overrides, f"sft.traces={tmp_path / 'traces'}", "sft.sample_every_steps=0"]
+        run_ranks(1, freeze, overrides, tmp_path)
+        assert run_ranks(1, train, frozen, tmp_path / "frozen", 2)[0][0] == 85
+        assert run_ranks(1, train, frozen, tmp_path / "frozen", None) == [(0, whole)]
+
+
+def freeze(overrides: list[str], folder: Path) -> None:
+    """The traces of the run's 16 samples, in files that no batch fits."""
+    from realsr_hpc.config.load import compose_one
+    from realsr_hpc.data.traces import freeze_traces
+
+    config = compose_one([*overrides, f"image_tokenizer.weights={folder / 'image_tokenizer.safetensors'}"])
+    assert freeze_traces(config, folder / "traces", 16, 7) == 16
 
 
 def test_grpo_runs_on_two_tensor_parallel_ranks(tmp_path):

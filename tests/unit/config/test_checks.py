@@ -44,6 +44,7 @@ BREACHES = {
     "reward_options_are_those_of_their_kind": ["rewards.terms.format.options={nothing: 1}"],
     "image_top_k_is_fixed_or_adaptive": ["rollout.image_adaptive_top_k=true", "rollout.image_top_k=5"],
     "a_checkpoint_can_be_taken_before_time_is_up": ["cluster.time_min=1", "cluster.signal_delay_s=60"],
+    "sft_learns_from_degraded_photographs": ["task=sft", "data.mode=paired"],
     "warm_up_ends_before_the_run": ["optim.warmup_steps=100000"],
     "the_best_checkpoint_is_measured": ["checkpoint.keep_best=1", "grpo.heldout_every_steps=0"],
     "a_tracking_uri_holds_no_password": ["tracking.uri='postgresql://me:secret@db/mlflow'"],

@@ -46,6 +46,20 @@ def test_a_killed_run_writes_what_is_missing_only(config, folder):
     assert [before[path] == after[path] for path in files] == [True, False, True]
 
 
+def test_another_seed_may_train_on_them_in_its_own_later_order(config, folder):
+    here, other = (TraceLoader(compose_one([*RECIPE, f"seed={seed}"]), folder, 10) for seed in (config.seed, 7))
+    assert first(here.next()) == first(other.next())
+    mine, theirs = first(here.next()), first(other.next())
+    assert mine != theirs and sorted(mine) == sorted(theirs)
+
+
+def test_a_folder_with_a_gap_is_refused(config, folder, tmp_path):
+    for path in (sorted(folder.glob("*"))[0], sorted(folder.glob("*"))[2]):
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(ValueError, match=r"lacks files \[1\]"):
+        TraceLoader(config, tmp_path, 2)
+
+
 def first(pairs):
     return [(prompt.tolist(), response) for prompt, response in pairs]
 
@@ -67,6 +81,8 @@ def test_traces_of_another_recipe_are_refused(config, folder, tmp_path):
     other = compose_one([*RECIPE, "degradation.preset=seesr"])
     with pytest.raises(ValueError, match="another degradation"):
         TraceLoader(other, folder, 2)
+    with pytest.raises(ValueError, match="another seed"):
+        freeze_traces(compose_one([*RECIPE, "seed=7"]), folder, 10, 4)
     with pytest.raises(ValueError, match="holds no traces"):
         FrozenTraces(tmp_path, config)
     with pytest.raises(ValueError, match="other traces"):
