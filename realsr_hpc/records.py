@@ -34,6 +34,32 @@ class DegradationLabel:
         return f"{self.blur} blur, {self.resize1}, {self.noise} noise, {self.compression} compression, {self.resize2}"
 
 
+@dataclass(frozen=True, eq=False)
+class Blur:
+    """Correlation with a kernel, borders reflected (101)."""
+
+    kernel: Float[np.ndarray, "rows columns"]
+
+
+@dataclass(frozen=True)
+class ResizeTo:
+    """Of a square image, without antialiasing."""
+
+    side_px: int
+    mode: Literal["area", "bilinear", "bicubic"]
+
+
+@dataclass(frozen=True)
+class JPEG:
+    """Quality 1..100."""
+
+    quality: int
+
+
+Operators = tuple[Blur | ResizeTo | JPEG, ...]
+"""What was done to the truth, in this order, noise left out."""
+
+
 @dataclass(frozen=True)
 class SceneText:
     """Captions of the truth at 1/4, 1/2 and full size, and its content tags."""
@@ -62,6 +88,8 @@ class LQBatch:
     """The image's name in the manifest."""
     index: Int[Tensor, " B"]
     """Global sample index: with the seed it decides crop and degradation."""
+    operators: tuple[Operators | None, ...] | None = None
+    """What made each LQ image of its truth; None where it is unknown, as `labels`."""
 
     def __len__(self) -> int:
         return len(self.keys)

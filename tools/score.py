@@ -169,6 +169,8 @@ def lacking_of(terms, traces, lq, truths, scenes) -> dict[str, str]:
             lacking[name] = "the degradation that was applied, which only training knows"
         elif term.kind == "understanding" and not all(scenes):
             lacking[name] = "manifest=FILE with captions under each image's name"
+        elif term.options.get("degradation") == "known":
+            lacking[name] = "the degradation that was applied, which only training knows"
         elif term.kind == "fidelity" and (lq if reference == "lq" else truths) is None:
             lacking[name] = f"{'lq' if reference == 'lq' else 'truth'}=DIR"
     return lacking

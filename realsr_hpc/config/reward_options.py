@@ -70,6 +70,9 @@ class FidelityOptions(Section):
     """Reward `fidelity`."""
 
     reference: Literal["lq", "gt"] = "lq"
+    degradation: Literal["downscale", "known"] = "downscale"
+    """What the final image undergoes before it is compared with the LQ image: area averaging to its size, or the blurs,
+    resizes and JPEGs that made this LQ image of its truth. known scores 0 where they are not recorded."""
     metric: Literal["psnr", "l1", "ssim", "pyiqa"] = "psnr"
     """pyiqa: its full-reference metrics by name, at full size (reference=gt)."""
     metrics: list[str] = []
@@ -90,6 +93,8 @@ class FidelityOptions(Section):
             raise ValueError(f"metric={self.metric} with metrics={self.metrics}: name metrics with metric=pyiqa only")
         if self.metric == "pyiqa" and self.reference != "gt":
             raise ValueError("metric=pyiqa compares at full size: set reference=gt")
+        if self.degradation == "known" and self.reference != "lq":
+            raise ValueError("degradation=known compares with the LQ image: set reference=lq")
         if self.psnr_low >= self.psnr_high:
             raise ValueError(f"psnr_low={self.psnr_low} must be below psnr_high={self.psnr_high}; swap or widen them")
         return self

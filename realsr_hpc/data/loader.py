@@ -23,6 +23,7 @@ from realsr_hpc.data.degradation import PRESETS, Stream, generator
 from realsr_hpc.data.graph_inputs import DegradationInput
 from realsr_hpc.data.labels import check_edges, label
 from realsr_hpc.data.manifest import Manifest, read_manifest
+from realsr_hpc.data.operators import operators_of
 from realsr_hpc.data.samples import Geometry, Sample, Samples
 from realsr_hpc.records import DegradationLabel, LQBatch
 
@@ -160,6 +161,10 @@ class LQLoader:
             scenes=tuple(sample.entry.scene for sample in samples),
             keys=tuple(sample.entry.key for sample in samples),
             index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+            operators=tuple(
+                sample.parameters and operators_of(sample.parameters, self._samples.geometry.lq_size_px)
+                for sample in samples
+            ),
         )
 
     def _label(self, sample: Sample) -> DegradationLabel | None:

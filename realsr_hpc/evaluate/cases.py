@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from realsr_hpc.records import DegradationLabel, LQBatch, SceneText
+from realsr_hpc.records import DegradationLabel, LQBatch, Operators, SceneText
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Case:
     scene: SceneText | None = None
     index: int = 0
     """Decides a model's draws, whatever batch and rank the case falls to."""
+    operators: Operators | None = None
+    """What made `lq` of the truth, where it is known."""
 
 
 def cases_of(batch: LQBatch) -> list[Case]:
@@ -31,7 +33,8 @@ def cases_of(batch: LQBatch) -> list[Case]:
     lqs = _to_hwc(batch.lq)
     gts = [None] * len(batch) if batch.gt is None else list(_to_hwc(batch.gt))
     keys = [f"{key}-{index}" if uses[key] > 1 else key for key, index in zip(batch.keys, batch.index, strict=True)]
-    rows = zip(keys, lqs, gts, batch.labels, batch.scenes, batch.index.tolist(), strict=True)
+    operators = batch.operators or (None,) * len(batch)
+    rows = zip(keys, lqs, gts, batch.labels, batch.scenes, batch.index.tolist(), operators, strict=True)
     return [Case(key.replace("/", "_"), *rest) for key, *rest in rows]
 
 

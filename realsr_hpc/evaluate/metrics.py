@@ -107,7 +107,7 @@ class Metrics:
         if self.rewards is None:
             return {}
         candidates = [
-            Candidate(item.trace, item.image, case.lq, case.gt, case.label, case.scene)
+            Candidate(item.trace, item.image, case.lq, case.gt, case.label, case.scene, case.operators)
             for case, item in zip(cases, images, strict=True)
         ]
         has_trace = any(item.trace is not NO_TRACE for item in images)

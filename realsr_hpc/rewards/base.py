@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from realsr_hpc.records import DegradationLabel, ParsedTrace, SceneText
+from realsr_hpc.records import DegradationLabel, Operators, ParsedTrace, SceneText
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class Candidate:
     gt: np.ndarray | None = None
     label: DegradationLabel | None = None
     scene: SceneText | None = None
+    operators: Operators | None = None
+    """What made `lq` of its truth; siblings of a group share the object."""
 
 
 class Reward(ABC):

@@ -1,7 +1,9 @@
 """Fidelity reward: does the final image still show what the LQ image shows?
 
 reference=lq (default, no truth needed): the final image is area-averaged to the LQ size and compared with the LQ
-image, both first smoothed a little so that the LQ image's noise and block edges weigh less than its content.
+image, both first smoothed a little so that the LQ image's noise and block edges weigh less than its content. With
+degradation=known it first undergoes the very operators that made the LQ image (recorded by the data room, never
+guessed), noise left out: then a blurred LQ image asks for no blurred answer.
 reference=gt: compared with the truth at full size. The generation reward alone pays for invention; this holds it.
 metric=pyiqa (with reference=gt): LPIPS, DISTS, TOPIQ-FR and the like by name, direction and range from pyiqa's table.
 Maps: psnr -> (dB - low) / (high - low); l1 -> 1 - mean |difference| / 255; ssim -> itself, negatives cut.
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from realsr_hpc.config.reward_options import FidelityOptions
 from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.rewards.known import degraded
 from realsr_hpc.rewards.metrics import downscale_area, gaussian_taps, psnr_db, ssim_y
 
 
@@ -34,7 +37,7 @@ class FidelityReward(Reward):
             self.perceptual = PyiqaMetrics(options.metrics, options.weights_dir, mode="FR")
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        """Scores [n] in [0, 1]; 0 where reference=gt and there is no truth."""
+        """Scores [n] in [0, 1]; 0 where the truth, or the known degradation, is not there."""
         scores = np.zeros(len(candidates))
         for places, images, references in self._pairs(candidates):
             scores[places] = self._compare(images, references)
@@ -45,12 +48,23 @@ class FidelityReward(Reward):
         groups: dict[tuple[int, ...], list[tuple[int, np.ndarray, np.ndarray]]] = {}
         for i, item in enumerate(candidates):
             reference = item.lq if self.options.reference == "lq" else item.gt
-            if item.image is not None and reference is not None:
-                groups.setdefault(item.image.shape + reference.shape, []).append((i, item.image, reference))
+            image = self._shown(item)
+            if image is not None and reference is not None:
+                groups.setdefault(image.shape + reference.shape, []).append((i, image, reference))
         return [
             ([i for i, _, _ in rows], np.stack([image for _, image, _ in rows]), np.stack([ref for _, _, ref in rows]))
             for rows in groups.values()
         ]
+
+    def _shown(self, item: Candidate) -> np.ndarray | None:
+        """The image as it is compared; None where nothing can be."""
+        if self.options.degradation == "downscale" or item.image is None:
+            return item.image
+        if item.gt is not None and item.image.shape != item.gt.shape:
+            raise ValueError(
+                f"image {item.image.shape[:2]}, truth {item.gt.shape[:2]} px: its degradation is of that size"
+            )
+        return None if item.operators is None else degraded(item.image, item.operators)
 
     def _compare(self, images: np.ndarray, references: np.ndarray) -> np.ndarray:
         if self.perceptual is not None:

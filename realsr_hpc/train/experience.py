@@ -83,8 +83,8 @@ class Experience:
         candidates = []
         for row, members in enumerate(traces):
             lq, gt = (None if x is None else x[row].movedim(0, -1).numpy() for x in (batch.lq, batch.gt))
-            label, scene = batch.labels[row], batch.scenes[row]
-            candidates.append([Candidate(trace, next(images), lq, gt, label, scene) for trace in members])
+            known = (batch.labels[row], batch.scenes[row], batch.operators[row] if batch.operators else None)
+            candidates.append([Candidate(trace, next(images), lq, gt, *known) for trace in members])
         return self.rewards.score_groups(groups, candidates)
 
 

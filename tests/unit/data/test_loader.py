@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from realsr_hpc.config.schema import DataConfig, DegradationConfig, RunConfig, VLCoTConfig
+from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
 from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
 from realsr_hpc.data.manifest import read_manifest, write_manifest
 from realsr_hpc.data.prepare import PrepareOptions, prepare
+from realsr_hpc.records import ResizeTo
 
 torch.set_num_threads(1)
 ALL_TRAIN = PrepareOptions(heldout_fraction=0.0)
@@ -42,6 +44,11 @@ def opened():
         loader.close()
 
 
+def final_modes(count):
+    draws = [generator(0, index, Stream.DEGRADATION) for index in range(count)]
+    return [sample_degradation(rng, PRESETS["realesrgan"], 64, 4).final_resize_mode for rng in draws]
+
+
 def read(loader, num_batches):
     """{index: (key, label, lq bytes, gt bytes)} of some batches."""
     samples = {}
@@ -70,6 +77,7 @@ def test_a_batch_is_what_the_record_says(opened):
     assert batch.index.tolist() == [0, 1, 2]
     assert len({*batch.keys}) == 3
     assert all(label is not None and label.phrase for label in batch.labels)
+    assert all(ResizeTo(16, mode) in known for known, mode in zip(batch.operators, final_modes(3), strict=True))
     assert all(scene is not None and len(scene.tags) >= 3 for scene in batch.scenes)
 
 
@@ -198,7 +206,7 @@ def test_a_pair_of_wrong_sizes_is_skipped(opened, tmp_path):
 def test_lq_only_has_no_truth(opened, tmp_path):
     report = prepare(folder(tmp_path, side=40), tmp_path, ALL_TRAIN)
     batch = opened(config(report.manifest, mode="lq_only"), "train", 2).next()
-    assert batch.gt is None and batch.labels == (None, None)
+    assert batch.gt is None and batch.labels == (None, None) and batch.operators == (None, None)
     assert batch.lq.shape == (2, 3, 16, 16)
 
 
