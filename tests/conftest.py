@@ -27,7 +27,8 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # workers take whole files, the one Slurm of this machine is one worker's
+    workers = config.pluginmanager.hasplugin("xdist")
+    for item in items if workers else []:  # a worker takes whole files; the one Slurm of this machine is one worker's
         item.add_marker(pytest.mark.xdist_group("slurm" if item.get_closest_marker("slurm") else str(item.path)))
     left_out = [item for item in items if any(item.get_closest_marker(marker) and absent(marker) for marker in NEEDS)]
     if left_out:
