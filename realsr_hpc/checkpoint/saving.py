@@ -1,17 +1,20 @@
 """Writing a checkpoint: planned together, written by each rank alone, completed together.
 
 Only the first and the last part are collective. What the middle part writes was copied before, so it may run behind
-the next training steps (`Saver(behind=True)`); a write that fails raises when the checkpoint would be completed, and
-the checkpoint before it stays the newest. Left out: Megatron's own background processes, which fork a process that
-holds threads and a GPU.
+the next training steps (`Saver(behind=True)`). What one rank cannot write (a full disk, a quota, a file server that
+went away) raises NotSaved on every rank, at a point where all of them are together; the checkpoint before it stays the
+newest. Left out: Megatron's own background processes, which fork a process that holds threads and a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import queue
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,17 @@ from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.reduce import gather_objects
 
+logger = logging.getLogger(__name__)
+
+RESERVE = "reserve"
+RESERVE_BYTES = 1 << 23
+"""Room that is taken first, for the small files that Megatron writes while other ranks wait for it: a disk that fills
+up then is noticed where a rank writes alone."""
+
+
+class NotSaved(RuntimeError):
+    """A checkpoint that could not be written, said on every rank; those before it are as they were."""
+
 
 def save(
     root: Path,
@@ -48,7 +62,8 @@ def save(
     """Write the checkpoint of `step` under `root`, then drop those that `keep` does not name; all ranks together.
 
     state: what the run needs to go on, as JSON (data position, counters, MLflow run id). metric: what the best are
-    chosen by. The folder appears under its name only when every byte of it is on disk and hashed.
+    chosen by. The folder appears under its name only when every byte of it is on disk and hashed. NotSaved, on every
+    rank, when one of them cannot write.
     """
     saver = Saver(root, keep, behind=False)
     saver.start(step, policy, optimiser, state, metric)
@@ -76,7 +91,7 @@ class Saver:
     def start(
         self, step: int, policy: Policy, optimiser: Optimiser | None, state: dict[str, Any], metric: float | None
     ) -> None:
-        """Begin the checkpoint of a step, as `save` says; all ranks together, none pending."""
+        """Begin the checkpoint of a step, as `save` says; all ranks together, none pending. NotSaved: not begun."""
         assert self._saving is None, f"checkpoint of step {step}: the one before is not completed"
         self._saving = _Saving(self.root, step, policy, optimiser, state, metric, copy=self.behind)
         if self.behind:
@@ -86,7 +101,7 @@ class Saver:
             self._saving.write()
 
     def complete(self) -> Path:
-        """Wait for this rank's files, give the checkpoint its name; all ranks together. Raises what writing raised."""
+        """Wait for this rank's files, give the checkpoint its name; all ranks together. NotSaved: no trace is left."""
         assert self._saving is not None, "no checkpoint was started"
         if self._thread is not None:
             self._thread.join()
@@ -111,21 +126,45 @@ class _Saving:
         self._groups = policy.groups
         self._root, self._aside, self._final = root, manifest.aside_of(root, step), manifest.folder_of(root, step)
         self._facts = {"step": step, "layout": layout(policy.groups, policy), "metric": metric}
+        self._results: dict[int, Any] = {}
+        self._files: dict[str, dict[str, Any]] = {}
+        self._error = ""
         if self._groups.is_main:
-            shutil.rmtree(self._aside, ignore_errors=True)
-            self._aside.mkdir(parents=True)
-        dist.barrier()
+            own = {"run": state, "optimiser": None if optimiser is None else counters(optimiser)}
+            self._attempt(lambda: self._prepare(json.dumps(own, indent=1)))
+        self._agree()
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         with backend.vendor_calls():
             wanted = sharded_state(policy, optimiser, loading=False)
             self._request: Any = dist_checkpointing.save(wanted, str(self._aside), strategy, async_sharded_save=True)
-        if self._groups.is_main:
-            own = {"run": state, "optimiser": None if optimiser is None else counters(optimiser)}
-            (self._aside / STATE).write_text(json.dumps(own, indent=1))
         self._buckets = self._stage(copy)
         self._random = random_states()
-        self._files: dict[str, dict[str, Any]] = {}
-        self._error: Exception | None = None
+
+    def _prepare(self, state: str) -> None:
+        """An empty folder with the run's own state, and half of the reserve still held when Megatron writes to it."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+        self._aside.mkdir(parents=True)
+        (self._aside / STATE).write_text(state)
+        reserve = self._aside / RESERVE
+        reserve.write_bytes(bytes(2 * RESERVE_BYTES))
+        os.truncate(reserve, RESERVE_BYTES)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Do what one rank does alone; what it raises waits for `_agree`."""
+        try:
+            write()
+        except Exception as error:  # whatever it is: the other ranks must hear of it
+            self._error = f"rank {self._groups.world_rank}: {type(error).__name__}: {error}"
+
+    def _agree(self) -> None:
+        """NotSaved on every rank when one of them failed; all ranks together."""
+        errors = [error for error in gather_objects(self._error, dist.group.WORLD) if error]
+        if not errors:
+            return
+        if self._groups.is_main:
+            shutil.rmtree(self._aside, ignore_errors=True)
+        dist.barrier()
+        raise NotSaved(f"checkpoint {self._final} was not written ({errors[0]}); free space there if the disk is full")
 
     def _stage(self, copy: bool) -> list[Any]:
         """This rank's tensors in host memory, copied where training would change them while they are written."""
@@ -139,18 +178,16 @@ class _Saving:
 
     def write(self) -> None:
         """This rank's files, flushed and hashed; no collective. An error waits for `complete`."""
-        try:
-            mine = [self._aside / random_file(self._groups.world_rank)]
-            torch.save(self._random, mine[0])
-            results = {}
-            for number, bucket in enumerate(self._buckets):
-                results[number] = self._write_bucket(number, bucket)
-                mine.append(Path(bucket[0]))
-            if self._buckets:
-                self._request.async_fn_args[2].put(results)
-            self._files = manifest.describe(self._aside, mine)
-        except Exception as error:  # raised again in complete(), where all ranks are together
-            self._error = error
+        self._attempt(self._write)
+
+    def _write(self) -> None:
+        mine = [self._aside / random_file(self._groups.world_rank)]
+        with mine[0].open("wb") as stream:  # torch's own stream hides which error it was
+            torch.save(self._random, stream)
+        for number, bucket in enumerate(self._buckets):
+            self._results[number] = self._write_bucket(number, bucket)
+            mine.append(Path(bucket[0]))
+        self._files = manifest.describe(self._aside, mine)
 
     def _write_bucket(self, number: int, bucket: Any) -> Any:
         results: queue.Queue[Any] = queue.Queue()
@@ -165,18 +202,26 @@ class _Saving:
 
     def complete(self, keep: manifest.Keep) -> Path:
         """Metadata, manifest, name; all ranks together."""
-        if self._error is not None:
-            raise self._error
+        self._agree()
+        if self._groups.is_main:
+            (self._aside / RESERVE).unlink()
+        if self._buckets:
+            self._request.async_fn_args[2].put(self._results)
         with backend.vendor_calls():
             for finalise in self._request.finalize_fns:
                 finalise()
         shares = gather_objects(self._files, dist.group.WORLD)
         if self._groups.is_main:
-            files = {name: facts for share in shares for name, facts in share.items()}
-            rest = [
-                path for path in manifest.content(self._aside) if path.relative_to(self._aside).as_posix() not in files
-            ]
-            manifest.complete(self._aside, self._final, files | manifest.describe(self._aside, rest), self._facts)
-            manifest.prune(self._root, keep)
-        dist.barrier()
+            written = {name: facts for share in shares for name, facts in share.items()}
+            self._attempt(lambda: self._publish(written, keep))
+        self._agree()
         return self._final
+
+    def _publish(self, written: dict[str, dict[str, Any]], keep: manifest.Keep) -> None:
+        named = {self._aside / name for name in written}
+        rest = [path for path in manifest.content(self._aside) if path not in named]
+        manifest.complete(self._aside, self._final, written | manifest.describe(self._aside, rest), self._facts)
+        try:
+            manifest.prune(self._root, keep)
+        except OSError as error:  # the checkpoint is there; the next one tries again
+            logger.error("checkpoints of %s: older ones were not removed (%s)", self._root, error)

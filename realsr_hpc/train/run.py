@@ -48,6 +48,8 @@ class TrainingRun:
         self._keep = checkpoint.Keep(keep.keep_last, keep.keep_best, highest=keep.best_is == "highest")
         self._saver = checkpoint.Saver(run_dir / "checkpoints", self._keep, behind=keep.async_save)
         self._measured: float | None = None
+        self._not_saved = 0
+        """Checkpoints in a row that could not be written."""
         self._use = SystemUse(run_dir)
         self.parity = ParityGate(self) if config.precision.fp8 != "none" else None
         """The FP8 gate; None without FP8."""
@@ -118,6 +120,8 @@ class TrainingRun:
         """Metrics to the tracker, one line to the log, progress for whoever watches."""
         self._measured = report.metrics.get(self.config.checkpoint.best_metric)
         counted = {"optim/skipped_updates/count": float(self.optimiser.num_skipped)}
+        if self._not_saved:
+            counted["checkpoint/not_saved/count"] = float(self._not_saved)
         parity = {} if self.parity is None else self.parity.metrics(report.step)
         self.tracker.log_metrics(report.step, {**report.metrics, **parity, **counted, **self._use.sample()})
         self.tracker.progress(report.step, self.num_steps, text)
@@ -135,12 +139,28 @@ class TrainingRun:
         leaving = agreed["stop"] > 0 or step == self.num_steps
         due = leaving or agreed["best"] > 0 or step % self.config.checkpoint.every_steps == 0
         if self._saver.pending and (due or not agreed["writing"]):
-            self._saver.complete()
+            self._try(self._complete)
         if due:
-            self.save(step, loader)
+            self._try(lambda: self.save(step, loader), must=step == self.num_steps)
         if self._saver.pending and (leaving or not self._saver.behind):
-            self._saver.complete()
+            self._try(self._complete, must=step == self.num_steps)
         return agreed["stop"] > 0 and step < self.num_steps
+
+    def _try(self, act: Callable[[], None], *, must: bool = False) -> None:
+        """Go on without a checkpoint that could not be written, unless it `must` be or too many in a row were not."""
+        try:
+            act()
+        except checkpoint.NotSaved as error:
+            self._not_saved += 1
+            limit = self.config.checkpoint.max_failed_in_a_row
+            if must or self._not_saved >= limit:
+                raise
+            if self.groups.is_main:
+                logger.error("%s; going on: %d of %d in a row end the run", error, self._not_saved, limit)
+
+    def _complete(self) -> None:
+        self._saver.complete()
+        self._not_saved = 0
 
     def save(self, step: int, loader: Any) -> None:
         """Begin a checkpoint of everything that decides how the run goes on."""

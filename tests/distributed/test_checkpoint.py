@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,42 @@ def test_resumes_on_another_layout(
     resumed = run_ranks(world, train, other, root, STEPS, None, True)
     assert resumed[0]["norms"] == pytest.approx(whole["norms"][3:], rel=1e-4)
     assert largest_difference(resumed[0]["weights"], whole["weights"]) < 1e-4
+
+
+def save_on_a_full_disk(config: Any, root: Path, limits: list[tuple[int, int]]) -> dict[str, Any]:
+    """Save under each (rank, bytes) limit of that rank's files, then without; what each save came to."""
+    from realsr_hpc.checkpoint import Keep, NotSaved, Saver, latest
+    from realsr_hpc.optim.step import Optimiser
+
+    policy = start(config)
+    optimiser = Optimiser(policy, config, total_steps=STEPS)
+    optimiser.step(microbatches(2, policy.groups.dp_rank, policy.groups.dp_size), loss_of(policy))
+    said, newest = [], []
+    for step, (rank, size) in enumerate([*limits, (-1, 0)], 1):
+        saver = Saver(root, Keep(last=2), behind=step % 2 == 0)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        if rank == policy.groups.world_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            saver.start(step, policy, optimiser, {"step": step}, None)
+            saver.complete()
+            said.append("saved")
+        except NotSaved as error:
+            said.append(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        newest.append(getattr(latest(root), "name", None))
+    return {"said": said, "newest": newest, "left": sorted(path.name for path in root.iterdir())}
+
+
+def test_what_one_rank_cannot_write_is_said_by_all_and_leaves_no_trace(tmp_path: Path) -> None:
+    """A file-size limit stands for a quota; by its size the kernel refuses the reserve, a shard, or nothing."""
+    config = tiny_config({"distributed_optimizer": True}, optim=OPTIM)
+    none, small, shard = (-1, 0), 1 << 20, 1 << 12
+    for result in run_ranks(2, save_on_a_full_disk, config, tmp_path, [none, (0, small), (1, shard), (1, shard)]):
+        saved, reserve, *shards, again = result["said"]
+        assert (saved, again) == ("saved", "saved")
+        assert "rank 0: OSError" in reserve and "File too large" in reserve
+        assert all("rank 1: OSError" in text and "File too large" in text for text in shards)
+        assert result["newest"] == ["step-000001"] * 4 + ["step-000005"]
+        assert result["left"] == ["step-000001", "step-000005"]
