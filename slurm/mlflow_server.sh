@@ -21,7 +21,11 @@ as_postgres() {
     if [ "$(id -u)" = 0 ]; then (cd / && runuser -u postgres -- "$@"); else "$@"; fi
 }
 
-alive() { [ -f "$1" ] && kill -0 "$(head -n 1 "$1")" 2>/dev/null; }
+alive() { # the process of an id file; a zombie counts as gone
+    local state
+    [ -f "$1" ] && state=$(sed 's/.*) //' "/proc/$(head -n 1 "$1")/stat" 2>/dev/null) && [ -n "$state" ] &&
+        [ "${state:0:1}" != Z ]
+}
 
 start_postgres() {
     local password

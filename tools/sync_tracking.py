@@ -1,6 +1,7 @@
 """Send to MLflow what runs logged while it was away: `python tools/sync_tracking.py [root=DIR] [run=NAME]`.
 
-Nothing is sent twice, so it may be run at any time, also while runs are going on elsewhere.
+Nothing is sent twice, so it may be run at any time, also while runs are going on elsewhere. A run that has ended gets
+its end in MLflow too.
 """
 
 import sys
@@ -10,7 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from realsr_hpc.launch.arguments import read_options  # noqa: E402
 from realsr_hpc.launch.rundir import ALIVE, current_status, find_run, list_runs  # noqa: E402
-from realsr_hpc.tracking import sync  # noqa: E402
+from realsr_hpc.tracking import set_status, sync  # noqa: E402
+
+ENDS = {"done": "FINISHED", "failed": "FAILED"}
+"""MLflow's words; a run that was stopped or lost was KILLED."""
 
 
 def main(arguments: list[str]) -> int:
@@ -30,6 +34,8 @@ def main(arguments: list[str]) -> int:
             continue
         try:
             print(f"{run.name}: {sync(run)} sent")
+            if status is not None:
+                set_status(run, ENDS.get(status.state, "KILLED"))
         except Exception as error:  # each run's fault is reported, the others are still sent
             failed += 1
             print(f"{run.name}: not sent ({type(error).__name__}: {error})", file=sys.stderr)

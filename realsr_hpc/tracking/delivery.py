@@ -1,9 +1,9 @@
 """From the spool to MLflow: in batches, in order, each (metric, step) once.
 
-`delivered.json` holds the byte offset up to which the spool has arrived. It is written after MLflow has committed, so a
-kill in between sends that batch again; MLflow's store ignores a metric with the same key, step, time and value, and
-times come from the spool, so nothing is doubled. A step logged again after a resume is sent only if it had not
-arrived before.
+`delivered.json` holds the byte offset up to which the spool has arrived, and up to where it is being sent. A kill
+between MLflow's commit and that note sends exactly the same batch again, whatever the spool got since (a resumed run
+truncates it): MLflow's store ignores a metric with the same key, step, time and value, and times come from the spool,
+so nothing is doubled. A step logged again after a resume is sent only if it had not arrived before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking.spool import SPOOL_NAME, Event, read_events
-from realsr_hpc.tracking.store import client, prepare_run, read_bookmark
+from realsr_hpc.tracking.store import client, prepare_run, read_bookmark, set_status
 
 OFFSET_NAME = "delivered.json"
 METRICS_A_BATCH = 500
@@ -32,7 +32,7 @@ class Delivery:
         self.config = config
         self.run_dir = run_dir
         self._spool = run_dir / SPOOL_NAME
-        self._offset = _read_offset(run_dir)
+        self._offset, self._sending = _read_offsets(run_dir)
         self._arrived: set[tuple[str, int]] = set()
         for event, end in read_events(self._spool):
             if end <= self._offset and event["kind"] == "metrics":
@@ -40,19 +40,29 @@ class Delivery:
 
     def send_pending(self) -> int:
         """Metric values and artifacts sent now. Any error of MLflow or of the server passes through."""
-        pending = list(read_events(self._spool, self._offset))
-        if not pending:
-            return 0
-        run_id = prepare_run(self.config, self.run_dir)
-        mlflow = client((read_bookmark(self.run_dir) or {})["uri"])
-        sent = self._send_metrics(mlflow, run_id, [event for event, _ in pending])
-        for event, _ in pending:
-            if event["kind"] == "artifact" and Path(event["path"]).exists():
-                mlflow.log_artifact(run_id, event["path"], event["folder"] or None)
-                sent += 1
-        self._offset = pending[-1][1]
-        write_atomically(self.run_dir / OFFSET_NAME, json.dumps({"offset": self._offset}))
+        sent = 0
+        while pending := self._next_batch():
+            run_id = prepare_run(self.config, self.run_dir)
+            mlflow = client((read_bookmark(self.run_dir) or {})["uri"])
+            self._note(self._offset, pending[-1][1])
+            sent += self._send_metrics(mlflow, run_id, [event for event, _ in pending])
+            for event, _ in pending:
+                if event["kind"] == "artifact" and Path(event["path"]).exists():
+                    mlflow.log_artifact(run_id, event["path"], event["folder"] or None)
+                    sent += 1
+            self._note(pending[-1][1], pending[-1][1])
         return sent
+
+    def _next_batch(self) -> list[tuple[Event, int]]:
+        """What was being sent and may have arrived, else all that is new."""
+        events = read_events(self._spool, self._offset)
+        if self._sending > self._offset:
+            return [(event, end) for event, end in events if end <= self._sending]
+        return list(events)
+
+    def _note(self, offset: int, sending: int) -> None:
+        write_atomically(self.run_dir / OFFSET_NAME, json.dumps({"offset": offset, "sending": sending}))
+        self._offset, self._sending = offset, sending
 
     def _send_metrics(self, mlflow, run_id: str, events: list[Event]) -> int:
         from mlflow.entities import Metric
@@ -73,17 +83,19 @@ class Delivery:
 
 
 class DeliveryThread(threading.Thread):
-    """Delivers behind the training loop; a server that is away is tried again, ever more rarely."""
+    """Opens the MLflow run and delivers to it behind the training loop; a server that is away is tried again, ever
+    more rarely."""
 
     def __init__(self, config: RunConfig, run_dir: Path, interval_s: float) -> None:
         super().__init__(name="tracking", daemon=True)
         self._delivery = Delivery(config, run_dir)
         self._interval_s = interval_s
         self._end = threading.Event()
+        self._is_open = False
 
     def run(self) -> None:
         """Until `finish`; then once more."""
-        wait_s = self._interval_s
+        wait_s = 0.0
         while not self._end.wait(wait_s):
             wait_s = self._interval_s if self._try() else min(LAST_RETRY_S, max(FIRST_RETRY_S, 2 * wait_s))
         self._try()
@@ -96,6 +108,10 @@ class DeliveryThread(threading.Thread):
 
     def _try(self) -> bool:
         try:
+            if not self._is_open:
+                prepare_run(self._delivery.config, self._delivery.run_dir)
+                set_status(self._delivery.run_dir, "RUNNING")
+                self._is_open = True
             self._delivery.send_pending()
         except Exception as error:  # tracking never stops training: whatever the server's fault is, the spool keeps all
             logger.warning("tracking: not delivered (%s); kept in %s", brief(error), self._delivery.run_dir)
@@ -113,9 +129,12 @@ def _without_truncated(events: list[Event]) -> list[Event]:
     return kept
 
 
-def _read_offset(run_dir: Path) -> int:
+def _read_offsets(run_dir: Path) -> tuple[int, int]:
     path = run_dir / OFFSET_NAME
-    return json.loads(path.read_text())["offset"] if path.exists() else 0
+    if not path.exists():
+        return 0, 0
+    noted = json.loads(path.read_text())
+    return noted["offset"], noted["sending"]
 
 
 def brief(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -11,15 +12,16 @@ GIB = 2**30
 
 
 class SystemUse:
-    """Processor, memory and disk of this process and its node; keys `system/quantity/unit`."""
+    """Processor, memory, disk and GPUs of this process and its node; keys `system/quantity/unit`."""
 
     def __init__(self, run_dir: Path) -> None:
         self._process = psutil.Process()
         self._process.cpu_percent()  # the first call only starts the measure
         self._run_dir = run_dir
+        self._nvml = _nvml()
 
     def sample(self) -> dict[str, float]:
-        """Since the last call: processor use (100 is one core); now: memory of process and node, free disk."""
+        """Since the last call: processor use (100 is one core); now: memory of process and node, free disk, GPUs."""
         with self._process.oneshot():
             processor, memory = self._process.cpu_percent(), self._process.memory_info().rss
         return {
@@ -27,4 +29,28 @@ class SystemUse:
             "system/memory/gib": memory / GIB,
             "system/node_memory/percent": psutil.virtual_memory().percent,
             "system/disk_free/gib": shutil.disk_usage(self._run_dir).free / GIB,
+            **self._gpus(),
         }
+
+    def _gpus(self) -> dict[str, float]:
+        """Each GPU that Slurm lets this job see: use, memory, power."""
+        nvml, values = self._nvml, {}
+        for number in range(nvml.nvmlDeviceGetCount() if nvml else 0):
+            gpu = nvml.nvmlDeviceGetHandleByIndex(number)
+            values[f"system/gpu{number}/percent"] = float(nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
+            values[f"system/gpu{number}_memory/gib"] = nvml.nvmlDeviceGetMemoryInfo(gpu).used / GIB
+            values[f"system/gpu{number}_power/watt"] = nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+        return values
+
+
+def _nvml() -> Any:
+    """NVIDIA's management library where it is installed (extra `gpu`) and finds a driver, else None."""
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml

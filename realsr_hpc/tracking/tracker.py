@@ -16,7 +16,7 @@ from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking.delivery import Delivery, DeliveryThread, brief
 from realsr_hpc.tracking.spool import Spool
-from realsr_hpc.tracking.store import prepare_run, read_bookmark, set_status
+from realsr_hpc.tracking.store import client, read_bookmark, set_status, tracking_uri
 
 PROGRESS_NAME = "progress.json"
 LAUNCH_FILES = ("recipe.yaml", "plan.txt", "environment.json")
@@ -37,7 +37,7 @@ class Tracker:
 
     @classmethod
     def open(cls, config: RunConfig, run_dir: Path, *, writer: bool) -> Tracker:
-        """The tracker of `run_dir`, its MLflow run found or created; a server that is away is no error."""
+        """The tracker of `run_dir`; its MLflow run is found or created behind the caller."""
         tracker = cls(config, run_dir, writer=writer)
         if tracker._spool is not None and tracker._spool.is_new:
             for path in (run_dir / name for name in LAUNCH_FILES):
@@ -45,10 +45,11 @@ class Tracker:
                     tracker.log_artifact(path, "launch")
         if tracker._thread is not None:
             try:
-                prepare_run(config, run_dir)
-                set_status(run_dir, "RUNNING")
+                client(
+                    tracking_uri(config)
+                )  # imports MLflow here: two threads importing at once get in each other's way
             except Exception as error:  # tracking never stops training
-                logger.warning("tracking: MLflow is not reachable (%s); events are kept in %s", brief(error), run_dir)
+                logger.warning("tracking: %s; events are kept in %s", brief(error), run_dir)
             tracker._thread.start()
         return tracker
 

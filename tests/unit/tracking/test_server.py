@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from realsr_hpc.config.load import project_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking import Tracker, prepare_store, read_bookmark, sync
 from realsr_hpc.tracking.store import client
+from tests.mlflow_server import Server, running
 
 RUNS, STEPS = 32, 40
 KEYS = ("rewards/total/mean", "grpo/kl_reference/mean")
@@ -61,39 +58,37 @@ def test_32_runs_at_once_on_one_sqlite_file_lose_nothing(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """Its URI, and the environment of the script that runs it."""
-    script = str(project_root() / "slurm" / "mlflow_server.sh")
-    root = tmp_path_factory.mktemp("server") / "mlflow"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MLFLOW_ROOT": str(root), "PORT": str(port), "PYTHON": sys.executable}
-    up = subprocess.run([script, "up"], env=environment, capture_output=True, text=True, check=False)
-    assert up.returncode == 0, up.stdout + up.stderr
-    yield up.stdout.strip().partition("=")[2], environment
-    subprocess.run([script, "down"], env=environment, check=True)
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("server") / "mlflow") as server:
+        yield server
 
 
 @pytest.mark.postgresql
 @pytest.mark.timeout(600)
 def test_a_server_that_was_away_gets_everything_once(
-    server: tuple[str, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlflow_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri, environment = server
-    script = str(project_root() / "slurm" / "mlflow_server.sh")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    config, run_dir = make_run(tmp_path, "away", uri)
+    config, run_dir = make_run(tmp_path, "away", mlflow_server.uri)
     log_a_run(config, run_dir, 1, 5)
-    subprocess.run([script, "stop"], env=environment, check=True)
+    mlflow_server.kill()
     log_a_run(config, run_dir, 6, 9)
     (run_dir / "delivered.json").unlink()  # as if it had died between MLflow's commit and its own note
-    subprocess.run([script, "up"], env=environment, check=True, capture_output=True)
+    mlflow_server.up()
     (run_dir / "picture.txt").write_text("seen")
     tracker = Tracker.open(config, run_dir, writer=True)
     tracker.log_artifact(run_dir / "picture.txt", "samples")
     tracker.close()
     assert sync(run_dir) == 0
     assert history(run_dir, KEYS[0]) == [(step, step + 0.5) for step in range(1, 10)]
-    files = client(uri).list_artifacts(tracker.run_id)
+    files = client(mlflow_server.uri).list_artifacts(tracker.run_id)
     assert sorted(file.path for file in files) == ["launch", "samples"]
+
+
+@pytest.mark.postgresql
+def test_server_and_database_listen_on_loopback_alone_and_keep_their_password(mlflow_server: Server) -> None:
+    ports = (mlflow_server.port, mlflow_server.port + 1)
+    heard = [place.laddr for place in psutil.net_connections("tcp") if place.status == "LISTEN"]
+    assert {(place.ip, place.port) for place in heard if place.port in ports} == {("127.0.0.1", port) for port in ports}
+    assert mlflow_server.root.stat().st_mode & 0o077 == 0
+    assert (mlflow_server.root / "pgpass").stat().st_mode & 0o077 == 0

@@ -81,16 +81,20 @@ def test_truncated_steps_that_never_arrived_are_not_sent(root):
     assert metrics_by_step(run_dir) == {1: {"loss": 1.0}, 2: {"loss": 20.0}}
 
 
-def test_sending_again_after_a_kill_before_the_bookkeeping_doubles_nothing(root):
+def test_a_kill_between_delivery_and_bookkeeping_doubles_nothing_also_when_the_run_then_goes_back(root):
     config, run_dir = make_run(root, "killed")
     spool = Spool(run_dir)
     for step in (1, 2, 3):
         spool.append({"kind": "metrics", "step": step, "time_ms": step, "metrics": {"loss": float(step)}})
+    sync(run_dir)
+    end = (run_dir / SPOOL_NAME).stat().st_size
+    (run_dir / OFFSET_NAME).write_text(json.dumps({"offset": 0, "sending": end}))
+    spool.append({"kind": "truncate", "step": 1})
+    for step in (2, 3, 4):
+        spool.append({"kind": "metrics", "step": step, "time_ms": step + 10, "metrics": {"loss": float(step)}})
     spool.close()
     sync(run_dir)
-    (run_dir / OFFSET_NAME).unlink()
-    sync(run_dir)
-    assert history(run_dir, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert history(run_dir, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     assert sync(run_dir) == 0
 
 

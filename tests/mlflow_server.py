@@ -1,0 +1,53 @@
+"""An MLflow server on a PostgreSQL of its own, as slurm/mlflow_server.sh starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from realsr_hpc.config.load import project_root
+
+SCRIPT = str(project_root() / "slurm" / "mlflow_server.sh")
+
+
+class Server:
+    """Up when made; `uri` stays the same whatever happens to it."""
+
+    def __init__(self, root: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.root = root
+        self._environment = {**os.environ, "MLFLOW_ROOT": str(root), "PORT": str(self.port), "PYTHON": sys.executable}
+        self.uri = self.up()
+
+    def up(self) -> str:
+        """Start it, or start it again with all its runs."""
+        up = subprocess.run([SCRIPT, "up"], env=self._environment, capture_output=True, text=True, check=False)
+        assert up.returncode == 0, up.stdout + up.stderr
+        return up.stdout.strip().partition("=")[2]
+
+    def kill(self) -> None:
+        """SIGKILL, in the middle of whatever it does; its database goes on."""
+        with suppress(ProcessLookupError):
+            os.killpg(int((self.root / "server.pid").read_text()), signal.SIGKILL)
+
+    def down(self) -> None:
+        """Nothing of it is left."""
+        subprocess.run([SCRIPT, "down"], env=self._environment, check=True)
+
+
+@contextmanager
+def running(root: Path) -> Iterator[Server]:
+    """A server in a folder that it makes, gone afterwards."""
+    server = Server(root)
+    try:
+        yield server
+    finally:
+        server.down()
