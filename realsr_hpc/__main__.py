@@ -40,6 +40,7 @@ def run_rank(config: RunConfig, run_dir: Path) -> int:
     # Before the heavy imports: a signal that comes while they run must not kill the rank.
     stop = StopFlag.install()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
     if config.task == "grpo":
         from realsr_hpc.train import grpo
 

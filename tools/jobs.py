@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
             return follow(run_dir, console, slurm=job is not None and job.kind == "slurm")
         else:
             if options["reconcile"]:
-                console.print(f"lost: {', '.join(reconcile(root)) or 'none'}", markup=False)
+                console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}", markup=False)
             show(root, console)
     except ValueError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)

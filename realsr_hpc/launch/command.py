@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from rich.console import Console
 
@@ -12,7 +13,7 @@ from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, rec
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.report import print_plan, print_submissions, refuse_what_cannot_fit
-from realsr_hpc.launch.submit import submit
+from realsr_hpc.launch.submit import prepare, submit
 
 USAGE = """\
 python tools/launch.py [-m] recipe=NAME [group=NAME] [section.field=value ...] [option=value ...]
@@ -24,6 +25,7 @@ python tools/launch.py [-m] recipe=NAME [group=NAME] [section.field=value ...] [
 Options:
   plan=true         submit nothing: sbatch script, memory per GPU, pipeline bubble, GPU-hours
   resolve=true      submit nothing: print the resolved recipe as YAML
+  prepare=DIR       submit nothing: make DIR ready for `RUN_DIR=DIR sbatch slurm/grpo_7b.sbatch`, code and all
   follow=false      return at once (the default waits for a single run; Ctrl-C then leaves the run going)
   fresh=true        start anew in a new folder instead of going on with, or keeping, this recipe's run
   sweep=NAME        name of the sweep (default: from the recipe and what varies)
@@ -40,6 +42,7 @@ class Options:
 
     plan: bool = False
     resolve: bool = False
+    prepare: str = ""
     follow: bool = True
     fresh: bool = False
     sweep: str = ""
@@ -63,6 +66,8 @@ def main(arguments: list[str]) -> int:
         if options.plan:
             print_plan(configs, console)
             return 0
+        if options.prepare:
+            return _prepare(configs, Path(options.prepare).resolve(), console)
         return launch(configs, options, swept_keys(overrides) if multirun else [], overrides, console)
     except ValueError as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -96,6 +101,15 @@ def launch(
     elif options.follow and (submissions[0].submitted or submissions[0].note.startswith("already r")):
         item = submissions[0]
         return follow(item.run_dir, console, slurm=item.config.cluster.kind == "slurm")
+    return 0
+
+
+def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
+    if len(configs) != 1:
+        raise RecipeError(f"prepare: {run_dir}: holds one run, not a sweep of {len(configs)}")
+    refuse_what_cannot_fit(configs)
+    note = prepare(configs[0], run_dir)
+    console.print(f"prepared {run_dir}" + (f" ({note})" if note else ""), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -45,12 +45,13 @@ class Placement:
                 f"{config.cluster.nodes}, or launch with cluster.nodes={num_nodes}"
             )
         restarts = int(environment.get("SLURM_RESTART_COUNT", 0))
+        alone = num_nodes == 1
         return cls(
             node_rank=int(environment["SLURM_NODEID"]),
             num_nodes=num_nodes,
             tasks_per_node=tasks,
-            master_addr=environment["SLURM_LAUNCH_NODE_IPADDR"],
-            master_port=job_port(int(environment["SLURM_JOB_ID"]), restarts),
+            master_addr="127.0.0.1" if alone else environment["SLURM_LAUNCH_NODE_IPADDR"],
+            master_port=_free_port() if alone else job_port(int(environment["SLURM_JOB_ID"]), restarts),
             job_id=slurm_job_id(environment),
             restarts=restarts,
         )
@@ -70,9 +71,19 @@ class Placement:
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         }
 
+    def port_fault(self) -> str:
+        """Why the ranks cannot meet at this node's port, else nothing; the next attempt has another port."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", self.master_port))
+            except OSError as error:
+                return f"port {self.master_port} of node {os.uname().nodename}: {error.strerror}"
+        return ""
+
 
 def job_port(job_id: int, restarts: int) -> int:
-    """Two jobs of one node rarely share it, and a requeued job never meets its own dying listener."""
+    """Known to all nodes without a word; two jobs rarely share it, and a requeued one has another than before."""
     return FIRST_JOB_PORT + (7 * job_id + restarts) % NUM_JOB_PORTS
 
 

@@ -23,7 +23,7 @@ from realsr_hpc.config.load import from_yaml, project_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
-from realsr_hpc.launch.rundir import rank_log, write_status
+from realsr_hpc.launch.rundir import Job, State, rank_log, read_job, write_job, write_status
 from realsr_hpc.launch.signals import HANDLED_SIGNALS, StopFlag
 from realsr_hpc.launch.verdict import (
     CRASHED,
@@ -68,9 +68,12 @@ def run_node(run_dir: Path) -> int:
     if faults:
         message = f"node {os.uname().nodename}: {'; '.join(faults)}"
         verdict = Verdict(placement.node_rank, UNHEALTHY, message)
+    elif placement.node_rank == 0 and (message := placement.port_fault()):
+        verdict = Verdict(0, CRASHED, message)
     else:
         if placement.node_rank == 0:
-            write_status(run_dir, "running")
+            _remember_job(run_dir, placement)
+            _set_state(run_dir, "running")
         ranks = start_ranks(config, run_dir, placement)
         code, message, time_s = watch(ranks, config, run_dir, stop)
         verdict = agree(run_dir, placement, Verdict(placement.node_rank, code, message, time_s))
@@ -127,6 +130,8 @@ def watch(
         if stop() and not forwarded:
             _signal(ranks, signal.SIGUSR2)
             forwarded = True
+            if 0 in ranks:
+                _set_state(run_dir, "stopping")
         if time.time() - max(started, _last_sign_of_life(run_dir)) > config.cluster.hang_limit_s:
             end_ranks(ranks, signal.SIGABRT)
             message = f"no step for {config.cluster.hang_limit_s} s: aborted; the stacks are in {run_dir / 'logs'}"
@@ -137,6 +142,7 @@ def watch(
 def end_ranks(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals = signal.SIGTERM) -> None:
     """Signal `number`, a little time (an abort writes its stacks), SIGKILL: these processes and no others."""
     _signal(ranks, number)
+    _signal(ranks, signal.SIGCONT)  # a rank that was stopped takes the signal only then
     deadline = time.time() + END_GRACE_S
     while time.time() < deadline and any(process.poll() is None for process in ranks.values()):
         time.sleep(POLL_S)
@@ -154,18 +160,18 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
             # Leaving first would make srun end the node that is still asking for the requeue.
             time.sleep(REQUEUE_WAIT_S)
             return code
-        attempts = count_requeue(run_dir)
+        attempts = count_requeue(run_dir, placement.restarts)
         if attempts <= config.cluster.max_requeues:
             _send_back(run_dir, placement, code, message)
             return code
         message = f"{message}\nnot requeued: {attempts} attempts in a row came to no new step (cluster.max_requeues)"
     if code == DONE and speaks:
-        write_status(run_dir, "done", 0)
+        _set_state(run_dir, "done", 0)
     elif code == STOPPED and speaks:
-        write_status(run_dir, "stopped", code, f"{message} stopped with a checkpoint; launch it again to go on".strip())
+        _set_state(run_dir, "stopped", code, f"{message} stopped with a checkpoint; launch it again to go on".strip())
     elif code not in (DONE, STOPPED) and placement.node_rank == verdict.node:
         print(message, file=sys.stderr, flush=True)
-        write_status(run_dir, "failed", code, message)
+        _set_state(run_dir, "failed", code, message)
         _mark_failed(run_dir)
     return code
 
@@ -173,10 +179,25 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
 def _send_back(run_dir: Path, placement: Placement, code: int, message: str) -> None:
     if code == UNHEALTHY:
         _exclude_this_node(placement)
-    write_status(run_dir, "requeued", code, message)
+    _set_state(run_dir, "requeued", code, message)
     if not _requeue(placement):
         state = "stopped" if code == STOPPED else "failed"
-        write_status(run_dir, state, code, f"{message} requeueing failed: launch it again to go on".strip())
+        _set_state(run_dir, state, code, f"{message} requeueing failed: launch it again to go on".strip())
+
+
+def _set_state(run_dir: Path, state: State, code: int | None = None, message: str = "") -> None:
+    """As write_status; a disk that is full keeps no job from ending or from being requeued."""
+    try:
+        write_status(run_dir, state, code, message)
+    except OSError as error:
+        print(f"state {state} not written ({error})", file=sys.stderr, flush=True)
+
+
+def _remember_job(run_dir: Path, placement: Placement) -> None:
+    """For jobs.py, when plain sbatch started this job: submit() knows its own."""
+    job = read_job(run_dir)
+    if placement.job_id and (job is None or job.job_id != placement.job_id):
+        write_job(run_dir, Job("slurm", placement.job_id, "", str(rank_log(run_dir, 0))))
 
 
 def _requeue(placement: Placement) -> bool:

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc.config.load import from_yaml, override
-from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, list_runs, rank_log, read_job, slurm_queue
+from realsr_hpc.launch.rundir import (
+    ALIVE,
+    Queue,
+    Status,
+    current_status,
+    list_runs,
+    rank_log,
+    read_job,
+    read_status,
+    slurm_queue,
+)
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.submit import Submission, submit_into
 from realsr_hpc.tracking import read_progress, set_status
@@ -42,9 +52,11 @@ def cancel(run_dir: Path) -> str:
     if status is None or job is None or status.state not in ALIVE:
         return f"{run_dir.name} is {status.state if status else 'not launched'}: nothing to cancel"
     if job.kind == "slurm":
-        # SIGTERM reaches the ranks, which save and leave; what is still queued goes at once.
+        # SIGTERM reaches the ranks, which save and leave, and their supervisor says so; what waits goes at once.
+        waits = slurm_queue().states.get(job.job_id) == "PENDING"
         subprocess.run(["scancel", job.job_id], check=True, capture_output=True, timeout=60)
-        set_state(run_dir, "stopped", None, "cancelled")
+        if waits:
+            set_state(run_dir, "stopped", None, "cancelled before it began")
         return f"{run_dir.name}: job {job.job_id} cancelled"
     if job.host != os.uname().nodename:
         raise ValueError(f"{run_dir.name}: its job runs on {job.host}; cancel it there")
@@ -70,15 +82,15 @@ def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
 
 
 def reconcile(root: Path) -> list[str]:
-    """Set the MLflow status of runs whose job ended without a word; their names."""
-    lost = []
+    """Write down, here and in MLflow, the end of runs whose job ended without a word; their names."""
+    ended = []
     for run_dir in list_runs(root):
-        status = current_status(run_dir)
-        if status is not None and status.state == "lost":
-            set_state(run_dir, "lost", status.code, status.message)
+        said, status = read_status(run_dir), current_status(run_dir)
+        if said is not None and said.state in ALIVE and status is not None and status.state not in ALIVE:
+            set_state(run_dir, status.state, status.code, status.message)
             set_status(run_dir, "KILLED")
-            lost.append(run_dir.name)
-    return lost
+            ended.append(run_dir.name)
+    return ended
 
 
 def _row(run_dir: Path, queue: Queue) -> RunRow:

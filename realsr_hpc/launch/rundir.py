@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,14 @@ from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.load import output_root, signature
 from realsr_hpc.config.schema import RunConfig
 
-State = Literal["submitted", "running", "requeued", "stopped", "done", "failed", "lost"]
-"""stopped: with a checkpoint, launching it again goes on. lost: its job ended without a word."""
-ALIVE: tuple[State, ...] = ("submitted", "running", "requeued")
+State = Literal["submitted", "running", "stopping", "requeued", "stopped", "done", "failed", "lost"]
+"""stopping: asked to, saving. stopped: launching it again goes on. lost: its job ended without a word."""
+ALIVE: tuple[State, ...] = ("submitted", "running", "stopping", "requeued")
+ENDED = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+)  # fmt: skip
+"""Slurm's names for jobs that are over; it keeps them in its queue for some minutes (MinJobAge)."""
 SLURM_QUIET_S = 60
 """A requeued or just submitted job may be missing from squeue for a moment."""
 
@@ -53,7 +58,10 @@ class Queue:
     """What Slurm said of this user's jobs: id -> state, or that it does not answer."""
 
     states: dict[str, str]
+    """Waiting, running or leaving."""
     answered: bool = True
+    ended: dict[str, str] = field(default_factory=dict)
+    """Over, as far as Slurm still knows them."""
 
 
 def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
@@ -101,39 +109,63 @@ def read_job(run_dir: Path) -> Job | None:
 
 
 def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
-    """The true state: a run that calls itself alive without a living job is `lost`.
+    """The true state: a run that calls itself alive without a living job was stopped, or is `lost`.
 
     `queue` is `slurm_queue()`'s answer, to ask Slurm once for many runs.
     """
     status, job = read_status(run_dir), read_job(run_dir)
-    if status is not None and status.state == "stopped" and job is not None and job.kind == "slurm":
-        waiting = slurm_queue() if queue is None else queue
-        if waiting.states.get(job.job_id, "COMPLETING") != "COMPLETING":  # Slurm requeued it of itself
-            return Status("requeued", status.code, status.message, status.time_s)
-    if status is None or status.state not in ALIVE or job is None or is_alive(job, status, queue):
+    if status is None or job is None or status.state not in (*ALIVE, "stopped"):
+        return status
+    known = (slurm_queue() if queue is None else queue) if job.kind == "slurm" else Queue({})
+    if status.state == "stopped":
+        if known.states.get(job.job_id, "COMPLETING") == "COMPLETING":
+            return status
+        return Status("requeued", status.code, status.message, status.time_s)  # Slurm requeued it of itself
+    if is_alive(job, status, known):
         return status
     settled = read_status(run_dir)  # it may have ended between the two looks
     if settled is not None and settled.state not in ALIVE:
         return settled
-    return Status("lost", None, f"job {job.job_id} ended without a word; see {job.log}", status.time_s)
+    return _without_a_word(run_dir, settled or status, job, known.ended.get(job.job_id, ""))
 
 
-def is_alive(job: Job, status: Status, queue: Queue | None = None) -> bool:
+def _without_a_word(run_dir: Path, status: Status, job: Job, ended: str) -> Status:
+    """What became of a run whose job is gone and left no last state."""
+    step = saved_step(run_dir)
+    again = "launch it again to start" if step is None else f"launch it again to go on from step {step}"
+    if status.state == "stopping":
+        return Status("stopped", None, f"job {job.job_id} was ended before it could save; {again}", status.time_s)
+    if ended == "CANCELLED" or (job.kind == "slurm" and status.state != "running" and not Path(job.log).exists()):
+        return Status("stopped", None, f"job {job.job_id} was cancelled; {again}", status.time_s)
+    how = f" ({ended})" if ended else ""
+    return Status("lost", None, f"job {job.job_id} ended without a word{how}; see {job.log}; {again}", status.time_s)
+
+
+def saved_step(run_dir: Path) -> int | None:
+    """Step of the newest checkpoint that was completed; None before the first. Its bytes are not read."""
+    steps = [path.parent.name.partition("-")[2] for path in run_dir.glob("checkpoints/step-*/manifest.json")]
+    return max(map(int, steps), default=None)
+
+
+def is_alive(job: Job, status: Status, queue: Queue) -> bool:
     """Whether the job is queued or running. Believed: a local job of another host, any job while Slurm is silent."""
     if job.kind == "local":
         return job.host != os.uname().nodename or _is_controller(int(job.job_id))
-    known = slurm_queue() if queue is None else queue
-    return not known.answered or job.job_id in known.states or time.time() - status.time_s < SLURM_QUIET_S
+    if not queue.answered or job.job_id in queue.states:
+        return True
+    return job.job_id not in queue.ended and time.time() - status.time_s < SLURM_QUIET_S
 
 
 def slurm_queue() -> Queue:
     """This user's jobs, one call."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
+    command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return Queue({}, answered=False)
-    return Queue(dict(line.split(maxsplit=1) for line in answer.splitlines() if line.strip()))
+    found = dict(line.split(maxsplit=1) for line in answer.splitlines() if line.strip())
+    over = {job: state for job, state in found.items() if state in ENDED}
+    return Queue({job: state for job, state in found.items() if job not in over}, ended=over)
 
 
 def list_runs(root: Path) -> list[Path]:

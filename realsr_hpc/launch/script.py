@@ -43,8 +43,8 @@ def _srun_arguments(cluster: ClusterConfig) -> list[str]:
 
 
 def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
-    """Shell lines of the batch script before srun."""
-    lines = [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    """Shell lines of the batch script before srun; into the snapshot, as Python looks in the current folder first."""
+    lines = [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", f"cd {code}"]
     if cluster.environment_file:
         lines.insert(0, f"source {(project_root() / cluster.environment_file).resolve()}")
     return lines

@@ -80,6 +80,20 @@ def submit_into(
     return [_with_note(item, note) for item in planned]
 
 
+def prepare(config: RunConfig, run_dir: Path) -> str:
+    """Make a folder that plain sbatch can run: recipe, plan, packages, a snapshot of the code, the MLflow run.
+
+    What the user should know of tracking, if anything. ValueError when the folder holds a run already.
+    """
+    if (run_dir / "recipe.yaml").exists():
+        raise ValueError(
+            f"prepare: {run_dir} holds a run; RUN_DIR={run_dir} sbatch goes on with it, or name a new folder"
+        )
+    note = _prepare_tracking([Submission(config, run_dir, True)], "", [])
+    _link_code(run_dir, take_snapshot([config]))
+    return note
+
+
 def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
     status = current_status(run_dir, queue)
     if status is not None and status.state in ALIVE:

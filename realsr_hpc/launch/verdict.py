@@ -42,8 +42,11 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
     if placement.num_nodes == 1:
         return mine
     folder = run_dir / "logs" / "verdicts" / f"{placement.job_id}-{placement.restarts}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / f"node-{mine.node}.json", json.dumps(asdict(mine)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"node-{mine.node}.json", json.dumps(asdict(mine)))
+    except OSError:  # a full disk: to the others this node is gone, and that requeues the job too
+        return mine
     if mine.code in (DONE, STOPPED):  # the ranks left together, by a collective decision
         return mine
     deadline = time.time() + wait_s
@@ -57,11 +60,17 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
     return min(verdicts, key=lambda verdict: (_CAUSES.index(verdict.code), verdict.time_s))
 
 
-def count_requeue(run_dir: Path) -> int:
-    """Requeues in a row without a new step, this one included: a run that gets on may be requeued for ever."""
+def count_requeue(run_dir: Path, restarts: int) -> int:
+    """Requeues in a row without a new step, this one included: a run that gets on may be requeued for ever.
+
+    restarts: Slurm's own count, which bounds them when the folder's disk is full.
+    """
     path = run_dir / "requeues.json"
     before = json.loads(path.read_text()) if path.exists() else {"step": 0, "count": 0}
     step = (read_progress(run_dir) or {"step": 0})["step"]
     count = 1 if step > before["step"] else before["count"] + 1
-    write_atomically(path, json.dumps({"step": max(step, before["step"]), "count": count}))
+    try:
+        write_atomically(path, json.dumps({"step": max(step, before["step"]), "count": count}))
+    except OSError:
+        return restarts + 1
     return count

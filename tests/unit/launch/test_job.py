@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -89,9 +90,9 @@ def test_nodes_agree_on_the_cause(tmp_path, others, cause):
 
 
 def test_requeues_are_counted_from_the_last_new_step(tmp_path):
-    assert [count_requeue(tmp_path), count_requeue(tmp_path)] == [1, 2]
+    assert [count_requeue(tmp_path, 0), count_requeue(tmp_path, 0)] == [1, 2]
     (tmp_path / "progress.json").write_text(json.dumps({"step": 4}))
-    assert [count_requeue(tmp_path), count_requeue(tmp_path)] == [1, 2]
+    assert [count_requeue(tmp_path, 0), count_requeue(tmp_path, 0)] == [1, 2]
 
 
 def test_a_stop_reaches_every_rank_and_the_job_ends_as_stopped(tmp_path):
@@ -133,6 +134,16 @@ def test_a_requeued_job_gets_another_port_and_an_array_task_its_own_id():
     assert 20000 <= job_port(10**9, 5) < 30000
     array = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2"}
     assert slurm_job_id(array) == "10_2" and slurm_job_id({"SLURM_JOB_ID": "12"}) == "12"
+
+
+def test_a_taken_port_is_noticed_before_ranks_meet_and_jobs_of_one_node_take_free_ones():
+    alone = compose(["recipe=grpo_tiny", "cluster.kind=slurm"])
+    environment = {"SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "4711"}
+    placement = Placement.find(alone, environment)
+    assert placement.master_addr == "127.0.0.1" and placement.port_fault() == ""
+    with socket.create_server(("127.0.0.1", placement.master_port)):
+        assert f"port {placement.master_port}" in placement.port_fault()
+        assert Placement.find(alone, environment).master_port != placement.master_port
 
 
 def test_a_node_without_its_gpus_is_unfit(tmp_path, monkeypatch):

@@ -119,6 +119,35 @@ def test_nothing_is_lost_or_submitted_twice_while_slurm_is_silent(tmp_path, monk
     assert folder.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize(
+    ("said", "began", "slurm", "state", "words"),
+    [
+        ("running", True, "12 RUNNING", "running", ""),
+        ("running", True, "", "lost", "from step 30"),
+        ("running", True, "12 OUT_OF_MEMORY", "lost", "(OUT_OF_MEMORY)"),
+        ("running", True, "12 CANCELLED", "stopped", "was cancelled"),
+        ("stopping", True, "12 COMPLETING", "stopping", ""),
+        ("stopping", True, "", "stopped", "ended before it could save; launch it again to go on from step 30"),
+        ("submitted", False, "", "stopped", "was cancelled"),
+        ("submitted", True, "12 FAILED", "lost", "the log"),
+        ("stopped", True, "12 PENDING", "requeued", ""),
+        ("failed", True, "", "failed", ""),
+    ],
+)
+def test_the_true_state_comes_from_the_queue_and_the_folder(tmp_path, monkeypatch, said, began, slurm, state, words):
+    (squeue := tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{slurm}'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (log := tmp_path / "the log").touch() if began else (log := tmp_path / "none")
+    for step in (8, 30):
+        (folder := tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        (folder / "manifest.json").touch()
+    write_job(tmp_path, Job("slurm", "12", "", str(log)))
+    (tmp_path / "status.json").write_text(json.dumps({"state": said, "code": None, "message": "", "time_s": 0.0}))
+    status = current_status(tmp_path)
+    assert status is not None and status.state == state and words in status.message
+
+
 def test_runs_are_found_by_a_unique_beginning(tmp_path):
     for name in ("alpha-1", "alpha-2", "beta-1"):
         (tmp_path / name).mkdir()
