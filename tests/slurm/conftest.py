@@ -38,7 +38,11 @@ SMALL = [
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Two nodes of four processors, stopped afterwards by their process ids."""
     script = project_root() / "slurm" / "dev_cluster.sh"
-    settings = {"SLURM_ROOT": str(tmp_path_factory.mktemp("slurm")), "PORT": "29100", "NODES": "2", "GPUS": "0"}
+    # KILLWAIT: on a machine that does much else a step and its checkpoint take their time
+    settings = {
+        "SLURM_ROOT": str(tmp_path_factory.mktemp("slurm")), "PORT": str(10000 + 20 * (os.getpid() % 450)),
+        "NODES": "2", "GPUS": "0", "KILLWAIT": "120",
+    }  # fmt: skip
     environment = {**os.environ, **settings}
     up = subprocess.run([script, "up"], env=environment, capture_output=True, text=True, check=False)
     assert up.returncode == 0, up.stdout + up.stderr

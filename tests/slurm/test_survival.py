@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from realsr_hpc.checkpoint import manifest
 from realsr_hpc.compare import connect
+from realsr_hpc.config.load import project_root
 from realsr_hpc.launch.manage import cancel, resume
-from realsr_hpc.launch.rundir import rank_log, read_job
+from realsr_hpc.launch.rundir import current_status, make_private, rank_log, read_job, saved_step
+from realsr_hpc.launch.verdict import HUNG
 from realsr_hpc.tracking import read_bookmark
+from tests.mlflow_server import running
 from tests.slurm.watching import log_of, results, state_of, steps_done, wait_for, wait_for_end
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
-STEPS = 80
+STEPS = 72
 SEED = 20
+DISK_MIB = 64
 RECIPE = ("cluster.nodes=2", f"sft.num_steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep_last=3")
 
 
@@ -36,38 +48,68 @@ def test_two_nodes_train_together(undisturbed):
     assert rank_log(undisturbed, 1).exists()
     assert (undisturbed / "code").resolve().parent == undisturbed.parent / "code"
     bookmark = read_bookmark(undisturbed)
-    assert connect(bookmark["uri"]).get_run(bookmark["run_id"]).info.status == "FINISHED"
+    run = connect(bookmark["uri"]).get_run(bookmark["run_id"])
+    assert run.info.status == "FINISHED"
+    assert {"system/cpu/percent", "system/memory/gib"} <= run.data.metrics.keys()
+    assert {"mlflow.source.git.commit", "realsr_hpc.uncommitted"} <= run.data.tags.keys()
 
 
-def test_chaos_changes_nothing(undisturbed, launch, tmp_path):
-    [run_dir] = launch(tmp_path, *RECIPE, "cluster.partition=preemptible", "checkpoint.async_save=true")
-    first = None
-    dice = random.Random(SEED)
-    disturbances = [preempted, requeued, a_rank_killed, a_node_failed, a_shard_truncated]
-    dice.shuffle(disturbances)
-    for disturb in disturbances:
-        wanted = steps_done(run_dir) + dice.randint(6, 9)
-        wait_for(lambda: state_of(run_dir) == "running" and steps_done(run_dir) >= wanted, run_dir)  # noqa: B023
-        first = first or read_bookmark(run_dir)
-        attempts = log_of(run_dir).count("--- 20")
-        disturb(run_dir, tmp_path, dice)
-        wait_for(lambda: log_of(run_dir).count("--- 20") > attempts, run_dir)  # noqa: B023
-        wait_for(lambda: state_of(run_dir) == "running", run_dir)
-    assert wait_for_end(run_dir) == "done", log_of(run_dir)
-    assert results(run_dir) == results(undisturbed)
-    assert "rejected" in log_of(run_dir)
-    assert read_bookmark(run_dir) == first
-    history = connect(first["uri"]).get_metric_history(first["run_id"], "sft/loss/mean")
-    expected = [(step, metrics["sft/loss/mean"]) for step, metrics in results(undisturbed).items()]
-    assert sorted((point.step, point.value) for point in history) == expected
+@pytest.mark.postgresql
+def test_chaos_changes_nothing(undisturbed, launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run_dir = make_private(tmp_path / undisturbed.name)
+    with running(tmp_path / "mlflow") as mlflow_server, small_disk(run_dir / "checkpoints") as mounted:
+        arguments = (
+            *RECIPE, "cluster.partition=preemptible", "checkpoint.async_save=true", "cluster.hang_limit_s=60",
+            f"tracking.uri={mlflow_server.uri}",
+        )  # fmt: skip
+        chaos = Chaos(run_dir, tmp_path, random.Random(SEED), lambda: launch(tmp_path, *arguments))
+        chaos.launch()
+        first = read_bookmark(run_dir)
+        disturbances = [preempted, requeued, a_rank_killed, a_rank_hangs, a_node_failed, a_shard_truncated]
+        disturbances += [the_disk_full] if mounted else []
+        chaos.dice.shuffle(disturbances)
+        for number, disturb in enumerate(disturbances):
+            wanted = steps_done(run_dir) + chaos.dice.randint(3, 6)
+            wait_for(lambda: state_of(run_dir) == "running" and steps_done(run_dir) >= wanted, run_dir)  # noqa: B023
+            if number % 2:  # it stays away for one disturbance, at the last one for good
+                time.sleep(chaos.dice.random() / 2)
+                mlflow_server.kill()
+            attempts = log_of(run_dir).count("--- 20")
+            disturb(chaos)
+            wait_for(lambda: log_of(run_dir).count("--- 20") > attempts, run_dir)  # noqa: B023
+            wait_for(lambda: state_of(run_dir) == "running", run_dir)
+            if number % 2 and number + 2 < len(disturbances):
+                mlflow_server.up()
+        assert wait_for_end(run_dir) == "done", log_of(run_dir)
+        assert results(run_dir) == results(undisturbed)
+        assert read_bookmark(run_dir) == first
+        mlflow_server.up()
+        sync = [sys.executable, project_root() / "tools" / "sync_tracking.py", f"root={tmp_path}"]
+        subprocess.run(sync, check=True, capture_output=True)
+        everything_arrived_once(run_dir, results(undisturbed))
 
 
-def test_a_run_goes_on_as_another_layout(undisturbed, launch, tmp_path):
+def everything_arrived_once(run_dir: Path, expected: dict[int, dict[str, float]]) -> None:
+    """MLflow's history of every metric: the undisturbed run's values, one a step; its status: finished."""
+    bookmark = read_bookmark(run_dir)
+    mlflow = connect(bookmark["uri"])
+    run = mlflow.get_run(bookmark["run_id"])
+    assert run.info.status == "FINISHED"
+    keys = {key for metrics in expected.values() for key in metrics}
+    assert keys <= run.data.metrics.keys()
+    for key in keys:
+        history = [(point.step, point.value) for point in mlflow.get_metric_history(bookmark["run_id"], key)]
+        assert sorted(history) == [(step, metrics[key]) for step, metrics in expected.items() if key in metrics], key
+
+
+def test_a_cancelled_run_saves_is_not_requeued_and_goes_on_as_another_layout(undisturbed, launch, tmp_path):
     [run_dir] = launch(tmp_path, *RECIPE)
     wait_for(lambda: steps_done(run_dir) >= 6, run_dir)
-    cancel(run_dir)
+    assert "cancelled" in cancel(run_dir)
     queue = ["squeue", "--noheader", f"--jobs={read_job(run_dir).job_id}"]
     wait_for(lambda: not subprocess.run(queue, capture_output=True, text=True).stdout.strip(), run_dir)
+    assert wait_for_end(run_dir) == "stopped" and saved_step(run_dir) == steps_done(run_dir), log_of(run_dir)
     assert resume(run_dir, ["cluster.nodes=1", "cluster.tasks_per_node=2", "parallel.tp=2"]).submitted
     assert wait_for_end(run_dir) == "done", log_of(run_dir)
     ours, theirs = results(run_dir), results(undisturbed)
@@ -75,38 +117,114 @@ def test_a_run_goes_on_as_another_layout(undisturbed, launch, tmp_path):
     assert ours[STEPS]["sft/loss/mean"] == pytest.approx(theirs[STEPS]["sft/loss/mean"], rel=1e-3)
 
 
-def preempted(run_dir: Path, tmp_path: Path, dice: random.Random) -> None:
+@dataclass
+class Chaos:
+    """The run that is disturbed."""
+
+    run_dir: Path
+    tmp_path: Path
+    dice: random.Random
+    launch: Callable[[], object]
+
+
+def preempted(chaos: Chaos) -> None:
     """Another user's job of a better partition takes both nodes."""
-    blocker = ["sbatch", "--nodes=2", "--exclusive", f"--output={tmp_path / 'blocker'}", "--wrap=sleep 1"]
-    subprocess.run(blocker, check=True, capture_output=True)
+    blocker = ["sbatch", "--nodes=2", "--exclusive", f"--output={chaos.tmp_path / 'blocker'}", "--wrap=sleep 1"]
+    with frozen(chaos.run_dir):
+        subprocess.run(blocker, check=True, capture_output=True)
+        wait_for(lambda: state_of(chaos.run_dir) != "running", chaos.run_dir)
 
 
-def requeued(run_dir: Path, tmp_path: Path, dice: random.Random) -> None:
+def requeued(chaos: Chaos) -> None:
     """An operator requeues it."""
-    subprocess.run(["scontrol", "requeue", read_job(run_dir).job_id], check=True)
+    with frozen(chaos.run_dir):
+        subprocess.run(["scontrol", "requeue", read_job(chaos.run_dir).job_id], check=True)
+        wait_for(lambda: state_of(chaos.run_dir) != "running", chaos.run_dir)
 
 
-def a_rank_killed(run_dir: Path, tmp_path: Path, dice: random.Random) -> None:
+def a_rank_killed(chaos: Chaos) -> None:
     """The kernel's memory killer takes one rank."""
-    os.kill(dice.choice(ranks_of(run_dir)), signal.SIGKILL)
+    os.kill(chaos.dice.choice(ranks_of(chaos.run_dir)), signal.SIGKILL)
 
 
-def a_node_failed(run_dir: Path, tmp_path: Path, dice: random.Random) -> None:
+def a_rank_hangs(chaos: Chaos) -> None:
+    """One rank stands still, the other waits for it: both leave their stacks, and the job says why it ended."""
+    os.kill(chaos.dice.choice(ranks_of(chaos.run_dir)), signal.SIGSTOP)
+    verdicts = chaos.run_dir / "logs" / "verdicts"
+
+    def hung() -> bool:
+        codes = [json.loads(path.read_text())["code"] for path in verdicts.glob("*/node-*.json")]
+        return HUNG in codes
+
+    wait_for(hung, chaos.run_dir)
+    for rank in (0, 1):
+        assert "Fatal Python error: Aborted" in rank_log(chaos.run_dir, rank).read_text()
+
+
+def a_node_failed(chaos: Chaos) -> None:
     """A node goes down and comes back."""
-    update = ["scontrol", "update", f"NodeName=n{dice.randint(1, 2)}"]
-    subprocess.run([*update, "State=DOWN", "Reason=chaos"], check=True)
-    subprocess.run([*update, "State=RESUME"], check=True)
+    update = ["scontrol", "update", f"NodeName=n{chaos.dice.randint(1, 2)}"]
+    with frozen(chaos.run_dir):
+        subprocess.run([*update, "State=DOWN", "Reason=chaos"], check=True)
+        subprocess.run([*update, "State=RESUME"], check=True)
 
 
-def a_shard_truncated(run_dir: Path, tmp_path: Path, dice: random.Random) -> None:
-    """The newest checkpoint loses its end, and every rank is killed."""
+def a_shard_truncated(chaos: Chaos) -> None:
+    """The newest checkpoint loses its end, and every rank is killed: the one before it is used."""
+    with frozen(chaos.run_dir) as pids:
+        newest = manifest.completed(chaos.run_dir / "checkpoints")[-1]
+        shard = chaos.dice.choice(sorted(newest.glob("*.distcp")))
+        os.truncate(shard, shard.stat().st_size // 2)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: f"{newest} rejected" in log_of(chaos.run_dir), chaos.run_dir)
+
+
+def the_disk_full(chaos: Chaos) -> None:
+    """Somebody fills the checkpoints' disk: three attempts to save, then the end, with all older checkpoints whole."""
+    filler = chaos.run_dir / "checkpoints" / "filler"
+    with frozen(chaos.run_dir):
+        before = manifest.completed(chaos.run_dir / "checkpoints")
+        fill(filler)
+    wait_for(lambda: state_of(chaos.run_dir) == "failed", chaos.run_dir)
+    assert os.strerror(errno.ENOSPC) in current_status(chaos.run_dir).message
+    assert "going on: 2 of 3" in log_of(chaos.run_dir)
+    left = manifest.completed(chaos.run_dir / "checkpoints")
+    assert left[-1] >= before[-1] and not any(manifest.fault(folder) for folder in left)
+    filler.unlink()
+    chaos.launch()
+
+
+def fill(path: Path) -> None:
+    """Write until the disk takes no more."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A file system of DISK_MIB at `folder`; False where nobody may mount one: then the disk is never full."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def frozen(run_dir: Path) -> Iterator[list[int]]:
+    """The ranks stand still meanwhile, so that no step is done that the disturbance should have prevented."""
     pids = ranks_of(run_dir)
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)  # no newer checkpoint meanwhile
-    shard = dice.choice(sorted(manifest.completed(run_dir / "checkpoints")[-1].glob("*.distcp")))
-    os.truncate(shard, shard.stat().st_size // 2)
+        os.kill(pid, signal.SIGSTOP)
+    yield pids
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def ranks_of(run_dir: Path) -> list[int]:

@@ -45,9 +45,9 @@ def log_of(run_dir: Path) -> str:
 
 
 def results(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Everything reported but time and machine, by step."""
+    """Everything reported but time, machine and disk, by step."""
     steps = metrics_by_step(run_dir)
     return {
-        step: {key: value for key, value in metrics.items() if not key.startswith(("time/", "system/"))}
+        step: {key: value for key, value in metrics.items() if not key.startswith(("time/", "system/", "checkpoint/"))}
         for step, metrics in steps.items()
     }
