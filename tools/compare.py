@@ -15,7 +15,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from realsr_hpc.compare import Comparison, compare, connect, find_runs, find_sweep, group_runs, write_report  # noqa: E402
-from realsr_hpc.launch.arguments import read_options  # noqa: E402
+from realsr_hpc.config.arguments import read_arguments  # noqa: E402
 
 OPTIONS = {
     "sweep": "", "runs": "", "metric": "", "output": "", "root": "runs", "uri": "", "experiment": "realsr_hpc",
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 for a wrong option or an unknown run."""
     console = Console() if sys.stdout.isatty() else Console(width=200)
     try:
-        options = read_options(arguments, OPTIONS, __doc__ or "")
+        options = read_arguments(arguments, OPTIONS, __doc__)
         if bool(options["sweep"]) == bool(options["runs"]):
             raise ValueError("give either sweep=NAME or runs=a,b")
         root = Path(options["root"]).resolve()

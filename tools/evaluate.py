@@ -51,11 +51,8 @@ Given = dict[str, str | None]
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage or a run that cannot be evaluated."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
     try:
-        given = read_arguments(arguments, DEFAULTS)
+        given = read_arguments(arguments, DEFAULTS, __doc__)
         count, crop_px = read_count(given, "num_images", 1), read_count(given, "crop_px")
         report, run_dir, step = _evaluate(given, count, crop_px)
     except ValueError as error:

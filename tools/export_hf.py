@@ -20,7 +20,7 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage or a run that cannot be exported."""
     try:
-        given = read_arguments(arguments, DEFAULTS)
+        given = read_arguments(arguments, DEFAULTS, __doc__)
         if not given["run"] or not given["output"]:
             raise ValueError("run=RUN_DIR and output=DIR are needed")
         if given["dtype"] not in (None, *DTYPES):

@@ -23,7 +23,7 @@ DEFAULTS = {"only": None, "steps": "800", "seed": "0", "output": "recipes/assets
 def main(arguments: list[str]) -> int:
     """Exit code: 0 made and measured, 2 wrong usage."""
     try:
-        given = read_arguments(arguments, DEFAULTS)
+        given = read_arguments(arguments, DEFAULTS, __doc__)
         steps, seed = read_count(given, "steps", 1), read_count(given, "seed")
         if given["only"] not in (None, "niqe", "ranker", "measure"):
             raise ValueError(f"only={given['only']}: give niqe, ranker or measure, or leave it out for all three")

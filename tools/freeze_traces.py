@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage."""
     own = [argument for argument in arguments if argument.partition("=")[0] in DEFAULTS]
     try:
-        given = read_arguments(own, DEFAULTS)
+        given = read_arguments(own, DEFAULTS, __doc__)
         if not given["output"]:
             raise ValueError("output=DIR is needed")
         samples, per_file = read_count(given, "samples", 1), read_count(given, "per_file", 1)

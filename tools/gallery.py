@@ -29,11 +29,8 @@ DEFAULTS: dict[str, str | None] = {
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage or nothing to show."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
     try:
-        given = read_arguments(arguments, DEFAULTS)
+        given = read_arguments(arguments, DEFAULTS, __doc__)
         limit, port = read_count(given, "limit", 1), read_count(given, "port")
         if given["serve"] not in ("true", "false"):
             raise ValueError(f"serve={given['serve']!r} is neither true nor false")

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     own = [item for item in arguments if item.partition("=")[0] in DEFAULTS]
     overrides = [item for item in arguments if item not in own]
     try:
-        given = read_arguments(own, DEFAULTS)
+        given = read_arguments(own, DEFAULTS, __doc__)
         if not given["source"] or not given["output"]:
             raise ValueError("source=DIR and output=RUN_DIR are needed, and recipe=NAME for weights of others")
         written = _import(Path(given["source"]), Path(given["output"]), overrides)

@@ -18,7 +18,7 @@ DEFAULTS = {"pack": None, "unpack": None, "output": None}
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage, a folder or archive that does not fit, or no nemo-toolkit."""
     try:
-        given = read_arguments(arguments, DEFAULTS)
+        given = read_arguments(arguments, DEFAULTS, __doc__)
         source = given["pack"] or given["unpack"]
         if not source or not given["output"] or (given["pack"] and given["unpack"]):
             raise ValueError("pack=EXPORT or unpack=FILE.nemo is needed, and output=")

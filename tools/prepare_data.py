@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 prepared, 2 wrong arguments or data."""
     console = Console(soft_wrap=True)
     try:
-        given = read_arguments(arguments, DEFAULTS)
+        given = read_arguments(arguments, DEFAULTS, __doc__)
         absent = [key for key in ("source", "output") if not given[key]]
         if absent:
             raise ValueError(f"{absent[0]} is missing; give {absent[0]}=DIR")

@@ -31,7 +31,7 @@ run's result and stay out of its signature.
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written or up to date, 1 out of date, 2 wrong usage."""
     try:
-        check = read_arguments(arguments, {"check": "false"})["check"] == "true"
+        check = read_arguments(arguments, {"check": "false"}, __doc__)["check"] == "true"
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

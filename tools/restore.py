@@ -42,11 +42,8 @@ DEFAULTS: dict[str, str | None] = {
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 all restored, 1 some files could not be read, 2 wrong usage."""
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
     try:
-        given = read_arguments(arguments, DEFAULTS)
+        given = read_arguments(arguments, DEFAULTS, __doc__)
         if not given["input"] or not given["output"]:
             raise ValueError("input=DIR_OR_FILE and output=DIR are needed")
         report = _restore(given)

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 scored, 2 wrong usage."""
     overrides = [argument for argument in arguments if argument.startswith("rewards.")]
     try:
-        given = read_arguments([argument for argument in arguments if argument not in overrides], DEFAULTS)
+        given = read_arguments([argument for argument in arguments if argument not in overrides], DEFAULTS, __doc__)
         if not given["input"]:
             raise ValueError("input=DIR is needed")
         files, images = read_folder(Path(str(given["input"])))

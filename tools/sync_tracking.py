@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from realsr_hpc.launch.arguments import read_options  # noqa: E402
+from realsr_hpc.config.arguments import read_arguments  # noqa: E402
 from realsr_hpc.launch.rundir import ALIVE, current_status, find_run, list_runs  # noqa: E402
 from realsr_hpc.tracking import set_status, sync  # noqa: E402
 
@@ -20,7 +20,7 @@ ENDS = {"done": "FINISHED", "failed": "FAILED"}
 def main(arguments: list[str]) -> int:
     """Exit code 0; 1 when some run could not be sent; 2 for a wrong option."""
     try:
-        options = read_options(arguments, {"root": "runs", "run": ""}, __doc__ or "")
+        options = read_arguments(arguments, {"root": "runs", "run": ""}, __doc__)
         root = Path(options["root"]).resolve()
         runs = [find_run(root, options["run"])] if options["run"] else list_runs(root)
     except ValueError as error:

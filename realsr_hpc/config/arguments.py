@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+Default = TypeVar("Default", str, str | None)
 
 
-def read_arguments(arguments: Sequence[str], valid: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Values by key; `valid` holds each key's default.
+def read_arguments(arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None) -> dict[str, Default]:
+    """Values by key; `valid` holds each key's default. `--help` prints `usage` and exits with 0.
 
     Raises ValueError for an argument without `=`, a key given twice, and an unknown key, naming the nearest valid one.
     """
-    given: dict[str, str] = {}
+    if {"-h", "--help"} & set(arguments):
+        print((usage or "").strip())
+        raise SystemExit(0)
+    given: dict[str, Default] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not value:

@@ -36,7 +36,7 @@ def _recipe(nodes: int, tp: int, pp: int, prompts: int, extra: list[str] | None 
 
 def main(arguments: list[str]) -> int:
     """Print all tables; markdown=true as docs/scaling.md has them. Exit code 0."""
-    as_markdown = read_arguments(arguments, {"markdown": "false"})["markdown"] == "true"
+    as_markdown = read_arguments(arguments, {"markdown": "false"}, __doc__)["markdown"] == "true"
     console = Console(width=180)
     for table, title in TITLES.items():
         if as_markdown:

@@ -6,7 +6,7 @@ VALID = {"input": None, "output": None, "overlap": "8"}
 
 
 def test_given_values_stand_before_defaults():
-    assert read_arguments(["input=a=b"], VALID) == {"input": "a=b", "output": None, "overlap": "8"}
+    assert read_arguments(["input=a=b"], VALID, "how to") == {"input": "a=b", "output": None, "overlap": "8"}
 
 
 @pytest.mark.parametrize(
@@ -20,11 +20,17 @@ def test_given_values_stand_before_defaults():
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        read_arguments(arguments, VALID)
+        read_arguments(arguments, VALID, "how to")
+
+
+def test_help_is_printed_whatever_else_is_given(capsys):
+    with pytest.raises(SystemExit) as end:
+        read_arguments(["nonsense", "--help"], VALID, "how to")
+    assert end.value.code == 0 and capsys.readouterr().out == "how to\n"
 
 
 def test_counts():
-    assert read_count(read_arguments([], VALID), "overlap") == 8
+    assert read_count(read_arguments([], VALID, "how to"), "overlap") == 8
     with pytest.raises(ValueError, match="no whole number"):
         read_count({"overlap": "many"}, "overlap")
     with pytest.raises(ValueError, match="below 1"):
