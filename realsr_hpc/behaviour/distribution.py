@@ -139,13 +139,13 @@ def sample(
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """One token a row and its log-probability under the behaviour distribution (exactly 0 where one is left).
 
-    Inverse of the cumulative distribution in float64. `uniform` in [0, 1) takes the place of the generator's draw, so
+    Inverse of the cumulative distribution, summed in float64. `uniform` in [0, 1) takes the place of the generator's draw, so
     that a rollout can keep its own stream whatever it is batched with. Logits are guided, whole rows of the vocabulary.
     """
     log_probability = restricted(logits, allowed, temperature, support).log_softmax(-1)
     if uniform is None:
         uniform = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
-    cumulative = log_probability.double().exp().cumsum(-1)
+    cumulative = log_probability.exp().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
     # Strictly below the total, so that the token found has positive probability whatever the rounding.
     point = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
