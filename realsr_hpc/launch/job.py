@@ -24,7 +24,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.rundir import Job, State, rank_log, read_job, write_job, write_status
-from realsr_hpc.launch.signals import HANDLED_SIGNALS, StopFlag
+from realsr_hpc.launch.signals import DUMP_SIGNAL, HANDLED_SIGNALS, StopFlag
 from realsr_hpc.launch.verdict import (
     CRASHED,
     DONE,
@@ -43,6 +43,8 @@ from realsr_hpc.tracking.delivery import brief
 POLL_S = 0.2
 END_GRACE_S = 10.0
 """How long ranks get between SIGTERM and SIGKILL when another one failed."""
+DUMP_S = 5.0
+"""How much later than this one another node may notice the same hang."""
 REQUEUE_WAIT_S = 90.0
 LAST_WORDS_LINES = 25
 PR_SET_PDEATHSIG = 1
@@ -133,6 +135,9 @@ def watch(
             if 0 in ranks:
                 _set_state(run_dir, "stopping")
         if time.time() - max(started, _last_sign_of_life(run_dir)) > config.cluster.hang_limit_s:
+            # All stacks before the first end: a rank that loses its partner raises, and its stack is gone.
+            _signal(ranks, DUMP_SIGNAL)
+            time.sleep(DUMP_S)
             end_ranks(ranks, signal.SIGABRT)
             message = f"no step for {config.cluster.hang_limit_s} s: aborted; the stacks are in {run_dir / 'logs'}"
             return HUNG, message, time.time()

@@ -16,6 +16,8 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """SIGUSR2: Slurm's early warning (NCCL uses SIGUSR1); SIGTERM: scancel, or preemption without a warning."""
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
+DUMP_SIGNAL = signal.SIGQUIT
+"""Writes the stacks of all threads to stderr; the process goes on."""
 
 
 class StopFlag:
@@ -29,7 +31,7 @@ class StopFlag:
 
     @classmethod
     def install(cls, *, early_warning: bool = False) -> StopFlag:
-        """A flag set by STOP_SIGNALS; stacks of all threads go to stderr when the watchdog aborts the process.
+        """A flag set by STOP_SIGNALS; stacks of all threads go to stderr at DUMP_SIGNAL and at an abort.
 
         With `early_warning` (a supervisor: it runs no NCCL) SIGUSR1 sets it as well, and elsewhere it does nothing:
         Slurm sends a warning signal to every process of a step.
@@ -41,6 +43,7 @@ class StopFlag:
         signal.signal(signal.SIGCONT, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED_SIGNALS)
         faulthandler.enable(all_threads=True)
+        faulthandler.register(DUMP_SIGNAL, all_threads=True)
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         return flag
 

@@ -104,10 +104,16 @@ def test_a_stop_reaches_every_rank_and_the_job_ends_as_stopped(tmp_path):
 
 
 def test_a_hang_is_aborted_with_its_stack_in_the_log(tmp_path):
-    body = "import faulthandler; faulthandler.enable()\ndef stuck_here(): time.sleep(600)\nstuck_here()"
-    code, message = run(tmp_path, body, "cluster.hang_limit_s=5", tasks=1)  # long enough for Python to start
+    """Rank 0 sleeps; rank 1 was stopped by the kernel and cannot even say so before it is woken."""
+    body = (
+        "from realsr_hpc.launch.signals import StopFlag; StopFlag.install()\n"
+        "def stuck_here(): os.kill(os.getpid(), signal.SIGSTOP) if rank else time.sleep(600)\nstuck_here()"
+    )
+    code, message = run(tmp_path, body, "cluster.hang_limit_s=5")  # long enough for Python to start
     assert code == HUNG and "no step for 5 s" in message
-    assert "stuck_here" in rank_log(tmp_path, 0).read_text()
+    for rank in (0, 1):
+        assert "most recent call first" in rank_log(tmp_path, rank).read_text()
+        assert "in stuck_here" in rank_log(tmp_path, rank).read_text()
 
 
 def test_progress_keeps_the_watchdog_quiet(tmp_path):
