@@ -54,7 +54,7 @@ class GenerationOptions(Section):
     metrics: list[str] = []
     """pyiqa's metric names, averaged; only with expert=pyiqa."""
     weights_dir: str | None = None
-    """Folder of staged pyiqa weights with its SHA256SUMS; only with expert=pyiqa."""
+    """Folder of staged pyiqa weights with its SHA256SUMS, None: weights/iqa; only with expert=pyiqa."""
     stripe_guard: bool = True
     """Images of stripes and grids earn less, down to nothing (rewards/stripes.py)."""
 
@@ -78,7 +78,7 @@ class FidelityOptions(Section):
     metrics: list[str] = []
     """pyiqa's names such as lpips, dists, topiq_fr, averaged; only with metric=pyiqa."""
     weights_dir: str | None = None
-    """Folder of staged pyiqa weights with its SHA256SUMS; only with metric=pyiqa."""
+    """Folder of staged pyiqa weights with its SHA256SUMS, None: weights/iqa; only with metric=pyiqa."""
     smooth_px: Annotated[float, Field(ge=0.0)] = 1.0
     """Gaussian sigma over both images before comparing with the LQ image, in LQ pixels; 0: none."""
     psnr_low: float = 10.0

@@ -20,6 +20,8 @@ from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions,
 from realsr_hpc.config.schema import RunConfig
 
 SUMS = "SHA256SUMS"
+WEIGHTS_DIR = "weights/iqa"
+"""Folder of pyiqa's weights where an option does not name another."""
 State = Literal["there", "missing", "differs", "unlisted"]
 
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
@@ -64,7 +66,9 @@ PYIQA_FILES: dict[str, tuple[tuple[str, str], ...]] = {
     "dists": (_head("DISTS_weights-f5e65c96.pth"), _backbone("vgg16-397923af.pth")),
     "niqe": (_head("niqe_modelparameters.mat"),),
     "brisque": (_head("brisque_svm_weights.pth"),),
-    "piqe": (),
+    "ilniqe": (_head("ILNIQE_templateModel.mat"),),
+    **{name: () for name in ("piqe", "psnr", "psnry", "ssim", "ssimc", "ms_ssim", "cw_ssim", "fsim", "vsi")},
+    **{name: () for name in ("gmsd", "vif", "nlpd", "mad")},
 }
 """Path below `weights_dir` and address of each file, by pyiqa's name of the metric; a folder is a hub's cache of one
 model."""
@@ -118,7 +122,7 @@ def _of_reward(config: RunConfig, name: str) -> Iterator[Need]:
 
 def pyiqa_needs(purpose: str, metrics: list[str], weights_dir: str | None) -> list[Need]:
     """Files of some pyiqa metrics; one that is not in the table needs whatever its folder lists."""
-    folder = resolve(weights_dir or "weights/iqa")
+    folder = resolve(weights_dir or WEIGHTS_DIR)
     needs = []
     for metric in metrics:
         if metric not in PYIQA_FILES:

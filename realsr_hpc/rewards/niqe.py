@@ -117,7 +117,7 @@ def fit_pristine(lumas: Sequence[Tensor], patch_px: int, stride_px: int, sharp_s
 def fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shape, left and right scale of asymmetric generalised Gaussians fitted by moments over the last dim.
 
-    A side without values (a flat patch) gives NaN; `niqe` leaves such patches out.
+    A side without values (a flat patch) has no scale, NaN; `niqe`'s covariance leaves such patches out.
     """
     squares = values.square()
     below = values.clamp(max=0.0).square().sum(-1)
@@ -132,12 +132,12 @@ def fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shape_of(ratio: Tensor) -> Tensor:
-    """The candidate shape whose moment ratio is nearest; the ratio grows with the shape."""
+    """The candidate shape whose moment ratio is nearest (it grows with the shape); NaN: the first, as MATLAB."""
     table = (2 * torch.lgamma(2 / _SHAPES) - torch.lgamma(1 / _SHAPES) - torch.lgamma(3 / _SHAPES)).exp()
     above = torch.searchsorted(table, ratio.nan_to_num(0.5).contiguous()).clamp(1, len(table) - 1)
     nearer_below = (ratio - table[above - 1]).abs() <= (table[above] - ratio).abs()
     shape = _SHAPES[torch.where(nearer_below, above - 1, above)]
-    return torch.where(ratio.isfinite(), shape, torch.nan)
+    return torch.where(ratio.isnan(), _SHAPES[0], shape)
 
 
 def _features(patches: Tensor) -> Tensor:
@@ -155,12 +155,13 @@ def _distance(features: Tensor, model: NIQEModel) -> np.ndarray:
     """Distance [n] between the Gaussians of features [n, patches, 36] and of the model."""
     mean, covariance = torch.from_numpy(model.mean), torch.from_numpy(model.covariance)
     scores = []
-    for rows in features:
-        rows = rows[rows.isfinite().all(dim=1)]
+    for patches in features.where(features.isfinite(), torch.nan):
+        rows = patches[patches.isfinite().all(dim=1)]
         if len(rows) < 2:
             scores.append(np.nan)
             continue
-        gap = rows.mean(dim=0) - mean
+        # As the authors' release: of a partly flat patch, the features it has count for the mean.
+        gap = patches.nanmean(dim=0) - mean
         inverse = torch.linalg.pinv((torch.cov(rows.T) + covariance) / 2, hermitian=True)
         scores.append(float((gap @ inverse @ gap).sqrt()))
     return np.array(scores)

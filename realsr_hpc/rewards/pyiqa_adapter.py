@@ -1,8 +1,8 @@
 """The only place that knows pyiqa (extra `iqa`, licence PolyForm-Noncommercial: read it before commercial use).
 
 Metrics by name; direction and range come from pyiqa's own table and are turned into [0, 1], higher better. pyiqa
-would download weights and unpickle them unchecked; here nothing is downloaded: weights lie in a folder whose
-SHA256SUMS is verified first, laid out as pyiqa looks for them:
+would download weights and unpickle them unchecked; here nothing is downloaded, and nothing outside of one folder is
+read: its SHA256SUMS is verified first, and lists all that could be unpickled. Laid out as pyiqa looks for it:
 
     weights_dir/SHA256SUMS                      sha256sum's own format, paths from weights_dir
     weights_dir/hub/pyiqa/*.pth | *.mat         pyiqa's own heads
@@ -13,10 +13,10 @@ SHA256SUMS is verified first, laid out as pyiqa looks for them:
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +26,11 @@ import numpy as np
 import torch
 
 from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.weights import PYIQA_FILES, SUMS, WEIGHTS_DIR, read_sums, sha256_of
 from realsr_hpc.rewards.base import same_shapes
 
+_STAGING = "tools/stage_weights.py recipe=NAME collect=DIR"
+_WEIGHT_SUFFIXES = {".pth", ".pt", ".mat", ".bin", ".npz", ".ckpt", ".safetensors"}
 _LIBRARIES: list[Any] = []
 """Operator declarations live as long as the objects that made them."""
 
@@ -42,8 +45,8 @@ class PyiqaMetrics:
         device: str = "cpu",
         mode: Literal["NR", "FR"] = "NR",
     ):
-        pyiqa = load_pyiqa(resolve(weights_dir) if weights_dir else None)
-        self.metrics = [(*normalisation(name, mode), _create(pyiqa, name, device)) for name in names]
+        load_pyiqa(weights_dir)
+        self.metrics = [(*normalisation(name, mode), create_metric(name, device)) for name in names]
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None) -> np.ndarray:
@@ -88,41 +91,44 @@ def normalisation(name: str, mode: Literal["NR", "FR"] = "NR") -> tuple[float, f
     return low, high, bool(entry.get("lower_better", False))
 
 
-def load_pyiqa(weights_dir: Path | None) -> Any:
-    """Import pyiqa offline, after verifying the staged weights.
+def load_pyiqa(weights_dir: str | None) -> None:
+    """Import pyiqa offline, after verifying the staged weights; None: those in weights/iqa, if there are any.
 
-    Raises ValueError when the extra is not installed, or a staged file is missing or differs.
+    Raises ValueError when the extra is not installed, or a staged file is missing, differs or is not listed.
     """
     if importlib.util.find_spec("pyiqa") is None:
         raise ValueError("expert=pyiqa needs the extra `iqa`: pip install 'realsr-hpc[iqa]'")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if weights_dir is not None:
-        verify_weights(weights_dir)
-        torch.hub.set_dir(str(weights_dir / "hub"))
-        os.environ["TORCH_HOME"] = str(weights_dir)
-        os.environ["HF_HOME"] = str(weights_dir / "huggingface")
+    folder = resolve(weights_dir or WEIGHTS_DIR)
+    if weights_dir or folder.is_dir():
+        verify_weights(folder)
+    # Also without any weights: what lies in the user's caches was checked by nobody.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TORCH_HOME": str(folder), "HF_HOME": str(folder / "huggingface")}
+    from huggingface_hub import constants
+
+    # It read the environment when it was imported, which may have been long ago.
+    constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, str(folder / "huggingface" / "hub")
+    torch.hub.set_dir(str(folder / "hub"))
     declare_torchvision_operators()
-    import pyiqa
     from pyiqa.utils import download_util
 
-    if weights_dir is not None:
-        download_util.DEFAULT_CACHE_DIR = str(weights_dir / "hub" / "pyiqa")
-    return pyiqa
+    download_util.DEFAULT_CACHE_DIR = str(folder / "hub" / "pyiqa")
 
 
 def verify_weights(folder: Path) -> None:
-    """Check every file of `folder`/SHA256SUMS. Raises ValueError naming what is missing or differs."""
-    listing = folder / "SHA256SUMS"
-    if not listing.is_file():
-        raise ValueError(f"{listing} not found; stage the weights with tools/stage_weights.py recipe=NAME collect=DIR")
-    for line in listing.read_text().splitlines():
-        expected, name = line.split(maxsplit=1)
-        path = folder / name.lstrip("*")
+    """Check every file that is there or listed in `folder`/SHA256SUMS. Raises ValueError naming the first fault."""
+    if not (folder / SUMS).is_file():
+        raise ValueError(f"{folder / SUMS} not found; stage the weights with {_STAGING}")
+    sums = read_sums(folder)
+    for name, expected in sums.items():
+        path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is listed in SHA256SUMS but missing; copy it there")
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+            raise ValueError(f"{path} is listed in {SUMS} but missing; copy it there")
+        found = sha256_of(path)
         if found != expected:
-            raise ValueError(f"{path} has SHA-256 {found}, not {expected}; fetch it again or correct SHA256SUMS")
+            raise ValueError(f"{path} has SHA-256 {found}, not {expected}; fetch it again or correct {SUMS}")
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _WEIGHT_SUFFIXES and path.relative_to(folder).as_posix() not in sums:
+            raise ValueError(f"{path} is not listed in {SUMS}; list it with {_STAGING}, or remove it")
 
 
 def declare_torchvision_operators() -> None:
@@ -142,34 +148,39 @@ def declare_torchvision_operators() -> None:
     _LIBRARIES.append(library)
 
 
-def _create(pyiqa: Any, name: str, device: str) -> Any:
+def create_metric(name: str, device: str) -> Any:
+    """A metric of pyiqa's, its weights read and nothing downloaded; `load_pyiqa` must have run.
+
+    Raises ValueError naming what it lacks.
+    """
+    import pyiqa
+
     try:
         with no_downloads(name):
             return pyiqa.create_metric(name, device=torch.device(device))
-    except FileNotFoundError as error:  # huggingface_hub, offline: timm's backbone of a metric
-        raise ValueError(
-            f"pyiqa metric {name!r} needs a backbone from the Hugging Face hub that is not staged ({error}); put the "
-            f"hub's cache into {os.environ.get('HF_HOME', 'weights_dir/huggingface')} and list it in SHA256SUMS"
-        ) from error
+    except (OSError, RuntimeError, ImportError) as error:  # a backbone of the hub, other weights, another package
+        files = " and ".join(path for path, _ in PYIQA_FILES.get(name, ())) or "what it says"
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"pyiqa metric {name!r} needs {files} in the weights folder ({said}); {_STAGING}") from error
 
 
 @contextmanager
 def no_downloads(name: str) -> Iterator[None]:
-    """Turn every download that pyiqa or torch would try into an error that names the missing file."""
+    """Turn every download that pyiqa, torch or CLIP would try into an error that names the missing file."""
     from pyiqa.utils import download_util
 
-    def refuse(url: str, dst: str, *_: Any, **__: Any) -> None:
+    def refuse(url: Any, dst: str = "", *_: Any, **__: Any) -> None:
         raise ValueError(
-            f"pyiqa metric {name!r} needs the weights {dst}, which are not there; copy them from {url} "
+            f"pyiqa metric {name!r} needs the weights {dst or url}, which are not there; copy them from {url} "
             "and list them in SHA256SUMS of the weights folder (options.weights_dir)"
         )
 
-    held = torch.hub.download_url_to_file, download_util.download_url_to_file
-    torch.hub.download_url_to_file = download_util.download_url_to_file = refuse
+    held = torch.hub.download_url_to_file, download_util.download_url_to_file, urllib.request.urlopen
+    torch.hub.download_url_to_file = download_util.download_url_to_file = urllib.request.urlopen = refuse
     try:
         yield
     finally:
-        torch.hub.download_url_to_file, download_util.download_url_to_file = held
+        torch.hub.download_url_to_file, download_util.download_url_to_file, urllib.request.urlopen = held
 
 
 def _number(text: str) -> float | None:

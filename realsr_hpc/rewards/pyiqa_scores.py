@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from realsr_hpc.config.paths import resolve
-from realsr_hpc.rewards.pyiqa_adapter import load_pyiqa, no_downloads
+from realsr_hpc.rewards.pyiqa_adapter import create_metric, load_pyiqa
 
 
 class PyiqaScore:
@@ -19,7 +18,7 @@ class PyiqaScore:
 
     def __init__(self, name: str, weights_dir: str | None = None, device: str = "cpu"):
         """ValueError when pyiqa or the metric's weights are not there."""
-        pyiqa = load_pyiqa(resolve(weights_dir) if weights_dir else None)
+        load_pyiqa(weights_dir)
         from pyiqa.default_model_configs import DEFAULT_CONFIGS
 
         if name not in DEFAULT_CONFIGS:
@@ -30,11 +29,7 @@ class PyiqaScore:
         self.needs_truth = entry.get("metric_mode") == "FR"
         options = ", ".join(f"{key}={value}" for key, value in entry.get("metric_opts", {}).items()) or "its defaults"
         self.note = f"pyiqa {importlib.metadata.version('pyiqa')} `{name}` ({options}), RGB input, no border left out"
-        try:
-            with no_downloads(name):
-                self._metric: Any = pyiqa.create_metric(name, device=self.device)
-        except (OSError, RuntimeError) as error:  # a backbone from the hub, or weights of another version
-            raise ValueError(f"pyiqa metric {name!r}: {' '.join(str(error).split())[:200]}") from error
+        self._metric: Any = create_metric(name, device)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray, truth: np.ndarray | None = None) -> float:

@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 
 _SENSES = 2
+_ENDINGS = {"s": "", "ses": "s", "xes": "x", "zes": "z", "ches": "ch", "shes": "sh", "men": "man", "ies": "y"}
+"""Of plurals, and what stands there in the singular (morphy(7WN)); irregular ones are listed in noun.exc."""
 
 
 class WordNet:
@@ -21,12 +23,16 @@ class WordNet:
         if missing:
             raise ValueError(f"options.wordnet_dir={folder}: {missing[0].name} is not there; Debian: wordnet-base")
         self._offsets = dict(_senses(line) for line in index.read_text().splitlines() if not line.startswith(" "))
+        irregular = folder / "noun.exc"
+        rows = irregular.read_text().splitlines() if irregular.is_file() else []
+        self._singular = dict(row.split()[:2] for row in rows)
         self.synonyms = lru_cache(maxsize=None)(self._synonyms)
 
     def _synonyms(self, word: str) -> frozenset[str]:
         """Other words for it, lower case; none for a word WordNet does not know."""
         lemma = word.lower().replace(" ", "_")
-        forms = [lemma, lemma.removesuffix("s"), lemma.removesuffix("es")]
+        regular = [lemma.removesuffix(end) + to for end, to in _ENDINGS.items() if lemma.endswith(end)]
+        forms = [lemma, self._singular.get(lemma, lemma), *regular]
         known = next((form for form in forms if form in self._offsets), None)
         if known is None:
             return frozenset()

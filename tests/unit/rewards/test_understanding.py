@@ -1,4 +1,5 @@
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from realsr_hpc.config.reward_options import UnderstandingOptions
 from realsr_hpc.records import SceneText
 from realsr_hpc.rewards.understanding import UnderstandingReward, chrf, tag_share
+from realsr_hpc.rewards.wordnet import WordNet
 
 from .conftest import SCENE, make_candidate, make_trace
 
@@ -77,6 +79,7 @@ def write_wordnet(folder):
     (folder / "data.noun").write_bytes(lines)
     index = [f"house n 2 0 2 1 {offsets[0]:08d} {offsets[1]:08d}", f"dog n 1 0 1 1 {offsets[2]:08d}"]
     (folder / "index.noun").write_text("  1 a licence\n" + "\n".join(index) + "\n")
+    (folder / "noun.exc").write_text("hice house\n")
 
 
 def test_synonyms_of_wordnet_name_a_tag(tmp_path):
@@ -87,8 +90,17 @@ def test_synonyms_of_wordnet_name_a_tag(tmp_path):
     assert UnderstandingReward(options).score([item])[0] == 0.5
     plain = UnderstandingReward(UnderstandingOptions(similarity="none")).score([item])[0]
     assert plain == 0.25
+    assert WordNet(tmp_path).synonyms("hice") == {"house", "dwelling", "theatre"}
     with pytest.raises(ValueError, match="index.noun is not there"):
         UnderstandingReward(UnderstandingOptions(synonyms="wordnet", wordnet_dir=str(tmp_path / "none")))
+
+
+@pytest.mark.skipif(not Path("/usr/share/wordnet/index.noun").is_file(), reason="needs Debian's wordnet-base")
+def test_the_real_wordnet_knows_plurals_and_synonyms():
+    wordnet = WordNet(Path("/usr/share/wordnet"))
+    known = {"car": "automobile", "children": "kid", "churches": "church building", "women": "adult female"}
+    assert all(synonym in wordnet.synonyms(word) for word, synonym in known.items())
+    assert wordnet.synonyms("sky") == frozenset() == wordnet.synonyms("xyzzy")
 
 
 def test_minilm_without_its_extra_says_what_to_install():
