@@ -25,10 +25,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def pair():
-    """A truth of 288 px with a flat part, and a blurred version."""
+    """A truth of 384 px with a flat part, and a blurred version."""
     from skimage import data
 
-    truth = np.ascontiguousarray(data.astronaut()[:288, :288])
+    truth = np.ascontiguousarray(data.astronaut()[:384, :384])
     truth[:120, :120] = 200
     return blur(truth, 0.4, np.random.default_rng(0)), truth
 
