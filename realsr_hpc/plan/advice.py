@@ -58,6 +58,8 @@ def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {"parallel.reference_offload": True}
     if parallel.microbatch_tokens > config.model.max_sequence_tokens:
         yield {"parallel.microbatch_tokens": config.model.max_sequence_tokens}
+    if parallel.scoring_microbatches > 1:
+        yield {"parallel.scoring_microbatches": 1}
     if config.task == "grpo" and rollout.batch_size > config.grpo.group_size:
         yield {"rollout.batch_size": max(config.grpo.group_size, rollout.batch_size // 2)}
     if config.task == "sft" and config.sft.packing:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from realsr_hpc.config.checks import world_size
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.plan.memory import Memory, memory, microbatches
+from realsr_hpc.plan.memory import Memory, memory
 from realsr_hpc.plan.seconds import (
     Device,
     Traffic,
@@ -21,7 +21,7 @@ from realsr_hpc.plan.seconds import (
     traffic,
     training_seconds,
 )
-from realsr_hpc.plan.sizes import parameter_count, sequence_tokens, sequences_per_update
+from realsr_hpc.plan.sizes import microbatch_shape, parameter_count, sequence_tokens, sequences_per_update
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Plan:
     parallel, world = config.parallel, world_size(config)
     dp = world // (parallel.tp * parallel.pp)
     prompt, response = sequence_tokens(config)
-    count, learns = microbatches(config, dp), config.task != "tokenizer"
+    learns = config.task != "tokenizer"
+    count = microbatch_shape(config).count if learns else 0
     return Plan(
         device=device.name,
         parameters=parameter_count(config),

@@ -1,38 +1,40 @@
 """Memory of one rank of the fullest pipeline stage: what stays, and what each phase of a step adds.
 
-Counted from what the code keeps, tensor by tensor: model/spec.py for activations, rollout/decoder.py for the cache,
-behaviour/logprobs.py for logits. Not yet compared with what a run really allocates.
+Counted from what the code keeps, tensor by tensor; activations and logits in activations.py, the rest here.
+`tools/bench.py memory` measures small runs on the CPU beside it, a test holds each term to 10 %.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from realsr_hpc.config.checks import world_size
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.plan.activations import first_stage, last_stage, scoring
 from realsr_hpc.plan.sizes import (
+    dp_size,
     guided,
     has_reference,
+    loss_tokens_of_a_row,
     sequence_tokens,
-    sequences_per_update,
+    sequences_of_a_rank,
     stage_layers,
     stage_parameters,
+    truncated,
     vocabulary_size,
     width,
 )
 
 GIB = 2**30
-LOGIT_CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once; see behaviour/logprobs.py."""
-LOGIT_COPIES = 6
-"""float32 tensors of a chunk's logits that its backward pass holds together."""
 FIXED_GIB = 2.5
 """CUDA context, cuBLAS and NCCL buffers, and the image tokenizer's weights on one GPU."""
-IMAGE_COPIES = 4
-"""Full-size feature maps that live together while images are encoded or decoded."""
+ENCODER_MAPS, DECODER_MAPS = (3.3, 6.0), (4.2, 6.0)
+"""Full-size feature maps that live together, without and with residual blocks."""
+DISTANCES = 3
+"""Float32 numbers a code and latent while the nearest code is sought."""
 IMAGE_BATCH_PIXELS = 2**21
 """Pixels that pass the image tokenizer at once; see tokenizer/trace.py."""
+SAMPLE_BYTES = 40
+"""Of each logit of a decode step, in float32 and float64; see behaviour/distribution.py."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,31 @@ class Memory:
 
 def memory(config: RunConfig) -> Memory:
     """All terms of a GRPO or SFT recipe."""
-    dp = world_size(config) // (config.parallel.tp * config.parallel.pp)
-    phases = {"update": _update(config, dp), "images": {"image tokenizer's maps": _images(config)}}
+    supports = _supports(config)
+    ends = [last_stage(config)] if config.parallel.pp == 1 else [first_stage(config), last_stage(config)]
+    phases = {
+        "update": max(ends, key=lambda terms: sum(terms.values())) | {"allowed tokens": supports},
+        "images": {"image tokenizer's maps": _images(config)},
+    }
     if config.task == "grpo":
-        copies = stage_layers(config) if config.precision.rollout_fp8 else 0.0
-        cache = kv_cache_bytes(config)
-        phases["rollout"] = {"KV cache": cache, "allowed tokens": _support(config), "FP8 weights": copies}
-        phases["score"] = _score(config)
-    in_gib = {phase: {name: size / GIB for name, size in terms.items()} for phase, terms in phases.items()}
-    return Memory(_resident(config, dp), in_gib, _host(config, dp) / GIB)
+        phases["rollout"] = _rollout(config)
+        offloaded = has_reference(config) and config.parallel.reference_offload
+        weights = stage_parameters(config) * width(config) if offloaded else 0.0
+        # joined microbatches hold a copy of their own
+        phases["score"] = {"reference": weights, **scoring(config), "allowed tokens": 2 * supports}
+    in_gib = {phase: {name: size / GIB for name, size in terms.items() if size} for phase, terms in phases.items()}
+    return Memory(_resident(config), in_gib, _host(config) / GIB)
 
 
-def _resident(config: RunConfig, dp: int) -> dict[str, float]:
+def _resident(config: RunConfig) -> dict[str, float]:
     shard = stage_parameters(config)
     kept = has_reference(config) and not config.parallel.reference_offload
     terms = {
         "weights": shard * width(config),
         "gradients (fp32)": shard * 4,
-        "optimizer": shard * optimizer_bytes(config)[0] / (dp if config.parallel.distributed_optimizer else 1),
+        "optimizer": shard
+        * optimizer_bytes(config)[0]
+        / (dp_size(config) if config.parallel.distributed_optimizer else 1),
         "reference": shard * width(config) if kept else 0.0,
     }
     fixed = FIXED_GIB if config.cluster.gpus_per_node else 0.0
@@ -94,93 +103,18 @@ def optimizer_bytes(config: RunConfig) -> tuple[int, int]:
     return main, 8 + 4 + 4
 
 
-def _host(config: RunConfig, dp: int) -> float:
+def _host(config: RunConfig) -> float:
     shard = stage_parameters(config)
     reference = shard * width(config) if has_reference(config) and config.parallel.reference_offload else 0.0
-    return reference + shard * optimizer_bytes(config)[1] / (dp if config.parallel.distributed_optimizer else 1)
-
-
-def microbatches(config: RunConfig, dp: int) -> int:
-    """Of one update on one data-parallel rank."""
-    tokens = sequences_per_update(config) / dp * sum(sequence_tokens(config)) * (2 if guided(config) else 1)
-    return max(1, math.ceil(tokens / config.parallel.microbatch_tokens)) if tokens else 0
-
-
-def _update(config: RunConfig, dp: int) -> dict[str, float]:
-    return {
-        "activations": activation_bytes(config, microbatches(config, dp)),
-        "attention masks": _mask_bytes(config, microbatches(config, dp)),
-        "logits of a chunk": _logit_bytes(config, gradient=True),
-    }
-
-
-def _score(config: RunConfig) -> dict[str, float]:
-    offloaded = has_reference(config) and config.parallel.reference_offload
-    return {
-        "reference": stage_parameters(config) * width(config) if offloaded else 0.0,
-        "activations": config.parallel.microbatch_tokens * _layer_bytes(config, "none"),
-        "logits of a chunk": _logit_bytes(config, gradient=False),
-    }
-
-
-def _logit_bytes(config: RunConfig, *, gradient: bool) -> float:
-    shard = vocabulary_size(config) / config.parallel.tp
-    tokens = min(LOGIT_CHUNK_TOKENS, config.parallel.microbatch_tokens)
-    logits = tokens * shard * 4 * (LOGIT_COPIES if gradient else LOGIT_COPIES // 2)
-    # the output weight's gradient is summed in float32, beside one chunk's share of it and its rounded form
-    return logits + (shard * config.model.hidden_size * (4 + 2 * width(config)) if gradient else 0.0)
-
-
-def _in_flight(config: RunConfig, count: int) -> float:
-    """Microbatches whose activations the first stage holds (1F1B: as many as there are stages)."""
-    pp, virtual = config.parallel.pp, config.parallel.virtual_pp
-    interleaving = 1 + (pp - 1) / (pp * virtual) if virtual > 1 else 1.0
-    return max(1, min(pp, count)) * interleaving
-
-
-def activation_bytes(config: RunConfig, count: int) -> float:
-    """Kept for the backward pass by the first stage, with `count` microbatches in an update."""
-    parallel, model = config.parallel, config.model
-    layers = model.num_layers / parallel.pp * _in_flight(config, count)
-    inputs = model.hidden_size * width(config) / (parallel.tp if parallel.sequence_parallel else 1)
-    if parallel.recompute == "full":  # each layer's input, and all of the layer that is being computed again
-        per_token = layers * inputs + _layer_bytes(config, "none")
-    else:
-        again = _layer_bytes(config, "none") - _layer_bytes(config, "selective")
-        per_token = layers * _layer_bytes(config, parallel.recompute) + (again if parallel.recompute != "none" else 0.0)
-    ends = 3 * inputs  # embedding, final norm, hidden states
-    return parallel.microbatch_tokens * (per_token + ends)
-
-
-def _layer_bytes(config: RunConfig, recompute: str) -> float:
-    """Bytes a token of what one layer keeps for its backward pass; attention keeps no scores (fused)."""
-    model, parallel = config.model, config.parallel
-    kv = (model.num_kv_heads or model.num_heads) / model.num_heads
-    whole = 4 * model.hidden_size  # inputs of two norms and of the two column-parallel matrices
-    # q, k, v; normalised q, k; rotated q, k; the output in attention's layout and in that of the projection
-    attention = ((1 + 2 * kv) + (1 + kv) + (1 + kv) + 2) * model.hidden_size
-    # gate and up, silu(gate), their product; "selective" computes the whole MLP again
-    feed_forward = 4 * model.ffn_hidden_size if recompute == "none" else 0
-    shared = parallel.tp if parallel.sequence_parallel else 1
-    return width(config) * (whole / shared + (attention + feed_forward) / parallel.tp)
-
-
-def _mask_bytes(config: RunConfig, count: int) -> float:
-    """Packed or guided rows need a mask, which attention turns into numbers and keeps, layer by layer."""
-    packed = config.task == "sft" and config.sft.packing
-    if not (packed or guided(config)):
-        return 0.0
-    row = config.parallel.microbatch_tokens if packed else sum(sequence_tokens(config))
-    rows = max(1, config.parallel.microbatch_tokens // row)
-    layers = 1.0 if config.parallel.recompute == "full" else config.model.num_layers / config.parallel.pp
-    return rows * row**2 * (1 + layers * _in_flight(config, count) * width(config))
+    return reference + shard * optimizer_bytes(config)[1] / (
+        dp_size(config) if config.parallel.distributed_optimizer else 1
+    )
 
 
 def _rows(config: RunConfig) -> tuple[int, int]:
     """Prompts and rollouts that are decoded at once on one rank."""
-    dp = world_size(config) // (config.parallel.tp * config.parallel.pp)
     group = config.grpo.group_size
-    prompts = min(max(1, config.rollout.batch_size // group), max(1, config.grpo.prompts_per_step // dp))
+    prompts = min(max(1, config.rollout.batch_size // group), max(1, config.grpo.prompts_per_step // dp_size(config)))
     return prompts, prompts * group
 
 
@@ -199,18 +133,48 @@ def kv_cache_bytes(config: RunConfig) -> float:
     return per_token * (prompts * prompt + streams * rollouts * config.rollout.max_new_tokens)
 
 
-def _support(config: RunConfig) -> float:
-    """What truncation allowed at each position, a bit a token of the vocabulary, once a step and once joined."""
-    rollout = config.rollout
-    if not (rollout.image_adaptive_top_k or rollout.image_top_k or rollout.text_top_k or rollout.top_p < 1.0):
+def _rollout(config: RunConfig) -> dict[str, float]:
+    model, tp = config.model, config.parallel.tp
+    prompts, rollouts = _rows(config)
+    streams = 2 if guided(config) else 1
+    kv = (model.num_kv_heads or model.num_heads) / model.num_heads
+    # two residuals and a norm; q, k, v, normalised q, k, the output; gate and up, silu(gate), the product
+    attention = ((1 + 2 * kv) + (1 + kv) + 1) * model.hidden_size
+    tokens = max(1, prompts // config.parallel.pp) * sequence_tokens(config)[0]  # its batches take turns
+    prefill = tokens * width(config) * (3 * model.hidden_size + (attention + 4 * model.ffn_hidden_size) / tp)
+    sampling = rollouts / min(config.parallel.pp, prompts) * vocabulary_size(config) * (SAMPLE_BYTES + 8 * streams)
+    return {
+        "KV cache": kv_cache_bytes(config),
+        "prefill or sampling": max(prefill, sampling),
+        "FP8 weights": stage_layers(config) if config.precision.rollout_fp8 else 0.0,
+    }
+
+
+def _supports(config: RunConfig) -> float:
+    """What truncation allowed at each loss token of a step, a bit a token of the vocabulary, until it is learnt from.
+
+    While rollouts are sampled it is collected in host memory.
+    """
+    if not truncated(config):
         return 0.0
-    return 2 * _rows(config)[1] * rollout.max_new_tokens * vocabulary_size(config) / 8
+    return sequences_of_a_rank(config) * loss_tokens_of_a_row(config) * vocabulary_size(config) / 8
 
 
 def _images(config: RunConfig) -> float:
-    """The image tokenizer runs in float32; its feature maps at full size are the largest."""
-    side = max(*config.vlcot.image_sizes_px, config.vlcot.lq_size_px)
-    pixels = max(side**2, min(IMAGE_BATCH_PIXELS, sequences_per_update(config) * side**2))
-    shuffle = config.image_tokenizer.decoder_output_shuffle**2
-    channels = max(config.image_tokenizer.base_channels, config.image_tokenizer.decoder_base / shuffle)
-    return IMAGE_COPIES * pixels * channels * 4
+    """The image tokenizer runs in float32: its feature maps at full size, or distances to all codes."""
+    tokenizer, sizes = config.image_tokenizer, config.vlcot
+    grpo, blocks = config.task == "grpo", tokenizer.num_res_blocks > 0
+    count = sequences_of_a_rank(config)
+    encoded = _pixels(sizes.lq_size_px, max(1, count // config.grpo.group_size) if grpo else count)
+    if not grpo:
+        encoded = max(encoded, _pixels(sizes.image_sizes_px[-1], count))
+    decoded = _pixels(sizes.image_sizes_px[-1], count if grpo else 0)
+    maps = ENCODER_MAPS[blocks] * tokenizer.base_channels * encoded
+    distances = DISTANCES * tokenizer.codebook_size * encoded / tokenizer.downsample**2
+    restored = DECODER_MAPS[blocks] * tokenizer.decoder_base / tokenizer.decoder_output_shuffle**2 * decoded
+    return 4 * max(maps, distances, restored)
+
+
+def _pixels(side_px: int, count: int) -> int:
+    """That pass the image tokenizer at once."""
+    return min(count, max(1, IMAGE_BATCH_PIXELS // side_px**2)) * side_px**2

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from realsr_hpc.config.checks import world_size
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.plan.memory import kv_cache_bytes, microbatches
+from realsr_hpc.plan.memory import kv_cache_bytes
 from realsr_hpc.plan.sizes import (
     guided,
     has_reference,
     layer_size,
+    microbatch_shape,
     parameter_count,
     sequence_tokens,
     sequences_per_update,
@@ -90,7 +91,7 @@ def training_seconds(config: RunConfig, device: Device, dp: int) -> float:
     rate = device.bf16_tflops * 1e12 * device.training_share * world_size(config)
     if config.precision.fp8 != "none":
         rate *= device.fp8_speedup
-    idle = bubble(config.parallel.pp, config.parallel.virtual_pp, microbatches(config, dp))
+    idle = bubble(config.parallel.pp, config.parallel.virtual_pp, microbatch_shape(config).count)
     return forward * passes / rate / (1 - idle)
 
 

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from realsr_hpc.config.checks import VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens
+import math
+from dataclasses import dataclass
+
+from realsr_hpc.config.checks import VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens, world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
 TEXT_TOKENS_OF_TAGS = 130
 """Tags and degradation phrase of a trace, in tokens of the 7B vocabulary, roughly."""
+ROW_MULTIPLE = 16
+"""Rows of a microbatch are padded to this; see train/batches.py."""
+
+
+@dataclass(frozen=True)
+class MicrobatchShape:
+    """Microbatches of one update on one data-parallel rank, all of one shape, sequences at their longest."""
+
+    rows: int
+    """With guidance half of them are the unconditional twins."""
+    row_tokens: int
+    count: int
+
+    @property
+    def tokens(self) -> int:
+        """Of one microbatch, padding included."""
+        return self.rows * self.row_tokens
 
 
 def vocabulary_size(config: RunConfig) -> int:
@@ -63,6 +83,43 @@ def sequences_per_update(config: RunConfig) -> int:
     if config.task == "grpo":
         return config.grpo.prompts_per_step * config.grpo.group_size
     return config.sft.batch_size if config.task == "sft" else 0
+
+
+def dp_size(config: RunConfig) -> int:
+    """Data-parallel ranks."""
+    return max(1, world_size(config) // (config.parallel.tp * config.parallel.pp))
+
+
+def sequences_of_a_rank(config: RunConfig) -> int:
+    """Sequences of a step on one data-parallel rank."""
+    return sequences_per_update(config) // dp_size(config)
+
+
+def microbatch_shape(config: RunConfig) -> MicrobatchShape:
+    """As train/batches.py cuts them: rows of one sequence each, or one row packed full."""
+    longest, budget = sum(sequence_tokens(config)), config.parallel.microbatch_tokens
+    streams = 2 if guided(config) else 1
+    packed = config.task == "sft" and config.sft.packing
+    row_tokens = -(-(max(longest, budget) if packed else longest) // ROW_MULTIPLE) * ROW_MULTIPLE
+    updates = config.grpo.updates_per_step if config.task == "grpo" else 1
+    rows = math.ceil(sequences_of_a_rank(config) / updates)
+    if packed:
+        rows = math.ceil(rows / (row_tokens // longest))
+    together = max(1, min(budget // (row_tokens * streams), rows))
+    return MicrobatchShape(together * streams, row_tokens, math.ceil(rows / together))
+
+
+def loss_tokens_of_a_row(config: RunConfig) -> int:
+    """Tokens of a row whose log-probability is wanted: its responses."""
+    sequences = microbatch_shape(config).row_tokens // sum(sequence_tokens(config))
+    return sequences * sequence_tokens(config)[1]
+
+
+def truncated(config: RunConfig) -> bool:
+    """top-k or top-p cut the rollouts' distribution, so that its support travels with the tokens."""
+    rollout = config.rollout
+    cuts = rollout.image_adaptive_top_k or rollout.image_top_k or rollout.text_top_k or rollout.top_p < 1.0
+    return config.task == "grpo" and bool(cuts)
 
 
 def guided(config: RunConfig) -> bool:

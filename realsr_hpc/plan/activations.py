@@ -1,0 +1,146 @@
+"""Bytes that come and go in a step: what a layer keeps for its backward pass, logits of a chunk, attention masks.
+
+Counted from what the code keeps, tensor by tensor: model/spec.py and Megatron's layers for activations,
+behaviour/logprobs.py for logits. `tools/bench.py memory` compares it with what a run allocates.
+"""
+
+from __future__ import annotations
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.plan.sizes import (
+    guided,
+    loss_tokens_of_a_row,
+    microbatch_shape,
+    truncated,
+    vocabulary_size,
+    width,
+)
+
+LOGIT_CHUNK_TOKENS = 1024
+"""Tokens whose logits exist at once; see behaviour/logprobs.py."""
+
+
+def first_stage(config: RunConfig) -> dict[str, float]:
+    """What an update adds on the first pipeline stage at its peak: it holds the most microbatches, and no logits."""
+    return {
+        "activations": _kept(config, _in_flight(config)),
+        "one layer's backward pass": _again(config),
+        "attention masks": _masks(config, _in_flight(config)),
+    }
+
+
+def last_stage(config: RunConfig) -> dict[str, float]:
+    """What an update adds on the last stage: logits of a chunk, and later a layer that is computed again."""
+    parallel, shape = config.parallel, microbatch_shape(config)
+    in_flight = ((parallel.virtual_pp - 1) * parallel.pp + 1) / parallel.virtual_pp
+    # the final norm's input, and its output gathered over tp
+    norm = (_norm_bytes(config) - width(config)) / _shared(config) + width(config)
+    ends = shape.tokens * config.model.hidden_size * norm
+    kept = {
+        "activations": _kept(config, in_flight) + ends,
+        "attention masks": _masks(config, in_flight),
+    }
+    logits, again = logit_bytes(config, gradient=True), _again(config)
+    return kept | ({"logits of a chunk": logits} if logits > again else {"one layer's backward pass": again})
+
+
+def scoring(config: RunConfig) -> dict[str, float]:
+    """What log-probabilities without gradient need: one layer of several microbatches, or their logits."""
+    shape = microbatch_shape(config)
+    tokens = shape.tokens * config.parallel.scoring_microbatches
+    hidden, ffn, parts = config.model.hidden_size, config.model.ffn_hidden_size, config.parallel.tp
+    # the layer's input, residuals and norm; gate and up, silu(gate), up once more, their product
+    layer = tokens * width(config) * (4 * hidden / _shared(config) + 5 * ffn / parts)
+    rows = tokens // shape.row_tokens
+    masks = rows * shape.row_tokens**2 * (1 + width(config)) if _has_masks(config) else 0.0
+    logits = logit_bytes(config, gradient=False) + 2 * tokens * hidden * width(config)
+    return {"activations": max(layer + masks, logits)}
+
+
+def logit_bytes(config: RunConfig, *, gradient: bool) -> float:
+    """Of the largest chunk, and of the output weight's gradient while it is summed."""
+    shape, hidden = microbatch_shape(config), config.model.hidden_size
+    shard = vocabulary_size(config) / config.parallel.tp
+    streams = 2 if guided(config) else 1
+    at_once = 1 if gradient else config.parallel.scoring_microbatches
+    scored = shape.rows // streams * loss_tokens_of_a_row(config) * at_once
+    first = min(LOGIT_CHUNK_TOKENS, scored)
+    second = min(LOGIT_CHUNK_TOKENS, scored - first)
+    alone, left = _bytes_a_logit(config, gradient=gradient)
+    size = shard * max(alone * first, left * first + alone * second)
+    if gradient:
+        # the weight's gradient in float32 and, of bf16 weights, one chunk's share; hidden states of the loss tokens
+        size += shard * hidden * (4 if width(config) == 4 else 6)
+        size += 2 * scored * streams * hidden * width(config)
+    return size
+
+
+def _bytes_a_logit(config: RunConfig, *, gradient: bool) -> tuple[int, int]:
+    """Of a chunk: all that is alive together (what restricts and tempers a logit, its exponential, its gradient), and
+    what is still there when the next chunk begins."""
+    alone, left = 12, 2 + (2 if truncated(config) else 0) + (8 if guided(config) else 0)
+    if gradient:
+        alone += 16 if config.task == "grpo" and config.grpo.entropy_weight != 0.0 else 0
+        alone += 4 if config.task == "sft" else 0  # for the z-loss
+        alone += 4 if guided(config) else 0
+        left += 2 if width(config) == 2 else 0
+    return alone, left
+
+
+def _kept(config: RunConfig, in_flight: float) -> float:
+    """Kept by a stage's layers for their backward passes, of `in_flight` microbatches."""
+    model, parallel, shape = config.model, config.parallel, microbatch_shape(config)
+    inputs = model.hidden_size * width(config) / _shared(config)
+    layer = inputs if parallel.recompute == "full" else layer_bytes(config, parallel.recompute)
+    return shape.tokens * in_flight * model.num_layers / parallel.pp * layer
+
+
+def _again(config: RunConfig) -> float:
+    """What one layer's backward pass adds: what is computed again for it, and gradients on their way."""
+    model, shape = config.model, microbatch_shape(config)
+    kept = 0.0 if config.parallel.recompute == "full" else layer_bytes(config, config.parallel.recompute)
+    again = layer_bytes(config, "none") - kept
+    gradients = width(config) * (2 * model.hidden_size + model.ffn_hidden_size / config.parallel.tp)
+    return shape.tokens * (again + gradients)
+
+
+def layer_bytes(config: RunConfig, recompute: str) -> float:
+    """Bytes a token of what one layer keeps for its backward pass; attention keeps no scores (fused)."""
+    model, tp = config.model, config.parallel.tp
+    kv = (model.num_kv_heads or model.num_heads) / model.num_heads
+    norms = 2 * _norm_bytes(config) * model.hidden_size
+    # q, k, v; normalised q, k; rotated q, k; the output
+    attention = ((1 + 2 * kv) + (1 + kv) + (1 + kv) + 1) * model.hidden_size
+    # gate and up, silu(gate), up once more (Megatron adds an offset of 0), the product; "selective": all again
+    feed_forward = 5 * model.ffn_hidden_size if recompute == "none" else 0
+    return norms / _shared(config) + width(config) * (attention + feed_forward) / tp
+
+
+def _norm_bytes(config: RunConfig) -> int:
+    """Bytes a number that an RMSNorm keeps: input and output; on a CPU torch's keeps float32 input and quotient."""
+    return 2 * width(config) if config.cluster.gpus_per_node else 8 + width(config)
+
+
+def _shared(config: RunConfig) -> int:
+    """Ranks that share what tensor parallelism leaves whole."""
+    return config.parallel.tp if config.parallel.sequence_parallel else 1
+
+
+def _in_flight(config: RunConfig) -> float:
+    """Microbatches whose activations the first stage holds (1F1B: as many as there are stages)."""
+    pp, virtual = config.parallel.pp, config.parallel.virtual_pp
+    interleaving = 1 + (pp - 1) / (pp * virtual) if virtual > 1 else 1.0
+    return max(1, min(pp, microbatch_shape(config).count)) * interleaving
+
+
+def _has_masks(config: RunConfig) -> bool:
+    return guided(config) or (config.task == "sft" and config.sft.packing)
+
+
+def _masks(config: RunConfig, in_flight: float) -> float:
+    """Packed or guided rows need a mask, which attention turns into numbers and keeps, layer by layer."""
+    if not _has_masks(config):
+        return 0.0
+    shape = microbatch_shape(config)
+    layers = 1.0 if config.parallel.recompute == "full" else config.model.num_layers / config.parallel.pp * in_flight
+    return shape.rows * shape.row_tokens**2 * (1 + layers * width(config))

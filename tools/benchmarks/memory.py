@@ -1,0 +1,268 @@
+"""The planner's memory against what small runs on the CPU really allocate, term by term.
+
+    python tools/bench.py memory [section.field=value ...]
+
+Each variant builds policy and optimizer, decodes the first and the last token of its rollouts, scores and makes an
+update, with the loop's own functions and sequences of the planned length (of random tokens). Counted is every
+allocation of PyTorch's allocator, temporary ones too, so a peak is exact. A GPU's context, workspaces and
+fragmentation are no part of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from realsr_hpc.behaviour.distribution import guided as merge
+from realsr_hpc.behaviour.distribution import modality_support, sample
+from realsr_hpc.config.load import RecipeError, compose_one
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.policy import Policy, build_policy
+from realsr_hpc.optim.step import Optimiser
+from realsr_hpc.parallel.groups import Groups, initialise
+from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
+from realsr_hpc.plan.memory import GIB, Memory, kv_cache_bytes, memory
+from realsr_hpc.plan.sizes import guided, has_reference, sequence_tokens, sequences_of_a_rank, truncated
+from realsr_hpc.records import GRPOBatch, TrainingSequence
+from realsr_hpc.rollout.decoder import Decoder
+from realsr_hpc.rollout.sampler import Sampler
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.train import grpo, sft
+from realsr_hpc.train.batches import collate
+from realsr_hpc.train.scoring import add_logprobs
+from realsr_hpc.vlcot.grammar import Grammar
+from tools.benchmarks._allocations import Allocations
+from tools.benchmarks._measure import show
+
+MIB = 2**20
+SMALL = [
+    "cluster=local",
+    "cluster.tasks_per_node=1",
+    "model.weights=null",
+    "model.num_layers=2",
+    "model.hidden_size=256",
+    "model.ffn_hidden_size=640",
+    "vlcot.image_sizes_px=[32,64,96]",
+    "vlcot.lq_size_px=64",
+    "rollout.max_new_tokens=534",
+]
+GRPO = ["recipe=grpo_tiny", *SMALL, "grpo.prompts_per_step=2", "grpo.group_size=4", "parallel.microbatch_tokens=3072"]
+SFT = ["recipe=sft_tiny", *SMALL, "sft.batch_size=6", "parallel.microbatch_tokens=3072"]
+BF16 = "precision.params=bf16"
+GUIDED = ["rollout.cfg_scale=0.8", "rollout.image_adaptive_top_k=true", "rollout.text_top_k=1"]
+VARIANTS: dict[str, list[str]] = {
+    "GRPO, float32": GRPO,
+    "GRPO, bf16": [*GRPO, BF16],
+    "GRPO, MLPs recomputed": [*GRPO, "parallel.recompute=selective"],
+    "GRPO, all recomputed, bf16": [*GRPO, BF16, "parallel.recompute=full"],
+    "GRPO, guided, adaptive top-k": [*GRPO, *GUIDED, "grpo.kl_beta=0"],
+    "SFT, packed rows": SFT,
+    "SFT, packed rows, all recomputed": [*SFT, "parallel.recompute=full"],
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """Bytes of one part of a run."""
+
+    planned: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """1: exact; above: the plan asks for more than is used."""
+        return self.planned / self.measured
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 2 for wrong arguments."""
+    torch.set_num_threads(1)
+    rows = []
+    for name, overrides in VARIANTS.items():
+        try:
+            config = compose_one([*overrides, *arguments])
+        except RecipeError as error:
+            print(error, file=sys.stderr)
+            return 2
+        for term, seen in compare(config).items():
+            rows.append(
+                [name, term, f"{seen.planned / MIB:.1f}", f"{seen.measured / MIB:.1f}", f"{seen.ratio - 1:+.1%}"]
+            )
+            name = ""
+    show("memory of small runs, MiB", ["", "term", "planned", "measured", "planned is off by"], rows)
+    return 0
+
+
+def compare(config: RunConfig) -> dict[str, Term]:
+    """Every term that a run on the CPU can show; with several processes each calls it, and sees its own stage."""
+    plan, run, parallel = memory(config), _Run(config), config.parallel
+    scored = has_reference(config)
+    scoring = run.score() if scored else 0.0  # the loss needs its result
+    terms = {
+        "weights": Term(plan.resident["weights"] * GIB, run.weights),
+        "gradients": Term(plan.resident["gradients (fp32)"] * GIB, run.gradients),
+        "optimizer": Term(plan.resident["optimizer"] * GIB, run.moments()),
+        "peak of images": Term(_phase(plan, "images"), run.images()),
+    }
+    if parallel.pp == 1:
+        kept = sum(plan.phases["update"].get(name, 0.0) for name in ("activations", "attention masks")) * GIB
+        terms["activations of a microbatch"] = Term(kept, run.activations())
+    terms["peak of an update"] = Term(_phase(plan, "update"), run.update())
+    if config.task == "grpo" and parallel.pp == 1:
+        cache, peak = run.rollout()
+        terms["KV cache"] = Term(kv_cache_bytes(config), cache)
+        terms["peak of rollouts"] = Term(_phase(plan, "rollout"), peak)
+    if scored:
+        terms["peak of scoring"] = Term(_phase(plan, "score"), scoring)
+    return terms
+
+
+def _phase(plan: Memory, name: str) -> float:
+    return sum(plan.phases[name].values()) * GIB
+
+
+class _Run:
+    """One recipe's parts, and what each allocated."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.groups: Groups = initialise(config.parallel, config.seed)
+        self.tokens = TraceTokenizer.load(config, self.groups.device)
+        self.codec = self.tokens.codec
+        with Allocations() as seen:
+            self.policy: Policy = build_policy(config, self.groups, self.codec.vocabulary.size)
+            self.optimiser = Optimiser(self.policy, config, total_steps=10)
+        parameters: list[Any] = list(self.policy.parameters())
+        self.weights = _storages(parameters)
+        self.gradients = _storages([parameter.main_grad for parameter in parameters])
+        self._main_weights = seen.rise - self.weights - self.gradients
+        self.sampler = Sampler(self.policy, Grammar(self.codec, config.rollout.grammar), config.rollout, config.seed)
+        with Allocations() as seen:
+            self.microbatches = self._collated()
+        self._collated_bytes = seen.rise
+
+    def _collated(self) -> list[Microbatch]:
+        count = sequences_of_a_rank(self.config)
+        self.sequences = tuple(self._sequence() for _ in range(count))
+        packing = self.config.task == "sft" and self.config.sft.packing
+        budget, pad = self.config.parallel.microbatch_tokens, self.codec.vocabulary.pad
+        return collate(self.sequences, budget, packing=packing, pad=pad, device=self.groups.device)
+
+    def _sequence(self) -> TrainingSequence:
+        """Random tokens that the grammar's widest mask allows, at the planned length; the whole response is learnt."""
+        prompt, response = sequence_tokens(self.config)
+        allowed = self.sampler.masks.allowed
+        mask = int(allowed.sum(1).argmax()) if self.config.task == "grpo" else 0
+        choices = allowed[mask].nonzero()[:, 0]
+        has_support, has_twin = truncated(self.config), guided(self.config)
+        return TrainingSequence(
+            tokens=choices[torch.randint(0, len(choices), (prompt + response,))],
+            positions=torch.arange(prompt - 1, prompt + response - 1),
+            mask_ids=torch.full((response,), mask),
+            temperature=torch.ones(response),
+            rollout_logprobs=torch.full((response,), -5.0),
+            advantage=1.0,
+            support=torch.full((response, -(-allowed.shape[1] // 8)), 255, dtype=torch.uint8) if has_support else None,
+            cfg_scale=torch.ones(response) if has_twin else None,
+            blocks=torch.arange(prompt + response) // 50 if has_twin else None,
+        )
+
+    def _objective(self) -> LossFunction:
+        tokens = sum(len(sequence.positions) for sequence in self.sequences)
+        if self.config.task == "sft":
+            training: Any = self  # of a training run it asks for policy and groups
+            return sft.cross_entropy(training, tokens, self.config.sft.z_loss)
+        batch = GRPOBatch(self.sequences, tokens, len(self.sequences))
+        return grpo.objective(self.config, self.policy, batch, self.sampler.masks)
+
+    def moments(self) -> float:
+        """Main weights, and what the first update leaves."""
+        with Allocations() as seen:
+            result = self.optimiser.step(self.microbatches[:1], self._objective())
+        assert result.applied, "the measured update was not applied"
+        return self._main_weights + seen.rise
+
+    def activations(self) -> float:
+        """What a forward pass of one microbatch leaves for its backward pass, the hidden states included."""
+        first, chunk = self.microbatches[0], self.policy.train().chunks[0]
+        with Allocations() as seen:
+            hidden = chunk(first.tokens, first.segment_ids)
+        del hidden
+        return seen.rise
+
+    def update(self) -> float:
+        """Peak of forward and backward over all microbatches."""
+        with Allocations() as seen:
+            self.optimiser.backward(self.microbatches, self._objective(), [])
+        return self._collated_bytes + seen.peak
+
+    def score(self) -> float:
+        """Peak of the reference's log-probabilities."""
+        masks, at_once = self.sampler.masks, self.config.parallel.scoring_microbatches
+        with Allocations() as seen:
+            add_logprobs(self.policy, self.microbatches, masks, "reference_logprobs", at_once=at_once)
+        return self._collated_bytes + seen.peak
+
+    def images(self) -> float:
+        """Peak of encoding what a step encodes, and of decoding what it decodes."""
+        count, sizes = sequences_of_a_rank(self.config), self.config.vlcot
+        is_grpo, final = self.config.task == "grpo", sizes.image_sizes_px[-1]
+        encoded = count // self.config.grpo.group_size if is_grpo else count
+        images = torch.zeros(encoded, 3, final, final, dtype=torch.uint8)
+        with Allocations() as encoding:
+            self.tokens.encode(images, sizes.lq_size_px if is_grpo else final)
+        side = self.codec.side(final)
+        with Allocations() as decoding:
+            self.tokens.decode([np.zeros((side, side), int)] * count if is_grpo else [])
+        return max(encoding.peak, decoding.peak)
+
+    @torch.no_grad()
+    def rollout(self) -> tuple[float, float]:
+        """The cache after the prompts, and the peak of the first and the last token."""
+        grpo_config, rollout = self.config.grpo, self.config.rollout
+        decoder = Decoder(self.policy.eval())
+        at_once = min(max(1, rollout.batch_size // grpo_config.group_size), grpo_config.prompts_per_step)
+        prompts = torch.randint(0, self.codec.vocabulary.size, (at_once, sequence_tokens(self.config)[0]))
+        last, rows = rollout.max_new_tokens - 1, at_once * grpo_config.group_size
+        with Allocations() as prefilled:
+            cache = decoder.new_cache(prompts, grpo_config.group_size, rollout.max_new_tokens, self.sampler.guided)
+            logits = _end(decoder.prefill(cache, prompts))
+        for stream in cache.streams:  # as if all tokens but the last were decoded
+            stream.keys.zero_()
+            stream.values.zero_()
+        with Allocations() as stepped:
+            logits = _end(decoder.step(cache, prompts.new_zeros(rows), last))
+            self._sample(logits, rows)
+        kept = sum(_storages([stream.keys, stream.values]) for stream in cache.streams)
+        kept += sum(_storages(pair) for pair in cache.streams[0].prefix)
+        return kept, max(prefilled.peak, kept + stepped.peak)
+
+    def _sample(self, logits: Tensor, rows: int) -> None:
+        """One token a row, as the sampler chooses it."""
+        masks, sampler = self.sampler.masks, self.sampler
+        ids = torch.zeros(rows, dtype=torch.long)
+        allowed, temperature = masks.allowed[ids], masks.temperature[ids]
+        merged = logits[0] if len(logits) == 1 else merge(logits[0], logits[1], masks.cfg_scale[ids])
+        image, text = sampler.image_truncation, sampler.text_truncation
+        support = modality_support(merged, allowed, masks.image[ids], image=image, text=text, temperature=temperature)
+        sample(merged, allowed, temperature, support, uniform=torch.full((rows,), 0.5, dtype=torch.float64))
+
+
+def _storages(tensors: Sequence[Tensor]) -> float:
+    """Bytes that the tensors name; several may share a buffer."""
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def _end(turns: Generator[None, None, Tensor | None]) -> Tensor:
+    """The result of a pass in turns, on one stage."""
+    try:
+        while True:
+            next(turns)
+    except StopIteration as end:
+        return end.value
