@@ -12,7 +12,9 @@ imitation of it).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -58,6 +60,7 @@ class DegradationPipeline:
             exec_async=False,
         )
         self._pipeline.build()
+        _remove_generated_sources()
 
     def run(
         self, samples: Sequence[DegradationInput]
@@ -69,6 +72,13 @@ class DegradationPipeline:
         lq, gt = self._pipeline.run()
         # Copies: DALI writes its next batch into the same memory.
         return np.array(lq.as_cpu().as_array()), np.array(gt.as_cpu().as_array())
+
+
+def _remove_generated_sources() -> None:
+    """DALI writes the graph's conditionals into temporary files, and a killed process would leave them there."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("__autograph_generated_file"):
+            Path(str(module.__file__)).unlink(missing_ok=True)
 
 
 @pipeline_def(enable_conditionals=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,11 @@ def test_whole_chain_equals_the_reference(chain, image):
         means.append(np.abs(lq[i].astype(int) - expected).mean())
     assert max(means) < 1.5
     assert sum(mean == 0 for mean in means) >= 12
+
+
+def test_dali_leaves_no_generated_source_behind(chain):
+    files = [module.__file__ for name, module in sys.modules.items() if name.startswith("__autograph_generated")]
+    assert files and not any(Path(file).exists() for file in files)
 
 
 def test_bytes_do_not_depend_on_batch_place_or_threads(chain, image):
