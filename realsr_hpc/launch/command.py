@@ -12,7 +12,7 @@ from rich.console import Console
 from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.follow import follow
-from realsr_hpc.launch.report import print_plan, print_submissions, refuse_what_cannot_fit
+from realsr_hpc.launch.report import print_plan, print_submissions, refuse_what_cannot_fit, refuse_what_is_missing
 from realsr_hpc.launch.submit import prepare, submit
 
 USAGE = """\
@@ -93,6 +93,7 @@ def launch(
 ) -> int:
     """Submit, say what was submitted, and follow a single run."""
     refuse_what_cannot_fit(configs)
+    refuse_what_is_missing(configs)
     sweep = (options.sweep or _sweep_name(overrides)) if varied else ""
     submissions = submit(configs, sweep=sweep, varied=varied, fresh=options.fresh)
     print_submissions(submissions, console)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.weights import Need, needs_of
 from realsr_hpc.launch.rundir import rank_log
 from realsr_hpc.launch.script import sbatch_script
 from realsr_hpc.plan import Plan, plan, way_to_fit
@@ -35,6 +37,19 @@ def plan_text(config: RunConfig) -> str:
     text = io.StringIO()
     _print_one(config, Console(file=text, width=PLAN_WIDTH), 1)
     return text.getvalue()
+
+
+def refuse_what_is_missing(configs: list[RunConfig]) -> None:
+    """ValueError that names every file the recipes read and this machine lacks: a job would find out hours later."""
+    read = {need for config in configs for need in needs_of(config)}
+    read |= {Need("data.manifest", resolve(config.data.manifest), "tools/prepare_data.py") for config in configs}
+    absent = sorted(
+        f"{need.purpose}: {need.path} is not there; from: {need.origin}" for need in read if not need.files()
+    )
+    if absent:
+        raise ValueError(
+            "\n".join([*absent, "tools/stage_weights.py recipe=NAME lists and checks what a recipe needs"])
+        )
 
 
 def refuse_what_cannot_fit(configs: list[RunConfig]) -> None:

@@ -23,14 +23,17 @@ class TextTokenizer:
     """A `tokenizer.json`; encodes to and decodes from ids in [0, vocab_size)."""
 
     def __init__(self, path: Path | str) -> None:
-        """`path` starts at the project root if relative. Raises ValueError if there is no such file."""
+        """`path` starts at the project root if relative. ValueError if it is no tokenizer's file."""
         path = resolve(path)
         if not path.is_file():
             raise ValueError(
                 f"text_tokenizer.path names {path}, which does not exist: give a tokenizer.json, or train one with "
                 "recipe=tokenizer_tiny"
             )
-        self._tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ValueError(f"text_tokenizer.path names {path}, which is no tokenizer.json: {error}") from None
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:

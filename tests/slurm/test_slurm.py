@@ -57,13 +57,13 @@ def test_a_sweep_is_one_array_on_one_node_under_one_parent_and_only_the_missing_
 
 
 def test_a_faulty_job_tells_why_and_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(launch, tmp_path):
-    [faulty] = launch(tmp_path / "faulty", "cluster.nodes=1", "sft.num_steps=2", "text_tokenizer.path=nowhere.json")
+    [faulty] = launch(tmp_path / "faulty", "cluster.nodes=1", "sft.num_steps=2", "text_tokenizer.path=README.md")
     [wild] = launch(
         tmp_path / "wild", "cluster.nodes=1", "sft.num_steps=9", "optim.lr=1e30", "optim.min_lr=1e30",
         "optim.max_skipped_in_a_row=2",
     )  # fmt: skip
     assert wait_for_end(faulty) == "failed"
-    assert "nowhere.json" in read_status(faulty).message
+    assert "README.md, which is no tokenizer.json" in read_status(faulty).message
     assert f"{(faulty / 'code').resolve()}/realsr_hpc/train/sft.py" in read_status(faulty).message  # not the checkout's
     assert wait_for_end(wild) == "failed"
     assert "optim.max_skipped_in_a_row: 2" in read_status(wild).message

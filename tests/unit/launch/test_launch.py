@@ -11,7 +11,6 @@ import time
 import pytest
 
 from realsr_hpc.config.load import RecipeError, compose, project_root, signature
-from realsr_hpc.launch.arguments import read_options
 from realsr_hpc.launch.command import Options, main, read_arguments
 from realsr_hpc.launch.rundir import (
     Job,
@@ -46,6 +45,15 @@ def test_a_wrong_key_exits_with_2_and_no_traceback(capsys):
     assert main(["recipe=grpo_tiny", "grpo.kl_btea=1"]) == 2
     shown = capsys.readouterr().out
     assert "did you mean 'kl_beta'" in shown and "Traceback" not in shown
+
+
+def test_a_file_that_is_not_there_is_named_before_anything_is_submitted(tmp_path, capsys):
+    root = tmp_path / "runs"
+    overrides = ["recipe=grpo_tiny", f"output_root={root}", "data.manifest=nowhere.parquet", "model.weights=absent"]
+    assert main(overrides) == 2
+    shown = capsys.readouterr().out
+    assert "data.manifest: " in shown and "nowhere.parquet is not there" in shown and "model.weights: " in shown
+    assert not root.exists()
 
 
 def test_planning_submits_nothing_and_shows_script_memory_and_hours(tmp_path, capsys):
@@ -157,12 +165,6 @@ def test_runs_are_found_by_a_unique_beginning(tmp_path):
         find_run(tmp_path, "alpha")
     with pytest.raises(ValueError, match="unknown"):
         find_run(tmp_path, "gamma")
-
-
-def test_read_options_is_closed():
-    assert read_options(["root=x"], {"root": "runs"}, "") == {"root": "x"}
-    with pytest.raises(ValueError, match="did you mean 'root'"):
-        read_options(["rot=x"], {"root": "runs"}, "")
 
 
 def test_a_snapshot_is_shared_by_equal_code_and_importable(tmp_path):
