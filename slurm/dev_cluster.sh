@@ -159,6 +159,10 @@ alive() { # a zombie counts as gone
 down() {
     [ -d "$ROOT/run" ] || { echo "not up in $ROOT" >&2; exit 0; }
     local file pid i
+    # Jobs first, and at once: without its slurmd a job would run on. What waits is cancelled before, or it would start.
+    scancel --user="$(id -un)" --quiet --state=PENDING 2>/dev/null || true
+    scancel --user="$(id -un)" --quiet --full --signal=KILL 2>/dev/null || true
+    for i in $(seq 50); do [ -n "$(squeue --noheader 2>/dev/null)" ] || break; sleep .1; done
     scancel --user="$(id -un)" --quiet 2>/dev/null || true
     for file in "$ROOT"/run/slurmd-*.pid "$ROOT"/run/{slurmctld,slurmdbd,mariadbd,munged}.pid; do
         [ -f "$file" ] || continue

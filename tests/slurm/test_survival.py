@@ -32,7 +32,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 STEPS = 72
 SEED = 20
 DISK_MIB = 64
-RECIPE = ("cluster.nodes=2", f"sft.num_steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep_last=3")
+RECIPE = (
+    "cluster.nodes=2", f"sft.num_steps={STEPS}", "checkpoint.every_steps=4", "checkpoint.keep_last=3",
+    "checkpoint.async_save=true",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def test_chaos_changes_nothing(undisturbed, launch, tmp_path, monkeypatch):
     run_dir = make_private(tmp_path / undisturbed.name)
     with running(tmp_path / "mlflow") as mlflow_server, small_disk(run_dir / "checkpoints") as mounted:
         arguments = (
-            *RECIPE, "cluster.partition=preemptible", "checkpoint.async_save=true", "cluster.hang_limit_s=60",
+            *RECIPE, "cluster.partition=preemptible", "cluster.hang_limit_s=60",
             f"tracking.uri={mlflow_server.uri}",
         )  # fmt: skip
         chaos = Chaos(run_dir, tmp_path, random.Random(SEED), lambda: launch(tmp_path, *arguments))
@@ -104,7 +107,7 @@ def everything_arrived_once(run_dir: Path, expected: dict[int, dict[str, float]]
 
 
 def test_a_cancelled_run_saves_is_not_requeued_and_goes_on_as_another_layout(undisturbed, launch, tmp_path):
-    [run_dir] = launch(tmp_path, *RECIPE)
+    [run_dir] = launch(tmp_path, *RECIPE[:-1])  # without the asynchronous saves
     wait_for(lambda: steps_done(run_dir) >= 6, run_dir)
     assert "cancelled" in cancel(run_dir)
     queue = ["squeue", "--noheader", f"--jobs={read_job(run_dir).job_id}"]
