@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from realsr_hpc.checkpoint import manifest
@@ -28,6 +29,8 @@ from realsr_hpc.parallel.reduce import broadcast_object
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+_EXTRA_STATE = "_extra_state"
+"""Torch's name for what a module keeps beside its tensors; Transformer Engine's: the scales of delayed FP8."""
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -57,7 +60,7 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups
         raise ValueError(f"checkpoint {path} holds weights only: pass optimiser=None, or name a training checkpoint")
     with backend.vendor_calls():
         wanted = sharded_state(policy, optimiser, loading=True)
-        loaded = dist_checkpointing.load(wanted, str(path))
+        loaded = _read(wanted, path)
         _take_model(policy, loaded)
         if optimiser is not None:
             optimiser.vendor.load_state_dict(loaded["optimizer"])
@@ -65,6 +68,22 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups
         optimiser.num_updates, optimiser.num_skipped = own["optimiser"]["updates"], own["optimiser"]["skipped"]
         _restore_random_states(path, facts, policy, groups)
     return own["run"]
+
+
+def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What is wanted of a checkpoint; ValueError when it lacks a part of it.
+
+    Transformer Engine's modules, norms too, ask for a state of their own even where it is empty. Torch's norms write
+    none, so a checkpoint made without Transformer Engine (an import on a CPU, say) may lack those and nothing else.
+    """
+    loaded, _, absent = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
+    lacking = sorted(key for key in absent if _EXTRA_STATE not in key)
+    if lacking:
+        raise ValueError(
+            f"checkpoint {path} lacks {len(lacking)} parts of this model, first {lacking[0]}: it was written by a "
+            "recipe of another shape; name one of the same model section"
+        )
+    return loaded
 
 
 def sharded_state(policy: Policy, optimiser: Optimiser | None, loading: bool) -> dict[str, Any]:
@@ -102,7 +121,9 @@ def _give_empty_states(optimiser: Optimiser) -> None:
 
 def _take_model(policy: Policy, loaded: dict[str, Any]) -> None:
     for name, chunk in _named_chunks(policy):
-        chunk.load_state_dict(loaded[name])
+        absent, unknown = chunk.load_state_dict(loaded[name], strict=False)
+        wrong = [*unknown, *(key for key in absent if not key.endswith(_EXTRA_STATE))]
+        assert not wrong, f"{wrong[0]}: of {len(wrong)} names that checkpoint and model do not share"
 
 
 def counters(optimiser: Optimiser) -> dict[str, int]:

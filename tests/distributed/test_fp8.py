@@ -64,6 +64,33 @@ def test_two_pipeline_stages_see_the_same_difference(tmp_path: Path) -> None:
     assert both[2][DIFFERENCE] == pytest.approx(one[2][DIFFERENCE], rel=0.05)
 
 
+def train_with_norms_that_have_a_state(*arguments: Any) -> dict[str, Any]:
+    """As Transformer Engine's norms, which write an `_extra_state` and ask for one, though it is empty."""
+    import torch
+
+    from realsr_hpc.model import spec
+
+    class Norm(spec.RMSNorm):
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.empty(0, dtype=torch.uint8)
+
+        def set_extra_state(self, state: torch.Tensor | None) -> None:
+            assert state is None or not state.numel()
+
+    spec.RMSNorm = Norm
+    return train_steps(*arguments)
+
+
+def test_checkpoints_pass_between_norms_with_and_without_a_state(tmp_path: Path) -> None:
+    """What was written without Transformer Engine (an import, a CPU run) goes on with it, and back."""
+    config = tiny_config({"tp": 2, "distributed_optimizer": True}, optim=OPTIM)
+    whole = run_ranks(2, train_steps, config, tmp_path, STEPS, 3, False)
+    there = run_ranks(2, train_with_norms_that_have_a_state, config, tmp_path, STEPS, 5, True)
+    back = run_ranks(2, train_steps, config, tmp_path, STEPS, None, True)
+    assert [rank["norms"] for rank in there] == [rank["norms"][3:] for rank in whole]
+    assert [rank["norms"] for rank in back] == [rank["norms"][5:] for rank in whole]
+
+
 def test_delayed_scales_resume_bitwise_from_a_checkpoint(tmp_path: Path) -> None:
     precision: dict[str, Any] = {"fp8": "delayed", "fp8_backend": "emulated"}
     config = tiny_config({"tp": 2, "distributed_optimizer": True}, optim=OPTIM, precision=precision)
