@@ -49,20 +49,24 @@ def image():
     return decode_image(PHOTOGRAPHS / "china_roof.jpg")[40:168, 60:188].astype(np.float32) / 255
 
 
-def run(operator, *inputs):
-    """Apply a graph function to one sample; 3-d inputs are images."""
+def run_all(operator, samples):
+    """Apply a graph function to samples, each a tuple of its inputs, in one batch; 3-d inputs are images."""
 
-    def source(value):
-        return fn.external_source(lambda: [value], layout="HWC" if value.shape[2:] == (3,) else None)
+    columns = [[np.asarray(x) for x in column] for column in zip(*samples, strict=True)]
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, enable_conditionals=True, prefetch_queue_depth=1)
+    def source(values):
+        return fn.external_source(lambda: values, layout="HWC" if values[0].shape[2:] == (3,) else None)
+
+    @pipeline_def(
+        batch_size=len(samples), num_threads=1, device_id=None, enable_conditionals=True, prefetch_queue_depth=1
+    )
     def graph():
-        sources = [source(np.asarray(x)) for x in inputs]
-        return operator(*sources)
+        return operator(*[source(values) for values in columns])
 
     pipeline = graph()
     pipeline.build()
-    return np.array(pipeline.run()[0].at(0))
+    found = pipeline.run()[0]
+    return [np.array(found.at(i)) for i in range(len(samples))]
 
 
 def random_kernel(rng):
@@ -75,17 +79,18 @@ def random_kernel(rng):
 
 def test_filter_equals_filter2d_for_random_kernels_every_way(image):
     """OpenCV, to 5e-6 of 1; images smaller than the kernel too, where the border is reflected again and again."""
-    ways = set()
+    samples, expected = [], []
     for number in range(16):
         rng = generator(1, number, Stream.NOISE)
         parameters = random_kernel(rng) if number else None
         crop = np.ascontiguousarray(image[: rng.integers(9, 128)][:, :40]) if number % 2 else image
         side = min(crop.shape[:2])
         crop = np.ascontiguousarray(crop[:side, :side])
-        inputs = kernel_inputs("", parameters, side)
-        ways.add(int(inputs["way"][0]))
-        found = run(dali_pipeline._filter, crop, *inputs.values())
-        np.testing.assert_allclose(found, reference.filter2d(crop, build_kernel(parameters)), atol=5e-6)
+        samples.append((crop, *kernel_inputs("", parameters, side).values()))
+        expected.append(reference.filter2d(crop, build_kernel(parameters)))
+    for found, reference_image in zip(run_all(dali_pipeline._filter, samples), expected, strict=True):
+        np.testing.assert_allclose(found, reference_image, atol=5e-6)
+    ways = {int(row[0]) for *_, row, _ in samples}
     assert ways == {NOTHING, SEPARABLE, PLAIN, STRIPS}
 
 
@@ -93,8 +98,8 @@ def test_filter_equals_filter2d_for_random_kernels_every_way(image):
 def test_resize_to_random_sides(image, mode, tolerance):
     """Bilinear is OpenCV's, area PyTorch's, bicubic Keys' with a = -.5 (DALI's weights come from a table)."""
     sides = [8, 64, 128, 190, *generator(2, 0, Stream.NOISE).integers(9, 192, 4)]
-    for side_px in sides:
-        found = run(dali_pipeline._resize, image, *resize_inputs("", mode, 128, side_px).values())
+    samples = [(image, *resize_inputs("", mode, 128, side_px).values()) for side_px in sides]
+    for side_px, found in zip(sides, run_all(dali_pipeline._resize, samples), strict=True):
         difference = np.abs(found - reference.resize(image, mode, side_px))
         assert found.shape == (side_px, side_px, 3)
         assert difference.max() <= tolerance
@@ -103,8 +108,9 @@ def test_resize_to_random_sides(image, mode, tolerance):
 
 def test_jpeg_equals_opencv_and_pillow(image):
     """To the byte in OpenCV; Pillow's decoder may differ by one level where it upsamples colour."""
-    for quality in (30, 47, 75, 95):
-        found = run(dali_pipeline._jpeg, image * 255, np.int32(quality))
+    qualities = (30, 47, 75, 95)
+    samples = [(image * 255, np.int32(quality)) for quality in qualities]
+    for quality, found in zip(qualities, run_all(dali_pipeline._jpeg, samples), strict=True):
         np.testing.assert_array_equal(found, np.round(reference.jpeg(image, quality) * 255))
         held = io.BytesIO()
         Image.fromarray((image * 255).round().astype(np.uint8)).save(held, "JPEG", quality=quality)
@@ -112,7 +118,7 @@ def test_jpeg_equals_opencv_and_pillow(image):
 
 
 def test_usm_sharpen_equals_basicsr(image):
-    found = run(lambda x: dali_pipeline._usm_sharpen(x, "cpu"), image * 255) / 255
+    found = run_all(lambda x: dali_pipeline._usm_sharpen(x, "cpu"), [(image * 255,)])[0] / 255
     expected = reference.usm_sharpen(image)
     assert np.abs(expected - image).max() > 0.05
     # A residual on the threshold may fall on either side of it; its mask is blurred wide.
@@ -127,29 +133,32 @@ def stage(**changes):
     return StageParameters(**{**fields, **changes})
 
 
-def noised(image, field, noisy):
-    """On 0..1, clamped as the bytes that follow are."""
-    return np.clip(run(dali_pipeline._add_noise, image * 255, field, noise_row(noisy)) / 255, 0, 1)
+def noised(image, fields, stages):
+    """Images on 0..1, clamped as the bytes that follow are."""
+    samples = [(image * 255, field, noise_row(noisy)) for field, noisy in zip(fields, stages, strict=True)]
+    return [np.clip(found / 255, 0, 1) for found in run_all(dali_pipeline._add_noise, samples)]
 
 
 def test_noise_equals_numpy_for_random_levels(image):
+    stages, fields = [], []
     for number in range(12):
         rng = generator(3, number, Stream.NOISE)
         noise = "gaussian" if number % 2 else "poisson"
         level = rng.uniform(1, 30) if number % 2 else rng.uniform(0.05, 3)
-        noisy = stage(noise=noise, noise_level=level, gray=number % 3 == 0)
-        field = noise_field(rng, noisy)
-        np.testing.assert_allclose(noised(image, field, noisy), reference.add_noise(image, field, noisy), atol=1e-5)
+        stages.append(stage(noise=noise, noise_level=level, gray=number % 3 == 0))
+        fields.append(noise_field(rng, stages[-1]))
+    for found, field, noisy in zip(noised(image, fields, stages), fields, stages, strict=True):
+        np.testing.assert_allclose(found, reference.add_noise(image, field, noisy), atol=1e-5)
 
 
 def test_noise_has_the_stated_mean_and_variance():
     flat = np.full((128, 128, 3), 0.5, np.float32)
     flat[0, 0], flat[0, 1] = 0.0, 1.0  # all 256 levels spanned: 256 photons
-    for noisy, variance in (
-        (stage(noise_level=12.0), (12 / 255) ** 2),
-        (stage(noise="poisson", noise_level=1.5), 1.5**2 * 0.5 / 256),
-    ):
-        found = noised(flat, noise_field(generator(0, 1, Stream.NOISE), noisy), noisy)[1:]
+    stages = [stage(noise_level=12.0), stage(noise="poisson", noise_level=1.5)]
+    variances = [(12 / 255) ** 2, 1.5**2 * 0.5 / 256]
+    fields = [noise_field(generator(0, 1, Stream.NOISE), noisy) for noisy in stages]
+    for found, variance in zip(noised(flat, fields, stages), variances, strict=True):
+        found = found[1:]
         assert abs(found.mean() - 0.5) < 5 * np.sqrt(variance / found.size)
         assert abs(found.var() / variance - 1) < 0.03
 
