@@ -124,7 +124,8 @@ class DegradedPhotographs(Dataset):
 def files_to_batches(side: int, count: int, rounds: int) -> None:
     """Second table: each way delivers `count` images in batches a round."""
     config = compose_one(["recipe=sft_tiny", f"vlcot.image_sizes_px=[32,64,{side}]", "degradation.usm_sharpen_gt=false",
-                          "data.manifest=recipes/assets/photographs/manifest.parquet"])  # fmt: skip
+                          "data.manifest=recipes/assets/photographs/manifest.parquet",
+                          "model.max_sequence_tokens=100000", "parallel.microbatch_tokens=100000"])  # fmt: skip
     batches = max(1, count // BATCH)
     loader = LQLoader(config, "train", BATCH)
     usual = iter(_usual_loader(config, batches * (rounds + 1) * BATCH))
