@@ -2,9 +2,9 @@
 
 metric=NAME,...    niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa (extra `iqa`); the default
                    is niqe,ranker. Higher is better but for niqe (the distance itself) and stripes (share of stripes)
-rewards=GROUP      instead: the rewards of recipes/rewards/GROUP.yaml, and overrides such as
-                   rewards.terms.generation.options.expert=niqe. With tools/restore.py's NAME.json beside an image its
-                   texts are scored, too; what needs something that is not given is left out and named
+rewards=GROUP      instead: the rewards of recipes/rewards/GROUP.yaml (recipe=NAME: those that this recipe trains on),
+                   and overrides such as rewards.terms.generation.options.expert=niqe. With tools/restore.py's NAME.json
+                   beside an image its texts are scored, too; what needs something that is not given is left out, named
 lq=DIR truth=DIR   low-quality images and truths of the same names
 manifest=FILE      captions and tags by key, for the understanding reward
 weights_dir=DIR    staged weights of pyiqa's metrics
@@ -29,6 +29,7 @@ DEFAULTS = {
     "input": None,
     "metric": "niqe,ranker",
     "rewards": None,
+    "recipe": None,
     "lq": None,
     "truth": None,
     "manifest": None,
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError("input=DIR is needed")
         files, images = read_folder(Path(str(given["input"])))
         truths = read_partners(files, given["truth"], "truth")
-        if given["rewards"]:
+        if given["rewards"] or given["recipe"]:
             columns = score_rewards(files, images, truths, given, overrides)
         else:
             columns = score_metrics(files, images, truths, given)
@@ -135,12 +136,14 @@ def score_rewards(
     given: dict[str, str | None],
     overrides: list[str],
 ) -> Columns:
-    """Scores by the reward group's terms, and their weighted total."""
+    """Scores by the terms of the reward group, or of the recipe, and their weighted total."""
     from realsr_hpc.config.load import compose_one
     from realsr_hpc.rewards.base import Candidate
     from realsr_hpc.rewards.mixture import build_reward, weight_at
 
-    terms = compose_one(["recipe=grpo_tiny", f"rewards={given['rewards']}", *overrides]).rewards.terms
+    # Any recipe will do to read a group with: a group replaces all of its rewards.
+    chosen = [f"recipe={given['recipe'] or 'grpo_tiny'}"] + [f"rewards={given['rewards']}"] * bool(given["rewards"])
+    terms = compose_one([*chosen, *overrides]).rewards.terms
     lq, scenes = read_partners(files, given["lq"], "lq"), read_scenes(files, given["manifest"])
     traces = [read_trace(file) for file in files]
     for name, lacking in lacking_of(terms, traces, lq, truths, scenes).items():

@@ -11,7 +11,7 @@ from PIL import Image
 from skimage import data
 
 from realsr_hpc import checkpoint
-from realsr_hpc.config.load import to_yaml
+from realsr_hpc.config.load import compose_one, to_yaml
 from realsr_hpc.config.paths import project_root
 from realsr_hpc.config.schema import (
     ImageTokenizerConfig,
@@ -116,11 +116,20 @@ def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):
     tile = {"well_formed": True, "degradation": "light blur", "texts": ["cat", "a cat.", "a cat sits."], "faults": []}
     (tmp_path / "sr" / "chelsea.json").write_text(json.dumps({"tiles": [tile]}))
     manifest = "recipes/assets/photographs/manifest.parquet"
-    arguments = [f"input={tmp_path / 'sr'}", f"lq={tmp_path / 'lq'}", "rewards=default", f"manifest={manifest}"]
-    assert command("score")([*arguments, f"output={tmp_path / 't.csv'}"]) == 0
-    assert "left out: degradation needs the degradation" in capsys.readouterr().err
-    header, row = (line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines())
-    scores = dict(zip(header[1:], map(float, row[1:]), strict=True))
+    arguments = [f"input={tmp_path / 'sr'}", f"lq={tmp_path / 'lq'}", f"manifest={manifest}"]
+
+    def scores_of(chosen):
+        assert command("score")([*arguments, chosen, f"output={tmp_path / 't.csv'}"]) == 0
+        assert "left out: degradation needs the degradation" in capsys.readouterr().err
+        header, row = (line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines())
+        return dict(zip(header[1:], map(float, row[1:]), strict=True))
+
+    scores, trained_on = scores_of("rewards=default"), scores_of("recipe=grpo_tiny")
+    weights = {name: term.weight for name, term in compose_one(["recipe=grpo_tiny"]).rewards.terms.items()}
+    assert {name: trained_on[name] for name in weights if name in scores} == {
+        name: scores[name] for name in weights if name in scores
+    }
+    assert trained_on["total"] == pytest.approx(sum(weights.get(name, 0.0) * scores[name] for name in scores))
     assert scores["format"] == 1.0 and scores["fidelity"] > 0.8 and scores["understanding"] > 0
     assert scores["total"] == pytest.approx(sum(value for name, value in scores.items() if name != "total"))
 
