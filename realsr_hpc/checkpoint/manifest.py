@@ -136,7 +136,7 @@ def prune(root: Path, keep: Keep) -> None:
     """Remove what was left half-written, and every checkpoint that `keep` does not name; link the best one."""
     ranked = [folder for folder, _ in best(root, keep.best, highest=keep.highest)]
     stay = {*completed(root)[-keep.last :], *ranked}
-    for folder in [*(set(completed(root)) - stay), *root.glob(f"{_ASIDE}*")]:
+    for folder in [*(set(completed(root)) - stay), *root.glob(f"{_ASIDE}{_PREFIX}*")]:
         shutil.rmtree(folder)
     if ranked:
         link = root / f".{BEST}.{os.getpid()}"

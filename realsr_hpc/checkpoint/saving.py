@@ -40,7 +40,7 @@ from realsr_hpc.parallel.reduce import gather_objects
 
 logger = logging.getLogger(__name__)
 
-RESERVE = "reserve"
+RESERVE = ".tmp-reserve"
 RESERVE_BYTES = 1 << 23
 """Room that is taken first, for the small files that Megatron writes while other ranks wait for it: a disk that fills
 up then is noticed where a rank writes alone."""
@@ -130,26 +130,27 @@ class _Saving:
         self._files: dict[str, dict[str, Any]] = {}
         self._error = ""
         if self._groups.is_main:
-            own = {"run": state, "optimiser": None if optimiser is None else counters(optimiser)}
-            self._attempt(lambda: self._prepare(json.dumps(own, indent=1)))
+            self._attempt(self._prepare)
         self._agree()
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         with backend.vendor_calls():
             wanted = sharded_state(policy, optimiser, loading=False)
             self._request: Any = dist_checkpointing.save(wanted, str(self._aside), strategy, async_sharded_save=True)
+        if self._groups.is_main:
+            own = {"run": state, "optimiser": None if optimiser is None else counters(optimiser)}
+            self._attempt(lambda: (self._aside / STATE).write_text(json.dumps(own, indent=1)))
         self._buckets = self._stage(copy)
         self._random = random_states()
 
-    def _prepare(self, state: str) -> None:
-        """An empty folder with the run's own state, and half of the reserve still held when Megatron writes to it."""
+    def _prepare(self) -> None:
+        """An empty folder, and half of the reserve still held when Megatron writes to it."""
         shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir(parents=True)
-        (self._aside / STATE).write_text(state)
-        reserve = self._aside / RESERVE
+        reserve = self._root / RESERVE
         reserve.write_bytes(bytes(2 * RESERVE_BYTES))
         os.truncate(reserve, RESERVE_BYTES)
 
-    def _attempt(self, write: Callable[[], None]) -> None:
+    def _attempt(self, write: Callable[[], object]) -> None:
         """Do what one rank does alone; what it raises waits for `_agree`."""
         try:
             write()
@@ -163,6 +164,7 @@ class _Saving:
             return
         if self._groups.is_main:
             shutil.rmtree(self._aside, ignore_errors=True)
+            (self._root / RESERVE).unlink(missing_ok=True)
         dist.barrier()
         raise NotSaved(f"checkpoint {self._final} was not written ({errors[0]}); free space there if the disk is full")
 
@@ -204,7 +206,7 @@ class _Saving:
         """Metadata, manifest, name; all ranks together."""
         self._agree()
         if self._groups.is_main:
-            (self._aside / RESERVE).unlink()
+            (self._root / RESERVE).unlink(missing_ok=True)
         if self._buckets:
             self._request.async_fn_args[2].put(self._results)
         with backend.vendor_calls():
