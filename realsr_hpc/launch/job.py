@@ -36,6 +36,8 @@ from realsr_hpc.launch.verdict import (
     Verdict,
     agree,
     count_requeue,
+    requeue_was_asked,
+    wait_for_requeue,
 )
 from realsr_hpc.tracking import set_status
 from realsr_hpc.tracking.delivery import brief
@@ -45,7 +47,6 @@ END_GRACE_S = 10.0
 """How long ranks get between SIGTERM and SIGKILL when another one failed."""
 DUMP_S = 5.0
 """How much later than this one another node may notice the same hang."""
-REQUEUE_WAIT_S = 90.0
 LAST_WORDS_LINES = 25
 PR_SET_PDEATHSIG = 1
 
@@ -162,12 +163,14 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
     speaks = placement.node_rank == (verdict.node if code in REQUEUED else 0)
     if requeue and placement.job_id:
         if not speaks:
-            # Leaving first would make srun end the node that is still asking for the requeue.
-            time.sleep(REQUEUE_WAIT_S)
+            wait_for_requeue(run_dir, placement)
             return code
         attempts = count_requeue(run_dir, placement.restarts)
-        if attempts <= config.cluster.max_requeues:
+        may_return = attempts <= config.cluster.max_requeues
+        if may_return:
             _send_back(run_dir, placement, code, message)
+        requeue_was_asked(run_dir, placement)
+        if may_return:
             return code
         message = f"{message}\nnot requeued: {attempts} attempts in a row came to no new step (cluster.max_requeues)"
     if code == DONE and speaks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ DONE, FAILED, STOPPED, UNHEALTHY, HUNG, CRASHED = 0, 1, 85, 86, 87, 88
 REQUEUED = (UNHEALTHY, HUNG, CRASHED)
 """Ends that another attempt, perhaps on other nodes, can mend; a rank that raised would raise again."""
 AGREE_S = 20.0
+ASK_S = 90.0
+"""How long nodes wait for the one that asks Slurm to requeue the job."""
 _POLL_S = 0.1
 _CAUSES = (UNHEALTHY, HUNG, CRASHED, FAILED, STOPPED, DONE)
 """Causes before their consequences."""
@@ -41,7 +44,7 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
     """The verdict that all nodes of this attempt come to; a node silent for `wait_s` counts as gone (CRASHED)."""
     if placement.num_nodes == 1:
         return mine
-    folder = run_dir / "logs" / "verdicts" / f"{placement.job_id}-{placement.restarts}"
+    folder = _folder(run_dir, placement)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"node-{mine.node}.json", json.dumps(asdict(mine)))
@@ -58,6 +61,25 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
         silent = sorted(set(range(placement.num_nodes)) - {verdict.node for verdict in verdicts})
         verdicts.append(Verdict(present, CRASHED, f"node {silent[0]} of the job is gone; {mine.message}"))
     return min(verdicts, key=lambda verdict: (_CAUSES.index(verdict.code), verdict.time_s))
+
+
+def requeue_was_asked(run_dir: Path, placement: Placement) -> None:
+    """Tell the other nodes that they may leave: leaving earlier would make srun end the node that still asks."""
+    with suppress(OSError):
+        _folder(run_dir, placement).mkdir(parents=True, exist_ok=True)
+        (_folder(run_dir, placement) / "asked").touch()
+
+
+def wait_for_requeue(run_dir: Path, placement: Placement) -> None:
+    """Until the node that speaks has asked for the requeue, or ASK_S."""
+    deadline = time.time() + ASK_S
+    while not (_folder(run_dir, placement) / "asked").exists() and time.time() < deadline:
+        time.sleep(_POLL_S)
+
+
+def _folder(run_dir: Path, placement: Placement) -> Path:
+    """What the nodes of one attempt tell each other."""
+    return run_dir / "logs" / "verdicts" / f"{placement.job_id}-{placement.restarts}"
 
 
 def count_requeue(run_dir: Path, restarts: int) -> int:

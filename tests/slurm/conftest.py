@@ -41,7 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # KILLWAIT: on a machine that does much else a step and its checkpoint take their time
     settings = {
         "SLURM_ROOT": str(tmp_path_factory.mktemp("slurm")), "PORT": str(10000 + 20 * (os.getpid() % 450)),
-        "NODES": "2", "GPUS": "0", "KILLWAIT": "120",
+        "NODES": "2", "GPUS": "0", "KILLWAIT": "60",
     }  # fmt: skip
     environment = {**os.environ, **settings}
     up = subprocess.run([script, "up"], env=environment, capture_output=True, text=True, check=False)
