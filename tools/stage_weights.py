@@ -59,6 +59,8 @@ def main(arguments: list[str]) -> int:
 def show(states: dict[Need, State], console: Console) -> None:
     """One row a file or folder."""
     table = Table("needed by", "must lie at", "size, MB", "state", "comes from")
+    for column in table.columns:
+        column.overflow = "fold"  # paths and addresses are there to be copied
     for need, found in states.items():
         size = sum(path.stat().st_size for path in need.files()) / 1e6
         table.add_row(need.purpose, shown(need.path), f"{size:.1f}" if size else "", found, need.origin)
