@@ -9,6 +9,7 @@ from __future__ import annotations
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.sizes import (
     guided,
+    has_reference,
     loss_tokens_of_a_row,
     microbatch_shape,
     truncated,
@@ -55,6 +56,15 @@ def scoring(config: RunConfig) -> dict[str, float]:
     masks = rows * shape.row_tokens**2 * (1 + width(config)) if _has_masks(config) else 0.0
     logits = logit_bytes(config, gradient=False) + 2 * tokens * hidden * width(config)
     return {"activations": max(layer + masks, logits)}
+
+
+def gather_buffer(config: RunConfig) -> float:
+    """Megatron's buffer for inputs gathered over tp, under sequence parallelism: it stays, as large as ever needed."""
+    if not config.parallel.sequence_parallel:
+        return 0.0
+    scores = has_reference(config) or (config.task == "grpo" and config.grpo.updates_per_step > 1)
+    tokens = microbatch_shape(config).tokens * (config.parallel.scoring_microbatches if scores else 1)
+    return tokens * config.model.hidden_size * width(config)
 
 
 def logit_bytes(config: RunConfig, *, gradient: bool) -> float:

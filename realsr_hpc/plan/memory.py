@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.plan.activations import first_stage, last_stage, scoring
+from realsr_hpc.plan.activations import first_stage, gather_buffer, last_stage, scoring
 from realsr_hpc.plan.sizes import (
     dp_size,
     guided,
@@ -89,7 +89,8 @@ def _resident(config: RunConfig) -> dict[str, float]:
         "reference": shard * width(config) if kept else 0.0,
     }
     fixed = FIXED_GIB if config.cluster.gpus_per_node else 0.0
-    return {**{name: size / GIB for name, size in terms.items()}, "context and buffers": fixed}
+    buffers = fixed + gather_buffer(config) / GIB
+    return {**{name: size / GIB for name, size in terms.items()}, "context and buffers": buffers}
 
 
 def optimizer_bytes(config: RunConfig) -> tuple[int, int]:

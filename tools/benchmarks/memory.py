@@ -27,6 +27,7 @@ from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
+from realsr_hpc.plan.activations import gather_buffer
 from realsr_hpc.plan.memory import GIB, Memory, kv_cache_bytes, memory
 from realsr_hpc.plan.sizes import guided, has_reference, sequence_tokens, sequences_of_a_rank, truncated
 from realsr_hpc.records import GRPOBatch, TrainingSequence
@@ -107,7 +108,7 @@ def compare(config: RunConfig) -> dict[str, Term]:
     terms = {
         "weights": Term(plan.resident["weights"] * GIB, run.weights),
         "gradients": Term(plan.resident["gradients (fp32)"] * GIB, run.gradients),
-        "optimizer": Term(plan.resident["optimizer"] * GIB, run.moments()),
+        "optimizer": Term(plan.resident["optimizer"] * GIB, run.optimizer()),
         "peak of images": Term(_phase(plan, "images"), run.images()),
     }
     if parallel.pp == 1:
@@ -119,7 +120,7 @@ def compare(config: RunConfig) -> dict[str, Term]:
         terms["KV cache"] = Term(kv_cache_bytes(config), cache)
         terms["peak of rollouts"] = Term(_phase(plan, "rollout"), peak)
     if scored:
-        terms["peak of scoring"] = Term(_phase(plan, "score"), scoring)
+        terms["peak of scoring"] = Term(_phase(plan, "score") + gather_buffer(config), scoring)
     return terms
 
 
@@ -135,13 +136,11 @@ class _Run:
         self.groups: Groups = initialise(config.parallel, config.seed)
         self.tokens = TraceTokenizer.load(config, self.groups.device)
         self.codec = self.tokens.codec
-        with Allocations() as seen:
-            self.policy: Policy = build_policy(config, self.groups, self.codec.vocabulary.size)
-            self.optimiser = Optimiser(self.policy, config, total_steps=10)
+        self.policy: Policy = build_policy(config, self.groups, self.codec.vocabulary.size)
+        self.optimiser = Optimiser(self.policy, config, total_steps=10)
         parameters: list[Any] = list(self.policy.parameters())
-        self.weights = _storages(parameters)
-        self.gradients = _storages([parameter.main_grad for parameter in parameters])
-        self._main_weights = seen.rise - self.weights - self.gradients
+        self.weights = _sizes(parameters)
+        self.gradients = _sizes([parameter.main_grad for parameter in parameters])
         self.sampler = Sampler(self.policy, Grammar(self.codec, config.rollout.grammar), config.rollout, config.seed)
         with Allocations() as seen:
             self.microbatches = self._collated()
@@ -181,12 +180,19 @@ class _Run:
         batch = GRPOBatch(self.sequences, tokens, len(self.sequences))
         return grpo.objective(self.config, self.policy, batch, self.sampler.masks)
 
-    def moments(self) -> float:
-        """Main weights, and what the first update leaves."""
-        with Allocations() as seen:
-            result = self.optimiser.step(self.microbatches[:1], self._objective())
+    def optimizer(self) -> float:
+        """Main weights and moments after an update, each storage once and none of the model's own."""
+        result = self.optimiser.step(self.microbatches[:1], self._objective())
         assert result.applied, "the measured update was not applied"
-        return self._main_weights + seen.rise
+        known = {parameter.untyped_storage().data_ptr() for parameter in self.policy.parameters()}
+        held: dict[int, int] = {}
+        for vendor in getattr(self.optimiser.vendor, "chained_optimizers", [self.optimiser.vendor]):
+            states = [value for state in vendor.optimizer.state.values() for value in state.values()]
+            for value in [*states, *vendor.get_parameters()]:
+                storage = value.untyped_storage()
+                if storage.data_ptr() not in known:
+                    held[storage.data_ptr()] = storage.nbytes()
+        return float(sum(held.values()))
 
     def activations(self) -> float:
         """What a forward pass of one microbatch leaves for its backward pass, the hidden states included."""
@@ -239,8 +245,8 @@ class _Run:
         with Allocations() as stepped:
             logits = _end(decoder.step(cache, prompts.new_zeros(rows), last))
             self._sample(logits, rows)
-        kept = sum(_storages([stream.keys, stream.values]) for stream in cache.streams)
-        kept += sum(_storages(pair) for pair in cache.streams[0].prefix)
+        kept = sum(_sizes([stream.keys, stream.values]) for stream in cache.streams)
+        kept += sum(_sizes(pair) for pair in cache.streams[0].prefix)
         return kept, max(prefilled.peak, kept + stepped.peak)
 
     def _sample(self, logits: Tensor, rows: int) -> None:
@@ -254,7 +260,7 @@ class _Run:
         sample(merged, allowed, temperature, support, uniform=torch.full((rows,), 0.5, dtype=torch.float64))
 
 
-def _storages(tensors: Sequence[Tensor]) -> float:
+def _sizes(tensors: Sequence[Tensor]) -> float:
     """Bytes that the tensors name; several may share a buffer."""
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
