@@ -1,7 +1,8 @@
 """Run folder -> Hugging Face folder: python tools/export_hf.py run=RUN_DIR output=DIR [checkpoint=DIR] [dtype=bf16].
 
 checkpoint=RUN_DIR/checkpoints/step-N takes that one instead of the newest; licence=ID goes into the model card;
-dtype=bf16|fp32 rounds the policy's weights (default: as they are).
+dtype=bf16|fp32 rounds the policy's weights (default: as they are); shard_mb=N bounds a weights file (default: 2000),
+and with it what is held in memory beside the weights.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from realsr_hpc.config.arguments import read_arguments  # noqa: E402
+from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
 
-DEFAULTS = {"run": None, "output": None, "checkpoint": None, "licence": None, "dtype": None}
+DEFAULTS = {"run": None, "output": None, "checkpoint": None, "licence": None, "dtype": None, "shard_mb": "2000"}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -40,7 +41,8 @@ def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
 
     path = Path(given["checkpoint"]) if given["checkpoint"] else None
     dtype = getattr(torch, DTYPES[given["dtype"]]) if given["dtype"] else None
-    return export_run(run, output, checkpoint_path=path, licence=given["licence"], dtype=dtype)
+    shard_bytes = read_count(given, "shard_mb", 1) * 10**6
+    return export_run(run, output, checkpoint_path=path, licence=given["licence"], dtype=dtype, shard_bytes=shard_bytes)
 
 
 if __name__ == "__main__":

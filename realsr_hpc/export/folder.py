@@ -18,8 +18,8 @@ from realsr_hpc.config.files import publish
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD_BYTES = 5 * 10**9
-"""Largest weights file, as transformers has it."""
+SHARD_BYTES = 2 * 10**9
+"""Largest weights file. A shard is held in memory beside the weights: small beside those of a 7B."""
 
 
 class Aside:
@@ -74,6 +74,14 @@ def write_weights(
 def _save(path: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
     assert list(tensors) == names, f"{path.name}: tensors {list(tensors)} come in another order than planned: {names}"
     save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    as_other_files(path)
+
+
+def as_other_files(path: Path) -> None:
+    """Give a file of weights the access that new files get here: safetensors lets its owner alone read it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from realsr_hpc.config.schema import ImageTokenizerConfig
-from realsr_hpc.export.folder import read_tensors
+from realsr_hpc.export.folder import as_other_files, read_tensors
 from realsr_hpc.tokenizer.image import ImageTokenizer
 
 VQ_PREFIX = "model.vqmodel."
@@ -37,6 +37,7 @@ def save_decoder(tokenizer: ImageTokenizer, folder: Path) -> None:
     if tokenizer.config.normalised_codes:
         kept[_CODEBOOK] = state[_CODEBOOK]
     save_file({name: value.clone() for name, value in kept.items()}, folder / DECODER_FILE, metadata={"format": "pt"})
+    as_other_files(folder / DECODER_FILE)
 
 
 def load_from_export(folder: Path, config: ImageTokenizerConfig) -> ImageTokenizer:

@@ -44,7 +44,7 @@ def pack(export: Path, archive: Path) -> None:
     }
     carrier = vendor.carrier(vendor.as_config(config))
     carrier.load_state_dict(dict(_tensors(places)))
-    aside = archive.with_name(f".{archive.name}.{os.getpid()}")
+    aside = archive.absolute().with_name(f".{archive.name}.{os.getpid()}")  # NeMo wants a folder in front of it
     archive.parent.mkdir(parents=True, exist_ok=True)
     try:
         vendor.connector.save_to(carrier, str(aside))

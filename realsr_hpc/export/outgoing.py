@@ -101,6 +101,7 @@ def export_run(
     checkpoint_path: Path | None = None,
     licence: str | None = None,
     dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Export a run's newest whole checkpoint (or the one named); returns the checkpoint that was taken.
 
@@ -116,7 +117,8 @@ def export_run(
     state = checkpoint.load(path, policy, None, groups)
     metrics = last_metrics(run_dir, state["step"])
     step = state["step"]
-    export_policy(policy, config, tokens, output, step=step, metrics=metrics, licence=licence, dtype=dtype)
+    facts = {"step": step, "metrics": metrics, "licence": licence}
+    export_policy(policy, config, tokens, output, dtype=dtype, shard_bytes=shard_bytes, **facts)
     return path
 
 

@@ -62,6 +62,11 @@ def test_every_exported_tensor_is_ours_bit_by_bit(run):
     assert all(name.startswith("model.vqmodel.") for name in stored)
 
 
+def test_whoever_may_read_the_card_may_read_the_weights(run):
+    modes = {path.stat().st_mode for path in run.export.iterdir()}
+    assert modes == {(run.export / "README.md").stat().st_mode}
+
+
 def test_transformers_loads_it_without_a_missing_or_unexpected_key(run):
     _, report = ChameleonForConditionalGeneration.from_pretrained(run.export, output_loading_info=True)
     assert not any(report.values()), report

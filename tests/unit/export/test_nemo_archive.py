@@ -14,9 +14,10 @@ needs_nemo = pytest.mark.skipif(not installed, reason="the extra `nemo` is not i
 
 @pytest.mark.filterwarnings("ignore")
 @needs_nemo
-def test_unpacking_gives_the_packed_export_file_by_file(run, tmp_path):
+def test_unpacking_gives_the_packed_export_file_by_file(run, tmp_path, monkeypatch):
     archive, folder = tmp_path / "policy.nemo", tmp_path / "unpacked"
-    assert command("nemo_archive")([f"pack={run.export}", f"output={archive}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert command("nemo_archive")([f"pack={run.export}", "output=policy.nemo"]) == 0
     assert command("nemo_archive")([f"unpack={archive}", f"output={folder}"]) == 0
     packed = {path.name: path.read_bytes() for path in run.export.iterdir() if path.is_file()}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == packed
