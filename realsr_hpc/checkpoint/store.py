@@ -76,7 +76,8 @@ def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     Transformer Engine's modules, norms too, ask for a state of their own even where it is empty. Torch's norms write
     none, so a checkpoint made without Transformer Engine (an import on a CPU, say) may lack those and nothing else.
     """
-    loaded, _, absent = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
+    read: Any = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
+    loaded, _, absent = read
     lacking = sorted(key for key in absent if _EXTRA_STATE not in key)
     if lacking:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from types import TracebackType
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces itself at each start
 
@@ -34,7 +35,8 @@ class Allocations:
     ) -> None:
         gc.collect()  # what only cycles hold is no longer in use
         self._profile.__exit__(kind, error, trace)
-        events = [event for event in self._profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        profiler: Any = self._profile.profiler
+        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
         self.rise = self.peak = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             self.rise += event.nbytes()
