@@ -34,6 +34,8 @@ from tools.benchmarks._measure import alternately, show
 from tools.benchmarks._options import split_options
 
 UPSCALE, BATCH = 4, 16
+IDLE_S = 1.5
+"""Without work for so long, nothing is being made."""
 
 
 def main(arguments: list[str]) -> int:
@@ -136,10 +138,10 @@ def files_to_batches(side: int, count: int, rounds: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            used = _cpu_s_of_all()
+            used = _cpu_s_when_idle()
             way()
             if number:  # the first round starts threads and workers
-                times[name].append(_cpu_s_of_all() - used)
+                times[name].append(_cpu_s_when_idle() - used)
     loader.close()
     each = {name: float(np.median(values)) / (batches * BATCH) for name, values in times.items()}
     rows = [
@@ -158,7 +160,16 @@ def _usual_loader(config: RunConfig, count: int) -> DataLoader:
     return DataLoader(DegradedPhotographs(samples, count), BATCH, num_workers=1, persistent_workers=True)
 
 
-def _cpu_s_of_all() -> float:
-    """CPU seconds of this process and of those it started."""
-    me = psutil.Process()
-    return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))
+def _cpu_s_when_idle() -> float:
+    """CPU seconds of this process and of those it started, once no batch is being made ahead any more.
+
+    Both ways keep a few batches ready. Waiting for these before and after a round counts as many as were taken, and
+    keeps one way's work out of the other's round.
+    """
+    me, before = psutil.Process(), -1.0
+    while True:
+        used = sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))
+        if used - before < 0.05:
+            return used
+        before = used
+        time.sleep(IDLE_S)
