@@ -29,7 +29,7 @@ from tests.mlflow_server import running
 from tests.slurm.watching import log_of, results, state_of, steps_done, wait_for, wait_for_end
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
-STEPS = 72
+STEPS = 80
 SEED = 20
 DISK_MIB = 64
 RECIPE = (
@@ -80,10 +80,10 @@ def test_chaos_changes_nothing(undisturbed, launch, tmp_path, monkeypatch):
                 mlflow_server.kill()
             attempts = log_of(run_dir).count("--- 20")
             disturb(chaos)
-            wait_for(lambda: log_of(run_dir).count("--- 20") > attempts, run_dir)  # noqa: B023
-            wait_for(lambda: state_of(run_dir) == "running", run_dir)
             if number % 2 and number + 2 < len(disturbances):
                 mlflow_server.up()
+            wait_for(lambda: log_of(run_dir).count("--- 20") > attempts, run_dir)  # noqa: B023
+            wait_for(lambda: state_of(run_dir) == "running", run_dir)
         assert wait_for_end(run_dir) == "done", log_of(run_dir)
         assert results(run_dir) == results(undisturbed)
         assert read_bookmark(run_dir) == first
