@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,13 @@ def _digest(root: Path, files: list[str]) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link the folder of a file that the snapshot lacks: a manifest's photographs lie beside it."""
+    """Link what the snapshot lacks: a file's whole folder, as a manifest's photographs lie beside it, or it alone."""
     if target.exists() or not source.exists():
         return
-    if source.is_file():
+    if source.is_file() and not target.parent.exists():
         source, target = source.parent, target.parent
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
+    with suppress(FileExistsError):  # another launcher was faster
         target.symlink_to(source)
 
 

@@ -168,8 +168,9 @@ def test_runs_are_found_by_a_unique_beginning(tmp_path):
 
 
 def test_a_snapshot_is_shared_by_equal_code_and_importable(tmp_path):
-    config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}"])
+    config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}", "text_tokenizer.path=README.md"])
     code = take_snapshot([config])
+    assert (code / "README.md").samefile(project_root() / "README.md")  # no code, but the recipe names it
     assert take_snapshot([config]) == code
     assert [path.name for path in (tmp_path / "code").iterdir()] == [code.name]
     program = "import realsr_hpc, sys; sys.stdout.write(realsr_hpc.__file__)"
