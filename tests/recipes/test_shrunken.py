@@ -20,7 +20,6 @@ CUT = [
     "vlcot.image_sizes_px=[32,64,96]",
     "vlcot.lq_size_px=32",
     "vlcot.max_text_tokens=8",
-    "rollout.max_new_tokens=420",
     "image_tokenizer.base_channels=32",
     "image_tokenizer.num_res_blocks=1",
     "image_tokenizer.latent_channels=32",
@@ -34,18 +33,21 @@ SHORT = {
     "grpo": ["grpo.num_steps=2", "grpo.prompts_per_step=1", "grpo.heldout_every_steps=0", "rewards=default"],
 }
 LEVELS = {"chameleon_7b": "[1,1,1,1,1]", "chameleon_7b_f8": "[1,1,1,1]"}
+TOKENS = {"chameleon_7b": 96, "chameleon_7b_f8": 272}
+"""Of a rollout: three images and a little text. An untrained policy goes on to the last one, whatever their number."""
 LOSS = {"sft": "sft/loss/mean", "grpo": "rewards/total/mean"}
 
 
-def cut(recipe: str, model: str, folder: Path, layout: list[str]) -> RunConfig:
+def cut(recipe: str, model: str, folder: Path, layout: list[str], root: Path) -> RunConfig:
     task = recipe.split("_")[0]
-    files = [
+    own = [
         f"image_tokenizer.weights={folder / 'image.safetensors'}",
         f"text_tokenizer.path={folder / 'text.json'}",
         f"image_tokenizer.channel_multiplier={LEVELS[model]}",
-        f"output_root={folder}",
+        f"rollout.max_new_tokens={TOKENS[model]}",
+        f"output_root={root}",
     ]
-    return compose_one([f"recipe={recipe}", f"model={model}", "cluster=local", *layout, *CUT, *files, *SHORT[task]])
+    return compose_one([f"recipe={recipe}", f"model={model}", "cluster=local", *layout, *CUT, *own, *SHORT[task]])
 
 
 def two_steps(config: RunConfig, run_dir: Path) -> tuple[int, dict[int, dict[str, float]]]:
@@ -55,6 +57,20 @@ def two_steps(config: RunConfig, run_dir: Path) -> tuple[int, dict[int, dict[str
     loop: Any = {"grpo": grpo, "sft": sft}[config.task]
     run_dir.mkdir(exist_ok=True)
     return loop.main(config, run_dir), metrics_by_step(run_dir)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """model -> folder with its tokenizers, made once."""
+    made: dict[str, Path] = {}
+
+    def folder_of(model: str) -> Path:
+        if model not in made:
+            made[model] = tmp_path_factory.mktemp(model)
+            run_ranks(1, make_tokenizers, cut("sft_7b", model, made[model], ONE, made[model]), made[model])
+        return made[model]
+
+    return folder_of
 
 
 def make_tokenizers(config: RunConfig, folder: Path) -> None:
@@ -87,10 +103,9 @@ FOUR = ["parallel.tp=2", "cluster.tasks_per_node=4"]
         ("grpo_7b_paper", "chameleon_7b_f8", FOUR),
     ],
 )
-def test_two_steps(recipe: str, model: str, layout: list[str], tmp_path: Path) -> None:
-    config = cut(recipe, model, tmp_path, layout)
+def test_two_steps(recipe: str, model: str, layout: list[str], tokenizers: Any, tmp_path: Path) -> None:
+    config = cut(recipe, model, tokenizers(model), layout, tmp_path)
     assert config.precision.params == "bf16"
-    run_ranks(1, make_tokenizers, config, tmp_path)
     world = config.cluster.tasks_per_node
     results = run_ranks(world, two_steps, config, tmp_path / "run")
     assert {code for code, _ in results} == {0}
