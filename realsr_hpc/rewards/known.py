@@ -45,8 +45,8 @@ def resized(x: Float32[np.ndarray, "H H 3"], to: ResizeTo) -> Float32[np.ndarray
     if to.mode == "bilinear":
         return cv2.resize(x, (side, side), interpolation=cv2.INTER_LINEAR)
     index, weights = cubic_taps(source, side)
-    rows = sum(x[taps] * weight[:, None, None] for taps, weight in zip(index, weights, strict=True))
-    return sum(rows[:, taps] * weight[:, None] for taps, weight in zip(index, weights, strict=True))
+    rows = np.sum([x[taps] * weight[:, None, None] for taps, weight in zip(index, weights, strict=True)], axis=0)
+    return np.sum([rows[:, taps] * weight[:, None] for taps, weight in zip(index, weights, strict=True)], axis=0)
 
 
 def cubic_taps(source: int, target: int) -> tuple[np.ndarray, Float32[np.ndarray, "4 target"]]:
