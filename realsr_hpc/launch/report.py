@@ -106,7 +106,8 @@ def _memory_table(estimate: Plan, config: RunConfig) -> Table:
     table = Table("term", "GiB", title=f"{config.name}: memory of the fullest {where}")
     table.columns[1].justify = "right"
     for name, gib in estimate.memory_gib.items():
-        table.add_row(name, f"{gib:.2f}")
+        if gib:
+            table.add_row(name, f"{gib:.2f}")
     table.add_section()
     limit = "" if estimate.limit_gib is None else f" of {estimate.limit_gib:.0f}"
     verdict = {None: "", True: ": fits", False: ": does NOT fit"}[estimate.fits]
