@@ -165,11 +165,12 @@ def a_rank_hangs(chaos: Chaos) -> None:
 
 
 def a_node_failed(chaos: Chaos) -> None:
-    """A node goes down and comes back."""
+    """A node goes down, and comes back when nothing of the job is left on it: Slurm drains it otherwise."""
     update = ["scontrol", "update", f"NodeName=n{chaos.dice.randint(1, 2)}"]
     with frozen(chaos.run_dir):
         subprocess.run([*update, "State=DOWN", "Reason=chaos"], check=True)
-        subprocess.run([*update, "State=RESUME"], check=True)
+    wait_for(lambda: not processes_naming(chaos.run_dir), chaos.run_dir)
+    subprocess.run([*update, "State=RESUME"], check=True)
 
 
 def a_shard_truncated(chaos: Chaos) -> None:
@@ -232,14 +233,22 @@ def frozen(run_dir: Path) -> Iterator[list[int]]:
                 os.kill(pid, signal.SIGCONT)
 
 
+def processes_naming(run_dir: Path) -> dict[int, bytes]:
+    """Command lines of this machine that name the run's folder, by process id."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (path / "cmdline").read_bytes()
+            if str(run_dir).encode() in words:
+                found[int(path.name)] = words
+    return found
+
+
 def ranks_of(run_dir: Path) -> list[int]:
     """Process ids of the run's ranks on this machine."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words, places = (path / "cmdline").read_bytes(), (path / "environ").read_bytes()
-        except OSError:
-            continue
-        if str(run_dir).encode() in words and b"realsr_hpc\0" in words and b"\0RANK=" in places:
-            found.append(int(path.name))
-    return sorted(found)
+    ranks = []
+    for pid, words in processes_naming(run_dir).items():
+        with suppress(OSError):
+            if b"realsr_hpc\0" in words and b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+                ranks.append(pid)
+    return sorted(ranks)
