@@ -139,8 +139,9 @@ def sample(
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """One token a row and its log-probability under the behaviour distribution (exactly 0 where one is left).
 
-    Inverse of the cumulative distribution, summed in float64. `uniform` in [0, 1) takes the place of the generator's draw, so
-    that a rollout can keep its own stream whatever it is batched with. Logits are guided, whole rows of the vocabulary.
+    Inverse of the cumulative distribution, summed in float64. `uniform` in [0, 1) takes the place of the generator's
+    draw, so that a rollout can keep its own stream whatever it is batched with. Logits are guided, whole rows of the
+    vocabulary.
     """
     log_probability = restricted(logits, allowed, temperature, support).log_softmax(-1)
     if uniform is None:

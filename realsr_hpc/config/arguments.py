@@ -9,7 +9,7 @@ from typing import TypeVar
 Default = TypeVar("Default", str, str | None)
 
 
-def read_arguments(arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None) -> dict[str, Default]:
+def read_arguments(arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None) -> dict[str, Default | str]:
     """Values by key; `valid` holds each key's default. `--help` prints `usage` and exits with 0.
 
     Raises ValueError for an argument without `=`, a key given twice, and an unknown key, naming the nearest valid one.
@@ -17,7 +17,7 @@ def read_arguments(arguments: Sequence[str], valid: Mapping[str, Default], usage
     if {"-h", "--help"} & set(arguments):
         print((usage or "").strip())
         raise SystemExit(0)
-    given: dict[str, Default] = {}
+    given: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not value:

@@ -114,7 +114,7 @@ class Stream:
         keys = self.keys[layer, :, :, : position + 1]
         values = self.values[layer, :, :, : position + 1]
         q = q * q.shape[-1] ** -0.5
-        scores = q @ keys.transpose(-1, -2)
+        scores = (keys @ q.transpose(-1, -2)).transpose(-1, -2)
         if self.starts is not None:
             hidden = torch.arange(position + 1, device=q.device) < self.starts[:, None]
             scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
