@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -44,6 +46,20 @@ RESERVE = ".tmp-reserve"
 RESERVE_BYTES = 1 << 23
 """Room that is taken first, for the small files that Megatron writes while other ranks wait for it: a disk that fills
 up then is noticed where a rank writes alone."""
+
+
+class _HeldCommon(TorchCommonSaveStrategy):
+    """Megatron's file of unsharded state, written by us: Megatron writes it while other ranks already wait for it."""
+
+    state: Any = None
+
+    def save_common(self, common_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        """Keep it until this rank writes alone."""
+        self.state = common_state_dict
+
+
+_COMMON = _HeldCommon("torch", 1)
+register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _COMMON)
 
 
 class NotSaved(RuntimeError):
@@ -138,7 +154,7 @@ class _Saving:
             self._request: Any = dist_checkpointing.save(wanted, str(self._aside), strategy, async_sharded_save=True)
         if self._groups.is_main:
             own = {"run": state, "optimiser": None if optimiser is None else counters(optimiser)}
-            self._attempt(lambda: (self._aside / STATE).write_text(json.dumps(own, indent=1)))
+            self._attempt(lambda: self._write_common(_COMMON.state, json.dumps(own, indent=1)))
         self._buckets = self._stage(copy)
         self._random = random_states()
 
@@ -149,6 +165,11 @@ class _Saving:
         reserve = self._root / RESERVE
         reserve.write_bytes(bytes(2 * RESERVE_BYTES))
         os.truncate(reserve, RESERVE_BYTES)
+
+    def _write_common(self, common: Any, state: str) -> None:
+        with (self._aside / COMMON_STATE_FNAME).open("wb") as stream:
+            torch.save(common, stream)
+        (self._aside / STATE).write_text(state)
 
     def _attempt(self, write: Callable[[], object]) -> None:
         """Do what one rank does alone; what it raises waits for `_agree`."""
