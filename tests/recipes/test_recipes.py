@@ -14,7 +14,7 @@ GROUP_FILES = sorted(
 )
 NEEDED_WITH = {
     ("model", "chameleon_7b"): ["parallel.microbatch_tokens=10240", "rollout.max_new_tokens=2048"],
-    ("model", "chameleon_7b_f8"): ["parallel.microbatch_tokens=10240", "rollout.max_new_tokens=5600"],
+    ("model", "chameleon_7b_f8"): ["parallel.microbatch_tokens=10496", "rollout.max_new_tokens=5600"],
     ("parallel", "tp4"): ["cluster.tasks_per_node=4"],
     ("parallel", "tp4_pp2"): ["cluster.tasks_per_node=8"],
     ("cluster", "slurm"): ["grpo.prompts_per_step=8"],
