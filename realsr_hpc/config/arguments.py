@@ -9,7 +9,9 @@ from typing import TypeVar
 Default = TypeVar("Default", str, str | None)
 
 
-def read_arguments(arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None) -> dict[str, Default | str]:
+def read_arguments(
+    arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None
+) -> dict[str, Default | str]:
     """Values by key; `valid` holds each key's default. `--help` prints `usage` and exits with 0.
 
     Raises ValueError for an argument without `=`, a key given twice, and an unknown key, naming the nearest valid one.
