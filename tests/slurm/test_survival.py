@@ -166,11 +166,22 @@ def a_rank_hangs(chaos: Chaos) -> None:
 
 def a_node_failed(chaos: Chaos) -> None:
     """A node goes down, and comes back when nothing of the job is left on it: Slurm drains it otherwise."""
-    update = ["scontrol", "update", f"NodeName=n{chaos.dice.randint(1, 2)}"]
+    node = f"n{chaos.dice.randint(1, 2)}"
+    update = ["scontrol", "update", f"NodeName={node}"]
     with frozen(chaos.run_dir):
         subprocess.run([*update, "State=DOWN", "Reason=chaos"], check=True)
     wait_for(lambda: not processes_naming(chaos.run_dir), chaos.run_dir)
-    subprocess.run([*update, "State=RESUME"], check=True)
+
+    def is_back() -> bool:
+        shown = subprocess.run(
+            ["sinfo", "--noheader", f"--nodes={node}", "--format=%T"], capture_output=True, text=True
+        )
+        if not any(word in shown.stdout for word in ("down", "drain")):
+            return True  # Slurm refuses to resume a node that came back by itself
+        subprocess.run([*update, "State=RESUME"], capture_output=True)
+        return False
+
+    wait_for(is_back, chaos.run_dir)
 
 
 def a_shard_truncated(chaos: Chaos) -> None:

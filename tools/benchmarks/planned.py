@@ -23,7 +23,7 @@ TITLES = {
 def recipes(table: str) -> list[RunConfig]:
     """The recipes of one table."""
     if table in ("layouts", "long"):
-        longer = ["model=chameleon_7b_f8", "parallel.microbatch_tokens=10240", "rollout.batch_size=32"]
+        longer = ["model=chameleon_7b_f8", "parallel.microbatch_tokens=10496", "rollout.batch_size=32"]
         extra = longer if table == "long" else []
         return [_recipe(1, tp, pp, 32, extra) for tp, pp in LAYOUTS]
     return [_recipe(nodes, 2, 1, 32 * nodes if table == "growing" else 512) for nodes in NODES]
