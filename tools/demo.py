@@ -46,7 +46,7 @@ def main(overrides: list[str]) -> int:
     report, export = run_dir / "demo", run_dir / "export"
     commands = [
         ["tools/launch.py", "recipe=grpo_tiny", *overrides],
-        ["tools/evaluate.py", f"run={run_dir}", "against=start", f"output={report}"],
+        ["tools/evaluate.py", f"run={run_dir}", "against=start", "num_images=12", f"output={report}"],
         ["tools/restore.py", f"run={run_dir}", f"input={small_photograph(report)}", f"output={report / 'restored'}"],
     ]
     if not export.exists():
