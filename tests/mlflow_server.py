@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,9 +35,13 @@ class Server:
         return up.stdout.strip().partition("=")[2]
 
     def kill(self) -> None:
-        """SIGKILL, in the middle of whatever it does; its database goes on."""
+        """SIGKILL, in the middle of whatever it does, and until it is gone; its database goes on."""
+        server, deadline = int((self.root / "server.pid").read_text()), time.time() + 60
         with suppress(ProcessLookupError):
-            os.killpg(int((self.root / "server.pid").read_text()), signal.SIGKILL)
+            os.killpg(server, signal.SIGKILL)
+            while time.time() < deadline:
+                os.kill(server, 0)
+                time.sleep(0.1)
 
     def down(self) -> None:
         """Nothing of it is left."""
