@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from realsr_hpc.config.paths import project_root  # noqa: E402
 PAGE = project_root() / "docs" / "recipes.md"
 HEAD = """# Recipes
 
-<!-- Written by tools/recipe_reference.py from realsr_hpc/config/schema.py: change it there. -->
+<!-- Written by tools/recipe_reference.py from the classes of realsr_hpc/config: change them there. -->
 
 `python tools/launch.py recipe=NAME section.field=value ...`. A misspelt field is answered with the nearest valid one,
 and all faults of a recipe are said at once. `resolve=true` prints the whole recipe. Sections marked ◦ do not decide a
@@ -46,17 +47,15 @@ def main(arguments: list[str]) -> int:
 def reference() -> str:
     """The page."""
     parts = [HEAD, "## Recipes and groups\n", *_lists()]
-    parts.append("\n## Whole run\n\n" + _table(schema.RunConfig, schema))
+    parts.append("\n## Whole run\n\n" + _table(schema.RunConfig))
     for name, field in schema.RunConfig.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             mark = " ◦" if name in RESULT_FREE_SECTIONS else ""
-            parts.append(f"\n## `{name}`{mark}\n\n{_first_line(kind)}\n\n{_table(kind, schema)}")
-    parts.append(
-        f"\n## `rewards.terms.NAME`\n\n{_first_line(schema.RewardTerm)}\n\n{_table(schema.RewardTerm, schema)}"
-    )
+            parts.append(f"\n## `{name}`{mark}\n\n{_first_line(kind)}\n\n{_table(kind)}")
+    parts.append(f"\n## `rewards.terms.NAME`\n\n{_first_line(schema.RewardTerm)}\n\n{_table(schema.RewardTerm)}")
     for kind, options in reward_options.OPTIONS.items():
-        parts.append(f"\n### Options of kind `{kind}`\n\n{_table(options, reward_options)}")
+        parts.append(f"\n### Options of kind `{kind}`\n\n{_table(options)}")
     return "\n".join(parts)
 
 
@@ -68,8 +67,8 @@ def _lists() -> list[str]:
     return lines
 
 
-def _table(section: type[BaseModel], module: Any) -> str:
-    notes = _docstrings(section, module)
+def _table(section: type[BaseModel]) -> str:
+    notes = _docstrings(section)
     rows = ["| field | type | default | |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -81,9 +80,9 @@ def _table(section: type[BaseModel], module: Any) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _docstrings(section: type[BaseModel], module: Any) -> dict[str, str]:
+def _docstrings(section: type[BaseModel]) -> dict[str, str]:
     """The string under each field."""
-    tree = ast.parse(Path(module.__file__).read_text())
+    tree = ast.parse(Path(inspect.getfile(section)).read_text())
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
     notes = {}
     for field, below in zip(body, body[1:], strict=False):

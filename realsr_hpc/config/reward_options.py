@@ -9,7 +9,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from realsr_hpc.config.schema import Count, Positive, Probability, RewardTerm, Section
+from realsr_hpc.config.schema import RewardTerm
+from realsr_hpc.config.section import Count, Positive, Probability, Section
 
 
 class FormatOptions(Section):

@@ -1,21 +1,18 @@
 """The whole recipe as one typed, closed, frozen tree.
 
-A default lives here and nowhere else. Unknown keys, wrong types and values out of range fail in
-`RunConfig.model_validate`, all of them in one message, each with its path. Rules that need two sections
-stand in `checks.py`. This file imports neither torch nor Hydra, so that launching stays fast.
+A default lives here, or in `operation.py` for where a run executes, and nowhere else. Unknown keys, wrong types and
+values out of range fail in `RunConfig.model_validate`, all of them in one message, each with its path. Rules that need
+two sections stand in `checks.py`. This file imports neither torch nor Hydra, so that launching stays fast.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-
+from realsr_hpc.config.operation import CheckpointConfig, ClusterConfig, TrackingConfig
+from realsr_hpc.config.section import Count, NonNegative, Positive, Probability, Section
 
 INSTRUCTION = (
     "Perceive the degradation, understand the image content, and restore the high-quality image step by step "
@@ -26,12 +23,6 @@ INSTRUCTION = (
     "<final_understand>...</final_understand><final_image>...</final_image>"
 )
 """The released code's prompt (PAPER section 1)."""
-
-
-class Section(BaseModel):
-    """Base of every section: closed (unknown keys are errors) and frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class VLCoTConfig(Section):
@@ -322,62 +313,6 @@ class SFTConfig(Section):
     heldout_every_steps: Count = 200
     heldout_traces: Count = 32
     sample_every_steps: Annotated[int, Field(ge=0)] = 500
-
-
-class CheckpointConfig(Section):
-    """Sharded, resumable checkpoints."""
-
-    every_steps: Count = 10
-    keep_last: Count = 2
-    keep_best: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints kept for their `best_metric`, beside the last ones; a new best one is saved when it is measured."""
-    best_metric: str = "heldout/total/mean"
-    best_is: Literal["highest", "lowest"] = "highest"
-    async_save: bool = False
-    """Files are written behind the next steps; costs a copy of the shards in host memory."""
-    max_failed_in_a_row: Count = 3
-    """So many checkpoints in a row that could not be written (a full disk) end the run; before, it trains on."""
-
-
-class TrackingConfig(Section):
-    """MLflow; events pass through a spool beside the checkpoint first."""
-
-    uri: str | None = None
-    """None: sqlite in the output root."""
-    experiment: str = "realsr_hpc"
-    description: str = ""
-    tags: dict[str, str] = {}
-    rollouts_every_steps: Annotated[int, Field(ge=0)] = 8
-    """How often a few groups are kept whole for people to look at (tools/gallery.py); 0: never."""
-    rollouts_groups: Count = 2
-    """Groups kept each time, training and held-out ones."""
-
-
-class ClusterConfig(Section):
-    """Where a run executes."""
-
-    kind: Literal["local", "slurm"] = "local"
-    nodes: Count = 1
-    tasks_per_node: Count = 1
-    """One task a GPU (or CPU process): world size = nodes x tasks_per_node."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    cpus_per_task: Count = 1
-    gpu_memory_gib: Positive | None = None
-    memory_gib: Positive | None = None
-    time_min: Count = 60
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    container_image: str | None = None
-    extra_sbatch: dict[str, str | int] = {}
-    environment_file: str | None = None
-    array_parallelism: Count = 16
-    signal_delay_s: Count = 120
-    max_requeues: Annotated[int, Field(ge=0)] = 5
-    """Requeues in a row without a new step; a run that gets on is requeued without limit."""
-    hang_limit_s: Count = 1800
-    """Longest time without a step; longer, and the job ends with its stacks in the logs and is requeued."""
 
 
 class RunConfig(Section):

@@ -109,6 +109,7 @@ def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
     if len(configs) != 1:
         raise RecipeError(f"prepare: {run_dir}: holds one run, not a sweep of {len(configs)}")
     refuse_what_cannot_fit(configs)
+    refuse_what_is_missing(configs)
     note = prepare(configs[0], run_dir)
     console.print(f"prepared {run_dir}" + (f" ({note})" if note else ""), markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -43,6 +43,8 @@ def refuse_what_is_missing(configs: list[RunConfig]) -> None:
     """ValueError that names every file the recipes read and this machine lacks: a job would find out hours later."""
     read = {need for config in configs for need in needs_of(config)}
     read |= {Need("data.manifest", resolve(config.data.manifest), "tools/prepare_data.py") for config in configs}
+    frozen = {config.sft.traces for config in configs if config.sft.traces}
+    read |= {Need("sft.traces", resolve(name), "tools/freeze_traces.py") for name in frozen}
     absent = sorted(
         f"{need.purpose}: {need.path} is not there; from: {need.origin}" for need in read if not need.files()
     )

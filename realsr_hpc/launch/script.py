@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from realsr_hpc.config.load import output_root, project_root
-from realsr_hpc.config.schema import ClusterConfig, RunConfig
+from realsr_hpc.config.operation import ClusterConfig
+from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import run_folder
 
 

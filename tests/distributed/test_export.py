@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from realsr_hpc.config.schema import ClusterConfig, ImageTokenizerConfig, ParallelConfig, TextTokenizerConfig
+from realsr_hpc.config.operation import ClusterConfig
+from realsr_hpc.config.schema import ImageTokenizerConfig, ParallelConfig, TextTokenizerConfig
 from tests.distributed.launcher import run_ranks
 from tests.distributed.worlds import tiny_config
 

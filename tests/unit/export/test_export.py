@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ChameleonForConditionalGeneration, LogitsProcessorList
 
 from realsr_hpc.config.load import from_yaml, project_root, to_yaml
-from realsr_hpc.config.schema import ClusterConfig, DataConfig, TrackingConfig
+from realsr_hpc.config.operation import ClusterConfig, TrackingConfig
+from realsr_hpc.config.schema import DataConfig
 from realsr_hpc.export import export_run, import_folder
 from realsr_hpc.export.folder import weight_files, write_weights
 from realsr_hpc.export.hf_config import code_name, special_tokens

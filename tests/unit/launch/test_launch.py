@@ -53,6 +53,8 @@ def test_a_file_that_is_not_there_is_named_before_anything_is_submitted(tmp_path
     assert main(overrides) == 2
     shown = capsys.readouterr().out
     assert "data.manifest: " in shown and "nowhere.parquet is not there" in shown and "model.weights: " in shown
+    assert main(["recipe=sft_tiny", f"prepare={root / 'run'}", "sft.traces=nowhere", "data=bundled"]) == 2
+    assert "sft.traces: " in capsys.readouterr().out
     assert not root.exists()
 
 
