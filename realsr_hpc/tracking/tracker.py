@@ -45,9 +45,8 @@ class Tracker:
                     tracker.log_artifact(path, "launch")
         if tracker._thread is not None:
             try:
-                client(
-                    tracking_uri(config)
-                )  # imports MLflow here: two threads importing at once get in each other's way
+                # imports MLflow here and now: two threads that import at once get in each other's way
+                client(tracking_uri(config))
             except Exception as error:  # tracking never stops training
                 logger.warning("tracking: %s; events are kept in %s", brief(error), run_dir)
             tracker._thread.start()
