@@ -26,6 +26,7 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     workers = config.pluginmanager.hasplugin("xdist")
     for item in items if workers else []:  # a worker takes whole files; the one Slurm of this machine is one worker's

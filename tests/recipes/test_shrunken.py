@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,13 @@ CUT = [
 """Sizes, files, and warm-up, which is longer than two steps."""
 SHORT = {
     "sft": ["sft.num_steps=2", "sft.batch_size=2", "sft.heldout_traces=2", "sft.sample_every_steps=0"],
-    "grpo": ["grpo.num_steps=2", "grpo.prompts_per_step=1", "grpo.heldout_every_steps=0", "rewards=default"],
+    "grpo": [
+        "grpo.num_steps=2",
+        "grpo.prompts_per_step=1",
+        "grpo.heldout_every_steps=0",
+        "rewards=default",
+        "grpo.zero_variance=keep",  # an untrained policy's rollouts are all alike, and an update must be made
+    ],
 }
 LEVELS = {"chameleon_7b": "[1,1,1,1,1]", "chameleon_7b_f8": "[1,1,1,1]"}
 TOKENS = {"chameleon_7b": 96, "chameleon_7b_f8": 272}
@@ -111,6 +118,5 @@ def test_two_steps(recipe: str, model: str, layout: list[str], tokenizers: Any, 
     assert {code for code, _ in results} == {0}
     steps = results[0][1]
     assert sorted(steps)[-2:] == [1, 2]
-    # an untrained policy's rollouts are all alike: GRPO may drop every group, and then makes no update
-    assert all(steps[step].get("optim/grad_norm/step", 0.0) >= 0.0 for step in (1, 2))
-    assert steps[2][LOSS[config.task]] == steps[2][LOSS[config.task]]  # a number
+    for name in ("optim/grad_norm/step", LOSS[config.task]):
+        assert all(math.isfinite(steps[step][name]) for step in (1, 2))
