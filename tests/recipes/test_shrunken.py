@@ -36,7 +36,9 @@ SHORT = {
         "grpo.prompts_per_step=1",
         "grpo.heldout_every_steps=0",
         "rewards=default",
-        "grpo.zero_variance=keep",  # an untrained policy's rollouts are all alike, and an update must be made
+        # an untrained policy's rollouts are all alike, without images where its text is greedy; an update must be made
+        "grpo.zero_variance=keep",
+        "rollout.grammar=constrained",
     ],
 }
 LEVELS = {"chameleon_7b": "[1,1,1,1,1]", "chameleon_7b_f8": "[1,1,1,1]"}
