@@ -40,23 +40,23 @@ Columns = dict[str, np.ndarray]
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 scored, 2 wrong usage."""
+    """Exit code: 0 all scored, 1 some file could not be read, 2 wrong usage."""
     overrides = [argument for argument in arguments if argument.startswith("rewards.")]
     try:
         given = read_arguments([argument for argument in arguments if argument not in overrides], DEFAULTS, __doc__)
         if not given["input"]:
             raise ValueError("input=DIR is needed")
-        files, images = read_folder(Path(str(given["input"])))
-        truths = read_partners(files, given["truth"], "truth")
+        found = find_files(Path(str(given["input"])), given)
+        files, images, truths, lqs = read_readable(found, given)
         if given["rewards"] or given["recipe"]:
-            columns = score_rewards(files, images, truths, given, overrides)
+            columns = score_rewards(files, images, truths, lqs, given, overrides)
         else:
             columns = score_metrics(files, images, truths, given)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     show([file.name for file in files], columns, given["output"])
-    return 0
+    return 0 if len(files) == len(found) else 1
 
 
 def show(names: list[str], columns: Columns, output: str | None) -> None:
@@ -71,26 +71,46 @@ def show(names: list[str], columns: Columns, output: str | None) -> None:
             csv.writer(file).writerows([["image", *columns], *rows])
 
 
-def read_folder(source: Path) -> tuple[list[Path], list[np.ndarray]]:
-    """Files and their pixels. Raises ValueError without any."""
-    from realsr_hpc.restore.pictures import find_images, read_picture
+def find_files(source: Path, given: dict[str, str | None]) -> list[Path]:
+    """The images. Raises ValueError without any, and where truth= or lq= lacks one of their names."""
+    from realsr_hpc.restore.pictures import find_images
 
     files = [file for file in find_images(source, source / ".none") if not file.name.endswith(".steps.jpg")]
     if not files:
         raise ValueError(f"input={source}: no images there")
-    return files, [read_picture(file).rgb for file in files]
+    for field in ("truth", "lq"):
+        folder = given[field]
+        missing = [file.name for file in files if folder is not None and not (Path(folder) / file.name).is_file()]
+        if missing:
+            raise ValueError(f"{field}={folder} has no {', '.join(missing[:3])}; the names must be those of input=")
+    return files
 
 
-def read_partners(files: list[Path], folder: str | None, field: str) -> list[np.ndarray] | None:
-    """The images of the same names in another folder. Raises ValueError where one is missing."""
-    from realsr_hpc.restore.pictures import read_picture
+def read_readable(
+    found: list[Path], given: dict[str, str | None]
+) -> tuple[list[Path], list[np.ndarray], list[np.ndarray] | None, list[np.ndarray] | None]:
+    """Files, their pixels, truths and low-quality images (None: not given); what cannot be read is named and left out.
 
-    if folder is None:
-        return None
-    missing = [file.name for file in files if not (Path(folder) / file.name).is_file()]
-    if missing:
-        raise ValueError(f"{field}={folder} has no {', '.join(missing[:3])}; the names must be those of input=")
-    return [read_picture(Path(folder) / file.name).rgb for file in files]
+    Raises ValueError when nothing is left.
+    """
+    from realsr_hpc.data.decoding import BrokenImage, decode_image
+
+    folders = {name: None if given[name] is None else Path(str(given[name])) for name in ("truth", "lq")}
+    files: list[Path] = []
+    read: dict[str, list[np.ndarray]] = {"input": [], "truth": [], "lq": []}
+    for file in found:
+        paths = {"input": file} | {name: folder / file.name for name, folder in folders.items() if folder is not None}
+        try:
+            pixels = {name: decode_image(path) for name, path in paths.items()}
+        except BrokenImage as error:
+            print(f"left out: {file.name}: cannot be read ({error})", file=sys.stderr)
+            continue
+        files.append(file)
+        for name, values in pixels.items():
+            read[name].append(values)
+    if not files:
+        raise ValueError(f"input={given['input']}: none of its {len(found)} images can be read")
+    return files, read["input"], *(None if folders[name] is None else read[name] for name in ("truth", "lq"))
 
 
 def score_metrics(
@@ -133,6 +153,7 @@ def score_rewards(
     files: list[Path],
     images: list[np.ndarray],
     truths: list[np.ndarray] | None,
+    lqs: list[np.ndarray] | None,
     given: dict[str, str | None],
     overrides: list[str],
 ) -> Columns:
@@ -144,15 +165,14 @@ def score_rewards(
     # Any recipe will do to read a group with: a group replaces all of its rewards.
     chosen = [f"recipe={given['recipe'] or 'grpo_tiny'}"] + [f"rewards={given['rewards']}"] * bool(given["rewards"])
     terms = compose_one([*chosen, *overrides]).rewards.terms
-    lq, scenes = read_partners(files, given["lq"], "lq"), read_scenes(files, given["manifest"])
-    traces = [read_trace(file) for file in files]
-    for name, lacking in lacking_of(terms, traces, lq, truths, scenes).items():
+    scenes, traces = read_scenes(files, given["manifest"]), [read_trace(file) for file in files]
+    for name, lacking in lacking_of(terms, traces, lqs, truths, scenes).items():
         print(f"left out: {name} needs {lacking}", file=sys.stderr)
         terms = {other: term for other, term in terms.items() if other != name}
     candidates = [
         Candidate(trace or no_trace(), image, small, truth, None, scene)
         for trace, image, small, truth, scene in zip(
-            traces, images, lq or images, truths or [None] * len(files), scenes, strict=True
+            traces, images, lqs or images, truths or [None] * len(files), scenes, strict=True
         )
     ]
     columns = {name: build_reward(name, term).score(candidates) for name, term in terms.items()}

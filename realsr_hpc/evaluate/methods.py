@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.evaluate.cases import Case
-from realsr_hpc.evaluate.sets import read_rgb, stems
+from realsr_hpc.evaluate.sets import stems
 from realsr_hpc.records import ParsedTrace, RestoredImage
 
+log = logging.getLogger(__name__)
 Method = Callable[[Sequence[Case]], list[RestoredImage]]
 BICUBIC = "bicubic"
 NO_TRACE = ParsedTrace(None, (None, None, None), (None, None, None), ("no trace: not a model's output",))
@@ -45,8 +48,17 @@ class FinishedImages:
             raise ValueError(f"images={folder}: no images there; name the folder of the method's results")
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
-        """The file of each case; none where it is missing."""
-        return [finished(read_rgb(self.files[case.key]) if case.key in self.files else None) for case in cases]
+        """The file of each case; none where it is missing, or broken, which is said."""
+        return [finished(self._read(case.key)) for case in cases]
+
+    def _read(self, key: str) -> np.ndarray | None:
+        if key not in self.files:
+            return None
+        try:
+            return decode_image(self.files[key])
+        except BrokenImage as error:
+            log.warning("%s counts as not restored: %s", self.files[key], error)
+            return None
 
 
 def finished(image: np.ndarray | None) -> RestoredImage:

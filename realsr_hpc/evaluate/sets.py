@@ -12,9 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
+from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.evaluate.cases import Case
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -57,10 +55,10 @@ class FolderSet(Sequence[Case]):
         """Reads the files. ValueError where one is broken or the two do not fit."""
         key, lq_path, gt_path = self._pairs[place]
         try:
-            lq = read_rgb(lq_path)
-            gt = None if gt_path is None else read_rgb(gt_path)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from None
+            lq = decode_image(lq_path)
+            gt = None if gt_path is None else decode_image(gt_path)
+        except BrokenImage as error:
+            raise ValueError(f"cannot be read ({error})") from None
         if gt is not None and gt.shape[:2] != (lq.shape[0] * self._upscale, lq.shape[1] * self._upscale):
             raise ValueError(f"truth {gt.shape[:2]} is not {self._upscale} x low quality {lq.shape[:2]}")
         return Case(key, lq, gt, index=place)
@@ -97,12 +95,6 @@ def stems(folder: Path) -> dict[str, Path]:
 def plain_name(path: Path) -> str:
     """`Canon_001_LR4.png` and `Canon_001_HR.png` -> `Canon_001`."""
     return _TAGS.sub("", path.stem) or path.stem
-
-
-def read_rgb(path: Path) -> np.ndarray:
-    """uint8 [h, w, 3], rotated as its EXIF says."""
-    with Image.open(path) as picture:
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
 def _paired(folder: Path) -> list[tuple[str, Path, Path | None]]:

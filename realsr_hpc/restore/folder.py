@@ -66,9 +66,11 @@ def restore_folder(
     report = RestoreReport()
     report.skipped = [str(file) for file, target in places.items() if target.exists()]
     missing = {file: target for file, target in places.items() if not target.exists()}
+    expected = {str(file): _expected_tiles(file, settings) for file in missing}
     with _progress(show_progress) as progress:
-        task = progress.add_task("restoring", total=_expected_tiles(list(missing), settings))
+        task = progress.add_task("restoring", total=sum(expected.values()))
         for part in _parts(missing, settings, report):
+            progress.update(task, total=sum(tiles for name, tiles in expected.items() if name not in report.failed))
             pixels = [work.picture.rgb for work in part]
             results = restore_images(restorer, pixels, settings, lambda count: progress.advance(task, count))
             for work, result in zip(part, results, strict=True):
@@ -117,16 +119,13 @@ def _claim(output: Path, settings: RestoreSettings) -> None:
     path.write_text(json.dumps(wanted, indent=1))
 
 
-def _expected_tiles(files: list[Path], settings: RestoreSettings) -> int:
-    """From the files' headers; a broken one counts none."""
-    total = 0
-    for file in files:
-        try:
-            with Image.open(file) as picture:
-                total += count_tiles(picture.height, picture.width, settings)
-        except UNREADABLE:
-            continue
-    return total
+def _expected_tiles(file: Path, settings: RestoreSettings) -> int:
+    """From the file's header; one that cannot be read counts none."""
+    try:
+        with Image.open(file) as picture:
+            return count_tiles(picture.height, picture.width, settings)
+    except UNREADABLE:
+        return 0
 
 
 class _Rate(ProgressColumn):

@@ -108,6 +108,24 @@ def test_score_prints_a_table_and_keeps_it(tmp_path, capsys):
     assert rows[0] == "image,niqe,ranker,psnr_y" and rows[1].startswith("a.png,") and rows[1].endswith(",100.0")
 
 
+def test_broken_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
+    for folder in ("lq", "other"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(data.chelsea()[:128, :128]).save(tmp_path / folder / "cat.png")
+        (tmp_path / folder / "empty.jpg").touch()
+    whole = (tmp_path / "lq/cat.png").read_bytes()
+    (tmp_path / "lq/torn.png").write_bytes(whole)
+    (tmp_path / "other/torn.png").write_bytes(whole[: len(whole) // 2])
+    arguments = [f"input={tmp_path / 'other'}", f"lq={tmp_path / 'lq'}", "rewards=tiny", f"output={tmp_path / 't.csv'}"]
+    assert command("score")(arguments) == 1
+    told = capsys.readouterr().err
+    assert "left out: empty.jpg: cannot be read (broken" in told and "left out: torn.png: cannot be read" in told
+    assert [row.split(",")[0] for row in (tmp_path / "t.csv").read_text().splitlines()] == ["image", "cat.png"]
+    assert command("evaluate")([f"images={tmp_path / 'other'}", f"data={tmp_path}", "set=unpaired", "pyiqa=none"]) == 0
+    printed = capsys.readouterr().out
+    assert "bicubic 2, other 1" in printed and "left out: empty: cannot be read (broken" in printed
+
+
 def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):
     for folder in ("sr", "lq"):
         (tmp_path / folder).mkdir()
