@@ -56,7 +56,7 @@ def main(overrides: list[str]) -> int:
     for command in commands:
         shown = "python " + ("-c '(load it with transformers)'" if command[0] == "-c" else " ".join(command))
         console.rule(shown, align="left")
-        code = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=ROOT).returncode
+        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
         if code:
             console.print(f"that failed with exit code {code}", style="red")
             return code

@@ -108,10 +108,6 @@ def vendor_calls() -> Iterator[None]:
 @cache
 def prepare() -> None:
     """Make Megatron usable here. May be called any number of times; acts once."""
-    # said once at import by Megatron where Apex and Transformer Engine are absent; this is no fault of ours
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine|apex).*")
-    # torch renamed two collectives that Megatron calls at each step: a warning a call would bury the rank's log
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     _write_checkpoints_without_manager()
     if not on_cuda():
         _replace_cuda_functions()

@@ -68,7 +68,7 @@ def in_own_process(function: Callable[..., None], *arguments: object) -> None:
 
 def peak_of(tool: str, *arguments: str) -> int:
     """Bytes of resident memory that a tool reached."""
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools" / f"{tool}.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
