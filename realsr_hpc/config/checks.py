@@ -336,9 +336,10 @@ def warm_up_ends_before_the_run(config: RunConfig) -> Iterator[str]:
     """A warm-up as long as the run never reaches its learning rate."""
     num_steps = {"grpo": config.grpo.num_steps * config.grpo.updates_per_step, "sft": config.sft.num_steps}
     if config.optim.warmup_steps >= num_steps.get(config.task, 10**9):
-        yield f"optim.warmup_steps: {config.optim.warmup_steps}: not below the run's {num_steps[config.task]} steps"
+        steps = num_steps[config.task]
+        yield f"optim.warmup_steps: {config.optim.warmup_steps}: not below the run's {steps} steps; lower it, 0 is none"
     if config.optim.min_lr > config.optim.lr:
-        yield f"optim.min_lr: {config.optim.min_lr}: above optim.lr {config.optim.lr}"
+        yield f"optim.min_lr: {config.optim.min_lr}: above optim.lr {config.optim.lr}; lower it"
 
 
 def the_best_checkpoint_is_measured(config: RunConfig) -> Iterator[str]:
