@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from realsr_hpc.config.schema import ModelConfig, ParallelConfig
@@ -98,11 +99,20 @@ def _check_heads(model: ModelConfig) -> None:
         )
 
 
-def sequence_multiple(parallel: ParallelConfig) -> int:
-    """A microbatch's length is a multiple of this (sequence parallelism cuts it over tp)."""
-    return parallel.tp if parallel.sequence_parallel else 1
+def row_multiple(parallel: ParallelConfig) -> int:
+    """A row's tokens are a multiple of this: FP8 products need 16 a rank, sequence parallelism cuts rows over tp."""
+    return 16 * (parallel.tp if parallel.sequence_parallel else 1)
 
 
 def microbatch_multiple(parallel: ParallelConfig) -> int:
     """The number of microbatches of a step is a multiple of this (interleaved 1F1B goes round the stages)."""
     return parallel.pp if parallel.virtual_pp > 1 else 1
+
+
+def even_parts(count: int, most: int, multiple: int = 1) -> tuple[int, int]:
+    """(number of parts, size of each) that hold `count` >= 0 with as little padding as parts of at most `most` allow.
+
+    All parts are of one size; their number is at least one and a multiple of `multiple`.
+    """
+    parts = math.ceil(max(1, math.ceil(count / most)) / multiple) * multiple
+    return parts, max(1, math.ceil(count / parts))

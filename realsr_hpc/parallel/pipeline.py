@@ -112,7 +112,7 @@ def _check(model: Pipelined, microbatches: list[Microbatch]) -> None:
     if model.chunks[0].config.sequence_parallel and length % model.groups.tp_size:
         raise ValueError(
             f"length {length} is not divisible by tp = {model.groups.tp_size} under sequence parallelism: "
-            "pad to layout.sequence_multiple"
+            "pad to layout.row_multiple"
         )
     if len(model.chunks) > 1 and len(microbatches) % model.groups.pp_size:
         raise ValueError(

@@ -12,6 +12,7 @@ from realsr_hpc.plan.sizes import (
     has_reference,
     loss_tokens_of_a_row,
     microbatch_shape,
+    scored_at_once,
     truncated,
     vocabulary_size,
     width,
@@ -48,7 +49,7 @@ def last_stage(config: RunConfig) -> dict[str, float]:
 def scoring(config: RunConfig) -> dict[str, float]:
     """What log-probabilities without gradient need: one layer of several microbatches, or their logits."""
     shape = microbatch_shape(config)
-    tokens = shape.tokens * config.parallel.scoring_microbatches
+    tokens = shape.tokens * scored_at_once(config)
     hidden, ffn, parts = config.model.hidden_size, config.model.ffn_hidden_size, config.parallel.tp
     # the layer's input, residuals and norm; gate and up, silu(gate), up once more, their product
     layer = tokens * width(config) * (4 * hidden / _shared(config) + 5 * ffn / parts)
@@ -63,7 +64,7 @@ def gather_buffer(config: RunConfig) -> float:
     if not config.parallel.sequence_parallel:
         return 0.0
     scores = has_reference(config) or (config.task == "grpo" and config.grpo.updates_per_step > 1)
-    tokens = microbatch_shape(config).tokens * (config.parallel.scoring_microbatches if scores else 1)
+    tokens = microbatch_shape(config).tokens * (scored_at_once(config) if scores else 1)
     return tokens * config.model.hidden_size * width(config)
 
 
@@ -72,7 +73,7 @@ def logit_bytes(config: RunConfig, *, gradient: bool) -> float:
     shape, hidden = microbatch_shape(config), config.model.hidden_size
     shard = vocabulary_size(config) / config.parallel.tp
     streams = 2 if guided(config) else 1
-    at_once = 1 if gradient else config.parallel.scoring_microbatches
+    at_once = 1 if gradient else scored_at_once(config)
     scored = shape.rows // streams * loss_tokens_of_a_row(config) * at_once
     first = min(LOGIT_CHUNK_TOKENS, scored)
     second = min(LOGIT_CHUNK_TOKENS, scored - first)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from realsr_hpc.config.checks import VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens, world_size
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.parallel.layout import even_parts, microbatch_multiple, row_multiple
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
 TEXT_TOKENS_OF_TAGS = 130
 """Tags and degradation phrase of a trace, in tokens of the 7B vocabulary, roughly."""
-ROW_MULTIPLE = 16
-"""Rows of a microbatch are padded to this; see train/batches.py."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +99,21 @@ def microbatch_shape(config: RunConfig) -> MicrobatchShape:
     longest, budget = sum(sequence_tokens(config)), config.parallel.microbatch_tokens
     streams = 2 if guided(config) else 1
     packed = config.task == "sft" and config.sft.packing
-    row_tokens = -(-(max(longest, budget) if packed else longest) // ROW_MULTIPLE) * ROW_MULTIPLE
+    multiple = row_multiple(config.parallel)
+    row_tokens = math.ceil((max(longest, budget) if packed else longest) / multiple) * multiple
     updates = config.grpo.updates_per_step if config.task == "grpo" else 1
     rows = math.ceil(sequences_of_a_rank(config) / updates)
     if packed:
         rows = math.ceil(rows / (row_tokens // longest))
-    together = max(1, min(budget // (row_tokens * streams), rows))
-    return MicrobatchShape(together * streams, row_tokens, math.ceil(rows / together))
+    most = max(1, budget // (row_tokens * streams))
+    count, together = even_parts(rows, most, microbatch_multiple(config.parallel))
+    return MicrobatchShape(together * streams, row_tokens, count)
+
+
+def scored_at_once(config: RunConfig) -> int:
+    """Microbatches of one pass without gradient."""
+    count, multiple = microbatch_shape(config).count, microbatch_multiple(config.parallel)
+    return even_parts(count, config.parallel.scoring_microbatches, multiple)[1]
 
 
 def loss_tokens_of_a_row(config: RunConfig) -> int:

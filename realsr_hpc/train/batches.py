@@ -13,13 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from realsr_hpc.parallel.layout import even_parts
 from realsr_hpc.parallel.pipeline import Microbatch
 from realsr_hpc.records import TrainingSequence
 
 SCORED = ("positions", "targets", "mask_ids", "temperature", "support", "cfg_scale")
 """Extras that log-probabilities depend on."""
-ROW_MULTIPLE = 16
-"""Row lengths are rounded up to this: divisible by TP for sequence parallelism and by what FP8 products need."""
 
 
 def collate(
@@ -30,7 +29,7 @@ def collate(
     pad: int,
     device: torch.device,
     multiple: int = 1,
-    row_multiple: int = ROW_MULTIPLE,
+    row_multiple: int = 16,
 ) -> list[Microbatch]:
     """Microbatches of one shape [rows, row_tokens] for all sequences; at least one, empty ones at the end.
 
@@ -40,16 +39,16 @@ def collate(
         packing: fill rows with several sequences instead of padding.
         pad: token id of padding.
         device: where the tensors go.
-        multiple: the number of microbatches is rounded up to this (interleaved pipeline schedules need it).
-        row_multiple: row lengths are rounded up to this.
+        multiple: the number of microbatches is a multiple of this (interleaved pipeline schedules need it).
+        row_multiple: row lengths are rounded up to this (`parallel.layout.row_multiple`).
     """
     longest = max((len(sequence.tokens) for sequence in sequences), default=1)
     target = max(longest, microbatch_tokens) if packing else longest
     row_tokens = -(-target // row_multiple) * row_multiple
     streams = 2 if any(sequence.blocks is not None for sequence in sequences) else 1
     layout = _pack(sequences, row_tokens) if packing else [[number] for number in range(len(sequences))]
-    rows = max(1, min(microbatch_tokens // (row_tokens * streams), len(layout)))
-    num_microbatches = -(-max(1, -(-len(layout) // rows)) // multiple) * multiple
+    most = max(1, microbatch_tokens // (row_tokens * streams))
+    num_microbatches, rows = even_parts(len(layout), most, multiple)
     members = [[sequences[number] for number in row] for row in layout]
     parts = [members[start * rows : (start + 1) * rows] for start in range(num_microbatches)]
     return [_microbatch(part, (rows, row_tokens), streams, pad, device, packing) for part in parts]

@@ -20,6 +20,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.grpo.loss import GlobalCounts, mismatch, policy_loss
 from realsr_hpc.model.policy import Policy, build_policy
+from realsr_hpc.parallel.layout import microbatch_multiple
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
 from realsr_hpc.parallel.reduce import reduce_floats
 from realsr_hpc.records import GRPOBatch, StepReport
@@ -91,8 +92,7 @@ def score_before_updates(
     if reference is not None:
         reference.offload(to_host=False)
         parallel = run.config.parallel
-        multiple = parallel.pp if parallel.virtual_pp > 1 else 1
-        at_once = parallel.scoring_microbatches
+        multiple, at_once = microbatch_multiple(parallel), parallel.scoring_microbatches
         add_logprobs(reference, microbatches, masks, "reference_logprobs", at_once=at_once, multiple=multiple)
         if parallel.reference_offload:
             reference.offload(to_host=True)

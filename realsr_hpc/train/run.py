@@ -14,13 +14,14 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.parallel.layout import microbatch_multiple, row_multiple
 from realsr_hpc.parallel.pipeline import Microbatch, Outputs
 from realsr_hpc.parallel.reduce import broadcast_from_last_stage, gather_objects, reduce_float, reduce_floats
 from realsr_hpc.records import StepReport, TrainingSequence
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tracking.system import SystemUse
 from realsr_hpc.tracking.tracker import Tracker
-from realsr_hpc.train.batches import ROW_MULTIPLE, collate
+from realsr_hpc.train.batches import collate
 from realsr_hpc.train.parity import ParityGate
 from realsr_hpc.train.skipped import SkippedUpdates
 
@@ -77,9 +78,8 @@ class TrainingRun:
             packing=packing,
             pad=self.vocabulary.pad,
             device=self.groups.device,
-            multiple=parallel.pp if parallel.virtual_pp > 1 else 1,
-            # FP8 products need such a multiple on every rank, and sequence parallelism cuts a row over tp
-            row_multiple=ROW_MULTIPLE * (parallel.tp if parallel.sequence_parallel else 1),
+            multiple=microbatch_multiple(parallel),
+            row_multiple=row_multiple(parallel),
         )
 
     def count(self, local: int) -> int:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from realsr_hpc.behaviour.logprobs import TokenScores, behaviour_scores
 from realsr_hpc.model.policy import Policy
+from realsr_hpc.parallel.layout import even_parts
 from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
 from realsr_hpc.rollout.sampler import MaskTable
 from realsr_hpc.train.batches import joined_microbatch
@@ -52,14 +53,13 @@ def add_logprobs(
         microbatches: of one shape.
         masks: the sampler's.
         name: of the new column.
-        at_once: microbatches in one pass.
-        multiple: the number of passes is rounded up to this (interleaved pipeline schedules need it).
+        at_once: most microbatches in one pass.
+        multiple: the number of passes is a multiple of this (interleaved pipeline schedules need it).
     """
-    passes = -(-len(microbatches) // at_once)
-    room = -(-passes // multiple) * multiple * at_once
+    passes, together = even_parts(len(microbatches), at_once, multiple)
     blank = Microbatch(microbatches[0].tokens, microbatches[0].segment_ids)
-    filled = [*microbatches, *[blank] * (room - len(microbatches))]
-    parts = [filled[start : start + at_once] for start in range(0, room, at_once)]
+    filled = [*microbatches, *[blank] * (passes * together - len(microbatches))]
+    parts = [filled[start : start + together] for start in range(0, len(filled), together)]
     joined = [joined_microbatch(part) for part in parts]
 
     def keep(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:

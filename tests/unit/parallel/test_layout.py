@@ -59,7 +59,22 @@ def test_vocabulary_is_padded_to_the_next_multiple(vocab: int, tp: int, padded: 
 
 
 def test_multiples_of_lengths_and_microbatches() -> None:
-    assert layout.sequence_multiple(ParallelConfig(tp=4)) == 1
-    assert layout.sequence_multiple(ParallelConfig(tp=4, sequence_parallel=True)) == 4
+    assert layout.row_multiple(ParallelConfig(tp=4)) == 16
+    assert layout.row_multiple(ParallelConfig(tp=4, sequence_parallel=True)) == 64
     assert layout.microbatch_multiple(ParallelConfig(pp=4)) == 1
     assert layout.microbatch_multiple(ParallelConfig(pp=4, virtual_pp=2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "multiple", "expected"),
+    [
+        (16, 7, 1, (3, 6)),
+        (16, 5, 1, (4, 4)),
+        (5, 4, 1, (2, 3)),
+        (3, 4, 1, (1, 3)),
+        (0, 4, 2, (2, 1)),
+        (9, 2, 4, (8, 2)),
+    ],
+)
+def test_parts_are_even(count: int, most: int, multiple: int, expected: tuple[int, int]) -> None:
+    assert layout.even_parts(count, most, multiple) == expected
