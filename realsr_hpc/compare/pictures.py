@@ -24,7 +24,7 @@ def plot_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> 
     figure = Figure(figsize=(5.2 * columns + 1.5, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     drawn = 0
-    for panel, metric in zip(panels, metrics, strict=False):
+    for metric, panel in zip(metrics, panels, strict=False):  # in this order none is taken for no metric
         for number, group in enumerate(groups):
             steps, mean, low, high = group.curve(metric)
             if len(steps):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from realsr_hpc.config.schema import (
     RunConfig,
     VLCoTConfig,
 )
+from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise, shutdown
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
@@ -124,6 +126,24 @@ def test_broken_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
     assert command("evaluate")([f"images={tmp_path / 'other'}", f"data={tmp_path}", "set=unpaired", "pyiqa=none"]) == 0
     printed = capsys.readouterr().out
     assert "bicubic 2, other 1" in printed and "left out: empty: cannot be read (broken" in printed
+
+
+def test_degraded_photographs_are_the_recipes_and_a_test_set(tmp_path, capsys):
+    arguments = ["recipe=grpo_tiny", f"output={tmp_path / 'set'}", "images=2", "data.num_threads=1"]
+    assert command("degrade")(arguments) == 0
+    loader = LQLoader(compose_one(arguments[:1]), "heldout", 2, shuffle=False)
+    batch = loader.next()
+    loader.close()
+    rows = (tmp_path / "set/labels.csv").read_text().splitlines()
+    for number, row in enumerate(rows[1:]):
+        name, *words = row.split(",")
+        assert words == list(astuple(batch.labels[number]))
+        for folder, pixels in (("lq", batch.lq), ("gt", batch.gt)):
+            with Image.open(tmp_path / "set" / folder / f"{name}.png") as image:
+                np.testing.assert_array_equal(np.asarray(image), pixels[number].permute(1, 2, 0))
+    assert command("evaluate")([f"images={tmp_path / 'set/gt'}", f"data={tmp_path / 'set'}", "set=paired"]) == 0
+    assert "bicubic 2, gt 2" in capsys.readouterr().out
+    assert command("degrade")(arguments) == 2 and "not empty" in capsys.readouterr().err
 
 
 def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):

@@ -1,0 +1,80 @@
+"""Degrade photographs as training does, to look at or to test on: python tools/degrade.py recipe=NAME output=DIR
+
+images=64          how many; more than there are photographs visits them again, with another window and degradation
+split=heldout      of the recipe's manifest (data.manifest=FILE: another one)
+
+Anything else is an override of the recipe. Writes lq/NAME.png and gt/NAME.png, which tools/evaluate.py set=paired
+data=DIR reads, labels.csv with each image's true words, and grid.png. The same recipe and seed give the same images.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
+from realsr_hpc.config.schema import RunConfig  # noqa: E402
+
+DEFAULTS = {"output": None, "images": "64", "split": "heldout"}
+SHOWN, BATCH = 16, 16
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 written, 2 wrong usage."""
+    own = [argument for argument in arguments if argument.partition("=")[0] in DEFAULTS]
+    try:
+        given = read_arguments(own, DEFAULTS, __doc__)
+        if not given["output"]:
+            raise ValueError("output=DIR is needed")
+        output, count = Path(str(given["output"])), read_count(given, "images", 1)
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"output={output}: not empty; name a new folder")
+        from realsr_hpc.config.load import compose_one
+
+        config = compose_one([argument for argument in arguments if argument not in own])
+        skipped = degrade(config, output, count, str(given["split"]))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for key, reason in skipped.items():
+        print(f"left out: {key}: {reason}", file=sys.stderr)
+    print(f"{output}: {count} pairs, labels.csv, grid.png")
+    return 0
+
+
+def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str, str]:
+    """Write the folder; the photographs that could not be used, and why."""
+    from PIL import Image
+    from rich.progress import track
+
+    from realsr_hpc.data.loader import LQLoader
+    from realsr_hpc.evaluate.cases import cases_of
+    from realsr_hpc.evaluate.words import SLOTS
+    from realsr_hpc.tracking.pictures import image_grid
+
+    loader = LQLoader(config, split, min(BATCH, count), shuffle=False)
+    cases = []
+    for _ in track(range(-(-count // min(BATCH, count))), "degrading"):
+        cases += cases_of(loader.next())
+    loader.close()
+    for folder in ("lq", "gt"):
+        (output / folder).mkdir(parents=True)
+    named = [(f"{case.index:05d}_{Path(case.key).stem}", case) for case in cases[:count]]
+    with (output / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", *SLOTS])
+        for name, case in named:
+            Image.fromarray(case.lq).save(output / "lq" / f"{name}.png")
+            if case.gt is not None:
+                Image.fromarray(case.gt).save(output / "gt" / f"{name}.png")
+            table.writerow([name, *([] if case.label is None else astuple(case.label))])
+    image_grid([[case.lq, case.gt] for _, case in named[:SHOWN]], ["low quality", "truth"]).save(output / "grid.png")
+    return loader.skipped
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
