@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def _submit_local(item: Submission, num_runs: int) -> None:
             job = executor.submit(node_job, item.run_dir)
         else:
             slots = output_root(item.config) / "slots"
-            job = executor.submit(node_job_in_turn, item.run_dir, slots, cluster.array_parallelism)
+            job = executor.submit(node_job_in_turn, item.run_dir, slots, cluster.array_parallelism, time.time_ns())
     write_job(item.run_dir, Job("local", job.job_id, os.uname().nodename, str(job.paths.stdout)))
 
 

@@ -1,39 +1,65 @@
-"""Local runs of one sweep in turn: at most `cluster.array_parallelism` at once, as Slurm does with an array."""
+"""Local runs of sweeps in turn, first come first served: at most `cluster.array_parallelism` at once, as Slurm does.
+
+Whoever waits or runs holds a lock on a file, which the system frees when its process dies: nothing is left to clean up.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from realsr_hpc.launch.job import node_job
 
 POLL_S = 0.5
 
 
-def node_job_in_turn(run_dir: Path, folder: Path, num_slots: int) -> int:
-    """`node_job` once one of the slots in `folder` is free."""
-    with turn(folder, num_slots):
+def node_job_in_turn(run_dir: Path, folder: Path, num_slots: int, place: int) -> int:
+    """`node_job` once it is this run's turn in `folder`; see `turn`."""
+    with turn(folder, num_slots, place):
         return node_job(run_dir)
 
 
 @contextmanager
-def turn(folder: Path, num_slots: int) -> Iterator[int]:
-    """Hold one of `num_slots` locks in `folder`, waiting for it; the system frees that of a process that dies."""
+def turn(folder: Path, num_slots: int, place: int) -> Iterator[int]:
+    """Hold one of `num_slots` slots in `folder`, waiting for it; of those that wait the lowest `place` goes first."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [(folder / f"slot-{number}").open("a") for number in range(num_slots)]
-    try:
-        while (held := next((number for number, file in enumerate(files) if _try(file)), None)) is None:
-            time.sleep(POLL_S)
+    ticket = folder / f"waiting-{place:020d}"
+    with ExitStack() as stack:
+        slots = [stack.enter_context((folder / f"slot-{number}").open("a")) for number in range(num_slots)]
+        with ticket.with_name(f"new-{ticket.name}").open("a") as waiting:
+            _try(waiting)
+            os.rename(waiting.name, ticket)  # seen by others only once it is held
+            while (held := _free(slots) if _is_first(ticket) else None) is None:
+                time.sleep(POLL_S)
+            ticket.unlink(missing_ok=True)
         yield held
-    finally:
-        for file in files:
-            file.close()
 
 
-def _try(file) -> bool:
+def _free(slots: Sequence[IO[str]]) -> int | None:
+    return next((number for number, file in enumerate(slots) if _try(file)), None)
+
+
+def _is_first(ticket: Path) -> bool:
+    """No earlier ticket is held by a living process."""
+    for other in sorted(ticket.parent.glob("waiting-*")):
+        if other >= ticket:
+            return True
+        try:
+            with other.open("a") as file:
+                if not _try(file):
+                    return False
+        except FileNotFoundError:
+            continue
+        other.unlink(missing_ok=True)
+    return True
+
+
+def _try(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
