@@ -20,7 +20,7 @@ from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
 from realsr_hpc.config.schema import RunConfig  # noqa: E402
 
 DEFAULTS = {"output": None, "images": "64", "split": "heldout"}
-SHOWN, BATCH = 16, 16
+SHOWN, SHOWN_A_ROW, BATCH = 32, 4, 16
 
 
 def main(arguments: list[str]) -> int:
@@ -72,7 +72,9 @@ def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str
             if case.gt is not None:
                 Image.fromarray(case.gt).save(output / "gt" / f"{name}.png")
             table.writerow([name, *([] if case.label is None else astuple(case.label))])
-    image_grid([[case.lq, case.gt] for _, case in named[:SHOWN]], ["low quality", "truth"]).save(output / "grid.png")
+    shown = [image for _, case in named[:SHOWN] for image in (case.lq, case.gt)]
+    rows = [shown[start : start + 2 * SHOWN_A_ROW] for start in range(0, len(shown), 2 * SHOWN_A_ROW)]
+    image_grid(rows, ["low quality", "truth"] * min(SHOWN_A_ROW, len(named))).save(output / "grid.png")
     return loader.skipped
 
 
