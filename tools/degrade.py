@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
+from realsr_hpc.config.arguments import read_count, read_with_overrides  # noqa: E402
 from realsr_hpc.config.schema import RunConfig  # noqa: E402
 
 DEFAULTS = {"output": None, "images": "64", "split": "heldout"}
@@ -25,9 +25,8 @@ SHOWN, SHOWN_A_ROW, BATCH = 32, 4, 16
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage."""
-    own = [argument for argument in arguments if argument.partition("=")[0] in DEFAULTS]
     try:
-        given = read_arguments(own, DEFAULTS, __doc__)
+        given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
         if not given["output"]:
             raise ValueError("output=DIR is needed")
         output, count = Path(str(given["output"])), read_count(given, "images", 1)
@@ -35,7 +34,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"output={output}: not empty; name a new folder")
         from realsr_hpc.config.load import compose_one
 
-        config = compose_one([argument for argument in arguments if argument not in own])
+        config = compose_one(overrides)
         skipped = degrade(config, output, count, str(given["split"]))
     except ValueError as error:
         print(error, file=sys.stderr)

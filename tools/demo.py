@@ -18,7 +18,8 @@ from rich.console import Console  # noqa: E402
 from rich.markdown import Markdown  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from realsr_hpc.config.load import RecipeError, compose  # noqa: E402
+from realsr_hpc.config.arguments import read_with_overrides  # noqa: E402
+from realsr_hpc.config.load import compose  # noqa: E402
 from realsr_hpc.config.schema import RunConfig  # noqa: E402
 from realsr_hpc.launch.rundir import run_folder  # noqa: E402
 from realsr_hpc.tracking.pictures import curves  # noqa: E402
@@ -33,12 +34,13 @@ LOAD_EXPORT = (
 )
 
 
-def main(overrides: list[str]) -> int:
-    """Exit code of the first command that failed, else 0."""
+def main(arguments: list[str]) -> int:
+    """Exit code of the first command that failed, else 0; 2 for wrong usage."""
     console = Console()
     try:
+        _, overrides = read_with_overrides(arguments, {}, __doc__)
         config = compose(["recipe=grpo_tiny", *overrides])
-    except RecipeError as error:
+    except ValueError as error:
         console.print(str(error), style="red", markup=False)
         return 2
     assert isinstance(config, RunConfig)

@@ -16,16 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
+from realsr_hpc.config.arguments import read_count, read_with_overrides  # noqa: E402
 
 DEFAULTS = {"output": None, "samples": None, "per_file": "1024", "shard": "1/1", "device": "cpu"}
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage."""
-    own = [argument for argument in arguments if argument.partition("=")[0] in DEFAULTS]
     try:
-        given = read_arguments(own, DEFAULTS, __doc__)
+        given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
         if not given["output"]:
             raise ValueError("output=DIR is needed")
         samples, per_file = read_count(given, "samples", 1), read_count(given, "per_file", 1)
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"shard={given['shard']}: give k/n with k from 1 to n")
         from realsr_hpc.config.load import compose_one
 
-        config = compose_one([argument for argument in arguments if argument not in own])
+        config = compose_one(overrides)
         import torch
 
         from realsr_hpc.data.traces import freeze_traces

@@ -10,17 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from realsr_hpc.config.arguments import read_arguments  # noqa: E402
+from realsr_hpc.config.arguments import read_with_overrides  # noqa: E402
 
 DEFAULTS = {"source": None, "output": None}
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage or a folder that does not fit."""
-    own = [item for item in arguments if item.partition("=")[0] in DEFAULTS]
-    overrides = [item for item in arguments if item not in own]
     try:
-        given = read_arguments(own, DEFAULTS, __doc__)
+        given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
         if not given["source"] or not given["output"]:
             raise ValueError("source=DIR and output=RUN_DIR are needed, and recipe=NAME for weights of others")
         written = _import(Path(given["source"]), Path(given["output"]), overrides)

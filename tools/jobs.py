@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from realsr_hpc.config.arguments import read_arguments  # noqa: E402
+from realsr_hpc.config.arguments import read_with_overrides  # noqa: E402
 from realsr_hpc.launch.follow import follow  # noqa: E402
 from realsr_hpc.launch.manage import cancel, reconcile, resume, rows  # noqa: E402
 from realsr_hpc.launch.report import print_submissions  # noqa: E402
@@ -26,8 +26,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 0; 2 for a wrong option or an unknown run; with follow the job's."""
     console = Console() if sys.stdout.isatty() else Console(width=200)
     try:
-        overrides = [item for item in arguments if "." in item.partition("=")[0]]
-        options = read_arguments([item for item in arguments if item not in overrides], OPTIONS, __doc__)
+        options, overrides = read_with_overrides(arguments, OPTIONS, __doc__, sections_only=True)
         if overrides and not options["resume"]:
             raise ValueError(f"{overrides[0]}: an override goes with resume=RUN")
         root = Path(options["root"]).resolve()

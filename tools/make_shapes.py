@@ -17,6 +17,7 @@ from rich.progress import track
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from realsr_hpc.config.arguments import read_arguments  # noqa: E402
 from realsr_hpc.data.manifest import ManifestEntry, read_manifest, sha256_of, write_manifest  # noqa: E402
 from realsr_hpc.data.shapes import dead_leaves, describe  # noqa: E402
 
@@ -56,4 +57,5 @@ def _shapes(folder: Path, number: int) -> ManifestEntry:
 
 
 if __name__ == "__main__":
+    read_arguments(sys.argv[1:], {}, __doc__)
     sys.exit(main())

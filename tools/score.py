@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-from realsr_hpc.config.arguments import read_arguments  # noqa: E402
+from realsr_hpc.config.arguments import read_with_overrides  # noqa: E402
 
 DEFAULTS = {
     "input": None,
@@ -41,9 +41,8 @@ Columns = dict[str, np.ndarray]
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 all scored, 1 some file could not be read, 2 wrong usage."""
-    overrides = [argument for argument in arguments if argument.startswith("rewards.")]
     try:
-        given = read_arguments([argument for argument in arguments if argument not in overrides], DEFAULTS, __doc__)
+        given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__, sections_only=True)
         if not given["input"]:
             raise ValueError("input=DIR is needed")
         found = find_files(Path(str(given["input"])), given)

@@ -22,32 +22,32 @@ sys.path.insert(0, str(ROOT))
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from realsr_hpc.config.arguments import read_with_overrides  # noqa: E402
 from realsr_hpc.config.weights import SUMS, Need, State, needs_of, read_sums, sha256_of, state  # noqa: E402
 
-ACTIONS = ("collect", "pack", "check")
+ACTIONS = {"collect": "", "pack": "", "check": ""}
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 all there, 1 something missing or different, 2 wrong usage."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-    actions = dict(word.split("=", 1) for word in arguments if word.split("=")[0] in ACTIONS and "=" in word)
-    overrides = [word for word in arguments if word.split("=")[0] not in ACTIONS]
     try:
+        actions, overrides = read_with_overrides(arguments, ACTIONS, __doc__)
         if not any(word.startswith("recipe=") for word in overrides):
             raise ValueError("recipe=NAME is needed")
         from realsr_hpc.config.load import compose_one
 
         needs = needs_of(compose_one(overrides))
-        if "collect" in actions:
+        if actions["collect"]:
             collect(needs, Path(actions["collect"]), console)
         states = {need: state(need) for need in needs}
         show(states, console)
         faults = [f"{need.path}: {found}" for need, found in states.items() if found != "there"]
-        if "check" in actions:
+        if actions["check"]:
             faults += differing(Path(actions["check"]))
         for fault in faults:
             console.print(fault, style="red", markup=False)
-        if "pack" in actions and not faults:
+        if actions["pack"] and not faults:
             count = pack(needs, Path(actions["pack"]))
             console.print(f"{actions['pack']}: {count} files; unpack it in the project's folder there", markup=False)
     except ValueError as error:

@@ -23,7 +23,7 @@ def read_arguments(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not value:
-            raise ValueError(f"argument {argument!r} is not key=value; valid keys: {', '.join(valid)}")
+            raise ValueError(f"argument {argument!r} is not key=value; valid keys: {', '.join(valid) or 'none'}")
         if key not in valid:
             close = difflib.get_close_matches(key, list(valid), n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
@@ -32,6 +32,21 @@ def read_arguments(
             raise ValueError(f"key {key!r} is given twice: {given[key]!r} and {value!r}; keep one")
         given[key] = value
     return {**valid, **given}
+
+
+def read_with_overrides(
+    arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None, *, sections_only: bool = False
+) -> tuple[dict[str, Default | str], list[str]]:
+    """As `read_arguments`, and the overrides of a recipe among the arguments.
+
+    sections_only: overrides are keys with a dot (`grpo.group_size=4`); else every key that is none of `valid`.
+    """
+    overrides = []
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if equals and key not in valid and ("." in key or not sections_only):
+            overrides.append(argument)
+    return read_arguments([argument for argument in arguments if argument not in overrides], valid, usage), overrides
 
 
 def read_count(arguments: Mapping[str, str | None], key: str, minimum: int = 0) -> int:

@@ -1,6 +1,6 @@
 import pytest
 
-from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.config.arguments import read_arguments, read_count, read_with_overrides
 
 VALID = {"input": None, "output": None, "overlap": "8"}
 
@@ -27,6 +27,16 @@ def test_help_is_printed_whatever_else_is_given(capsys):
     with pytest.raises(SystemExit) as end:
         read_arguments(["nonsense", "--help"], VALID, "how to")
     assert end.value.code == 0 and capsys.readouterr().out == "how to\n"
+
+
+def test_what_is_no_key_overrides_the_recipe():
+    given = ["recipe=a", "input=x", "seed=1", "grpo.num_steps=2"]
+    values, overrides = read_with_overrides(given, VALID, "how to")
+    assert values["input"] == "x" and overrides == ["recipe=a", "seed=1", "grpo.num_steps=2"]
+    with pytest.raises(ValueError, match="unknown key 'recipe'"):
+        read_with_overrides(given, VALID, "how to", sections_only=True)
+    with pytest.raises(SystemExit):
+        read_with_overrides(["--help", *given], VALID, "how to")
 
 
 def test_counts():
