@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from realsr_hpc.config.checks import faults, world_size
+from realsr_hpc.config.checks import faults
+from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.estimate import Plan, plan
 

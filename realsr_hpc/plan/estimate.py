@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from realsr_hpc.config.checks import world_size
+from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.memory import Memory, memory
 from realsr_hpc.plan.seconds import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from realsr_hpc.config.checks import world_size
+from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.memory import kv_cache_bytes
 from realsr_hpc.plan.sizes import (

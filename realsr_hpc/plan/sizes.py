@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from realsr_hpc.config.checks import VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens, world_size
+from realsr_hpc.config.derived import VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens, world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.parallel.layout import even_parts, microbatch_multiple, row_multiple
 from realsr_hpc.vlcot.vocabulary import build_vocabulary

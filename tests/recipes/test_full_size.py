@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from realsr_hpc.config.checks import VOCABULARY_SIZES, world_size
+from realsr_hpc.config.derived import VOCABULARY_SIZES, world_size
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.model.policy import build_policy

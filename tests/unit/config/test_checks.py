@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from realsr_hpc.config.checks import RULES, faults, image_tokens
+from realsr_hpc.config.checks import RULES, faults
+from realsr_hpc.config.derived import image_tokens
 from realsr_hpc.config.load import RecipeError, compose
 
 BASE = ["recipe=grpo_tiny", "cluster.tasks_per_node=1"]

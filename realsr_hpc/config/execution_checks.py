@@ -1,0 +1,159 @@
+"""Rules of where and how a recipe executes: parallel layout, numbers' formats, machines, checkpoints, tracking.
+
+Written as those of checks.py, which collects them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from realsr_hpc.config.derived import VOCABULARY_SIZES, fp8_widths, world_size
+from realsr_hpc.config.schema import RunConfig
+
+Rule = Callable[[RunConfig], Iterator[str]]
+
+FP8_MULTIPLE = 16
+
+
+def layers_divide_over_pipeline_stages(config: RunConfig) -> Iterator[str]:
+    """Every stage and every virtual chunk holds as many layers."""
+    parallel, layers = config.parallel, config.model.num_layers
+    chunks = parallel.pp * parallel.virtual_pp
+    if layers % chunks:
+        yield f"parallel.pp: {parallel.pp} x virtual_pp {parallel.virtual_pp}: must divide model.num_layers {layers}"
+    if parallel.virtual_pp > 1 and parallel.pp == 1:
+        yield f"parallel.virtual_pp: {parallel.virtual_pp}: needs parallel.pp >= 2; set it to 1"
+
+
+def tensor_parallel_divides_the_model(config: RunConfig) -> Iterator[str]:
+    """Heads, key/value heads, feed-forward and vocabulary are cut over the tensor-parallel ranks."""
+    tp, model = config.parallel.tp, config.model
+    parts = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.num_kv_heads or model.num_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "model.hidden_size": model.hidden_size,
+    }
+    for field, value in parts.items():
+        if value % tp:
+            yield f"{field}: {value}: must divide by parallel.tp {tp}"
+    vocabulary = VOCABULARY_SIZES.get(config.vlcot.vocabulary)
+    if vocabulary and vocabulary % (128 * tp):
+        yield f"parallel.tp: {tp}: the vocabulary {vocabulary} must divide by 128 x tp"
+
+
+def sequence_parallel_needs_tensor_parallel(config: RunConfig) -> Iterator[str]:
+    """It shards what tensor parallelism leaves whole."""
+    if config.parallel.sequence_parallel and config.parallel.tp == 1:
+        yield "parallel.sequence_parallel: true: needs parallel.tp >= 2; set it to false"
+
+
+def world_size_divides_by_the_layout(config: RunConfig) -> Iterator[str]:
+    """Data parallelism is what TP x PP leaves of the world."""
+    world, block = world_size(config), config.parallel.tp * config.parallel.pp
+    if world % block:
+        yield (
+            f"parallel: tp {config.parallel.tp} x pp {config.parallel.pp} = {block}: must divide the world size "
+            f"{world} (cluster.nodes x cluster.tasks_per_node); change cluster.tasks_per_node or the layout"
+        )
+
+
+def data_parallel_ranks_share_the_batch_evenly(config: RunConfig) -> Iterator[str]:
+    """Prompts (GRPO) and traces (SFT) are dealt out evenly."""
+    block = config.parallel.tp * config.parallel.pp
+    dp = max(1, world_size(config) // block)
+    if config.task == "grpo" and config.grpo.prompts_per_step % dp:
+        yield f"grpo.prompts_per_step: {config.grpo.prompts_per_step}: must divide by the data-parallel size {dp}"
+    if config.task == "sft" and config.sft.batch_size % dp:
+        yield f"sft.batch_size: {config.sft.batch_size}: must divide by the data-parallel size {dp}"
+    if config.task == "tokenizer" and world_size(config) > 1:
+        yield f"cluster.tasks_per_node: {world_size(config)} processes: the tokenizer trains in one; set it to 1"
+
+
+def a_microbatch_holds_one_sequence(config: RunConfig) -> Iterator[str]:
+    """The token budget of a microbatch counts at least one whole sequence."""
+    budget, longest = config.parallel.microbatch_tokens, config.model.max_sequence_tokens
+    if config.task != "tokenizer" and budget < longest:
+        yield f"parallel.microbatch_tokens: {budget}: must hold one sequence of model.max_sequence_tokens {longest}"
+
+
+def fp8_needs_bf16_gpus_and_aligned_dimensions(config: RunConfig) -> Iterator[str]:
+    """Megatron ignores fp8 silently without Transformer Engine, and FP8 products need multiples of 16."""
+    precision, gpus = config.precision, config.cluster.gpus_per_node > 0
+    real = precision.fp8 != "none" and precision.fp8_backend == "transformer_engine"
+    if real and not gpus:
+        yield (
+            f"precision.fp8: {precision.fp8}: needs GPUs; set cluster.gpus_per_node, or fp8=none, or "
+            "fp8_backend=emulated to see what FP8 does to the numbers"
+        )
+    if (real or (precision.rollout_fp8 and gpus)) and precision.params != "bf16":
+        yield f"precision.params: {precision.params}: FP8 layers keep bf16 parameters; set bf16"
+    if real or precision.rollout_fp8:
+        for field, width in fp8_widths(config).items():
+            if width % FP8_MULTIPLE:
+                yield f"model.{field}: {width} per tensor-parallel rank: FP8 needs a multiple of {FP8_MULTIPLE}"
+
+
+def lean_optimizers_need_gpus(config: RunConfig) -> Iterator[str]:
+    """Offloading moves memory off a GPU; 16-bit remainders are Transformer Engine's."""
+    optim, gpus = config.optim, config.cluster.gpus_per_node > 0
+    if optim.cpu_offload and not gpus:
+        yield "optim.cpu_offload: true: without GPUs everything is in host memory already; set it to false"
+    if optim.main_params == "bf16":
+        if not gpus or config.precision.params != "bf16":
+            yield (
+                "optim.main_params: bf16: needs GPUs (Transformer Engine's optimizer) and precision.params=bf16; "
+                "set it to fp32"
+            )
+        if not config.parallel.distributed_optimizer:
+            yield "optim.main_params: bf16: needs parallel.distributed_optimizer=true; set it, or main_params=fp32"
+
+
+def one_task_a_gpu(config: RunConfig) -> Iterator[str]:
+    """A task drives one GPU; on a CPU cluster there are none."""
+    cluster = config.cluster
+    if cluster.gpus_per_node and cluster.tasks_per_node > cluster.gpus_per_node:
+        yield (
+            f"cluster.tasks_per_node: {cluster.tasks_per_node}: more than gpus_per_node {cluster.gpus_per_node}; "
+            "one task drives one GPU"
+        )
+
+
+def a_local_run_has_one_node(config: RunConfig) -> Iterator[str]:
+    """The local executor starts processes on this machine only."""
+    if config.cluster.kind == "local" and config.cluster.nodes > 1:
+        yield f"cluster.nodes: {config.cluster.nodes}: cluster.kind=local is one machine; set 1 or cluster=slurm"
+
+
+def a_checkpoint_can_be_taken_before_time_is_up(config: RunConfig) -> Iterator[str]:
+    """The warning signal must come inside the time limit."""
+    if config.cluster.signal_delay_s >= 60 * config.cluster.time_min:
+        yield (
+            f"cluster.signal_delay_s: {config.cluster.signal_delay_s}: not below cluster.time_min "
+            f"{config.cluster.time_min} min; lower it"
+        )
+
+
+def a_tracking_uri_holds_no_password(config: RunConfig) -> Iterator[str]:
+    """The URI is logged as a parameter and stands in files that people share."""
+    if "@" in (uri := config.tracking.uri or "") and ":" in uri.partition("://")[2].rpartition("@")[0]:
+        yield (
+            "tracking.uri: holds a password; leave it out and give MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (a server) or PGPASSFILE (PostgreSQL) in cluster.environment_file"
+        )
+
+
+EXECUTION_RULES: tuple[Rule, ...] = (
+    layers_divide_over_pipeline_stages,
+    tensor_parallel_divides_the_model,
+    sequence_parallel_needs_tensor_parallel,
+    world_size_divides_by_the_layout,
+    data_parallel_ranks_share_the_batch_evenly,
+    a_microbatch_holds_one_sequence,
+    fp8_needs_bf16_gpus_and_aligned_dimensions,
+    lean_optimizers_need_gpus,
+    one_task_a_gpu,
+    a_local_run_has_one_node,
+    a_checkpoint_can_be_taken_before_time_is_up,
+    a_tracking_uri_holds_no_password,
+)
