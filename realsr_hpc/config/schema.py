@@ -2,7 +2,8 @@
 
 A default lives here, or in `operation.py` for where a run executes, and nowhere else. Unknown keys, wrong types and
 values out of range fail in `RunConfig.model_validate`, all of them in one message, each with its path. Rules that need
-two sections stand in `checks.py` and `execution_checks.py`. This file imports neither torch nor Hydra, so that launching stays fast.
+two sections stand in `checks.py` and `execution_checks.py`. This file imports neither torch nor Hydra, so that
+launching stays fast.
 """
 
 from __future__ import annotations
