@@ -57,5 +57,9 @@ def _shapes(folder: Path, number: int) -> ManifestEntry:
 
 
 if __name__ == "__main__":
-    read_arguments(sys.argv[1:], {}, __doc__)
+    try:
+        read_arguments(sys.argv[1:], {}, __doc__)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     sys.exit(main())

@@ -83,9 +83,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def group_runs(comparison: Comparison) -> list[Group]:
-    """Groups in the order of their labels, a profile called `default` first; their runs in the order of their seeds."""
+    """Groups in the order of their labels; a profile called `default` first."""
     found: dict[tuple[str | None, ...], list[ComparedRun]] = {}
-    for run in sorted(comparison.runs, key=lambda run: int(run.params.get("seed", 0))):
+    for run in comparison.runs:
         found.setdefault(tuple(run.params.get(key) for key in comparison.deciding), []).append(run)
     groups = [Group(_label(runs[0], comparison), tuple(runs)) for runs in found.values()]
     return sorted(groups, key=lambda group: (group.label != "default", group.label))

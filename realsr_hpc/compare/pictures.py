@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,12 +48,15 @@ def plot_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> 
 def image_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[np.ndarray | None]]]:
     """Headers and rows of the inputs that every group has images of: input, one run of each group, truth.
 
-    From the runs' evaluations where every group has one, else from the held-out rollouts that training kept last.
-    Empty where the runs' folders are not on this machine, or have no input in common.
+    The runs are of one seed, which decides crops and degradations: of another the input would be another one. From
+    their evaluations where every group has one, else from the held-out rollouts that training kept last. Empty where
+    the runs' folders are not on this machine, or have no input in common.
     """
-    for read in (_evaluated, _kept):
-        found = [next((images for run in group.runs if (images := read(run.run_dir))), {}) for group in groups]
-        common = [key for key in found[0] if all(key in images for images in found)] if found else []
+    by_seed = [{run.params.get("seed"): run for run in group.runs} for group in groups]
+    seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)] if by_seed else []
+    for read, seed in itertools.product((_evaluated, _kept), seeds):
+        found = [read(runs[seed].run_dir) for runs in by_seed]
+        common = [key for key in found[0] if all(key in images for images in found)]
         if common:
             headers = ["input", *(group.label for group in groups), "truth"]
             rows = [

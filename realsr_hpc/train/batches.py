@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from realsr_hpc.parallel.layout import even_parts
+from realsr_hpc.config.schema import ParallelConfig
+from realsr_hpc.parallel.layout import even_parts, microbatch_multiple, row_multiple
 from realsr_hpc.parallel.pipeline import Microbatch
 from realsr_hpc.records import TrainingSequence
 
@@ -22,33 +23,24 @@ SCORED = ("positions", "targets", "mask_ids", "temperature", "support", "cfg_sca
 
 
 def collate(
-    sequences: Sequence[TrainingSequence],
-    microbatch_tokens: int,
-    *,
-    packing: bool,
-    pad: int,
-    device: torch.device,
-    multiple: int = 1,
-    row_multiple: int = 16,
+    sequences: Sequence[TrainingSequence], parallel: ParallelConfig, *, packing: bool, pad: int, device: torch.device
 ) -> list[Microbatch]:
     """Microbatches of one shape [rows, row_tokens] for all sequences; at least one, empty ones at the end.
 
     Args:
         sequences: may be none: a rank whose groups were all dropped still takes part in the step.
-        microbatch_tokens: tokens a microbatch, padding included; a row longer than this stands alone.
+        parallel: a microbatch holds at most its `microbatch_tokens`, padding included; a longer row stands alone.
         packing: fill rows with several sequences instead of padding.
         pad: token id of padding.
         device: where the tensors go.
-        multiple: the number of microbatches is a multiple of this (interleaved pipeline schedules need it).
-        row_multiple: row lengths are rounded up to this (`parallel.layout.row_multiple`).
     """
     longest = max((len(sequence.tokens) for sequence in sequences), default=1)
-    target = max(longest, microbatch_tokens) if packing else longest
-    row_tokens = -(-target // row_multiple) * row_multiple
+    target, multiple = max(longest, parallel.microbatch_tokens) if packing else longest, row_multiple(parallel)
+    row_tokens = -(-target // multiple) * multiple
     streams = 2 if any(sequence.blocks is not None for sequence in sequences) else 1
     layout = _pack(sequences, row_tokens) if packing else [[number] for number in range(len(sequences))]
-    most = max(1, microbatch_tokens // (row_tokens * streams))
-    num_microbatches, rows = even_parts(len(layout), most, multiple)
+    most = max(1, parallel.microbatch_tokens // (row_tokens * streams))
+    num_microbatches, rows = even_parts(len(layout), most, microbatch_multiple(parallel))
     members = [[sequences[number] for number in row] for row in layout]
     parts = [members[start * rows : (start + 1) * rows] for start in range(num_microbatches)]
     return [_microbatch(part, (rows, row_tokens), streams, pad, device, packing) for part in parts]

@@ -14,7 +14,6 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.groups import initialise
-from realsr_hpc.parallel.layout import microbatch_multiple, row_multiple
 from realsr_hpc.parallel.pipeline import Microbatch, Outputs
 from realsr_hpc.parallel.reduce import broadcast_from_last_stage, gather_objects, reduce_float, reduce_floats
 from realsr_hpc.records import StepReport, TrainingSequence
@@ -71,16 +70,8 @@ class TrainingRun:
 
     def microbatches(self, sequences: Sequence[TrainingSequence], *, packing: bool) -> list[Microbatch]:
         """Collated for this layout; at least one, also for no sequences."""
-        parallel = self.config.parallel
-        return collate(
-            sequences,
-            parallel.microbatch_tokens,
-            packing=packing,
-            pad=self.vocabulary.pad,
-            device=self.groups.device,
-            multiple=microbatch_multiple(parallel),
-            row_multiple=row_multiple(parallel),
-        )
+        parallel, pad = self.config.parallel, self.vocabulary.pad
+        return collate(sequences, parallel, packing=packing, pad=pad, device=self.groups.device)
 
     def count(self, local: int) -> int:
         """Sum over the data-parallel ranks."""

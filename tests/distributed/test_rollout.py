@@ -36,6 +36,7 @@ def one_update(
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.optim.step import Optimiser
     from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.layout import microbatch_multiple
     from realsr_hpc.parallel.reduce import broadcast_from_last_stage, reduce_floats
     from realsr_hpc.records import GRPOBatch, ParsedTrace, ScoredGroup
     from realsr_hpc.rollout.sampler import Sampler
@@ -54,7 +55,7 @@ def one_update(
         task="grpo",
         vlcot=VLCoTConfig(instruction="restore <|image|>", max_text_tokens=5),
         model=ModelConfig(num_layers=4, hidden_size=64, num_heads=4, num_kv_heads=2, ffn_hidden_size=96, init_std=0.15),
-        parallel=ParallelConfig(**({"distributed_optimizer": False} | parallel)),
+        parallel=ParallelConfig(**({"distributed_optimizer": False} | parallel), microbatch_tokens=microbatch_tokens),
         rollout=RolloutConfig(**rollout),
         grpo=GRPOConfig(group_size=4, kl_beta=0.0, aggregation="sequence"),
         optim=OptimConfig(lr=1e-3),
@@ -76,10 +77,8 @@ def one_update(
     local = {"tokens": float(sum(len(s.positions) for s in sequences)), "rollouts": float(len(sequences))}
     counts = {name: int(value) for name, value in reduce_floats(local, groups.dp, groups.device, "sum").items()}
     batch = GRPOBatch(sequences, counts["tokens"], counts["rollouts"])
-    multiple = config.parallel.pp if config.parallel.virtual_pp > 1 else 1
-    microbatches = collate(
-        sequences, microbatch_tokens, packing=packing, pad=1, device=groups.device, multiple=multiple
-    )
+    multiple = microbatch_multiple(config.parallel)
+    microbatches = collate(sequences, config.parallel, packing=packing, pad=1, device=groups.device)
     add_logprobs(policy, microbatches, sampler.masks, "scored")
     add_logprobs(policy, microbatches, sampler.masks, "joined", at_once=3, multiple=multiple)
     scored = [m.extras for m in microbatches if "scored" in m.extras]

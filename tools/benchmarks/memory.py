@@ -149,8 +149,8 @@ class _Run:
         count = sequences_of_a_rank(self.config)
         self.sequences = tuple(self._sequence() for _ in range(count))
         packing = self.config.task == "sft" and self.config.sft.packing
-        budget, pad = self.config.parallel.microbatch_tokens, self.codec.vocabulary.pad
-        return collate(self.sequences, budget, packing=packing, pad=pad, device=self.groups.device)
+        parallel, pad = self.config.parallel, self.codec.vocabulary.pad
+        return collate(self.sequences, parallel, packing=packing, pad=pad, device=self.groups.device)
 
     def _sequence(self) -> TrainingSequence:
         """Random tokens that the grammar's widest mask allows, at the planned length; the whole response is learnt."""

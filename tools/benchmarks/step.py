@@ -98,8 +98,8 @@ def our_step(config: RunConfig, policy: Policy, tokens: TraceTokenizer, prompts:
         ]
         sequences = tuple(s for group in scored for s in training_sequences(group, sampler, config.grpo))
         batch = GRPOBatch(sequences, sum(len(s.positions) for s in sequences), len(sequences))
-        budget, pad = config.parallel.microbatch_tokens, tokens.codec.vocabulary.pad
-        microbatches = collate(sequences, budget, packing=False, pad=pad, device=policy.groups.device)
+        pad = tokens.codec.vocabulary.pad
+        microbatches = collate(sequences, config.parallel, packing=False, pad=pad, device=policy.groups.device)
         at_once = config.parallel.scoring_microbatches
         add_logprobs(reference, microbatches, sampler.masks, "reference_logprobs", at_once=at_once)
         optimiser.step(microbatches, objective(config, policy, batch, sampler.masks))

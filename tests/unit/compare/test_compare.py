@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import t as student
 
-from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, write_report
+from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, image_rows, write_report
 from realsr_hpc.compare.axes import plot_axes
 from realsr_hpc.compare.groups import Group
 from realsr_hpc.compare.runs import ComparedRun
@@ -150,3 +151,11 @@ def test_no_run_is_best_where_none_has_the_metric(store, tmp_path):
     assert comparison.best is None
     write_report(comparison, tmp_path, "betas")
     assert "No run has heldout/none yet." in (tmp_path / "comparison.md").read_text()
+
+
+def test_pictures_are_of_one_seed_that_every_group_has(store):
+    zero, other = group_runs(compare(find_sweep(store, "realsr_hpc", "betas")))
+    swapped = replace(other, runs=other.runs[::-1])
+    _, rows = image_rows([zero, swapped])
+    assert len(rows) == 1 and all((image == rows[0][0]).all() for image in rows[0])  # a shade a seed
+    assert image_rows([replace(zero, runs=zero.runs[:1]), replace(other, runs=other.runs[1:])]) == ([], [])

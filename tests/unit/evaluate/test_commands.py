@@ -135,6 +135,7 @@ def test_degraded_photographs_are_the_recipes_and_a_test_set(tmp_path, capsys):
     batch = loader.next()
     loader.close()
     rows = (tmp_path / "set/labels.csv").read_text().splitlines()
+    assert len(rows) == 3
     for number, row in enumerate(rows[1:]):
         name, *words = row.split(",")
         assert words == list(astuple(batch.labels[number]))
