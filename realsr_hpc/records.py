@@ -168,6 +168,8 @@ class TrainingSequence:
     mask_ids: Int[Tensor, " L"]
     temperature: Float[Tensor, " L"]
     rollout_logprobs: Float[Tensor, " L"]
+    prompt_length: int = 0
+    """The first tokens, which a group's rollouts have in common."""
     advantage: float = 0.0
     support: UInt8[Tensor, "L K"] | None = None
     cfg_scale: Float[Tensor, " L"] | None = None

@@ -20,10 +20,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.attention import BranchedRows, segment_mask
 from realsr_hpc.model.fp8 import start_emulation
 from realsr_hpc.model.hf_mapping import WeightShapes, init_weights, load_hf_weights, mark_cuts
 from realsr_hpc.model.precision import emulates_fp8, rollout_fp8_layers
-from realsr_hpc.model.spec import block_spec, segment_mask, transformer_config
+from realsr_hpc.model.spec import block_spec, transformer_config
 from realsr_hpc.parallel import backend, layout
 from realsr_hpc.parallel.groups import Groups
 
@@ -50,15 +51,22 @@ class _SumGradient(torch.autograd.Function):
 class PolicyChunk(GPTModel):
     """One chunk of layers; with the embedding if first and the output weight if last."""
 
-    def forward(self, tokens: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-        """tokens int64 [b, S], segment_ids [b, S] or None -> last chunk: hidden [b, S, H]; others: [S/sp, b, H].
+    def forward(
+        self, tokens: Tensor, segment_ids: Tensor | None = None, branches: layout.Branches | None = None
+    ) -> Tensor:
+        """tokens int64 [b, S] -> last chunk: hidden [b, S, H]; others: [S/sp, b, H].
 
-        The gradient that comes back into the hidden states may be one tensor rank's share (from its vocabulary
-        shard): it is summed over tp here.
+        segment_ids and branches say what the rows hold, as `Microbatch` does. The gradient that comes back into the
+        hidden states may be one tensor rank's share (from its vocabulary shard): it is summed over tp here.
         """
         hidden, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=None)
-        mask = None if segment_ids is None else segment_mask(segment_ids)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=rotary)
+        mask, rows = None, None
+        if branches is not None:
+            rows = BranchedRows(branches, segment_ids)
+            rotary = rotary[rows.positions(tokens.shape[1], rotary.device)]
+        elif segment_ids is not None:
+            mask = segment_mask(segment_ids)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=mask, attention_bias=rows, rotary_pos_emb=rotary)
         if not self.post_process:
             return hidden
         group = self.pg_collection.tp

@@ -1,8 +1,7 @@
 """Chameleon as a Megatron layer spec: RMSNorm, rotary embeddings, SwiGLU, and a LayerNorm with bias per head on q, k.
 
 The same module names stand in every variant (input_layernorm, self_attention.linear_qkv, ...), with Transformer
-Engine or without, so that weights, checkpoints and the decode loop never ask which it is. Attention is torch's
-scaled_dot_product_attention everywhere: flash kernels on both CPU and CUDA, no dropout.
+Engine or without, so that weights, checkpoints and the decode loop never ask which it is.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.attention import SdpaAttention
 from realsr_hpc.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from realsr_hpc.model.precision import precision_arguments
 from realsr_hpc.parallel import backend
@@ -139,31 +139,6 @@ class KNorm(_HeadNorm):
 
     def __init__(self, hidden_size: int, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config.num_query_groups or config.num_attention_heads, hidden_size, config)
-
-
-class SdpaAttention(torch.nn.Module):
-    """Causal attention by torch, of whole rows or of packed segments."""
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__()
-        self.grouped = config.num_query_groups != config.num_attention_heads
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """query [S, b, heads/tp, d], key and value [S, b, kv_heads/tp, d] -> [S, b, heads/tp * d].
-
-        attention_mask: bool [b, 1, S, S], true where query (row) may look at key (column); None: causal.
-        """
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, enable_gqa=self.grouped
-        )
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
-
-
-def segment_mask(segment_ids: Tensor) -> Tensor:
-    """Causal within equal neighbouring ids: [b, S] -> bool [b, 1, S, S], true where a query may look."""
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    return same.tril()
 
 
 def block_spec(

@@ -56,7 +56,7 @@ def kv_heads(model: ModelConfig) -> int:
 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
     """Vocabulary rows held over all tensor ranks: the next multiple of tp."""
-    return -(-vocab_size // tp_size) * tp_size
+    return rounded_up(vocab_size, tp_size)
 
 
 def check(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -104,9 +104,39 @@ def row_multiple(parallel: ParallelConfig) -> int:
     return 16 * (parallel.tp if parallel.sequence_parallel else 1)
 
 
+def rounded_up(tokens: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-tokens // multiple) * multiple
+
+
 def microbatch_multiple(parallel: ParallelConfig) -> int:
     """The number of microbatches of a step is a multiple of this (interleaved 1F1B goes round the stages)."""
     return parallel.pp if parallel.virtual_pp > 1 else 1
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What a row holds: one prompt, then `count` of its responses side by side, then padding."""
+
+    prompt: int
+    """Tokens."""
+    response: int
+    """Tokens of each, its padding included."""
+    count: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a row, without the padding at its end."""
+        return self.prompt + self.count * self.response
+
+
+def branches(prompt: int, response: int, group: int, parallel: ParallelConfig, streams: int) -> Branches:
+    """Rows for groups of `group` responses: as many a row as `microbatch_tokens` holds, evenly spread.
+
+    streams: 2 when every row has an unconditional twin.
+    """
+    most = max(1, (parallel.microbatch_tokens // streams - prompt) // response)
+    return Branches(prompt, response, even_parts(group, most)[1])
 
 
 def even_parts(count: int, most: int, multiple: int = 1) -> tuple[int, int]:

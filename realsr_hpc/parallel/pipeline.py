@@ -17,6 +17,7 @@ from torch import Tensor
 
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.parallel.layout import Branches
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Microbatch:
     tokens: Tensor
     """int64 [b, S]."""
     segment_ids: Tensor | None = None
-    """[b, S]: packed rows, attention stays within equal ids; None: plain causal rows."""
+    """[b, S]: packed rows, attention stays within equal ids; None: causal rows. Of branched rows: [b / 2, S], the image
+    blocks of the unconditional twins, which are the second half of the rows; None: there are none."""
+    branches: Branches | None = None
+    """Rows of one prompt and several responses; all microbatches of a call share this too."""
     extras: dict[str, Tensor] = field(default_factory=dict)
     """What the loss function needs."""
 
@@ -90,7 +94,7 @@ def _forward_step(loss_fn: LossFunction) -> Callable[..., Any]:
 
     def step(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         microbatch = next(batches)
-        output = chunk(microbatch.tokens, microbatch.segment_ids)
+        output = chunk(microbatch.tokens, microbatch.segment_ids, microbatch.branches)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Outputs]:
             value, outputs = loss_fn(hidden, unwrap_model(chunk).output_layer.weight, microbatch)

@@ -53,8 +53,7 @@ def scoring(config: RunConfig) -> dict[str, float]:
     hidden, ffn, parts = config.model.hidden_size, config.model.ffn_hidden_size, config.parallel.tp
     # the layer's input, residuals and norm; gate and up, silu(gate), up once more, their product
     layer = tokens * width(config) * (4 * hidden / _shared(config) + 5 * ffn / parts)
-    rows = tokens // shape.row_tokens
-    masks = rows * shape.row_tokens**2 * (1 + width(config)) if _has_masks(config) else 0.0
+    masks = _mask_entries(config) * scored_at_once(config) * (1 + width(config))
     logits = logit_bytes(config, gradient=False) + 2 * tokens * hidden * width(config)
     return {"activations": max(layer + masks, logits)}
 
@@ -101,9 +100,9 @@ def _bytes_a_logit(config: RunConfig, *, gradient: bool) -> tuple[int, int]:
 def _kept(config: RunConfig, in_flight: float) -> float:
     """Kept by a stage's layers for their backward passes, of `in_flight` microbatches."""
     model, parallel, shape = config.model, config.parallel, microbatch_shape(config)
-    inputs = model.hidden_size * width(config) / _shared(config)
+    inputs = shape.tokens * model.hidden_size * width(config) / _shared(config)
     layer = inputs if parallel.recompute == "full" else layer_bytes(config, parallel.recompute)
-    return shape.tokens * in_flight * model.num_layers / parallel.pp * layer
+    return in_flight * model.num_layers / parallel.pp * layer
 
 
 def _again(config: RunConfig) -> float:
@@ -112,19 +111,44 @@ def _again(config: RunConfig) -> float:
     kept = 0.0 if config.parallel.recompute == "full" else layer_bytes(config, config.parallel.recompute)
     again = layer_bytes(config, "none") - kept
     gradients = width(config) * (2 * model.hidden_size + model.ffn_hidden_size / config.parallel.tp)
-    return shape.tokens * (again + gradients)
+    return again + shape.tokens * gradients
 
 
 def layer_bytes(config: RunConfig, recompute: str) -> float:
-    """Bytes a token of what one layer keeps for its backward pass; attention keeps no scores (fused)."""
-    model, tp = config.model, config.parallel.tp
+    """What one layer keeps of a microbatch for its backward pass; attention keeps no scores (fused)."""
+    model, tp, shape = config.model, config.parallel.tp, microbatch_shape(config)
     kv = (model.num_kv_heads or model.num_heads) / model.num_heads
     norms = 2 * _norm_bytes(config) * model.hidden_size
     # q, k, v; normalised q, k; rotated q, k; the output
     attention = ((1 + 2 * kv) + (1 + kv) + (1 + kv) + 1) * model.hidden_size
     # gate and up, silu(gate), up once more (Megatron adds an offset of 0), the product; "selective": all again
     feed_forward = 5 * model.ffn_hidden_size if recompute == "none" else 0
-    return norms / _shared(config) + width(config) * (attention + feed_forward) / tp
+    tokens = shape.tokens * (norms / _shared(config) + width(config) * (attention + feed_forward) / tp)
+    return tokens + width(config) * (_of_branches(config) + _rotary(config))
+
+
+def _rotary(config: RunConfig) -> float:
+    """Numbers in the cosines and sines of queries and of keys, which each layer keeps; rows share them."""
+    model = config.model
+    return 4 * microbatch_shape(config).row_tokens * model.hidden_size / model.num_heads
+
+
+def _of_branches(config: RunConfig) -> float:
+    """Numbers that attention of branched rows keeps beyond that of plain ones (model/attention.py)."""
+    model, shape, streams = config.model, microbatch_shape(config), 2 if guided(config) else 1
+    prompt, response, count = shape.branches.prompt, shape.branches.response, shape.branches.count
+    kv = (model.num_kv_heads or model.num_heads) / model.num_heads
+    rows, kept, mask = shape.rows / streams, 0.0, 0.0
+    if count > 1:
+        # q and v of the prompt; k and v of each response with the prompt before them, where k alone would be kept
+        kept += rows * ((1 + kv) * prompt + kv * count * (2 * prompt + response))
+        # a GPU's kernels need no mask
+        mask = 0.0 if config.cluster.gpus_per_node else response * (prompt + response)
+    if count > 1 or streams > 1:
+        kept += shape.rows * shape.branches.tokens  # outputs, before they are put beside each other
+    if streams > 1:
+        kept += rows * count * response  # the twins' v
+    return kept * model.hidden_size / config.parallel.tp + mask
 
 
 def _norm_bytes(config: RunConfig) -> int:
@@ -144,14 +168,15 @@ def _in_flight(config: RunConfig) -> float:
     return max(1, min(pp, microbatch_shape(config).count)) * interleaving
 
 
-def _has_masks(config: RunConfig) -> bool:
-    return guided(config) or (config.task == "sft" and config.sft.packing)
+def _mask_entries(config: RunConfig) -> float:
+    """Pairs of tokens in the masks of a microbatch: of packed rows whole ones, with guidance those of the responses."""
+    shape = microbatch_shape(config)
+    if guided(config):
+        return shape.rows / 2 * shape.branches.count * shape.branches.response**2
+    return shape.rows * shape.row_tokens**2 if config.task == "sft" and config.sft.packing else 0.0
 
 
 def _masks(config: RunConfig, in_flight: float) -> float:
-    """Packed or guided rows need a mask, which attention turns into numbers and keeps, layer by layer."""
-    if not _has_masks(config):
-        return 0.0
-    shape = microbatch_shape(config)
+    """Masks, which attention turns into numbers and keeps, layer by layer."""
     layers = 1.0 if config.parallel.recompute == "full" else config.model.num_layers / config.parallel.pp * in_flight
-    return shape.rows * shape.row_tokens**2 * (1 + layers * width(config))
+    return _mask_entries(config) * (1 + layers * width(config))

@@ -13,7 +13,6 @@ from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.memory import kv_cache_bytes
 from realsr_hpc.plan.sizes import (
-    guided,
     has_reference,
     layer_size,
     microbatch_shape,
@@ -77,14 +76,14 @@ def training_seconds(config: RunConfig, device: Device, dp: int) -> float:
 
     With several updates a step the policy's own log-probabilities are computed once more before the first.
     """
-    prompt, response = sequence_tokens(config)
-    length = prompt + response
-    tokens = sequences_per_update(config) * length * (2 if guided(config) else 1)
-    if not tokens:
-        return 0.0
-    model = config.model
+    model, shape = config.model, microbatch_shape(config)
     matrices = parameter_count(config) - vocabulary_size(config) * model.hidden_size
-    forward = tokens * (2 * matrices + 2 * model.num_layers * model.hidden_size * length)  # causal: half the scores
+    # causal: half of the pairs of a sequence
+    prompt, response, count = shape.branches.prompt, shape.branches.response, shape.branches.count
+    pairs = prompt**2 / 2 + count * response * (prompt + response / 2)
+    sequences = shape.row_tokens // shape.branches.tokens  # several in a packed row
+    attention = 4 * model.num_layers * model.hidden_size * pairs * sequences
+    forward = _rows_of_a_step(config) * dp * (2 * matrices * shape.row_tokens + attention)
     # every update sees its own share of the rollouts
     passes = 3.0 + _computed_again(config) + has_reference(config)
     passes += config.task == "grpo" and config.grpo.updates_per_step > 1
@@ -93,6 +92,12 @@ def training_seconds(config: RunConfig, device: Device, dp: int) -> float:
         rate *= device.fp8_speedup
     idle = bubble(config.parallel.pp, config.parallel.virtual_pp, microbatch_shape(config).count)
     return forward * passes / rate / (1 - idle)
+
+
+def _rows_of_a_step(config: RunConfig) -> int:
+    """Rows of all updates on one data-parallel rank, blank ones included."""
+    shape = microbatch_shape(config)
+    return shape.rows * shape.count * (config.grpo.updates_per_step if config.task == "grpo" else 1)
 
 
 def _computed_again(config: RunConfig) -> float:
@@ -122,9 +127,7 @@ def rollout_seconds(config: RunConfig, device: Device, dp: int) -> float:
 def traffic(config: RunConfig, dp: int) -> Traffic:
     """What one GPU sends in the training of a step. Decoding sends little, but often: see `rollout_seconds`."""
     parallel, model = config.parallel, config.model
-    prompt, response = sequence_tokens(config)
-    tokens = sequences_per_update(config) / dp * (prompt + response) * (2 if guided(config) else 1)
-    hidden = tokens * model.hidden_size * width(config)
+    hidden = _rows_of_a_step(config) * microbatch_shape(config).row_tokens * model.hidden_size * width(config)
     ring = (parallel.tp - 1) / parallel.tp
     # a sum over tp is a reduce-scatter and an all-gather; two a layer forward, two backward; under sequence
     # parallelism the gathered inputs are gathered once more for the weights' gradients

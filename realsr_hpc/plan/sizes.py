@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from realsr_hpc.config.derived import VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens, world_size
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.parallel.layout import even_parts, microbatch_multiple, row_multiple
+from realsr_hpc.parallel.layout import Branches, branches, even_parts, microbatch_multiple, rounded_up, row_multiple
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
 TEXT_TOKENS_OF_TAGS = 130
@@ -22,6 +22,8 @@ class MicrobatchShape:
     """With guidance half of them are the unconditional twins."""
     row_tokens: int
     count: int
+    branches: Branches
+    """What a row holds; of packed rows each of the sequences."""
 
     @property
     def tokens(self) -> int:
@@ -95,19 +97,23 @@ def sequences_of_a_rank(config: RunConfig) -> int:
 
 
 def microbatch_shape(config: RunConfig) -> MicrobatchShape:
-    """As train/batches.py cuts them: rows of one sequence each, or one row packed full."""
-    longest, budget = sum(sequence_tokens(config)), config.parallel.microbatch_tokens
-    streams = 2 if guided(config) else 1
-    packed = config.task == "sft" and config.sft.packing
-    multiple = row_multiple(config.parallel)
-    row_tokens = math.ceil((max(longest, budget) if packed else longest) / multiple) * multiple
-    updates = config.grpo.updates_per_step if config.task == "grpo" else 1
-    rows = math.ceil(sequences_of_a_rank(config) / updates)
-    if packed:
-        rows = math.ceil(rows / (row_tokens // longest))
-    most = max(1, budget // (row_tokens * streams))
-    count, together = even_parts(rows, most, microbatch_multiple(config.parallel))
-    return MicrobatchShape(together * streams, row_tokens, count)
+    """As train/batches.py cuts them: a prompt with some of its rollouts a row; in SFT a sequence, or as many as fit."""
+    prompt, response = sequence_tokens(config)
+    parallel, sequences = config.parallel, sequences_of_a_rank(config)
+    streams, shared = 2 if guided(config) else 1, Branches(prompt, response, 1)
+    if config.task == "grpo":
+        group = math.ceil(config.grpo.group_size / config.grpo.updates_per_step)
+        shared = branches(prompt, response, group, parallel, streams)
+        rows = math.ceil(sequences / config.grpo.group_size) * math.ceil(group / shared.count)
+        row_tokens = rounded_up(shared.tokens, row_multiple(parallel))
+    elif config.sft.packing:
+        row_tokens = rounded_up(max(shared.tokens, parallel.microbatch_tokens), row_multiple(parallel))
+        rows = math.ceil(sequences / (row_tokens // shared.tokens))
+    else:
+        rows, row_tokens = sequences, rounded_up(shared.tokens, row_multiple(parallel))
+    most = max(1, parallel.microbatch_tokens // (row_tokens * streams))
+    count, together = even_parts(rows, most, microbatch_multiple(parallel))
+    return MicrobatchShape(together * streams, row_tokens, count, shared)
 
 
 def scored_at_once(config: RunConfig) -> int:
@@ -118,8 +124,9 @@ def scored_at_once(config: RunConfig) -> int:
 
 def loss_tokens_of_a_row(config: RunConfig) -> int:
     """Tokens of a row whose log-probability is wanted: its responses."""
-    sequences = microbatch_shape(config).row_tokens // sum(sequence_tokens(config))
-    return sequences * sequence_tokens(config)[1]
+    shape = microbatch_shape(config)
+    sequences = shape.row_tokens // shape.branches.tokens
+    return sequences * shape.branches.count * shape.branches.response
 
 
 def truncated(config: RunConfig) -> bool:

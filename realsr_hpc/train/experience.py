@@ -136,6 +136,7 @@ def training_sequences(group: ScoredGroup, sampler: Sampler, config: GRPOConfig)
                 mask_ids=mask_ids,
                 temperature=sampler.masks.temperature.cpu()[mask_ids],
                 rollout_logprobs=rollouts.rollout_logprobs[row, free],
+                prompt_length=prompt_length,
                 advantage=float(advantages[row]),
                 support=None if rollouts.support is None else rollouts.support[row, free],
                 cfg_scale=sampler.masks.cfg_scale.cpu()[mask_ids] if sampler.guided else None,

@@ -59,9 +59,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
             groups = experience.collect(loader)
         experience.keep(step, "train")
         metrics = group_metrics(run, groups, seconds["time/rollout/s"])
-        updates = [
-            (batch, run.microbatches(batch.sequences, packing=False)) for batch in grpo_batches(run, groups, sampler)
-        ]
+        updates = [(batch, run.group_microbatches(batch.sequences)) for batch in grpo_batches(run, groups, sampler)]
         with _clock(seconds, "score"):
             for _, microbatches in updates:
                 score_before_updates(run, reference, sampler.masks, microbatches)

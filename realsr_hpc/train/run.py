@@ -20,7 +20,7 @@ from realsr_hpc.records import StepReport, TrainingSequence
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tracking.system import SystemUse
 from realsr_hpc.tracking.tracker import Tracker
-from realsr_hpc.train.batches import collate
+from realsr_hpc.train.batches import collate, collate_groups
 from realsr_hpc.train.parity import ParityGate
 from realsr_hpc.train.skipped import SkippedUpdates
 
@@ -72,6 +72,10 @@ class TrainingRun:
         """Collated for this layout; at least one, also for no sequences."""
         parallel, pad = self.config.parallel, self.vocabulary.pad
         return collate(sequences, parallel, packing=packing, pad=pad, device=self.groups.device)
+
+    def group_microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
+        """The same for rollouts, which share their group's prompt."""
+        return collate_groups(sequences, self.config.parallel, pad=self.vocabulary.pad, device=self.groups.device)
 
     def count(self, local: int) -> int:
         """Sum over the data-parallel ranks."""

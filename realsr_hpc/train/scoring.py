@@ -57,7 +57,8 @@ def add_logprobs(
         multiple: the number of passes is a multiple of this (interleaved pipeline schedules need it).
     """
     passes, together = even_parts(len(microbatches), at_once, multiple)
-    blank = Microbatch(microbatches[0].tokens, microbatches[0].segment_ids)
+    first = microbatches[0]
+    blank = Microbatch(first.tokens, first.segment_ids, first.branches)
     filled = [*microbatches, *[blank] * (passes * together - len(microbatches))]
     parts = [filled[start : start + together] for start in range(0, len(filled), together)]
     joined = [joined_microbatch(part) for part in parts]

@@ -17,9 +17,7 @@ TRUNCATED = PLAIN | {
 MODALITY = {"grammar": "modality", "max_new_tokens": 60, "top_p": 0.9}
 
 
-def one_update(
-    parallel: dict[str, Any], rollout: dict[str, Any], packing: bool = False, microbatch_tokens: int = 600
-) -> dict[str, Any]:
+def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tokens: int = 600) -> dict[str, Any]:
     """Roll out two prompts x four, score and take one update; numbers of this rank."""
     import torch
 
@@ -41,7 +39,7 @@ def one_update(
     from realsr_hpc.records import GRPOBatch, ParsedTrace, ScoredGroup
     from realsr_hpc.rollout.sampler import Sampler
     from realsr_hpc.tokenizer.text import TextTokenizer
-    from realsr_hpc.train.batches import collate
+    from realsr_hpc.train.batches import collate_groups
     from realsr_hpc.train.experience import training_sequences
     from realsr_hpc.train.grpo import objective
     from realsr_hpc.train.scoring import add_logprobs
@@ -78,7 +76,7 @@ def one_update(
     counts = {name: int(value) for name, value in reduce_floats(local, groups.dp, groups.device, "sum").items()}
     batch = GRPOBatch(sequences, counts["tokens"], counts["rollouts"])
     multiple = microbatch_multiple(config.parallel)
-    microbatches = collate(sequences, config.parallel, packing=packing, pad=1, device=groups.device)
+    microbatches = collate_groups(sequences, config.parallel, pad=1, device=groups.device)
     add_logprobs(policy, microbatches, sampler.masks, "scored")
     add_logprobs(policy, microbatches, sampler.masks, "joined", at_once=3, multiple=multiple)
     scored = [m.extras for m in microbatches if "scored" in m.extras]
@@ -93,6 +91,7 @@ def one_update(
         "grad_norm": result.grad_norm,
         "tokens": {int(row): [c.tolist() for c in columns[4 * i : 4 * i + 4]] for i, row in enumerate(mine)},
         "num_microbatches": len(microbatches),
+        "shapes": (microbatches[0].tokens.shape, microbatches[0].branches),
         "num_loss_tokens": counts["tokens"],
     }
 
@@ -144,8 +143,8 @@ def test_layouts_equal_one_process(case, layout):
     check(case, *LAYOUTS[layout])
 
 
-@pytest.mark.parametrize(("packing", "microbatch_tokens"), [(True, 600), (False, 1), (False, 10_000)])
-@pytest.mark.parametrize("case", ["truncated"], indirect=True)
-def test_packing_and_microbatches_change_nothing(case, packing, microbatch_tokens):
-    results = check(case, {}, 1, packing=packing, microbatch_tokens=microbatch_tokens)
-    assert (results[0]["num_microbatches"] == 8) == (microbatch_tokens == 1)
+@pytest.mark.parametrize("microbatch_tokens", [1, 400, 1200, 10_000])
+@pytest.mark.parametrize("case", ["plain", "truncated"], indirect=True)
+def test_sharing_prompts_and_microbatches_change_nothing(case, microbatch_tokens):
+    results = check(case, {}, 1, microbatch_tokens=microbatch_tokens)
+    print(results[0]["shapes"])

@@ -34,7 +34,7 @@ from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.train import grpo, sft
-from realsr_hpc.train.batches import collate
+from realsr_hpc.train.batches import collate, collate_groups
 from realsr_hpc.train.scoring import add_logprobs
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._allocations import Allocations
@@ -146,21 +146,28 @@ class _Run:
         self._collated_bytes = seen.rise
 
     def _collated(self) -> list[Microbatch]:
-        count = sequences_of_a_rank(self.config)
-        self.sequences = tuple(self._sequence() for _ in range(count))
-        packing = self.config.task == "sft" and self.config.sft.packing
-        parallel, pad = self.config.parallel, self.codec.vocabulary.pad
-        return collate(self.sequences, parallel, packing=packing, pad=pad, device=self.groups.device)
+        count, grpo = sequences_of_a_rank(self.config), self.config.task == "grpo"
+        size = self.config.grpo.group_size if grpo else 1
+        self.sequences = tuple(s for _ in range(count // size) for s in self._group(size))
+        parallel, pad, device = self.config.parallel, self.codec.vocabulary.pad, self.groups.device
+        if grpo:
+            return collate_groups(self.sequences, parallel, pad=pad, device=device)
+        return collate(self.sequences, parallel, packing=self.config.sft.packing, pad=pad, device=device)
 
-    def _sequence(self) -> TrainingSequence:
+    def _group(self, size: int) -> list[TrainingSequence]:
         """Random tokens that the grammar's widest mask allows, at the planned length; the whole response is learnt."""
-        prompt, response = sequence_tokens(self.config)
         allowed = self.sampler.masks.allowed
         mask = int(allowed.sum(1).argmax()) if self.config.task == "grpo" else 0
         choices = allowed[mask].nonzero()[:, 0]
+        prompt, response = (choices[torch.randint(0, len(choices), (n,))] for n in sequence_tokens(self.config))
+        return [self._sequence(prompt, response[torch.randperm(len(response))], mask) for _ in range(size)]
+
+    def _sequence(self, prompt_ids: Tensor, response_ids: Tensor, mask: int) -> TrainingSequence:
+        prompt, response, allowed = len(prompt_ids), len(response_ids), self.sampler.masks.allowed
         has_support, has_twin = truncated(self.config), guided(self.config)
         return TrainingSequence(
-            tokens=choices[torch.randint(0, len(choices), (prompt + response,))],
+            tokens=torch.cat([prompt_ids, response_ids]),
+            prompt_length=prompt,
             positions=torch.arange(prompt - 1, prompt + response - 1),
             mask_ids=torch.full((response,), mask),
             temperature=torch.ones(response),
@@ -196,7 +203,7 @@ class _Run:
     def activations(self) -> float:
         """What a forward pass of one microbatch leaves for its backward pass, the hidden states included."""
         first, chunk = self.microbatches[0], self.policy.train().chunks[0]
-        return _least(lambda: chunk(first.tokens, first.segment_ids)).rise
+        return _least(lambda: chunk(first.tokens, first.segment_ids, first.branches)).rise
 
     def update(self) -> float:
         """Peak of forward and backward over all microbatches."""

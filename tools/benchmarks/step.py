@@ -28,7 +28,7 @@ from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.records import GRPOBatch, ParsedTrace, ScoredGroup
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from realsr_hpc.train.batches import collate
+from realsr_hpc.train.batches import collate_groups
 from realsr_hpc.train.experience import training_sequences
 from realsr_hpc.train.grpo import objective
 from realsr_hpc.train.scoring import add_logprobs
@@ -99,7 +99,7 @@ def our_step(config: RunConfig, policy: Policy, tokens: TraceTokenizer, prompts:
         sequences = tuple(s for group in scored for s in training_sequences(group, sampler, config.grpo))
         batch = GRPOBatch(sequences, sum(len(s.positions) for s in sequences), len(sequences))
         pad = tokens.codec.vocabulary.pad
-        microbatches = collate(sequences, config.parallel, packing=False, pad=pad, device=policy.groups.device)
+        microbatches = collate_groups(sequences, config.parallel, pad=pad, device=policy.groups.device)
         at_once = config.parallel.scoring_microbatches
         add_logprobs(reference, microbatches, sampler.masks, "reference_logprobs", at_once=at_once)
         optimiser.step(microbatches, objective(config, policy, batch, sampler.masks))

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from realsr_hpc.config.schema import ModelConfig, ParallelConfig, RunConfig
+from realsr_hpc.model.attention import segment_mask
 from realsr_hpc.model.hf_mapping import hf_names, load_hf_weights, local_to_hf
 from realsr_hpc.model.policy import Policy, build_policy
-from realsr_hpc.model.spec import block_spec, segment_mask
+from realsr_hpc.model.spec import block_spec
 from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
 
