@@ -17,7 +17,7 @@ TRUNCATED = PLAIN | {
 MODALITY = {"grammar": "modality", "max_new_tokens": 60, "top_p": 0.9}
 
 
-def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tokens: int = 600) -> dict[str, Any]:
+def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tokens: int = 900) -> dict[str, Any]:
     """Roll out two prompts x four, score and take one update; numbers of this rank."""
     import torch
 
@@ -90,8 +90,7 @@ def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tok
         **summed,
         "grad_norm": result.grad_norm,
         "tokens": {int(row): [c.tolist() for c in columns[4 * i : 4 * i + 4]] for i, row in enumerate(mine)},
-        "num_microbatches": len(microbatches),
-        "shapes": (microbatches[0].tokens.shape, microbatches[0].branches),
+        "rollouts_a_row": microbatches[0].branches.count,
         "num_loss_tokens": counts["tokens"],
     }
 
@@ -143,8 +142,10 @@ def test_layouts_equal_one_process(case, layout):
     check(case, *LAYOUTS[layout])
 
 
-@pytest.mark.parametrize("microbatch_tokens", [1, 400, 1200, 10_000])
+@pytest.mark.parametrize(
+    ("microbatch_tokens", "plain", "guided"), [(1, 1, 1), (400, 2, 1), (1200, 4, 2), (10_000, 4, 4)]
+)
 @pytest.mark.parametrize("case", ["plain", "truncated"], indirect=True)
-def test_sharing_prompts_and_microbatches_change_nothing(case, microbatch_tokens):
+def test_sharing_prompts_and_microbatches_change_nothing(case, microbatch_tokens, plain, guided):
     results = check(case, {}, 1, microbatch_tokens=microbatch_tokens)
-    print(results[0]["shapes"])
+    assert results[0]["rollouts_a_row"] == (guided if "cfg_scale" in case[0] else plain)
