@@ -22,8 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
-from realsr_hpc.config.schema import ParallelConfig, RestoreConfig, RunConfig  # noqa: E402
+from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count  # noqa: E402
+from realsr_hpc.config.schema import ParallelConfig, RunConfig  # noqa: E402
 
 DEFAULTS: dict[str, str | None] = {
     "run": None,
@@ -39,12 +39,7 @@ DEFAULTS: dict[str, str | None] = {
     "split": None,
     "crop_px": "0",
     "pyiqa": "lpips,dists,fid,niqe,musiq,maniqa-pipal,clipiqa,topiq_nr",
-    "weights_dir": None,
-    "candidates": "1",
-    "choose": "ranker",
-    "colour": "none",
-    "overlap_px": "8",
-    **dict.fromkeys(RestoreConfig.model_fields),
+    **RESTORING,
 }
 Given = dict[str, str | None]
 
@@ -109,19 +104,12 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     from realsr_hpc.evaluate.cases import Case, batch_of
     from realsr_hpc.evaluate.methods import finished
     from realsr_hpc.records import RestoredImage
-    from realsr_hpc.restore import BestOf, RestoreSettings, open_restorer, restore_images
-    from realsr_hpc.restore.colour import COLOUR_FIXES, fix_colour
+    from realsr_hpc.restore import open_with_options, restore_images
+    from realsr_hpc.restore.colour import fix_colour
     from realsr_hpc.restore.pictures import resized
 
-    colour = next((fix for fix in COLOUR_FIXES if fix == given["colour"]), None)
-    if colour is None:
-        raise ValueError(f"colour={given['colour']!r} is none of {', '.join(COLOUR_FIXES)}; name one")
-    factor, count = config.vlcot.upscale, read_count(given, "candidates", 1)
-    tile_px = config.vlcot.image_sizes_px[-1] // factor
-    settings = RestoreSettings("", tile_px, factor, overlap_px=read_count(given, "overlap_px"), colour=colour)
-    restorer = open_restorer(config, checkpoint)
-    if count > 1:
-        restorer = BestOf(restorer, count, given["choose"] or "", given["weights_dir"])
+    restorer, settings = open_with_options(given, config, checkpoint)
+    tile_px, colour = settings.tile_px, settings.colour
 
     def method(cases: Sequence[Case]) -> list[RestoredImage]:
         if any(case.lq.shape[:2] != (tile_px, tile_px) for case in cases):

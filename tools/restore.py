@@ -20,8 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
-from realsr_hpc.config.schema import RestoreConfig  # noqa: E402
+from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count  # noqa: E402
 
 DEFAULTS: dict[str, str | None] = {
     "run": None,
@@ -30,13 +29,8 @@ DEFAULTS: dict[str, str | None] = {
     "input": None,
     "output": None,
     "upscale": None,
-    "candidates": "1",
-    "choose": "ranker",
-    "weights_dir": None,
-    "colour": "none",
-    "overlap_px": "8",
     "batch_size": "64",
-    **dict.fromkeys(RestoreConfig.model_fields),
+    **RESTORING,
 }
 
 
@@ -55,28 +49,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _restore(given: dict[str, str | None]):
-    overlap_px, batch_size = read_count(given, "overlap_px"), read_count(given, "batch_size", 1)
-    candidates, upscale = read_count(given, "candidates", 1), _upscale(given["upscale"])
-    from realsr_hpc.restore import BestOf, RestoreSettings, find_model, open_restorer, restore_folder, with_sampling
-    from realsr_hpc.restore.candidates import build_chooser
-    from realsr_hpc.restore.colour import COLOUR_FIXES
+    batch_size, upscale = read_count(given, "batch_size", 1), _upscale(given["upscale"])
+    from realsr_hpc.restore import find_model, open_with_options, restore_folder, with_sampling
 
-    colour = next((fix for fix in COLOUR_FIXES if fix == given["colour"]), None)
-    if colour is None:
-        raise ValueError(f"colour={given['colour']!r} is none of {', '.join(COLOUR_FIXES)}; name one")
-    choice = given["choose"] or ""
-    if candidates > 1 and choice != "mean":
-        build_chooser(choice, given["weights_dir"])  # a wrong name fails before the model is loaded
     config, checkpoint, name = find_model(given)
     config = with_sampling(config, given)
-    factor = config.vlcot.upscale
-    tile_px = config.vlcot.image_sizes_px[-1] // factor
-    sampled = config.restore.model_dump(exclude_none=True)
-    source = f"{name} {sampled}" + (f" best of {candidates} by {choice}" if candidates > 1 else "")
-    settings = RestoreSettings(source, tile_px, factor, upscale, overlap_px, colour, batch_size)
-    restorer = open_restorer(config, checkpoint)
-    if candidates > 1:
-        restorer = BestOf(restorer, candidates, choice, given["weights_dir"])
+    restorer, settings = open_with_options(given, config, checkpoint, name, upscale=upscale, batch_size=batch_size)
     return restore_folder(restorer, Path(given["input"] or ""), Path(given["output"] or ""), settings)
 
 

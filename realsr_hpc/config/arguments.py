@@ -6,7 +6,18 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+from realsr_hpc.config.schema import RestoreConfig
+
 Default = TypeVar("Default", str, str | None)
+RESTORING: dict[str, str | None] = {
+    "candidates": "1",
+    "choose": "ranker",
+    "weights_dir": None,
+    "colour": "none",
+    "overlap_px": "8",
+    **dict.fromkeys(RestoreConfig.model_fields),
+}
+"""Options of the commands that restore, read by `realsr_hpc.restore.options` and `with_sampling`."""
 
 
 def read_arguments(

@@ -1,12 +1,14 @@
 """Images in, images out: low-quality images restored by a policy, each with its reasoning beside it.
 
 `folder` walks files, `tiles` cuts and blends an image, `candidates` chooses among several results, `colour` gives them
-the input's colours, `pictures` reads and writes what formats there are, `model` opens a run or an export.
+the input's colours, `pictures` reads and writes what formats there are, `model` opens a run or an export,
+`options` does so as a command's options say.
 """
 
 from realsr_hpc.restore.candidates import BestOf, Chosen
 from realsr_hpc.restore.folder import RestoreReport, restore_folder
 from realsr_hpc.restore.model import find_model, find_run, open_restorer, with_sampling
+from realsr_hpc.restore.options import open_with_options
 from realsr_hpc.restore.pictures import Picture, find_images, read_picture
 from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, restore_images, tile_starts
 
@@ -22,6 +24,7 @@ __all__ = [
     "find_model",
     "find_run",
     "open_restorer",
+    "open_with_options",
     "read_picture",
     "restore_folder",
     "restore_images",

@@ -50,9 +50,13 @@ def transformers_copy(policy: Policy, config: RunConfig, tokens: TraceTokenizer,
     return model.eval()
 
 
-def some_prompts(tokens: TraceTokenizer, count: int) -> Tensor:
-    """Prompts of random LQ images, int64 [count, P]."""
+def some_prompts(tokens: TraceTokenizer, count: int, length: int = 0) -> Tensor:
+    """Prompts of random LQ images, int64 [count, P]; repeated or cut to `length` tokens, if one is given.
+
+    Any tokens do where only time is measured: what a step costs depends on their number alone.
+    """
     codec = tokens.codec
     side = codec.side(codec.config.lq_size_px)
     grids = np.random.default_rng(0).integers(0, codec.vocabulary.num_codes, (count, side, side))
-    return torch.tensor([codec.prompt(grid) for grid in grids])
+    prompts = torch.tensor([codec.prompt(grid) for grid in grids])
+    return prompts.repeat(1, length // prompts.shape[1] + 1)[:, :length] if length else prompts

@@ -1,10 +1,11 @@
 """Rollouts: tokens a second of our sampler and of transformers' generate, same weights, same batch, one core.
 
-    python tools/bench.py rollout [group=8] [prompts=2] [tokens=400] [rounds=3] [section.field=value ...]
+    python tools/bench.py rollout [group=8] [prompts=2] [prompt_tokens=0] [tokens=400] [rounds=3] [section.field=value]
 
 transformers samples from the export of the very same weights with its cache on (SDPA, float32). It decodes once plainly
 and once with the logits processor that comes with the export and, as our grammar, keeps image blocks well formed. Ours
-samples under the grammar and keeps each token's log-probability as well. Every rollout is stopped at `tokens`.
+samples under the grammar and keeps each token's log-probability as well. Every rollout is stopped at `tokens`; prompts
+are the recipe's own, or stretched to `prompt_tokens`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from tools.benchmarks._policy import compose_or_none, our_policy, some_prompts, 
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments, 1 when the two disagree on the weights' log-probabilities."""
-    options, overrides = split_options(arguments, {"group": 8, "prompts": 2, "tokens": 400, "rounds": 3})
-    config = compose_or_none(overrides, options["tokens"])
+    defaults = {"group": 8, "prompts": 2, "prompt_tokens": 0, "tokens": 400, "rounds": 3}
+    options, overrides = split_options(arguments, defaults)
+    longest = options["prompt_tokens"] + options["tokens"]
+    room = [f"model.max_sequence_tokens={longest}", f"parallel.microbatch_tokens={longest}"]
+    config = compose_or_none([*(room if options["prompt_tokens"] else []), *overrides], options["tokens"])
     if config is None:
         return 2
     _, tokens, policy = our_policy(config)
     policy.eval()
     sampler = Sampler(policy, Grammar(tokens.codec, "constrained"), config.rollout, config.seed)
-    prompts = some_prompts(tokens, options["prompts"])
+    prompts = some_prompts(tokens, options["prompts"], options["prompt_tokens"])
     rows = options["prompts"] * options["group"]
     with tempfile.TemporaryDirectory() as folder:
         model = transformers_copy(policy, config, tokens, Path(folder) / "export")

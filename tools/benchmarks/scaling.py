@@ -4,7 +4,7 @@
 
 Ours and transformers' generate sample `tokens` tokens a rollout from the same weights on one core; the rest of a
 sequence is prompt. Group sizes are measured behind the recipe's own prompt, lengths at group 8. Writes
-docs/rollout_scaling.png.
+docs/pictures/rollout_scaling.png.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tools.benchmarks.rollout import generate
 
 GROUP_SIZES = (1, 2, 4, 8, 16, 32)
 LENGTHS = (256, 512, 1024, 2048, 4096)
-FIGURE = Path(__file__).resolve().parents[2] / "docs" / "rollout_scaling.png"
+FIGURE = Path(__file__).resolve().parents[2] / "docs" / "pictures" / "rollout_scaling.png"
 Series = dict[int, tuple[float, float]]
 """Tokens a CPU second of ours and of transformers, by size."""
 
@@ -46,8 +46,7 @@ def main(arguments: list[str]) -> int:
         by_group = {size: compare(sampler, model, prompt, size, options) for size in GROUP_SIZES}
         by_length = {}
         for length in LENGTHS:
-            # any tokens do: what a step costs depends on their number alone
-            stretched = prompt.repeat(1, length // prompt.shape[1] + 1)[:, : length - options["tokens"]]
+            stretched = some_prompts(tokens, 1, length - options["tokens"])
             by_length[length] = compare(sampler, model, stretched, 8, options)
     for title, series in (("group size", by_group), ("tokens of a sequence, group 8", by_length)):
         rows = [[str(x), f"{a:.0f}", f"{b:.0f}", f"{a / b:.2f}x"] for x, (a, b) in series.items()]
@@ -87,6 +86,11 @@ def plot(by_group: Series, by_length: Series) -> None:
             panel.loglog(list(series), [values[index] for values in series.values()], marker="o", label=name)
         panel.set(xlabel=title, ylabel="tokens / CPU second")
         panel.set_xticks(list(series), [str(x) for x in series])
+        seen = [value for values in series.values() for value in values]
+        ticks = [
+            y for y in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000) if min(seen) <= 1.5 * y < 2 * max(seen)
+        ]
+        panel.set_yticks(ticks, [str(y) for y in ticks])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].legend()

@@ -1,0 +1,41 @@
+"""A restorer and its settings from the `key=value` options that the commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from realsr_hpc.config.arguments import read_count
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.restore.candidates import BestOf, build_chooser
+from realsr_hpc.restore.colour import COLOUR_FIXES
+from realsr_hpc.restore.model import open_restorer
+from realsr_hpc.restore.tiles import Restorer, RestoreSettings
+
+
+def open_with_options(
+    given: Mapping[str, str | None],
+    config: RunConfig,
+    checkpoint: Path | None,
+    name: str = "",
+    *,
+    upscale: float = 0.0,
+    batch_size: int = 64,
+) -> tuple[Restorer, RestoreSettings]:
+    """As candidates=, choose=, weights_dir=, colour= and overlap_px= say; ValueError for a wrong one, before it loads.
+
+    name, upscale, batch_size: for the settings (`RestoreSettings`).
+    """
+    colour = next((fix for fix in COLOUR_FIXES if fix == given["colour"]), None)
+    if colour is None:
+        raise ValueError(f"colour={given['colour']!r} is none of {', '.join(COLOUR_FIXES)}; name one")
+    count, choice = read_count(given, "candidates", 1), given["choose"] or ""
+    factor, source = config.vlcot.upscale, f"{name} {config.restore.model_dump(exclude_none=True)}"
+    if count > 1:
+        source += f" best of {count} by {choice}"
+        if choice != "mean":
+            build_chooser(choice, given["weights_dir"])
+    tile_px = config.vlcot.image_sizes_px[-1] // factor
+    settings = RestoreSettings(source, tile_px, factor, upscale, read_count(given, "overlap_px"), colour, batch_size)
+    restorer = open_restorer(config, checkpoint)
+    return (restorer if count == 1 else BestOf(restorer, count, choice, given["weights_dir"])), settings
