@@ -54,7 +54,7 @@ def collate(
 def collate_groups(
     sequences: Sequence[TrainingSequence], parallel: ParallelConfig, *, pad: int, device: torch.device
 ) -> list[Microbatch]:
-    """As `collate`, for rollouts: those of one prompt share it in their rows, as many as `microbatch_tokens` holds.
+    """As `collate`, for rollouts: those of one prompt share a row, as many as `microbatch_tokens` holds.
 
     Args:
         sequences: with prompts of one length; may be none: a rank whose groups were all dropped still takes part.
