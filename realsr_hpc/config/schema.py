@@ -134,8 +134,8 @@ class ParallelConfig(Section):
     """Model chunks a pipeline stage holds (interleaved 1F1B); 1: none."""
     sequence_parallel: bool = False
     microbatch_tokens: Count = 4096
-    """Token budget of one microbatch on one data-parallel rank, padding included. Of a GRPO group as many rollouts share
-    one copy of their prompt as it holds."""
+    """Token budget of one microbatch on one data-parallel rank, padding included. Of a GRPO group as many rollouts
+    share one copy of their prompt as it holds."""
     scoring_microbatches: Count = 4
     """Microbatches that the reference scores at once: without gradients it keeps no activations."""
     recompute: Literal["none", "selective", "full"] = "none"
