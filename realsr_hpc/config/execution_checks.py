@@ -109,6 +109,12 @@ def lean_optimizers_need_gpus(config: RunConfig) -> Iterator[str]:
             yield "optim.main_params: bf16: needs parallel.distributed_optimizer=true; set it, or main_params=fp32"
 
 
+def graphs_hold_whole_decode_steps(config: RunConfig) -> Iterator[str]:
+    """A step that waits for another pipeline stage cannot be replayed."""
+    if config.parallel.decode_graphs and config.parallel.pp > 1:
+        yield f"parallel.decode_graphs: true: needs parallel.pp=1, not {config.parallel.pp}; set one of them"
+
+
 def one_task_a_gpu(config: RunConfig) -> Iterator[str]:
     """A task drives one GPU; on a CPU cluster there are none."""
     cluster = config.cluster
@@ -152,6 +158,7 @@ EXECUTION_RULES: tuple[Rule, ...] = (
     a_microbatch_holds_one_sequence,
     fp8_needs_bf16_gpus_and_aligned_dimensions,
     lean_optimizers_need_gpus,
+    graphs_hold_whole_decode_steps,
     one_task_a_gpu,
     a_local_run_has_one_node,
     a_checkpoint_can_be_taken_before_time_is_up,

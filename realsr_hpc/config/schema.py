@@ -142,6 +142,8 @@ class ParallelConfig(Section):
     reference_offload: bool = False
     """Keep the frozen reference in host memory between its uses."""
     distributed_optimizer: bool = True
+    decode_graphs: bool = False
+    """Replay decode steps from CUDA graphs, one for each 128 cached tokens. Needs pp = 1; not tried on a GPU yet."""
 
 
 class PrecisionConfig(Section):

@@ -91,6 +91,8 @@ class Policy:
     padded_vocab_size: int
     rollout_fp8_layers: tuple[int, ...] = ()
     """Layers, from 1, whose products rollouts compute in FP8."""
+    decode_graphs: bool = False
+    """Rollouts replay steps of fixed shapes."""
 
     @property
     def output_weight(self) -> Tensor:
@@ -153,7 +155,7 @@ def build_policy(
         chunks = [_chunk(config, megatron, groups, padded, index) for index in range(config.parallel.virtual_pp)]
     shapes = WeightShapes.of(config.model, vocab_size)
     in_fp8 = rollout_fp8_layers(config.precision, config.model.num_layers)
-    policy = Policy(chunks, megatron, groups, shapes, vocab_size, padded, in_fp8)
+    policy = Policy(chunks, megatron, groups, shapes, vocab_size, padded, in_fp8, config.parallel.decode_graphs)
     mark_cuts(policy)
     if emulates_fp8(config.precision):
         start_emulation(policy, config.precision)

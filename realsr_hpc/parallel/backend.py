@@ -58,6 +58,30 @@ def has_transformer_engine() -> bool:
     return True
 
 
+def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
+    """`step` as a CUDA graph: a call replays it, reading and writing the memory it was captured with.
+
+    It is run a few times first, as capturing asks. On a CPU there are no graphs: `step` itself.
+    """
+    if where.type == "cpu":
+        return step
+    current, beside = torch.cuda.current_stream(where), torch.cuda.Stream(where)
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            step()
+    current.wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def _names_cuda(value: Any) -> bool:
     if isinstance(value, torch.device):
         return value.type == "cuda"

@@ -2,12 +2,13 @@
 
 Megatron's own inference path calls the training modules token by token; this one reads the same parameters and does
 only what a decode step needs. Its equality with the training forward is a test, and `rollout/mismatch_kl` watches it
-in every run. Rows are prompts x rollouts, prompt by prompt and as many of each; all rows stand at the same position. A
-group shares its prompt: prefix keys and values are stored once a prompt and its queries meet them in one product.
+in every run. Rows are prompts x rollouts, prompt by prompt and as many of each; all rows stand at the same position.
 
 Classifier-free guidance adds a second stream of the same rows that sees only the current image block
-(PAPER section 1): its linears are batched with the first stream's, its keys are masked before the block's start.
-Rotary embeddings are relative, so that stream keeps its positions.
+(PAPER section 1): its linears are batched with the first stream's. Rotary embeddings are relative, so that stream keeps
+its positions.
+
+Steps can have fixed shapes (`FixedSteps`): then a CUDA graph replays them, and a step costs one launch.
 
 Under pipeline parallelism a forward pass is a generator that yields before it would wait for another stage, so that the
 caller can let several batches take turns and no stage idles.
@@ -28,6 +29,9 @@ from torch import Tensor
 from realsr_hpc.model.fp8 import Fp8Weight
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.model.spec import HEAD_NORM_EPSILON
+from realsr_hpc.parallel import backend
+from realsr_hpc.parallel.layout import rounded_up
+from realsr_hpc.rollout.cache import Cache, Place, Stream
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [n, kv, h/kv, d], k [n, kv, d], v [n, kv, d]) -> context [n, h, d]."""
@@ -87,78 +91,6 @@ def _beside(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.cat([queries.unflatten(0, (len(keys), -1)), keys[:, None]], 1)
 
 
-class Stream:
-    """Keys and values of one stream of rows: shared prefix [P, kv, L, d] and own suffix [n, kv, T, d] a layer."""
-
-    def __init__(self, num_layers: int, rows: int, kv_heads: int, max_tokens: int, head_dim: int, like: Tensor):
-        shape = (num_layers, rows, kv_heads, max_tokens, head_dim)
-        self.prefix: list[tuple[Tensor, Tensor]] = []
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.starts: Tensor | None = None
-        """First suffix position a row sees [n]; None: all, and the prefix."""
-
-    def keep(self, rows: Tensor, prompts: Tensor, length: int) -> None:
-        """Go on with these rows of these prompts; `length` suffix positions are written."""
-        for cache in (self.keys, self.values):
-            for layer in cache:  # one at a time: the copy is a layer's, not the cache's
-                layer[: len(rows), :, :length] = layer[rows, :, :length]
-        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
-        if self.prefix and len(prompts) < len(self.prefix[0][0]):
-            self.prefix = [(keys[prompts], values[prompts]) for keys, values in self.prefix]
-        self.starts = None if self.starts is None else self.starts[rows]
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
-        """Attention of one token a row: q [n, kv, h/kv, d], k and v [n, kv, d] -> [n, kv, h/kv, d]."""
-        self.keys[layer, :, :, position] = k
-        self.values[layer, :, :, position] = v
-        keys = self.keys[layer, :, :, : position + 1]
-        values = self.values[layer, :, :, : position + 1]
-        q = q * q.shape[-1] ** -0.5
-        scores = (keys @ q.transpose(-1, -2)).transpose(-1, -2)
-        if self.starts is not None:
-            hidden = torch.arange(position + 1, device=q.device) < self.starts[:, None]
-            scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-            return torch.softmax(scores.float(), -1).to(q.dtype) @ values
-        prefix_keys, prefix_values = self.prefix[layer]
-        by_prompt = _by_prompt(q, prefix_keys.shape[0])
-        prefix_scores = _by_row(by_prompt @ prefix_keys.transpose(-1, -2), q)
-        weights = torch.softmax(torch.cat([prefix_scores, scores], -1).float(), -1).to(q.dtype)
-        split = prefix_scores.shape[-1]
-        from_prefix = _by_prompt(weights[..., :split], prefix_keys.shape[0]) @ prefix_values
-        return _by_row(from_prefix, q).add_(weights[..., split:] @ values)
-
-
-@dataclass
-class Cache:
-    """What decoding a batch of rollouts keeps between its steps."""
-
-    streams: list[Stream]
-    """The rollouts', and with guidance the unconditional one."""
-    cos: Tensor
-    """[L + T, d]; rotary tables of prompt and response positions."""
-    sin: Tensor
-    prompt_length: int
-
-    def keep(self, rows: list[int], prompts: list[int], length: int) -> None:
-        """Go on with these rows and prompts (indices among the present ones) after `length` response tokens."""
-        device = self.cos.device
-        for stream in self.streams:
-            stream.keep(torch.tensor(rows, device=device), torch.tensor(prompts, device=device), length)
-
-
-def _by_prompt(x: Tensor, prompts: int) -> Tensor:
-    """[n, kv, r, *] -> [P, kv, G r, *]: the group's queries side by side."""
-    n, kv, r, last = x.shape
-    return x.view(prompts, n // prompts, kv, r, last).transpose(1, 2).reshape(prompts, kv, -1, last)
-
-
-def _by_row(x: Tensor, like: Tensor) -> Tensor:
-    """Inverse of `_by_prompt` for rows like `like`."""
-    n, kv, r, _ = like.shape
-    prompts = x.shape[0]
-    return x.view(prompts, kv, n // prompts, r, -1).transpose(1, 2).reshape(n, kv, r, -1)
-
-
 class Decoder:
     """Prefill and single-token steps over a policy's local layers."""
 
@@ -177,6 +109,7 @@ class Decoder:
         ]
         self.num_layers = sum(map(len, self.chunks))
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._fixed: FixedSteps | None = None
 
     def new_cache(self, prompts: Int[Tensor, "P L"], group_size: int, max_new_tokens: int, guided: bool) -> Cache:
         """Room for the rollouts of these prompts."""
@@ -207,20 +140,29 @@ class Decoder:
     @torch.no_grad()
     def step(self, cache: Cache, tokens: Int[Tensor, " n"], position: int) -> Turns:
         """Feed one token a row at response `position`; logits [streams, n, V]."""
-        streams, place = cache.streams, cache.prompt_length + position
+        if not self.policy.decode_graphs:
+            return (yield from self.pass_on(cache, tokens, Place(position, position + 1)))
+        if self._fixed is None or self._fixed.cache is not cache or len(self._fixed.tokens) != len(tokens):
+            self._fixed = FixedSteps(self, cache, tokens, position)
+        return self._fixed(tokens, position)
+
+    def pass_on(self, cache: Cache, tokens: Tensor, at: Place) -> Turns:
+        """`step` at a place."""
+        streams, row = cache.streams, cache.prompt_length + at.position
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if len(streams) == 1:
-                return streams[0].attend(layer, q, k, v, position).flatten(1, 2)
+                return streams[0].attend(layer, q, k, v, at).flatten(1, 2)
             parts = zip(streams, *(x.chunk(len(streams)) for x in (q, k, v)), strict=True)
-            return torch.cat([stream.attend(layer, *qkv, position) for stream, *qkv in parts]).flatten(1, 2)
+            return torch.cat([stream.attend(layer, *qkv, at) for stream, *qkv in parts]).flatten(1, 2)
 
-        cos, sin = cache.cos[place : place + 1], cache.sin[place : place + 1]
+        cos, sin = (table[row].view(1, -1) for table in (cache.cos, cache.sin))
         hidden = yield from self._run(tokens.repeat(len(streams)), attend, cos, sin)
         return None if hidden is None else self._logits(hidden).unflatten(0, (len(streams), -1))
 
     def finish(self) -> None:
-        """Wait until the other stages have what was sent to them."""
+        """Wait until the other stages have what was sent to them; let go of the last cache."""
+        self._fixed = None
         while self._sent:
             self._sent.popleft()[0].wait()
 
@@ -302,6 +244,40 @@ class Decoder:
         work = dist.isend(x, self._neighbour(1), group=self.groups.pp)
         assert work is not None, "isend on a rank outside its group"
         self._sent.append((work, x))
+
+
+class FixedSteps:
+    """Decode steps whose shapes and memory do not change while the same rows go on, so that they can be replayed.
+
+    A step reads the cache up to the next multiple of `BUCKET` and hides what lies behind its token: one graph for all
+    positions of a bucket. Without pipeline stages only.
+    """
+
+    BUCKET = 128
+
+    def __init__(self, decoder: Decoder, cache: Cache, tokens: Tensor, position: int):
+        self.decoder, self.cache = decoder, cache
+        for stream in cache.streams:  # not written yet, and multiplied with zero: it must be finite
+            stream.values[:, :, :, position:] = 0.0
+        self.tokens, self.position = tokens.clone(), tokens.new_zeros(1)
+        self._steps: dict[int, Callable[[], Tensor]] = {}
+
+    def __call__(self, tokens: Tensor, position: int) -> Tensor:
+        """Logits [streams, n, V], in memory that the next call writes to."""
+        self.tokens.copy_(tokens)
+        self.position.fill_(position)
+        length = min(rounded_up(position + 1, self.BUCKET), self.cache.streams[0].keys.shape[3])
+        if length not in self._steps:
+            self._steps[length] = backend.captured(lambda: self._step(length), tokens.device)
+        return self._steps[length]()
+
+    def _step(self, length: int) -> Tensor:
+        turns = self.decoder.pass_on(self.cache, self.tokens, Place(self.position, length))
+        try:
+            next(turns)
+        except StopIteration as end:
+            return end.value
+        raise AssertionError("a step of fixed shapes waits for another pipeline stage")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class Sampler:
         unconditional = cache.streams[1]
         assert unconditional.starts is not None, "the unconditional stream has no starts"
         inside = self.masks.continues_block[tokens]
-        unconditional.starts = torch.where(inside, unconditional.starts, torch.full_like(tokens, position))
+        unconditional.starts.masked_fill_(~inside, position)  # in place: a step of fixed shapes reads this memory
 
     def _share(self, record: Record) -> None:
         """Give every pipeline stage what only the last one knows; the supports stay with it, who alone scores."""

@@ -149,3 +149,10 @@ def test_layouts_equal_one_process(case, layout):
 def test_sharing_prompts_and_microbatches_change_nothing(case, microbatch_tokens, plain, guided):
     results = check(case, {}, 1, microbatch_tokens=microbatch_tokens)
     assert results[0]["rollouts_a_row"] == (guided if "cfg_scale" in case[0] else plain)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}], ids=["one", "tp2"])
+@pytest.mark.parametrize("case", ["plain", "truncated"], indirect=True)
+def test_steps_of_fixed_shapes_sample_the_same(case, parallel):
+    """What a GPU replays from graphs; here the same steps run without one."""
+    check(case, parallel | {"decode_graphs": True}, parallel.get("tp", 1))

@@ -34,6 +34,7 @@ BREACHES = {
     "a_microbatch_holds_one_sequence": ["parallel.microbatch_tokens=100"],
     "fp8_needs_bf16_gpus_and_aligned_dimensions": ["precision.fp8=tensorwise"],
     "lean_optimizers_need_gpus": ["optim.cpu_offload=true"],
+    "graphs_hold_whole_decode_steps": ["parallel.decode_graphs=true", "parallel.pp=2"],
     "one_task_a_gpu": ["cluster.gpus_per_node=1", "cluster.tasks_per_node=2"],
     "a_local_run_has_one_node": ["cluster.nodes=2"],
     "clipping_has_both_bounds": ["grpo.clip_low=null"],
