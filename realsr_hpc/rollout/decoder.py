@@ -141,12 +141,12 @@ class Decoder:
     def step(self, cache: Cache, tokens: Int[Tensor, " n"], position: int) -> Turns:
         """Feed one token a row at response `position`; logits [streams, n, V]."""
         if not self.policy.decode_graphs:
-            return (yield from self.pass_on(cache, tokens, Place(position, position + 1)))
+            return (yield from self.step_at(cache, tokens, Place(position, position + 1)))
         if self._fixed is None or self._fixed.cache is not cache or len(self._fixed.tokens) != len(tokens):
             self._fixed = FixedSteps(self, cache, tokens, position)
         return self._fixed(tokens, position)
 
-    def pass_on(self, cache: Cache, tokens: Tensor, at: Place) -> Turns:
+    def step_at(self, cache: Cache, tokens: Tensor, at: Place) -> Turns:
         """`step` at a place."""
         streams, row = cache.streams, cache.prompt_length + at.position
 
@@ -272,7 +272,7 @@ class FixedSteps:
         return self._steps[length]()
 
     def _step(self, length: int) -> Tensor:
-        turns = self.decoder.pass_on(self.cache, self.tokens, Place(self.position, length))
+        turns = self.decoder.step_at(self.cache, self.tokens, Place(self.position, length))
         try:
             next(turns)
         except StopIteration as end:
