@@ -130,7 +130,7 @@ class Branches:
         return self.prompt + self.count * self.response
 
 
-def branches(prompt: int, response: int, group: int, parallel: ParallelConfig, streams: int) -> Branches:
+def fitting_branches(prompt: int, response: int, group: int, parallel: ParallelConfig, streams: int) -> Branches:
     """Rows for groups of `group` responses: as many a row as `microbatch_tokens` holds, evenly spread.
 
     streams: 2 when every row has an unconditional twin.

@@ -81,8 +81,7 @@ def training_seconds(config: RunConfig, device: Device, dp: int) -> float:
     # causal: half of the pairs of a sequence
     prompt, response, count = shape.branches.prompt, shape.branches.response, shape.branches.count
     pairs = prompt**2 / 2 + count * response * (prompt + response / 2)
-    sequences = shape.row_tokens // shape.branches.tokens  # several in a packed row
-    attention = 4 * model.num_layers * model.hidden_size * pairs * sequences
+    attention = 4 * model.num_layers * model.hidden_size * pairs * shape.in_a_row
     forward = _rows_of_a_step(config) * dp * (2 * matrices * shape.row_tokens + attention)
     # every update sees its own share of the rollouts
     passes = 3.0 + _computed_again(config) + has_reference(config)

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from realsr_hpc.config.derived import VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens, world_size
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.parallel.layout import Branches, branches, even_parts, microbatch_multiple, rounded_up, row_multiple
+from realsr_hpc.parallel.layout import (
+    Branches,
+    even_parts,
+    fitting_branches,
+    microbatch_multiple,
+    rounded_up,
+    row_multiple,
+)
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
 TEXT_TOKENS_OF_TAGS = 130
@@ -29,6 +36,11 @@ class MicrobatchShape:
     def tokens(self) -> int:
         """Of one microbatch, padding included."""
         return self.rows * self.row_tokens
+
+    @property
+    def in_a_row(self) -> int:
+        """How often a row holds `branches`: several times where sequences are packed."""
+        return self.row_tokens // self.branches.tokens
 
 
 def vocabulary_size(config: RunConfig) -> int:
@@ -103,7 +115,7 @@ def microbatch_shape(config: RunConfig) -> MicrobatchShape:
     streams, shared = 2 if guided(config) else 1, Branches(prompt, response, 1)
     if config.task == "grpo":
         group = math.ceil(config.grpo.group_size / config.grpo.updates_per_step)
-        shared = branches(prompt, response, group, parallel, streams)
+        shared = fitting_branches(prompt, response, group, parallel, streams)
         rows = math.ceil(sequences / config.grpo.group_size) * math.ceil(group / shared.count)
         row_tokens = rounded_up(shared.tokens, row_multiple(parallel))
     elif config.sft.packing:
@@ -125,8 +137,7 @@ def scored_at_once(config: RunConfig) -> int:
 def loss_tokens_of_a_row(config: RunConfig) -> int:
     """Tokens of a row whose log-probability is wanted: its responses."""
     shape = microbatch_shape(config)
-    sequences = shape.row_tokens // shape.branches.tokens
-    return sequences * shape.branches.count * shape.branches.response
+    return shape.in_a_row * shape.branches.count * shape.branches.response
 
 
 def truncated(config: RunConfig) -> bool:

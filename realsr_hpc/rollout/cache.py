@@ -34,11 +34,8 @@ class Place:
             return None
         device = starts.device if starts is not None else self.position.device
         places = torch.arange(self.length, device=device)
-        after = None if isinstance(self.position, int) else (places > self.position)[None]
-        if starts is None:
-            return after
-        before = places < starts[:, None]
-        return before if after is None else before | after
+        after = (places > self.position)[None]
+        return after if starts is None else after | (places < starts[:, None])
 
 
 class Stream:

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from realsr_hpc.config.schema import ParallelConfig
-from realsr_hpc.parallel.layout import Branches, branches, even_parts, microbatch_multiple, rounded_up, row_multiple
+from realsr_hpc.parallel.layout import (
+    Branches,
+    even_parts,
+    fitting_branches,
+    microbatch_multiple,
+    rounded_up,
+    row_multiple,
+)
 from realsr_hpc.parallel.pipeline import Microbatch
 from realsr_hpc.records import TrainingSequence
 
@@ -66,7 +73,7 @@ def collate_groups(
     prompt = max((sequence.prompt_length for sequence in sequences), default=0)
     response = max((len(sequence.tokens) - prompt for sequence in sequences), default=1)
     streams = 2 if any(sequence.blocks is not None for sequence in sequences) else 1
-    shared = branches(prompt, response, max(map(len, groups), default=1), parallel, streams)
+    shared = fitting_branches(prompt, response, max(map(len, groups), default=1), parallel, streams)
     row_tokens = rounded_up(shared.tokens, row_multiple(parallel))
     layout = [members[i : i + shared.count] for members in groups for i in range(0, len(members), shared.count)]
     rows = [[(s, _branch(s, shared, number)) for number, s in enumerate(members)] for members in layout]
