@@ -61,7 +61,8 @@ def main(arguments: list[str]) -> int:
 def show(names: list[str], columns: Columns, output: str | None) -> None:
     """Print the table, and keep it where `output` says."""
     rows = list(zip(names, *(column.tolist() for column in columns.values()), strict=True))
-    means = ["mean", *(float(np.nanmean(column)) for column in columns.values())]
+    known = [column[~np.isnan(column)] for column in columns.values()]
+    means = ["mean", *(float(values.mean()) if values.size else float("nan") for values in known)]
     for name, *values in [["image", *columns], *rows, means]:
         cells = [f"{value:>14.4f}" if isinstance(value, float) else f"{value:>14}" for value in values]
         print(f"{name:<32}", *cells)
