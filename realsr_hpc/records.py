@@ -16,6 +16,7 @@ from torch import Tensor
 
 Level = Literal["light", "medium", "heavy"]
 Resize = Literal["upsample", "downsample", "keep"]
+ResizeMode = Literal["area", "bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ResizeTo:
     """Of a square image, without antialiasing."""
 
     side_px: int
-    mode: Literal["area", "bilinear", "bicubic"]
+    mode: ResizeMode
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from realsr_hpc.data.kernels import SHAPES, KernelParameters, Shape
-from realsr_hpc.records import Resize
+from realsr_hpc.records import Resize, ResizeMode
 
-ResizeMode = Literal["area", "bilinear", "bicubic"]
 Noise = Literal["gaussian", "poisson"]
 Range = tuple[float, float]
 

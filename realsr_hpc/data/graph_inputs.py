@@ -10,18 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from realsr_hpc.data.area import area_taps
-from realsr_hpc.data.degradation import DegradationParameters, ResizeMode, StageParameters, noise_field
+from realsr_hpc.data.degradation import RESIZE_MODES, DegradationParameters, StageParameters, noise_field
 from realsr_hpc.data.kernels import KernelParameters, build_factors
+from realsr_hpc.pixels import resize_taps
+from realsr_hpc.records import ResizeMode
 
-SEPARABLE, PLAIN, STRIPS, NOTHING = range(4)
+WHOLE, SEPARABLE, NOTHING = range(3)
 """Ways to apply a kernel."""
-NUM_STRIPS = 4
-_STRIPS_FROM_PX = 13
-"""OpenCV's filter, which DALI runs on a CPU, turns to a Fourier transform from 12 x 12 on; strips of the kernel stay
-below that and are faster up to the largest side of 21."""
-_FAST_TAPS = (2, 4)
-"""Numbers of source rows a target row that the graph sums without a reduction."""
 
 
 @dataclass(frozen=True)
@@ -35,52 +30,48 @@ class DegradationInput:
     """Drawn from twice: the first stage's field, then the second's."""
 
 
-def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int) -> dict[str, np.ndarray]:
-    """The arrays of one sample by the name of the graph's source."""
+def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int, *, tables: bool) -> dict[str, np.ndarray]:
+    """The arrays of one sample by the name of the graph's source, with the resizes' tables or without."""
     p = sample.parameters
     first, second = p.first, p.second
+    resizes = (
+        ("1", first.resize_mode, gt_px, first.side_px),
+        ("2", second.resize_mode, first.side_px, second.side_px),
+        ("3", p.final_resize_mode, second.side_px, lq_px),
+    )
+    table_arrays = [table_inputs(*resize) for resize in resizes] if tables else []
     return {
         "crop": sample.crop,
-        **kernel_inputs("1", first.blur, gt_px),
-        **kernel_inputs("2", second.blur, first.side_px),
-        **kernel_inputs("3", p.final_sinc, lq_px),
+        **kernel_inputs("1", first.blur),
+        **kernel_inputs("2", second.blur),
+        **kernel_inputs("3", p.final_sinc),
         "noise1": noise_field(sample.noise_rng, first),
         "noise2": noise_field(sample.noise_rng, second),
-        **resize_inputs("1", first.resize_mode, gt_px, first.side_px),
-        **resize_inputs("2", second.resize_mode, first.side_px, second.side_px),
-        **resize_inputs("3", p.final_resize_mode, second.side_px, lq_px),
+        **{f"resize{number}": resize_row(*resize) for number, *resize in resizes},
         "noising1": noise_row(first),
         "noising2": noise_row(second),
         "quality": np.array([first.jpeg_quality, second.jpeg_quality, int(p.jpeg_last)], np.int32),
         "sides": np.array([sample.crop.shape[0] != gt_px], np.int32),
+        **{name: array for arrays in table_arrays for name, array in arrays.items()},
     }
 
 
-def kernel_inputs(number: str, parameters: KernelParameters | None, image_px: int) -> dict[str, np.ndarray]:
-    """The kernel and its column, how to apply them, and for strips the rows of an image with its borders.
-
-    `way` is [way, image side, then the first kernel row of each strip and the end].
-    """
+def kernel_inputs(number: str, parameters: KernelParameters | None) -> dict[str, np.ndarray]:
+    """The way to apply a kernel, the kernel, and its column where it is separable."""
     kernel, column = build_factors(parameters)
-    way, reflected = SEPARABLE, np.zeros(1, np.int32)
-    if parameters is None:
-        way = NOTHING
-    elif parameters.shape != "iso":
-        way = STRIPS if parameters.size_px >= _STRIPS_FROM_PX else PLAIN
-    if way == STRIPS:
-        reflected = np.pad(np.arange(image_px, dtype=np.int32), parameters.size_px // 2, mode="reflect")
-    starts = [part[0] for part in np.array_split(np.arange(max(kernel.shape[0], NUM_STRIPS)), NUM_STRIPS)]
-    row = np.array([way, image_px, *starts, kernel.shape[0]], np.int32)
-    return {f"kernel{number}": kernel, f"column{number}": column, f"way{number}": row, f"rows{number}": reflected}
+    way = NOTHING if parameters is None else SEPARABLE if column.size > 1 else WHOLE
+    return {f"way{number}": np.array([way], np.int32), f"kernel{number}": kernel, f"column{number}": column}
 
 
-def resize_inputs(number: str, mode: ResizeMode, source_px: int, target_px: int) -> dict[str, np.ndarray]:
-    """Sides and mode: [source, target, taps of a target row, is area, is bicubic]; the area table where it is one."""
-    taps = area_taps(source_px, target_px if mode == "area" else 1)
-    count = next((fast for fast in _FAST_TAPS if taps.count <= fast), taps.count)
-    taps = taps.with_count(count)
-    row = np.array([source_px, target_px, count, mode == "area", mode == "bicubic"], np.int32)
-    return {f"resize{number}": row, f"taps{number}": taps.index, f"weights{number}": taps.weights}
+def resize_row(mode: ResizeMode, source_px: int, target_px: int) -> np.ndarray:
+    """[source, target, number of the mode]."""
+    return np.array([source_px, target_px, RESIZE_MODES.index(mode)], np.int32)
+
+
+def table_inputs(number: str, mode: ResizeMode, source_px: int, target_px: int) -> dict[str, np.ndarray]:
+    """Source rows of each target row [count, target], and their weights [count, target, 1]."""
+    taps = resize_taps(source_px, target_px, mode)
+    return {f"rows{number}": taps.index, f"weights{number}": taps.weights[..., None]}
 
 
 def noise_row(stage: StageParameters) -> np.ndarray:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from realsr_hpc.config.reward_options import FidelityOptions
+from realsr_hpc.pixels import degraded
 from realsr_hpc.rewards.base import Candidate, Reward
-from realsr_hpc.rewards.known import degraded
 from realsr_hpc.rewards.metrics import downscale_area, gaussian_taps, psnr_db, ssim_y
 
 

@@ -1,40 +1,22 @@
-"""The degradation chain written a second time, with OpenCV, PyTorch and NumPy."""
+"""The degradation chain written a second time, with SciPy, PyTorch and NumPy, and OpenCV's JPEG; images on 0..1."""
 
 import cv2
 import numpy as np
 import torch
+from scipy.ndimage import correlate
 
 from realsr_hpc.data.degradation import DegradationParameters, StageParameters
-from realsr_hpc.data.kernels import build_kernel
-
-cv2.setNumThreads(1)
+from realsr_hpc.data.kernels import KernelParameters, build_kernel
 
 
 def filter2d(image, kernel):
-    return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
-
-
-def cubic_weights(source, target, a=-0.5):
-    """Keys' kernel at the four nearest pixels, edges repeated; [target, source]."""
-    positions = (np.arange(target) + 0.5) * source / target - 0.5
-    weights = np.zeros((target, source))
-    for row, position in enumerate(positions):
-        for tap in range(int(np.floor(position)) - 1, int(np.floor(position)) + 3):
-            x = abs(position - tap)
-            near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
-            weights[row, np.clip(tap, 0, source - 1)] += near if x <= 1 else far if x < 2 else 0.0
-    return weights
+    """Borders reflected without their outermost pixel."""
+    return correlate(image, kernel[..., None], mode="mirror")
 
 
 def resize(image, mode, side):
-    source = image.shape[0]
-    if mode == "bicubic":
-        w = cubic_weights(source, side)
-        return np.einsum("yi,ijc,xj->yxc", w, image, w, optimize=True).astype(np.float32)
-    if mode == "area":
-        planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-        return torch.nn.functional.interpolate(planes, size=(side, side), mode="area")[0].permute(1, 2, 0).numpy()
-    return cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
+    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    return torch.nn.functional.interpolate(planes, size=(side, side), mode=mode)[0].permute(1, 2, 0).numpy()
 
 
 def to_bytes(image):
@@ -60,8 +42,7 @@ def add_noise(image, field, stage: StageParameters):
 
 def usm_sharpen(image):
     """BasicSR's USMSharp: amount .5, radius 50 (made 51), threshold 10."""
-    line = cv2.getGaussianKernel(51, 0)
-    kernel = line @ line.T
+    kernel = build_kernel(KernelParameters("iso", 51, 8.0, 8.0))
     residual = image - filter2d(image, kernel)
     soft = filter2d((np.abs(residual) * 255 > 10).astype(np.float32), kernel)
     return soft * np.clip(image + 0.5 * residual, 0, 1) + (1 - soft) * image

@@ -1,0 +1,222 @@
+"""The operators of the degradation graph, twice: as DALI has them, for a GPU, and as calls of `realsr_hpc.pixels`.
+
+Both offer the same methods and read the same arrays (`graph_inputs.py`); a blur comes as (way, kernel, column), a
+resize as what `resize_sources` gives, noise as (field, row). DALI's own run on a CPU, too, where they take two to ten
+times as long; the tests hold the two ways against each other there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.math as dmath
+import nvidia.dali.types as types
+from nvidia.dali.pipeline import do_not_convert
+
+from realsr_hpc import pixels
+from realsr_hpc.data.degradation import RESIZE_MODES
+from realsr_hpc.data.graph_inputs import NOTHING, SEPARABLE
+
+
+class HostOperators:
+    """One call of OpenCV's and NumPy's for all between two JPEGs, a batch's samples side by side in threads."""
+
+    reads_tables = False
+
+    def __init__(self, num_threads: int) -> None:
+        self.sources: list[str] = []
+        """Names of what is fed."""
+        self._map = ThreadPoolExecutor(num_threads, thread_name_prefix="pixels").map if num_threads > 1 else map
+
+    def array(self, name, layout=None):
+        """An array of a sample. Not copied: who feeds it holds it until the batch is done."""
+        self.sources.append(name)
+        return fn.external_source(name=name, layout=layout, no_copy=True)
+
+    numbers = array
+
+    def resize_sources(self, number):
+        """Sides and mode."""
+        return (self.numbers(f"resize{number}"),)
+
+    def stage(self, x, blur, resize, noise):
+        """Blur, resize, noise, bytes."""
+        return self._call(_stage_to_bytes, x, *blur, *resize, *noise)
+
+    def end(self, x, resize, sinc):
+        """Resize, sinc, bytes."""
+        return self._call(_end, x, *resize, *sinc)
+
+    def stage_and_end(self, x, blur, resize, noise, last_resize, sinc):
+        """Both, clamped between but not rounded."""
+        return self._call(_stage_and_end, x, *blur, *resize, *noise, *last_resize, *sinc)
+
+    def sharpened(self, x):
+        """Of bytes; float."""
+        return self._call(_sharpened, x)
+
+    def to_bytes(self, x):
+        """Clamped and rounded."""
+        return self._call(pixels.to_bytes, x)
+
+    @do_not_convert  # like the graph's conditionals: what is called is plain Python, and would take a fifth longer
+    def _call(self, function: Callable, *inputs):
+        def batch(*columns):
+            return list(self._map(function, *columns))
+
+        return fn.python_function(*inputs, function=batch, batch_processing=True, output_layouts="HWC")
+
+
+def _stage(image, way, kernel, column, resize, field, noising):
+    x = _resized(_filtered(_floats(image), way, kernel, column), resize)
+    return pixels.noised(x, field, float(noising[0]), poisson=bool(noising[1]), gray=bool(noising[2]))
+
+
+def _stage_to_bytes(image, *arrays):
+    return pixels.to_bytes(_stage(image, *arrays))
+
+
+def _end(image, resize, way, kernel, column):
+    return pixels.to_bytes(_filtered(_resized(_floats(image), resize), way, kernel, column))
+
+
+def _stage_and_end(image, way, kernel, column, resize, field, noising, *end):
+    return _end(np.clip(_stage(image, way, kernel, column, resize, field, noising), 0.0, 255.0), *end)
+
+
+def _sharpened(image):
+    return pixels.sharpened(_floats(image))
+
+
+def _filtered(x, way, kernel, column):
+    if way[0] == NOTHING:
+        return x
+    return pixels.filtered_separably(x, kernel, column) if way[0] == SEPARABLE else pixels.filtered(x, kernel)
+
+
+def _resized(x, row):
+    return pixels.resized(x, int(row[1]), RESIZE_MODES[row[2]])
+
+
+def _floats(image):
+    return image.astype(np.float32, copy=False)
+
+
+class DALIOperators:
+    """DALI's own on one device; resizes, of which DALI has not all, are weighted sums of rows."""
+
+    reads_tables = True
+
+    def __init__(self, device: str) -> None:
+        self.sources: list[str] = []
+        """Names of what is fed."""
+        self._device = device
+
+    def numbers(self, name):
+        """Parameters of a sample, which stay on the host."""
+        self.sources.append(name)
+        return fn.external_source(name=name)
+
+    def array(self, name, layout=None):
+        """An array of a sample, on the device."""
+        self.sources.append(name)
+        source = fn.external_source(name=name, layout=layout)
+        return source.gpu() if self._device == "gpu" else source
+
+    def resize_sources(self, number):
+        """Sides and mode, the table's rows and weights."""
+        return self.numbers(f"resize{number}"), self.numbers(f"rows{number}"), self.array(f"weights{number}")
+
+    def stage(self, x, blur, resize, noise):
+        """Blur, resize, noise, bytes."""
+        return self.to_bytes(self._stage(x, blur, resize, noise))
+
+    def end(self, x, resize, sinc):
+        """Resize, sinc, bytes."""
+        return self.to_bytes(self.filtered(self.resized(_to_float(x), *resize), *sinc))
+
+    def stage_and_end(self, x, blur, resize, noise, last_resize, sinc):
+        """Both, clamped between but not rounded."""
+        return self.end(_clamp(self._stage(x, blur, resize, noise)), last_resize, sinc)
+
+    def _stage(self, x, blur, resize, noise):
+        return self.noised(self.resized(self.filtered(_to_float(x), *blur), *resize), *noise)
+
+    def filtered(self, x, way, kernel, column):
+        """By the way that `kernel_inputs` chose."""
+        if way[0] == NOTHING:
+            y = x
+        elif way[0] == SEPARABLE:
+            y = _correlate(_correlate(x, kernel), column)
+        else:
+            y = _correlate(x, kernel)
+        return y
+
+    def resized(self, x, row, index, weights):
+        """Without antialiasing, as PyTorch's interpolate; one to the same size changes nothing."""
+        if row[0] == row[1]:
+            y = x
+        else:
+            y = _gather_rows(x, index, weights, row[0], row[1], row[0])
+            y = _gather_rows(fn.transpose(y, perm=[1, 0, 2]), index, weights, row[0], row[1], row[1])
+            y = fn.reshape(fn.transpose(y, perm=[1, 0, 2]), layout="HWC")
+        return y
+
+    def noised(self, x, field, row):
+        """As `pixels.noised`."""
+        if row[1] > 0:
+            if row[2] > 0:
+                red, green, blue = pixels.LUMA
+                value = _clamp(x[:, :, 0:1] * red + x[:, :, 1:2] * green + x[:, :, 2:3] * blue)
+            else:
+                value = _clamp(x)
+            y = x + dmath.sqrt(value * (255.0 / _photons(value))) * (row[0] * field)
+        else:
+            y = x + row[0] * field
+        return fn.reshape(y, layout="HWC")
+
+    def sharpened(self, x):
+        """Of bytes; float."""
+        line = pixels.usm_line()
+        row, column = (types.Constant(axis, device=self._device) for axis in (line[None, :], line[:, None]))
+        x = _to_float(x)
+        residual = x - _correlate(_correlate(x, row), column)
+        mask = fn.cast(dmath.abs(residual) > pixels.USM_THRESHOLD, dtype=types.FLOAT)
+        soft = _correlate(_correlate(fn.reshape(mask, layout="HWC"), row), column)
+        return fn.reshape(x + soft * (_clamp(x + pixels.USM_AMOUNT * residual) - x), layout="HWC")
+
+    def to_bytes(self, x):
+        """Clamped and rounded: DALI's cast does both."""
+        return fn.reshape(fn.cast(x, dtype=types.UINT8), layout="HWC")
+
+
+def _correlate(x, kernel):
+    return fn.filter(x, kernel, border="reflect_101")
+
+
+def _gather_rows(x, index, weights, source, target, width):
+    """[source, width, 3] -> [target, width, 3]: weighted sums of `count` source rows each."""
+    count = index.shape(dtype=types.INT32)[0]
+    x = fn.reshape(x, shape=fn.stack(source, width * 3), layout="FC")
+    x = fn.sequence_rearrange(x, new_order=fn.reshape(index, shape=[-1]))
+    x = fn.reshape(x, shape=fn.stack(count, target, width * 3), layout="TFC") * weights
+    return fn.reshape(fn.reductions.sum(x, axes=[0]), shape=fn.stack(target, width, 0 * width + 3), layout="HWC")
+
+
+def _photons(value):
+    """As `pixels.photons`, of the image."""
+    highest = fn.reductions.max(value, axes=[0, 1, 2])
+    lowest = fn.reductions.min(value, axes=[0, 1, 2])
+    span = dmath.floor(highest + 0.5) - dmath.floor(lowest + 0.5)
+    return dmath.fpow(2.0, dmath.ceil(dmath.log2(span + 1.0)))
+
+
+def _clamp(x):
+    return dmath.clamp(x, 0.0, 255.0)
+
+
+def _to_float(x):
+    return fn.cast(x, dtype=types.FLOAT)
