@@ -1,0 +1,146 @@
+"""Finished images by metrics or by rewards, without a run: what a reward says, to look at before training on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.schema import RewardTerm
+from realsr_hpc.data.decoding import BrokenImage, decode_image
+from realsr_hpc.data.manifest import read_manifest
+from realsr_hpc.evaluate.methods import NO_TRACE
+from realsr_hpc.records import ParsedTrace, SceneText
+from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.rewards.generation import NIQE_PATH, RANKER_PATH
+from realsr_hpc.rewards.metrics import psnr_y, ssim_y
+from realsr_hpc.rewards.mixture import build_reward, weight_at
+from realsr_hpc.rewards.niqe import NIQEModel, niqe
+from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
+from realsr_hpc.rewards.ranker import Ranker
+from realsr_hpc.rewards.stripes import stripe_share
+
+Columns = dict[str, np.ndarray]
+"""One score an image, by metric or reward; NaN where it knows none."""
+_UNKNOWN_DEGRADATION = "the degradation that was applied, which only training knows"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images of a folder, uint8 RGB, in the order of their files; with truths and low-quality images, or without."""
+
+    files: list[Path]
+    images: list[np.ndarray]
+    truths: list[np.ndarray] | None
+    lqs: list[np.ndarray] | None
+
+
+def read_pictures(found: Sequence[Path], truth: Path | None, lq: Path | None) -> tuple[Pictures, dict[str, str]]:
+    """The readable ones, and why by name for the others. Partners bear an image's name in folders of their own."""
+    folders = {"truth": truth, "lq": lq}
+    read: dict[str, list] = {"files": [], "input": [], "truth": [], "lq": []}
+    left_out = {}
+    for file in found:
+        paths = {"input": file} | {name: folder / file.name for name, folder in folders.items() if folder}
+        try:
+            pixels = {name: decode_image(path) for name, path in paths.items()}
+        except BrokenImage as error:
+            left_out[file.name] = f"cannot be read ({error})"
+            continue
+        for name, value in {"files": file, **pixels}.items():
+            read[name].append(value)
+    return Pictures(
+        read["files"], read["input"], read["truth"] if truth else None, read["lq"] if lq else None
+    ), left_out
+
+
+def metric_columns(pictures: Pictures, names: Sequence[str], weights_dir: str | None) -> Columns:
+    """niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa's.
+
+    Raises ValueError for an unknown metric, and where a truth is missing or of another size.
+    """
+    for file, image, truth in zip(pictures.files, pictures.images, pictures.truths or pictures.images, strict=True):
+        if image.shape != truth.shape:
+            raise ValueError(f"{file.name} is {image.shape[:2]}, its truth {truth.shape[:2]} px; they must agree")
+    return {
+        name: np.asarray(_scorer(name, weights_dir, pictures.truths)(pictures.images), dtype=np.float64)
+        for name in names
+    }
+
+
+def _scorer(name: str, weights_dir: str | None, truths: list[np.ndarray] | None) -> Callable:
+    if name in ("psnr_y", "ssim_y"):
+        if truths is None:
+            raise ValueError(f"metric={name} needs truth=DIR")
+        metric = {"psnr_y": psnr_y, "ssim_y": ssim_y}[name]
+        return lambda images: [metric(a[None], b[None])[0] for a, b in zip(images, truths, strict=True)]
+    if name == "niqe":
+        model = NIQEModel.load(resolve(NIQE_PATH))
+        return lambda images: niqe(images, model)
+    if name == "ranker":
+        return Ranker.load(resolve(RANKER_PATH)).score
+    return stripe_share if name == "stripes" else PyiqaMetrics([name], weights_dir)
+
+
+def reward_columns(
+    pictures: Pictures, terms: Mapping[str, RewardTerm], manifest: str | None
+) -> tuple[Columns, dict[str, str]]:
+    """Scores by term and their weighted total, and what each term that is left out would need.
+
+    Texts are those that `tools/restore.py` wrote beside the images; captions and tags come from the manifest.
+    """
+    traces = [_read_trace(file) for file in pictures.files]
+    scenes = _read_scenes(pictures.files, manifest)
+    lacking = _lacking(terms, traces, scenes, pictures)
+    nothing = [None] * len(pictures.files)
+    candidates = [
+        Candidate(trace or NO_TRACE, image, small, truth, None, scene)
+        for trace, image, small, truth, scene in zip(
+            traces, pictures.images, pictures.lqs or pictures.images, pictures.truths or nothing, scenes, strict=True
+        )
+    ]
+    scored = {name: term for name, term in terms.items() if name not in lacking}
+    columns = {name: build_reward(name, term).score(candidates) for name, term in scored.items()}
+    if columns:
+        columns["total"] = np.sum([weight_at(scored[name], 1) * column for name, column in columns.items()], axis=0)
+    return columns, lacking
+
+
+def _lacking(
+    terms: Mapping[str, RewardTerm],
+    traces: Sequence[ParsedTrace | None],
+    scenes: Sequence[SceneText | None],
+    pictures: Pictures,
+) -> dict[str, str]:
+    lacking = {}
+    for name, term in terms.items():
+        reference = term.options.get("reference", "lq")
+        if term.kind in ("format", "degradation", "understanding") and not all(traces):
+            lacking[name] = "NAME.json of tools/restore.py beside each image"
+        elif term.kind == "degradation" or term.options.get("degradation") == "known":
+            lacking[name] = _UNKNOWN_DEGRADATION
+        elif term.kind == "understanding" and not all(scenes):
+            lacking[name] = "manifest=FILE with captions under each image's name"
+        elif term.kind == "fidelity" and (pictures.lqs if reference == "lq" else pictures.truths) is None:
+            lacking[name] = f"{'lq' if reference == 'lq' else 'truth'}=DIR"
+    return lacking
+
+
+def _read_trace(file: Path) -> ParsedTrace | None:
+    """The first tile's trace as `tools/restore.py` told it; None without."""
+    beside = file.with_suffix(".json")
+    tiles = json.loads(beside.read_text()).get("tiles") if beside.is_file() else None
+    if not tiles:
+        return None
+    grids = (np.zeros((1, 1), np.int64),) * 3 if tiles[0]["well_formed"] else (None,) * 3
+    return ParsedTrace(tiles[0]["degradation"], tuple(tiles[0]["texts"]), grids, tuple(tiles[0]["faults"]))
+
+
+def _read_scenes(files: Sequence[Path], manifest: str | None) -> list[SceneText | None]:
+    """Captions and tags of each image by its name without ending; None where unknown."""
+    scenes = {} if manifest is None else {entry.key: entry.scene for entry in read_manifest(manifest).entries}
+    return [scenes.get(file.stem) for file in files]
