@@ -40,10 +40,9 @@ class Chosen(RestoredImage):
 class BestOf:
     """A restorer that samples `count` candidates and keeps one."""
 
-    def __init__(self, restorer: ManyRestorer, count: int, choice: str, weights_dir: str | None = None):
-        """choice: an expert of `CHOICES`, or pyiqa:METRIC with its weights staged. ValueError for another."""
-        self.restorer, self.count = restorer, count
-        self.expert = None if choice == "mean" else build_chooser(choice, weights_dir)
+    def __init__(self, restorer: ManyRestorer, count: int, expert: Expert | None):
+        """expert: of `build_chooser`; None: their mean."""
+        self.restorer, self.count, self.expert = restorer, count, expert
 
     def __call__(self, batch: LQBatch) -> list[RestoredImage]:
         """One image each; candidates without an image are never chosen while another has one."""
@@ -65,8 +64,13 @@ class BestOf:
         return Chosen(item.image, item.trace, item.stages, best, tuple(scores.tolist()))
 
 
-def build_chooser(choice: str, weights_dir: str | None = None) -> Expert:
-    """The expert called `choice`. ValueError for an unknown name, or weights that are not staged."""
+def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
+    """The expert called `choice`, of `CHOICES` or pyiqa:METRIC; None for `mean`.
+
+    Raises ValueError for another name, or weights that are not staged.
+    """
+    if choice == "mean":
+        return None
     if choice == "fidelity":
         reward = FidelityReward(FidelityOptions())
         return lambda found, lq: reward.score([Candidate(item.trace, item.image, lq) for item in found])

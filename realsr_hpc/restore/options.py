@@ -31,11 +31,11 @@ def open_with_options(
         raise ValueError(f"colour={given['colour']!r} is none of {', '.join(COLOUR_FIXES)}; name one")
     count, choice = read_count(given, "candidates", 1), given["choose"] or ""
     factor, source = config.vlcot.upscale, f"{name} {config.restore.model_dump(exclude_none=True)}"
+    expert = None
     if count > 1:
         source += f" best of {count} by {choice}"
-        if choice != "mean":
-            build_chooser(choice, given["weights_dir"])
+        expert = build_chooser(choice, given["weights_dir"])
     tile_px = config.vlcot.image_sizes_px[-1] // factor
     settings = RestoreSettings(source, tile_px, factor, upscale, read_count(given, "overlap_px"), colour, batch_size)
     restorer = open_restorer(config, checkpoint)
-    return (restorer if count == 1 else BestOf(restorer, count, choice, given["weights_dir"])), settings
+    return (restorer if count == 1 else BestOf(restorer, count, expert)), settings

@@ -18,6 +18,7 @@ from realsr_hpc.restore import (
     tile_starts,
     with_sampling,
 )
+from realsr_hpc.restore.candidates import build_chooser
 from realsr_hpc.restore.colour import fix_colour, low_frequencies
 
 torch.set_num_threads(1)
@@ -153,7 +154,7 @@ def test_nothing_to_do_and_wrong_settings_are_said(tmp_path):
     with pytest.raises(ValueError, match="temperature=0: "):
         with_sampling(RunConfig(name="x", task="grpo"), {"temperature": "0"})
     with pytest.raises(ValueError, match="choose='pretty' is none of ranker"):
-        BestOf(Tints(), 2, "pretty")
+        build_chooser("pretty")
 
 
 @pytest.mark.parametrize(("upscale", "size"), [(1, (48, 20)), (2.5, (120, 50)), (4, (192, 80))])
@@ -178,13 +179,13 @@ class Tints:
 
 def test_the_candidate_that_the_expert_likes_best_is_kept_and_said():
     dark = (noise(32, 32) // 2).astype(np.uint8)
-    result = restore_images(BestOf(Tints(), 3, "fidelity"), [dark], SETTINGS)[0]
+    result = restore_images(BestOf(Tints(), 3, build_chooser("fidelity")), [dark], SETTINGS)[0]
     record = result.tiles[0]
     assert record["chosen"] == 0 and record["scores"][0] > record["scores"][2] and record["scores"][1] is None
-    mean = restore_images(BestOf(Tints(), 3, "mean"), [dark], SETTINGS)[0].image
+    mean = restore_images(BestOf(Tints(), 3, build_chooser("mean")), [dark], SETTINGS)[0].image
     expected = (dark.astype(int) // 2 + 40).repeat(4, axis=0).repeat(4, axis=1)
     np.testing.assert_array_equal(mean, expected)
-    only = BestOf(Tints(), 1, "ranker")(_one(dark))[0]
+    only = BestOf(Tints(), 1, build_chooser("ranker"))(_one(dark))[0]
     assert isinstance(only, Chosen) and only.chosen == 0
 
 
