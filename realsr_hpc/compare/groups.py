@@ -55,6 +55,12 @@ class Group:
         histories = [run.histories.get(metric, []) for run in self.runs]
         return estimate([points[-1][1] - points[0][1] for points in histories if len(points) > 1])
 
+    def gain(self, metric: str, start: str) -> Estimate:
+        """A last value less another of the same run."""
+        return estimate(
+            [run.metrics[metric] - run.metrics[start] for run in self.runs if {metric, start} <= {*run.metrics}]
+        )
+
     def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Steps that every run of the group has, mean, lowest and highest value at each."""
         histories = [dict(run.histories[metric]) for run in self.runs if run.histories.get(metric)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from realsr_hpc.compare.axes import plot_axes
-from realsr_hpc.compare.groups import Group, group_runs
+from realsr_hpc.compare.groups import Estimate, Group, group_runs
 from realsr_hpc.compare.pictures import image_rows, plot_curves
 from realsr_hpc.compare.runs import Comparison
 from realsr_hpc.tracking.pictures import image_grid
@@ -48,8 +48,8 @@ def write_report(comparison: Comparison, folder: Path, title: str) -> list[Path]
     if rows:
         image_grid(rows, headers).save(folder / "grid.png")
         files.append(folder / "grid.png")
-    tables = [final_table(comparison, groups), change_table(comparison, groups), cost_table(groups)]
-    tables += [config_table(comparison, groups)]
+    tables = [final_table(comparison, groups), change_table(comparison, groups), evaluation_table(comparison, groups)]
+    tables += [cost_table(groups), config_table(comparison, groups)]
     tables = [table for table in tables if table.rows]
     pictures = [path.name for path in files if path.suffix == ".png"]
     text = [f"# {title}", "", verdict(comparison, groups), "", *(table.markdown() for table in tables)]
@@ -98,6 +98,23 @@ def change_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
             cells = [str(item.less(base, column)) if item is group and base else "" for item in groups]
             rows.append([f"{column}, less {base.label if base else ''}, paired by seed", *cells])
     return Table("Change from the first held-out measurement to the last", "", ["metric", *_names(groups)], rows)
+
+
+def evaluation_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
+    """What training changed on evaluated sets, for runs evaluated with the weights they began with."""
+    starts = {key: key.replace("/ours/", "/start/") for key in comparison.columns() if "/ours/" in key}
+    gains = {key: [group.gain(key, start) for group in groups] for key, start in starts.items()}
+    rows = [
+        [key.removeprefix("evaluate/").replace("/ours/", ": "), *(_marked(gain) for gain in row)]
+        for key, row in gains.items()
+        if any(gain.num_runs for gain in row)
+    ]
+    remark = "Mean [95 % Student interval] over runs that differ in their seed alone; * leaves out 0."
+    return Table("Evaluated sets, less the weights a run began with", remark, ["set: metric", *_names(groups)], rows)
+
+
+def _marked(gain: Estimate) -> str:
+    return f"{gain} *" if gain.excludes_zero else str(gain)
 
 
 def cost_table(groups: Sequence[Group]) -> Table:

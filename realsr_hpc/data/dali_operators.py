@@ -7,8 +7,7 @@ times as long; the tests hold the two ways against each other there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -22,14 +21,14 @@ from realsr_hpc.data.graph_inputs import NOTHING, SEPARABLE
 
 
 class HostOperators:
-    """One call of OpenCV's and NumPy's for all between two JPEGs, a batch's samples side by side in threads."""
+    """One call of OpenCV's and NumPy's for all between two JPEGs, over a batch's samples by a `map` of the caller's."""
 
     reads_tables = False
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, map_samples: Callable[..., Iterable] = map) -> None:
         self.sources: list[str] = []
         """Names of what is fed."""
-        self._map = ThreadPoolExecutor(num_threads, thread_name_prefix="pixels").map if num_threads > 1 else map
+        self._map = map_samples
 
     def array(self, name, layout=None):
         """An array of a sample. Not copied: who feeds it holds it until the batch is done."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,9 @@ class DegradationPipeline:
         operators: HostOperators | DALIOperators | None = None,
     ) -> None:
         self.gt_size_px, self.lq_size_px = gt_size_px, gt_size_px // upscale
+        self._map = ThreadPoolExecutor(num_threads, thread_name_prefix="degrade").map if num_threads > 1 else map
         if operators is None:
-            operators = HostOperators(num_threads) if device_id is None else DALIOperators("gpu")
+            operators = HostOperators(self._map) if device_id is None else DALIOperators("gpu")
         self._operators = operators
         self._pipeline = _graph(
             operators,
@@ -61,13 +63,15 @@ class DegradationPipeline:
         self, samples: Sequence[DegradationInput]
     ) -> tuple[UInt8[np.ndarray, "B h w 3"], UInt8[np.ndarray, "B H W 3"]]:
         """Degraded images and truths of the samples, in their order."""
-        tables = self._operators.reads_tables
-        rows = [graph_inputs(sample, self.gt_size_px, self.lq_size_px, tables=tables) for sample in samples]
+        rows = list(self._map(self._inputs, samples))
         for name in self._operators.sources:
             self._pipeline.feed_input(name, [row[name] for row in rows])
         lq, gt = self._pipeline.run()
         # Copies: DALI writes its next batch into the same memory.
         return np.array(lq.as_cpu().as_array()), np.array(gt.as_cpu().as_array())
+
+    def _inputs(self, sample: DegradationInput) -> dict[str, np.ndarray]:
+        return graph_inputs(sample, self.gt_size_px, self.lq_size_px, tables=self._operators.reads_tables)
 
 
 def _remove_generated_sources() -> None:

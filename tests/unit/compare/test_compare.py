@@ -15,6 +15,7 @@ from scipy.stats import t as student
 from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, image_rows, write_report
 from realsr_hpc.compare.axes import plot_axes
 from realsr_hpc.compare.groups import Group
+from realsr_hpc.compare.report import evaluation_table
 from realsr_hpc.compare.runs import ComparedRun
 from realsr_hpc.config.paths import project_root
 from realsr_hpc.config.schema import RunConfig
@@ -50,6 +51,7 @@ def store(root):
         for step, value in enumerate(rewards, 1):
             metrics = {"rewards/total/mean": value, "heldout/total/mean": 2 * value, "optim/lr": 1e-4}
             metrics |= {"time/rollout/s": 900.0, "rollout/tokens_per_s/mean": 10.0}
+            metrics |= {"evaluate/real/ours/psnr_y": 20 + value, "evaluate/real/start/psnr_y": 20.0}
             spool.append({"kind": "metrics", "step": step, "time_ms": step, "metrics": metrics})
         spool.close()
         sync(run_dir)
@@ -126,6 +128,18 @@ def test_the_report_holds_every_run_and_group(store, tmp_path):
         assert grid.width > 4 * 128  # input, two groups, truth
     page = (tmp_path / "out/comparison.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "kl_beta=0.04" in page
+
+
+def test_evaluated_sets_are_told_less_the_start(store):
+    comparison = compare(find_sweep(store, "realsr_hpc", "betas"))
+    table = evaluation_table(comparison, group_runs(comparison))
+    half = student.ppf(0.975, 1) * np.std([0.9, 0.8], ddof=1) / np.sqrt(2)
+    assert [row[0] for row in table.rows] == ["real: psnr_y"]
+    assert table.rows[0][1] == f"0.85 [{0.85 - half:.4g}, {0.85 + half:.4g}] *"
+    unrated = [replace(run, metrics={"evaluate/real/ours/psnr_y": 1.0}) for run in comparison.runs]
+    assert not evaluation_table(
+        replace(comparison, runs=tuple(unrated)), group_runs(replace(comparison, runs=tuple(unrated)))
+    ).rows
 
 
 def test_axes_are_drawn_for_one_two_and_many_keys(tmp_path):

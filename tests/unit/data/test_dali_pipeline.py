@@ -186,7 +186,7 @@ def inputs(crop, samples, preset="realesrgan", gt_size_px=128):
     return [DegradationInput(crop, p, generator(5, i, Stream.NOISE)) for i, p in zip(samples, drawn, strict=True)]
 
 
-OPERATORS = {"host": lambda: HostOperators(1), "dali": lambda: DALIOperators("cpu")}
+OPERATORS = {"host": HostOperators, "dali": lambda: DALIOperators("cpu")}
 
 
 @pytest.fixture(scope="module", params=OPERATORS)
