@@ -48,7 +48,9 @@ def decode_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
         raise
     except Image.DecompressionBombError as error:
         raise BrokenImage(f"huge: {error}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:
+        raise BrokenImage("broken: of no image format that Pillow knows") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise BrokenImage(f"broken: {error}") from error
 
 
