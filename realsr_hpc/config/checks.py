@@ -13,7 +13,7 @@ from pathlib import PurePath
 from realsr_hpc.config.derived import prompt_image_tokens, trace_image_tokens
 from realsr_hpc.config.execution_checks import EXECUTION_RULES, Rule
 from realsr_hpc.config.reward_options import read_options
-from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.schema import SEVERITY_EDGES, RunConfig
 
 TEXT_BYTES_OF_TAGS = 260
 """Characters of the fourteen tags and the degradation phrase: an upper bound of their tokens."""
@@ -154,6 +154,15 @@ def reward_options_are_those_of_their_kind(config: RunConfig) -> Iterator[str]:
             yield str(error)
 
 
+def severity_edges_are_known_and_ascend(config: RunConfig) -> Iterator[str]:
+    """What is light, medium and heavy lies below, between and above two values of a known number."""
+    for name, (low, high) in config.degradation.severity_edges.items():
+        if name not in SEVERITY_EDGES:
+            yield f"degradation.severity_edges.{name}: no such number; there are {', '.join(SEVERITY_EDGES)}"
+        elif not low < high:
+            yield f"degradation.severity_edges.{name}: {[low, high]}: the first must be the smaller"
+
+
 def a_ramp_has_both_ends(config: RunConfig) -> Iterator[str]:
     """A reward whose weight changes has a last weight, and steps in order."""
     for name, term in config.rewards.terms.items():
@@ -218,6 +227,7 @@ RULES: tuple[Rule, ...] = (
     mismatch_bounds_hold_one,
     grpo_has_rewards_to_learn_from,
     reward_options_are_those_of_their_kind,
+    severity_edges_are_known_and_ascend,
     a_ramp_has_both_ends,
     image_top_k_is_fixed_or_adaptive,
     sft_learns_from_degraded_photographs,

@@ -200,6 +200,14 @@ class DataConfig(Section):
     hflip: Probability = 0.5
 
 
+SEVERITY_EDGES = tuple(
+    f"{number}_{stage}"
+    for number in ("blur_sigma", "gaussian_sigma", "jpeg_quality", "poisson_level", "sinc_omega")
+    for stage in ("first", "second")
+)
+"""Keys of `degradation.severity_edges`; each takes two ascending values in the number's own unit."""
+
+
 class DegradationConfig(Section):
     """Second-order degradation (PAPER section 3)."""
 

@@ -16,24 +16,8 @@ from realsr_hpc.records import DegradationLabel, Level
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 LOWER_IS_HEAVIER = frozenset({"jpeg_quality", "sinc_omega"})
-NUMBERS = ("blur_sigma", "gaussian_sigma", "jpeg_quality", "poisson_level", "sinc_omega")
-EDGE_NAMES = tuple(f"{number}_{stage}" for number in NUMBERS for stage in ("first", "second"))
-"""Keys of `degradation.severity_edges`; each takes two ascending values in the number's own unit."""
-
 Edges = Mapping[str, tuple[float, float]]
-
-
-def check_edges(edges: Edges) -> None:
-    """Refuse edges that name nothing or do not ascend.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    for name, (low, high) in edges.items():
-        if name not in EDGE_NAMES:
-            raise ValueError(f"degradation.severity_edges has {name!r}; known: {', '.join(EDGE_NAMES)}")
-        if not low < high:
-            raise ValueError(f"degradation.severity_edges.{name} is ({low}, {high}): the first must be the smaller")
+"""By `config.schema.SEVERITY_EDGES`."""
 
 
 def label(parameters: DegradationParameters, preset: Preset, severity_edges: Edges) -> DegradationLabel:

@@ -21,7 +21,7 @@ import realsr_hpc
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.degradation import PRESETS, Stream, generator
 from realsr_hpc.data.graph_inputs import DegradationInput
-from realsr_hpc.data.labels import check_edges, label
+from realsr_hpc.data.labels import label
 from realsr_hpc.data.manifest import Manifest, read_manifest
 from realsr_hpc.data.operators import operators_of
 from realsr_hpc.data.samples import Geometry, Sample, Samples
@@ -56,7 +56,6 @@ class LQLoader:
             raise ValueError(f"batch_size is {batch_size}: give at least 1")
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank is {dp_rank} with dp_size {dp_size}: give 0 <= dp_rank < dp_size")
-        check_edges(config.degradation.severity_edges)
         self._config, self._split, self._batch_size = config, split, batch_size
         self._dp_rank, self._dp_size, self._device_id = dp_rank, dp_size, device_id
         manifest = read_manifest(PROJECT_ROOT / config.data.manifest).split(split)

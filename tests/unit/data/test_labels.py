@@ -13,7 +13,7 @@ from realsr_hpc.data.degradation import (
     sample_degradation,
 )
 from realsr_hpc.data.kernels import KernelParameters
-from realsr_hpc.data.labels import check_edges, label
+from realsr_hpc.data.labels import label
 
 PRESET = PRESETS["realesrgan"]
 
@@ -86,13 +86,6 @@ def test_edges_of_the_recipe_win_in_their_stage_only():
     edges = {"blur_sigma_first": (0.1, 0.2)}
     assert words(stage(sigma=0.3), stage(), edges).blur == "heavy"
     assert words(stage(sigma=None), stage(sigma=0.3), edges).blur == "light"
-
-
-def test_wrong_edges_are_named():
-    with pytest.raises(ValueError, match="'blur'; known: blur_sigma_first"):
-        check_edges({"blur": (1.0, 2.0)})
-    with pytest.raises(ValueError, match="jpeg_quality_first is \\(60, 40\\)"):
-        check_edges({"jpeg_quality_first": (60, 40)})
 
 
 def test_every_word_occurs_among_drawn_samples():

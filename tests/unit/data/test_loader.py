@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_hpc.config.schema import DataConfig, DegradationConfig, RunConfig, VLCoTConfig
+from realsr_hpc.config.schema import DataConfig, RunConfig, VLCoTConfig
 from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
 from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
 from realsr_hpc.data.manifest import read_manifest, write_manifest
@@ -19,14 +19,13 @@ ALL_TRAIN = PrepareOptions(heldout_fraction=0.0)
 BUNDLED = str(PROJECT_ROOT / "recipes/assets/photographs/manifest.parquet")
 
 
-def config(manifest=BUNDLED, seed=0, edges=None, **data):
+def config(manifest=BUNDLED, seed=0, **data):
     return RunConfig(
         name="test",
         task="grpo",
         seed=seed,
         vlcot=VLCoTConfig(image_sizes_px=(32, 32, 64)),
         data=DataConfig(manifest=str(manifest), **data),
-        degradation=DegradationConfig(severity_edges=edges or {}),
     )
 
 
@@ -217,8 +216,6 @@ def test_wrong_arguments_are_named(tmp_path):
         LQLoader(config(), "train", 0)
     with pytest.raises(ValueError, match="split 'test' has no photograph"):
         LQLoader(config(), "test", 1)
-    with pytest.raises(ValueError, match="severity_edges has 'blur'"):
-        LQLoader(config(edges={"blur": (1.0, 2.0)}), "train", 1)
     write_manifest(tmp_path / "empty.parquet", [])
     with pytest.raises(ValueError, match="splits there: \\[\\]"):
         LQLoader(config(tmp_path / "empty.parquet"), "train", 1)
