@@ -22,7 +22,7 @@ DEFAULTS = {"output": None, "samples": None, "per_file": "1024", "shard": "1/1",
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 written, 2 wrong usage."""
+    """Exit code: 0 written, 1 no photograph gave a trace, 2 wrong usage."""
     try:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
         if not given["output"]:
@@ -51,7 +51,9 @@ def main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"\n{given['output']}: {count} traces")
-    return 0
+    if not count:
+        print("no photograph has captions; write them with tools/prepare_data.py", file=sys.stderr)
+    return 0 if count else 1
 
 
 if __name__ == "__main__":

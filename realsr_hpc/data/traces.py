@@ -116,10 +116,16 @@ class TraceLoader:
         self.traces = FrozenTraces(folder, config)
         if self.traces.missing:
             raise ValueError(f"{folder} lacks files {self.traces.missing}; write them with tools/freeze_traces.py")
+        if not len(self.traces):
+            raise ValueError(f"{folder} holds no trace: its photographs had no captions (tools/prepare_data.py)")
         self._seed, self._batch_size, self._dp_rank, self._dp_size = config.seed, batch_size, dp_rank, dp_size
         self.position = 0
         """Index at which the next global batch starts."""
         self._order: tuple[int, np.ndarray] = (0, np.arange(len(self.traces)))
+
+    def __len__(self) -> int:
+        """Traces in the folder."""
+        return len(self.traces)
 
     def next(self) -> list[TracePair]:
         """The next batch of this rank."""

@@ -12,7 +12,8 @@ from rich.console import Console
 from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.follow import follow
-from realsr_hpc.launch.report import print_plan, print_submissions, refuse_what_cannot_fit, refuse_what_is_missing
+from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing
+from realsr_hpc.launch.report import print_plan, print_submissions
 from realsr_hpc.launch.submit import prepare, submit
 
 USAGE = """\

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.config.weights import Need, needs_of
 from realsr_hpc.launch.rundir import rank_log
 from realsr_hpc.launch.script import sbatch_script
-from realsr_hpc.plan import Plan, plan, way_to_fit
+from realsr_hpc.plan import Plan, plan
 from realsr_hpc.plan.tables import comparison, knob_table
 from realsr_hpc.tracking import tracking_uri
 
@@ -37,37 +35,6 @@ def plan_text(config: RunConfig) -> str:
     text = io.StringIO()
     _print_one(config, Console(file=text, width=PLAN_WIDTH), 1)
     return text.getvalue()
-
-
-def refuse_what_is_missing(configs: list[RunConfig]) -> None:
-    """ValueError that names every file the recipes read and this machine lacks: a job would find out hours later."""
-    read = {need for config in configs for need in needs_of(config)}
-    read |= {Need("data.manifest", resolve(config.data.manifest), "tools/prepare_data.py") for config in configs}
-    frozen = {config.sft.traces for config in configs if config.sft.traces}
-    read |= {Need("sft.traces", resolve(name), "tools/freeze_traces.py") for name in frozen}
-    absent = sorted(
-        f"{need.purpose}: {need.path} is not there; from: {need.origin}" for need in read if not need.files()
-    )
-    if absent:
-        raise ValueError(
-            "\n".join([*absent, "tools/stage_weights.py recipe=NAME lists and checks what a recipe needs"])
-        )
-
-
-def refuse_what_cannot_fit(configs: list[RunConfig]) -> None:
-    """ValueError for the first recipe whose plan exceeds its GPUs' memory."""
-    for config in configs:
-        estimate = plan(config)
-        if estimate.fits is False:
-            raise ValueError(
-                f"cluster.gpu_memory_gib: {config.cluster.gpu_memory_gib}: {config.name} needs "
-                f"{estimate.total_gib:.0f} GiB a GPU; {_remedy(config)} (null for gpu_memory_gib: submit anyway)"
-            )
-
-
-def _remedy(config: RunConfig) -> str:
-    way = [override for knob in way_to_fit(config) for override in knob.overrides]
-    return f"it fits with {' '.join(way)}" if way else "no recipe of this size does: take larger or more GPUs"
 
 
 def _print_one(config: RunConfig, console: Console, num_runs: int) -> None:

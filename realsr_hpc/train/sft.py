@@ -33,7 +33,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     loader = _loader(run, run.per_rank(sft.batch_size, "sft.batch_size"))
     heldout = LQLoader(config, config.data.heldout_split, sft.heldout_traces, shuffle=False).next()
     for step in range(run.resume(loader) + 1, sft.num_steps + 1):
-        microbatches, num_tokens = _microbatches(run, next_sequences(run.tokens, loader))
+        microbatches, num_tokens = _next_microbatches(run, loader)
         result = run.optimiser.step(microbatches, cross_entropy(run, num_tokens, sft.z_loss))
         metrics = {**run.total(result.outputs), "optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
         if step % sft.heldout_every_steps == 0 or step == sft.num_steps:
@@ -53,6 +53,18 @@ def _loader(run: TrainingRun, batch_size: int) -> LQLoader | TraceLoader:
     if config.sft.traces is not None:
         return TraceLoader(config, resolve(config.sft.traces), batch_size, dp_rank=rank, dp_size=size)
     return LQLoader(config, config.data.train_split, batch_size, dp_rank=rank, dp_size=size)
+
+
+def _next_microbatches(run: TrainingRun, loader: LQLoader | TraceLoader) -> tuple[list[Microbatch], int]:
+    """Of the next batch that gives any trace on any rank: photographs without captions give none."""
+    for _ in range(len(loader) + 1):
+        microbatches, num_tokens = _microbatches(run, next_sequences(run.tokens, loader))
+        if num_tokens:
+            return microbatches, num_tokens
+    raise ValueError(
+        f"data.train_split: {run.config.data.train_split!r}: none of {len(loader)} batches held a photograph with "
+        "captions; write them with tools/prepare_data.py captions=FILE or captioner=DIR"
+    )
 
 
 def next_sequences(tokens: TraceTokenizer, loader: LQLoader | TraceLoader) -> list[TrainingSequence]:
@@ -102,9 +114,13 @@ def cross_entropy(run: TrainingRun, num_tokens: int, z_loss: float) -> LossFunct
 
 
 def heldout_loss(run: TrainingRun, batch: LQBatch) -> dict[str, float]:
-    """Cross-entropy of the held-out traces, nats a token; every data-parallel rank scores the same ones."""
-    sequences = trace_sequences(run.tokens, batch)
-    microbatches, total = _microbatches(run, sequences)
+    """Cross-entropy of the held-out traces, nats a token; every data-parallel rank scores the same ones.
+
+    Nothing where no held-out photograph has captions.
+    """
+    microbatches, total = _microbatches(run, trace_sequences(run.tokens, batch))
+    if not total:
+        return {}
     run.policy.eval()
     outputs = run_pipeline(run.policy, microbatches, cross_entropy(run, total, 0.0), forward_only=True)
     return {"heldout/loss/mean": run.total(outputs)["sft/loss/mean"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,32 @@ def freeze(overrides: list[str], folder: Path) -> None:
 
     config = compose_one([*overrides, f"image_tokenizer.weights={folder / 'image_tokenizer.safetensors'}"])
     assert freeze_traces(config, folder / "traces", 16, 7) == 16
+
+
+def test_sft_passes_over_batches_without_captions(tmp_path):
+    """One photograph of twenty has captions, and two ranks read two photographs a step each."""
+    from realsr_hpc.config.paths import project_root
+    from realsr_hpc.data.manifest import read_manifest, write_manifest
+
+    bundled = read_manifest(project_root() / "recipes/assets/photographs/manifest.parquet")
+    told = next(entry.key for entry in bundled.entries if entry.split == "train")
+    entries = [
+        replace(entry, path=str(bundled.path(entry)), **({} if entry.key == told else dict(caption_final="")))
+        for entry in bundled.entries
+    ]
+    write_manifest(tmp_path / "manifest.parquet", entries)
+    overrides = [*SFT, *SMALL, f"data.manifest={tmp_path / 'manifest.parquet'}", "cluster.tasks_per_node=2"]
+    overrides += [
+        "sft.num_steps=2",
+        "sft.heldout_every_steps=2",
+        "sft.sample_every_steps=0",
+        "checkpoint.every_steps=1",
+    ]
+    [(code, whole), _] = run_ranks(2, train, overrides, tmp_path / "whole", None)
+    assert code == 0 and all(whole[step]["sft/loss/mean"] > 1 for step in (1, 2))
+    assert "heldout/loss/mean" not in whole[2]
+    assert run_ranks(2, train, overrides, tmp_path / "parts", 1)[0][0] == 85
+    assert run_ranks(2, train, overrides, tmp_path / "parts", None)[0] == (0, whole)
 
 
 def test_grpo_runs_on_two_tensor_parallel_ranks(tmp_path):

@@ -1,10 +1,13 @@
 """Frozen traces: the tokens SFT would make on the fly, resumable to write and to read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from realsr_hpc.config.load import compose_one
-from realsr_hpc.data.loader import LQLoader
+from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
+from realsr_hpc.data.manifest import read_manifest, write_manifest
 from realsr_hpc.data.traces import FrozenTraces, TraceLoader, freeze_traces
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
@@ -58,6 +61,16 @@ def test_a_folder_with_a_gap_is_refused(config, folder, tmp_path):
         (tmp_path / path.name).symlink_to(path)
     with pytest.raises(ValueError, match=r"lacks files \[1\]"):
         TraceLoader(config, tmp_path, 2)
+
+
+def test_photographs_without_captions_give_no_trace(tmp_path):
+    bundled = read_manifest(PROJECT_ROOT / "recipes/assets/photographs/manifest.parquet")
+    entries = [replace(entry, path=str(bundled.path(entry)), caption_final="") for entry in bundled.entries]
+    write_manifest(tmp_path / "manifest.parquet", entries)
+    untold = compose_one(["recipe=sft_tiny", f"data.manifest={tmp_path / 'manifest.parquet'}"])
+    assert freeze_traces(untold, tmp_path / "traces", 4, 4) == 0
+    with pytest.raises(ValueError, match="holds no trace"):
+        TraceLoader(untold, tmp_path / "traces", 2)
 
 
 def first(pairs):

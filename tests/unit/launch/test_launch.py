@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 
 from realsr_hpc.config.load import RecipeError, compose, project_root, signature
@@ -56,6 +57,31 @@ def test_a_file_that_is_not_there_is_named_before_anything_is_submitted(tmp_path
     assert main(["recipe=sft_tiny", f"prepare={root / 'run'}", "sft.traces=nowhere", "data=bundled"]) == 2
     assert "sft.traces: " in capsys.readouterr().out
     assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.train_split=trian", "data.train_split: 'trian': no photograph of"),
+        ("data.heldout_split=test", "there are heldout, train"),
+        ("data.mode=paired", "data.mode: paired: 28 of 28 photographs"),
+        ("data.manifest=pyproject.toml", "no manifest"),
+    ],
+)
+def test_what_a_manifest_lacks_is_named_before_anything_is_submitted(override, said, tmp_path, capsys):
+    root = tmp_path / "runs"
+    assert main(["recipe=grpo_tiny", f"output_root={root}", override]) == 2
+    assert said in capsys.readouterr().out and not root.exists()
+
+
+def test_learning_from_photographs_without_captions_is_refused(tmp_path, capsys):
+    table = pq.read_table("recipes/assets/photographs/manifest.parquet")
+    untold = table.set_column(table.schema.get_field_index("caption_final"), "caption_final", [[""] * len(table)])
+    pq.write_table(untold, tmp_path / "untold.parquet")
+    overrides = [f"data.manifest={tmp_path / 'untold.parquet'}", f"output_root={tmp_path / 'runs'}"]
+    assert main(["recipe=sft_tiny", *overrides]) == 2
+    assert "data.train_split: 'train': no photograph of" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
 
 
 def test_planning_submits_nothing_and_shows_script_memory_and_hours(tmp_path, capsys):

@@ -1,0 +1,69 @@
+"""What a submission is refused for: a job would find it out hours later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from realsr_hpc.config.paths import resolve
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.weights import Need, needs_of
+from realsr_hpc.plan import plan, way_to_fit
+
+
+def refuse_what_is_missing(configs: list[RunConfig]) -> None:
+    """ValueError that names every file the recipes read and this machine lacks, then what the manifests lack."""
+    read = {need for config in configs for need in needs_of(config)}
+    read |= {Need("data.manifest", resolve(config.data.manifest), "tools/prepare_data.py") for config in configs}
+    frozen = {config.sft.traces for config in configs if config.sft.traces}
+    read |= {Need("sft.traces", resolve(name), "tools/freeze_traces.py") for name in frozen}
+    absent = sorted(
+        f"{need.purpose}: {need.path} is not there; from: {need.origin}" for need in read if not need.files()
+    )
+    if absent:
+        absent.append("tools/stage_weights.py recipe=NAME lists and checks what a recipe needs")
+    else:
+        absent = sorted({fault for config in configs for fault in _manifest_faults(config)})
+    if absent:
+        raise ValueError("\n".join(absent))
+
+
+def _manifest_faults(config: RunConfig) -> Iterator[str]:
+    """What the recipe asks of its manifest and does not find. Reads three columns: launching decodes no image."""
+    import pyarrow as pa  # a fifth of a second that --help should not take
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    path, data = resolve(config.data.manifest), config.data
+    try:
+        table = pq.read_table(path, columns=["split", "lq_path", "caption_final"])
+        splits = table["split"].unique().to_pylist()
+    except (pa.ArrowInvalid, KeyError) as error:
+        yield f"data.manifest: {path}: no manifest ({str(error).splitlines()[0]}); make one with tools/prepare_data.py"
+        return
+    for field in ("train_split", "heldout_split"):
+        name = getattr(data, field)
+        if name not in splits:
+            yield f"data.{field}: {name!r}: no photograph of {path} is in it; there are {', '.join(sorted(splits))}"
+    captioned = table.filter(pc.greater(pc.utf8_length(table["caption_final"]), 0))
+    if config.task == "sft" and config.sft.traces is None and data.train_split not in captioned["split"].to_pylist():
+        remedy = "write them with tools/prepare_data.py captions=FILE or captioner=DIR"
+        yield f"data.train_split: {data.train_split!r}: no photograph of {path} has captions, to learn from; {remedy}"
+    if data.mode == "paired" and table["lq_path"].null_count:
+        count = table["lq_path"].null_count
+        yield f"data.mode: paired: {count} of {len(table)} photographs of {path} have no partner; take unpaired"
+
+
+def refuse_what_cannot_fit(configs: list[RunConfig]) -> None:
+    """ValueError for the first recipe whose plan exceeds its GPUs' memory."""
+    for config in configs:
+        estimate = plan(config)
+        if estimate.fits is False:
+            raise ValueError(
+                f"cluster.gpu_memory_gib: {config.cluster.gpu_memory_gib}: {config.name} needs "
+                f"{estimate.total_gib:.0f} GiB a GPU; {_remedy(config)} (null for gpu_memory_gib: submit anyway)"
+            )
+
+
+def _remedy(config: RunConfig) -> str:
+    way = [override for knob in way_to_fit(config) for override in knob.overrides]
+    return f"it fits with {' '.join(way)}" if way else "no recipe of this size does: take larger or more GPUs"
