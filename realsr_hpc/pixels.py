@@ -32,7 +32,7 @@ _BORDER = cv2.BORDER_REFLECT_101
 # Images are worked on side by side: threads inside of one would only stand in each other's way.
 cv2.setNumThreads(1)
 
-Image3 = Float32[np.ndarray, "h w 3"]
+FloatImage = Float32[np.ndarray, "h w 3"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Taps:
     weights: Float32[np.ndarray, "count target"]
 
 
-def filtered(image: Image3, kernel: Float32[np.ndarray, "rows columns"]) -> Image3:
+def filtered(image: FloatImage, kernel: Float32[np.ndarray, "rows columns"]) -> FloatImage:
     """Correlation; borders reflected without their outermost pixel (101)."""
     return cv2.filter2D(image, -1, kernel, borderType=_BORDER)
 
 
-def filtered_separably(image: Image3, row: Float32[np.ndarray, "1 n"], column: Float32[np.ndarray, "n 1"]) -> Image3:
+def filtered_separably(
+    image: FloatImage, row: Float32[np.ndarray, "1 n"], column: Float32[np.ndarray, "n 1"]
+) -> FloatImage:
     """The same with the kernel `column @ row`."""
     return cv2.sepFilter2D(image, -1, row, column, borderType=_BORDER)
 
@@ -101,7 +103,7 @@ def _keys(x: np.ndarray) -> np.ndarray:
     return np.where(x <= 1, near, far)
 
 
-def noised(image: Image3, field: Image3, level: float, *, poisson: bool, gray: bool) -> Image3:
+def noised(image: FloatImage, field: FloatImage, level: float, *, poisson: bool, gray: bool) -> FloatImage:
     """Gaussian: level * field. Poisson: level * sqrt(255 v / n) * field, v the (gray) value of 255, n photons.
 
     `field` is standard normal noise. Poisson noise is its normal approximation, of the same mean and variance.
@@ -118,7 +120,7 @@ def photons(lowest: float, highest: float) -> float:
     return 2.0 ** math.ceil(math.log2(math.floor(highest + 0.5) - math.floor(lowest + 0.5) + 1))
 
 
-def sharpened(image: Image3) -> Image3:
+def sharpened(image: FloatImage) -> FloatImage:
     """BasicSR's USMSharp, clamped: add half of what a wide blur removes, where that is more than a threshold."""
     row = usm_line()[None, :]
     residual = image - filtered_separably(image, row, row.T)
@@ -131,7 +133,7 @@ def usm_line() -> Float32[np.ndarray, "51"]:
     return cv2.getGaussianKernel(USM_SIDE_PX, USM_SIGMA_PX, cv2.CV_32F)[:, 0]
 
 
-def to_bytes(image: Image3) -> UInt8[np.ndarray, "h w 3"]:
+def to_bytes(image: FloatImage) -> UInt8[np.ndarray, "h w 3"]:
     """Clamped, rounded to the nearest, halves to even."""
     # One pass that saturates, where NumPy needs three.
     return cv2.add(image, 0.0, dtype=cv2.CV_8U)
@@ -151,7 +153,7 @@ def degraded(image: UInt8[np.ndarray, "H H 3"], operators: Operators) -> Float32
     return np.clip(x, 0.0, 255.0)
 
 
-def _jpeg(image: Image3, quality: int) -> Image3:
+def _jpeg(image: FloatImage, quality: int) -> FloatImage:
     """Through a JPEG file in memory."""
     held = io.BytesIO()
     Image.fromarray(to_bytes(image)).save(held, "JPEG", quality=quality)

@@ -61,7 +61,8 @@ class HostOperators:
         """Clamped and rounded."""
         return self._call(pixels.to_bytes, x)
 
-    @do_not_convert  # like the graph's conditionals: what is called is plain Python, and would take a fifth longer
+    # DALI would convert what is called here as it converts the graph's conditionals, and it would take a fifth longer.
+    @do_not_convert
     def _call(self, function: Callable, *inputs):
         def batch(*columns):
             return list(self._map(function, *columns))

@@ -27,7 +27,10 @@ from realsr_hpc.data.graph_inputs import DegradationInput, graph_inputs
 
 
 class DegradationPipeline:
-    """Runs batches of up to `max_batch_size` samples through the graph, one at a time, nothing prefetched."""
+    """Runs batches of up to `max_batch_size` samples through the graph, one at a time, nothing prefetched.
+
+    operators: those of the device, where no others are given.
+    """
 
     def __init__(
         self,

@@ -26,7 +26,6 @@ from realsr_hpc.rewards.stripes import stripe_share
 
 Columns = dict[str, np.ndarray]
 """One score an image, by metric or reward; NaN where it knows none."""
-_UNKNOWN_DEGRADATION = "the degradation that was applied, which only training knows"
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def _lacking(
         if term.kind in ("format", "degradation", "understanding") and not all(traces):
             lacking[name] = "NAME.json of tools/restore.py beside each image"
         elif term.kind == "degradation" or term.options.get("degradation") == "known":
-            lacking[name] = _UNKNOWN_DEGRADATION
+            lacking[name] = "the degradation that was applied, which only training knows"
         elif term.kind == "understanding" and not all(scenes):
             lacking[name] = "manifest=FILE with captions under each image's name"
         elif term.kind == "fidelity" and (pictures.lqs if reference == "lq" else pictures.truths) is None:

@@ -44,8 +44,8 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
         name = getattr(data, field)
         if name not in splits:
             yield f"data.{field}: {name!r}: no photograph of {path} is in it; there are {', '.join(sorted(splits))}"
-    captioned = table.filter(pc.greater(pc.utf8_length(table["caption_final"]), 0))
-    if config.task == "sft" and config.sft.traces is None and data.train_split not in captioned["split"].to_pylist():
+    captioned = table.filter(pc.greater(pc.utf8_length(table["caption_final"]), 0))["split"].unique().to_pylist()
+    if config.task == "sft" and config.sft.traces is None and data.train_split not in captioned:
         remedy = "write them with tools/prepare_data.py captions=FILE or captioner=DIR"
         yield f"data.train_split: {data.train_split!r}: no photograph of {path} has captions, to learn from; {remedy}"
     if data.mode == "paired" and table["lq_path"].null_count:

@@ -62,8 +62,8 @@ def _next_microbatches(run: TrainingRun, loader: LQLoader | TraceLoader) -> tupl
         if num_tokens:
             return microbatches, num_tokens
     raise ValueError(
-        f"data.train_split: {run.config.data.train_split!r}: none of {len(loader)} batches held a photograph with "
-        "captions; write them with tools/prepare_data.py captions=FILE or captioner=DIR"
+        f"data.train_split: {run.config.data.train_split!r}: no photograph that could be read has captions; write them "
+        "with tools/prepare_data.py captions=FILE or captioner=DIR"
     )
 
 

@@ -136,10 +136,9 @@ def test_evaluated_sets_are_told_less_the_start(store):
     half = student.ppf(0.975, 1) * np.std([0.9, 0.8], ddof=1) / np.sqrt(2)
     assert [row[0] for row in table.rows] == ["real: psnr_y"]
     assert table.rows[0][1] == f"0.85 [{0.85 - half:.4g}, {0.85 + half:.4g}] *"
-    unrated = [replace(run, metrics={"evaluate/real/ours/psnr_y": 1.0}) for run in comparison.runs]
-    assert not evaluation_table(
-        replace(comparison, runs=tuple(unrated)), group_runs(replace(comparison, runs=tuple(unrated)))
-    ).rows
+    unrated = tuple(replace(run, metrics={"evaluate/real/ours/psnr_y": 1.0}) for run in comparison.runs)
+    comparison = replace(comparison, runs=unrated)
+    assert not evaluation_table(comparison, group_runs(comparison)).rows
 
 
 def test_axes_are_drawn_for_one_two_and_many_keys(tmp_path):

@@ -44,7 +44,10 @@ def stage_backbones(folder):
 
 
 def stage_clip(folder, monkeypatch):
-    """A CLIP of RN50's shape, a TorchScript as released; the address it would be fetched from names its checksum."""
+    """A CLIP of RN50's shape, a TorchScript as released; the address it would be fetched from names its checksum.
+
+    Returns its weights.
+    """
     from clip.model import CLIP
     from pyiqa.archs import clip_model
 
@@ -55,6 +58,7 @@ def stage_clip(folder, monkeypatch):
     torch.jit.trace(network, (torch.zeros(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.int64))).save(str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setitem(clip_model._MODELS, "RN50", f"https://example.org/{digest}/RN50.pt")
+    return network.state_dict()
 
 
 def network_of(name):
@@ -122,13 +126,18 @@ def test_a_staged_network_gives_its_own_value(name, staged, images, monkeypatch)
     list_files(staged)
 
 
-def test_clip_is_read_from_its_folder(staged, images, monkeypatch):
+def test_clip_iqa_gives_the_value_of_the_staged_clip(staged, images, monkeypatch):
+    from pyiqa.archs.clip_model import build_model
+    from pyiqa.archs.clipiqa_arch import CLIPIQA
+
     from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
 
-    stage_clip(staged, monkeypatch)
+    weights = stage_clip(staged, monkeypatch)
     list_files(staged)
     metrics = PyiqaMetrics(["clipiqa"], str(staged))
-    together = metrics(images)
-    alone = np.concatenate([metrics([image]) for image in images])
-    assert ((together > 0) & (together < 1)).all()
-    np.testing.assert_allclose(together, alone, atol=1e-5)
+    network = CLIPIQA()
+    network.clip_model = [build_model(weights).float()]
+    with torch.no_grad():
+        raw = network.eval()(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255).reshape(-1).numpy()
+    np.testing.assert_allclose(metrics(images), raw, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([metrics([image]) for image in images]), raw, atol=1e-5)
