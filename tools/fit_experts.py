@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    from realsr_hpc.rewards.fit import fit_niqe, photographs, train_ranker
+    from realsr_hpc.quality.fit import fit_niqe, photographs, train_ranker
     from realsr_hpc.rewards.generation import NIQE_PATH, RANKER_PATH
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -48,10 +48,10 @@ def main(arguments: list[str]) -> int:
 
 def print_measures(output: Path, heldout: list) -> None:
     """A Markdown table, an operator a row."""
-    from realsr_hpc.rewards.fit import measure
+    from realsr_hpc.quality.fit import measure
+    from realsr_hpc.quality.niqe import NIQEModel, niqe
+    from realsr_hpc.quality.ranker import Ranker
     from realsr_hpc.rewards.generation import NIQE_PATH, RANKER_PATH
-    from realsr_hpc.rewards.niqe import NIQEModel, niqe
-    from realsr_hpc.rewards.ranker import Ranker
 
     model, ranker = NIQEModel.load(output / Path(NIQE_PATH).name), Ranker.load(output / Path(RANKER_PATH).name)
     shares = {"niqe": measure(lambda images: -niqe(images, model), heldout), "ranker": measure(ranker.score, heldout)}

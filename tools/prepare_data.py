@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
 def run(given: dict[str, str | None], console: Console):
     """Prepare with a progress bar."""
-    from realsr_hpc.data.prepare import prepare
+    from realsr_hpc.prepare.folders import prepare
 
     options = read_options(given)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -71,8 +71,8 @@ def run(given: dict[str, str | None], console: Console):
 
 def read_options(given: dict[str, str | None]):
     """The arguments as `PrepareOptions`; loads the models they name. Raises ValueError naming the wrong one."""
-    from realsr_hpc.data.describe import Captioner, ClassTagger
-    from realsr_hpc.data.prepare import PrepareOptions
+    from realsr_hpc.prepare.describe import Captioner, ClassTagger
+    from realsr_hpc.prepare.folders import PrepareOptions
 
     tagger, device = given["tagger"], str(given["device"])
     return PrepareOptions(

@@ -16,7 +16,7 @@ from pydantic import BaseModel  # noqa: E402
 from realsr_hpc.config import reward_options, schema  # noqa: E402
 from realsr_hpc.config.arguments import read_arguments  # noqa: E402
 from realsr_hpc.config.load import RESULT_FREE_SECTIONS, recipe_names, recipes_dir  # noqa: E402
-from realsr_hpc.config.paths import project_root  # noqa: E402
+from realsr_hpc.paths import project_root  # noqa: E402
 
 PAGE = project_root() / "docs" / "recipes.md"
 HEAD = """# Recipes

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realsr_hpc.config.files import flush, publish
+from realsr_hpc.files import flush, publish
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions, UnderstandingOptions, read_options
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import resolve
 
 SUMS = "SHA256SUMS"
 WEIGHTS_DIR = "weights/iqa"

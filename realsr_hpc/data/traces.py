@@ -23,11 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.degradation import Stream, generator
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.storage import sha256_of
+from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 TracePair = tuple[Tensor, list[int]]

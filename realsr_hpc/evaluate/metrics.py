@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.evaluate.cases import Case
 from realsr_hpc.evaluate.methods import NO_TRACE
 from realsr_hpc.evaluate.words import TEXT_NOTES, text_scores
+from realsr_hpc.paths import resolve
+from realsr_hpc.quality.niqe import NIQEModel, niqe
+from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
+from realsr_hpc.quality.pyiqa_scores import PyiqaScore, open_scores
 from realsr_hpc.records import RestoredImage
 from realsr_hpc.rewards.base import Candidate
 from realsr_hpc.rewards.degradation import slot_matches
 from realsr_hpc.rewards.generation import NIQE_PATH
-from realsr_hpc.rewards.metrics import psnr_y, ssim_y
 from realsr_hpc.rewards.mixture import RewardMixture
-from realsr_hpc.rewards.niqe import NIQEModel, niqe
-from realsr_hpc.rewards.pyiqa_scores import PyiqaScore, open_scores
 
 PAPER_PYIQA = {
     "lpips": "LPIPS",

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RewardTerm
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.evaluate.methods import NO_TRACE
+from realsr_hpc.paths import resolve
+from realsr_hpc.quality.niqe import NIQEModel, niqe
+from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
+from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
+from realsr_hpc.quality.ranker import Ranker
+from realsr_hpc.quality.stripes import stripe_share
 from realsr_hpc.records import ParsedTrace, SceneText
 from realsr_hpc.rewards.base import Candidate
 from realsr_hpc.rewards.generation import NIQE_PATH, RANKER_PATH
-from realsr_hpc.rewards.metrics import psnr_y, ssim_y
 from realsr_hpc.rewards.mixture import build_reward, weight_at
-from realsr_hpc.rewards.niqe import NIQEModel, niqe
-from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
-from realsr_hpc.rewards.ranker import Ranker
-from realsr_hpc.rewards.stripes import stripe_share
 
 Columns = dict[str, np.ndarray]
 """One score an image, by metric or reward; NaN where it knows none."""

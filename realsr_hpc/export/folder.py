@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realsr_hpc.config.files import publish
+from realsr_hpc.files import publish
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

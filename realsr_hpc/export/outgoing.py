@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from realsr_hpc import checkpoint
 from realsr_hpc.config.load import from_yaml, to_yaml
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.export import hf_config
 from realsr_hpc.export.card import model_card
@@ -26,6 +25,7 @@ from realsr_hpc.export.text_files import combined, write_text_files
 from realsr_hpc.model.hf_mapping import hf_names, hf_shape, hf_tensors
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.parallel.groups import Groups, initialise
+from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.vlcot.vocabulary import Vocabulary

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from realsr_hpc.config.operation import ClusterConfig
-from realsr_hpc.config.paths import project_root
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import project_root
 
 _SIZES = ("kind", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "gpu_memory_gib", "time_min")
 """Of the cluster section, what describes the machine; the rest names accounts, partitions and files of one site."""

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from realsr_hpc.config.files import write_atomically
+from realsr_hpc.files import write_atomically
 from realsr_hpc.gallery.sources import STAGES, Entry, Result
 
 TEMPLATE = "page.html.j2"

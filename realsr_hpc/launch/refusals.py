@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import Need, needs_of
+from realsr_hpc.paths import resolve
 from realsr_hpc.plan import plan, way_to_fit
 
 

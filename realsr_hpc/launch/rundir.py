@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.load import output_root, signature
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import write_atomically
 
 State = Literal["submitted", "running", "stopping", "requeued", "stopped", "done", "failed", "lost"]
 """stopping: asked to, saving. stopped: launching it again goes on. lost: its job ended without a word."""

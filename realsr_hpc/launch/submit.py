@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.load import flatten, output_root, project_root, to_yaml
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.job import node_job
 from realsr_hpc.launch.report import plan_text
 from realsr_hpc.launch.rundir import (

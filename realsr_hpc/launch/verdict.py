@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from realsr_hpc.config.files import write_atomically
+from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.tracking import read_progress
 

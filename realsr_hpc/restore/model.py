@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from realsr_hpc.config.load import from_yaml
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import ParallelConfig, RestoreConfig, RunConfig
+from realsr_hpc.paths import resolve
 
 if TYPE_CHECKING:
     from realsr_hpc.rollout.restorer import PolicyRestorer

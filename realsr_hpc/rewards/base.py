@@ -73,11 +73,3 @@ class Reward(ABC):
         if len(candidates) == 1:
             return np.array([np.nan])
         return np.concatenate([self._compute_safely([item]) for item in candidates])
-
-
-def same_shapes(images: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
-    """Images of one shape stacked for batched scoring: (their places, uint8 [n, H, W, 3]) a shape."""
-    places: dict[tuple[int, ...], list[int]] = {}
-    for i, image in enumerate(images):
-        places.setdefault(image.shape, []).append(i)
-    return [(where, np.stack([images[i] for i in where])) for where in places.values()]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from realsr_hpc.config.reward_options import FidelityOptions
 from realsr_hpc.pixels import degraded
+from realsr_hpc.quality.psnr_ssim import downscale_area, gaussian_taps, psnr_db, ssim_y
 from realsr_hpc.rewards.base import Candidate, Reward
-from realsr_hpc.rewards.metrics import downscale_area, gaussian_taps, psnr_db, ssim_y
 
 
 class FidelityReward(Reward):
@@ -32,7 +32,7 @@ class FidelityReward(Reward):
         self.options = options
         self.perceptual = None
         if options.metric == "pyiqa":
-            from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
+            from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
 
             self.perceptual = PyiqaMetrics(options.metrics, options.weights_dir, mode="FR")
 

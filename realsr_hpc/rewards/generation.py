@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.reward_options import GenerationOptions
+from realsr_hpc.paths import resolve
+from realsr_hpc.quality.niqe import NIQEModel, niqe
+from realsr_hpc.quality.ranker import Ranker
+from realsr_hpc.quality.stripes import stripe_guard
 from realsr_hpc.rewards.base import Candidate, Reward
-from realsr_hpc.rewards.niqe import NIQEModel, niqe
-from realsr_hpc.rewards.ranker import Ranker
-from realsr_hpc.rewards.stripes import stripe_guard
 
 NIQE_PATH = "recipes/assets/tiny/niqe_pristine.npz"
 RANKER_PATH = "recipes/assets/tiny/ranker.safetensors"
@@ -46,7 +46,7 @@ class GenerationReward(Reward):
 def build_expert(options: GenerationOptions) -> Expert:
     """Images (RGB uint8 [H, W, 3]) -> scores [n] in [0, 1], higher is better, NaN where impossible."""
     if options.expert == "pyiqa":
-        from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
+        from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
 
         return PyiqaMetrics(options.metrics, options.weights_dir)
     if options.expert == "niqe":

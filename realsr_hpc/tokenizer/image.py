@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import ImageTokenizerConfig
+from realsr_hpc.paths import resolve
 
 FULL_PRECISION_LIMIT_BYTES = 6_000_000
 """Above this a weights file is stored as float16, so that it stays small enough to commit."""

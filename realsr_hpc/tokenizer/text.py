@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from realsr_hpc.config.paths import resolve
+from realsr_hpc.paths import resolve
 
 _PIECES = Regex(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+")
 """Words with the space before them, single digits, runs of punctuation, runs of white space."""

@@ -13,8 +13,8 @@ import logging
 import threading
 from pathlib import Path
 
-from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import write_atomically
 from realsr_hpc.tracking.spool import SPOOL_NAME, Event, read_events
 from realsr_hpc.tracking.store import client, prepare_run, read_bookmark, set_status
 

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.load import flatten, output_root, signature
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import write_atomically
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,9 +11,9 @@ import logging
 import time
 from pathlib import Path
 
-from realsr_hpc.config.files import write_atomically
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import write_atomically
 from realsr_hpc.tracking.delivery import Delivery, DeliveryThread, brief
 from realsr_hpc.tracking.spool import Spool
 from realsr_hpc.tracking.store import client, read_bookmark, set_status, tracking_uri

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from realsr_hpc.config.files import write_atomically
+from realsr_hpc.files import write_atomically
 from realsr_hpc.records import LQBatch, ScoredGroup
 
 ROLLOUTS_FOLDER = "rollouts"

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.traces import TraceLoader
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, run_pipeline
+from realsr_hpc.paths import resolve
 from realsr_hpc.records import LQBatch, StepReport, TrainingSequence
 from realsr_hpc.rollout.restorer import PolicyRestorer
 from realsr_hpc.tokenizer.trace import TraceTokenizer

@@ -16,11 +16,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
 from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.data.shapes import dead_leaves
+from realsr_hpc.paths import resolve
 
 CROP_DIVISORS = (1, 2, 2, 2, 4)
 """Crop sides of the steps, as divisors of `crop_px`; small crops come in larger batches, so steps cost the same."""

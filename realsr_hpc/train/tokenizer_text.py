@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.manifest import read_manifest
+from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.text import TextTokenizer, train_text_tokenizer
 from realsr_hpc.vlcot.grammar import degradation_phrases
 from realsr_hpc.vlcot.sequence import FIELDS

@@ -11,7 +11,6 @@ from PIL import Image
 
 from realsr_hpc import checkpoint
 from realsr_hpc.config.load import to_yaml
-from realsr_hpc.config.paths import project_root
 from realsr_hpc.config.schema import (
     ImageTokenizerConfig,
     ModelConfig,
@@ -22,6 +21,7 @@ from realsr_hpc.config.schema import (
 )
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.paths import project_root
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from tests.distributed.launcher import run_ranks

@@ -21,7 +21,6 @@ def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tok
     """Roll out two prompts x four, score and take one update; numbers of this rank."""
     import torch
 
-    from realsr_hpc.config.paths import resolve
     from realsr_hpc.config.schema import (
         GRPOConfig,
         ModelConfig,
@@ -36,6 +35,7 @@ def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tok
     from realsr_hpc.parallel.groups import initialise
     from realsr_hpc.parallel.layout import microbatch_multiple
     from realsr_hpc.parallel.reduce import broadcast_from_last_stage, reduce_floats
+    from realsr_hpc.paths import resolve
     from realsr_hpc.records import GRPOBatch, ParsedTrace, ScoredGroup
     from realsr_hpc.rollout.sampler import Sampler
     from realsr_hpc.tokenizer.text import TextTokenizer

@@ -99,8 +99,8 @@ def freeze(overrides: list[str], folder: Path) -> None:
 
 def test_sft_passes_over_batches_without_captions(tmp_path):
     """One photograph of twenty has captions, and two ranks read two photographs a step each."""
-    from realsr_hpc.config.paths import project_root
     from realsr_hpc.data.manifest import read_manifest, write_manifest
+    from realsr_hpc.paths import project_root
 
     bundled = read_manifest(project_root() / "recipes/assets/photographs/manifest.parquet")
     told = next(entry.key for entry in bundled.entries if entry.split == "train")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from realsr_hpc.config.load import GROUPS
-from realsr_hpc.config.paths import project_root
 from realsr_hpc.launch.command import choose, read_arguments
+from realsr_hpc.paths import project_root
 
 ROOT = project_root()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -40,7 +40,7 @@ def our_policy(config: RunConfig) -> tuple[Groups, TraceTokenizer, Policy]:
 def transformers_copy(policy: Policy, config: RunConfig, tokens: TraceTokenizer, folder: Path) -> Any:
     """The policy's Hugging Face export in `folder`, loaded as a stranger would."""
     from realsr_hpc.export import export_policy
-    from realsr_hpc.rewards.pyiqa_adapter import declare_torchvision_operators
+    from realsr_hpc.quality.pyiqa_adapter import declare_torchvision_operators
 
     declare_torchvision_operators()  # a torchvision for CUDA may stand beside a torch for CPUs
     from transformers import AutoModelForCausalLM

@@ -16,9 +16,9 @@ from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.loader import PROJECT_ROOT
 from realsr_hpc.data.manifest import read_manifest
+from realsr_hpc.quality.ladder import ladder
 from realsr_hpc.records import DegradationLabel, ParsedTrace
 from realsr_hpc.rewards.base import Candidate, Reward
-from realsr_hpc.rewards.ladder import ladder
 from realsr_hpc.rewards.mixture import build_reward
 from tools.benchmarks._measure import alternately, show
 from tools.benchmarks._options import split_options

@@ -17,8 +17,8 @@ from realsr_hpc.compare.axes import plot_axes
 from realsr_hpc.compare.groups import Group
 from realsr_hpc.compare.report import evaluation_table
 from realsr_hpc.compare.runs import ComparedRun
-from realsr_hpc.config.paths import project_root
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import prepare_sweep, sync, write_launch_tags
 from realsr_hpc.tracking.spool import Spool
 from realsr_hpc.tracking.store import PARENT_TAG

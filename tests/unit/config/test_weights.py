@@ -6,8 +6,8 @@ import tarfile
 import pytest
 
 from realsr_hpc.config.load import compose_one
-from realsr_hpc.config.paths import project_root
 from realsr_hpc.config.weights import PYIQA_FILES, needs_of, pyiqa_needs, sha256_of, state
+from realsr_hpc.paths import project_root
 
 
 @pytest.fixture(scope="module")

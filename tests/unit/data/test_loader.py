@@ -11,7 +11,7 @@ from realsr_hpc.config.schema import DataConfig, RunConfig, VLCoTConfig
 from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
 from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
 from realsr_hpc.data.manifest import read_manifest, write_manifest
-from realsr_hpc.data.prepare import PrepareOptions, prepare
+from realsr_hpc.prepare.folders import PrepareOptions, prepare
 from realsr_hpc.records import ResizeTo
 
 torch.set_num_threads(1)

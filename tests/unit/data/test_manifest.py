@@ -12,7 +12,7 @@ from PIL import Image
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.loader import PROJECT_ROOT
 from realsr_hpc.data.manifest import ManifestEntry, read_manifest, verify, write_manifest
-from realsr_hpc.data.prepare import prepare
+from realsr_hpc.prepare.folders import prepare
 
 PHOTOGRAPHS = PROJECT_ROOT / "recipes/assets/photographs"
 

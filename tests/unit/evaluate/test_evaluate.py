@@ -10,8 +10,8 @@ from skimage import data
 from realsr_hpc.config.schema import RewardsConfig
 from realsr_hpc.evaluate import BICUBIC, Bicubic, Case, FinishedImages, Metrics, World, bootstrap, evaluate, open_set
 from realsr_hpc.evaluate.published import published_table
+from realsr_hpc.quality.psnr_ssim import psnr_y
 from realsr_hpc.records import DegradationLabel, ParsedTrace, RestoredImage, SceneText
-from realsr_hpc.rewards.metrics import psnr_y
 from realsr_hpc.rewards.mixture import RewardMixture
 
 torch.set_num_threads(1)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from skimage import data
 
-from realsr_hpc.config.paths import project_root
 from realsr_hpc.gallery import read_run, render
+from realsr_hpc.paths import project_root
 from realsr_hpc.records import DegradationLabel, LQBatch, ParsedTrace, RolloutGroup, SceneText, ScoredGroup
 from realsr_hpc.train.kept import write_rollouts
 

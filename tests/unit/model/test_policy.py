@@ -31,7 +31,7 @@ def groups() -> Groups:
 
 @pytest.fixture(scope="module")
 def chameleon() -> Any:
-    from realsr_hpc.rewards.pyiqa_adapter import declare_torchvision_operators
+    from realsr_hpc.quality.pyiqa_adapter import declare_torchvision_operators
 
     declare_torchvision_operators()  # before transformers looks for torchvision
     import transformers

@@ -1,8 +1,5 @@
 import numpy as np
-import pytest
 import torch
-from PIL import Image
-from skimage import data
 
 from realsr_hpc.records import DegradationLabel, ParsedTrace, SceneText
 from realsr_hpc.rewards.base import Candidate
@@ -30,16 +27,3 @@ def downscale(image: np.ndarray, factor: int) -> np.ndarray:
     height, width = image.shape[0] // factor, image.shape[1] // factor
     blocks = image[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
     return np.round(blocks.mean(axis=(1, 3))).astype(np.uint8)
-
-
-@pytest.fixture(scope="session")
-def photograph() -> np.ndarray:
-    """128 px crop of a photograph, sharp at the pixel."""
-    picture = Image.fromarray(data.astronaut()).resize((192, 192), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(picture)[:128, :128])
-
-
-@pytest.fixture(scope="session")
-def other_photograph() -> np.ndarray:
-    picture = Image.fromarray(data.coffee()).resize((192, 128), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(picture)[:, :128])

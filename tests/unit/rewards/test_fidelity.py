@@ -3,9 +3,9 @@ import pytest
 
 from realsr_hpc.config.reward_options import FidelityOptions, read_options
 from realsr_hpc.config.schema import RewardTerm
+from realsr_hpc.quality.ladder import blur, noise
+from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
 from realsr_hpc.rewards.fidelity import FidelityReward
-from realsr_hpc.rewards.ladder import blur, noise
-from realsr_hpc.rewards.metrics import psnr_y, ssim_y
 
 from .conftest import make_candidate
 

@@ -13,9 +13,9 @@ from realsr_hpc.data.graph_inputs import DegradationInput
 from realsr_hpc.data.kernels import KernelParameters
 from realsr_hpc.data.operators import operators_of
 from realsr_hpc.pixels import degraded
+from realsr_hpc.quality.ladder import blur
 from realsr_hpc.records import JPEG, Blur, ResizeTo
 from realsr_hpc.rewards.fidelity import FidelityReward
-from realsr_hpc.rewards.ladder import blur
 
 from .conftest import make_candidate
 

@@ -9,11 +9,11 @@ import scipy.io
 import torch
 
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions
+from realsr_hpc.quality.ladder import blur
+from realsr_hpc.quality.niqe import NIQEModel, fit_pristine, luminance, niqe
+from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
 from realsr_hpc.rewards.fidelity import FidelityReward
 from realsr_hpc.rewards.generation import GenerationReward
-from realsr_hpc.rewards.ladder import blur
-from realsr_hpc.rewards.metrics import psnr_y, ssim_y
-from realsr_hpc.rewards.niqe import NIQEModel, fit_pristine, luminance, niqe
 
 from .conftest import make_candidate
 
@@ -48,7 +48,7 @@ def staged(pair, tmp_path_factory):
 
 def test_our_psnr_ssim_and_niqe_are_pyiqas(pair, staged):
     """Luma as in MATLAB (`color_space="ycbcr"`), which pyiqa rounds to 8 bits; its `psnry` takes another luma."""
-    from realsr_hpc.rewards.pyiqa_scores import PyiqaScore
+    from realsr_hpc.quality.pyiqa_scores import PyiqaScore
 
     soft, truth = pair
     folder, model = staged
@@ -78,7 +78,7 @@ def test_rewards_take_its_range_and_direction(pair, staged):
 
 
 def test_a_metric_without_its_weights_is_named_and_nothing_is_fetched(staged):
-    from realsr_hpc.rewards.pyiqa_scores import open_scores
+    from realsr_hpc.quality.pyiqa_scores import open_scores
 
     there, missing = open_scores(["niqe", "musiq", "clipiqa", "lpips", "topiq_nr"], str(staged[0]))
     assert [score.name for score in there] == ["niqe"]
@@ -88,7 +88,7 @@ def test_a_metric_without_its_weights_is_named_and_nothing_is_fetched(staged):
 
 
 def test_only_listed_files_are_read(staged):
-    from realsr_hpc.rewards.pyiqa_scores import PyiqaScore
+    from realsr_hpc.quality.pyiqa_scores import PyiqaScore
 
     folder, _ = staged
     stranger = folder / "hub/pyiqa/musiq_koniq_ckpt-e95806b9.pth"

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.reward_options import GenerationOptions
+from realsr_hpc.paths import resolve
+from realsr_hpc.quality.ladder import ladder
+from realsr_hpc.quality.stripes import stripe_guard, stripe_share
 from realsr_hpc.rewards.generation import GenerationReward
-from realsr_hpc.rewards.ladder import ladder
-from realsr_hpc.rewards.stripes import stripe_guard, stripe_share
 
 from .conftest import make_candidate
 

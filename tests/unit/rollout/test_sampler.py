@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.schema import ModelConfig, RolloutConfig, RunConfig, VLCoTConfig
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.paths import resolve
 from realsr_hpc.rollout import sampler as room
 from realsr_hpc.rollout.decoder import Cache
 from realsr_hpc.rollout.sampler import Sampler, retire

@@ -2,7 +2,7 @@
 
 import torch
 
-from realsr_hpc.rewards.pyiqa_adapter import declare_torchvision_operators
+from realsr_hpc.quality.pyiqa_adapter import declare_torchvision_operators
 
 torch.set_num_threads(1)
 declare_torchvision_operators()

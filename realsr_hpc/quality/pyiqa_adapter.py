@@ -25,9 +25,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from realsr_hpc.config.paths import resolve
 from realsr_hpc.config.weights import PYIQA_FILES, SUMS, WEIGHTS_DIR, read_sums, sha256_of
-from realsr_hpc.rewards.base import same_shapes
+from realsr_hpc.paths import resolve
+from realsr_hpc.quality.batching import same_shapes
 
 _STAGING = "tools/stage_weights.py recipe=NAME collect=DIR"
 _WEIGHT_SUFFIXES = {".pth", ".pt", ".mat", ".bin", ".npz", ".ckpt", ".safetensors"}

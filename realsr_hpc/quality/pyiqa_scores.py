@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from realsr_hpc.rewards.pyiqa_adapter import create_metric, load_pyiqa
+from realsr_hpc.quality.pyiqa_adapter import create_metric, load_pyiqa
 
 
 class PyiqaScore:

@@ -3,11 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from realsr_hpc.config.paths import resolve
-from realsr_hpc.rewards.fit import SEVERITIES, ranking_loss, share_in_order, train_ranker
+from realsr_hpc.paths import resolve
+from realsr_hpc.quality.fit import SEVERITIES, ranking_loss, share_in_order, train_ranker
+from realsr_hpc.quality.ladder import OPERATORS, ladder, random_crop
+from realsr_hpc.quality.ranker import Ranker, high_pass
 from realsr_hpc.rewards.generation import RANKER_PATH
-from realsr_hpc.rewards.ladder import OPERATORS, ladder, random_crop
-from realsr_hpc.rewards.ranker import Ranker, high_pass
 
 
 @pytest.fixture(scope="module")

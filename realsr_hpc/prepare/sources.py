@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from realsr_hpc.data.notes import Note, note_in_tar
 from realsr_hpc.data.storage import Member, open_bytes, tar_members
+from realsr_hpc.prepare.notes import Note, note_in_tar
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _TRUTH_FOLDERS = frozenset({"gt", "hr", "test_hr"})

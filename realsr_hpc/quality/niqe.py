@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realsr_hpc.rewards.base import same_shapes
+from realsr_hpc.quality.batching import same_shapes
 
 NUM_FEATURES = 36
 _SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
-from realsr_hpc.data.describe import Captioner, ClassTagger, tags_of_captions
-from realsr_hpc.data.duplicates import difference_hash, near_duplicates
-from realsr_hpc.data.journal import Journal
 from realsr_hpc.data.manifest import ManifestEntry, write_manifest
-from realsr_hpc.data.notes import CAPTIONS, Note, note_beside, read_notes, refuse_unused
 from realsr_hpc.data.samples import MIN_PHOTOGRAPH_PX
-from realsr_hpc.data.sources import Item, find_items, folder_splits
 from realsr_hpc.data.storage import sha256_of, stamp
+from realsr_hpc.prepare.describe import Captioner, ClassTagger, tags_of_captions
+from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
+from realsr_hpc.prepare.journal import Journal
+from realsr_hpc.prepare.notes import CAPTIONS, Note, note_beside, read_notes, refuse_unused
+from realsr_hpc.prepare.sources import Item, find_items, folder_splits
 
 _DESCRIBED_AT_ONCE = 8
 

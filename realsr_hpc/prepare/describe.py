@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from realsr_hpc.data.notes import plain
+from realsr_hpc.prepare.notes import plain
 
 FULL_PX = 512
 """Shorter side at which the final caption's picture is shown."""

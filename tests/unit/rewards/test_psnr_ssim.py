@@ -4,8 +4,8 @@ import torch
 from skimage.color import rgb2ycbcr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from realsr_hpc.rewards.ladder import noise
-from realsr_hpc.rewards.metrics import MAX_PSNR_DB, downscale_area, luma_y, psnr_y, ssim_y
+from realsr_hpc.quality.ladder import noise
+from realsr_hpc.quality.psnr_ssim import MAX_PSNR_DB, downscale_area, luma_y, psnr_y, ssim_y
 
 from .conftest import downscale
 

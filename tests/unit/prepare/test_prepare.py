@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from realsr_hpc.data.decoding import decode_image
-from realsr_hpc.data.describe import Captioner, ClassTagger, tags_of_captions
-from realsr_hpc.data.duplicates import difference_hash, near_duplicates
 from realsr_hpc.data.loader import PROJECT_ROOT
 from realsr_hpc.data.manifest import read_manifest, verify
-from realsr_hpc.data.prepare import PrepareOptions, prepare
-from realsr_hpc.data.sources import find_items, folder_splits
+from realsr_hpc.prepare.describe import Captioner, ClassTagger, tags_of_captions
+from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
+from realsr_hpc.prepare.folders import PrepareOptions, prepare
+from realsr_hpc.prepare.sources import find_items, folder_splits
 
 TEXTS = dict(caption_rough="r", caption_middle="m", caption_final="f", tags=["t"])
 

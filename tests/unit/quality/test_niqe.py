@@ -4,10 +4,10 @@ import torch
 from scipy.special import gamma
 from skimage import data
 
-from realsr_hpc.config.paths import resolve
+from realsr_hpc.paths import resolve
+from realsr_hpc.quality.ladder import ladder
+from realsr_hpc.quality.niqe import NIQEModel, fit_aggd, fit_pristine, halve, luminance, niqe, normalise, patch_features
 from realsr_hpc.rewards.generation import NIQE_PATH, niqe_to_unit
-from realsr_hpc.rewards.ladder import ladder
-from realsr_hpc.rewards.niqe import NIQEModel, fit_aggd, fit_pristine, halve, luminance, niqe, normalise, patch_features
 
 
 @pytest.fixture(scope="module")

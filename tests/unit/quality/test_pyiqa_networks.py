@@ -84,7 +84,7 @@ def list_files(folder):
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory):
-    from realsr_hpc.rewards.pyiqa_adapter import declare_torchvision_operators, load_pyiqa
+    from realsr_hpc.quality.pyiqa_adapter import declare_torchvision_operators, load_pyiqa
 
     declare_torchvision_operators()
     folder = tmp_path_factory.mktemp("weights")
@@ -98,8 +98,8 @@ def staged(tmp_path_factory):
 def test_a_staged_network_gives_its_own_value(name, staged, images, monkeypatch):
     from pyiqa.archs import maniqa_arch
 
-    from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics, normalisation
-    from realsr_hpc.rewards.pyiqa_scores import PyiqaScore
+    from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics, normalisation
+    from realsr_hpc.quality.pyiqa_scores import PyiqaScore
 
     crops = maniqa_arch.uniform_crop  # 20 crops an image take a CPU most of a minute
     monkeypatch.setattr(maniqa_arch, "uniform_crop", lambda x, crop_size, crop_num: crops(x, crop_size, 2))
@@ -130,7 +130,7 @@ def test_clip_iqa_gives_the_value_of_the_staged_clip(staged, images, monkeypatch
     from pyiqa.archs.clip_model import build_model
     from pyiqa.archs.clipiqa_arch import CLIPIQA
 
-    from realsr_hpc.rewards.pyiqa_adapter import PyiqaMetrics
+    from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
 
     weights = stage_clip(staged, monkeypatch)
     list_files(staged)

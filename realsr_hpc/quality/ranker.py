@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from realsr_hpc.rewards.base import same_shapes
+from realsr_hpc.quality.batching import same_shapes
 
 _MIN_PX = 32
 _BATCH = 32

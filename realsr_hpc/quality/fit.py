@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from realsr_hpc.rewards.ladder import OPERATORS, ladder, random_crop
-from realsr_hpc.rewards.niqe import NIQEModel, fit_pristine, luminance
-from realsr_hpc.rewards.ranker import Ranker
+from realsr_hpc.quality.ladder import OPERATORS, ladder, random_crop
+from realsr_hpc.quality.niqe import NIQEModel, fit_pristine, luminance
+from realsr_hpc.quality.ranker import Ranker
 
 logger = logging.getLogger(__name__)
 SIZE_PX = 128

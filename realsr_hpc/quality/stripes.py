@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realsr_hpc.rewards.base import same_shapes
-from realsr_hpc.rewards.metrics import luma_y
+from realsr_hpc.quality.batching import same_shapes
+from realsr_hpc.quality.psnr_ssim import luma_y
 
 HARMLESS_SHARE, WORTHLESS_SHARE = 0.1, 0.4
 """Up to the first an image keeps its reward; from the second on it loses all of it."""
