@@ -15,7 +15,9 @@ from pydantic import BaseModel  # noqa: E402
 
 from realsr_hpc.config import reward_options, schema  # noqa: E402
 from realsr_hpc.config.arguments import read_arguments  # noqa: E402
-from realsr_hpc.config.load import RESULT_FREE_SECTIONS, recipe_names, recipes_dir  # noqa: E402
+from realsr_hpc.config.identity import marks  # noqa: E402
+from realsr_hpc.config.load import recipe_names, recipes_dir  # noqa: E402
+from realsr_hpc.config.section import Section, Task  # noqa: E402
 from realsr_hpc.paths import project_root  # noqa: E402
 
 PAGE = project_root() / "docs" / "recipes.md"
@@ -24,8 +26,12 @@ HEAD = """# Recipes
 <!-- Written by tools/recipe_reference.py from the classes of realsr_hpc/config: change them there. -->
 
 `python tools/launch.py recipe=NAME section.field=value ...`. A misspelt field is answered with the nearest valid one,
-and all faults of a recipe are said at once. `resolve=true` prints the whole recipe. Sections marked ◦ do not decide a
-run's result and stay out of its signature.
+and all faults of a recipe are said at once. `resolve=true` prints the whole recipe.
+
+Each field has a role. *decides*: another value is another experiment. *layout*: how the same computation is cut over
+processes; it changes rounding alone. *operation*: where and how comfortably a run executes. A run's signature, which
+names its folder, covers the first two as far as the run's task reads them. Resuming may change the last two. A
+comparison takes runs that differ in nothing that decides as repetitions of one experiment.
 """
 
 
@@ -47,12 +53,13 @@ def main(arguments: list[str]) -> int:
 def reference() -> str:
     """The page."""
     parts = [HEAD, "## Recipes and groups\n", *_lists()]
-    parts.append("\n## Whole run\n\n" + _table(schema.RunConfig))
+    parts.append("\n## Whole run\n\n" + _table(schema.RunConfig, ""))
     for name, field in schema.RunConfig.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            mark = " ◦" if name in RESULT_FREE_SECTIONS else ""
-            parts.append(f"\n## `{name}`{mark}\n\n{_first_line(kind)}\n\n{_table(kind)}")
+            parts.append(
+                f"\n## `{name}`\n\n{' '.join([_first_line(kind), *_read_by(kind)])}\n\n{_table(kind, f'{name}.')}"
+            )
     parts.append(f"\n## `rewards.terms.NAME`\n\n{_first_line(schema.RewardTerm)}\n\n{_table(schema.RewardTerm)}")
     for kind, options in reward_options.OPTIONS.items():
         parts.append(f"\n### Options of kind `{kind}`\n\n{_table(options)}")
@@ -67,16 +74,25 @@ def _lists() -> list[str]:
     return lines
 
 
-def _table(section: type[BaseModel]) -> str:
+def _read_by(section: type[Section]) -> list[str]:
+    """A sentence about which tasks read a section, where not all do."""
+    tasks = [f"`{task}`" for task in get_args(Task) if task in (section.mark.tasks or ())]
+    return [] if len(tasks) == len(get_args(Task)) else [f"Read by {' and '.join(tasks)} alone."]
+
+
+def _table(section: type[BaseModel], prefix: str | None = None) -> str:
+    """Fields of a section; with `prefix`, the beginning of their paths, also their roles."""
     notes = _docstrings(section)
-    rows = ["| field | type | default | |", "|---|---|---|---|"]
+    head = "| field | type | default | role | |" if prefix is not None else "| field | type | default | |"
+    rows = [head, "|---" * (head.count("|") - 1) + "|"]
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             continue
         default = "required" if field.is_required() else f"`{_value(field.get_default())}`"
         limits = "".join(f", {text}" for text in map(_limit, field.metadata) if text)
         note = notes.get(name, "").replace("|", "\\|")
-        rows.append(f"| `{name}` | {_type(field.annotation)}{limits} | {default} | {note} |")
+        role = f" {marks()[prefix + name].role} |" if prefix is not None else ""
+        rows.append(f"| `{name}` | {_type(field.annotation)}{limits} | {default} |{role} {note} |")
     return "\n".join(rows) + "\n"
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from realsr_hpc.config.identity import decides
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
@@ -22,8 +24,6 @@ MAX_RUNS = 1000
 PREFERRED = ("heldout/", "rewards/")
 """Beginnings of the metric keys that a comparison is made by, the better one first."""
 SHOWN = (*PREFERRED, "evaluate/")
-BY_THE_WAY = frozenset({"seed", "name", "output_root", "cluster.", "tracking."})
-"""Recipe keys (or their beginnings) in which runs may differ and still be repetitions of one another."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Comparison:
 
     @property
     def deciding(self) -> tuple[str, ...]:
-        """Differing keys that decide a result, the seed aside."""
-        return tuple(key for key in self.differing if not key.startswith(tuple(BY_THE_WAY)))
+        """Differing keys that decide the result of one of the runs' tasks, the seed aside."""
+        tasks = {run.params.get("task") for run in self.runs}
+        return tuple(key for key in self.differing if key != "seed" and any(decides(key, task) for task in tasks))
 
     def columns(self) -> list[str]:
         """Metric keys worth showing: those of rewards, held-out images and evaluations that any run has."""

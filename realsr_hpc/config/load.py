@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,11 +28,12 @@ from pydantic import BaseModel, ValidationError
 
 import realsr_hpc
 from realsr_hpc.config.checks import faults
+from realsr_hpc.config.identity import scheme
 from realsr_hpc.config.schema import RunConfig
 
 GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
-RESULT_FREE_SECTIONS = frozenset({"output_root", "cluster", "tracking", "restore"})
-"""Sections that do not decide a run's result and stay out of its signature."""
+SCHEME_LINE = "# fields that the signature covers: "
+"""First line of a resolved recipe, before `identity.scheme`."""
 
 
 class RecipeError(ValueError):
@@ -131,7 +130,8 @@ def validate(tree: Any, *, source: str) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved recipe; `from_yaml` reads it back to an equal RunConfig."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    tree = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return f"{SCHEME_LINE}{scheme()}\n{tree}"
 
 
 def from_yaml(path: Path) -> RunConfig:
@@ -151,27 +151,6 @@ def override(config: RunConfig, overrides: list[str]) -> RunConfig:
     for item in _parse(overrides):
         OmegaConf.update(tree, item.key_or_group, item.value(), merge=True, force_add=True)
     return validate(OmegaConf.to_container(tree), source=config.name)
-
-
-def signature(config: RunConfig) -> str:
-    """12 hexadecimal digits of everything that decides the result, and of nothing else."""
-    tree = {key: value for key, value in config.model_dump(mode="json").items() if key not in RESULT_FREE_SECTIONS}
-    cluster = config.cluster
-    tree["world_size"] = cluster.nodes * cluster.tasks_per_node
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def flatten(config: RunConfig) -> dict[str, Any]:
-    """`{"grpo.kl_beta": 0.01, ...}`; lists stay values, empty mappings vanish."""
-    return dict(_leaves(config.model_dump(mode="json"), ""))
-
-
-def _leaves(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _parse(overrides: list[str]) -> list[Override]:

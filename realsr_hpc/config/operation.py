@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from realsr_hpc.config.section import Count, Positive, Section
+from realsr_hpc.config.section import LAYOUT, Count, Positive, Section
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, role="operation"):
     """Sharded, resumable checkpoints."""
 
     every_steps: Count = 10
@@ -24,7 +24,7 @@ class CheckpointConfig(Section):
     """So many checkpoints in a row that could not be written (a full disk) end the run; before, it trains on."""
 
 
-class TrackingConfig(Section):
+class TrackingConfig(Section, role="operation"):
     """MLflow; events pass through a spool beside the checkpoint first."""
 
     uri: str | None = None
@@ -38,12 +38,12 @@ class TrackingConfig(Section):
     """Groups kept each time, training and held-out ones."""
 
 
-class ClusterConfig(Section):
+class ClusterConfig(Section, role="operation"):
     """Where a run executes."""
 
     kind: Literal["local", "slurm"] = "local"
-    nodes: Count = 1
-    tasks_per_node: Count = 1
+    nodes: Annotated[Count, LAYOUT] = 1
+    tasks_per_node: Annotated[Count, LAYOUT] = 1
     """One task a GPU (or CPU process): world size = nodes x tasks_per_node."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     cpus_per_task: Count = 1

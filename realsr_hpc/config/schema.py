@@ -8,12 +8,22 @@ launching stays fast.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from realsr_hpc.config.operation import CheckpointConfig, ClusterConfig, TrackingConfig
-from realsr_hpc.config.section import Count, NonNegative, Positive, Probability, Section
+from realsr_hpc.config.section import (
+    OPERATION,
+    POLICY,
+    Count,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    Task,
+    read_by,
+)
 
 INSTRUCTION = (
     "Perceive the degradation, understand the image content, and restore the high-quality image step by step "
@@ -26,7 +36,7 @@ INSTRUCTION = (
 """The released code's prompt (PAPER section 1)."""
 
 
-class VLCoTConfig(Section):
+class VLCoTConfig(Section, tasks=POLICY):
     """Shape of a trace: PAPER prompt, three texts, three images."""
 
     vocabulary: Literal["tiny", "chameleon_f16", "llamagen_f8"] = "tiny"
@@ -35,11 +45,11 @@ class VLCoTConfig(Section):
     lq_size_px: Count = 64
     """Side at which the LQ image is shown in the prompt; a multiple of 32."""
     upscale: Count = 4
-    instruction: str = INSTRUCTION
+    instruction: Annotated[str, read_by(*get_args(Task))] = INSTRUCTION
     """Prompt text; `<|image|>` marks where the LQ image stands."""
     max_text_tokens: Count = 48
     """Longest free text of one understanding field."""
-    text_slots: tuple[Count, Count, Count] | None = None
+    text_slots: Annotated[tuple[Count, Count, Count] | None, read_by("sft")] = None
     """Training traces: tokens that each text is filled up to with blanks. Images then begin at the same place in every
     trace, and a small model learns where to look; None: texts as they are (the paper)."""
 
@@ -47,7 +57,7 @@ class VLCoTConfig(Section):
 class ImageTokenizerConfig(Section):
     """VQ encoder and decoder; the names follow transformers' `ChameleonVQVAEConfig`."""
 
-    weights: str = "recipes/assets/tiny/image_tokenizer.safetensors"
+    weights: Annotated[str, read_by(*POLICY)] = "recipes/assets/tiny/image_tokenizer.safetensors"
     downsample: Count = 8
     codebook_size: Count = 1024
     embed_dim: Count = 8
@@ -85,10 +95,10 @@ class ImageTokenizerConfig(Section):
 class TextTokenizerConfig(Section):
     """Byte-pair encoding through the `tokenizers` library."""
 
-    path: str = "recipes/assets/tiny/text_tokenizer.json"
+    path: Annotated[str, read_by(*POLICY)] = "recipes/assets/tiny/text_tokenizer.json"
 
 
-class TokenizerTrainingConfig(Section):
+class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     """Recipe tokenizer_tiny: how the VQ is trained."""
 
     num_steps: Count = 6000
@@ -108,7 +118,7 @@ class TokenizerTrainingConfig(Section):
     log_every_steps: Count = 100
 
 
-class ModelConfig(Section):
+class ModelConfig(Section, tasks=POLICY):
     """Chameleon-shaped decoder (PAPER section 2)."""
 
     num_layers: Count = 4
@@ -125,7 +135,7 @@ class ModelConfig(Section):
     """Start weights: a Hugging Face export folder; None: random (a run's own checkpoint goes before)."""
 
 
-class ParallelConfig(Section):
+class ParallelConfig(Section, role="layout", tasks=POLICY):
     """Layout; data parallelism is what the world size leaves."""
 
     tp: Count = 1
@@ -136,17 +146,17 @@ class ParallelConfig(Section):
     microbatch_tokens: Count = 4096
     """Token budget of one microbatch on one data-parallel rank, padding included. Of a GRPO group as many rollouts
     share one copy of their prompt as it holds."""
-    scoring_microbatches: Count = 4
+    scoring_microbatches: Annotated[Count, read_by("grpo")] = 4
     """Microbatches that the reference scores at once: without gradients it keeps no activations."""
     recompute: Literal["none", "selective", "full"] = "none"
-    reference_offload: bool = False
+    reference_offload: Annotated[bool, OPERATION] = False
     """Keep the frozen reference in host memory between its uses."""
     distributed_optimizer: bool = True
     decode_graphs: bool = False
     """Replay decode steps from CUDA graphs, one for each 128 cached tokens. Needs pp = 1; not tried on a GPU yet."""
 
 
-class PrecisionConfig(Section):
+class PrecisionConfig(Section, tasks=POLICY):
     """Number formats of training and of rollouts."""
 
     params: Literal["fp32", "bf16"] = "fp32"
@@ -165,7 +175,7 @@ class PrecisionConfig(Section):
     """What a closed gate does: go on in bf16 from there, or stop the run."""
 
 
-class OptimConfig(Section):
+class OptimConfig(Section, tasks=POLICY):
     """AdamW with warm-up."""
 
     lr: Positive = 1e-4
@@ -192,12 +202,12 @@ class DataConfig(Section):
     manifest: str = "recipes/assets/photographs/manifest.parquet"
     train_split: str = "train"
     heldout_split: str = "heldout"
-    mode: Literal["unpaired", "paired", "lq_only"] = "unpaired"
-    num_threads: Count = 1
-    prefetch: Count = 1
-    min_scene_fraction: Probability = 0.7
+    mode: Annotated[Literal["unpaired", "paired", "lq_only"], read_by(*POLICY)] = "unpaired"
+    num_threads: Annotated[Count, OPERATION] = 1
+    prefetch: Annotated[Count, OPERATION] = 1
+    min_scene_fraction: Annotated[Probability, read_by(*POLICY)] = 0.7
     """Smallest crop, as a share of the photograph's shorter side, before resizing to the GT size."""
-    hflip: Probability = 0.5
+    hflip: Annotated[Probability, read_by(*POLICY)] = 0.5
 
 
 SEVERITY_EDGES = tuple(
@@ -208,7 +218,7 @@ SEVERITY_EDGES = tuple(
 """Keys of `degradation.severity_edges`; each takes two ascending values in the number's own unit."""
 
 
-class DegradationConfig(Section):
+class DegradationConfig(Section, tasks=POLICY):
     """Second-order degradation (PAPER section 3)."""
 
     preset: Literal["realesrgan", "seesr"] = "realesrgan"
@@ -229,7 +239,7 @@ class RewardTerm(Section):
     options: dict[str, float | int | str | bool | list[str]] = {}
 
 
-class RewardsConfig(Section):
+class RewardsConfig(Section, tasks=("grpo",)):
     """Rewards by name; the mixture is their weighted sum."""
 
     terms: dict[str, RewardTerm] = {
@@ -243,7 +253,7 @@ class RewardsConfig(Section):
     """Image rewards of a malformed trace are the term's minimum."""
 
 
-class RolloutConfig(Section):
+class RolloutConfig(Section, tasks=POLICY):
     """The sampling distribution; the loss scores with exactly the same one."""
 
     grammar: Literal["constrained", "modality"] = "modality"
@@ -262,7 +272,7 @@ class RolloutConfig(Section):
     """Rollouts decoded at once on one data-parallel rank."""
 
 
-class RestoreConfig(Section):
+class RestoreConfig(Section, role="operation"):
     """What restoring and evaluating sample from; training has `rollout`. Does not decide a run's result."""
 
     temperature: Positive = 0.8
@@ -276,7 +286,7 @@ class RestoreConfig(Section):
     """None: as the rollouts'."""
 
 
-class GRPOConfig(Section):
+class GRPOConfig(Section, tasks=("grpo",)):
     """Group relative policy optimisation."""
 
     num_steps: Count = 30
@@ -312,7 +322,7 @@ class GRPOConfig(Section):
     heldout_rollouts: Count = 2
 
 
-class SFTConfig(Section):
+class SFTConfig(Section, tasks=("sft",)):
     """Supervised fine-tuning on VLCoT traces."""
 
     num_steps: Count = 2000
@@ -330,10 +340,10 @@ class SFTConfig(Section):
 class RunConfig(Section):
     """One whole run: everything that decides its result."""
 
-    name: str
-    task: Literal["grpo", "sft", "tokenizer"]
+    name: Annotated[str, OPERATION]
+    task: Task
     seed: Annotated[int, Field(ge=0)] = 0
-    output_root: str = "runs"
+    output_root: Annotated[str, OPERATION] = "runs"
     vlcot: VLCoTConfig = VLCoTConfig()
     image_tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
     text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()

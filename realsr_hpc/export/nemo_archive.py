@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from realsr_hpc.config.load import flatten, from_yaml
+from realsr_hpc.config.identity import flatten
+from realsr_hpc.config.load import from_yaml
 from realsr_hpc.export.folder import INDEX, SHARD_BYTES, Aside, weight_files, write_weights
 
 RECIPE = "recipe.yaml"

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from realsr_hpc.config.identity import may_change_on_resume
 from realsr_hpc.config.load import from_yaml, override
 from realsr_hpc.launch.rundir import (
     ALIVE,
@@ -23,9 +24,6 @@ from realsr_hpc.launch.rundir import (
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.submit import Submission, submit_into
 from realsr_hpc.tracking import read_progress, set_status
-
-RESUMABLE_SECTIONS = ("parallel", "cluster", "checkpoint", "tracking")
-"""What a run may change on its way: where and how it computes, not what."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,12 @@ def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
     """
     config = from_yaml(run_dir / "recipe.yaml")
     if overrides:
-        foreign = [item for item in overrides if item.partition(".")[0] not in RESUMABLE_SECTIONS]
+        keys = {item: item.lstrip("+~").partition("=")[0] for item in overrides}
+        foreign = [item for item, key in keys.items() if "." not in key or not may_change_on_resume(key)]
         if foreign:
             raise ValueError(
-                f"{foreign[0]}: a resumed run keeps what decides its result; only {', '.join(RESUMABLE_SECTIONS)} may "
-                "change; launch a new run for the rest"
+                f"{foreign[0]}: a resumed run keeps what decides its result; only layout and operation may change "
+                "(parallel, cluster, checkpoint, tracking, ...: docs/recipes.md marks them); launch another run for it"
             )
         config = override(config, overrides)
     return submit_into([(config, run_dir)])[0]

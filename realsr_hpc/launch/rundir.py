@@ -8,6 +8,7 @@ OUTPUT_ROOT/<name>-<signature>/
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import subprocess
@@ -16,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from realsr_hpc.config.load import output_root, signature
+from realsr_hpc.config.identity import scheme, signature
+from realsr_hpc.config.load import SCHEME_LINE, RecipeError, from_yaml, output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import write_atomically
 
@@ -68,11 +70,24 @@ def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
     """The folder of this recipe's run; with `fresh` the first numbered one that does not exist."""
     base = output_root(config) / f"{config.name}-{signature(config)}"
     if not fresh:
-        return base
+        return base if base.exists() else _of_earlier_scheme(base, config) or base
     number = 2
     while (path := base.with_name(f"{base.name}-{number}")).exists():
         number += 1
     return path if base.exists() else base
+
+
+def _of_earlier_scheme(base: Path, config: RunConfig) -> Path | None:
+    """This recipe's run, launched when signatures covered other fields; its recipe.yaml says the same today."""
+    for path in sorted(base.parent.glob(f"{glob.escape(config.name)}-*/recipe.yaml")):
+        try:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                current = file.readline().strip() == f"{SCHEME_LINE}{scheme()}"
+            if not current and signature(from_yaml(path)) == signature(config):
+                return path.parent
+        except (RecipeError, OSError):
+            continue  # a recipe that today's schema refuses is not this one
+    return None
 
 
 def make_private(folder: Path) -> Path:

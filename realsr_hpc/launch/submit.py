@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from realsr_hpc.config.load import flatten, output_root, project_root, to_yaml
+from realsr_hpc.config.identity import flatten
+from realsr_hpc.config.load import output_root, project_root, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.job import node_job

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realsr_hpc.config.load import flatten, output_root, signature
+from realsr_hpc.config.identity import flatten, signature
+from realsr_hpc.config.load import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import write_atomically
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from realsr_hpc.config.load import RecipeError, compose, from_yaml, recipe_names, signature, swept_keys, to_yaml
+from realsr_hpc.config.identity import signature
+from realsr_hpc.config.load import RecipeError, compose, from_yaml, recipe_names, swept_keys, to_yaml
 
 
 def fault(*overrides: str) -> str:

@@ -11,7 +11,8 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from realsr_hpc.config.load import RecipeError, compose, project_root, signature
+from realsr_hpc.config.identity import signature
+from realsr_hpc.config.load import RecipeError, compose, project_root
 from realsr_hpc.launch.command import Options, main, read_arguments
 from realsr_hpc.launch.rundir import (
     Job,

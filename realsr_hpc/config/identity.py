@@ -1,0 +1,103 @@
+"""Which fields make a run the run it is: read from the marks of the schema, by everyone who asks.
+
+- The signature, which names a run's folder, covers what decides the result and the layout (which changes rounding, and
+  so bits), as far as the run's task reads it.
+- Resuming may change layout and operation.
+- A comparison treats runs that differ in layout, operation or seed as repetitions of one experiment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+from realsr_hpc.config.derived import world_size
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.section import Mark, Section
+
+WORLD = frozenset({"cluster.nodes", "cluster.tasks_per_node"})
+"""Their product alone is part of the layout: 2 nodes of 4 processes compute what 1 node of 8 does."""
+
+
+@cache
+def marks() -> dict[str, Mark]:
+    """Role and tasks of every field, by its path; a mapping (`rewards.terms`) is one field."""
+    return dict(_walk(RunConfig, ""))
+
+
+def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, Mark]]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from _walk(kind, f"{prefix}{name}.")
+            continue
+        own = next((item for item in field.metadata if isinstance(item, Mark)), Mark())
+        yield f"{prefix}{name}", Mark(own.role or section.mark.role, own.tasks or section.mark.tasks)
+
+
+def fields_at(key: str) -> dict[str, Mark]:
+    """The fields that `key` sets: itself, those of a section, or the mapping that it reaches into; none if unknown."""
+    return {
+        path: mark
+        for path, mark in marks().items()
+        if path == key or path.startswith(f"{key}.") or key.startswith(f"{path}.")
+    }
+
+
+def may_change_on_resume(key: str) -> bool:
+    """Whether a resumed run may have another value here: nothing that decides its result."""
+    found = fields_at(key)
+    return bool(found) and all(mark.role != "decides" for mark in found.values())
+
+
+def decides(key: str, task: str | None = None) -> bool:
+    """Whether runs that differ here (for `task`, if given) are different experiments; unknown fields are."""
+    found = fields_at(key).values()
+    return not found or any(mark.role == "decides" and (task is None or task in (mark.tasks or ())) for mark in found)
+
+
+def identity(tree: dict[str, Any], task: str) -> dict[str, Any]:
+    """The part of a dumped recipe that `signature` covers, by path."""
+    return {
+        path: _value(tree, path)
+        for path, mark in marks().items()
+        if mark.role != "operation" and task in (mark.tasks or ()) and path not in WORLD
+    }
+
+
+def signature(config: RunConfig) -> str:
+    """12 hexadecimal digits of everything that decides the bits of a result, and of nothing else."""
+    fields = identity(config.model_dump(mode="json"), config.task) | {"world_size": world_size(config)}
+    return _digest(fields)[:12]
+
+
+@cache
+def scheme() -> str:
+    """8 hexadecimal digits of which fields signatures cover; a resolved recipe carries it in its first line."""
+    return _digest({path: [mark.role, sorted(mark.tasks or ())] for path, mark in marks().items()})[:8]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _value(tree: dict[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """`{"grpo.kl_beta": 0.01, ...}`; lists stay values, empty mappings vanish."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
