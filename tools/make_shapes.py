@@ -1,7 +1,7 @@
 """Make the images of shapes that sft_tiny trains on beside the photographs: python tools/make_shapes.py
 
 Writes runs/shapes/: the images, and one manifest of them and of the bundled photographs (each training photograph
-PHOTOGRAPH_SHARE times, so that every third training image is one).
+PHOTOGRAPH_SHARE times, so that two in five training images are one).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from realsr_hpc.config.arguments import read_arguments  # noqa: E402
 from realsr_hpc.data.manifest import ManifestEntry, read_manifest, sha256_of, write_manifest  # noqa: E402
 from realsr_hpc.data.shapes import dead_leaves, describe  # noqa: E402
 
-SEED, NUM_IMAGES, SIDE_PX, PHOTOGRAPH_SHARE = 0, 1600, 144, 60
+SEED, NUM_IMAGES, SIDE_PX, PHOTOGRAPH_SHARE = 0, 1600, 144, 5
 
 
 def main(folder: Path = ROOT / "runs" / "shapes", num_images: int = NUM_IMAGES) -> int:

@@ -26,9 +26,12 @@ SEVERITIES = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
 
 
 def photographs(folder: Path, split: str) -> list[Image.Image]:
-    """The photographs of one split, as listed in the folder's photographs.jsonl."""
+    """The scenes of one split in the folder itself, as its photographs.jsonl lists them; its sub-folders are left out.
+
+    What ships was fitted on the 20 training scenes there, and the same command shall give it again.
+    """
     rows = [json.loads(line) for line in (folder / "photographs.jsonl").read_text().splitlines()]
-    return [Image.open(folder / row["path"]).convert("RGB") for row in rows if row["split"] == split]
+    return [Image.open(folder / row["path"]).convert("RGB") for row in rows if row["split"] == split and "/" not in row["path"]]
 
 
 def fit_niqe(pictures: Sequence[Image.Image], patch_px: int = 32, stride_px: int = 32) -> NIQEModel:

@@ -103,10 +103,11 @@ def test_sft_passes_over_batches_without_captions(tmp_path):
     from realsr_hpc.paths import project_root
 
     bundled = read_manifest(project_root() / "recipes/assets/photographs/manifest.parquet")
-    told = next(entry.key for entry in bundled.entries if entry.split == "train")
+    told = next(entry.key for entry in bundled.entries if entry.split == "train" and "/" not in entry.path)
     entries = [
         replace(entry, path=str(bundled.path(entry)), **({} if entry.key == told else dict(caption_final="")))
         for entry in bundled.entries
+        if "/" not in entry.path  # twenty to train on are enough to pass over
     ]
     write_manifest(tmp_path / "manifest.parquet", entries)
     overrides = [*SFT, *SMALL, f"data.manifest={tmp_path / 'manifest.parquet'}", "cluster.tasks_per_node=2"]

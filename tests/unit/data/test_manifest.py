@@ -1,6 +1,7 @@
 """Decoding rules, the table, and its verification."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.loader import PROJECT_ROOT
 from realsr_hpc.data.manifest import ManifestEntry, read_manifest, verify, write_manifest
+from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
 from realsr_hpc.prepare.folders import prepare
 
 PHOTOGRAPHS = PROJECT_ROOT / "recipes/assets/photographs"
@@ -136,7 +138,7 @@ def test_the_bundled_photographs_are_whole_and_described():
     for entry in manifest.entries:
         assert entry.caption_final == told[entry.key]["caption_final"]
         assert len(entry.caption_final.split()) <= 25
-        assert 3 <= len(entry.tags) <= 5
+        assert 3 <= len(entry.tags) <= 6
         text = " ".join(entry.scene.captions)
         assert text == text.lower() and "<" not in text and ">" not in text
         assert all(tag in text for tag in entry.tags), entry.key
@@ -145,9 +147,20 @@ def test_the_bundled_photographs_are_whole_and_described():
 
 def test_no_photograph_is_on_both_sides_of_the_split():
     splits = {}
-    for entry in read_manifest(PHOTOGRAPHS / "manifest.parquet").entries:
+    entries = read_manifest(PHOTOGRAPHS / "manifest.parquet").entries
+    for entry in entries:
         splits.setdefault(entry.source.split(",")[1], set()).add(entry.split)
     assert all(len(found) == 1 for found in splits.values())
-    assert {name.split("/")[-1] for name, found in splits.items() if found == {"heldout"}} == {
-        "coffee.png", "rocket.jpg", "flower.jpg", "grace_hopper.jpg",
-    }  # fmt: skip
+    heldout = {name.split("/")[-1] for name, found in splits.items() if found == {"heldout"}}
+    assert {"coffee.png", "rocket.jpg", "flower.jpg", "grace_hopper.jpg"} <= heldout
+    looks = [difference_hash(decode_image(PHOTOGRAPHS / entry.path)) for entry in entries]
+    twins = [{entries[i].split for i in group} for group in near_duplicates(looks)]
+    assert all(len(found) == 1 for found in twins)
+    assert Counter(entry.split for entry in entries) == {"train": 225, "heldout": 36}
+
+
+def test_every_folder_of_bundled_photographs_has_its_licence_told():
+    told = (PHOTOGRAPHS / "SOURCES.md").read_text()
+    folders = {str(Path(entry.path).parent) for entry in read_manifest(PHOTOGRAPHS / "manifest.parquet").entries}
+    assert {f"`{folder}/`" in told for folder in folders - {"."}} == {True}
+    assert "CC BY-SA 4.0" in told and "Unsplash License" in told and "CC0" in told
