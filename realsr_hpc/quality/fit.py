@@ -31,7 +31,8 @@ def photographs(folder: Path, split: str) -> list[Image.Image]:
     What ships was fitted on the 20 training scenes there, and the same command shall give it again.
     """
     rows = [json.loads(line) for line in (folder / "photographs.jsonl").read_text().splitlines()]
-    return [Image.open(folder / row["path"]).convert("RGB") for row in rows if row["split"] == split and "/" not in row["path"]]
+    paths = [row["path"] for row in rows if row["split"] == split and "/" not in row["path"]]
+    return [Image.open(folder / path).convert("RGB") for path in paths]
 
 
 def fit_niqe(pictures: Sequence[Image.Image], patch_px: int = 32, stride_px: int = 32) -> NIQEModel:
