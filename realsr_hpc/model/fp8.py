@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from realsr_hpc.config.schema import PrecisionConfig
+from realsr_hpc.model.chunks import Policy
 from realsr_hpc.model.precision import keeps_ends_in_bf16
-
-if TYPE_CHECKING:
-    from realsr_hpc.model.policy import Policy
 
 BLOCK = 128
 _INPUT, _WEIGHT, _GRADIENT = range(3)

@@ -15,45 +15,17 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from realsr_hpc.config.schema import ModelConfig
-from realsr_hpc.parallel.layout import kv_heads
-
-if TYPE_CHECKING:
-    from realsr_hpc.model.policy import Policy
+from realsr_hpc.model.chunks import Policy, WeightShapes
 
 Cut = Literal["whole", "rows", "columns", "qkv", "gate_up", "heads", "vocabulary"]
 Reader = Callable[[str], Tensor]
 """Hugging Face name (prefix `model.`) -> the whole tensor."""
-
-
-@dataclass(frozen=True)
-class WeightShapes:
-    """Sizes that decide every tensor's shape."""
-
-    num_layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.hidden // self.heads
-
-    @classmethod
-    def of(cls, model: ModelConfig, vocab_size: int) -> WeightShapes:
-        """Sizes of a model configuration."""
-        return cls(
-            model.num_layers, model.hidden_size, model.num_heads, kv_heads(model), model.ffn_hidden_size, vocab_size
-        )
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from realsr_hpc.config.schema import RolloutConfig, RunConfig
 from realsr_hpc.model.policy import Policy
-from realsr_hpc.records import LQBatch, ParsedTrace, RestoredImage, RolloutGroup
+from realsr_hpc.records import LQBatch, RestoredImage
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.vlcot.grammar import Grammar
@@ -33,7 +31,7 @@ class PolicyRestorer:
         ids = [FIRST_ID + int(index) * count + member for index in batch.index for member in range(count)]
         self.sampler.policy.eval()
         groups = self.sampler.generate(self.tokens.prompts(batch.lq), count, ids)
-        traces = [trace for group in groups for trace in parse_group(self.tokens, group)]
+        traces = [trace for group in groups for trace in self.tokens.codec.parse_group(group)]
         stages = zip(
             *(self.tokens.decode([trace.images[stage] for trace in traces]) for stage in range(3)), strict=True
         )
@@ -48,14 +46,3 @@ def sampling(config: RunConfig) -> RolloutConfig:
     return config.rollout.model_copy(
         update={**chosen.model_dump(), "image_adaptive_top_k": False, "cfg_scale": cfg_scale}
     )
-
-
-def parse_group(tokens: TraceTokenizer, group: RolloutGroup) -> list[ParsedTrace]:
-    """The traces of a group's responses."""
-    rows = zip(group.tokens, group.lengths, strict=True)
-    return [tokens.codec.parse(row[:length].tolist()) for row, length in rows]
-
-
-def final_images(tokens: TraceTokenizer, traces: list[ParsedTrace]) -> list[np.ndarray | None]:
-    """Decoded final images, all in one batch."""
-    return tokens.decode([trace.images[2] for trace in traces])

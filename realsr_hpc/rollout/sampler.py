@@ -17,11 +17,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from realsr_hpc.behaviour.distribution import Truncation, guided, modality_support, sample
+from realsr_hpc.behaviour.masks import MaskTable
 from realsr_hpc.config.schema import RolloutConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.records import RolloutGroup
@@ -34,34 +34,15 @@ RETIRE_AT = 0.75
 """Finished rows leave the batch once no more than this share of its rows has to go on: leaving copies the cache."""
 
 
-class MaskTable:
-    """A grammar's masks on the device, with what depends on the mask alone; sampler and scorer read the same one."""
-
-    def __init__(self, grammar: Grammar, config: RolloutConfig, policy: Policy):
-        device = policy.groups.device
-        padding = policy.padded_vocab_size - grammar.codec.vocabulary.size
-        self.allowed = F.pad(torch.from_numpy(grammar.mask_table), (0, padding)).to(device)
-        """bool [masks, padded vocabulary]."""
-        self.forced = torch.from_numpy(grammar.forced).to(device)
-        self.image = torch.from_numpy(grammar.image_rows).to(device)
-        text = config.temperature if config.text_temperature is None else config.text_temperature
-        self.temperature = torch.where(self.image, config.temperature, text)
-        self.cfg_scale = torch.where(self.image, config.cfg_scale, 1.0)
-        self.continues_block = _continues_block(grammar).to(device)
-        """bool [vocabulary]: a size, code, newline or end token, which continues an image block. Sampler and scorer cut
-        the unconditional stream's context with this one rule."""
-
-
 class Sampler:
     """Samples groups of responses from the live policy."""
 
     def __init__(self, policy: Policy, grammar: Grammar, config: RolloutConfig, seed: int):
         self.policy, self.grammar, self.config, self.seed = policy, grammar, config, seed
         self.groups = policy.groups
-        self.masks = MaskTable(grammar, config, policy)
+        self.masks = MaskTable(grammar, config, policy.padded_vocab_size, policy.groups.device)
         self.image_truncation = Truncation(config.image_top_k, config.top_p, config.image_adaptive_top_k)
         self.text_truncation = Truncation(config.text_top_k, config.top_p)
-        self.guided = config.cfg_scale != 1.0
 
     def generate(
         self,
@@ -107,7 +88,7 @@ class Sampler:
         next_masks: list[int | None] = [next(walk) for walk in walks]
         record = Record.empty(len(rollout_ids), limit, self.grammar.codec.vocabulary.pad, self.groups.device)
         rows = list(range(len(rollout_ids)))
-        cache = decoder.new_cache(prompts, group_size, limit, self.guided)
+        cache = decoder.new_cache(prompts, group_size, limit, self.masks.guided)
         first = yield from decoder.prefill(cache, prompts)
         logits = None if first is None else first.repeat_interleave(group_size, 0)[None]
         for position in range(limit):
@@ -172,7 +153,7 @@ class Sampler:
 
     def _move_starts(self, cache: Cache, tokens: Tensor, position: int) -> None:
         """The unconditional stream sees the current image block alone: anything else starts it anew."""
-        if not self.guided:
+        if not self.masks.guided:
             return
         unconditional = cache.streams[1]
         assert unconditional.starts is not None, "the unconditional stream has no starts"
@@ -215,15 +196,6 @@ def _in_turns(batches: list[Generator[None, None, T]]) -> list[T]:
             except StopIteration as end:
                 results[number] = end.value
     return [results[number] for number in range(len(batches))]
-
-
-def _continues_block(grammar: Grammar) -> Bool[Tensor, " V"]:
-    vocabulary = grammar.codec.vocabulary
-    continues = torch.zeros(vocabulary.size, dtype=torch.bool)
-    sizes = [vocabulary.size_token(size) for size in grammar.codec.config.image_sizes_px]
-    codes = [vocabulary.code_to_id(code) for code in range(vocabulary.num_codes)]
-    continues[[*sizes, *codes, vocabulary.newline, vocabulary.image_end]] = True
-    return continues
 
 
 def _advance(walk, token: int) -> int | None:

@@ -14,7 +14,7 @@ from realsr_hpc.parallel.reduce import reduce_float, reduce_floats
 from realsr_hpc.records import GRPOBatch, LQBatch, RolloutGroup, ScoredGroup, TrainingSequence
 from realsr_hpc.rewards.base import Candidate
 from realsr_hpc.rewards.mixture import RewardMixture
-from realsr_hpc.rollout.restorer import FIRST_ID, final_images, parse_group
+from realsr_hpc.rollout.restorer import FIRST_ID
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.train.kept import write_rollouts
 from realsr_hpc.train.run import TrainingRun
@@ -78,8 +78,8 @@ class Experience:
 
     def _score(self, batch: LQBatch, groups: list[RolloutGroup]) -> list[ScoredGroup]:
         tokens = self.run.tokens
-        traces = [parse_group(tokens, group) for group in groups]
-        images = iter(final_images(tokens, [trace for members in traces for trace in members]))
+        traces = [tokens.codec.parse_group(group) for group in groups]
+        images = iter(tokens.decode([trace.images[2] for members in traces for trace in members]))
         candidates = []
         for row, members in enumerate(traces):
             lq, gt = (None if x is None else x[row].movedim(0, -1).numpy() for x in (batch.lq, batch.gt))
@@ -128,7 +128,7 @@ def training_sequences(group: ScoredGroup, sampler: Sampler, config: GRPOConfig)
             continue
         tokens = torch.cat([rollouts.prompt, rollouts.tokens[row, :length]])
         mask_ids = rollouts.mask_ids[row, free]
-        blocks = (~sampler.masks.continues_block.cpu()[tokens]).cumsum(0) if sampler.guided else None
+        blocks = (~sampler.masks.continues_block.cpu()[tokens]).cumsum(0) if sampler.masks.guided else None
         sequences.append(
             TrainingSequence(
                 tokens=tokens,
@@ -139,7 +139,7 @@ def training_sequences(group: ScoredGroup, sampler: Sampler, config: GRPOConfig)
                 prompt_length=prompt_length,
                 advantage=float(advantages[row]),
                 support=None if rollouts.support is None else rollouts.support[row, free],
-                cfg_scale=sampler.masks.cfg_scale.cpu()[mask_ids] if sampler.guided else None,
+                cfg_scale=sampler.masks.cfg_scale.cpu()[mask_ids] if sampler.masks.guided else None,
                 blocks=blocks,
             )
         )

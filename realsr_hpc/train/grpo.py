@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from realsr_hpc.behaviour.masks import MaskTable
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.grpo.loss import GlobalCounts, mismatch, policy_loss
@@ -25,7 +26,7 @@ from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
 from realsr_hpc.parallel.reduce import reduce_floats
 from realsr_hpc.records import GRPOBatch, StepReport
 from realsr_hpc.rewards.mixture import RewardMixture
-from realsr_hpc.rollout.sampler import MaskTable, Sampler
+from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.train.batches import loss_mask, to_rows
 from realsr_hpc.train.experience import Experience, group_metrics, grpo_batches
 from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from realsr_hpc.behaviour.masks import everything_allowed
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.model.fp8 import stop_fp8, without_fp8
 from realsr_hpc.model.policy import Policy
@@ -43,9 +44,8 @@ class ParityGate:
         rows = zip(run.tokens.prompts(batch.lq), run.tokens.responses(batch), strict=True)
         sequences = [_all_tokens(prompt, response or []) for prompt, response in rows]
         self._microbatches = run.microbatches(sequences, packing=False)
-        shape = (1, run.policy.padded_vocab_size)
-        self._allowed = torch.zeros(shape, dtype=torch.bool, device=run.groups.device)
-        self._allowed[:, : run.policy.vocab_size] = True
+        policy = run.policy
+        self._allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, run.groups.device)
 
     def watch(self, reference: Policy) -> None:
         """A frozen copy of the policy: it gives up FP8 together with the policy, so that their numerics stay alike."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from realsr_hpc.behaviour.logprobs import TokenScores, behaviour_scores
+from realsr_hpc.behaviour.masks import MaskTable
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel.layout import even_parts
 from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
-from realsr_hpc.rollout.sampler import MaskTable
 from realsr_hpc.train.batches import joined_microbatch
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from realsr_hpc.behaviour.masks import everything_allowed
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.traces import TraceLoader
@@ -99,8 +100,7 @@ def _microbatches(run: TrainingRun, sequences: list[TrainingSequence]) -> tuple[
 
 def cross_entropy(run: TrainingRun, num_tokens: int, z_loss: float) -> LossFunction:
     """Loss function of the pipeline: this microbatch's part of the mean over `num_tokens`."""
-    allowed = torch.zeros(1, run.policy.padded_vocab_size, dtype=torch.bool, device=run.groups.device)
-    allowed[:, : run.policy.vocab_size] = True
+    allowed = everything_allowed(run.policy.vocab_size, run.policy.padded_vocab_size, run.groups.device)
 
     def loss_fn(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         if not microbatch.extras:

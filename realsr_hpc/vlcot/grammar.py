@@ -64,6 +64,16 @@ class Grammar:
         """bool [masks]: the row chooses among image codes."""
         return np.arange(len(self._table)) == self._codes
 
+    @property
+    def continues_block(self) -> np.ndarray:
+        """bool [vocabulary]: a size, code, newline or end token, which continues an image block."""
+        vocabulary = self.codec.vocabulary
+        continues = np.zeros(vocabulary.size, dtype=bool)
+        sizes = [vocabulary.size_token(size) for size in self.codec.config.image_sizes_px]
+        codes = [vocabulary.code_to_id(code) for code in range(vocabulary.num_codes)]
+        continues[[*sizes, *codes, vocabulary.newline, vocabulary.image_end]] = True
+        return continues
+
     def walk(self) -> Walk:
         """A fresh walk of one response; `next()` it once for the first mask id."""
         return self._constrained() if self.kind == "constrained" else self._modality()

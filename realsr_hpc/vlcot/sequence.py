@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from realsr_hpc.config.schema import VLCoTConfig
-from realsr_hpc.records import ParsedTrace
+from realsr_hpc.records import ParsedTrace, RolloutGroup
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
 TEXT_FIELDS = ("rough_understand", "middle_understand", "final_understand")
@@ -135,6 +135,11 @@ class TraceCodec:
         )
         degradation = _plain(bodies["degradation"], "degradation", faults)
         return ParsedTrace(degradation, texts, images, tuple(faults))  # type: ignore[arg-type]
+
+    def parse_group(self, group: RolloutGroup) -> list[ParsedTrace]:
+        """The traces of a group's responses, padding left out."""
+        rows = zip(group.tokens, group.lengths.tolist(), strict=True)
+        return [self.parse(row[:length].tolist()) for row, length in rows]
 
     def _linearise(self, tokens: list[int], faults: list[str]) -> tuple[str, list[np.ndarray | None]]:
         """The response as one string, each image block a numbered mark, and the grids by number."""

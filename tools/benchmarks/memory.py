@@ -239,7 +239,8 @@ class _Run:
         prompts = torch.randint(0, self.codec.vocabulary.size, (at_once, sequence_tokens(self.config)[0]))
         last, rows = rollout.max_new_tokens - 1, at_once * grpo_config.group_size
         with Allocations() as prefilled:
-            cache = decoder.new_cache(prompts, grpo_config.group_size, rollout.max_new_tokens, self.sampler.guided)
+            is_guided = self.sampler.masks.guided
+            cache = decoder.new_cache(prompts, grpo_config.group_size, rollout.max_new_tokens, is_guided)
             logits = _end(decoder.prefill(cache, prompts))
         for stream in cache.streams:  # as if all tokens but the last were decoded
             stream.keys.zero_()

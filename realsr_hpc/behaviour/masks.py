@@ -1,0 +1,47 @@
+"""What the grammar allows, as tensors on the device: the sampler and the loss's scorer read the same table.
+
+The rules of the masks are the grammar's (vlcot/grammar.py). Here they meet the recipe's temperatures and guidance,
+which depend on the mask alone, and the vocabulary as the model holds it, padded.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool
+from torch import Tensor
+
+from realsr_hpc.config.schema import RolloutConfig
+from realsr_hpc.vlcot.grammar import Grammar
+
+
+class MaskTable:
+    """A grammar's M masks over V tokens (`padded_vocab_size`), with what depends on the mask alone.
+
+    Example: `table.allowed[mask_ids]` are the tokens [n, V] that may stand at n positions, drawn at the temperatures
+    `table.temperature[mask_ids]` [n].
+    """
+
+    def __init__(self, grammar: Grammar, config: RolloutConfig, padded_vocab_size: int, device: torch.device):
+        padding = padded_vocab_size - grammar.codec.vocabulary.size
+        self.allowed = F.pad(torch.from_numpy(grammar.mask_table), (0, padding)).to(device)
+        """bool [M, V]; never the padding."""
+        self.forced = torch.from_numpy(grammar.forced).to(device)
+        """bool [M]: one token is allowed."""
+        self.image = torch.from_numpy(grammar.image_rows).to(device)
+        """bool [M]: chooses among image codes."""
+        text = config.temperature if config.text_temperature is None else config.text_temperature
+        self.temperature = torch.where(self.image, config.temperature, text)
+        """float32 [M]."""
+        self.guided = config.cfg_scale != 1.0
+        """Logits are guided: rows have an unconditional twin."""
+        self.cfg_scale = torch.where(self.image, config.cfg_scale, 1.0)
+        """float32 [M]: text is never guided."""
+        self.continues_block = torch.from_numpy(grammar.continues_block).to(device)
+        """bool [vocabulary]: continues an image block. Sampler and scorer cut the unconditional stream's context with
+        this one rule."""
+
+
+def everything_allowed(vocab_size: int, padded_vocab_size: int, device: torch.device) -> Bool[Tensor, "1 V"]:
+    """The one mask of the plain distribution: every token but the padding. Supervised losses score under it."""
+    return (torch.arange(padded_vocab_size, device=device) < vocab_size)[None]
