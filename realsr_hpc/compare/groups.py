@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from realsr_hpc.compare.runs import PROFILE_TAG, ComparedRun, Comparison
+from realsr_hpc.config.metrics import is_measured
 
 MAX_LABEL_KEYS = 3
 
@@ -43,6 +44,10 @@ class Group:
     def final(self, metric: str) -> Estimate:
         """Last values."""
         return estimate([run.metrics[metric] for run in self.runs if metric in run.metrics])
+
+    def diverged(self, metric: str) -> int:
+        """Runs whose last value is not finite; they are left out of means, and their group is never the best."""
+        return sum(not is_measured(run.metrics[metric]) for run in self.runs if metric in run.metrics)
 
     def less(self, other: Group, metric: str) -> Estimate:
         """Difference to another group, paired by seed; runs without a partner are left out."""
@@ -81,7 +86,7 @@ class Group:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean and 95 % Student interval of independent runs."""
-    kept = np.array([value for value in values if np.isfinite(value)])
+    kept = np.array([value for value in values if is_measured(value)])
     if len(kept) < 2:
         return Estimate(float(kept[0]) if len(kept) else float("nan"), float("nan"), float("nan"), len(kept))
     half = float(student.ppf(0.975, len(kept) - 1) * kept.std(ddof=1) / np.sqrt(len(kept)))

@@ -13,6 +13,7 @@ from realsr_hpc.compare.axes import plot_axes
 from realsr_hpc.compare.groups import Estimate, Group, group_runs
 from realsr_hpc.compare.pictures import image_rows, plot_curves
 from realsr_hpc.compare.runs import Comparison
+from realsr_hpc.config.metrics import lower_is_better
 from realsr_hpc.tracking.pictures import image_grid
 
 TEMPLATE = "report.html.j2"
@@ -68,13 +69,19 @@ def panels(comparison: Comparison) -> list[str]:
 
 def verdict(comparison: Comparison, groups: Sequence[Group]) -> str:
     """What can be said in one sentence, and no more."""
-    rated = [group for group in groups if group.final(comparison.metric).num_runs]
+    metric = comparison.metric
+    sound = [group for group in groups if not group.diverged(metric)]
+    rated = [group for group in sound if group.final(metric).num_runs]
+    diverged = sum(group.diverged(metric) for group in groups)
+    remark = f" {diverged} run(s) diverged: {metric} is not finite." if diverged else ""
     if not rated:
-        return f"No run has {comparison.metric} yet."
-    best = max(rated, key=lambda group: group.final(comparison.metric).mean)
-    text = f"Best by {comparison.metric}: {best.label}, {best.final(comparison.metric)} over {len(best.runs)} run(s)."
+        return f"No run has {metric} yet.{remark}"
+    lower = lower_is_better(metric)
+    best = (min if lower else max)(rated, key=lambda group: group.final(metric).mean)
+    direction = "lower is better" if lower else "higher is better"
+    text = f"Best by {metric} ({direction}): {best.label}, {best.final(metric)} over {len(best.runs)} run(s).{remark}"
     if len(rated) > 1 and best is not rated[0]:
-        gain = best.less(rated[0], comparison.metric)
+        gain = best.less(rated[0], metric)
         sure = "more than chance at 95 %" if gain.excludes_zero else "not more than chance at 95 %"
         text += f" Less {rated[0].label}, paired by seed: {gain}: {sure}."
     return text

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realsr_hpc.config.identity import decides
+from realsr_hpc.config.metrics import TASK_METRIC, is_measured, lower_is_better
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,9 +63,10 @@ class Comparison:
 
     @property
     def best(self) -> ComparedRun | None:
-        """Highest last value; None when no run has one."""
-        rated = [run for run in self.runs if math.isfinite(run.metrics.get(self.metric, math.nan))]
-        return max(rated, key=lambda run: run.metrics[self.metric]) if rated else None
+        """The best last value in the metric's direction; None when no run has a finite one."""
+        rated = [run for run in self.runs if is_measured(run.metrics.get(self.metric))]
+        best = min if lower_is_better(self.metric) else max
+        return best(rated, key=lambda run: run.metrics[self.metric]) if rated else None
 
     @property
     def deciding(self) -> tuple[str, ...]:
@@ -149,14 +150,14 @@ def _histories(mlflow: MlflowClient, run: Run, metric: str) -> dict[str, list[tu
 
 
 def _metric_of(runs: list[Run]) -> str:
-    """Total reward, held out before trained, where there is one."""
+    """Total reward, held out before trained, where there is one; else what the runs' task is best by."""
     keys = sorted({key for run in runs for key in run.data.metrics})
     for beginning in PREFERRED:
         found = [key for key in keys if key.startswith(beginning)]
         totals = [key for key in found if "total" in key and "mean" in key] or [key for key in found if "reward" in key]
         if totals:
             return totals[0]
-    return "rewards/total/mean"
+    return next((key for key in TASK_METRIC.values() if key in keys), TASK_METRIC["grpo"])
 
 
 def _experiments(mlflow: MlflowClient, name: str) -> list[str]:

@@ -12,8 +12,9 @@ from pathlib import PurePath
 
 from realsr_hpc.config.derived import prompt_image_tokens, trace_image_tokens
 from realsr_hpc.config.execution_checks import EXECUTION_RULES, Rule
+from realsr_hpc.config.metrics import TASK_METRIC, best_is_highest, best_metric, reported
 from realsr_hpc.config.reward_options import read_options
-from realsr_hpc.config.schema import SEVERITY_EDGES, RunConfig
+from realsr_hpc.config.schema import IMAGE_PLACEHOLDER, SEVERITY_EDGES, RunConfig
 
 TEXT_BYTES_OF_TAGS = 260
 """Characters of the fourteen tags and the degradation phrase: an upper bound of their tokens."""
@@ -198,17 +199,26 @@ def warm_up_ends_before_the_run(config: RunConfig) -> Iterator[str]:
 
 
 def the_best_checkpoint_is_measured(config: RunConfig) -> Iterator[str]:
-    """Keeping the best needs a metric that the task reports."""
-    if not config.checkpoint.keep_best or not config.checkpoint.best_metric.startswith("heldout/"):
+    """The best is known by a metric that the task reports, in the direction that the metric declares."""
+    checkpoint, metric = config.checkpoint, best_metric(config)
+    ignored = not checkpoint.keep_best and metric == TASK_METRIC["grpo"]  # every resolved recipe once held it
+    if checkpoint.best_metric is not None and metric not in reported(config) and not ignored:
+        yield f"checkpoint.best_metric: {metric!r}: task {config.task} reports {', '.join(reported(config))}"
+    if not checkpoint.keep_best:
         return
     measured = {"grpo": config.grpo.heldout_every_steps, "sft": config.sft.heldout_every_steps}
-    if not measured.get(config.task, 1):
-        yield f"checkpoint.keep_best: {config.checkpoint.keep_best}: needs {config.task}.heldout_every_steps above 0"
-    if config.task == "sft" and config.checkpoint.best_metric != "heldout/loss/mean":
-        yield (
-            f"checkpoint.best_metric: {config.checkpoint.best_metric}: SFT reports heldout/loss/mean; "
-            "set that, and checkpoint.best_is=lowest"
-        )
+    if metric.startswith("heldout/") and not measured.get(config.task, 1):
+        yield f"checkpoint.keep_best: {checkpoint.keep_best}: needs {config.task}.heldout_every_steps above 0"
+    if checkpoint.best_is is not None and (checkpoint.best_is == "highest") != best_is_highest(config):
+        direction = "highest" if best_is_highest(config) else "lowest"
+        yield f"checkpoint.best_is: {checkpoint.best_is}: {metric} is best at its {direction}; leave best_is out"
+
+
+def the_instruction_shows_the_image_once(config: RunConfig) -> Iterator[str]:
+    """The mark in the prompt's text is where the LQ image stands."""
+    found = config.vlcot.instruction.count(IMAGE_PLACEHOLDER)
+    if found != 1:
+        yield f"vlcot.instruction: holds {IMAGE_PLACEHOLDER!r} {found} times: write it once, where the LQ image stands"
 
 
 RULES: tuple[Rule, ...] = (
@@ -233,5 +243,6 @@ RULES: tuple[Rule, ...] = (
     sft_learns_from_degraded_photographs,
     warm_up_ends_before_the_run,
     the_best_checkpoint_is_measured,
+    the_instruction_shows_the_image_once,
     *EXECUTION_RULES,
 )

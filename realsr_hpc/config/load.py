@@ -10,7 +10,9 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +114,38 @@ def read_axes(name: str) -> list[str]:
     if not (path := folder / f"{name}.yaml").is_file():
         names = sorted(found.stem for found in folder.glob("*.yaml"))
         raise RecipeError(f"axes: no {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
-    axes = yaml.safe_load(path.read_text())
-    return [f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}" for key, value in axes.items()]
+    try:
+        axes = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(axes, dict) or not axes:
+        raise RecipeError(f"{path}: holds no axes; write lines such as `grpo.kl_beta: [0, 0.01]`")
+    if empty := [str(key) for key, value in axes.items() if value == []]:
+        raise RecipeError(f"{path}: {empty[0]}: an empty list; name at least one value")
+    return [f"{key}={_written(value)}" for key, value in axes.items()]
+
+
+def _written(value: Any) -> str:
+    """A YAML value as Hydra's override grammar writes it: a list is a sweep, text is that grammar already."""
+    if isinstance(value, list):
+        return ",".join(map(_choice, value))
+    return value if isinstance(value, str) else _choice(value)
+
+
+def _choice(value: Any) -> str:
+    """One value of a sweep, or one inside it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_choice, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_choice(item)}" for key, item in value.items()) + "}"
+    return quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def quoted(text: str) -> str:
+    """Text that Hydra's override grammar reads back as it is."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return f"'{escaped}{chr(92) * trailing}'"
 
 
 def validate(tree: Any, *, source: str) -> RunConfig:
@@ -154,10 +186,29 @@ def override(config: RunConfig, overrides: list[str]) -> RunConfig:
 
 
 def _parse(overrides: list[str]) -> list[Override]:
+    return [_parse_one(line) for line in overrides]
+
+
+def _parse_one(line: str) -> Override:
+    """One override. What Hydra's grammar cannot read as a value (`don't`, `(1)`, `Größe`) is taken as text."""
+    parser = OverridesParser.create()
+    if line.startswith("="):
+        raise RecipeError(f"{line}: no field before '='; write section.field=value")
     try:
-        return OverridesParser.create().parse_overrides(overrides)
+        return parser.parse_override(line)
     except HydraException as error:
-        raise RecipeError(_first_line(error)) from None
+        key, equals, value = line.partition("=")
+        if not equals or not key or not value or _looks_composed(value):
+            raise RecipeError(f"{line}: {_first_line(error)}") from None
+        try:
+            return parser.parse_override(f"{key}={quoted(value)}")
+        except HydraException:
+            raise RecipeError(f"{line}: {_first_line(error)}") from None
+
+
+def _looks_composed(value: str) -> bool:
+    """Whether a value was meant as a list, mapping, quoted text or sweep, in which a fault is a fault."""
+    return value[0] in "[{\"'" or re.match(r"(choice|range|interval|tag|sort|shuffle|glob)\(", value) is not None
 
 
 def _expand(parsed: list[Override], multirun: bool) -> list[list[str]]:

@@ -16,8 +16,10 @@ class CheckpointConfig(Section, role="operation"):
     keep_last: Count = 2
     keep_best: Annotated[int, Field(ge=0)] = 0
     """Checkpoints kept for their `best_metric`, beside the last ones; a new best one is saved when it is measured."""
-    best_metric: str = "heldout/total/mean"
-    best_is: Literal["highest", "lowest"] = "highest"
+    best_metric: str | None = None
+    """None: heldout/total/mean (grpo), heldout/loss/mean (sft), heldout/psnr_db/mean (tokenizer)."""
+    best_is: Literal["highest", "lowest"] | None = None
+    """None: as the metric declares; given, it must agree."""
     async_save: bool = False
     """Files are written behind the next steps; costs a copy of the shards in host memory."""
     max_failed_in_a_row: Count = 3
@@ -57,9 +59,15 @@ class ClusterConfig(Section, role="operation"):
     container_image: str | None = None
     extra_sbatch: dict[str, str | int] = {}
     environment_file: str | None = None
-    array_parallelism: Count = 16
+    array_parallelism: Count | None = None
+    """Runs of a sweep that run at the same time; None: 16 on Slurm, one after the other on this machine."""
     signal_delay_s: Count = 120
     max_requeues: Annotated[int, Field(ge=0)] = 5
     """Requeues in a row without a new step; a run that gets on is requeued without limit."""
     hang_limit_s: Count = 1800
     """Longest time without a step; longer, and the job ends with its stacks in the logs and is requeued."""
+
+    @property
+    def runs_at_once(self) -> int:
+        """Runs of a sweep that run at the same time."""
+        return self.array_parallelism or (16 if self.kind == "slurm" else 1)

@@ -25,6 +25,7 @@ from realsr_hpc.config.section import (
     read_by,
 )
 
+IMAGE_PLACEHOLDER = "<|image|>"
 INSTRUCTION = (
     "Perceive the degradation, understand the image content, and restore the high-quality image step by step "
     "(simulating the image restoration process from coarse to fine). The low-quality image is as follows: <|image|>. "

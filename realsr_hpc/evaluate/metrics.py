@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from realsr_hpc.config.metrics import lower_is_better
 from realsr_hpc.evaluate.cases import Case
 from realsr_hpc.evaluate.methods import NO_TRACE
 from realsr_hpc.evaluate.words import TEXT_NOTES, text_scores
@@ -71,7 +72,7 @@ class Metrics:
 
     def lower_is_better(self, name: str) -> bool:
         """The direction of a metric."""
-        return name == "niqe" or (name in self.pyiqa and self.pyiqa[name].lower_is_better)
+        return self.pyiqa[name].lower_is_better if name in self.pyiqa else lower_is_better(name)
 
     def notes(self, names: Sequence[str]) -> dict[str, str]:
         """What exactly each metric is."""

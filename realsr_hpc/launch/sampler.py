@@ -2,8 +2,8 @@
 
 Its memory is a journal in OUTPUT_ROOT/sweeps/NAME/, so a sweep goes on from any machine that sees the output root.
 Runs that are still missing are proposed again first; new ones only when all earlier have ended. The objective is the
-recipe's `checkpoint.best_metric`, as `checkpoint.best_is` says. Left out: Optuna's own loop and pruning; Slurm runs the
-runs, in one array.
+recipe's best metric in its declared direction. Left out: Optuna's own loop and pruning; Slurm runs the runs, in one
+array.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from realsr_hpc.config.load import Axis, RecipeError, compose_one, output_root, search_space
+from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import current_status, run_folder
 from realsr_hpc.tracking import metrics_by_step
@@ -46,7 +47,7 @@ def _study(fixed: list[str], sweep: str) -> Any:
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(path))),
         study_name=sweep,
-        direction="maximize" if config.checkpoint.best_is == "highest" else "minimize",
+        direction="maximize" if best_is_highest(config) else "minimize",
         load_if_exists=True,
     )
     # A sampler seeded alike at each launch would draw its random start again and again.
@@ -62,8 +63,8 @@ def _tell(study: Any, fixed: list[str]) -> list[Any]:
         config = _config(fixed, trial)
         run_dir = run_folder(config)
         status = current_status(run_dir)
-        value = _last(run_dir, config.checkpoint.best_metric)
-        if status is not None and status.state == "done" and value is not None:
+        value = _last(run_dir, best_metric(config))
+        if status is not None and status.state == "done" and is_measured(value):
             study.tell(trial.number, value)
         elif status is not None and status.state in ("done", "failed"):
             study.tell(trial.number, state=TrialState.FAIL)

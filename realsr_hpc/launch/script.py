@@ -26,7 +26,7 @@ def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str])
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "signal_delay_s": cluster.signal_delay_s,
-        "array_parallelism": cluster.array_parallelism,
+        "array_parallelism": cluster.runs_at_once,
         "srun_args": _srun_arguments(cluster),
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, **cluster.extra_sbatch},

@@ -186,7 +186,7 @@ def _submit_local(item: Submission, num_runs: int) -> None:
             job = executor.submit(node_job, item.run_dir)
         else:
             slots = output_root(item.config) / "slots"
-            job = executor.submit(node_job_in_turn, item.run_dir, slots, cluster.array_parallelism, time.time_ns())
+            job = executor.submit(node_job_in_turn, item.run_dir, slots, cluster.runs_at_once, time.time_ns())
     write_job(item.run_dir, Job("local", job.job_id, os.uname().nodename, str(job.paths.stdout)))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from realsr_hpc import checkpoint
+from realsr_hpc.config.metrics import best_is_highest, best_metric
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
@@ -45,7 +46,7 @@ class TrainingRun:
         self.counters: dict[str, int] = {}
         SkippedUpdates(run_dir / "skipped", self.optimiser, config.optim.max_skipped_in_a_row)
         keep = config.checkpoint
-        self._keep = checkpoint.Keep(keep.keep_last, keep.keep_best, highest=keep.best_is == "highest")
+        self._keep = checkpoint.Keep(keep.keep_last, keep.keep_best, highest=best_is_highest(config))
         self._saver = checkpoint.Saver(run_dir / "checkpoints", self._keep, behind=keep.async_save)
         self._measured: float | None = None
         self._not_saved = 0
@@ -113,7 +114,7 @@ class TrainingRun:
 
     def report(self, report: StepReport, text: str) -> None:
         """Metrics to the tracker, one line to the log, progress for whoever watches."""
-        self._measured = report.metrics.get(self.config.checkpoint.best_metric)
+        self._measured = report.metrics.get(best_metric(self.config))
         counted = {"optim/skipped_updates/count": float(self.optimiser.num_skipped)}
         if self._not_saved:
             counted["checkpoint/not_saved/count"] = float(self._not_saved)

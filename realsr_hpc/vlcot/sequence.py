@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from realsr_hpc.config.schema import VLCoTConfig
+from realsr_hpc.config.schema import IMAGE_PLACEHOLDER, VLCoTConfig
 from realsr_hpc.records import ParsedTrace, RolloutGroup
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
@@ -28,7 +28,6 @@ TEXT_FIELDS = ("rough_understand", "middle_understand", "final_understand")
 IMAGE_FIELDS = ("rough_image", "middle_image", "final_image")
 FIELDS = ("degradation", *(name for pair in zip(TEXT_FIELDS, IMAGE_FIELDS, strict=True) for name in pair))
 """The seven tags in their order."""
-IMAGE_PLACEHOLDER = "<|image|>"
 _OPEN, _CLOSE = "\ue000", "\ue001"
 """Private-use characters around an image's number while the text is searched for tags."""
 _IMAGE_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,8 @@ from scipy.stats import t as student
 from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, image_rows, write_report
 from realsr_hpc.compare.axes import plot_axes
 from realsr_hpc.compare.groups import Group
-from realsr_hpc.compare.report import evaluation_table
-from realsr_hpc.compare.runs import ComparedRun
+from realsr_hpc.compare.report import evaluation_table, verdict
+from realsr_hpc.compare.runs import ComparedRun, Comparison
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import prepare_sweep, sync, write_launch_tags
@@ -122,7 +123,7 @@ def test_the_report_holds_every_run_and_group(store, tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(row["rewards/total/mean"]) for row in rows] == [0.9, 0.8, 0.4, 0.3]
     text = (tmp_path / "out/comparison.md").read_text()
-    assert "Best by rewards/total/mean: kl_beta=0.0, 0.85 [" in text
+    assert "Best by rewards/total/mean (higher is better): kl_beta=0.0, 0.85 [" in text
     assert "| grpo.kl_beta | 0.0 | 0.04 |" in text and "| process-hours a run | 1.5 [" in text
     with Image.open(tmp_path / "out/grid.png") as grid:
         assert grid.width > 4 * 128  # input, two groups, truth
@@ -172,3 +173,15 @@ def test_pictures_are_of_one_seed_that_every_group_has(store):
     _, rows = image_rows([zero, swapped])
     assert len(rows) == 1 and all((image == rows[0][0]).all() for image in rows[0])  # a shade a seed
     assert image_rows([replace(zero, runs=zero.runs[:1]), replace(other, runs=other.runs[1:])]) == ([], [])
+
+
+def test_a_loss_is_best_at_its_lowest_and_a_diverged_run_never():
+    losses = {"a": 2.0, "b": 1.5, "c": math.inf, "d": 1.7976931348623157e308}
+    runs = tuple(
+        ComparedRun(name, name, "FINISHED", {"task": "sft", "optim.lr": name}, {"heldout/loss/mean": loss})
+        for name, loss in losses.items()
+    )
+    comparison = Comparison(runs, ("optim.lr",), "heldout/loss/mean")
+    assert comparison.best is not None and comparison.best.name == "b"
+    said = verdict(comparison, group_runs(comparison))
+    assert said.startswith("Best by heldout/loss/mean (lower is better): lr=b, 1.5") and "2 run(s) diverged" in said

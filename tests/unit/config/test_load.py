@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 
 from realsr_hpc.config.identity import signature
-from realsr_hpc.config.load import RecipeError, compose, from_yaml, recipe_names, swept_keys, to_yaml
+from realsr_hpc.config.load import (
+    RecipeError,
+    compose,
+    from_yaml,
+    read_axes,
+    recipe_names,
+    recipes_dir,
+    swept_keys,
+    to_yaml,
+)
 
 
 def fault(*overrides: str) -> str:
@@ -99,3 +111,54 @@ def test_the_signature_follows_the_result_and_nothing_else():
     assert signature(base) != signature(compose(["recipe=grpo_tiny", "seed=1"]))
     four_processes = compose(["recipe=grpo_tiny", "cluster.tasks_per_node=4"])
     assert signature(base) != signature(four_processes)
+
+
+@pytest.mark.parametrize("text", ["don't", "(1)", "Größe 3", "a b", "back\\", "it's \\' x", "50%", "null hypothesis"])
+def test_text_on_the_command_line_arrives_as_it_is(text):
+    assert compose(["recipe=grpo_tiny", f"tracking.description={text}"]).tracking.description == text
+
+
+@pytest.mark.parametrize("line", ["grpo.kl_beta=[1,", "seed=range(3", "grpo.kl_beta", "=3"])
+def test_what_cannot_be_read_is_named(line):
+    with pytest.raises(RecipeError, match=re.escape(line)):
+        compose(["recipe=grpo_tiny", line])
+
+
+def test_numbers_are_text_where_text_is_asked_for():
+    assert compose(["recipe=grpo_tiny", "cluster.account=123"]).cluster.account == "123"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "field", ["grpo.kl_beta", "optim.weight_decay", "rewards.terms.fidelity.weight", "grpo.entropy_weight"]
+)
+def test_numbers_are_finite(field, value):
+    assert field in fault(f"{field}={value}")
+
+
+AXES = {
+    "grpo.kl_beta: [0, 0.01]": ["grpo.kl_beta=0,0.01"],
+    "rollout.text_temperature: [null, 0.5]": ["rollout.text_temperature=null,0.5"],
+    "rewards.gate_malformed: [true, false]": ["rewards.gate_malformed=true,false"],
+    "seed: range(3)": ["seed=range(3)"],
+    "tracking.description: [don't, 'a, b']": ["tracking.description='don\\'t','a, b'"],
+    "vlcot.image_sizes_px: [[32, 64, 96], [32, 64, 128]]": ["vlcot.image_sizes_px=[32,64,96],[32,64,128]"],
+}
+
+
+@pytest.mark.parametrize("text", AXES)
+def test_axes_are_written_as_overrides_that_compose(text, tmp_path, monkeypatch):
+    shutil.copytree(recipes_dir(), tmp_path / "recipes", ignore=shutil.ignore_patterns("assets"))
+    monkeypatch.setenv("REALSR_HPC_RECIPES", str(tmp_path / "recipes"))
+    (tmp_path / "recipes" / "sweeps" / "mine.yaml").write_text(text)
+    assert read_axes("mine") == AXES[text]
+    assert len(compose(["recipe=grpo_tiny", *AXES[text]], multirun=True)) in (2, 3)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "word", "seed: []", "a: ["])
+def test_axes_that_are_none_are_refused_by_file(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("REALSR_HPC_RECIPES", str(tmp_path))
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="mine.yaml"):
+        read_axes("mine")
