@@ -32,3 +32,27 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def writable_folder(path: Path, field: str) -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        ValueError: naming the field it was given in, where nothing can be written there.
+    """
+    probe = path / f".writable.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{field}={path} cannot be written ({error.strerror}); name a folder of yours") from None
+    return path
+
+
+def printable(text: object) -> str:
+    """A path or message that any UTF-8 file or terminal takes: bytes of a name that are no UTF-8 as `\\xff`."""
+    try:
+        return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half of a character, which no file name holds
+        return str(text).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,6 +25,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import Progress, TimeElapsedColumn  # noqa: E402
 
 from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
+from realsr_hpc.files import printable  # noqa: E402
 
 DEFAULTS = {
     "source": None,
@@ -39,7 +41,10 @@ DEFAULTS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 prepared, 2 wrong arguments or data."""
+    """Exit code: 0 prepared, 1 prepared but for some files or notes, which are named, 2 wrong arguments or data.
+
+    A shard ends with 0 nonetheless: what waits for it will name them.
+    """
     console = Console(soft_wrap=True)
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
@@ -48,10 +53,10 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{absent[0]} is missing; give {absent[0]}=DIR")
         report = run(given, console)
     except ValueError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {printable(error)}", style="red", markup=False)
         return 2
     show(report, console)
-    return 0
+    return 0 if report.is_clean or report.manifest is None else 1
 
 
 def run(given: dict[str, str | None], console: Console):
@@ -106,18 +111,20 @@ def read_shard(text: str | None) -> tuple[int, int] | None:
 def show(report, console: Console) -> None:
     """Print what was written and what was found wrong."""
     where = report.manifest or "shard done (the same command without shard= writes the manifest)"
-    console.print(f"{where}: {len(report.entries)} photographs, {report.splits}", markup=False)
+    console.print(f"{printable(where)}: {len(report.entries)} photographs, {report.splits}", markup=False)
     if report.reused:
         console.print(f"examined before: {report.reused}")
     if report.without_captions:
         console.print(f"without captions: {report.without_captions}")
     for group in report.duplicates[:20]:
         console.print(f"look alike: {', '.join(group)}", markup=False)
-    if report.faults:
-        console.print(f"left out: {report.fault_counts}", style="yellow", markup=False)
-    for path, fault in list(report.faults.items())[:20]:
-        console.print(f"  {path}: {fault}", style="yellow", markup=False)
-    if len(report.faults) > 20 or len(report.duplicates) > 20:
+    for title, found in (("left out", report.faults), ("passed over", report.passed_over)):
+        if found:
+            kinds = dict(Counter(why.split(":")[0] for why in found.values()))
+            console.print(f"{title}: {kinds}", style="yellow", markup=False)
+        for path, why in list(found.items())[:20]:
+            console.print(f"  {path}: {why}", style="yellow", markup=False)
+    if max(len(report.faults), len(report.passed_over), len(report.duplicates)) > 20:
         console.print("  ... the rest is in report.json beside the manifest")
 
 

@@ -12,11 +12,18 @@
 | 32-bit integer or float | refused: `depth` (its range is unknown) |
 | truncated, unreadable | refused: `broken` |
 | more than 179 million pixels | refused: `huge` (a decompression bomb) |
+
+`opened` is the only door to Pillow for files that come from elsewhere: it turns whatever a decoder raises into
+`BrokenImage`, and keeps what decoders would print (libtiff on standard error, Pillow as warnings) off the screen.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +31,15 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from realsr_hpc.data.storage import open_bytes
+
+SUFFIXES = frozenset(
+    ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)
+"""Endings of files that are read as images, by every command; the content decides the format."""
+UNREAD_SUFFIXES = frozenset(
+    ".arw .cr2 .cr3 .dng .exr .hdr .heic .heif .jxl .nef .orf .psd .raf .raw .rw2 .svg .tga".split()
+)
+"""Endings of images that are not read: such files are named, not passed over."""
 
 
 class BrokenImage(ValueError):
@@ -36,34 +52,73 @@ def decode_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     Raises:
         BrokenImage: with `missing`, `frames`, `depth`, `huge` or `broken` first.
     """
+    with opened(path) as image:
+        return np.asarray(_upright_rgb(image))
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The file's picture, to be decoded inside the `with`.
+
+    Raises:
+        BrokenImage: also for what is raised inside the `with`.
+    """
+    _keep_decoders_quiet()
     try:
-        with open_bytes(path) as stream, warnings.catch_warnings():
-            # Above half of the size that Pillow refuses it warns: a scan or panorama, and usable.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(stream) as image:
-                return np.asarray(_upright_rgb(image))
-    except FileNotFoundError as error:
-        raise BrokenImage("missing: no such file") from error
+        with open_bytes(path) as stream, Image.open(stream) as image:
+            yield image
     except BrokenImage:
         raise
+    except FileNotFoundError as error:
+        raise BrokenImage("missing: no such file") from error
     except Image.DecompressionBombError as error:
         raise BrokenImage(f"huge: {error}") from error
     except UnidentifiedImageError as error:
         raise BrokenImage("broken: of no image format that Pillow knows") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise BrokenImage(f"broken: {error}") from error
+    except Exception as error:  # what Pillow's parsers trip over: TypeError, KeyError, struct.error, ...
+        raise BrokenImage(f"broken: {type(error).__name__}: {error}") from error
+
+
+def upright_8_bit(image: Image.Image) -> Image.Image:
+    """Turned upright as EXIF says, 16-bit grey scaled to 8 bits; every other mode as it is.
+
+    Raises:
+        BrokenImage: `depth`, for 32-bit integers and floats.
+    """
+    if image.mode in ("I", "F"):
+        raise BrokenImage(f"depth: mode {image.mode}")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(upright) / 257.0).round().astype(np.uint8))
+    return upright
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise BrokenImage(f"frames: {frames} in one file")
-    if image.mode in ("I", "F"):
-        raise BrokenImage(f"depth: mode {image.mode}")
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        upright = Image.fromarray((np.asarray(upright) / 257.0).round().astype(np.uint8))
+    upright = upright_8_bit(image)
     if upright.has_transparency_data:
         rgba = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return upright.convert("RGB")
+
+
+def _keep_decoders_quiet() -> None:
+    """No line of Pillow's or libtiff's about a file: what makes it unusable is raised, and told with its name."""
+    # Not `catch_warnings`, which is not safe in threads; put in again because a caller may have reset the filters.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    _silence_libtiff()
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """libtiff writes to the process's standard error, past Python; Pillow offers no way to stop it."""
+    library = ctypes.CDLL(Image.core.__file__)  # whose symbols are found through the extension that links it
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        handler = getattr(library, name, None)  # absent where Pillow was built without libtiff
+        if handler is not None:
+            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            handler(None)

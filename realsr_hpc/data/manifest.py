@@ -6,15 +6,20 @@ reports what is missing, altered or broken; nothing here decides what to train o
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
+from realsr_hpc.data.naming import as_text, from_text
 from realsr_hpc.data.storage import exists, sha256_of
 from realsr_hpc.records import SceneText
 
@@ -34,6 +39,17 @@ SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
+
+_PATHS = ("path", "lq_path")
+_DIGEST = b"realsr_hpc.rows_sha256"
+_MARKS = "<>\ue000\ue001"
+"""What a trace closes its fields with, and its private marks of an image."""
+
+
+def caption_fault(captions: Iterable[str]) -> str | None:
+    """Why captions cannot stand in a trace, or None: one that closes its field would forge the rest of the trace."""
+    held = [mark for mark in _MARKS if any(mark in text for text in captions)]
+    return f"caption: {held[0]!r} in it could close a trace's field; leave it out" if held else None
 
 
 @dataclass(frozen=True)
@@ -119,30 +135,61 @@ def read_manifest(path: Path | str) -> Manifest:
     """Read and check the table (not the photographs).
 
     Raises:
-        ValueError: if a column is missing, or a key occurs twice.
+        ValueError: if the file is damaged, a column is missing or of another type, or a key occurs twice.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"manifest {path} does not exist; make one with tools/prepare_data.py")
-    table = pq.read_table(path)
-    absent = [name for name in SCHEMA.names if name not in table.column_names]
-    if absent:
-        raise ValueError(f"manifest {path} lacks the columns {absent}; make it with tools/prepare_data.py")
-    rows = table.select(SCHEMA.names).to_pylist()
-    entries = tuple(ManifestEntry(**{**row, "tags": tuple(row["tags"] or ())}) for row in rows)
+    rows, digest = _read_rows(path)
+    if digest not in (None, _digest_of(rows)):
+        raise ValueError(f"manifest {path} is damaged: its rows are not those that were written; make it again")
+    entries = tuple(_entry(row, path) for row in rows)
     _refuse_repeated_keys(entries)
     return Manifest(path.parent, entries)
 
 
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+        absent = [name for name in SCHEMA.names if name not in table.column_names]
+        if absent:
+            raise ValueError(f"manifest {path} lacks the columns {absent}; make it with tools/prepare_data.py")
+        metadata = table.schema.metadata or {}
+        rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"manifest {path} is damaged ({told}); make it again with tools/prepare_data.py") from None
+    digest = metadata.get(_DIGEST)
+    return rows, None if digest is None else digest.decode("ascii", "replace")
+
+
+def _entry(row: dict[str, Any], path: Path) -> ManifestEntry:
+    if not (row["key"] and row["path"] and row["split"] and row["width"] and row["height"]):
+        raise ValueError(f"manifest {path}: key, path, split or size of {row['key']!r} is empty; make it again")
+    texts = {name: row[name] or "" for name in SCHEMA.names if name.startswith("caption") or name == "source"}
+    paths = {name: row[name] and from_text(row[name]) for name in _PATHS}
+    tags = tuple(tag for tag in row["tags"] or () if tag)
+    return ManifestEntry(**{**row, **texts, **paths, "sha256": row["sha256"] or "", "tags": tags})
+
+
+def _digest_of(rows: Sequence[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
-    """Write the table; the same entries give the same rows in the same order.
+    """Write the table, aside and renamed; the same entries give the same rows in the same order.
 
     Raises:
         ValueError: if a key occurs twice.
     """
     _refuse_repeated_keys(entries)
     rows = [{name: getattr(entry, name) for name in SCHEMA.names} for entry in entries]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    rows = [{**row, **{name: row[name] and as_text(row[name]) for name in _PATHS}} for row in rows]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = table.replace_schema_metadata({_DIGEST: _digest_of(table.to_pylist())})
+    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    pq.write_table(table, aside, write_page_checksum=True)
+    os.replace(aside, path)
 
 
 def verify(manifest: Manifest, on_entry: Callable[[], None] = lambda: None) -> VerifyReport:
@@ -161,6 +208,8 @@ def verify(manifest: Manifest, on_entry: Callable[[], None] = lambda: None) -> V
 
 def entry_fault(manifest: Manifest, entry: ManifestEntry) -> str | None:
     """Why the entry cannot be used, or None."""
+    if fault := caption_fault(entry.scene.captions if entry.scene else ()):
+        return fault
     path = manifest.path(entry)
     if not exists(path):
         return "missing"

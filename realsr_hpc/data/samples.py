@@ -25,7 +25,7 @@ from realsr_hpc.data.degradation import (
     sample_crop,
     sample_degradation,
 )
-from realsr_hpc.data.manifest import Manifest, ManifestEntry
+from realsr_hpc.data.manifest import Manifest, ManifestEntry, caption_fault
 
 MIN_PHOTOGRAPH_PX = 32
 """Shorter side below which a photograph is no truth."""
@@ -110,6 +110,8 @@ class Samples:
         return order
 
     def _make(self, index: int, entry: ManifestEntry) -> Sample:
+        if fault := caption_fault(entry.scene.captions if entry.scene else ()):
+            raise BrokenImage(fault)
         rng = generator(self.seed, index, Stream.CROP)
         if self.mode == "unpaired":
             return self._unpaired(index, entry, rng)
@@ -129,22 +131,28 @@ class Samples:
         return Sample(index, entry, cut(image, crop), None, drawn)
 
     def _paired(self, index: int, entry: ManifestEntry, rng: np.random.Generator) -> Sample:
-        """Windows at native resolution: resampling would alter the real degradation.
-
-        A low-quality photograph as large as its truth (RealSR and DRealSR as released) is averaged down first.
-        """
+        """Windows at native resolution: resampling would alter the real degradation."""
         upscale = self.geometry.upscale
-        gt = decode_image(self.manifest.path(entry))
-        lq = decode_image(self.manifest.lq_path(entry))
-        if lq.shape == gt.shape:
-            gt = gt[: gt.shape[0] // upscale * upscale, : gt.shape[1] // upscale * upscale]
-            lq = np.asarray(Image.fromarray(lq[: gt.shape[0], : gt.shape[1]]).reduce(upscale))
+        truth, low = decode_image(self.manifest.path(entry)), decode_image(self.manifest.lq_path(entry))
+        lq, gt = fitted(low, truth, upscale)
         _refuse_small(lq, self.geometry.lq_size_px)
-        if gt.shape[:2] != (lq.shape[0] * upscale, lq.shape[1] * upscale):
-            raise BrokenImage(f"pair: truth {gt.shape[:2]} is not {upscale} x low quality {lq.shape[:2]}")
         crop = _window(rng, lq, self.geometry.lq_size_px, self.geometry.hflip)
         large = Crop(crop.left * upscale, crop.top * upscale, crop.side * upscale, crop.flip)
         return Sample(index, entry, cut(gt, large), cut(lq, crop), None)
+
+
+def fitted(lq: Pixels, gt: Pixels, upscale: int) -> tuple[Pixels, Pixels]:
+    """A pair at `upscale`. A low-quality photograph as large as its truth (RealSR as released) is averaged down.
+
+    Raises:
+        BrokenImage: `pair`, where the sizes are neither equal nor `upscale` apart.
+    """
+    if lq.shape == gt.shape and min(gt.shape[:2]) >= upscale:
+        gt = gt[: gt.shape[0] // upscale * upscale, : gt.shape[1] // upscale * upscale]
+        lq = np.asarray(Image.fromarray(lq[: gt.shape[0], : gt.shape[1]]).reduce(upscale))
+    if gt.shape[:2] != (lq.shape[0] * upscale, lq.shape[1] * upscale):
+        raise BrokenImage(f"pair: truth {gt.shape[:2]} is not {upscale} x low quality {lq.shape[:2]}")
+    return lq, gt
 
 
 def cut(image: Pixels, crop: Crop) -> UInt8[np.ndarray, "side side 3"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def tar_members(tar: Path) -> Iterator[Member]:
             for info in archive:
                 if info.isfile():
                     yield Member(tar, info.name, info.offset_data, info.size)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{tar} is no plain tar ({error}); unpack or re-pack it without compression") from error
 
 
@@ -60,6 +61,14 @@ def open_bytes(path: Path) -> BinaryIO:
     with open(member["tar"], "rb") as tar:
         tar.seek(int(member["offset"]))
         return io.BytesIO(tar.read(int(member["size"])))
+
+
+def relative_to(path: Path, folder: Path) -> str:
+    """The path, or the member's, as seen from a folder; a member's name is kept as the tar has it."""
+    member = _MEMBER.fullmatch(str(path))
+    file = Path(member["tar"]) if member else path
+    seen = Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
+    return f"{seen}#{member['name']}@{member['offset']}+{member['size']}" if member else seen
 
 
 def exists(path: Path) -> bool:

@@ -4,7 +4,7 @@ Three passes: every photograph is examined (decoded, hashed) in parallel; those 
 captioner is given; then all is joined. The first two keep journals in `output/.prepare`, so that a killed run goes on
 where it stood, and a shard (k of n, a task of a Slurm array) does its share of them and stops. Near-duplicates are
 reported and kept on one side of the split, so that no held-out photograph has its twin in training. Nothing is copied
-or changed.
+or changed. What cannot be used is named with its reason, and the rest is done.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import ManifestEntry, write_manifest
+from realsr_hpc.data.naming import without_endings
 from realsr_hpc.data.samples import MIN_PHOTOGRAPH_PX
-from realsr_hpc.data.storage import sha256_of, stamp
+from realsr_hpc.data.storage import relative_to, sha256_of, stamp
+from realsr_hpc.files import printable, writable_folder, write_atomically
 from realsr_hpc.prepare.describe import Captioner, ClassTagger, tags_of_captions
 from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
 from realsr_hpc.prepare.journal import Journal
-from realsr_hpc.prepare.notes import CAPTIONS, Note, note_beside, read_notes, refuse_unused
+from realsr_hpc.prepare.notes import CAPTIONS, Note, Notes, WrongNote, note_beside, read_notes
 from realsr_hpc.prepare.sources import Item, find_items, folder_splits
 
 _DESCRIBED_AT_ONCE = 8
@@ -58,6 +60,8 @@ class PrepareReport:
     entries: tuple[ManifestEntry, ...]
     faults: dict[str, str]
     """By path relative to the source: why the file was left out, the kind of fault first."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """By file, or file and line: notes, or parts of them, that were not used, the kind first."""
     duplicates: tuple[tuple[str, ...], ...] = ()
     """Groups of keys that look alike."""
     reused: int = 0
@@ -72,7 +76,12 @@ class PrepareReport:
     @property
     def fault_counts(self) -> dict[str, int]:
         """Photographs left out, by kind of fault."""
-        return dict(Counter(fault.split(":")[0] for fault in self.faults.values()))
+        return _kinds(self.faults)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether all was used but reduced copies, and other programs' files beside photographs."""
+        return not {*self.fault_counts, *_kinds(self.passed_over)} - {"reduced", "foreign"}
 
 
 def prepare(
@@ -87,33 +96,56 @@ def prepare(
     photographs never moves the others. `on_photograph` is told how many of how many are examined.
 
     Raises:
-        ValueError: for wrong options, an unknown caption field, or a caption without its photograph.
+        ValueError: for wrong options, an output that cannot be written, and where no photograph or note is of use.
     """
     options = options or PrepareOptions()
     _check(options)
     items, left_out = find_items(source)
-    notes = read_notes(options.captions) if options.captions else {}
-    items = _with_partners(items, notes, source)
+    writable_folder(output, "output")
+    keys = dict(zip((item.name for item in items), without_endings([item.name for item in items]), strict=True))
+    notes = read_notes(options.captions) if options.captions else Notes()
+    passed_over = notes.nameless | notes.unused({*keys, *keys.values(), *left_out})
+    items = _with_partners(items, notes, keys, source)
     splits = dict(zip((item.name for item in items), folder_splits(items), strict=True))
     mine = items[options.shard[0] - 1 :: options.shard[1]] if options.shard else items
+    told, wrong, remarks = _notes_of(mine, notes, keys)
     rows, reused = _examine_all(mine, output, options, on_photograph)
-    told = {item.name: _note(item, notes) for item in mine}
-    sound = [item for item in mine if "fault" not in rows[item.name]]
+    wrong |= {item.name: rows[item.name]["fault"] for item in mine if "fault" in rows[item.name]}
+    sound = [item for item in mine if item.name not in wrong]
     _describe_all(sound, told, output, options)
-    faults = left_out | {item.name: rows[item.name]["fault"] for item in mine if "fault" in rows[item.name]}
     entries = [_entry(item, rows[item.name], told[item.name], splits[item.name], output) for item in sound]
+    wrong |= _repeated(sound, entries)
+    sound, entries = _without(wrong, sound, entries)
+    found = _Found(entries, left_out | wrong, passed_over | remarks, reused)
     if options.shard:
-        return PrepareReport(None, tuple(entries), faults, (), reused, _without_captions(entries))
-    refuse_unused(notes, [*_keys(entries), *faults, *(str(Path(name).with_suffix("")) for name in faults)])
+        return found.report(None, ())
     groups = near_duplicates([int(rows[item.name]["look"], 16) for item in sound])
-    entries = _assign_splits(entries, groups, options.heldout_fraction)
-    write_manifest(output / "manifest.parquet", entries)
-    duplicates = tuple(tuple(entries[i].key for i in group) for group in groups)
-    report = PrepareReport(
-        output / "manifest.parquet", tuple(entries), faults, duplicates, reused, _without_captions(entries)
-    )
-    (output / "report.json").write_text(json.dumps(_told(report), indent=2) + "\n", encoding="utf-8")
+    stable = [_stable_name(item, entry.key, keys) for item, entry in zip(sound, entries, strict=True)]
+    found.entries = _assign_splits(entries, stable, groups, options.heldout_fraction)
+    write_manifest(output / "manifest.parquet", found.entries)
+    report = found.report(output / "manifest.parquet", [tuple(entries[i].key for i in group) for group in groups])
+    write_atomically(output / "report.json", json.dumps(_told(report), indent=2) + "\n")
     return report
+
+
+@dataclass
+class _Found:
+    """What a call came to; names as the file system has them."""
+
+    entries: Sequence[ManifestEntry]
+    faults: dict[str, str]
+    passed_over: dict[str, str]
+    reused: int
+
+    def report(self, manifest: Path | None, duplicates: Sequence[tuple[str, ...]]) -> PrepareReport:
+        faults, passed_over = (
+            {printable(name): printable(why) for name, why in found.items()}
+            for found in (self.faults, self.passed_over)
+        )
+        lacking = sum(entry.scene is None for entry in self.entries)
+        return PrepareReport(
+            manifest, tuple(self.entries), faults, passed_over, tuple(duplicates), self.reused, lacking
+        )
 
 
 def _check(options: PrepareOptions) -> None:
@@ -125,20 +157,57 @@ def _check(options: PrepareOptions) -> None:
         raise ValueError(f"tagger is {options.tagger!r}: give captions, folder, or a model's folder")
 
 
-def _with_partners(items: Sequence[Item], notes: Mapping[str, Note], source: Path) -> list[Item]:
+def _with_partners(items: Sequence[Item], notes: Notes, keys: Mapping[str, str], source: Path) -> list[Item]:
     """Notes' partners joined, and the partners themselves no photographs of their own."""
-    partners = {note["lq_path"] for note in notes.values() if note.get("lq_path")}
-    kept = [item for item in items if item.name not in partners]
-    named = {item.name: notes.get(item.name) or notes.get(item.stem) or {} for item in kept}
+    named = {item.name: notes.told.get(notes.name_of(item.name, keys[item.name]) or "", {}) for item in items}
+    partners = {note["lq_path"] for note in named.values() if note.get("lq_path")}
     return [
         replace(item, lq_path=source / named[item.name]["lq_path"]) if named[item.name].get("lq_path") else item
-        for item in kept
+        for item in items
+        if item.name not in partners
     ]
 
 
-def _note(item: Item, notes: Mapping[str, Note]) -> Note:
-    given = notes.get(item.name) or notes.get(item.stem) or (note_beside(item.path) if not item.note else {})
-    return {**item.note, **given}
+def _notes_of(
+    items: Sequence[Item], notes: Notes, keys: Mapping[str, str]
+) -> tuple[dict[str, Note], dict[str, str], dict[str, str]]:
+    """By name: what is told of each photograph, why its note is wrong, and what of a note was passed over."""
+    told, wrong, passed_over = {}, {}, {}
+    for item in items:
+        name = notes.name_of(item.name, keys[item.name])
+        beside: Note = {}
+        try:
+            if name is None and not item.note:
+                beside, is_foreign = note_beside(item.path)
+                if is_foreign:
+                    passed_over[item.name + ".json"] = "foreign: another program's, without captions of ours"
+        except WrongNote as error:
+            wrong[item.name] = str(error)
+        if name in notes.wrong:
+            wrong[item.name] = notes.wrong[name]
+        if item.remarks:
+            passed_over[item.name] = f"note: {'; '.join(item.remarks)}"
+        told[item.name] = {"key": printable(keys[item.name]), **item.note, **beside, **notes.told.get(name or "", {})}
+    return told, wrong, passed_over
+
+
+def _repeated(items: Sequence[Item], entries: Sequence[ManifestEntry]) -> dict[str, str]:
+    """Why by name for all but the first photograph of a key."""
+    first: dict[str, str] = {}
+    for item, entry in zip(items, entries, strict=True):
+        first.setdefault(entry.key, item.name)
+    return {
+        item.name: f"key: {entry.key} is that of {first[entry.key]}; give each photograph one of its own"
+        for item, entry in zip(items, entries, strict=True)
+        if first[entry.key] != item.name
+    }
+
+
+def _without(
+    wrong: Mapping[str, str], items: Sequence[Item], entries: Sequence[ManifestEntry]
+) -> tuple[list[Item], list[ManifestEntry]]:
+    kept = [place for place, item in enumerate(items) if item.name not in wrong]
+    return [items[place] for place in kept], [entries[place] for place in kept]
 
 
 def _examine_all(
@@ -146,7 +215,7 @@ def _examine_all(
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Rows by name, from the journal where it has them, and how many it had."""
     journal = Journal(output / ".prepare", "examined", options.shard)
-    rows = {item.name: row for item in items if (row := journal.get(item.name, _stamp(item))) is not None}
+    rows = {item.name: row for item in items if _is_whole(row := journal.get(item.name, _stamp(item)))}
     todo = [item for item in items if item.name not in rows]
     reused = len(rows)
     on_photograph(reused, len(items))
@@ -159,6 +228,10 @@ def _examine_all(
     return rows, reused
 
 
+def _is_whole(row: Mapping[str, Any] | None) -> bool:
+    return row is not None and ("fault" in row or {"width", "height", "sha256", "look"} <= row.keys())
+
+
 def _examine(item: Item) -> dict[str, Any]:
     try:
         image = decode_image(item.path)
@@ -168,15 +241,24 @@ def _examine(item: Item) -> dict[str, Any]:
             )
         if item.lq_path is not None:
             decode_image(item.lq_path)
-    except BrokenImage as error:
-        return {"fault": str(error)}
+        digest = sha256_of(item.path)
+    except (BrokenImage, OSError) as error:
+        return {"fault": str(error) if isinstance(error, BrokenImage) else f"broken: {error}"}
     look = f"{difference_hash(image):016x}"
-    return {"width": image.shape[1], "height": image.shape[0], "sha256": sha256_of(item.path), "look": look}
+    return {"width": image.shape[1], "height": image.shape[0], "sha256": digest, "look": look}
 
 
 def _stamp(item: Item) -> str:
     """Of the photograph and its partner: a row examined without the partner is examined again with it."""
-    return stamp(item.path) if item.lq_path is None else f"{stamp(item.path)}+{item.lq_path.name}"
+    partner = "" if item.lq_path is None else f"+{printable(item.lq_path.name)}-{_stamp_of(item.lq_path)}"
+    return _stamp_of(item.path) + partner
+
+
+def _stamp_of(path: Path) -> str:
+    try:
+        return stamp(path)
+    except (OSError, ValueError):  # ValueError: no name that a file can have
+        return "missing"
 
 
 def _describe_all(items: Sequence[Item], told: dict[str, Note], output: Path, options: PrepareOptions) -> None:
@@ -212,53 +294,64 @@ def _described(
         else:
             yield item.name, row["texts"]
     for start in range(0, len(todo), _DESCRIBED_AT_ONCE):
-        batch = todo[start : start + _DESCRIBED_AT_ONCE]
-        for item, texts in zip(batch, model([decode_image(item.path) for item in batch]), strict=True):
+        batch = [
+            (item, image) for item in todo[start : start + _DESCRIBED_AT_ONCE] if (image := _decoded(item)) is not None
+        ]
+        for (item, _), texts in zip(batch, model([image for _, image in batch]) if batch else [], strict=True):
             yield item.name, journal.add(item.name, _stamp(item), {"texts": list(texts)})["texts"]
     journal.close()
 
 
+def _decoded(item: Item) -> Any:
+    """None where the file was removed or altered since it was examined: training will skip and name it."""
+    try:
+        return decode_image(item.path)
+    except BrokenImage:
+        return None
+
+
 def _entry(item: Item, row: Mapping[str, Any], note: Note, split: str, output: Path) -> ManifestEntry:
     return ManifestEntry(
-        key=note.get("key", item.stem),
-        path=_relative(item.path, output),
-        split=note.get("split", split),
+        key=note["key"],
+        path=relative_to(item.path, output),
+        split=note.get("split") or split,
         width=row["width"],
         height=row["height"],
         sha256=row["sha256"],
         **{name: note.get(name, "") for name in CAPTIONS},
         tags=tuple(note.get("tags", ())),
-        lq_path=_relative(item.lq_path, output) if item.lq_path else None,
+        lq_path=relative_to(item.lq_path, output) if item.lq_path else None,
         source=note.get("source", ""),
     )
 
 
-def _keys(entries: Sequence[ManifestEntry]) -> list[str]:
-    return [entry.key for entry in entries]
-
-
-def _without_captions(entries: Sequence[ManifestEntry]) -> int:
-    return sum(entry.scene is None for entry in entries)
-
-
 def _assign_splits(
-    entries: Sequence[ManifestEntry], groups: Sequence[tuple[int, ...]], heldout_fraction: float
+    entries: Sequence[ManifestEntry],
+    names: Sequence[str],
+    groups: Sequence[tuple[int, ...]],
+    heldout_fraction: float,
 ) -> list[ManifestEntry]:
+    """names: what the hash is of, and does not change when a file of nearly the same name comes in."""
     leader = {i: group[0] for group in groups for i in group}
     splits = []
     for i, entry in enumerate(entries):
-        first = entries[leader.get(i, i)]
-        splits.append(entry.split or first.split or _split_of(first.key, heldout_fraction))
+        first = leader.get(i, i)
+        splits.append(entry.split or entries[first].split or _split_of(names[first], heldout_fraction))
     return [replace(entry, split=split) for entry, split in zip(entries, splits, strict=True)]
 
 
+def _stable_name(item: Item, key: str, keys: Mapping[str, str]) -> str:
+    """A key that a note gave, else the name without ending."""
+    return item.stem if key == printable(keys[item.name]) else key
+
+
 def _split_of(key: str, heldout_fraction: float) -> str:
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    share = int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], "big") / 2**64
     return "heldout" if share < heldout_fraction else "train"
 
 
-def _relative(path: Path, output: Path) -> str:
-    return Path(os.path.relpath(path.resolve(), output.resolve())).as_posix()
+def _kinds(found: Mapping[str, str]) -> dict[str, int]:
+    return dict(Counter(why.split(":")[0] for why in found.values()))
 
 
 def _told(report: PrepareReport) -> dict[str, Any]:
@@ -269,5 +362,6 @@ def _told(report: PrepareReport) -> dict[str, Any]:
         "without_captions": report.without_captions,
         "left_out": report.fault_counts,
         "faults": report.faults,
+        "passed_over": report.passed_over,
         "duplicates": report.duplicates,
     }

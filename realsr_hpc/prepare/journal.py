@@ -47,9 +47,9 @@ class Journal:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue  # empty, or cut short by a kill: that photograph is done again
-    return [row for row in rows if isinstance(row, dict) and {"name", "stamp"} <= row.keys()]
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("name"), str) and "stamp" in row]

@@ -7,25 +7,33 @@
 | FFHQ | `images1024x1024`; the thumbnails beside it are left out |
 | OST | `*Train*` and `*Test*` decide the split; the category folder can be the tag (`tagger=folder`) |
 | RealSR, DRealSR | `NAME_HR.png` with `NAME_LR4.png` (or `_GT`, `_LQ`) beside it: a pair |
-| pair folders | `gt`/`HR`/`test_HR` with `lq`/`LR`/`test_LR` beside it, equal names: pairs |
+| pair folders | `gt`/`HR`/`test_HR` with `lq`/`LR`/`test_LR` beside it, equal names (tags like `_x4` aside): pairs |
 | WebDataset | `*.tar`, uncompressed: members that are images; `.json`, `.txt` of the same name are their notes |
+
+Linked folders are entered, each once. What looks like a photograph and cannot be read is left out, by name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES
+from realsr_hpc.data.naming import files_below, matched
 from realsr_hpc.data.storage import Member, open_bytes, tar_members
-from realsr_hpc.prepare.notes import Note, note_in_tar
+from realsr_hpc.prepare.notes import Note, note_in_tar, sound_name
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".mpo", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _TRUTH_FOLDERS = frozenset({"gt", "hr", "test_hr"})
 _LOW_FOLDERS = frozenset({"lq", "lr", "test_lr"})
-_TRUTH_NAME = re.compile(r"(.+)_(?:HR|GT)", re.IGNORECASE)
-_LOW_NAME = re.compile(r"(.+)_(?:LR|LQ)\d*", re.IGNORECASE)
+_TRUTH_NAME = re.compile(r".+_(?:HR|GT)", re.IGNORECASE)
+_LOW_NAME = re.compile(r".+_(?:LR|LQ)\d*", re.IGNORECASE)
+_COMPRESSED = re.compile(r".*\.(?:tgz|tar\.\w+)", re.IGNORECASE)
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_TRAIN_WORDS = frozenset({"train", "training", "trainset"})
+_HELDOUT_WORDS = frozenset({"test", "testing", "testset", "val", "valid", "validation", "heldout"})
 _REDUCED = re.compile(r"x[2348]|.*_LR_.*|thumbnails\d+x\d+", re.IGNORECASE)
 _FULL = re.compile(r"HR|.*_HR|images\d+x\d+", re.IGNORECASE)
 
@@ -41,6 +49,8 @@ class Item:
     lq_path: Path | None = None
     note: Note = field(default_factory=dict)
     """From the tar."""
+    remarks: tuple[str, ...] = ()
+    """What of the tar's note was passed over, and why."""
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -61,14 +71,15 @@ def find_items(source: Path) -> tuple[list[Item], dict[str, str]]:
     """
     if not source.exists():
         raise ValueError(f"source {source} does not exist; give a folder or a .tar")
-    items = sorted(_all_items(source), key=lambda item: item.name)
-    items, left_out = _without_reduced(items)
+    items, unread = _all_items(source)
+    items, reduced = _without_reduced(sorted(items, key=lambda item: item.name))
     items, lonely = _paired(items)
     if not items:
+        why = f" ({next(iter((unread | lonely).values()))})" if unread | lonely else ""
         raise ValueError(
-            f"source {source} holds no photograph; endings looked for: {', '.join(sorted(SUFFIXES))}, .tar"
+            f"source {source} holds no photograph{why}; endings looked for: {', '.join(sorted(SUFFIXES))}, .tar"
         )
-    return items, left_out | lonely
+    return items, unread | reduced | lonely
 
 
 def folder_splits(items: Sequence[Item]) -> list[str]:
@@ -78,40 +89,69 @@ def folder_splits(items: Sequence[Item]) -> list[str]:
 
 
 def _split_by_folder(folders: Sequence[str]) -> str:
-    for folder in (name.lower() for name in reversed(folders)):
-        if "train" in folder:
+    """By whole words of a folder's name: `OutdoorSceneTest300` is a test set, `contest` none."""
+    for folder in reversed(folders):
+        words = {word.lower() for word in _WORDS.findall(folder)}
+        if words & _TRAIN_WORDS:
             return "train"
-        if folder.startswith("val") or "test" in folder or "heldout" in folder:
+        if words & _HELDOUT_WORDS:
             return "heldout"
     return ""
 
 
-def _all_items(source: Path) -> Iterator[Item]:
+def _all_items(source: Path) -> tuple[list[Item], dict[str, str]]:
+    """Photographs, and why by name for what looks like one and is left out."""
     if source.is_file():
-        yield from _tar_items(source, "")
-        return
-    for path in source.rglob("*"):
-        name = path.relative_to(source).as_posix()
-        if path.suffix.lower() in SUFFIXES and path.is_file():
-            yield Item(path, name)
-        elif path.suffix.lower() == ".tar" and path.is_file():
-            yield from _tar_items(path, name + "/")
+        return _tar_items(source, "")
+    items: list[Item] = []
+    files, faults = files_below(source)
+    faults = {Path(name).relative_to(source).as_posix(): fault for name, fault in faults.items()}
+    for path in files:
+        name, ending = path.relative_to(source).as_posix(), path.suffix.lower()
+        if ending in SUFFIXES:
+            items.append(Item(path, name))
+        elif ending == ".tar":
+            members, wrong = _tar_items(path, name + "/")
+            items, faults = [*items, *members], faults | wrong
+        elif ending in UNREAD_SUFFIXES:
+            faults[name] = _format_fault(ending)
+        elif _COMPRESSED.fullmatch(path.name):
+            faults[name] = "tar: compressed; unpack it, or re-pack it without compression"
+    return items, faults
 
 
-def _tar_items(tar: Path, prefix: str) -> Iterator[Item]:
+def _format_fault(ending: str) -> str:
+    return f"format: {ending} is not read; convert it to PNG or JPEG"
+
+
+def _tar_items(tar: Path, prefix: str) -> tuple[list[Item], dict[str, str]]:
     """Members of one name up to the first dot of the file name belong together, as WebDataset has it."""
     notes: dict[str, Note] = {}
+    remarks: dict[str, list[str]] = defaultdict(list)
     photographs: list[tuple[str, Member]] = []
-    for member in tar_members(tar):
-        path = PurePosixPath(member.name)
-        sample, ending = (path.parent / path.name.split(".")[0]).as_posix(), path.suffix.lower()
-        if ending in SUFFIXES:
-            photographs.append((sample, member))
-        elif ending in (".json", ".txt"):
-            with open_bytes(member.path) as stream:
-                notes[sample] = notes.get(sample, {}) | note_in_tar(stream.read(), ending)
-    for sample, member in photographs:
-        yield Item(member.path, prefix + member.name, note=notes.get(sample, {}))
+    faults: dict[str, str] = {}
+    try:
+        for member in tar_members(tar):
+            path = PurePosixPath(member.name)
+            sample, ending = (path.parent / path.name.split(".")[0]).as_posix(), path.suffix.lower()
+            if ending in SUFFIXES and sound_name(member.name.encode("utf-8", "replace").decode()):
+                photographs.append((sample, member))
+            elif ending in SUFFIXES:
+                faults[prefix + member.name] = "name: '..', a leading '/' or a control character; re-pack the tar"
+            elif ending in UNREAD_SUFFIXES:
+                faults[prefix + member.name] = _format_fault(ending)
+            elif ending in (".json", ".txt"):
+                with open_bytes(member.path) as stream:
+                    note, wrong = note_in_tar(stream.read(), ending)
+                notes[sample] = notes.get(sample, {}) | note
+                remarks[sample] += [f"{path.name}: {fault}" for fault in wrong]
+    except ValueError as error:
+        faults[prefix.rstrip("/") or tar.name] = f"tar: {error}"
+    items = [
+        Item(member.path, prefix + member.name, note=notes.get(sample, {}), remarks=tuple(remarks[sample]))
+        for sample, member in photographs
+    ]
+    return items, faults
 
 
 def _without_reduced(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
@@ -129,29 +169,39 @@ def _without_reduced(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]
 
 
 def _paired(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
-    """Truths with their partners; a partner without a truth is left out."""
-    sides = [_pair_side(item) for item in items]
-    truths = {key for side, key in sides if side == "truth"}
-    low = {key: item for (side, key), item in zip(sides, items, strict=True) if side == "low" and key in truths}
-    alone = [item for (side, key), item in zip(sides, items, strict=True) if side == "low" and key not in truths]
-    if not low:  # folders called LR without truths are a set of low-quality photographs of its own
+    """Truths with their partners; a partner without a truth is left out, and so is one of several."""
+    sides: dict[tuple[str, ...], dict[str, list[int]]] = defaultdict(lambda: {"truth": [], "low": []})
+    for place, item in enumerate(items):
+        side, common = _pair_side(item)
+        if side:
+            sides[common][side].append(place)
+    partners: dict[int, int] = {}
+    faults: dict[int, str] = {}
+    for group in sides.values():
+        lows, truths = group["low"], group["truth"]
+        pairs, several = matched(*([PurePosixPath(items[place].name) for place in part] for part in (lows, truths)))
+        partners |= {truths[truth]: lows[low] for low, truth in pairs}
+        faults |= {lows[low]: why for low, why in several.items()}
+    if not partners and not faults:  # folders called LR without truths are a set of low-quality photographs of its own
         return list(items), {}
-    kept = []
-    for (side, key), item in zip(sides, items, strict=True):
-        if side != "low":
-            partner = low.get(key) if side == "truth" else None
-            kept.append(replace(item, lq_path=partner.path) if partner else item)
-    return kept, {item.name: "partner: low quality without its truth" for item in alone}
+    taken = set(partners.values())
+    alone = {place for group in sides.values() for place in group["low"]} - taken
+    kept = [
+        replace(item, lq_path=items[partners[place]].path) if place in partners else item
+        for place, item in enumerate(items)
+        if place not in taken | alone
+    ]
+    return kept, {items[place].name: faults.get(place, "partner: low quality without its truth") for place in alone}
 
 
 def _pair_side(item: Item) -> tuple[str, tuple[str, ...]]:
-    """("truth" | "low" | "", what both sides have in common)."""
+    """("truth" | "low" | "", folders that both sides have in common)."""
     stem = PurePosixPath(item.name).stem
     for side, pattern in (("truth", _TRUTH_NAME), ("low", _LOW_NAME)):
-        if match := pattern.fullmatch(stem):
-            return side, (*item.folders, match[1])
+        if pattern.fullmatch(stem):
+            return side, item.folders
     for depth in reversed(range(len(item.folders))):
         for side, names in (("truth", _TRUTH_FOLDERS), ("low", _LOW_FOLDERS)):
             if item.folders[depth].lower() in names:
-                return side, (*item.folders[:depth], "", *item.folders[depth + 1 :], stem)
+                return side, (*item.folders[:depth], "", *item.folders[depth + 1 :])
     return "", ()

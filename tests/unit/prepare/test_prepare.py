@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -126,6 +127,9 @@ def test_a_webdataset_tar_is_read_in_place(tmp_path):
     (tmp_path / "set" / "x.tar").write_bytes(b"\x1f\x8b" + b"0" * 600)
     with pytest.raises(ValueError, match="x.tar is no plain tar"):
         prepare(tmp_path / "set", tmp_path / "out")
+    save(tmp_path / "set" / "d.png", 3)
+    report = prepare(tmp_path / "set", tmp_path / "out")
+    assert [entry.key for entry in report.entries] == ["d"] and "no plain tar" in report.faults["x.tar"]
 
 
 def test_notes_are_read_and_checked(tmp_path):
@@ -140,13 +144,19 @@ def test_notes_are_read_and_checked(tmp_path):
     for wrong, message in (
         ({"path": "b.png", "caption": "x"}, "unknown fields \\['caption'\\]"),
         ({"path": "b.png", "caption_final": "x"}, "some of the three captions"),
-        ({"path": "b.png", **TEXTS, "caption_final": "<x>"}, "leave out"),
+        ({"path": "b.png", **TEXTS, "caption_final": "<x>"}, "leave it out"),
         ({"path": "c.png", **TEXTS}, "captions describe \\['c.png'\\]"),
         ({**TEXTS}, "neither path nor key"),
     ):
         lines.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=message):
-            prepare(tmp_path, tmp_path, options)
+        if "captions describe" in message:
+            with pytest.raises(ValueError, match=message):
+                prepare(tmp_path, tmp_path, options)
+            continue
+        report = prepare(tmp_path, tmp_path, options)
+        (told,) = [told for told in (report.faults | report.passed_over).items()]
+        assert not report.is_clean and re.search(message, told[1]) and f"{lines}:1" in "".join(told)
+        assert [entry.key for entry in report.entries] == (["a"] if told[0] == "b.png" else ["a", "b"])
 
 
 def test_a_killed_run_goes_on_and_shards_share_their_work(tmp_path):

@@ -1,0 +1,135 @@
+"""Which files a folder holds, what each is called, and which two belong together: one rule for every command.
+
+A name that says less than its path (a name without ending, a tag left out) is used only where it is nobody else's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from pathlib import Path, PurePath, PurePosixPath
+from urllib.parse import quote, quote_from_bytes, unquote_to_bytes
+
+_TAG = re.compile(r"(_(lr|hr|lq|gt)\d*|_?x\d)+$", re.IGNORECASE)
+_NOT_UTF_8 = "bytes:"
+
+
+def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
+    """Files under a folder sorted by path, and why by path for the folders that could not be read.
+
+    Linked folders are entered once: a loop ends, and what lies in two places has the name of the real one.
+    """
+    found: list[Path] = []
+    faults: dict[str, str] = {}
+    seen: set[tuple[int, int]] = set()
+    waiting, linked = [root], []
+    while waiting or linked:
+        folder = waiting.pop(0) if waiting else linked.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            faults[str(folder)] = f"folder: {error.strerror}"
+            continue
+        for entry in inside:
+            if entry.is_dir():
+                (linked if entry.is_symlink() else waiting).append(Path(entry.path))
+            elif entry.is_file() or entry.is_symlink():  # a dead link is a file that is missing
+                found.append(Path(entry.path))
+    return sorted(found), faults
+
+
+def distinct(candidates: Sequence[Sequence[str]], reserved: Collection[str] = ()) -> list[str]:
+    """One name each, all different: the first of its candidates that no other item takes and that is not reserved.
+
+    The last candidates have to differ.
+    """
+    level = [0] * len(candidates)
+    while True:
+        names = [options[place] for options, place in zip(candidates, level, strict=True)]
+        uses: dict[str, list[int]] = defaultdict(list)
+        for place, name in enumerate(names):
+            uses[name].append(place)
+        shared = [place for name, places in uses.items() if len(places) > 1 or name in reserved for place in places]
+        movable = [place for place in shared if level[place] + 1 < len(candidates[place])]
+        if not movable:
+            return names
+        for place in movable:
+            level[place] += 1
+
+
+def without_endings(names: Sequence[str]) -> list[str]:
+    """Paths below a folder without their endings; those that would then be another's keep it."""
+    return distinct([(PurePosixPath(name).with_suffix("").as_posix(), name) for name in names])
+
+
+def flat_names(names: Sequence[str]) -> list[str]:
+    """Names without folders, as files of one folder can bear them; folders come in where two would be the same."""
+    options = []
+    for name in names:
+        parts = PurePosixPath(name).parts
+        joined = ["_".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        options.append([*joined, quote(name, safe="", errors="surrogateescape")])
+    return distinct(options)
+
+
+def plain_stem(path: PurePath) -> str:
+    """`Canon_001_LR4.png` and `Canon_001_HR.png` -> `Canon_001`; `0001x4.png` -> `0001`."""
+    return _TAG.sub("", path.stem) or path.stem
+
+
+RULES: tuple[Callable[[PurePath], Hashable], ...] = (
+    lambda path: path.name,
+    lambda path: path.stem,
+    plain_stem,
+)
+"""What two files of a pair have in common, the strictest first."""
+
+
+def matched(lows: Sequence[PurePath], truths: Sequence[PurePath]) -> tuple[list[tuple[int, int]], dict[int, str]]:
+    """Pairs of positions (low, truth), and why by position for lows that are one of several for the same truth.
+
+    Whole names come first, then names without ending, then without tags, so `box1` .. `box4` stay four images where
+    both sides have them. A low that has no truth is in neither.
+    """
+    pairs, several = [], {}
+    left, right = list(range(len(lows))), list(range(len(truths)))
+    for rule in RULES:
+        ours, theirs = _by(rule, lows, left), _by(rule, truths, right)
+        for name in ours.keys() & theirs.keys():
+            if len(ours[name]) == len(theirs[name]) == 1:
+                pairs.append((ours[name][0], theirs[name][0]))
+            elif rule is plain_stem:
+                told = ", ".join(
+                    sorted({lows[place].name for place in ours[name]} | {truths[p].name for p in theirs[name]})
+                )
+                several |= dict.fromkeys(ours[name], f"pair: which of {told} belong together?")
+        left = [place for place in left if place not in {low for low, _ in pairs}]
+        right = [place for place in right if place not in {truth for _, truth in pairs}]
+    return sorted(pairs), several
+
+
+def _by(rule: Callable[[PurePath], Hashable], paths: Sequence[PurePath], places: Sequence[int]) -> dict:
+    found: dict[Hashable, list[int]] = defaultdict(list)
+    for place in places:
+        found[rule(paths[place])].append(place)
+    return found
+
+
+def as_text(path: str) -> str:
+    """A path as valid Unicode, for tables: as it is, or where its bytes are no UTF-8 `bytes:` and percent signs."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return _NOT_UTF_8 + quote_from_bytes(os.fsencode(path))
+    return _NOT_UTF_8 + quote(path) if path.startswith(_NOT_UTF_8) else path
+
+
+def from_text(text: str) -> str:
+    """The inverse of `as_text`."""
+    return os.fsdecode(unquote_to_bytes(text.removeprefix(_NOT_UTF_8))) if text.startswith(_NOT_UTF_8) else text
