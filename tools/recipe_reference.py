@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pydantic import BaseModel  # noqa: E402
 
-from realsr_hpc.config import reward_options, schema  # noqa: E402
+from realsr_hpc.config import learning, reward_options, schema  # noqa: E402
 from realsr_hpc.config.arguments import read_arguments  # noqa: E402
 from realsr_hpc.config.identity import marks  # noqa: E402
 from realsr_hpc.config.load import recipe_names, recipes_dir  # noqa: E402
@@ -60,7 +60,7 @@ def reference() -> str:
             parts.append(
                 f"\n## `{name}`\n\n{' '.join([_first_line(kind), *_read_by(kind)])}\n\n{_table(kind, f'{name}.')}"
             )
-    parts.append(f"\n## `rewards.terms.NAME`\n\n{_first_line(schema.RewardTerm)}\n\n{_table(schema.RewardTerm)}")
+    parts.append(f"\n## `rewards.terms.NAME`\n\n{_first_line(learning.RewardTerm)}\n\n{_table(learning.RewardTerm)}")
     for kind, options in reward_options.OPTIONS.items():
         parts.append(f"\n### Options of kind `{kind}`\n\n{_table(options)}")
     return "\n".join(parts)

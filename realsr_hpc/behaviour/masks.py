@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool
 from torch import Tensor
 
-from realsr_hpc.config.schema import RolloutConfig
+from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.vlcot.grammar import Grammar
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from realsr_hpc.config.schema import RestoreConfig
+from realsr_hpc.config.learning import RestoreConfig
 
 Default = TypeVar("Default", str, str | None)
 RESTORING: dict[str, str | None] = {

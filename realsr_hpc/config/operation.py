@@ -13,7 +13,9 @@ class CheckpointConfig(Section, role="operation"):
     """Sharded, resumable checkpoints."""
 
     every_steps: Count = 10
+    """Steps between checkpoints; one is also saved when a run is stopped and at its end."""
     keep_last: Count = 2
+    """Newest checkpoints that are kept."""
     keep_best: Annotated[int, Field(ge=0)] = 0
     """Checkpoints kept for their `best_metric`, beside the last ones; a new best one is saved when it is measured."""
     best_metric: str | None = None
@@ -32,8 +34,11 @@ class TrackingConfig(Section, role="operation"):
     uri: str | None = None
     """None: sqlite in the output root."""
     experiment: str = "realsr_hpc"
+    """MLflow experiment that the runs belong to."""
     description: str = ""
+    """Free text for the run's page in MLflow."""
     tags: dict[str, str] = {}
+    """Tags of the run in MLflow."""
     rollouts_every_steps: Annotated[int, Field(ge=0)] = 8
     """How often a few groups are kept whole for people to look at (tools/gallery.py); 0: never."""
     rollouts_groups: Count = 2
@@ -44,24 +49,39 @@ class ClusterConfig(Section, role="operation"):
     """Where a run executes."""
 
     kind: Literal["local", "slurm"] = "local"
+    """This machine, or Slurm."""
     nodes: Annotated[Count, LAYOUT] = 1
+    """Machines of a run."""
     tasks_per_node: Annotated[Count, LAYOUT] = 1
     """One task a GPU (or CPU process): world size = nodes x tasks_per_node."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    """0: the run computes on CPUs."""
     cpus_per_task: Count = 1
+    """Processor cores a process."""
     gpu_memory_gib: Positive | None = None
+    """Memory of a GPU, which the plan is held against; None: not checked."""
     memory_gib: Positive | None = None
+    """Host memory asked of Slurm for a node; None: the site's default."""
     time_min: Count = 60
+    """Time limit of a job; a run goes on in the next one."""
     partition: str | None = None
+    """Slurm partition; None: the site's default. Several: `a,b`."""
     account: str | None = None
+    """Slurm account that pays; None: your default one."""
     qos: str | None = None
+    """Slurm quality of service."""
     constraint: str | None = None
+    """Slurm node features, such as `h100`."""
     container_image: str | None = None
+    """Image that ranks start in (enroot/pyxis); None: no container."""
     extra_sbatch: dict[str, str | int] = {}
+    """More sbatch options, `{exclusive: true, reservation: NAME}`."""
     environment_file: str | None = None
+    """Shell file that each job sources first: modules, proxies, secrets."""
     array_parallelism: Count | None = None
     """Runs of a sweep that run at the same time; None: 16 on Slurm, one after the other on this machine."""
     signal_delay_s: Count = 120
+    """Seconds before the time limit at which the job is told to save and requeue."""
     max_requeues: Annotated[int, Field(ge=0)] = 5
     """Requeues in a row without a new step; a run that gets on is requeued without limit."""
     hang_limit_s: Count = 1800

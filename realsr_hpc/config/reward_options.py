@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from realsr_hpc.config.schema import RewardTerm
+from realsr_hpc.config.learning import RewardTerm
 from realsr_hpc.config.section import Count, Positive, Probability, Section
 
 
@@ -19,7 +19,9 @@ class FormatOptions(Section):
     partial: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Reward of a trace with all seven parts but not well formed; 0: the paper's plain 1/0."""
     min_words: Annotated[int, Field(ge=0)] = 1
+    """Fewest words of a text for the full reward."""
     max_words: Count = 120
+    """Most words of a text for the full reward."""
     min_distinct: Probability = 0.4
     """Smallest share of distinct words in a text of eight words or more (repetition guard)."""
 
@@ -50,6 +52,7 @@ class GenerationOptions(Section):
     """Reward `generation`."""
 
     expert: Literal["niqe", "ranker", "pyiqa"] = "ranker"
+    """What rates the final image."""
     weights: str | None = None
     """File of the expert; None: the one shipped under recipes/assets/tiny."""
     metrics: list[str] = []
@@ -71,6 +74,7 @@ class FidelityOptions(Section):
     """Reward `fidelity`."""
 
     reference: Literal["lq", "gt"] = "lq"
+    """What the final image is held against."""
     degradation: Literal["downscale", "known"] = "downscale"
     """What the final image undergoes before it is compared with the LQ image: area averaging to its size, or the blurs,
     resizes and JPEGs that made this LQ image of its truth. known scores 0 where they are not recorded."""

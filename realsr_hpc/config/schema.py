@@ -1,6 +1,6 @@
 """The whole recipe as one typed, closed, frozen tree.
 
-A default lives here, or in `operation.py` for where a run executes, and nowhere else. Unknown keys, wrong types and
+A default lives here, in `learning.py` or in `operation.py`, and nowhere else. Unknown keys, wrong types and
 values out of range fail in `RunConfig.model_validate`, all of them in one message, each with its path. Rules that need
 two sections stand in `checks.py` and `execution_checks.py`. This file imports neither torch nor Hydra, so that
 launching stays fast.
@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from realsr_hpc.config.learning import GRPOConfig, RestoreConfig, RewardsConfig, RolloutConfig, SFTConfig
 from realsr_hpc.config.operation import CheckpointConfig, ClusterConfig, TrackingConfig
 from realsr_hpc.config.section import (
     OPERATION,
@@ -41,11 +42,14 @@ class VLCoTConfig(Section, tasks=POLICY):
     """Shape of a trace: PAPER prompt, three texts, three images."""
 
     vocabulary: Literal["tiny", "chameleon_f16", "llamagen_f8"] = "tiny"
+    """Token layout: `tiny` follows from the two tokenizers; `chameleon_f16` is Chameleon's, `llamagen_f8` adds a second
+    block of image codes to it (the paper's)."""
     image_sizes_px: tuple[Count, Count, Count] = (32, 64, 128)
     """Side of the rough, middle and final image; multiples of 32 (the size tokens' unit)."""
     lq_size_px: Count = 64
     """Side at which the LQ image is shown in the prompt; a multiple of 32."""
     upscale: Count = 4
+    """Side of the truth over side of the LQ image."""
     instruction: Annotated[str, read_by(*get_args(Task))] = INSTRUCTION
     """Prompt text; `<|image|>` marks where the LQ image stands."""
     max_text_tokens: Count = 48
@@ -59,14 +63,19 @@ class ImageTokenizerConfig(Section):
     """VQ encoder and decoder; the names follow transformers' `ChameleonVQVAEConfig`."""
 
     weights: Annotated[str, read_by(*POLICY)] = "recipes/assets/tiny/image_tokenizer.safetensors"
+    """safetensors file with encoder, codebook and decoder."""
     downsample: Count = 8
+    """Pixels of an image side that one code stands for (f)."""
     codebook_size: Count = 1024
+    """Number of codes."""
     embed_dim: Count = 8
     """Features a code is chosen by."""
     latent_channels: Count = 64
     """Channels between encoder and `quant_conv`."""
     base_channels: Count = 128
+    """Encoder channels at full resolution, before `channel_multiplier`."""
     channel_multiplier: tuple[Count, ...] = (1, 1, 1, 1)
+    """Channels of each encoder level over `base_channels`, finest first; every level but the last halves the side."""
     num_res_blocks: Annotated[int, Field(ge=0)] = 0
     """Residual blocks an encoder level (the decoder has one more); 0 is the cheapest, and needs multipliers of 1."""
     decoder_base_channels: Count | None = 64
@@ -97,41 +106,59 @@ class TextTokenizerConfig(Section):
     """Byte-pair encoding through the `tokenizers` library."""
 
     path: Annotated[str, read_by(*POLICY)] = "recipes/assets/tiny/text_tokenizer.json"
+    """`tokenizer.json` of the `tokenizers` library."""
 
 
 class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     """Recipe tokenizer_tiny: how the VQ is trained."""
 
     num_steps: Count = 6000
+    """Optimizer updates."""
     batch_size: Count = 16
+    """Images an update."""
     crop_px: Count = 128
+    """Side of the training crops."""
     lr: Positive = 1e-3
+    """Peak learning rate; it falls to 2 % of it along a cosine."""
     warmup_steps: int = 100
+    """Updates over which the learning rate rises from 0."""
     commitment_weight: NonNegative = 0.25
+    """Weight of the commitment loss, which pulls features to their codes."""
     gradient_weight: NonNegative = 1.0
     """Weight of the multi-scale gradient loss beside L1 and L2."""
     codebook_decay: Probability = 0.99
+    """Decay of the codes' exponential moving averages, per update."""
     dead_leaves_share: Probability = 0.25
     """Share of generated images; the rest are crops of the manifest's training photographs."""
     degraded_share: Probability = 0.2
     """Share of images that are degraded first: the tokenizer also encodes LQ images."""
     text_vocab_size: Count = 768
+    """Entries of the byte-pair vocabulary that is trained beside the images."""
     log_every_steps: Count = 100
+    """Updates between two reports."""
 
 
 class ModelConfig(Section, tasks=POLICY):
     """Chameleon-shaped decoder (PAPER section 2)."""
 
     num_layers: Count = 4
+    """Transformer layers."""
     hidden_size: Count = 256
+    """Width of the residual stream."""
     num_heads: Count = 4
+    """Attention heads; the head dimension is `hidden_size / num_heads`."""
     num_kv_heads: Count | None = None
     """Grouped-query attention when smaller than `num_heads`; None: as many as heads."""
     ffn_hidden_size: Count = 688
+    """Inner width of the SwiGLU feed-forward layers."""
     rope_theta: Positive = 10000.0
+    """Base of the rotary position embedding."""
     norm_epsilon: Positive = 1e-5
+    """Epsilon of RMSNorm and of the query/key LayerNorm."""
     init_std: Positive = 0.02
+    """Standard deviation of random initial weights."""
     max_sequence_tokens: Count = 1024
+    """Longest prompt and response together."""
     weights: str | None = None
     """Start weights: a Hugging Face export folder; None: random (a run's own checkpoint goes before)."""
 
@@ -140,19 +167,24 @@ class ParallelConfig(Section, role="layout", tasks=POLICY):
     """Layout; data parallelism is what the world size leaves."""
 
     tp: Count = 1
+    """Tensor-parallel ranks: each holds a slice of every layer."""
     pp: Count = 1
+    """Pipeline stages: each holds consecutive layers."""
     virtual_pp: Count = 1
     """Model chunks a pipeline stage holds (interleaved 1F1B); 1: none."""
     sequence_parallel: bool = False
+    """Shard norms and residuals along the sequence over the tensor-parallel ranks; needs tp > 1."""
     microbatch_tokens: Count = 4096
     """Token budget of one microbatch on one data-parallel rank, padding included. Of a GRPO group as many rollouts
     share one copy of their prompt as it holds."""
     scoring_microbatches: Annotated[Count, read_by("grpo")] = 4
     """Microbatches that the reference scores at once: without gradients it keeps no activations."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass: none, those of the MLPs, or all of a layer's."""
     reference_offload: Annotated[bool, OPERATION] = False
     """Keep the frozen reference in host memory between its uses."""
     distributed_optimizer: bool = True
+    """Shard optimizer states over the data-parallel ranks (ZeRO 1)."""
     decode_graphs: bool = False
     """Replay decode steps from CUDA graphs, one for each 128 cached tokens. Needs pp = 1; not tried on a GPU yet."""
 
@@ -161,13 +193,17 @@ class PrecisionConfig(Section, tasks=POLICY):
     """Number formats of training and of rollouts."""
 
     params: Literal["fp32", "bf16"] = "fp32"
+    """Number format of weights and activations; the optimizer keeps float32."""
     fp8: Literal["none", "delayed", "tensorwise", "blockwise"] = "none"
+    """Scaling recipe of FP8 matrix products in training (Transformer Engine's names); none: no FP8."""
     fp8_format: Literal["e4m3", "hybrid"] = "hybrid"
+    """e4m3 everywhere, or e4m3 forward and e5m2 for gradients."""
     fp8_backend: Literal["transformer_engine", "emulated"] = "transformer_engine"
     """emulated: operands are rounded to FP8 and multiplied in bf16. The same numerics, no speed, on any machine."""
     rollout_fp8: bool = False
     """Rollouts multiply FP8 copies of the weights (one scale a row), whatever training does."""
     first_last_layers_bf16: bool = True
+    """Keep the first and the last layer out of FP8."""
     fp8_gate_logprob: Positive = 0.1
     """Largest mean |log-prob(FP8) - log-prob(bf16)| on a fixed batch, nats a token."""
     fp8_gate_every_steps: Annotated[int, Field(ge=0)] = 50
@@ -180,14 +216,23 @@ class OptimConfig(Section, tasks=POLICY):
     """AdamW with warm-up."""
 
     lr: Positive = 1e-4
+    """Peak learning rate."""
     min_lr: NonNegative = 0.0
+    """Learning rate at the end of a cosine or linear schedule."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Course of the learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises linearly from 0."""
     weight_decay: NonNegative = 0.0
+    """Decoupled weight decay; norms and biases are exempt."""
     beta1: Probability = 0.9
+    """Decay of the gradient's running mean."""
     beta2: Probability = 0.95
+    """Decay of the squared gradient's running mean."""
     epsilon: Positive = 1e-8
+    """Added to the denominator of the update."""
     clip_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm."""
     max_skipped_in_a_row: Count = 5
     """Stop the run after so many updates in a row whose gradient was not finite; each is skipped, its batch kept."""
     cpu_offload: bool = False
@@ -201,14 +246,22 @@ class DataConfig(Section):
     """Manifest and loader."""
 
     manifest: str = "recipes/assets/photographs/manifest.parquet"
+    """Parquet manifest of photographs, as `tools/prepare_data.py` writes it."""
     train_split: str = "train"
+    """Split of the manifest that is trained on."""
     heldout_split: str = "heldout"
+    """Split that is measured on, never trained on."""
     mode: Annotated[Literal["unpaired", "paired", "lq_only"], read_by(*POLICY)] = "unpaired"
+    """unpaired: photographs that are degraded on the fly; paired: LQ images with their truths; lq_only: LQ images
+    alone."""
     num_threads: Annotated[Count, OPERATION] = 1
+    """Threads that decode and degrade, per process."""
     prefetch: Annotated[Count, OPERATION] = 1
+    """Batches prepared ahead."""
     min_scene_fraction: Annotated[Probability, read_by(*POLICY)] = 0.7
     """Smallest crop, as a share of the photograph's shorter side, before resizing to the GT size."""
     hflip: Annotated[Probability, read_by(*POLICY)] = 0.5
+    """Probability that a crop is mirrored left to right."""
 
 
 SEVERITY_EDGES = tuple(
@@ -223,128 +276,24 @@ class DegradationConfig(Section, tasks=POLICY):
     """Second-order degradation (PAPER section 3)."""
 
     preset: Literal["realesrgan", "seesr"] = "realesrgan"
+    """Ranges that parameters are drawn from: Real-ESRGAN's x4plus training, or SeeSR's milder ones."""
     usm_sharpen_gt: bool = True
+    """Sharpen truths with an unsharp mask, as Real-ESRGAN does."""
     severity_edges: dict[str, tuple[float, float]] = {}
     """Overrides of the light|medium|heavy edges by parameter name; default: terciles of each range."""
-
-
-class RewardTerm(Section):
-    """One reward: its kind, weight and options."""
-
-    kind: Literal["format", "degradation", "understanding", "generation", "fidelity"]
-    weight: float = 1.0
-    final_weight: float | None = None
-    """Weight at and after the ramp's end; None: `weight` throughout."""
-    ramp_steps: tuple[Annotated[int, Field(ge=0)], Count] | None = None
-    """Steps between which the weight goes linearly from `weight` to `final_weight`."""
-    options: dict[str, float | int | str | bool | list[str]] = {}
-
-
-class RewardsConfig(Section, tasks=("grpo",)):
-    """Rewards by name; the mixture is their weighted sum."""
-
-    terms: dict[str, RewardTerm] = {
-        "format": RewardTerm(kind="format"),
-        "degradation": RewardTerm(kind="degradation"),
-        "understanding": RewardTerm(kind="understanding"),
-        "generation": RewardTerm(kind="generation"),
-        "fidelity": RewardTerm(kind="fidelity"),
-    }
-    gate_malformed: bool = True
-    """Image rewards of a malformed trace are the term's minimum."""
-
-
-class RolloutConfig(Section, tasks=POLICY):
-    """The sampling distribution; the loss scores with exactly the same one."""
-
-    grammar: Literal["constrained", "modality"] = "modality"
-    """constrained: the whole trace; modality: image blocks only, the text around them is free."""
-    temperature: Positive = 1.0
-    text_temperature: Positive | None = None
-    text_top_k: Annotated[int, Field(ge=0)] = 0
-    image_top_k: Annotated[int, Field(ge=0)] = 0
-    image_adaptive_top_k: bool = False
-    """k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (PAPER section 1)."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    cfg_scale: NonNegative = 1.0
-    """Classifier-free guidance on image tokens: u + s (c - u); 1: off."""
-    max_new_tokens: Count = 640
-    batch_size: Count = 64
-    """Rollouts decoded at once on one data-parallel rank."""
-
-
-class RestoreConfig(Section, role="operation"):
-    """What restoring and evaluating sample from; training has `rollout`. Does not decide a run's result."""
-
-    temperature: Positive = 0.8
-    """Of image codes; lower is calmer: rollouts explore, a result should not (docs/looking.md has measured values)."""
-    text_temperature: Positive | None = None
-    """None: as `temperature`."""
-    image_top_k: Annotated[int, Field(ge=0)] = 0
-    text_top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    cfg_scale: NonNegative | None = None
-    """None: as the rollouts'."""
-
-
-class GRPOConfig(Section, tasks=("grpo",)):
-    """Group relative policy optimisation."""
-
-    num_steps: Count = 30
-    prompts_per_step: Count = 4
-    group_size: Annotated[int, Field(ge=2)] = 8
-    updates_per_step: Count = 1
-    """Optimizer updates on one batch of rollouts (real ratios from the second on)."""
-    kl_beta: NonNegative = 0.01
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    clip_low: Positive | None = 0.2
-    clip_high: Positive | None = 0.2
-    """None on both: no clipping (the paper's released code)."""
-    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
-    aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
-    importance: Literal["token", "sequence"] = "token"
-    """sequence: GSPO's length-normalised sequence ratio."""
-    advantage: Literal["mean_std", "mean", "leave_one_out"] = "mean_std"
-    unbiased_std: bool = True
-    advantage_epsilon: Positive = 1e-4
-    normalise_each_reward: bool = True
-    """Each reward is normalised in its group before weighting (GDPO)."""
-    zero_variance: Literal["drop", "resample", "keep"] = "drop"
-    max_resample_rounds: Count = 2
-    entropy_weight: float = 0.0
-    mismatch_cap: Positive | None = None
-    """Truncated importance sampling: cap of exp(policy - rollout log-prob); None: off."""
-    mismatch_bounds: tuple[Positive, Positive] | None = None
-    """Tokens whose exp(policy - rollout log-prob) lies outside take no part in the policy loss; None: off."""
-    mismatch_kl_gate: Positive | None = 1e-3
-    """Stop the run when the mean KL(rollout || policy) of the first update exceeds this, nats a token."""
-    heldout_every_steps: Annotated[int, Field(ge=0)] = 0
-    heldout_prompts: Count = 16
-    heldout_rollouts: Count = 2
-
-
-class SFTConfig(Section, tasks=("sft",)):
-    """Supervised fine-tuning on VLCoT traces."""
-
-    num_steps: Count = 2000
-    batch_size: Count = 16
-    """Traces an optimizer step, over all data-parallel ranks."""
-    traces: str | None = None
-    """Folder of frozen traces (tools/freeze_traces.py) to train on; None: they are made of photographs in each step."""
-    z_loss: NonNegative = 1e-5
-    packing: bool = True
-    heldout_every_steps: Count = 200
-    heldout_traces: Count = 32
-    sample_every_steps: Annotated[int, Field(ge=0)] = 500
 
 
 class RunConfig(Section):
     """One whole run: everything that decides its result."""
 
     name: Annotated[str, OPERATION]
+    """First part of the run folder's name, and the run's name in MLflow."""
     task: Task
+    """Which training loop runs; it decides which sections are read."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of every random stream: data order, crops, degradations, initial weights, sampling."""
     output_root: Annotated[str, OPERATION] = "runs"
+    """Folder of all runs; relative paths start at the project."""
     vlcot: VLCoTConfig = VLCoTConfig()
     image_tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
     text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()

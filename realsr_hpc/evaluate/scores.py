@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from realsr_hpc.config.schema import RewardTerm
+from realsr_hpc.config.learning import RewardTerm
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.evaluate.methods import NO_TRACE

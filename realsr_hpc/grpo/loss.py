@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from realsr_hpc.config.schema import GRPOConfig
+from realsr_hpc.config.learning import GRPOConfig
 
 
 @dataclass(frozen=True)

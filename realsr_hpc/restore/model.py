@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from realsr_hpc.config.learning import RestoreConfig
 from realsr_hpc.config.load import from_yaml
-from realsr_hpc.config.schema import ParallelConfig, RestoreConfig, RunConfig
+from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.paths import resolve
 
 if TYPE_CHECKING:

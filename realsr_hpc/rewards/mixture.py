@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from realsr_hpc.config.learning import RewardsConfig, RewardTerm
 from realsr_hpc.config.reward_options import (
     DegradationOptions,
     FidelityOptions,
@@ -15,7 +16,6 @@ from realsr_hpc.config.reward_options import (
     UnderstandingOptions,
     read_options,
 )
-from realsr_hpc.config.schema import RewardsConfig, RewardTerm
 from realsr_hpc.records import RolloutGroup, ScoredGroup
 from realsr_hpc.rewards.base import Candidate, Reward
 from realsr_hpc.rewards.degradation import DegradationReward

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from realsr_hpc.config.schema import RolloutConfig, RunConfig
+from realsr_hpc.config.learning import RolloutConfig
+from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.records import LQBatch, RestoredImage
 from realsr_hpc.rollout.sampler import Sampler

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from realsr_hpc.behaviour.distribution import Truncation, guided, modality_support, sample
 from realsr_hpc.behaviour.masks import MaskTable
-from realsr_hpc.config.schema import RolloutConfig
+from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.records import RolloutGroup
 from realsr_hpc.rollout.decoder import Cache, Decoder

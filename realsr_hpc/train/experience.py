@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from realsr_hpc.config.schema import GRPOConfig
+from realsr_hpc.config.learning import GRPOConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.grpo.advantages import configured_advantages, zero_variance
 from realsr_hpc.parallel.reduce import reduce_float, reduce_floats

@@ -10,15 +10,9 @@ import torch
 from PIL import Image
 
 from realsr_hpc import checkpoint
+from realsr_hpc.config.learning import RewardsConfig, RewardTerm
 from realsr_hpc.config.load import to_yaml
-from realsr_hpc.config.schema import (
-    ImageTokenizerConfig,
-    ModelConfig,
-    RewardsConfig,
-    RewardTerm,
-    RunConfig,
-    VLCoTConfig,
-)
+from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig, VLCoTConfig
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.paths import project_root

@@ -21,15 +21,8 @@ def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tok
     """Roll out two prompts x four, score and take one update; numbers of this rank."""
     import torch
 
-    from realsr_hpc.config.schema import (
-        GRPOConfig,
-        ModelConfig,
-        OptimConfig,
-        ParallelConfig,
-        RolloutConfig,
-        RunConfig,
-        VLCoTConfig,
-    )
+    from realsr_hpc.config.learning import GRPOConfig, RolloutConfig
+    from realsr_hpc.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig, VLCoTConfig
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.optim.step import Optimiser
     from realsr_hpc.parallel.groups import initialise

@@ -12,15 +12,9 @@ from PIL import Image
 from skimage import data
 
 from realsr_hpc import checkpoint
+from realsr_hpc.config.learning import RewardsConfig, RewardTerm
 from realsr_hpc.config.load import compose_one, to_yaml
-from realsr_hpc.config.schema import (
-    ImageTokenizerConfig,
-    ModelConfig,
-    RewardsConfig,
-    RewardTerm,
-    RunConfig,
-    VLCoTConfig,
-)
+from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig, VLCoTConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise, shutdown

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from realsr_hpc.config.schema import RewardsConfig
+from realsr_hpc.config.learning import RewardsConfig
 from realsr_hpc.evaluate import BICUBIC, Bicubic, Case, FinishedImages, Metrics, World, bootstrap, evaluate, open_set
 from realsr_hpc.evaluate.published import published_table
 from realsr_hpc.quality.psnr_ssim import psnr_y

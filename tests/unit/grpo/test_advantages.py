@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from realsr_hpc.config.schema import GRPOConfig
+from realsr_hpc.config.learning import GRPOConfig
 from realsr_hpc.grpo.advantages import (
     configured_advantages,
     group_advantages,

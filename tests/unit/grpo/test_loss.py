@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from realsr_hpc.config.schema import GRPOConfig
+from realsr_hpc.config.learning import GRPOConfig
 from realsr_hpc.grpo.loss import GlobalCounts, LossTerms, kl_estimate, mismatch, policy_loss
 
 torch.set_num_threads(1)

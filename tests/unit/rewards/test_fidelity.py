@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from realsr_hpc.config.learning import RewardTerm
 from realsr_hpc.config.reward_options import FidelityOptions, read_options
-from realsr_hpc.config.schema import RewardTerm
 from realsr_hpc.quality.ladder import blur, noise
 from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
 from realsr_hpc.rewards.fidelity import FidelityReward

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from realsr_hpc.config.learning import RewardTerm
 from realsr_hpc.config.reward_options import FidelityOptions, read_options
-from realsr_hpc.config.schema import RewardTerm
 from realsr_hpc.data.dali_pipeline import DegradationPipeline
 from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
 from realsr_hpc.data.graph_inputs import DegradationInput

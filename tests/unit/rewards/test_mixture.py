@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from realsr_hpc.config.schema import RewardsConfig, RewardTerm
+from realsr_hpc.config.learning import RewardsConfig, RewardTerm
 from realsr_hpc.records import RolloutGroup
 from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.mixture import RewardMixture, build_reward

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from realsr_hpc.config.schema import ModelConfig, RolloutConfig, RunConfig, VLCoTConfig
+from realsr_hpc.config.learning import RolloutConfig
+from realsr_hpc.config.schema import ModelConfig, RunConfig, VLCoTConfig
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.paths import resolve

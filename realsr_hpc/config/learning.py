@@ -1,0 +1,157 @@
+"""Sections of a recipe that say what is sampled, what is rewarded and how the policy learns from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from realsr_hpc.config.section import POLICY, Count, NonNegative, Positive, Section
+
+
+class RewardTerm(Section):
+    """One reward: its kind, weight and options."""
+
+    kind: Literal["format", "degradation", "understanding", "generation", "fidelity"]
+    """Which reward it is."""
+    weight: float = 1.0
+    """Factor in the weighted sum."""
+    final_weight: float | None = None
+    """Weight at and after the ramp's end; None: `weight` throughout."""
+    ramp_steps: tuple[Annotated[int, Field(ge=0)], Count] | None = None
+    """Steps between which the weight goes linearly from `weight` to `final_weight`."""
+    options: dict[str, float | int | str | bool | list[str]] = {}
+    """Options of the kind, listed below."""
+
+
+class RewardsConfig(Section, tasks=("grpo",)):
+    """Rewards by name; the mixture is their weighted sum."""
+
+    terms: dict[str, RewardTerm] = {
+        "format": RewardTerm(kind="format"),
+        "degradation": RewardTerm(kind="degradation"),
+        "understanding": RewardTerm(kind="understanding"),
+        "generation": RewardTerm(kind="generation"),
+        "fidelity": RewardTerm(kind="fidelity"),
+    }
+    """Rewards by a name of your choice; each is reported as `rewards/NAME/mean`."""
+    gate_malformed: bool = True
+    """Image rewards of a malformed trace are the term's minimum."""
+
+
+class RolloutConfig(Section, tasks=POLICY):
+    """The sampling distribution; the loss scores with exactly the same one."""
+
+    grammar: Literal["constrained", "modality"] = "modality"
+    """constrained: the whole trace; modality: image blocks only, the text around them is free."""
+    temperature: Positive = 1.0
+    """Divides the logits of image codes, and of text unless `text_temperature` says otherwise."""
+    text_temperature: Positive | None = None
+    """Divides the logits of text; None: as `temperature`."""
+    text_top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample text among its k likeliest tokens; 1: greedy, 0: off."""
+    image_top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample image codes among the k likeliest; 0: off."""
+    image_adaptive_top_k: bool = False
+    """k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (PAPER section 1)."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample among the likeliest tokens that hold this probability together; 1: off."""
+    cfg_scale: NonNegative = 1.0
+    """Classifier-free guidance on image tokens: u + s (c - u); 1: off."""
+    max_new_tokens: Count = 640
+    """Longest response; a rollout that reaches it is malformed."""
+    batch_size: Count = 64
+    """Rollouts decoded at once on one data-parallel rank."""
+
+
+class RestoreConfig(Section, role="operation"):
+    """What restoring and evaluating sample from; training has `rollout`. Does not decide a run's result."""
+
+    temperature: Positive = 0.8
+    """Of image codes; lower is calmer: rollouts explore, a result should not (docs/looking.md has measured values)."""
+    text_temperature: Positive | None = None
+    """None: as `temperature`."""
+    image_top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample image codes among the k likeliest; 0: off."""
+    text_top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample text among its k likeliest tokens; 1: greedy, 0: off."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample among the likeliest tokens that hold this probability together; 1: off."""
+    cfg_scale: NonNegative | None = None
+    """None: as the rollouts'."""
+
+
+class GRPOConfig(Section, tasks=("grpo",)):
+    """Group relative policy optimisation."""
+
+    num_steps: Count = 30
+    """Rounds of sampling, scoring and updating."""
+    prompts_per_step: Count = 4
+    """LQ images a step, over all data-parallel ranks."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Rollouts of each prompt; advantages are relative to their group."""
+    updates_per_step: Count = 1
+    """Optimizer updates on one batch of rollouts (real ratios from the second on)."""
+    kl_beta: NonNegative = 0.01
+    """Weight of the KL divergence to the frozen reference; 0: no reference is built."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimator of that divergence (Schulman's k1, k2, k3)."""
+    clip_low: Positive | None = 0.2
+    """Ratios below 1 - clip_low stop contributing to the gradient."""
+    clip_high: Positive | None = 0.2
+    """None on both: no clipping (the paper's released code)."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    """Bound on the loss of negative advantages (dual-clip PPO); None: off."""
+    aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
+    """How token losses are averaged: over all tokens (DAPO), within each rollout first (GRPO), or over a fixed length
+    (Dr.GRPO)."""
+    importance: Literal["token", "sequence"] = "token"
+    """sequence: GSPO's length-normalised sequence ratio."""
+    advantage: Literal["mean_std", "mean", "leave_one_out"] = "mean_std"
+    """Centre rewards in their group and divide by its standard deviation, only centre them, or subtract the mean of the
+    others."""
+    unbiased_std: bool = True
+    """Divide by n - 1 in that standard deviation."""
+    advantage_epsilon: Positive = 1e-4
+    """Added to that standard deviation."""
+    normalise_each_reward: bool = True
+    """Each reward is normalised in its group before weighting (GDPO)."""
+    zero_variance: Literal["drop", "resample", "keep"] = "drop"
+    """Groups whose rewards are all equal: leave them out, sample other prompts instead, or keep them (advantage 0)."""
+    max_resample_rounds: Count = 2
+    """Rounds of new prompts with zero_variance=resample; what is missing then is left out."""
+    entropy_weight: float = 0.0
+    """Weight of an entropy bonus; negative: a penalty."""
+    mismatch_cap: Positive | None = None
+    """Truncated importance sampling: cap of exp(policy - rollout log-prob); None: off."""
+    mismatch_bounds: tuple[Positive, Positive] | None = None
+    """Tokens whose exp(policy - rollout log-prob) lies outside take no part in the policy loss; None: off."""
+    mismatch_kl_gate: Positive | None = 1e-3
+    """Stop the run when the mean KL(rollout || policy) of the first update exceeds this, nats a token."""
+    heldout_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between measurements on held-out images; 0: never."""
+    heldout_prompts: Count = 16
+    """Held-out LQ images measured each time, the same ones."""
+    heldout_rollouts: Count = 2
+    """Rollouts of each held-out image, with the same draws each time."""
+
+
+class SFTConfig(Section, tasks=("sft",)):
+    """Supervised fine-tuning on VLCoT traces."""
+
+    num_steps: Count = 2000
+    """Optimizer updates."""
+    batch_size: Count = 16
+    """Traces an optimizer step, over all data-parallel ranks."""
+    traces: str | None = None
+    """Folder of frozen traces (tools/freeze_traces.py) to train on; None: they are made of photographs in each step."""
+    z_loss: NonNegative = 1e-5
+    """Weight of the squared log-partition function, which keeps logits from drifting."""
+    packing: bool = True
+    """Put several traces into one row of the token budget; false: one a row."""
+    heldout_every_steps: Count = 200
+    """Updates between measurements of the held-out loss; 0: never."""
+    heldout_traces: Count = 32
+    """Held-out traces measured each time."""
+    sample_every_steps: Annotated[int, Field(ge=0)] = 500
+    """Updates between pictures restored from held-out images; 0: never."""
