@@ -1,17 +1,52 @@
-"""Where relative paths in recipes start from."""
+"""Where the code, the recipes that come with it, and a user's relative paths lie.
+
+From a checkout, or from a job's snapshot of one, all three are one folder. Installed as a wheel, the recipes lie inside
+the package and a relative path starts from the current folder, where a user's own `recipes/` is found as well.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import realsr_hpc
 
+PACKAGE = Path(realsr_hpc.__file__).resolve().parent
+
+
+def code_root() -> Path:
+    """The folder that holds `realsr_hpc/`: what PYTHONPATH must name for a child process to run this very code."""
+    return PACKAGE.parent
+
+
+def is_checkout() -> bool:
+    """Whether the code runs from a checkout or a snapshot, which hold `recipes/` beside the package; else a wheel."""
+    return (PACKAGE.parent / "recipes").is_dir()
+
 
 def project_root() -> Path:
-    """The folder that holds `realsr_hpc/` and `recipes/`: of a job, its snapshot of the code."""
-    return Path(realsr_hpc.__file__).resolve().parent.parent
+    """The folder that relative paths start from: the checkout or snapshot; of an installed wheel, the current one."""
+    return PACKAGE.parent if is_checkout() else Path.cwd()
+
+
+def shipped_root() -> Path:
+    """The folder that holds the `recipes/` and `slurm/` that come with the code."""
+    return PACKAGE.parent if is_checkout() else PACKAGE
+
+
+def recipe_folders() -> list[Path]:
+    """Where recipes are looked for, the first match winning: $REALSR_HPC_RECIPES alone, or a user's own and ours."""
+    if named := os.environ.get("REALSR_HPC_RECIPES"):
+        return [Path(named).resolve()]
+    folders = [project_root() / "recipes", shipped_root() / "recipes"]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
 def resolve(path: str | Path) -> Path:
-    """An absolute path as it is (`~` expanded), a relative one from the project root."""
-    return (project_root() / Path(path).expanduser()).resolve()
+    """An absolute path as it is (`~` expanded), a relative one from the project root.
+
+    What lies only among the files that come with the code (`recipes/assets/...`) is found there.
+    """
+    named = Path(path).expanduser()
+    own, shipped = (project_root() / named).resolve(), (shipped_root() / named).resolve()
+    return shipped if shipped.exists() and not own.exists() else own

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from realsr_hpc.config.load import project_root
+from realsr_hpc.paths import project_root
 
 SCRIPT = str(project_root() / "slurm" / "mlflow_server.sh")
 

@@ -11,9 +11,7 @@ import importlib
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-FOLDER = ROOT / "tools" / "benchmarks"
+FOLDER = Path(__file__).resolve().parent / "benchmarks"
 
 
 def names() -> list[str]:

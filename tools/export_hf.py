@@ -1,49 +1,5 @@
-"""Run folder -> Hugging Face folder: python tools/export_hf.py run=RUN_DIR output=DIR [checkpoint=DIR] [dtype=bf16].
+"""`realsr-hpc export-hf`: a run to a Hugging Face folder."""
 
-checkpoint=RUN_DIR/checkpoints/step-N takes that one instead of the newest; licence=ID goes into the model card;
-dtype=bf16|fp32 rounds the policy's weights (default: as they are); shard_mb=N bounds a weights file (default: 2000),
-and with it what is held in memory beside the weights.
-"""
+from _door import run
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from realsr_hpc.config.arguments import read_arguments, read_count  # noqa: E402
-
-DEFAULTS = {"run": None, "output": None, "checkpoint": None, "licence": None, "dtype": None, "shard_mb": "2000"}
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-
-
-def main(arguments: list[str]) -> int:
-    """Exit code: 0 written, 2 wrong usage or a run that cannot be exported."""
-    try:
-        given = read_arguments(arguments, DEFAULTS, __doc__)
-        if not given["run"] or not given["output"]:
-            raise ValueError("run=RUN_DIR and output=DIR are needed")
-        if given["dtype"] not in (None, *DTYPES):
-            raise ValueError(f"dtype={given['dtype']!r} is none of {', '.join(DTYPES)}; leave it out to round nothing")
-        taken = _export(given, Path(given["run"]), Path(given["output"]))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{given['output']}: {taken.name} of {given['run']}")
-    return 0
-
-
-def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
-    import torch
-
-    from realsr_hpc.export import export_run
-
-    path = Path(given["checkpoint"]) if given["checkpoint"] else None
-    dtype = getattr(torch, DTYPES[given["dtype"]]) if given["dtype"] else None
-    shard_bytes = read_count(given, "shard_mb", 1) * 10**6
-    return export_run(run, output, checkpoint_path=path, licence=given["licence"], dtype=dtype, shard_bytes=shard_bytes)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+run("export-hf")

@@ -1,37 +1,5 @@
-"""Export folder <-> `.nemo`: python tools/nemo_archive.py pack=EXPORT output=FILE.nemo | unpack=FILE.nemo output=DIR.
+"""`realsr-hpc nemo-archive`: an export to a NeMo archive and back."""
 
-Needs the extra `nemo`. EXPORT is a folder that tools/export_hf.py wrote; tools/import_hf.py takes what was unpacked.
-"""
+from _door import run
 
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from realsr_hpc.config.arguments import read_arguments  # noqa: E402
-
-DEFAULTS = {"pack": None, "unpack": None, "output": None}
-
-
-def main(arguments: list[str]) -> int:
-    """Exit code: 0 written, 2 wrong usage, a folder or archive that does not fit, or no nemo-toolkit."""
-    try:
-        given = read_arguments(arguments, DEFAULTS, __doc__)
-        source = given["pack"] or given["unpack"]
-        if not source or not given["output"] or (given["pack"] and given["unpack"]):
-            raise ValueError("pack=EXPORT or unpack=FILE.nemo is needed, and output=")
-        from realsr_hpc.export import nemo_archive
-
-        run = nemo_archive.pack if given["pack"] else nemo_archive.unpack
-        run(Path(source), Path(given["output"]))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(given["output"])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+run("nemo-archive")

@@ -9,16 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from pydantic import BaseModel
 
-from pydantic import BaseModel  # noqa: E402
-
-from realsr_hpc.config import learning, reward_options, schema  # noqa: E402
-from realsr_hpc.config.arguments import read_arguments  # noqa: E402
-from realsr_hpc.config.identity import marks  # noqa: E402
-from realsr_hpc.config.load import recipe_names, recipes_dir  # noqa: E402
-from realsr_hpc.config.section import Section, Task  # noqa: E402
-from realsr_hpc.paths import project_root  # noqa: E402
+from realsr_hpc.config import learning, reward_options, schema
+from realsr_hpc.config.arguments import read_arguments
+from realsr_hpc.config.identity import marks
+from realsr_hpc.config.load import recipe_names, yaml_names
+from realsr_hpc.config.section import Section, Task
+from realsr_hpc.paths import project_root, recipe_folders
 
 PAGE = project_root() / "docs" / "recipes.md"
 HEAD = """# Recipes
@@ -68,9 +66,9 @@ def reference() -> str:
 
 def _lists() -> list[str]:
     lines = [f"- `recipe=`: {', '.join(f'`{name}`' for name in recipe_names())}"]
-    for folder in sorted(path for path in recipes_dir().iterdir() if path.is_dir() and list(path.glob("*.yaml"))):
-        names = ", ".join(f"`{path.stem}`" for path in sorted(folder.glob("*.yaml")))
-        lines.append(f"- `{folder.name}=`: {names}")
+    for group in sorted({path.name for folder in recipe_folders() for path in folder.iterdir() if path.is_dir()}):
+        if names := ", ".join(f"`{name}`" for name in yaml_names(group)):
+            lines.append(f"- `{group}=`: {names}")
     return lines
 
 

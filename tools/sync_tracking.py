@@ -1,46 +1,5 @@
-"""Send to MLflow what runs logged while it was away: `python tools/sync_tracking.py [root=DIR] [run=NAME]`.
+"""`realsr-hpc sync-tracking`: send to MLflow what runs logged while it was away."""
 
-Nothing is sent twice, so it may be run at any time, also while runs are going on elsewhere. A run that has ended gets
-its end in MLflow too.
-"""
+from _door import run
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from realsr_hpc.config.arguments import read_arguments  # noqa: E402
-from realsr_hpc.launch.rundir import ALIVE, current_status, find_run, list_runs  # noqa: E402
-from realsr_hpc.tracking import set_status, sync  # noqa: E402
-
-ENDS = {"done": "FINISHED", "failed": "FAILED"}
-"""MLflow's words; a run that was stopped or lost was KILLED."""
-
-
-def main(arguments: list[str]) -> int:
-    """Exit code 0; 1 when some run could not be sent; 2 for a wrong option."""
-    try:
-        options = read_arguments(arguments, {"root": "runs", "run": ""}, __doc__)
-        root = Path(options["root"]).resolve()
-        runs = [find_run(root, options["run"])] if options["run"] else list_runs(root)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    failed = 0
-    for run in runs:
-        status = current_status(run)
-        if status is not None and status.state in ALIVE:
-            print(f"{run.name}: {status.state}, sends for itself")
-            continue
-        try:
-            print(f"{run.name}: {sync(run)} sent")
-            if status is not None:
-                set_status(run, ENDS.get(status.state, "KILLED"))
-        except Exception as error:  # each run's fault is reported, the others are still sent
-            failed += 1
-            print(f"{run.name}: not sent ({type(error).__name__}: {error})", file=sys.stderr)
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+run("sync-tracking")

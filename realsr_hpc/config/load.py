@@ -11,7 +11,6 @@ import copy
 import difflib
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-import realsr_hpc
 from realsr_hpc.config.checks import faults
 from realsr_hpc.config.identity import scheme
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import project_root, recipe_folders
 
 GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
 SCHEME_LINE = "# fields that the signature covers: "
@@ -42,19 +41,20 @@ class RecipeError(ValueError):
     """What is wrong with a recipe or its overrides: one line a fault, each with its path, value and remedy."""
 
 
-def project_root() -> Path:
-    """Folder that relative paths in recipes start from."""
-    return Path(realsr_hpc.__file__).resolve().parent.parent
-
-
-def recipes_dir() -> Path:
-    """Folder of the recipes: $REALSR_HPC_RECIPES or the project's own."""
-    return Path(os.environ.get("REALSR_HPC_RECIPES", project_root() / "recipes")).resolve()
-
-
 def recipe_names() -> list[str]:
     """Names that `recipe=` takes."""
-    return sorted(path.stem for path in recipes_dir().glob("*.yaml"))
+    return yaml_names()
+
+
+def yaml_names(group: str = "") -> list[str]:
+    """Names of the YAML files in this subfolder of the recipe folders."""
+    return sorted({path.stem for folder in recipe_folders() for path in (folder / group).glob("*.yaml")})
+
+
+def yaml_file(name: str) -> Path | None:
+    """NAME.yaml, or GROUP/NAME.yaml, in the first recipe folder that holds it."""
+    files = (folder / f"{name}.yaml" for folder in recipe_folders())
+    return next((path for path in files if path.is_file()), None)
 
 
 def output_root(config: RunConfig) -> Path:
@@ -110,9 +110,8 @@ def _axis(item: Override) -> Axis:
 
 def read_axes(name: str) -> list[str]:
     """The overrides of recipes/sweeps/NAME.yaml: a list is a sweep, text is an override's value as it stands."""
-    folder = recipes_dir() / "sweeps"
-    if not (path := folder / f"{name}.yaml").is_file():
-        names = sorted(found.stem for found in folder.glob("*.yaml"))
+    if (path := yaml_file(f"sweeps/{name}")) is None:
+        names = yaml_names("sweeps")
         raise RecipeError(f"axes: no {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
     try:
         axes = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -265,8 +264,10 @@ class _Composer:
         key = (recipe, *(_as_hydra(item, groups) for item in chosen))
         try:
             if key not in self._trees:
-                with initialize_config_dir(config_dir=str(recipes_dir()), version_base="1.3"):
-                    self._trees[key] = hydra_compose(recipe, list(key[1:]))
+                first, *others = recipe_folders()
+                search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in others)}]"] if others else []
+                with initialize_config_dir(config_dir=str(first), version_base="1.3"):
+                    self._trees[key] = hydra_compose(recipe, [*search, *key[1:]])
             tree = copy.deepcopy(self._trees[key])
             for item in overrides:
                 if item not in chosen:
@@ -281,7 +282,7 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
     """A group that the recipe does not list is appended."""
     line = item.input_line or ""
     if item.key_or_group in GROUPS:
-        options = sorted(path.stem for path in (recipes_dir() / item.key_or_group).glob("*.yaml"))
+        options = yaml_names(item.key_or_group)
         if item.value() not in options:
             hint = nearest(str(item.value()), options)
             raise RecipeError(f"{item.key_or_group}: no {item.value()!r}{hint}; there are: {', '.join(options)}")
@@ -291,7 +292,9 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
 
 def _groups_of(recipe: str) -> set[str]:
     """Groups in the recipe's defaults list, those of the recipes it extends included."""
-    path = recipes_dir() / f"{recipe}.yaml"
+    path = yaml_file(recipe)
+    if path is None:
+        raise RecipeError(f"recipe {recipe}: not found in {', '.join(map(str, recipe_folders()))}")
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

@@ -11,13 +11,11 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-import realsr_hpc
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.degradation import PRESETS, Stream, generator
 from realsr_hpc.data.graph_inputs import DegradationInput
@@ -25,12 +23,11 @@ from realsr_hpc.data.labels import label
 from realsr_hpc.data.manifest import Manifest, read_manifest
 from realsr_hpc.data.operators import operators_of
 from realsr_hpc.data.samples import Geometry, Sample, Samples
+from realsr_hpc.paths import resolve
 from realsr_hpc.records import DegradationLabel, LQBatch
 
 if TYPE_CHECKING:
     from realsr_hpc.data.dali_pipeline import DegradationPipeline
-
-PROJECT_ROOT = Path(realsr_hpc.__file__).parent.parent
 
 
 class LQLoader:
@@ -58,7 +55,7 @@ class LQLoader:
             raise ValueError(f"dp_rank is {dp_rank} with dp_size {dp_size}: give 0 <= dp_rank < dp_size")
         self._config, self._split, self._batch_size = config, split, batch_size
         self._dp_rank, self._dp_size, self._device_id = dp_rank, dp_size, device_id
-        manifest = read_manifest(PROJECT_ROOT / config.data.manifest).split(split)
+        manifest = read_manifest(resolve(config.data.manifest)).split(split)
         self._fingerprint = _fingerprint(manifest)
         self._samples = Samples(
             manifest,

@@ -17,7 +17,7 @@ from realsr_hpc.launch.report import print_plan, print_submissions
 from realsr_hpc.launch.submit import prepare, submit
 
 USAGE = """\
-python tools/launch.py [-m] recipe=NAME [group=NAME] [section.field=value ...] [option=value ...]
+realsr-hpc launch [-m] recipe=NAME [group=NAME] [section.field=value ...] [option=value ...]
 
   recipe=NAME       one of: {recipes}
   cluster=NAME      recipes/cluster/NAME.yaml; the other groups are model, data, rewards and parallel

@@ -7,8 +7,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from realsr_hpc.config.load import project_root
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import code_root
 
 FIRST_JOB_PORT = 20000
 NUM_JOB_PORTS = 10000
@@ -58,7 +58,7 @@ class Placement:
 
     def rank_environment(self, config: RunConfig, local_rank: int) -> dict[str, str]:
         """What torch.distributed, OpenMP and Python need to be told."""
-        paths = [str(project_root()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        paths = [str(code_root()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         return {
             "RANK": str(self.node_rank * self.tasks_per_node + local_rank),
             "WORLD_SIZE": str(self.num_nodes * self.tasks_per_node),

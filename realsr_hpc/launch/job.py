@@ -19,7 +19,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from realsr_hpc.config.load import from_yaml, project_root
+from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
@@ -39,6 +39,7 @@ from realsr_hpc.launch.verdict import (
     requeue_was_asked,
     wait_for_requeue,
 )
+from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import set_status
 from realsr_hpc.tracking.delivery import brief
 

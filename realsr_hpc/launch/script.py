@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from realsr_hpc.config.load import output_root, project_root
+from realsr_hpc.config.load import output_root
 from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import run_folder
+from realsr_hpc.paths import project_root
 
 
 def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str]) -> dict[str, object]:

@@ -18,29 +18,29 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from realsr_hpc.config.load import output_root, project_root
+from realsr_hpc.config.load import output_root
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import code_root, is_checkout, project_root
 
 FOLDERS = ("realsr_hpc", "recipes", "slurm", "tools")
 
 
 def take_snapshot(configs: Sequence[RunConfig]) -> Path:
     """Folder of the copy that the runs of these recipes share, made if it does not exist yet."""
-    root = project_root()
-    files = _files(root)
-    target = output_root(configs[0]) / "code" / _digest(root, files)
+    files = _files()
+    target = output_root(configs[0]) / "code" / _digest(files)
     if not target.exists():
         aside = target.with_name(f".{target.name}.{os.getpid()}")
-        for name in files:
+        for name, source in files.items():
             copy = aside / name
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, copy)
+            shutil.copy2(source, copy)
         try:
             os.rename(aside, target)
         except OSError:  # another launcher was faster
             shutil.rmtree(aside)
     for name in {name for config in configs for name in external_paths(config)}:
-        _link(root / name, target / name)
+        _link(project_root() / name, target / name)
     return target
 
 
@@ -70,18 +70,27 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _files(root: Path) -> list[str]:
+def _files() -> dict[str, Path]:
+    """What is copied, by name in the snapshot: that of a wheel has the form of a checkout, recipes beside the code."""
+    root = code_root()
     listed = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *FOLDERS)
     if listed:
-        return sorted(name for name in listed.split("\0") if name and (root / name).is_file())
-    found = (path for folder in FOLDERS for path in (root / folder).rglob("*"))
-    return sorted(str(path.relative_to(root)) for path in found if path.is_file() and "__pycache__" not in path.parts)
+        return {name: root / name for name in sorted(listed.split("\0")) if name and (root / name).is_file()}
+    # Other people's packages lie beside a wheel's; its recipes are inside it, and move to where a checkout's are.
+    folders, moved = (FOLDERS, ()) if is_checkout() else (FOLDERS[:1], tuple(f"realsr_hpc/{name}/" for name in FOLDERS))
+    found = (path for folder in folders for path in (root / folder).rglob("*"))
+    names = {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
+    return {
+        name.removeprefix("realsr_hpc/") if name.startswith(moved) else name: path
+        for name, path in sorted(names.items())
+        if "__pycache__" not in path.parts
+    }
 
 
-def _digest(root: Path, files: list[str]) -> str:
+def _digest(files: dict[str, Path]) -> str:
     digest = hashlib.sha256()
-    for name in files:
-        digest.update(name.encode() + b"\0" + (root / name).read_bytes() + b"\0")
+    for name, source in files.items():
+        digest.update(name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -97,7 +106,9 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(project_root()), *arguments]
+    if not is_checkout():  # of a wheel, git would speak of whatever repository its environment lies in
+        return None
+    command = ["git", "-C", str(code_root()), *arguments]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.SubprocessError):

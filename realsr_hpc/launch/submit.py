@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc.config.identity import flatten
-from realsr_hpc.config.load import output_root, project_root, to_yaml
+from realsr_hpc.config.load import output_root, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.job import node_job
@@ -36,6 +36,7 @@ from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.script import executor_parameters, setup_lines
 from realsr_hpc.launch.snapshot import code_version, environment, take_snapshot
 from realsr_hpc.launch.turns import node_job_in_turn
+from realsr_hpc.paths import code_root
 from realsr_hpc.tracking import prepare_run, prepare_store, prepare_sweep, write_launch_tags
 from realsr_hpc.tracking.delivery import brief
 from realsr_hpc.tracking.store import PARENT_TAG, SWEEP_TAG
@@ -199,7 +200,7 @@ def _outliving_the_terminal(log: Path) -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(project_root()), path]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code_root()), path]))
     log.parent.mkdir(parents=True, exist_ok=True)
     streams = [os.dup(number) for number in (1, 2)]
     with log.open("ab") as file:

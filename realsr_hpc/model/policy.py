@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +15,7 @@ from realsr_hpc.model.precision import emulates_fp8, rollout_fp8_layers
 from realsr_hpc.model.spec import block_spec, transformer_config
 from realsr_hpc.parallel import backend, layout
 from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.paths import resolve
 
 
 def build_policy(
@@ -74,10 +74,7 @@ def _chunk(config: RunConfig, megatron: TransformerConfig, groups: Groups, padde
 
 
 def _fill(policy: Policy, config: RunConfig) -> None:
-    import realsr_hpc
-
     if config.model.weights is None:
         init_weights(policy, config.seed, config.model.init_std)
         return
-    root = Path(realsr_hpc.__file__).parent.parent
-    load_hf_weights(policy, root / config.model.weights)
+    load_hf_weights(policy, resolve(config.model.weights))

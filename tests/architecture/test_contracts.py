@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from realsr_hpc.config.load import project_root
+from realsr_hpc.paths import project_root
 
 VIOLATIONS = {
     "sibling": ("grpo/violation.py", "from realsr_hpc import rollout\n", "Rooms import only"),

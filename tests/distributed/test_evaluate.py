@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,12 @@ import torch
 from PIL import Image
 
 from realsr_hpc import checkpoint
+from realsr_hpc.commands import evaluate
 from realsr_hpc.config.learning import RewardsConfig, RewardTerm
 from realsr_hpc.config.load import to_yaml
 from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig, VLCoTConfig
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise
-from realsr_hpc.paths import project_root
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from tests.distributed.launcher import run_ranks
@@ -43,10 +42,7 @@ def make_run(folder: Path) -> None:
 
 def run_tool(arguments: list[str]) -> int:
     """The command, as torchrun starts it."""
-    spec = importlib.util.spec_from_file_location("tool_evaluate", project_root() / "tools" / "evaluate.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool.main(arguments)
+    return evaluate.main(arguments)
 
 
 def test_two_ranks_report_what_one_reports(tmp_path):

@@ -5,13 +5,14 @@ A block of commands that needs a cluster, several GPUs or a browser is marked `<
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from realsr_hpc.commands import COMMANDS
 from realsr_hpc.config.load import GROUPS
 from realsr_hpc.launch.command import choose, read_arguments
 from realsr_hpc.paths import project_root
@@ -21,24 +22,24 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = {"make", "for", "do", "done", "mlflow", "torchrun", "pip", "sbatch", "source", "cd", "export", "sudo", "git"}
 BY_HAND = {"bench": "measures for minutes", "demo": "make demo; its commands have tests of their own"}
 """Documented tools that no test runs, and why."""
+CHECKOUT_ONLY = ("bench", "recipe_reference")
+"""Tools that work on the checkout itself and are no commands of the installed package."""
 TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
-    """Lines of a page's `sh` blocks and its indented `python tools/...` lines; whether they need a cluster."""
+    """Lines of a page's `sh` blocks and its indented lines that call us; whether they need a cluster."""
     text = page.read_text()
     blocks = re.findall(r"(<!-- cluster -->\n)?```(?:sh|bash)\n(.*?)```", text, re.DOTALL)
     lines = [(line, bool(mark)) for mark, block in blocks for line in block.splitlines()]
-    lines += [(line, "7b" in line) for line in re.findall(r"^    (python tools/\S+\.py.*)$", text, re.MULTILINE)]
+    indented = re.findall(r"^    ((?:python tools/|realsr-hpc )\S+.*)$", text, re.MULTILINE)
+    lines += [(line, "7b" in line) for line in indented]
     return [(line.split("   #")[0].split("  # ")[0].strip(), needs) for line, needs in lines if line.strip()]
 
 
 def tool(name: str):
-    """The module of a command."""
-    spec = importlib.util.spec_from_file_location(f"documented_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a command, or of a tool of ours for this checkout alone."""
+    return importlib.import_module(f"{'tools' if name in CHECKOUT_ONLY else 'realsr_hpc.commands'}.{name}")
 
 
 DOCUMENTED = sorted({(page.name, *command) for page in PAGES for command in commands(page)})
@@ -47,13 +48,14 @@ DOCUMENTED = sorted({(page.name, *command) for page in PAGES for command in comm
 @pytest.mark.parametrize(("page", "command", "needs_cluster"), DOCUMENTED)
 def test_a_documented_command_is_there_takes_its_words_and_is_run_by_a_test(page, command, needs_cluster):
     words = shlex.split(command)
-    called = re.search(r"tools/(\w+)\.py", command)
+    called = re.search(r"tools/(\w+)\.py|realsr-hpc ([a-z-]+)", command)
     if called is None:
         assert words[0] in SHELL, f"{page}: {command!r} is neither a command of this project nor a known one"
         return
-    name = called[1]
+    name = called[1] or called[2].replace("-", "_")
     assert (ROOT / "tools" / f"{name}.py").is_file(), f"{page}: {command!r}: no such tool"
-    rest = shlex.split(command.split(f"tools/{name}.py")[1].split(";")[0])
+    assert name in CHECKOUT_ONLY or name.replace("_", "-") in COMMANDS, f"{page}: {command!r}: no such command"
+    rest = shlex.split(command[called.end() :].split(";")[0])
     given = [
         word for word in rest if "=" in word and not word.startswith("recipe=") and "." not in word.partition("=")[0]
     ]
@@ -65,13 +67,13 @@ def test_a_documented_command_is_there_takes_its_words_and_is_run_by_a_test(page
         unknown = [word for word in given if keys is not None and word.partition("=")[0] not in keys]
         assert not unknown, f"{page}: {command!r}: {unknown} are no keys of tools/{name}.py: {list(keys or ())}"
     if not needs_cluster and name not in BY_HAND:
-        assert re.search(rf"""["'/]{name}(\.py)?["']|tool_{name}\b""", TESTS), f"no test runs tools/{name}.py"
+        assert re.search(rf"""["'/]{name}(\.py)?["']|commands import .*\b{name}\b""", TESTS), f"no test runs {name}"
 
 
 def test_small_commands_run(tmp_path, capsys):
     assert tool("jobs").main([f"root={tmp_path}"]) == 0 and tool("sync_tracking").main([f"root={tmp_path}"]) == 0
     assert "no runs in" in capsys.readouterr().out
-    assert tool("make_shapes").main(tmp_path / "shapes", 1) == 0
+    assert tool("make_shapes").main([f"output={tmp_path / 'shapes'}", "images=1"]) == 0
     assert {"0000.jpg", "manifest.parquet"} == {path.name for path in (tmp_path / "shapes").iterdir()}
 
 

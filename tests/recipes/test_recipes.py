@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from realsr_hpc.config.load import compose, project_root, recipe_names
+from realsr_hpc.config.load import compose, recipe_names
+from realsr_hpc.paths import project_root
 from realsr_hpc.plan import plan
 
 GROUP_FILES = sorted(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from realsr_hpc.config.load import compose, project_root
+from realsr_hpc.config.load import compose
 from realsr_hpc.launch.rundir import list_runs
+from realsr_hpc.paths import project_root
 
 SMALL = [
     "recipe=sft_tiny",

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from realsr_hpc.compare import connect, find_sweep
-from realsr_hpc.config.load import compose, project_root
+from realsr_hpc.config.load import compose
 from realsr_hpc.launch.rundir import read_job, read_status
+from realsr_hpc.paths import project_root
 from tests.slurm.watching import log_of, steps_done, wait_for_end
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]

@@ -20,10 +20,10 @@ import pytest
 
 from realsr_hpc.checkpoint import manifest
 from realsr_hpc.compare import connect
-from realsr_hpc.config.load import project_root
 from realsr_hpc.launch.manage import cancel, resume
 from realsr_hpc.launch.rundir import current_status, make_private, rank_log, read_job, saved_step
 from realsr_hpc.launch.verdict import HUNG
+from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import read_bookmark
 from tests.mlflow_server import running
 from tests.slurm.watching import log_of, results, state_of, steps_done, wait_for, wait_for_end

@@ -26,9 +26,10 @@ from realsr_hpc.data.dali_pipeline import DegradationPipeline
 from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
 from realsr_hpc.data.graph_inputs import DegradationInput
-from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
+from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.data.samples import Geometry, Samples
+from realsr_hpc.paths import project_root
 from tools.benchmarks._degraders import degrade_opencv, degrade_torch
 from tools.benchmarks._measure import alternately, show
 from tools.benchmarks._options import split_options
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
 def degradation_alone(side: int, count: int, rounds: int, gpu: bool) -> None:
     """First table."""
-    entries = read_manifest(PROJECT_ROOT / "recipes/assets/photographs/manifest.parquet")
+    entries = read_manifest(project_root() / "recipes/assets/photographs/manifest.parquet")
     crops = [_crop(decode_image(entries.path(entry)), side) for entry in entries.entries]
     drawn = [
         sample_degradation(generator(0, i, Stream.DEGRADATION), PRESETS["realesrgan"], side, UPSCALE)
@@ -153,7 +154,7 @@ def files_to_batches(side: int, count: int, rounds: int) -> None:
 
 def _usual_loader(config: RunConfig, count: int) -> DataLoader:
     geometry = Geometry(max(config.vlcot.image_sizes_px), UPSCALE, config.data.min_scene_fraction, config.data.hflip)
-    manifest = read_manifest(PROJECT_ROOT / config.data.manifest).split("train")
+    manifest = read_manifest(resolve(config.data.manifest)).split("train")
     samples = Samples(
         manifest, "unpaired", geometry, PRESETS[config.degradation.preset], seed=config.seed, shuffle=True
     )

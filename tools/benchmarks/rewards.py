@@ -14,8 +14,8 @@ import torch
 
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.data.decoding import decode_image
-from realsr_hpc.data.loader import PROJECT_ROOT
 from realsr_hpc.data.manifest import read_manifest
+from realsr_hpc.paths import project_root
 from realsr_hpc.quality.ladder import ladder
 from realsr_hpc.records import DegradationLabel, ParsedTrace
 from realsr_hpc.rewards.base import Candidate, Reward
@@ -58,7 +58,7 @@ def measured(name: str, reward: Reward, candidates: list[Candidate], rounds: int
 
 def some_candidates(count: int, side: int) -> list[Candidate]:
     """Rollouts of the bundled photographs, each degraded a little otherwise, with true texts."""
-    manifest = read_manifest(PROJECT_ROOT / "recipes/assets/photographs/manifest.parquet")
+    manifest = read_manifest(project_root() / "recipes/assets/photographs/manifest.parquet")
     grids = tuple(np.zeros((side // 8, side // 8), np.int64) for _ in range(3))
     candidates = []
     for number in range(count):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -13,13 +12,13 @@ import pytest
 from PIL import Image
 from scipy.stats import t as student
 
+from realsr_hpc.commands import compare as compare_command
 from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, image_rows, write_report
 from realsr_hpc.compare.axes import plot_axes
 from realsr_hpc.compare.groups import Group
 from realsr_hpc.compare.report import evaluation_table, verdict
 from realsr_hpc.compare.runs import ComparedRun, Comparison
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import prepare_sweep, sync, write_launch_tags
 from realsr_hpc.tracking.spool import Spool
 from realsr_hpc.tracking.store import PARENT_TAG
@@ -103,14 +102,11 @@ def test_runs_are_found_by_name_and_unknown_ones_named(store):
 
 
 def test_the_command_prints_the_groups_and_writes_the_report(store, root, capsys):
-    spec = importlib.util.spec_from_file_location("tool_compare", project_root() / "tools" / "compare.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.main(["sweep=betas", f"root={root}"]) == 0
+    assert compare_command.main(["sweep=betas", f"root={root}"]) == 0
     printed = capsys.readouterr().out
     assert "kl_beta=0.04" in printed and "best by heldout/total/mean: beta0.0-0" in printed
     assert (root / "compare" / "betas" / "comparison.html").exists()
-    assert tool.main(["sweep=betas", "runs=x", f"root={root}"]) == 2
+    assert compare_command.main(["sweep=betas", "runs=x", f"root={root}"]) == 2
 
 
 def test_the_report_holds_every_run_and_group(store, tmp_path):

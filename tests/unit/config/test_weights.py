@@ -1,21 +1,17 @@
 """What a recipe needs, checked, collected, packed and checked again."""
 
-import importlib.util
 import tarfile
 
 import pytest
 
+from realsr_hpc.commands import stage_weights
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.weights import PYIQA_FILES, needs_of, pyiqa_needs, sha256_of, state
-from realsr_hpc.paths import project_root
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("stage_weights", project_root() / "tools/stage_weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return stage_weights
 
 
 def test_the_small_recipe_has_all_it_needs_and_packs(tool, tmp_path, capsys, monkeypatch):

@@ -37,13 +37,13 @@ from realsr_hpc.data.graph_inputs import (
     table_inputs,
 )
 from realsr_hpc.data.kernels import SHAPES, KernelParameters, build_factors, build_kernel
-from realsr_hpc.data.loader import PROJECT_ROOT
+from realsr_hpc.paths import project_root
 
 spec = importlib.util.spec_from_file_location("reference", Path(__file__).with_name("reference.py"))
 reference = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(reference)
 
-PHOTOGRAPHS = PROJECT_ROOT / "recipes/assets/photographs"
+PHOTOGRAPHS = project_root() / "recipes/assets/photographs"
 DALI = DALIOperators("cpu")
 
 

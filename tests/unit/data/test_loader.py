@@ -9,14 +9,15 @@ from PIL import Image
 
 from realsr_hpc.config.schema import DataConfig, RunConfig, VLCoTConfig
 from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
-from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
+from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.manifest import read_manifest, write_manifest
+from realsr_hpc.paths import project_root
 from realsr_hpc.prepare.folders import PrepareOptions, prepare
 from realsr_hpc.records import ResizeTo
 
 torch.set_num_threads(1)
 ALL_TRAIN = PrepareOptions(heldout_fraction=0.0)
-BUNDLED = str(PROJECT_ROOT / "recipes/assets/photographs/manifest.parquet")
+BUNDLED = str(project_root() / "recipes/assets/photographs/manifest.parquet")
 
 
 def config(manifest=BUNDLED, seed=0, **data):

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
-from realsr_hpc.data.loader import PROJECT_ROOT
 from realsr_hpc.data.manifest import ManifestEntry, read_manifest, verify, write_manifest
+from realsr_hpc.paths import project_root
 from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
 from realsr_hpc.prepare.folders import prepare
 
-PHOTOGRAPHS = PROJECT_ROOT / "recipes/assets/photographs"
+PHOTOGRAPHS = project_root() / "recipes/assets/photographs"
 
 
 def pixels(seed=0, height=40, width=60):

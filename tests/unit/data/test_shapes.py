@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import Image
 
+from realsr_hpc.commands import make_shapes
 from realsr_hpc.data.manifest import read_manifest, verify
 from realsr_hpc.data.shapes import COLOURS, dead_leaves, describe
-from tools import make_shapes
 
 
 def test_texts_name_the_colours_commonest_first():
@@ -28,7 +28,7 @@ def test_every_tag_stands_in_the_texts():
 
 
 def test_the_tool_writes_a_manifest_of_shapes_and_photographs(tmp_path):
-    make_shapes.main(tmp_path / "shapes", 2)
+    assert make_shapes.main([f"output={tmp_path / 'shapes'}", "images=2"]) == 0
     manifest = read_manifest(tmp_path / "shapes" / "manifest.parquet")
     assert not verify(manifest).faults
     shapes, photographs = (

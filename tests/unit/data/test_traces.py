@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from realsr_hpc.config.load import compose_one
-from realsr_hpc.data.loader import PROJECT_ROOT, LQLoader
+from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.manifest import read_manifest, write_manifest
 from realsr_hpc.data.traces import FrozenTraces, TraceLoader, freeze_traces
+from realsr_hpc.paths import project_root
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 torch.set_num_threads(1)
@@ -64,7 +65,7 @@ def test_a_folder_with_a_gap_is_refused(config, folder, tmp_path):
 
 
 def test_photographs_without_captions_give_no_trace(tmp_path):
-    bundled = read_manifest(PROJECT_ROOT / "recipes/assets/photographs/manifest.parquet")
+    bundled = read_manifest(project_root() / "recipes/assets/photographs/manifest.parquet")
     entries = [replace(entry, path=str(bundled.path(entry)), caption_final="") for entry in bundled.entries]
     write_manifest(tmp_path / "manifest.parquet", entries)
     untold = compose_one(["recipe=sft_tiny", f"data.manifest={tmp_path / 'manifest.parquet'}"])

@@ -1,6 +1,6 @@
 """The commands on a tiny policy with random weights: from a run folder to files."""
 
-import importlib.util
+import importlib
 import json
 from dataclasses import astuple
 from pathlib import Path
@@ -18,7 +18,6 @@ from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfi
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise, shutdown
-from realsr_hpc.paths import project_root
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
@@ -26,11 +25,7 @@ torch.set_num_threads(1)
 
 
 def command(name: str):
-    """The `main` of a file in tools/."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", project_root() / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return importlib.import_module(f"realsr_hpc.commands.{name}").main
 
 
 @pytest.fixture(scope="module")

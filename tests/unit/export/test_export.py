@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ChameleonForConditionalGeneration, LogitsProcessorList
 
-from realsr_hpc.config.load import from_yaml, project_root, to_yaml
+from realsr_hpc.config.load import from_yaml, to_yaml
 from realsr_hpc.config.operation import ClusterConfig, TrackingConfig
 from realsr_hpc.config.schema import DataConfig
 from realsr_hpc.export import export_run, import_folder
@@ -25,6 +25,7 @@ from realsr_hpc.export.hf_config import code_name, special_tokens
 from realsr_hpc.export.image_weights import load_from_export
 from realsr_hpc.export.incoming import IMAGE_FILE, TEXT_FILE
 from realsr_hpc.export.recipe import portable
+from realsr_hpc.paths import project_root
 from realsr_hpc.tokenizer.image import load_image_tokenizer
 from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.vocabulary import Vocabulary

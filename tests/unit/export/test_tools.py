@@ -1,18 +1,10 @@
 """The two commands, as a user calls them."""
 
-import importlib.util
-from pathlib import Path
-
-import realsr_hpc
-
-TOOLS = Path(realsr_hpc.__file__).parent.parent / "tools"
+import importlib
 
 
 def command(name: str):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return importlib.import_module(f"realsr_hpc.commands.{name}").main
 
 
 def test_export_and_import_commands(run, tmp_path, capsys):

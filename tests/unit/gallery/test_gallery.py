@@ -1,6 +1,5 @@
 """The page: what it holds, and what Chromium makes of it."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 from skimage import data
 
+from realsr_hpc.commands import gallery
 from realsr_hpc.gallery import read_run, render
 from realsr_hpc.paths import project_root
 from realsr_hpc.records import DegradationLabel, LQBatch, ParsedTrace, RolloutGroup, SceneText, ScoredGroup
@@ -74,11 +74,8 @@ def test_a_group_stands_with_its_rewards_words_and_images(run_dir):
 @pytest.fixture(scope="module")
 def page(run_dir) -> Path:
     output = run_dir.parent / "gallery.html"
-    spec = importlib.util.spec_from_file_location("tool_gallery", project_root() / "tools/gallery.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    assert tool.main([f"run={run_dir}", f"output={output}"]) == 0
-    assert tool.main([f"run={run_dir.parent}"]) == 2 and tool.main([]) == 2
+    assert gallery.main([f"run={run_dir}", f"output={output}"]) == 0
+    assert gallery.main([f"run={run_dir.parent}"]) == 2 and gallery.main([]) == 2
     return output
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from realsr_hpc.config.identity import signature
-from realsr_hpc.config.load import RecipeError, compose, project_root
+from realsr_hpc.config.load import RecipeError, compose
 from realsr_hpc.launch.command import Options, main, read_arguments
 from realsr_hpc.launch.rundir import (
     Job,
@@ -28,6 +28,7 @@ from realsr_hpc.launch.rundir import (
 from realsr_hpc.launch.script import sbatch_script
 from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.submit import submit
+from realsr_hpc.paths import project_root
 
 LAUNCH = [sys.executable, str(project_root() / "tools" / "launch.py")]
 

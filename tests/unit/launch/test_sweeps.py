@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from realsr_hpc.config.load import compose, recipes_dir
+from realsr_hpc.config.load import compose, yaml_names
 from realsr_hpc.launch.command import choose, main, read_arguments
 from realsr_hpc.launch.rundir import make_private, run_folder, write_status
 from realsr_hpc.tracking.spool import Spool
@@ -20,7 +20,7 @@ def test_a_large_sweep_equals_its_recipes_one_by_one():
     assert len({run_folder(config) for config in configs}) == 12
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (recipes_dir() / "sweeps").glob("*.yaml")))
+@pytest.mark.parametrize("name", yaml_names("sweeps"))
 def test_shipped_axes_fit_the_large_recipe(name):
     options, multirun, overrides = read_arguments(["recipe=grpo_7b", f"axes={name}"])
     if any("interval" in item for item in overrides):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from realsr_hpc.config.load import project_root
+from realsr_hpc.paths import project_root
 from realsr_hpc.plan.tables import markdown
 from tools.benchmarks.planned import TITLES, recipes
 

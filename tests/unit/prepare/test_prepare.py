@@ -1,6 +1,5 @@
 """Folders and tars to a manifest: layouts, captions, tags, resuming, shards, and the command."""
 
-import importlib.util
 import io
 import json
 import re
@@ -11,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from realsr_hpc.commands import prepare_data
 from realsr_hpc.data.decoding import decode_image
-from realsr_hpc.data.loader import PROJECT_ROOT
 from realsr_hpc.data.manifest import read_manifest, verify
+from realsr_hpc.paths import project_root
 from realsr_hpc.prepare.describe import Captioner, ClassTagger, tags_of_captions
 from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
 from realsr_hpc.prepare.folders import PrepareOptions, prepare
@@ -186,7 +186,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     vit = tf.ViTConfig(image_size=32, patch_size=16, id2label={0: "tabby, tabby cat", 1: "sea_shore"}, **sizes)
-    tokens = tf.PreTrainedTokenizerFast(tokenizer_file=str(PROJECT_ROOT / "recipes/assets/tiny/text_tokenizer.json"))
+    tokens = tf.PreTrainedTokenizerFast(tokenizer_file=str(project_root() / "recipes/assets/tiny/text_tokenizer.json"))
     gpt = tf.GPT2Config(
         vocab_size=len(tokens), n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
     )
@@ -233,13 +233,10 @@ def test_tags_from_captions_and_folders(tmp_path):
 
 
 def test_the_command_writes_a_manifest_and_names_wrong_arguments(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("prepare_data", PROJECT_ROOT / "tools/prepare_data.py")
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
     save(tmp_path / "a.png", 1)
     right = [f"source={tmp_path}", f"output={tmp_path / 'out'}"]
-    assert command.main([*right, "shard=1/1"]) == 0 and not (tmp_path / "out" / "manifest.parquet").exists()
-    assert command.main(right) == 0
+    assert prepare_data.main([*right, "shard=1/1"]) == 0 and not (tmp_path / "out" / "manifest.parquet").exists()
+    assert prepare_data.main(right) == 0
     assert len(read_manifest(tmp_path / "out" / "manifest.parquet")) == 1
     for wrong, message in (
         (["ouput=out"], "did you mean 'output'"),
@@ -248,5 +245,5 @@ def test_the_command_writes_a_manifest_and_names_wrong_arguments(tmp_path, capsy
         ([*right, "shard=3/2"], "shard is 3/2"),
         ([*right, "heldout_fraction=x"], "give a share such as 0.1"),
     ):
-        assert command.main(wrong) == 2
+        assert prepare_data.main(wrong) == 2
         assert message in capsys.readouterr().out

@@ -1,0 +1,61 @@
+"""`realsr-hpc COMMAND ...`: every program of the project; `python tools/COMMAND.py` in a checkout is the same.
+
+Each module here is one command with `main(arguments) -> int`. A command is imported only when it is asked for, and
+imports what is heavy inside its functions: help is immediate, and submitting a run never imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from realsr_hpc import __version__
+
+COMMANDS = {
+    "demo": "the whole system in minutes on a CPU, one command after another",
+    "launch": "run, plan or sweep a recipe, here or on Slurm",
+    "jobs": "runs, their states and logs; cancel, resume or follow one",
+    "compare": "tables, curves and images of several runs of one sweep or comparison",
+    "prepare-data": "folders of photographs or WebDataset tars to a checked manifest",
+    "degrade": "degrade photographs as training does, to look at or to test on",
+    "stage-weights": "what a recipe needs beside the code; collect, check and pack it",
+    "freeze-traces": "tokenise VLCoT traces once, for SFT without images",
+    "make-shapes": "the made images that sft_tiny trains on beside photographs",
+    "fit-experts": "make and measure the small quality experts of the generation reward",
+    "score": "score a folder of images with metrics or rewards",
+    "evaluate": "metrics of a run, an export or finished images on a test set",
+    "restore": "images in, images out, with the reasoning beside them",
+    "gallery": "one HTML page of rollouts, rewards, evaluations and restored images",
+    "export-hf": "a run to a Hugging Face folder",
+    "import-hf": "a Hugging Face folder to a run",
+    "nemo-archive": "an export to a NeMo archive and back",
+    "sync-tracking": "send to MLflow what runs logged while it was away",
+}
+"""What each command does, in the order of a project's life."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code, or 2 for one that does not exist."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"realsr-hpc {__version__}")
+        return 0
+    name = words[0].replace("_", "-")
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        print(f"unknown command {words[0]!r}; {hint}commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"realsr_hpc.commands.{name.replace('-', '_')}").main(words[1:])
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(["usage: realsr-hpc COMMAND [key=value ...]    (realsr-hpc COMMAND --help: its keys)", "", *lines])

@@ -1,0 +1,62 @@
+"""Compare runs from MLflow: `realsr-hpc compare sweep=NAME` or `runs=a,b` [metric=KEY] [output=DIR].
+
+Runs that differ in their seed alone become one row with an interval. Written to output= (default ROOT/compare/NAME):
+comparison.md and .html (tables, cost, differing recipe keys, pictures), comparison.csv (a line a run), curves.png, and
+grid.png: the same inputs restored by each, from the runs' evaluations or the held-out rollouts that training kept.
+Options: root=DIR (output root, default runs/), uri=MLFLOW_URI, experiment=NAME.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from realsr_hpc.compare import Comparison, compare, connect, find_runs, find_sweep, group_runs, write_report
+from realsr_hpc.config.arguments import read_arguments
+
+OPTIONS = {
+    "sweep": "", "runs": "", "metric": "", "output": "", "root": "runs", "uri": "", "experiment": "realsr_hpc",
+}  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0, or 2 for a wrong option or an unknown run."""
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    try:
+        options = read_arguments(arguments, OPTIONS, __doc__)
+        if bool(options["sweep"]) == bool(options["runs"]):
+            raise ValueError("give either sweep=NAME or runs=a,b")
+        root = Path(options["root"]).resolve()
+        mlflow = connect(options["uri"] or f"sqlite:///{root / 'mlflow.db'}")
+        if options["sweep"]:
+            runs = find_sweep(mlflow, options["experiment"], options["sweep"])
+        else:
+            runs = find_runs(mlflow, options["experiment"], options["runs"].split(","))
+        comparison = compare(runs, options["metric"], mlflow)
+        default = root / "compare" / (options["sweep"] or options["runs"].replace(",", "-vs-"))
+        output = Path(options["output"] or default)
+        files = write_report(comparison, output, options["sweep"] or options["runs"])
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        return 2
+    show(comparison, console)
+    console.print(f"{output}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
+    return 0
+
+
+def show(comparison: Comparison, console: Console) -> None:
+    """A line a group, and the best run in words."""
+    metrics = comparison.columns()[:6]
+    table = Table("runs", "n", "finished", *metrics)
+    for group in group_runs(comparison):
+        finished = sum(run.status == "FINISHED" for run in group.runs)
+        style = "bold green" if comparison.best in group.runs else ""
+        values = [str(group.final(key)) for key in metrics]
+        table.add_row(group.label, str(len(group.runs)), str(finished), *values, style=style)
+    console.print(table)
+    best = comparison.best
+    if best is None:
+        console.print(f"no run has {comparison.metric} yet")
+    else:
+        console.print(f"best by {comparison.metric}: {best.name} ({best.metrics[comparison.metric]:.4g})", markup=False)

@@ -1,0 +1,75 @@
+"""Degrade photographs as training does, to look at or to test on: realsr-hpc degrade recipe=NAME output=DIR
+
+images=64          how many; more than there are photographs visits them again, with another window and degradation
+split=heldout      of the recipe's manifest (data.manifest=FILE: another one)
+
+Anything else is an override of the recipe. Writes lq/NAME.png and gt/NAME.png, which realsr-hpc evaluate set=paired
+data=DIR reads, labels.csv with each image's true words, and grid.png. The same recipe and seed give the same images.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+from realsr_hpc.config.arguments import read_count, read_with_overrides
+from realsr_hpc.config.schema import RunConfig
+
+DEFAULTS = {"output": None, "images": "64", "split": "heldout"}
+SHOWN, SHOWN_A_ROW, BATCH = 32, 4, 16
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 written, 2 wrong usage."""
+    try:
+        given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
+        if not given["output"]:
+            raise ValueError("output=DIR is needed")
+        output, count = Path(str(given["output"])), read_count(given, "images", 1)
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"output={output}: not empty; name a new folder")
+        from realsr_hpc.config.load import compose_one
+
+        config = compose_one(overrides)
+        skipped = degrade(config, output, count, str(given["split"]))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for key, reason in skipped.items():
+        print(f"left out: {key}: {reason}", file=sys.stderr)
+    print(f"{output}: {count} pairs, labels.csv, grid.png")
+    return 0
+
+
+def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str, str]:
+    """Write the folder; the photographs that could not be used, and why."""
+    from PIL import Image
+    from rich.progress import track
+
+    from realsr_hpc.data.loader import LQLoader
+    from realsr_hpc.evaluate.cases import cases_of
+    from realsr_hpc.evaluate.words import SLOTS
+    from realsr_hpc.tracking.pictures import image_grid
+
+    loader = LQLoader(config, split, min(BATCH, count), shuffle=False)
+    cases = []
+    for _ in track(range(-(-count // min(BATCH, count))), "degrading"):
+        cases += cases_of(loader.next())
+    loader.close()
+    for folder in ("lq", "gt"):
+        (output / folder).mkdir(parents=True)
+    named = [(f"{case.index:05d}_{Path(case.key).stem}", case) for case in cases[:count]]
+    with (output / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", *SLOTS])
+        for name, case in named:
+            Image.fromarray(case.lq).save(output / "lq" / f"{name}.png")
+            if case.gt is not None:
+                Image.fromarray(case.gt).save(output / "gt" / f"{name}.png")
+            table.writerow([name, *([] if case.label is None else astuple(case.label))])
+    shown = [image for _, case in named[:SHOWN] for image in (case.lq, case.gt)]
+    rows = [shown[start : start + 2 * SHOWN_A_ROW] for start in range(0, len(shown), 2 * SHOWN_A_ROW)]
+    image_grid(rows, ["low quality", "truth"] * min(SHOWN_A_ROW, len(named))).save(output / "grid.png")
+    return loader.skipped

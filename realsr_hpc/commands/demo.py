@@ -1,0 +1,111 @@
+"""The whole system in minutes on a CPU: GRPO on the bundled photographs, and what it learned.
+
+realsr-hpc demo [section.field=value ...] runs the commands that a user would type, one after another, and shows
+each: launch, evaluate, restore, export, gallery. Overrides go to the recipe grpo_tiny. A finished run is not repeated.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from realsr_hpc.config.arguments import read_with_overrides
+from realsr_hpc.config.load import compose
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.rundir import run_folder
+from realsr_hpc.paths import project_root, resolve
+from realsr_hpc.tracking.pictures import curves
+from realsr_hpc.tracking.spool import metrics_by_step
+from realsr_hpc.tracking.store import tracking_uri
+
+LOAD_EXPORT = (
+    "import sys; from transformers import AutoModelForCausalLM as Model; "
+    "m, report = Model.from_pretrained(sys.argv[1], trust_remote_code=True, output_loading_info=True); "
+    "assert not report['missing_keys'], report; "
+    "print(type(m).__name__, f'{m.num_parameters():,} parameters, loaded by transformers')"
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code of the first command that failed, else 0; 2 for wrong usage."""
+    console = Console()
+    try:
+        _, overrides = read_with_overrides(arguments, {}, __doc__)
+        config = compose(["recipe=grpo_tiny", *overrides])
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False)
+        return 2
+    assert isinstance(config, RunConfig)
+    run_dir = run_folder(config)
+    report, export = run_dir / "demo", run_dir / "export"
+    commands = [
+        ["launch", "recipe=grpo_tiny", *overrides],
+        ["evaluate", f"run={run_dir}", "against=start", "num_images=12", f"output={report}"],
+        ["restore", f"run={run_dir}", f"input={small_photograph(report)}", f"output={report / 'restored'}"],
+    ]
+    if not export.exists():
+        commands.append(["export-hf", f"run={run_dir}", f"output={export}"])
+    commands.append(["-c", LOAD_EXPORT, str(export)])
+    commands.append(["gallery", f"run={run_dir}", f"evaluation={report}", f"output={report / 'gallery.html'}"])
+    for command in commands:
+        foreign = command[0] == "-c"
+        shown = "python -c '(load it with transformers)'" if foreign else f"realsr-hpc {' '.join(command)}"
+        console.rule(shown, align="left")
+        program = command if foreign else ["-m", "realsr_hpc.commands", *command]
+        code = subprocess.run([sys.executable, *program], cwd=project_root()).returncode
+        if code:
+            console.print(f"that failed with exit code {code}", style="red")
+            return code
+    show(console, config, run_dir, report, export)
+    return 0
+
+
+def small_photograph(folder: Path) -> Path:
+    """A held-out photograph of 64 px: something that needs restoring."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "flower_64px.png"
+    with Image.open(resolve("recipes/assets/photographs/flower.jpg")) as photograph:
+        photograph.resize((64, 64), Image.Resampling.BOX).save(path)
+    return path
+
+
+def show(console: Console, config: RunConfig, run_dir: Path, report: Path, export: Path) -> None:
+    """Reward before and after, where the pictures lie, and the command that opens MLflow."""
+    steps = metrics_by_step(run_dir)
+    heldout = {step: metrics for step, metrics in steps.items() if "heldout/total/mean" in metrics}
+    first, last = min(heldout), max(heldout)
+    names = sorted(name for name in heldout[first] if name.startswith("heldout/"))
+    table = Table("held-out reward", f"step {first}", f"step {last}", "change", title="What GRPO learned")
+    for name in names:
+        before, after = heldout[first][name], heldout[last][name]
+        row = (name.split("/")[1], f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+        table.add_row(*row, style="bold" if name == "heldout/total/mean" else "")
+    series = {
+        "training rollouts": _series(steps, "rewards/total/mean"),
+        "held-out images": _series(steps, "heldout/total/mean"),
+    }
+    curves(report / "reward.png", series, f"{config.name}: mean reward", "reward")
+    console.rule("outcome", align="left")
+    console.print(Markdown((report / "metrics.md").read_text()))
+    console.print(table)
+    for name, path in {
+        "reward curve": report / "reward.png",
+        "input | bicubic | before | after | truth": report / "grid.png",
+        "a restored photograph": report / "restored",
+        "what it thinks, and what GRPO rewards": report / "gallery.html",
+        "Hugging Face export": export,
+    }.items():
+        console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
+    mlflow = f"{Path(sys.executable).parent}/mlflow ui --backend-store-uri {tracking_uri(config)}"
+    console.print(f"open MLflow: {mlflow}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _series(steps: dict[int, dict[str, float]], name: str) -> tuple[list[int], list[float]]:
+    found = [(step, metrics[name]) for step, metrics in steps.items() if name in metrics]
+    return [step for step, _ in found], [value for _, value in found]

@@ -1,0 +1,182 @@
+"""Score what restores: realsr-hpc evaluate run=RUN_DIR [against=start,RUN_DIR,EXPORT_DIR,IMAGE_DIR].
+
+Also checkpoint=RUN_DIR/checkpoints/step-N, export=DIR, or images=DIR (any method's finished images) instead of run=.
+Bicubic always stands in the table, and the weights the run began with (against=start, the default; none: without).
+The report goes to output=DIR, by default RUN_DIR/evaluation/STEP, and its numbers into the run's MLflow entry.
+On several GPUs or cores: torchrun --nproc-per-node=N -m realsr_hpc.commands evaluate ...
+
+  set=heldout          the recipe's held-out images (num_images=16, split=), or with data=DIR a test set: realsr,
+                       drealsr, ost_val, div2k_val, reallq250, reallr200, or any folder as paired or unpaired
+  pyiqa=lpips,dists,fid,niqe,musiq,maniqa-pipal,clipiqa,topiq_nr weights_dir=DIR     metrics that need staged weights
+  crop_px=0            border left out of PSNR and SSIM
+  candidates= choose= colour= overlap_px= temperature= image_top_k= ...   as in realsr-hpc restore
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count
+from realsr_hpc.config.schema import ParallelConfig, RunConfig
+
+DEFAULTS: dict[str, str | None] = {
+    "run": None,
+    "checkpoint": None,
+    "export": None,
+    "images": None,
+    "against": "start",
+    "set": "heldout",
+    "data": None,
+    "upscale": "4",
+    "output": None,
+    "num_images": "16",
+    "split": None,
+    "crop_px": "0",
+    "pyiqa": "lpips,dists,fid,niqe,musiq,maniqa-pipal,clipiqa,topiq_nr",
+    **RESTORING,
+}
+Given = dict[str, str | None]
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 written, 2 wrong usage or a run that cannot be evaluated."""
+    try:
+        given = read_arguments(arguments, DEFAULTS, __doc__)
+        count, crop_px = read_count(given, "num_images", 1), read_count(given, "crop_px")
+        report, run_dir, step = _evaluate(given, count, crop_px)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if report is None:  # another rank writes
+        return 0
+    print(report.markdown())
+    if run_dir is not None:
+        from realsr_hpc.tracking.results import log_results
+
+        files = [report.folder / name for name in ("metrics.md", "metrics.csv", "grid.png", "worst.png")]
+        fault = log_results(run_dir, step, report.summary(), files, f"evaluation/{report.set_name}")
+        print(f"not in MLflow: {fault}" if fault else f"in MLflow: evaluate/{report.set_name}/METHOD/METRIC")
+    print(f"{report.folder}: metrics.md, metrics.csv, grid.png, worst.png, images/")
+    return 0
+
+
+def _evaluate(given: Given, count: int, crop_px: int):
+    from realsr_hpc.evaluate import BICUBIC, Bicubic, FinishedImages, Metrics, evaluate
+
+    config, checkpoint, upscale = None, None, read_count(given, "upscale", 1)
+    if given["images"]:
+        folder = Path(given["images"]).resolve()
+        ours = {folder.name: FinishedImages(folder)}
+        default, run_dir, step = folder.with_name(f"{folder.name}-evaluation"), None, 0
+    else:
+        config, checkpoint, ours, default = _model(given)
+        upscale = config.vlcot.upscale
+        run_dir = checkpoint.parent.parent if checkpoint else None
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    cases, remarks = _cases(given, config, count, upscale)
+    methods = {BICUBIC: Bicubic(upscale), **_others(given, config, checkpoint), **ours}
+    names = [name for name in (given["pyiqa"] or "").split(",") if name and name != "none"]
+    metrics = Metrics(crop_px=crop_px, rewards=_rewards(config), pyiqa=names, weights_dir=given["weights_dir"])
+    set_name = given["set"] or ""
+    output = Path(given["output"] or (default if set_name == "heldout" else default / set_name))
+    report = evaluate(methods, cases, output, metrics=metrics, set_name=set_name, remarks=remarks, world=_world())
+    return report, run_dir, step
+
+
+def _model(given: Given):
+    """Recipe, checkpoint, the method called `ours`, and where its report goes."""
+    from realsr_hpc.restore import find_model, with_sampling
+
+    config, checkpoint, name = find_model(given)
+    config = with_sampling(config, given)
+    default = checkpoint.parent.parent / "evaluation" / checkpoint.name if checkpoint else Path(name) / "evaluation"
+    return config, checkpoint, {"ours": _restores(given, config, checkpoint)}, default
+
+
+def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
+    """A method that restores with a policy: images of the model's own size whole, others in tiles."""
+    from realsr_hpc.evaluate.cases import Case, batch_of
+    from realsr_hpc.evaluate.methods import finished
+    from realsr_hpc.records import RestoredImage
+    from realsr_hpc.restore import open_with_options, restore_images
+    from realsr_hpc.restore.colour import fix_colour
+    from realsr_hpc.restore.pictures import resized
+
+    restorer, settings = open_with_options(given, config, checkpoint)
+    tile_px, colour = settings.tile_px, settings.colour
+
+    def method(cases: Sequence[Case]) -> list[RestoredImage]:
+        if any(case.lq.shape[:2] != (tile_px, tile_px) for case in cases):
+            blended = restore_images(restorer, [case.lq for case in cases], settings)
+            return [finished(item.image) for item in blended]
+        restored = restorer(batch_of(list(cases)))
+        return [
+            item
+            if item.image is None
+            else replace(item, image=fix_colour(item.image, resized(case.lq, *item.image.shape[:2]), colour))
+            for case, item in zip(cases, restored, strict=True)
+        ]
+
+    return method
+
+
+def _others(given: Given, config: RunConfig | None, checkpoint: Path | None) -> dict:
+    """Methods of `against=`, by name."""
+    from realsr_hpc.evaluate import FinishedImages
+    from realsr_hpc.restore import find_model, with_sampling
+
+    methods = {}
+    for name in (given["against"] or "").split(","):
+        folder = Path(name)
+        if name == "start":
+            if config is not None and checkpoint is not None and config.model.weights is not None:
+                methods["start"] = _restores(given, config, None)
+        elif (folder / "checkpoints").is_dir() or (folder / "config.json").is_file():
+            kind = "run" if (folder / "checkpoints").is_dir() else "export"
+            other, path, _ = find_model({kind: name})
+            methods[folder.name] = _restores(given, with_sampling(other, given), path)
+        elif name not in ("", "none"):
+            methods[folder.name] = FinishedImages(folder)
+    return methods
+
+
+def _cases(given: Given, config: RunConfig | None, count: int, upscale: int):
+    """What is restored, and remarks about it."""
+    from realsr_hpc.evaluate import cases_of, open_set
+
+    if given["data"]:
+        return open_set(given["set"] or "", Path(given["data"]), upscale)
+    if given["set"] != "heldout" or config is None:
+        raise ValueError(f"set={given['set']} needs data=DIR, the folder of the test set")
+    from realsr_hpc.data.loader import LQLoader
+
+    loader = LQLoader(config, given["split"] or config.data.heldout_split, count, shuffle=False)
+    try:
+        return cases_of(loader.next()), []
+    finally:
+        loader.close()
+
+
+def _rewards(config: RunConfig | None):
+    from realsr_hpc.rewards.mixture import RewardMixture
+
+    return None if config is None else RewardMixture(config.rewards)
+
+
+def _world():
+    """This rank among those that torchrun started."""
+    from realsr_hpc.evaluate import World
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return World()
+    import torch.distributed as dist
+
+    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.reduce import gather_objects
+
+    groups = initialise(ParallelConfig(), 0)
+    return World(groups.world_rank, groups.world_size, lambda value: gather_objects(value, dist.group.WORLD))

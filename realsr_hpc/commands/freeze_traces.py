@@ -1,0 +1,54 @@
+"""Tokenise VLCoT traces once, for SFT without images: realsr-hpc freeze-traces recipe=sft_7b output=DIR samples=N
+
+samples=N       samples of the training split, each with its own window and degradation; more than there are photographs
+                visits them again
+per_file=1024   samples a file; a killed run goes on at the first missing file
+shard=k/n       write every n-th file only, as task k of a Slurm array
+device=cuda     where the image tokenizer runs
+
+Anything else is an override of the recipe.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from realsr_hpc.config.arguments import read_count, read_with_overrides
+
+DEFAULTS = {"output": None, "samples": None, "per_file": "1024", "shard": "1/1", "device": "cpu"}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 written, 1 no photograph gave a trace, 2 wrong usage."""
+    try:
+        given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
+        if not given["output"]:
+            raise ValueError("output=DIR is needed")
+        samples, per_file = read_count(given, "samples", 1), read_count(given, "per_file", 1)
+        k, _, n = str(given["shard"]).partition("/")
+        if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+            raise ValueError(f"shard={given['shard']}: give k/n with k from 1 to n")
+        from realsr_hpc.config.load import compose_one
+
+        config = compose_one(overrides)
+        import torch
+
+        from realsr_hpc.data.traces import freeze_traces
+
+        count = freeze_traces(
+            config,
+            Path(str(given["output"])),
+            samples,
+            per_file,
+            device=torch.device(str(given["device"])),
+            shard=(int(k), int(n)),
+            on_file=lambda done, total: print(f"\r{done} of {total} files", end="", file=sys.stderr, flush=True),
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"\n{given['output']}: {count} traces")
+    if not count:
+        print("no photograph has captions; write them with realsr-hpc prepare-data", file=sys.stderr)
+    return 0 if count else 1

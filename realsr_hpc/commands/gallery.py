@@ -1,0 +1,79 @@
+"""Look at results: realsr-hpc gallery run=RUN_DIR[,RUN_DIR] [evaluation=DIR] [restored=DIR] [output=gallery.html].
+
+Writes one HTML file that holds everything it shows: input, steps of the chain of thought, output and truth with a
+before/after slider, the rewards of a group's rollouts side by side, filters by run, step, degradation and reward.
+serve=true serves it on 127.0.0.1 (port=8000) until Ctrl-C. limit=200: the newest entries of each source.
+"""
+
+from __future__ import annotations
+
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from realsr_hpc.config.arguments import read_arguments, read_count
+
+DEFAULTS: dict[str, str | None] = {
+    "run": None,
+    "evaluation": None,
+    "restored": None,
+    "output": "gallery.html",
+    "title": "Results",
+    "limit": "200",
+    "serve": "false",
+    "port": "8000",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 written, 2 wrong usage or nothing to show."""
+    try:
+        given = read_arguments(arguments, DEFAULTS, __doc__)
+        limit, port = read_count(given, "limit", 1), read_count(given, "port")
+        if given["serve"] not in ("true", "false"):
+            raise ValueError(f"serve={given['serve']!r} is neither true nor false")
+        output = Path(given["output"] or "").resolve()
+        count = _write(given, limit, output)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{count} entries: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+    if given["serve"] == "true":
+        serve(output, port)
+    return 0
+
+
+def serve(page: Path, port: int) -> None:
+    """The page, and nothing else of its folder, on loopback until Ctrl-C."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path in ("/", f"/{page.name}")
+            body = page.read_bytes() if found else b"not here"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]}/", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def _write(given: dict[str, str | None], limit: int, output: Path) -> int:
+    from realsr_hpc.gallery import read_evaluation, read_restored, read_run, write_page
+
+    readers = {"run": read_run, "evaluation": read_evaluation, "restored": read_restored}
+    entries = []
+    for key, read in readers.items():
+        for name in (given[key] or "").split(","):
+            if name:
+                entries += read(Path(name).resolve())[-limit:]
+    if not entries:
+        raise ValueError("give run=RUN_DIR, evaluation=DIR or restored=DIR, several with commas")
+    write_page(entries, output, given["title"] or "")
+    return len(entries)

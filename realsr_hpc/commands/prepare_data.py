@@ -1,0 +1,124 @@
+"""Folders of photographs or WebDataset tars -> a checked manifest. Killed? The same command goes on where it stood.
+
+realsr-hpc prepare-data source=DIR_OR_TAR output=DIR [key=value ...]
+
+captions=FILE.jsonl    captions, tags, splits and partners that were written beforehand
+captioner=DIR          a transformers image-to-text model describes photographs without captions
+tagger=captions|folder|DIR   tags from the captions' words, from the folder's name, or by an image-classification model
+heldout_fraction=.1    share that is kept from training, where neither a note nor a folder tells
+num_threads=N          photographs examined at once (default: this process's cores)
+device=cpu|cuda        where captioner and tagger run
+shard=k/n              examine and describe every n-th photograph only, as task k of a Slurm array
+                       (slurm/prepare_data.sbatch); the same command without shard= then writes the manifest
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+
+from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.files import printable
+
+DEFAULTS = {
+    "source": None,
+    "output": None,
+    "captions": None,
+    "captioner": None,
+    "tagger": None,
+    "heldout_fraction": "0.1",
+    "num_threads": str(len(os.sched_getaffinity(0))),
+    "device": "cpu",
+    "shard": None,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 prepared, 1 prepared but for some files or notes, which are named, 2 wrong arguments or data.
+
+    A shard ends with 0 nonetheless: what waits for it will name them.
+    """
+    console = Console(soft_wrap=True)
+    try:
+        given = read_arguments(arguments, DEFAULTS, __doc__)
+        absent = [key for key in ("source", "output") if not given[key]]
+        if absent:
+            raise ValueError(f"{absent[0]} is missing; give {absent[0]}=DIR")
+        report = run(given, console)
+    except ValueError as error:
+        console.print(f"error: {printable(error)}", style="red", markup=False)
+        return 2
+    show(report, console)
+    return 0 if report.is_clean or report.manifest is None else 1
+
+
+def run(given: dict[str, str | None], console: Console):
+    """Prepare with a progress bar."""
+    from realsr_hpc.prepare.folders import prepare
+
+    options = read_options(given)
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("photographs")
+        return prepare(
+            Path(str(given["source"])),
+            Path(str(given["output"])),
+            options,
+            on_photograph=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def read_options(given: dict[str, str | None]):
+    """The arguments as `PrepareOptions`; loads the models they name. Raises ValueError naming the wrong one."""
+    from realsr_hpc.prepare.describe import Captioner, ClassTagger
+    from realsr_hpc.prepare.folders import PrepareOptions
+
+    tagger, device = given["tagger"], str(given["device"])
+    return PrepareOptions(
+        captions=Path(given["captions"]) if given["captions"] else None,
+        heldout_fraction=read_share(str(given["heldout_fraction"])),
+        captioner=Captioner(Path(given["captioner"]), device) if given["captioner"] else None,
+        tagger=ClassTagger(Path(tagger), device) if tagger and tagger not in ("captions", "folder") else tagger,
+        num_threads=read_count(given, "num_threads", 1),
+        shard=read_shard(given["shard"]),
+    )
+
+
+def read_share(text: str) -> float:
+    """The number in a word. Raises ValueError if it is none."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"heldout_fraction is {text!r}: give a share such as 0.1") from error
+
+
+def read_shard(text: str | None) -> tuple[int, int] | None:
+    """(k, n) of `k/n`. Raises ValueError if it is none."""
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal()):
+        raise ValueError(f"shard is {text!r}: give k/n such as 1/16")
+    return int(number), int(count)
+
+
+def show(report, console: Console) -> None:
+    """Print what was written and what was found wrong."""
+    where = report.manifest or "shard done (the same command without shard= writes the manifest)"
+    console.print(f"{printable(where)}: {len(report.entries)} photographs, {report.splits}", markup=False)
+    if report.reused:
+        console.print(f"examined before: {report.reused}")
+    if report.without_captions:
+        console.print(f"without captions: {report.without_captions}")
+    for group in report.duplicates[:20]:
+        console.print(f"look alike: {', '.join(group)}", markup=False)
+    for title, found in (("left out", report.faults), ("passed over", report.passed_over)):
+        if found:
+            kinds = dict(Counter(why.split(":")[0] for why in found.values()))
+            console.print(f"{title}: {kinds}", style="yellow", markup=False)
+        for path, why in list(found.items())[:20]:
+            console.print(f"  {path}: {why}", style="yellow", markup=False)
+    if max(len(report.faults), len(report.passed_over), len(report.duplicates)) > 20:
+        console.print("  ... the rest is in report.json beside the manifest")

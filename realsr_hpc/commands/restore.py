@@ -1,0 +1,64 @@
+"""Restore images: realsr-hpc restore run=RUN_DIR input=DIR_OR_FILE output=DIR.
+
+Also checkpoint=RUN_DIR/checkpoints/step-N or export=DIR (a Hugging Face export of ours) instead of run=. Beside each
+NAME.png stand NAME.json and NAME.steps.jpg: the degradation it named, its texts, its rough and middle images. Run
+again, it does only what is missing.
+
+  upscale=4            1 up to the model's factor
+  candidates=4         results sampled for each tile, of which choose= takes one: ranker, niqe, fidelity (to the input),
+                       mean (of all), or pyiqa:METRIC with weights_dir=DIR
+  colour=wavelet       give the result the input's colours: none, wavelet or adain
+  temperature=0.7 text_temperature= image_top_k= text_top_k= top_p= cfg_scale=   the recipe's section `restore`
+  overlap_px=8         by which tiles overlap, in input pixels
+  batch_size=64        tiles restored at once
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count
+
+DEFAULTS: dict[str, str | None] = {
+    "run": None,
+    "checkpoint": None,
+    "export": None,
+    "input": None,
+    "output": None,
+    "upscale": None,
+    "batch_size": "64",
+    **RESTORING,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 all restored, 1 some files could not be read, 2 wrong usage."""
+    try:
+        given = read_arguments(arguments, DEFAULTS, __doc__)
+        if not given["input"] or not given["output"]:
+            raise ValueError("input=DIR_OR_FILE and output=DIR are needed")
+        report = _restore(given)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(report)
+    return 1 if report.failed else 0
+
+
+def _restore(given: dict[str, str | None]):
+    batch_size, upscale = read_count(given, "batch_size", 1), _upscale(given["upscale"])
+    from realsr_hpc.restore import find_model, open_with_options, restore_folder, with_sampling
+
+    config, checkpoint, name = find_model(given)
+    config = with_sampling(config, given)
+    restorer, settings = open_with_options(given, config, checkpoint, name, upscale=upscale, batch_size=batch_size)
+    return restore_folder(restorer, Path(given["input"] or ""), Path(given["output"] or ""), settings)
+
+
+def _upscale(text: str | None) -> float:
+    """0: the model's."""
+    try:
+        return float(text or 0)
+    except ValueError:
+        raise ValueError(f"upscale={text!r} is no number; give one from 1 up to the model's factor") from None

@@ -1,0 +1,97 @@
+"""Score a folder of images, to look at a reward before training on it: realsr-hpc score input=DIR [key=value ...]
+
+metric=NAME,...    niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa (extra `iqa`); the default
+                   is niqe,ranker. Higher is better but for niqe (the distance itself) and stripes (share of stripes)
+rewards=GROUP      instead: the rewards of recipes/rewards/GROUP.yaml (recipe=NAME: those that this recipe trains on),
+                   and overrides such as rewards.terms.generation.options.expert=niqe. With the NAME.json of restore
+                   beside an image its texts are scored, too; what needs something that is not given is left out, named
+lq=DIR truth=DIR   low-quality images and truths of the same names
+manifest=FILE      captions and tags by key, for the understanding reward
+weights_dir=DIR    staged weights of pyiqa's metrics
+output=FILE.csv    keeps the table
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from realsr_hpc.config.arguments import read_with_overrides
+
+DEFAULTS = {
+    "input": None,
+    "metric": "niqe,ranker",
+    "rewards": None,
+    "recipe": None,
+    "lq": None,
+    "truth": None,
+    "manifest": None,
+    "weights_dir": None,
+    "output": None,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 all scored, 1 some file could not be read, 2 wrong usage."""
+    try:
+        given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__, sections_only=True)
+        if not given["input"]:
+            raise ValueError("input=DIR is needed")
+        return score(find_files(Path(str(given["input"])), given), given, overrides)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def find_files(source: Path, given: dict[str, str | None]) -> list[Path]:
+    """The images. Raises ValueError without any, and where truth= or lq= lacks one of their names."""
+    from realsr_hpc.restore.pictures import find_images
+
+    files = [file for file in find_images(source, source / ".none") if not file.name.endswith(".steps.jpg")]
+    if not files:
+        raise ValueError(f"input={source}: no images there")
+    for field in ("truth", "lq"):
+        folder = given[field]
+        missing = [file.name for file in files if folder is not None and not (Path(folder) / file.name).is_file()]
+        if missing:
+            raise ValueError(f"{field}={folder} has no {', '.join(missing[:3])}; the names must be those of input=")
+    return files
+
+
+def score(found: list[Path], given: dict[str, str | None], overrides: list[str]) -> int:
+    """Read, score, print; what is left out is named."""
+    from realsr_hpc.evaluate.scores import metric_columns, read_pictures, reward_columns
+
+    pictures, left_out = read_pictures(found, *(Path(given[name]) if given[name] else None for name in ("truth", "lq")))
+    if not pictures.files:
+        raise ValueError(f"input={given['input']}: none of its {len(found)} images can be read: {left_out}")
+    lacking = {}
+    if given["rewards"] or given["recipe"]:
+        from realsr_hpc.config.load import compose_one
+
+        # Any recipe will do to read a group with: a group replaces all of its rewards.
+        chosen = [f"recipe={given['recipe'] or 'grpo_tiny'}"] + [f"rewards={given['rewards']}"] * bool(given["rewards"])
+        terms = compose_one([*chosen, *overrides]).rewards.terms
+        columns, lacking = reward_columns(pictures, terms, given["manifest"])
+    else:
+        columns = metric_columns(pictures, str(given["metric"]).split(","), given["weights_dir"])
+    for name, why in [*left_out.items(), *((name, f"needs {what}") for name, what in lacking.items())]:
+        print(f"left out: {name} {why}", file=sys.stderr)
+    show([file.name for file in pictures.files], columns, given["output"])
+    return 1 if left_out else 0
+
+
+def show(names: list[str], columns: dict[str, np.ndarray], output: str | None) -> None:
+    """Print the table, and keep it where `output` says."""
+    rows = list(zip(names, *(column.tolist() for column in columns.values()), strict=True))
+    known = [column[~np.isnan(column)] for column in columns.values()]
+    means = ["mean", *(float(values.mean()) if values.size else float("nan") for values in known)]
+    for name, *values in [["image", *columns], *rows, means]:
+        cells = [f"{value:>14.4f}" if isinstance(value, float) else f"{value:>14}" for value in values]
+        print(f"{name:<32}", *cells)
+    if output:
+        with open(output, "w", newline="") as file:
+            csv.writer(file).writerows([["image", *columns], *rows])

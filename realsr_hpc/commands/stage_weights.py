@@ -1,0 +1,132 @@
+"""What a recipe needs beside the code, whether it is there, and how to carry it to a cluster without a network.
+
+realsr-hpc stage-weights recipe=NAME [override ...]        what, where it must lie, its state, where it comes from
+    ... collect=DIR     copy files found by name below DIR (say, your downloads) to their places; list their checksums
+    ... pack=FILE.tar   check all, then pack it with its SHA256SUMS; unpack with `tar -xf FILE.tar` in the project
+    ... check=FILE      compare with such a SHA256SUMS
+
+Exit code: 0 all there, 1 something is missing or differs, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from realsr_hpc.config.arguments import read_with_overrides
+from realsr_hpc.config.weights import SUMS, Need, State, needs_of, read_sums, sha256_of, state
+from realsr_hpc.paths import project_root
+
+ACTIONS = {"collect": "", "pack": "", "check": ""}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 all there, 1 something missing or different, 2 wrong usage."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    try:
+        actions, overrides = read_with_overrides(arguments, ACTIONS, __doc__)
+        if not any(word.startswith("recipe=") for word in overrides):
+            raise ValueError("recipe=NAME is needed")
+        from realsr_hpc.config.load import compose_one
+
+        needs = needs_of(compose_one(overrides))
+        if actions["collect"]:
+            collect(needs, Path(actions["collect"]), console)
+        states = {need: state(need) for need in needs}
+        show(states, console)
+        faults = [f"{need.path}: {found}" for need, found in states.items() if found != "there"]
+        if actions["check"]:
+            faults += differing(Path(actions["check"]))
+        for fault in faults:
+            console.print(fault, style="red", markup=False)
+        if actions["pack"] and not faults:
+            count = pack(needs, Path(actions["pack"]))
+            console.print(f"{actions['pack']}: {count} files; unpack it in the project's folder there", markup=False)
+    except ValueError as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+    return 1 if faults else 0
+
+
+def show(states: dict[Need, State], console: Console) -> None:
+    """One row a file or folder."""
+    table = Table("needed by", "must lie at", "size, MB", "state", "comes from")
+    for column in table.columns:
+        column.overflow = "fold"  # paths and addresses are there to be copied
+    for need, found in states.items():
+        size = sum(path.stat().st_size for path in need.files()) / 1e6
+        table.add_row(need.purpose, shown(need.path), f"{size:.1f}" if size else "", found, need.origin)
+    console.print(table)
+
+
+def shown(path: Path) -> str:
+    """From the project's folder where it lies below it."""
+    return path.relative_to(project_root()).as_posix() if path.is_relative_to(project_root()) else str(path)
+
+
+def collect(needs: list[Need], source: Path, console: Console) -> None:
+    """Copy what is missing from below `source`, and list every weights folder's checksums anew where all is consistent.
+
+    Raises ValueError when `source` is no folder.
+    """
+    if not source.is_dir():
+        raise ValueError(f"collect={source} is no folder; name the one that your downloads lie in")
+    found = {path.name: path for path in sorted(source.rglob("*"), reverse=True)}
+    for need in needs:
+        origin = found.get(need.path.name)
+        if state(need) == "missing" and origin is not None and origin.resolve() != need.path:
+            need.path.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if origin.is_dir() else shutil.copy2)(origin, need.path)
+            console.print(f"{origin} -> {shown(need.path)}", markup=False)
+    for folder in {need.weights_dir for need in needs if need.weights_dir}:
+        add_sums(folder, [need for need in needs if need.weights_dir == folder])
+
+
+def add_sums(folder: Path, needs: list[Need]) -> None:
+    """List what is not listed yet; a file that differs from its line or its name is left for `state` to report."""
+    sums = read_sums(folder)
+    for need in needs:
+        if state(need) == "unlisted":
+            sums |= {path.relative_to(folder).as_posix(): sha256_of(path) for path in need.files()}
+    if sums:
+        lines = [f"{digest}  {name}" for name, digest in sorted(sums.items())]
+        (folder / SUMS).write_text("\n".join(lines) + "\n")
+
+
+def pack(needs: list[Need], target: Path) -> int:
+    """Write the tar; the number of files. Raises ValueError for a file outside the project's folder."""
+    files = {path for need in needs for path in need.files()}
+    files |= {need.weights_dir / SUMS for need in needs if need.weights_dir}
+    outside = [path for path in sorted(files) if not path.is_relative_to(project_root())]
+    if outside:
+        raise ValueError(f"{outside[0]} lies outside {project_root()}; put it below the project's folder to pack it")
+    names = {path.relative_to(project_root()).as_posix(): path for path in sorted(files)}
+    sums = "".join(f"{sha256_of(path)}  {name}\n" for name, path in names.items()).encode()
+    with tarfile.open(target, "w") as archive:
+        for name, path in names.items():
+            archive.add(path.resolve(), name)
+        entry = tarfile.TarInfo(f"weights/{SUMS}")
+        entry.size = len(sums)
+        archive.addfile(entry, io.BytesIO(sums))
+    return len(names)
+
+
+def differing(listing: Path) -> list[str]:
+    """Faults of the files of a SHA256SUMS, whose paths start from the project's folder."""
+    if not listing.is_file():
+        raise ValueError(f"check={listing} does not exist; packing writes weights/{SUMS}")
+    faults = []
+    for line in listing.read_text().splitlines():
+        digest, name = line.split(maxsplit=1)
+        path = project_root() / name.lstrip("*")
+        if not path.is_file():
+            faults.append(f"{name}: missing")
+        elif sha256_of(path) != digest:
+            faults.append(f"{name}: differs from {listing}")
+    return faults

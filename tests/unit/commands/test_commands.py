@@ -1,0 +1,58 @@
+"""The commands: listed, quick to answer, the same through each door, and refused in one line where they cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from realsr_hpc import commands
+from realsr_hpc.paths import PACKAGE, project_root
+
+MODULES = sorted(path.stem for path in (PACKAGE / "commands").glob("*.py") if not path.stem.startswith("_"))
+
+
+def run(*command: str, **settings) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, **settings)
+
+
+def test_every_module_is_a_listed_command_with_a_door(capsys):
+    assert sorted(name.replace("-", "_") for name in commands.COMMANDS) == MODULES
+    assert commands.main(["--help"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == list(commands.COMMANDS)
+    doors = {path.stem for path in (project_root() / "tools").glob("*.py") if "run(" in path.read_text()}
+    assert doors == {*MODULES, "_door"}
+
+
+def test_help_names_each_command_and_loads_nothing_heavy():
+    program = """if True:
+        import sys
+        from realsr_hpc.commands import COMMANDS, main
+        for name in COMMANDS:
+            try:
+                code = main([name, "--help"])
+            except SystemExit as end:
+                code = end.code
+            assert code == 0 and "torch" not in sys.modules, (name, code)
+    """
+    answer = run("-c", program)
+    assert answer.returncode == 0, answer.stderr
+    assert all(f"realsr-hpc {name}" in answer.stdout for name in commands.COMMANDS)
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys):
+    assert commands.main(["lanch", "recipe=grpo_tiny"]) == 2
+    assert "did you mean 'launch'?" in capsys.readouterr().err
+
+
+def test_a_door_and_the_command_say_the_same():
+    door = run(str(project_root() / "tools" / "launch.py"), "recipe=grpo_tiny", "resolve=true", cwd="/")
+    command = run("-m", "realsr_hpc.commands", "launch", "recipe=grpo_tiny", "resolve=true")
+    assert door.returncode == command.returncode == 0 and door.stdout == command.stdout
+
+
+def test_a_door_without_the_package_says_what_to_do():
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    answer = run("-S", str(project_root() / "tools" / "jobs.py"), cwd="/", env=environment)
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1 and "pip install -e ." in answer.stderr
