@@ -14,10 +14,10 @@ from realsr_hpc.config.load import (
     from_yaml,
     read_axes,
     recipe_names,
-    recipes_dir,
     swept_keys,
     to_yaml,
 )
+from realsr_hpc.paths import project_root
 
 
 def fault(*overrides: str) -> str:
@@ -148,7 +148,7 @@ AXES = {
 
 @pytest.mark.parametrize("text", AXES)
 def test_axes_are_written_as_overrides_that_compose(text, tmp_path, monkeypatch):
-    shutil.copytree(recipes_dir(), tmp_path / "recipes", ignore=shutil.ignore_patterns("assets"))
+    shutil.copytree(project_root() / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("assets"))
     monkeypatch.setenv("REALSR_HPC_RECIPES", str(tmp_path / "recipes"))
     (tmp_path / "recipes" / "sweeps" / "mine.yaml").write_text(text)
     assert read_axes("mine") == AXES[text]
