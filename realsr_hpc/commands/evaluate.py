@@ -43,7 +43,7 @@ Given = dict[str, str | None]
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 written, 2 wrong usage or a run that cannot be evaluated."""
+    """Exit code: 0 written, 1 written without some images or numbers, which are named, 2 nothing can be evaluated."""
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
         count, crop_px = read_count(given, "num_images", 1), read_count(given, "crop_px")
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         fault = log_results(run_dir, step, report.summary(), files, f"evaluation/{report.set_name}")
         print(f"not in MLflow: {fault}" if fault else f"in MLflow: evaluate/{report.set_name}/METHOD/METRIC")
     print(f"{report.folder}: metrics.md, metrics.csv, grid.png, worst.png, images/")
-    return 0
+    return 1 if report.skipped or report.lacking else 0
 
 
 def _evaluate(given: Given, count: int, crop_px: int):

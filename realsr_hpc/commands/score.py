@@ -50,7 +50,8 @@ def find_files(source: Path, given: dict[str, str | None]) -> list[Path]:
     """The images. Raises ValueError without any, and where truth= or lq= lacks one of their names."""
     from realsr_hpc.restore.pictures import find_images
 
-    files = [file for file in find_images(source, source / ".none") if not file.name.endswith(".steps.jpg")]
+    found, _ = find_images(source, source / ".none")
+    files = [file for file in found if not file.name.endswith(".steps.jpg")]
     if not files:
         raise ValueError(f"input={source}: no images there")
     for field in ("truth", "lq"):

@@ -82,23 +82,42 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def upright_8_bit(image: Image.Image) -> Image.Image:
-    """Turned upright as EXIF says, 16-bit grey scaled to 8 bits; every other mode as it is.
+    """Turned upright as EXIF says; grey of 16 bits, 32 bits or floats scaled to 8 bits, every other mode as it is.
+
+    Floats are taken as 0..1, 0..255 or 0..65535, the first that holds the finite ones; what is no number is black.
 
     Raises:
-        BrokenImage: `depth`, for 32-bit integers and floats.
+        BrokenImage: `depth`, where values lie outside of all of these.
     """
-    if image.mode in ("I", "F"):
-        raise BrokenImage(f"depth: mode {image.mode}")
     upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(upright) / 257.0).round().astype(np.uint8))
-    return upright
+    if not (upright.mode.startswith("I;16") or upright.mode in ("I", "F")):
+        return upright
+    values = np.asarray(upright, dtype=np.float64)
+    highest = values[np.isfinite(values)].max(initial=0.0)
+    tops = (1.0, 255.0, 65535.0) if upright.mode == "F" else (65535.0,)
+    top = next((top for top in tops if highest <= top), None)
+    if top is None:
+        raise BrokenImage(f"depth: mode {upright.mode} with values up to {highest:g}, at most {tops[-1]:g} are known")
+    scaled = np.nan_to_num(values / top * 255.0, nan=0.0, posinf=255.0, neginf=0.0)
+    return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+
+
+def shown_rgb(path: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """A file's first picture for people to look at: also floats and animations, without transparency.
+
+    Raises:
+        BrokenImage: as `decode_image`.
+    """
+    with opened(path) as image:
+        return np.asarray(upright_8_bit(image).convert("RGB"))
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":
         raise BrokenImage(f"frames: {frames} in one file")
+    if image.mode in ("I", "F"):
+        raise BrokenImage(f"depth: mode {image.mode}")
     upright = upright_8_bit(image)
     if upright.has_transparency_data:
         rgba = upright.convert("RGBA")

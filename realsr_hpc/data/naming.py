@@ -12,7 +12,12 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from urllib.parse import quote, quote_from_bytes, unquote_to_bytes
 
-_TAG = re.compile(r"(_(lr|hr|lq|gt)\d*|_?x\d)+$", re.IGNORECASE)
+from realsr_hpc.files import printable
+
+_TAG = re.compile(r"(_(lr|hr|lq|gt)\d*|(_|(?<=\d))x\d)+$", re.IGNORECASE)
+_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_TRAIN_WORDS = frozenset({"train", "training", "trainset"})
+_HELDOUT_WORDS = frozenset({"test", "testing", "testset", "val", "valid", "validation", "heldout"})
 _NOT_UTF_8 = "bytes:"
 
 
@@ -68,14 +73,31 @@ def without_endings(names: Sequence[str]) -> list[str]:
     return distinct([(PurePosixPath(name).with_suffix("").as_posix(), name) for name in names])
 
 
-def flat_names(names: Sequence[str]) -> list[str]:
-    """Names without folders, as files of one folder can bear them; folders come in where two would be the same."""
+def flat_names(names: Sequence[str], files: Sequence[str] | None = None) -> list[str]:
+    """Printable names without folders, as files of one folder can bear them; folders come in where two are the same.
+
+    files: what decides where two differ in nothing else; the names themselves without.
+    """
     options = []
-    for name in names:
+    for name, file in zip(names, files or names, strict=True):
         parts = PurePosixPath(name).parts
-        joined = ["_".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-        options.append([*joined, quote(name, safe="", errors="surrogateescape")])
+        joined = [printable("_".join(parts[-count:])) for count in range(1, len(parts) + 1)]
+        options.append([*joined, quote(os.fsencode(file), safe="")])
     return distinct(options)
+
+
+def split_of(folders: Sequence[str]) -> str:
+    """`train`, `heldout` or nothing, by whole words of the innermost folder that says so.
+
+    `OutdoorSceneTest300` is a test set, `contest` none.
+    """
+    for folder in reversed(folders):
+        words = {word.lower() for word in _WORDS.findall(folder)}
+        if words & _TRAIN_WORDS:
+            return "train"
+        if words & _HELDOUT_WORDS:
+            return "heldout"
+    return ""
 
 
 def plain_stem(path: PurePath) -> str:

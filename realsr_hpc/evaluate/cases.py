@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from realsr_hpc.data.naming import flat_names
 from realsr_hpc.records import DegradationLabel, LQBatch, Operators, SceneText
 
 
@@ -16,7 +17,7 @@ class Case:
     """RGB uint8 [h, w, 3] and its truth [H, W, 3], where there is one."""
 
     key: str
-    """Unique in its set; a file name without ending."""
+    """Unique in its set; can be a file's name."""
     lq: np.ndarray
     gt: np.ndarray | None = None
     label: DegradationLabel | None = None
@@ -35,7 +36,7 @@ def cases_of(batch: LQBatch) -> list[Case]:
     keys = [f"{key}-{index}" if uses[key] > 1 else key for key, index in zip(batch.keys, batch.index, strict=True)]
     operators = batch.operators or (None,) * len(batch)
     rows = zip(keys, lqs, gts, batch.labels, batch.scenes, batch.index.tolist(), operators, strict=True)
-    return [Case(key.replace("/", "_"), *rest) for key, *rest in rows]
+    return [Case(key, *rest) for key, (_, *rest) in zip(flat_names(keys), rows, strict=True)]
 
 
 def batch_of(cases: list[Case]) -> LQBatch:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
+from realsr_hpc.data.naming import matched, plain_stem
 from realsr_hpc.evaluate.cases import Case
-from realsr_hpc.evaluate.sets import stems
+from realsr_hpc.evaluate.sets import images_below, names_of
+from realsr_hpc.files import printable
 from realsr_hpc.records import ParsedTrace, RestoredImage
 
 log = logging.getLogger(__name__)
@@ -43,21 +45,37 @@ class FinishedImages:
     def __init__(self, folder: Path):
         """ValueError when the folder holds no images."""
         self.folder = folder
-        self.files = stems(folder)
-        if not self.files:
+        remarks: list[str] = []
+        found = [path for path in images_below(folder, remarks) if not path.name.endswith(".steps.jpg")]
+        if not found:
             raise ValueError(f"images={folder}: no images there; name the folder of the method's results")
+        for remark in remarks:
+            log.warning("%s", printable(remark))
+        self._names = dict(zip(names_of(found, folder), found, strict=True))
+        self._files: dict[str, Path] = dict(self._names)
+
+    def expect(self, keys: Sequence[str]) -> None:
+        """Find each case's file. ValueError when several could be one case's."""
+        names = list(self._names)
+        stand_ins = [PurePath(f"{name}.png") for name in names]
+        pairs, _ = matched([PurePath(f"{key}.png") for key in keys], stand_ins)
+        self._files = {keys[place]: self._names[names[file]] for place, file in pairs}
+        for key in keys:
+            alike = [str(self._names[name]) for name in names if plain_stem(PurePath(f"{name}.png")) == key]
+            if key not in self._files and len(alike) > 1:
+                raise ValueError(f"images={self.folder}: {', '.join(alike[:3])} could all be {key}; leave one")
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
         """The file of each case; none where it is missing, or broken, which is said."""
         return [finished(self._read(case.key)) for case in cases]
 
     def _read(self, key: str) -> np.ndarray | None:
-        if key not in self.files:
+        if key not in self._files:
             return None
         try:
-            return decode_image(self.files[key])
+            return decode_image(self._files[key])
         except BrokenImage as error:
-            log.warning("%s counts as not restored: %s", self.files[key], error)
+            log.warning("%s counts as not restored: %s", printable(self._files[key]), error)
             return None
 
 

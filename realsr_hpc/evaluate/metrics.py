@@ -5,7 +5,9 @@ Every metric says its version, colour space and border; one that cannot be compu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from realsr_hpc.evaluate.methods import NO_TRACE
 from realsr_hpc.evaluate.words import TEXT_NOTES, text_scores
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.niqe import NIQEModel, niqe
-from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
+from realsr_hpc.quality.psnr_ssim import SSIM_MIN_PX, psnr_y, ssim_y
 from realsr_hpc.quality.pyiqa_scores import PyiqaScore, open_scores
 from realsr_hpc.records import RestoredImage
 from realsr_hpc.rewards.base import Candidate
@@ -36,6 +38,18 @@ PAPER_PYIQA = {
 }
 """pyiqa's name -> the column of the paper's table. Its PSNR and SSIM are `psnr_y` and `ssim_y`."""
 FID = "fid"
+_CANNOT_TAKE = (ValueError, RuntimeError, AssertionError, IndexError)
+"""What metrics raise for an image that is too small for their windows or patches."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was measured of one image."""
+
+    values: dict[str, float]
+    """NaN where the image, or what it is measured against, is missing, or the metric cannot take it."""
+    not_computed: dict[str, str]
+    """Why, by metric that cannot take this image."""
 
 
 class Metrics:
@@ -56,18 +70,20 @@ class Metrics:
         self.not_computed = {_key(name): reason for name, reason in missing.items()}
         self._niqe = NIQEModel.load(resolve(NIQE_PATH))
 
-    def score(self, cases: Sequence[Case], images: Sequence[RestoredImage]) -> list[dict[str, float]]:
-        """Numbers of each image; NaN where it, or what it is measured against, is missing.
+    def score(self, cases: Sequence[Case], images: Sequence[RestoredImage]) -> list[Judged]:
+        """Numbers of each image.
 
         ValueError when an image has not its truth's size.
         """
-        rewards = self._rewards(cases, images)
+        rewards, faults = self._rewards(cases, images)
         rows = []
         for number, (case, item) in enumerate(zip(cases, images, strict=True)):
-            row = {"restored": float(item.image is not None)} | self._pixels(case, item.image)
+            measured = Judged({"restored": float(item.image is not None)}, dict(faults))
+            self._pixels(case, item.image, measured)
             if item.trace is not NO_TRACE:
-                row |= _words(case, item)
-            rows.append(row | {name: float(values[number]) for name, values in rewards.items()})
+                measured.values.update(_words(case, item))
+            measured.values.update({name: float(values[number]) for name, values in rewards.items()})
+            rows.append(measured)
         return rows
 
     def lower_is_better(self, name: str) -> bool:
@@ -90,33 +106,56 @@ class Metrics:
         }
         return {name: known.get(name, "reward term of the recipe, ungated, in its range") for name in names}
 
-    def _pixels(self, case: Case, image: np.ndarray | None) -> dict[str, float]:
+    def _pixels(self, case: Case, image: np.ndarray | None, measured: Judged) -> None:
         if image is None:
-            return {}
-        found: dict[str, float] = {}
+            return
         if case.gt is not None:
             if image.shape != case.gt.shape:
                 raise ValueError(f"{case.key}: image {image.shape[:2]}, truth {case.gt.shape[:2]} px; they must agree")
-            found["psnr_y"] = float(psnr_y(image[None], case.gt[None], self.crop_px)[0])
-            found["ssim_y"] = float(ssim_y(image[None], case.gt[None], self.crop_px)[0])
-        found["niqe"] = float(niqe([image], self._niqe)[0])
+            pair = (image[None], case.gt[None], self.crop_px)
+            _measure(measured, "psnr_y", lambda: psnr_y(*pair)[0], "nothing is left inside the border")
+            _measure(measured, "ssim_y", lambda: ssim_y(*pair)[0], f"a side below {SSIM_MIN_PX} px")
+        _measure(measured, "niqe", lambda: niqe([image], self._niqe)[0], f"a side below {2 * self._niqe.patch_px} px")
         per_image: dict[str, PyiqaScore] = {name: score for name, score in self.pyiqa.items() if score.name != FID}
-        return found | {name: score(image, case.gt) for name, score in per_image.items()}
+        for name, score in per_image.items():
+            _measure(measured, name, partial(score, image, case.gt))
 
-    def _rewards(self, cases: Sequence[Case], images: Sequence[RestoredImage]) -> Mapping[str, np.ndarray]:
-        """Reward terms; of a method without traces only those that look at the image."""
+    def _rewards(
+        self, cases: Sequence[Case], images: Sequence[RestoredImage]
+    ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        """Reward terms; of a method without traces only those that look at the image. And why one has no value."""
         if self.rewards is None:
-            return {}
+            return {}, {}
         candidates = [
             Candidate(item.trace, item.image, case.lq, case.gt, case.label, case.scene, case.operators)
             for case, item in zip(cases, images, strict=True)
         ]
         has_trace = any(item.trace is not NO_TRACE for item in images)
-        return {
-            f"reward_{name}": reward.score(candidates)
-            for name, reward in self.rewards.rewards.items()
-            if has_trace or reward.needs_image
-        }
+        scores: dict[str, np.ndarray] = {}
+        faults: dict[str, str] = {}
+        for name, reward in self.rewards.rewards.items():
+            if has_trace or reward.needs_image:
+                try:
+                    scores[f"reward_{name}"] = reward.score(candidates)
+                except _CANNOT_TAKE as error:
+                    scores[f"reward_{name}"] = np.full(len(candidates), np.nan)
+                    faults[f"reward_{name}"] = _first_line(error)
+        return scores, faults
+
+
+def _measure(measured: Judged, name: str, compute: Callable[[], float], if_nan: str = "") -> None:
+    """Put a metric's value in, or NaN and why."""
+    try:
+        value, why = float(compute()), if_nan
+    except _CANNOT_TAKE as error:
+        value, why = float("nan"), _first_line(error)
+    measured.values[name] = value
+    if np.isnan(value) and why:
+        measured.not_computed[name] = why
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _words(case: Case, item: RestoredImage) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from realsr_hpc.evaluate.methods import BICUBIC
 from realsr_hpc.evaluate.metrics import Metrics
 from realsr_hpc.evaluate.published import published_table
 from realsr_hpc.evaluate.words import Confusion, confusions
+from realsr_hpc.files import printable
 from realsr_hpc.tracking.pictures import image_grid
 
 GRID_ROWS = 12
@@ -95,19 +96,27 @@ class EvaluationReport:
             *(f"- {remark}" for remark in self.remarks),
             *(f"- left out: {key}: {reason}" for key, reason in self.skipped.items()),
         ]
-        sections = [head, self._table(), self._gains(), self._words(), published_table(self.set_name), self._notes()]
-        return "\n".join("\n".join([*section, ""]) for section in sections if section)
+        sections = [
+            head,
+            self._table(),
+            self._lacking(),
+            self._gains(),
+            self._words(),
+            published_table(self.set_name),
+            self._notes(),
+        ]
+        return printable("\n".join("\n".join([*section, ""]) for section in sections if section))
 
     def write(self) -> None:
         """All files of the report, into its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "metrics.csv", "w", newline="") as file:
+        with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["key", "method", *self.names], restval="nan")
             writer.writeheader()
             for record in self.records:
                 for method, entry in record["methods"].items():
                     writer.writerow({"key": record["key"], "method": method, **entry["metrics"]})
-        (self.folder / "metrics.md").write_text(self.markdown())
+        (self.folder / "metrics.md").write_text(self.markdown(), encoding="utf-8")
         self._grid(self.records[:GRID_ROWS]).save(self.folder / "grid.png")
         self._grid(self.worst()).save(self.folder / "worst.png")
         if self.speakers():
@@ -122,6 +131,22 @@ class EvaluationReport:
             cells = [f"{row[method]:.3f}" for method in self.methods]
             lines.append(f"| {metric} {self._arrow(metric)} | " + " | ".join(cells) + " |")
         return lines
+
+    @property
+    def lacking(self) -> dict[tuple[str, str], list[str]]:
+        """By metric and method: the images (and why) that it could not be computed of although they were given."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for record in self.records:
+            for method in self.methods:
+                for metric, why in record["methods"][method].get("not_computed", {}).items():
+                    found.setdefault((metric, method), []).append(f"{record['key']} ({why})")
+        return found
+
+    def _lacking(self) -> list[str]:
+        return [
+            f"- {metric} of {method} is without {len(images)} of {len(self.records)} images, first {images[0]}"
+            for (metric, method), images in self.lacking.items()
+        ]
 
     def _arrow(self, metric: str) -> str:
         return "↓" if self.metrics.lower_is_better(metric) else "↑"

@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image
 
 from realsr_hpc.evaluate.cases import Case
-from realsr_hpc.evaluate.methods import BICUBIC, NO_TRACE, Method
+from realsr_hpc.evaluate.methods import BICUBIC, NO_TRACE, FinishedImages, Method
 from realsr_hpc.evaluate.metrics import FID, Metrics
 from realsr_hpc.evaluate.report import EvaluationReport
+from realsr_hpc.evaluate.sets import FolderSet
+from realsr_hpc.files import writable_folder, write_atomically
 from realsr_hpc.records import RestoredImage
 
 INPUT, TRUTH = "input", "truth"
@@ -56,8 +58,13 @@ def evaluate(
     """
     if BICUBIC not in methods:
         raise ValueError(f"methods {', '.join(methods)}: {BICUBIC} is missing; it always stands beside the others")
+    for method in methods.values():
+        if isinstance(method, FinishedImages):
+            method.expect(cases.keys() if isinstance(cases, FolderSet) else [case.key for case in cases])
+    if world.rank == 0:
+        writable_folder(folder, "output")
     if world.rank == 0 and (folder / RECORDS_FILE).exists():
-        shutil.rmtree(folder / "images")  # an earlier evaluation's: FID reads whole folders
+        shutil.rmtree(folder / "images", ignore_errors=True)  # an earlier evaluation's: FID reads whole folders
     world.gather(None)
     batch_size = min(batch_size, -(-len(cases) // world.size))  # no rank idle for a small set
     records: list[dict[str, Any]] = []
@@ -75,7 +82,7 @@ def evaluate(
         raise ValueError(
             f"set={set_name}: none of its {len(cases)} images can be used: {dict(list(skipped.items())[:3])}"
         )
-    (folder / RECORDS_FILE).write_text(json.dumps(_without_nan(records), indent=1, ensure_ascii=False))
+    write_atomically(folder / RECORDS_FILE, json.dumps(_without_nan(records), indent=1))
     report = EvaluationReport(folder, set_name, tuple(methods), records, metrics, tuple(remarks), skipped)
     report.add_set_scores(_set_scores(methods, folder, metrics))
     report.write()
@@ -88,7 +95,7 @@ def _read(cases: Sequence[Case], places: range, skipped: dict[str, str]) -> list
         try:
             part.append(cases[place])
         except ValueError as error:
-            key = cases.keys()[place] if hasattr(cases, "keys") else str(place)  # type: ignore[attr-defined]
+            key = cases.keys()[place] if isinstance(cases, FolderSet) else str(place)
             skipped[key] = str(error)
     return part
 
@@ -101,7 +108,10 @@ def _judge(methods: Mapping[str, Method], part: list[Case], folder: Path, metric
         if len(images) != len(part):
             raise ValueError(f"method {name!r} returned {len(images)} images for {len(part)}; it must return one each")
         for record, case, item, row in zip(records, part, images, metrics.score(part, images), strict=True):
-            record["methods"][name] = {"metrics": row, **_said(item), "files": _save(item, name, case.key, folder)}
+            files = _save(item, name, case.key, folder)
+            record["methods"][name] = {"metrics": row.values, **_said(item), "files": files}
+            if row.not_computed:
+                record["methods"][name]["not_computed"] = row.not_computed
     return records
 
 

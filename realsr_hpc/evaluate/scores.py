@@ -130,13 +130,13 @@ def _lacking(
 
 
 def _read_trace(file: Path) -> ParsedTrace | None:
-    """The first tile's trace as `tools/restore.py` told it; None without."""
-    beside = file.with_suffix(".json")
-    tiles = json.loads(beside.read_text()).get("tiles") if beside.is_file() else None
-    if not tiles:
+    """The first tile's trace as `tools/restore.py` told it; None without, or where another program's file is there."""
+    try:
+        tile = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["tiles"][0]
+        grids = (np.zeros((1, 1), np.int64),) * 3 if tile["well_formed"] else (None,) * 3
+        return ParsedTrace(tile["degradation"], tuple(tile["texts"]), grids, tuple(tile["faults"]))
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
-    grids = (np.zeros((1, 1), np.int64),) * 3 if tiles[0]["well_formed"] else (None,) * 3
-    return ParsedTrace(tiles[0]["degradation"], tuple(tiles[0]["texts"]), grids, tuple(tiles[0]["faults"]))
 
 
 def _read_scenes(files: Sequence[Path], manifest: str | None) -> list[SceneText | None]:

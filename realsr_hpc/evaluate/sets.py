@@ -2,23 +2,28 @@
 
 A paired set is two folders side by side (lq and gt, test_LR and test_HR, LR and HR, ...) or pairs of files in one
 folder (NAME_LR4.png, NAME_HR.png); an unpaired one a folder of images, or `lq` in it. Files are read when their turn
-comes; what cannot be used is named with its reason.
+comes; what cannot be used is named with its reason. RealSR as released (version 3: Canon and Nikon, Train and Test,
+folders 2, 3, 4) has low-quality images as large as their truths: they are averaged down first, as in training.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
-from realsr_hpc.data.decoding import BrokenImage, decode_image
+from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES, BrokenImage, decode_image
+from realsr_hpc.data.naming import files_below, flat_names, matched, plain_stem, split_of
+from realsr_hpc.data.samples import fitted
 from realsr_hpc.evaluate.cases import Case
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 LQ_FOLDERS = ("lq", "lr", "test_lr", "lr_bicubic", "lq_x4", "lr_x4", "input", "low")
 GT_FOLDERS = ("gt", "hr", "test_hr", "hr_x4", "target", "high")
-_TAGS = re.compile(r"(_(lr|hr|lq|gt|x)\d?|x\d)+$", re.IGNORECASE)
+_TRUTH_NAME = re.compile(r".+_(?:hr|gt)", re.IGNORECASE)
+_LOW_NAME = re.compile(r".+_(?:lr|lq)(\d?)", re.IGNORECASE)
+Pair = tuple[Path, Path]
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,11 @@ class FolderSet(Sequence[Case]):
         """Reads the files. ValueError where one is broken or the two do not fit."""
         key, lq_path, gt_path = self._pairs[place]
         try:
-            lq = decode_image(lq_path)
-            gt = None if gt_path is None else decode_image(gt_path)
+            lq, gt = decode_image(lq_path), None
+            if gt_path is not None:
+                lq, gt = fitted(lq, decode_image(gt_path), self._upscale)
         except BrokenImage as error:
             raise ValueError(f"cannot be read ({error})") from None
-        if gt is not None and gt.shape[:2] != (lq.shape[0] * self._upscale, lq.shape[1] * self._upscale):
-            raise ValueError(f"truth {gt.shape[:2]} is not {self._upscale} x low quality {lq.shape[:2]}")
         return Case(key, lq, gt, index=place)
 
     def keys(self) -> list[str]:
@@ -79,63 +83,120 @@ def open_set(name: str, folder: Path, upscale: int) -> tuple[FolderSet, list[str
         raise ValueError(f"data={folder}: no such folder; name where the set lies")
     known = NAMED_SETS.get(name)
     paired = known.paired if known else name == "paired"
-    cases = FolderSet(_paired(folder) if paired else _unpaired(folder), upscale)
-    remarks = []
-    if known and len(cases) != known.usual_size:
-        remarks.append(f"{known.title} usually has {known.usual_size} images; {folder} has {len(cases)}")
-    return cases, remarks
+    remarks: list[str] = []
+    found = _paired(folder, upscale, remarks, only_test=known is not None) if paired else _unpaired(folder, remarks)
+    if known and len(found) != known.usual_size:
+        remarks.append(f"{known.title} usually has {known.usual_size} images; {folder} has {len(found)}")
+    return FolderSet(found, upscale), remarks
 
 
-def stems(folder: Path) -> dict[str, Path]:
-    """Image files directly in a folder, by name without ending and tag."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
-    return {plain_name(path): path for path in files}
+def images_below(folder: Path, remarks: list[str]) -> list[Path]:
+    """Images of a folder; what cannot be read of it is added to the remarks."""
+    files, faults = files_below(folder)
+    remarks += [f"left out: {name}: {why}" for name, why in faults.items()]
+    unread = [path for path in files if path.suffix.lower() in UNREAD_SUFFIXES]
+    if unread:
+        remarks.append(f"left out: {len(unread)} files of formats that are not read, first {unread[0]}")
+    return [path for path in files if path.suffix.lower() in SUFFIXES]
 
 
-def plain_name(path: Path) -> str:
-    """`Canon_001_LR4.png` and `Canon_001_HR.png` -> `Canon_001`."""
-    return _TAGS.sub("", path.stem) or path.stem
+def _paired(folder: Path, upscale: int, remarks: list[str], *, only_test: bool) -> list[tuple[str, Path, Path | None]]:
+    """Pairs of the first two folders side by side, or of files side by side.
 
-
-def _paired(folder: Path) -> list[tuple[str, Path, Path | None]]:
-    for place in _places(folder):
-        inside = {path.name.lower(): path for path in place.iterdir() if path.is_dir()}
-        lq_folder = next((inside[name] for name in LQ_FOLDERS if name in inside), None)
-        gt_folder = next((inside[name] for name in GT_FOLDERS if name in inside), None)
-        if lq_folder is not None and gt_folder is not None:
-            lqs, gts = stems(lq_folder), stems(gt_folder)
-            common = [key for key in lqs if key in gts]
-            if not common:
-                raise ValueError(f"data={folder}: no name is in both {lq_folder} and {gt_folder}; make them agree")
-            return [(key, lqs[key], gts[key]) for key in common]
-    pairs = _pairs_of_files(folder)
+    ValueError where there is none, or it is not said which files belong together.
+    """
+    files = images_below(folder, remarks)
+    pairs = _of_folders(folder, files, remarks, only_test) or _of_files(folder, files, upscale, remarks, only_test)
     if not pairs:
         raise ValueError(
             f"data={folder}: no pairs; expected two folders such as lq and gt, test_LR and test_HR, or files "
             "NAME_LR4 and NAME_HR side by side"
         )
+    keys = [_shared_name(low, truth).relative_to(folder).as_posix() for low, truth in pairs]
+    named = flat_names(keys, [low.relative_to(folder).as_posix() for low, _ in pairs])
+    return [(key, low, truth) for key, (low, truth) in zip(named, pairs, strict=True)]
+
+
+def _shared_name(low: Path, truth: Path) -> Path:
+    return truth.with_name(truth.stem if low.stem == truth.stem else plain_stem(truth))
+
+
+def _of_folders(folder: Path, files: Sequence[Path], remarks: list[str], only_test: bool) -> list[Pair]:
+    """Pairs of the first place that holds both folders; other places are named."""
+    sides: dict[Path, dict[str, dict[PurePath, list[Path]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for file in files:
+        parts = file.relative_to(folder).parts[:-1]
+        for depth, name in list(enumerate(parts))[:3]:
+            side = "low" if name.lower() in LQ_FOLDERS else "truth" if name.lower() in GT_FOLDERS else ""
+            if side:
+                inner = sides.setdefault(folder.joinpath(*parts[:depth]), {}).setdefault(side, defaultdict(list))
+                inner[PurePath(*parts[depth + 1 :])].append(file)
+                break
+    places = [place for place, both in sorted(sides.items()) if len(both) == 2]
+    if only_test:
+        places.sort(key=lambda place: split_of(place.relative_to(folder).parts) == "train")
+    for place in places:
+        found = sides[place]
+        pairs = [
+            pair
+            for inner in sorted(found["low"].keys() & found["truth"].keys())
+            for pair in _matched(found["low"][inner], found["truth"][inner])
+        ]
+        if pairs:
+            others = [str(other) for other in places if other != place]
+            remarks += [f"pairs of {place} are used; left out: {', '.join(others)}"] if others else []
+            return pairs
+    if places:
+        raise ValueError(f"data={folder}: no name is in both folders of {places[0]}; make them agree")
+    return []
+
+
+def _of_files(folder: Path, files: Sequence[Path], upscale: int, remarks: list[str], only_test: bool) -> list[Pair]:
+    """NAME_LR4.png beside NAME_HR.png, however deep (RealSR's own layout).
+
+    Of a named set the test part alone. Where names tell a factor, those of another one than `upscale` are left out.
+    """
+    lows = [path for path in files if _LOW_NAME.fullmatch(path.stem)]
+    other = [path for path in lows if _LOW_NAME.fullmatch(path.stem)[1] not in ("", str(upscale))]  # type: ignore[index]
+    lows = [path for path in lows if path not in set(other)]
+    if other:
+        remarks.append(
+            f"left out: {len(other)} low-quality images of another factor than {upscale}, first {other[0].name}"
+        )
+    splits = {path: split_of(path.relative_to(folder).parts[:-1]) for path in lows}
+    if only_test and {"train", "heldout"} <= set(splits.values()):
+        trained = [path for path in lows if splits[path] == "train"]
+        remarks.append(f"left out: {len(trained)} pairs of the set's training part")
+        lows = [path for path in lows if splits[path] != "train"]
+    pairs: list[Pair] = []
+    for parent in dict.fromkeys(path.parent for path in lows):
+        truths = [path for path in files if path.parent == parent and _TRUTH_NAME.fullmatch(path.stem)]
+        pairs += _matched([path for path in lows if path.parent == parent], truths)
     return pairs
 
 
-def _pairs_of_files(folder: Path) -> list[tuple[str, Path, Path | None]]:
-    """NAME_LR4.png beside NAME_HR.png, however deep (RealSR's own layout)."""
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    truths = {plain_name(path): path for path in files if re.search(r"_(hr|gt)$", path.stem, re.IGNORECASE)}
-    inputs = {plain_name(path): path for path in files if re.search(r"_(lr|lq)\d?$", path.stem, re.IGNORECASE)}
-    return [(key, path, truths[key]) for key, path in inputs.items() if key in truths]
+def _matched(lows: Sequence[Path], truths: Sequence[Path]) -> list[Pair]:
+    pairs, several = matched(lows, truths)
+    if several:
+        place, why = next(iter(several.items()))
+        raise ValueError(f"{lows[place].parent}: {why} Rename them, or name another folder")
+    return [(lows[low], truths[truth]) for low, truth in pairs]
 
 
-def _unpaired(folder: Path) -> list[tuple[str, Path, Path | None]]:
+def _unpaired(folder: Path, remarks: list[str]) -> list[tuple[str, Path, Path | None]]:
     inside = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     place = next((inside[name] for name in LQ_FOLDERS if name in inside), folder)
-    files = stems(place)
+    files = images_below(place, remarks)
     if not files:
-        raise ValueError(f"data={folder}: no images there, nor in a folder lq; known endings: {', '.join(SUFFIXES)}")
-    return [(key, path, None) for key, path in files.items()]
+        raise ValueError(
+            f"data={folder}: no images there, nor in a folder lq; known endings: {', '.join(sorted(SUFFIXES))}"
+        )
+    return [(key, path, None) for key, path in zip(names_of(files, place), files, strict=True)]
 
 
-def _places(folder: Path) -> Iterator[Path]:
-    """The folder and those in it, two levels deep."""
-    yield folder
-    for pattern in ("*", "*/*"):
-        yield from sorted(path for path in folder.glob(pattern) if path.is_dir())
+def names_of(files: Sequence[Path], folder: Path) -> list[str]:
+    """A name of its own for each file: without folders and ending, as far as no two are the same."""
+    paths = [PurePosixPath(file.relative_to(folder).as_posix()) for file in files]
+    return flat_names([path.with_suffix("").as_posix() for path in paths], [path.as_posix() for path in paths])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from realsr_hpc.files import write_atomically
+from realsr_hpc.data.decoding import BrokenImage, shown_rgb
+from realsr_hpc.files import printable, write_atomically
 from realsr_hpc.gallery.sources import STAGES, Entry, Result
 
+log = logging.getLogger(__name__)
 TEMPLATE = "page.html.j2"
 MAX_SIDE_PX = 1024
 """Larger images are shown at this size: the file has to stay light."""
@@ -26,7 +29,7 @@ def write_page(entries: Sequence[Entry], path: Path, title: str) -> None:
     if not entries:
         raise ValueError("nothing to show: no group, evaluation or restored image was found")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, render(entries, title))
+    write_atomically(path, printable(render(entries, title)))
 
 
 def render(entries: Sequence[Entry], title: str) -> str:
@@ -50,13 +53,23 @@ def render(entries: Sequence[Entry], title: str) -> str:
 
 
 def data_uri(path: Path) -> str:
-    """An image file as WebP inside the page; at most `MAX_SIDE_PX` a side."""
-    with Image.open(path) as picture:
-        image = picture.convert("RGB")
+    """An image file as WebP inside the page; at most `MAX_SIDE_PX` a side. BrokenImage where it cannot be read."""
+    image = Image.fromarray(shown_rgb(path))
     image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=_QUALITY)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _data_uris(paths: Mapping[str, Path]) -> dict[str, str]:
+    """By name; a file that cannot be read is left out and told."""
+    shown = {}
+    for name, path in paths.items():
+        try:
+            shown[name] = data_uri(path)
+        except BrokenImage as error:
+            log.warning("%s is not shown: %s", printable(path), error)
+    return shown
 
 
 def _entry(number: int, entry: Entry) -> dict[str, Any]:
@@ -71,7 +84,7 @@ def _entry(number: int, entry: Entry) -> dict[str, Any]:
         "degradation": entry.degradation,
         "slots": _slots(entry.degradation),
         "captions": dict(zip(_TEXTS, entry.captions, strict=False)),
-        "images": {name: data_uri(path) for name, path in entry.images.items()},
+        "images": _data_uris(entry.images),
         "numbers": numbers,
         "spread": max(totals) - min(totals) if totals else 0.0,
         "best": max(totals) if totals else None,
@@ -81,11 +94,12 @@ def _entry(number: int, entry: Entry) -> dict[str, Any]:
 
 
 def _result(result: Result, entry: Entry) -> dict[str, Any]:
+    images = _data_uris(result.images)
     totals = [item.total for item in entry.results if item.total is not None]
     return {
         "name": result.name,
-        "images": {name: data_uri(path) for name, path in result.images.items()},
-        "stages": [name for name in (*STAGES, "steps") if name in result.images],
+        "images": images,
+        "stages": [name for name in (*STAGES, "steps") if name in images],
         "said": _compared(result.degradation, entry.degradation),
         "texts": [(name, text) for name, text in zip(_TEXTS, result.texts, strict=False)],
         "faults": result.faults,

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from realsr_hpc.data.naming import files_below
+from realsr_hpc.files import printable
+
+log = logging.getLogger(__name__)
+_DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+"""What reading a file of another content than we wrote raises."""
 STAGES = ("rough", "middle", "final")
 
 
@@ -51,7 +58,7 @@ def read_run(run_dir: Path) -> list[Entry]:
     ValueError when there are neither.
     """
     kept = sorted(run_dir.glob("rollouts/*/rollouts.json"))
-    entries = [entry for path in kept for entry in _rollouts(path)]
+    entries = [entry for path in kept for entry in _whole(_rollouts, path)]
     for path in sorted(run_dir.glob("evaluation/**/images.json")):
         entries += read_evaluation(path.parent, f"{run_dir.name} {path.parent.relative_to(run_dir / 'evaluation')}")
     if not entries:
@@ -68,15 +75,21 @@ def read_evaluation(folder: Path, name: str = "") -> list[Entry]:
     if not path.is_file():
         raise ValueError(f"evaluation={folder} has no images.json; name a folder that tools/evaluate.py wrote")
     step = folder.name.rpartition("-")[2]
-    return [_evaluated(folder, name or folder.name, int(step) if step.isdigit() else 0, item) for item in _read(path)]
+
+    def read(path: Path) -> list[Entry]:
+        number = int(step) if step.isdecimal() else 0
+        return [_evaluated(folder, name or folder.name, number, item) for item in _read(path)]
+
+    return _whole(read, path)
 
 
 def read_restored(folder: Path) -> list[Entry]:
     """Images of a folder that tools/restore.py wrote. ValueError when it is none."""
     if not (folder / "restore.json").is_file():
         raise ValueError(f"restored={folder} has no restore.json; name a folder that tools/restore.py wrote")
-    found = (path for path in sorted(folder.rglob("*.json")) if path != folder / "restore.json")
-    entries = [_restored(folder, path) for path in found]
+    files, _ = files_below(folder)
+    found = [path for path in files if path.suffix == ".json" and path != folder / "restore.json"]
+    entries = [_restored(folder, path) for path in found if path.with_suffix(".png").is_file()]
     return [entry for entry in entries if entry is not None]
 
 
@@ -124,18 +137,36 @@ def _evaluated(folder: Path, name: str, step: int, item: dict[str, Any]) -> Entr
 
 
 def _restored(folder: Path, path: Path) -> Entry | None:
-    content = _read(path)
-    final, source = path.with_suffix(".png"), Path(content.get("input", ""))
-    if "tiles" not in content or not final.is_file():
+    """None for a file that is none of tools/restore.py's, or damaged, which is told."""
+    try:
+        content = _read(path)
+        if not isinstance(content, dict) or "tiles" not in content:
+            return None
+        tile = content["tiles"][0]
+        said = (tile["degradation"], tuple(tile["texts"]), tuple(tile["faults"]))
+        # Beside the result where it is relative; whoever asks may be in another folder.
+        source = path.parent / content.get("input", "")
+    except _DAMAGED as error:
+        _tell(path, error)
         return None
-    tile, steps = content["tiles"][0], path.with_suffix(".steps.jpg")
-    images = {"final": final} | ({"steps": steps} if steps.is_file() else {})
-    name = (
-        "restored" if len(content["tiles"]) == 1 else f"restored in {len(content['tiles'])} tiles (words of the first)"
-    )
-    result = Result(name, images, tile["degradation"], tuple(tile["texts"]), tuple(tile["faults"]))
+    steps, count = path.with_suffix(".steps.jpg"), len(content["tiles"])
+    images = {"final": path.with_suffix(".png")} | ({"steps": steps} if steps.is_file() else {})
+    name = "restored" if count == 1 else f"restored in {count} tiles (words of the first)"
     inputs = {"input": source} if source.is_file() else {}
-    return Entry(folder.name, "restored", 0, path.stem, inputs, (result,))
+    return Entry(folder.name, "restored", 0, printable(path.stem), inputs, (Result(name, images, *said),))
+
+
+def _whole(read: Callable[[Path], list[Entry]], path: Path) -> list[Entry]:
+    """What a file tells; nothing where it is damaged, which is told."""
+    try:
+        return read(path)
+    except _DAMAGED as error:
+        _tell(path, error)
+        return []
+
+
+def _tell(path: Path, error: Exception) -> None:
+    log.warning("%s is damaged and left out (%s: %s)", printable(path), type(error).__name__, error)
 
 
 def _paths(folder: Path, files: Mapping[str, str]) -> dict[str, Path]:
@@ -143,4 +174,4 @@ def _paths(folder: Path, files: Mapping[str, str]) -> dict[str, Path]:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES
-from realsr_hpc.data.naming import files_below, matched
+from realsr_hpc.data.naming import files_below, matched, split_of
 from realsr_hpc.data.storage import Member, open_bytes, tar_members
 from realsr_hpc.prepare.notes import Note, note_in_tar, sound_name
 
@@ -31,9 +31,6 @@ _LOW_FOLDERS = frozenset({"lq", "lr", "test_lr"})
 _TRUTH_NAME = re.compile(r".+_(?:HR|GT)", re.IGNORECASE)
 _LOW_NAME = re.compile(r".+_(?:LR|LQ)\d*", re.IGNORECASE)
 _COMPRESSED = re.compile(r".*\.(?:tgz|tar\.\w+)", re.IGNORECASE)
-_WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-_TRAIN_WORDS = frozenset({"train", "training", "trainset"})
-_HELDOUT_WORDS = frozenset({"test", "testing", "testset", "val", "valid", "validation", "heldout"})
 _REDUCED = re.compile(r"x[2348]|.*_LR_.*|thumbnails\d+x\d+", re.IGNORECASE)
 _FULL = re.compile(r"HR|.*_HR|images\d+x\d+", re.IGNORECASE)
 
@@ -84,19 +81,8 @@ def find_items(source: Path) -> tuple[list[Item], dict[str, str]]:
 
 def folder_splits(items: Sequence[Item]) -> list[str]:
     """Each item's split by a folder called train or test/val, empty where none is; only where both kinds occur."""
-    splits = [_split_by_folder(item.folders) for item in items]
+    splits = [split_of(item.folders) for item in items]
     return splits if {"train", "heldout"} <= set(splits) else [""] * len(items)
-
-
-def _split_by_folder(folders: Sequence[str]) -> str:
-    """By whole words of a folder's name: `OutdoorSceneTest300` is a test set, `contest` none."""
-    for folder in reversed(folders):
-        words = {word.lower() for word in _WORDS.findall(folder)}
-        if words & _TRAIN_WORDS:
-            return "train"
-        if words & _HELDOUT_WORDS:
-            return "heldout"
-    return ""
 
 
 def _all_items(source: Path) -> tuple[list[Item], dict[str, str]]:

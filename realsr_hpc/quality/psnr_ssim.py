@@ -14,6 +14,8 @@ MAX_PSNR_DB = 100.0
 """Reported for equal images, so that means stay finite."""
 _Y_WEIGHTS = (65.481 / 255, 128.553 / 255, 24.966 / 255)
 _SSIM_SIGMA = 1.5
+SSIM_MIN_PX = 11
+"""Least side of which SSIM can be computed: that of its window."""
 _SSIM_RADIUS = 5
 
 
@@ -31,11 +33,11 @@ def psnr_y(sr: np.ndarray, gt: np.ndarray, crop_px: int = 0) -> np.ndarray:
 def ssim_y(sr: np.ndarray, gt: np.ndarray, crop_px: int = 0) -> np.ndarray:
     """SSIM on luma, [n], in -1..1, higher is better: 11 px Gaussian of sigma 1.5, K 0.01 and 0.03, valid region.
 
-    Wang et al. 2004. Raises ValueError for images below 11 px.
+    Wang et al. 2004. NaN where a side is below `SSIM_MIN_PX` after the crop: no window fits.
     """
     ours, truth = _pair(sr, gt, crop_px)
-    if min(ours.shape[1:]) < 2 * _SSIM_RADIUS + 1:
-        raise ValueError(f"ssim_y needs sides of 11 px or more, got {tuple(ours.shape[1:])}; use psnr_y")
+    if min(ours.shape[1:]) < SSIM_MIN_PX:
+        return np.full(len(ours), np.nan)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_a, mean_b = _valid_blur(ours), _valid_blur(truth)
     var_a = _valid_blur(ours.square()) - mean_a.square()

@@ -1,23 +1,27 @@
-"""A folder of images restored file by file: what is done is skipped, what cannot be read is reported."""
+"""A folder of images restored file by file: what is done is skipped, what cannot be read is reported.
+
+An input is done where its result stands with the digest of its content: a replaced input is restored again.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from realsr_hpc.restore.pictures import SUFFIXES, Picture, find_images, read_picture, targets, write_picture
-from realsr_hpc.restore.reasoning import write_reasoning
+from realsr_hpc.data.decoding import SUFFIXES, BrokenImage, opened
+from realsr_hpc.data.storage import sha256_of
+from realsr_hpc.files import printable, writable_folder, write_atomically
+from realsr_hpc.restore.pictures import Picture, find_images, read_picture, targets, write_picture
+from realsr_hpc.restore.reasoning import read_reasoning, write_reasoning
 from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_tiles, restore_images
 
 SETTINGS_FILE = "restore.json"
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""Pillow's ways to refuse a file."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class RestoreReport:
             lines.append(
                 f"{self.num_tiles_bicubic} of {self.num_tiles} tiles are bicubic: the model gave no image there"
             )
-        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.failed.items()])
+        return printable("\n".join(lines + [f"  {name}: {reason}" for name, reason in self.failed.items()]))
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,25 @@ def restore_folder(
     """Restore every image of a folder (or one file) into `output`: NAME.png, NAME.json and NAME.steps.jpg.
 
     Small images are restored together, a batch of tiles at once; each file is written as soon as it is done.
-    Raises ValueError when there is nothing to read, or `output` holds results of other settings.
+    Raises ValueError, before anything is written, when there is nothing to read, `output` is the inputs' own folder,
+    cannot be written, or holds results of other settings or other files of the results' names.
     """
-    files = find_images(source, output)
+    root = source if source.is_dir() else source.parent
+    if output.resolve() == root.resolve():
+        raise ValueError(
+            f"output={output} is the folder of the input: results would stand among the inputs; name another"
+        )
+    files, unread = find_images(source, output)
     if not files:
-        raise ValueError(f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))}")
+        told = "; ".join(f"{name}: {why}" for name, why in unread.items())
+        raise ValueError(
+            f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))} {told}".strip()
+        )
+    places = targets(files, root, output)
+    done = {file for file, target in places.items() if _is_done(file, target)}
     _claim(output, settings)
-    places = targets(files, source if source.is_dir() else source.parent, output)
-    report = RestoreReport()
-    report.skipped = [str(file) for file, target in places.items() if target.exists()]
-    missing = {file: target for file, target in places.items() if not target.exists()}
+    report = RestoreReport(skipped=[str(file) for file in places if file in done], failed=unread)
+    missing = {file: target for file, target in places.items() if file not in done}
     expected = {str(file): _expected_tiles(file, settings) for file in missing}
     with _progress(show_progress) as progress:
         task = progress.add_task("restoring", total=sum(expected.values()))
@@ -85,8 +98,8 @@ def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: Restore
     for file, target in missing.items():
         try:
             picture = read_picture(file)
-        except UNREADABLE as error:
-            report.failed[str(file)] = f"cannot be read ({type(error).__name__}: {error})"
+        except BrokenImage as error:
+            report.failed[str(file)] = f"cannot be read ({error})"
             continue
         part.append(_Work(file, target, picture))
         waiting += count_tiles(picture.rgb.shape[0], picture.rgb.shape[1], settings)
@@ -98,33 +111,63 @@ def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: Restore
 
 
 def _write(work: _Work, result: Blended, settings: RestoreSettings, report: RestoreReport) -> None:
-    """The image last: where it exists, its reasoning does."""
-    work.target.parent.mkdir(parents=True, exist_ok=True)
-    write_reasoning(work.file, work.target, work.picture.rgb, result, settings.source)
-    write_picture(result.image, work.picture, work.target)
+    """The image last, an older one gone before: where it exists, its reasoning does."""
+    try:
+        work.target.parent.mkdir(parents=True, exist_ok=True)
+        work.target.unlink(missing_ok=True)
+        write_reasoning(work.file, work.target, work.picture.rgb, result, settings.source)
+        write_picture(result.image, work.picture, work.target)
+    except OSError as error:
+        report.failed[str(work.file)] = f"its result cannot be written ({error.strerror or error})"
+        return
     report.done.append(str(work.file))
     report.num_tiles += len(result.tiles)
     report.num_tiles_bicubic += sum(bool(record["bicubic"]) for record in result.tiles)
+
+
+def _is_done(file: Path, target: Path) -> bool:
+    """ValueError where the result's place is taken by something else."""
+    if not target.exists():
+        return False
+    told = read_reasoning(target)
+    if told is None and not target.with_suffix(".json").exists():
+        raise ValueError(f"{target} is no result of restoring (no {target.stem}.json): choose another output")
+    try:
+        if told is None or told.get("input_sha256") == sha256_of(file):
+            return told is not None
+    except OSError:
+        return False  # reading it will say why
+    if told.get("input") != os.path.abspath(file):
+        raise ValueError(f"{target} is the result of {told.get('input')}, not of {file}: choose another output")
+    return False
 
 
 def _claim(output: Path, settings: RestoreSettings) -> None:
     """Note the settings in the folder; refuse a folder of other settings."""
     path = output / SETTINGS_FILE
     wanted = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
-    if path.exists() and (held := json.loads(path.read_text())) != wanted:
+    if path.exists() and (held := _held(path)) != wanted:
         differing = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
         was = ", ".join(f"{name}={held.get(name)}" for name in differing)
         raise ValueError(f"output={output} holds results of other settings ({was}); choose an empty folder")
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1))
+    writable_folder(output, "output")
+    write_atomically(path, json.dumps(wanted, indent=1))
+
+
+def _held(path: Path) -> dict[str, object]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); choose an empty folder") from None
+    return held if isinstance(held, dict) else {}
 
 
 def _expected_tiles(file: Path, settings: RestoreSettings) -> int:
     """From the file's header; one that cannot be read counts none."""
     try:
-        with Image.open(file) as picture:
+        with opened(file) as picture:
             return count_tiles(picture.height, picture.width, settings)
-    except UNREADABLE:
+    except BrokenImage:
         return 0
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES, opened, upright_8_bit
+from realsr_hpc.data.naming import distinct, files_below
+
+RESERVED = ("restore",)
+"""Name whose NAME.json holds a folder's settings."""
 
 
 @dataclass(frozen=True)
@@ -26,27 +29,37 @@ class Picture:
     icc_profile: bytes | None
 
 
-def find_images(source: Path, output: Path) -> list[Path]:
-    """Images under a folder in name order, those under `output` left out; or the one file."""
+def find_images(source: Path, output: Path) -> tuple[list[Path], dict[str, str]]:
+    """Images under a folder in name order, or the one file; and why by path for what cannot be read.
+
+    Those under `output` are left out where that lies inside the folder.
+    """
     if source.is_file():
-        return [source]
-    inside = (path for path in sorted(source.rglob("*")) if path.is_file() and path.suffix.lower() in SUFFIXES)
-    return [path for path in inside if not path.resolve().is_relative_to(output.resolve())]
+        return [source], {}
+    files, faults = files_below(source)
+    if output.resolve().is_relative_to(source.resolve()):
+        files = [path for path in files if not path.resolve().is_relative_to(output.resolve())]
+    for path in files:
+        if path.suffix.lower() in UNREAD_SUFFIXES:
+            faults[str(path)] = f"format: {path.suffix} is not read; convert it to PNG or JPEG"
+    return [path for path in files if path.suffix.lower() in SUFFIXES], faults
 
 
 def read_picture(path: Path) -> Picture:
-    """Decode a file wholly; 16 bits become 8, the first frame of an animation counts."""
-    with Image.open(path) as file:
+    """Decode a file wholly; more than 8 bits become 8, the first frame of an animation counts.
+
+    Raises:
+        BrokenImage: if it cannot be decoded.
+    """
+    with opened(path) as file:
         icc_profile = file.info.get("icc_profile")
-        picture = ImageOps.exif_transpose(file)
-        if picture.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-            picture = _to_8_bit(picture)
-        has_alpha = "A" in picture.getbands() or "transparency" in picture.info
+        picture = upright_8_bit(file)
+        has_alpha = picture.has_transparency_data
         is_grey = picture.mode in ("1", "L", "LA")
         rgba = picture.convert("RGBA" if has_alpha else "RGB")
+        # A profile speaks of the stored colour space: a palette's is RGB, which the conversion of CMYK or Lab has left.
+        keeps_profile = picture.mode in ("RGB", "RGBA", "L", "LA", "P", "PA")
     pixels = np.array(rgba)
-    # A profile speaks of the stored colour space, which the conversion to RGB has left.
-    keeps_profile = picture.mode in ("RGB", "RGBA", "L", "LA")
     return Picture(
         pixels[..., :3], pixels[..., 3] if has_alpha else None, is_grey, icc_profile if keeps_profile else None
     )
@@ -65,13 +78,10 @@ def write_picture(pixels: np.ndarray, picture: Picture, target: Path) -> None:
 
 
 def targets(files: Sequence[Path], root: Path, output: Path) -> Mapping[Path, Path]:
-    """Output file of each input; names that differ in their ending only keep it."""
+    """Output file of each input, all different: its path without ending, with it where another has the same."""
     places = [file.relative_to(root) for file in files]
-    uses = Counter(place.with_suffix("") for place in places)
-    return {
-        file: output / place.with_name(f"{place.name if uses[place.with_suffix('')] > 1 else place.stem}.png")
-        for file, place in zip(files, places, strict=True)
-    }
+    options = [(str(place.with_suffix("")), str(place)) for place in places]
+    return {file: output / f"{name}.png" for file, name in zip(files, distinct(options, RESERVED), strict=True)}
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -79,10 +89,3 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _to_8_bit(picture: Image.Image) -> Image.Image:
-    values = np.asarray(picture, dtype=np.float64)
-    # Pillow gives 16-bit grey as I;16 or, from some formats, as I; F holds 0..1 or 0..255.
-    top = 65535.0 if picture.mode != "F" else (1.0 if values.max() <= 1.0 else 255.0)
-    return Image.fromarray(np.clip(np.round(values / top * 255.0), 0, 255).astype(np.uint8))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from realsr_hpc.data.storage import sha256_of
 from realsr_hpc.restore.pictures import resized
 from realsr_hpc.restore.tiles import STAGES, Blended
 
@@ -19,10 +22,25 @@ _CHARACTER_PX = 6
 
 
 def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended, made_by: str) -> None:
-    """`target` is the restored image's path; lq: uint8 [h, w, 3]."""
-    reasoning = {"input": str(source), "output": target.name, "source": made_by, "tiles": result.tiles}
-    target.with_suffix(".json").write_text(json.dumps(reasoning, indent=1, ensure_ascii=False))
+    """`target` is the restored image's path; lq: uint8 [h, w, 3].
+
+    The input stands with its whole path and the digest of its content: who reads this may be elsewhere, and another
+    file may by then have its name.
+    """
+    told = {"input": os.path.abspath(source), "input_sha256": sha256_of(source), "output": target.name}
+    reasoning = {**told, "source": made_by, "tiles": result.tiles}
+    # Escaped to ASCII: a file name may hold bytes that are no text.
+    target.with_suffix(".json").write_text(json.dumps(reasoning, indent=1), encoding="ascii")
     steps_picture(lq, result).save(target.with_suffix(".steps.jpg"), quality=90)
+
+
+def read_reasoning(target: Path) -> dict[str, Any] | None:
+    """What stands beside a result; None where nothing of ours does, or it is damaged."""
+    try:
+        told = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) and "tiles" in told else None
 
 
 def steps_picture(lq: np.ndarray, result: Blended) -> Image.Image:

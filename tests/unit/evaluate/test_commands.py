@@ -112,7 +112,7 @@ def test_broken_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "left out: empty.jpg cannot be read (broken" in told and "left out: torn.png cannot be read" in told
     assert [row.split(",")[0] for row in (tmp_path / "t.csv").read_text().splitlines()] == ["image", "cat.png"]
-    assert command("evaluate")([f"images={tmp_path / 'other'}", f"data={tmp_path}", "set=unpaired", "pyiqa=none"]) == 0
+    assert command("evaluate")([f"images={tmp_path / 'other'}", f"data={tmp_path}", "set=unpaired", "pyiqa=none"]) == 1
     printed = capsys.readouterr().out
     assert "bicubic 2, other 1" in printed and "left out: empty: cannot be read (broken" in printed
 
