@@ -1,8 +1,15 @@
-"""What rooms hand to each other: LQBatch -> RolloutGroup -> ScoredGroup -> GRPOBatch -> StepReport.
+"""What rooms hand to each other: LQBatch -> RolloutGroup -> ScoredGroup -> TrainingGroup -> GRPOBatch -> StepReport.
 
-Plain frozen dataclasses of tensors and strings; no behaviour but what follows from the fields. Shapes use
-B images, G rollouts of one prompt (a group), T response tokens (right-padded), P prompt tokens, N rollouts of
-a batch, S = P + T.
+Plain frozen dataclasses of tensors and strings; no behaviour but what follows from the fields. A record is never
+changed: `dataclasses.replace` makes the next one. Shapes use B images, G rollouts of one prompt (a group), T response
+tokens (right-padded), P prompt tokens, S tokens of prompt and response, L of them that carry loss, N rollouts.
+
+A group through one step, with G = 2 and a prompt of P = 4 tokens:
+
+    RolloutGroup   prompt [4]; tokens [2, 5], lengths [5, 3]: the second rollout ended early and is padded
+    ScoredGroup    rewards.total [0.9, 0.4] -> advantages [0.7, -0.7]
+    TrainingGroup  two sequences of 9 and 7 tokens that begin with the same 4; their loss tokens without the forced ones
+    GRPOBatch      the groups of one update, and how many loss tokens and rollouts all ranks have together
 """
 
 from __future__ import annotations
@@ -11,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -95,6 +103,19 @@ class LQBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def row(self, number: int) -> LQBatch:
+        """One of the images as a batch of its own, B = 1."""
+        one = slice(number, number + 1)
+        return LQBatch(
+            self.lq[one],
+            None if self.gt is None else self.gt[one],
+            self.labels[one],
+            self.scenes[one],
+            self.keys[one],
+            self.index[one],
+            None if self.operators is None else self.operators[one],
+        )
+
 
 @dataclass(frozen=True)
 class ParsedTrace:
@@ -125,7 +146,15 @@ class RestoredImage:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """Sampled responses of one prompt, with what is needed to score them exactly as sampled."""
+    """Sampled responses of one prompt, with what is needed to score them exactly as sampled.
+
+    Example, G = 2 and T = 3; the second response ends after two tokens, the grammar forced the first of each:
+
+        tokens            [[71, 305, 2], [71, 2, PAD]]
+        lengths           [3, 2]
+        rollout_logprobs  [[0, -1.2, -0.1], [0, -2.3, 0]]
+        forced            [[True, False, False], [True, False, True]]
+    """
 
     prompt: Int[Tensor, " P"]
     tokens: Int[Tensor, "G T"]
@@ -142,48 +171,117 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True)
-class ScoredGroup:
-    """A group with its rewards."""
+class GroupRewards:
+    """What the rollouts of one group earned.
 
-    rollouts: RolloutGroup
-    rewards: Float[Tensor, " G"]
-    reward_breakdown: dict[str, Float[Tensor, " G"]]
+    Example, G = 2: weights {"format": 1, "fidelity": 2} and breakdown {"format": [1, 1], "fidelity": [0.3, 0.5]} give
+    total [1.6, 2.0].
+    """
+
+    total: Float[Tensor, " G"]
+    """Weighted sum of the breakdown."""
+    breakdown: dict[str, Float[Tensor, " G"]]
     """Unweighted, higher is better, by the recipe's term names."""
     weights: dict[str, float]
+    """Of the step: ramped terms change."""
+    failures: dict[str, int] = field(default_factory=dict)
+    """Rollouts on which a term broke, by name."""
+
+
+@dataclass(frozen=True)
+class ScoredGroup:
+    """A group with what it restored and what it earned."""
+
+    source: LQBatch
+    """The image that all rollouts restore, B = 1."""
+    rollouts: RolloutGroup
     traces: tuple[ParsedTrace, ...]
     images: tuple[np.ndarray | None, ...]
-    """Decoded final images, uint8 [H, W, 3]."""
-    failures: dict[str, int] = field(default_factory=dict)
+    """Decoded final images, uint8 [H, W, 3]; None where the trace has none."""
+    rewards: GroupRewards
+    advantages: Float[Tensor, " G"] | None
+    """The rewards centred in the group as the recipe says; None for a group of one, which has no siblings."""
+
+
+@dataclass(frozen=True)
+class RolloutTokens:
+    """What GRPO's loss needs of n loss tokens beside their distribution; they belong to N rollouts.
+
+    Example, N = 2 rollouts with three and one loss tokens: rollout [0, 0, 0, 1], column [0, 1, 2, 0], and `rows` puts
+    values [a, b, c, d] at [[a, b, c], [d, 0, 0]].
+    """
+
+    rollout: Int[Tensor, " n"]
+    """Number of the token's rollout, from 0."""
+    column: Int[Tensor, " n"]
+    """Number of the token among its rollout's loss tokens, from 0."""
+    advantages: Float[Tensor, " N"]
+    rollout_logprobs: Float[Tensor, " n"]
+    """The sampler's."""
+    reference_logprobs: Float[Tensor, " n"] | None = None
+    """The frozen reference's; None without a KL term, before scoring, and off the last pipeline stage."""
+    old_logprobs: Float[Tensor, " n"] | None = None
+    """The policy's before the step's first update; None: this is the first, or as above."""
+
+    def rows(self, values: Tensor) -> Tensor:
+        """[n] as [N, longest], 0 where a rollout has no such token."""
+        shape = (len(self.advantages), int(self.column.max()) + 1)
+        return values.new_zeros(shape).index_put((self.rollout, self.column), values)
+
+    @property
+    def mask(self) -> Bool[Tensor, "N longest"]:
+        """Where `rows` put a value."""
+        return self.rows(torch.ones_like(self.rollout)).bool()
+
+
+@dataclass(frozen=True)
+class LossTokens:
+    """The n tokens that carry loss, in order, of one sequence or of all rows of a microbatch.
+
+    Example: a prompt of 3 tokens and a response [a, b, c] whose b was forced: positions [2, 4], targets [a, c].
+    """
+
+    positions: Int[Tensor, " n"]
+    """Where the prediction is made, the place before the target: in the sequence, or in the flattened [rows x S]."""
+    targets: Int[Tensor, " n"]
+    """Token ids."""
+    mask_ids: Int[Tensor, " n"]
+    """Row of the mask table that was allowed."""
+    temperature: Float[Tensor, " n"]
+    support: UInt8[Tensor, "n K"] | None = None
+    """As of `RolloutGroup`."""
+    cfg_scale: Float[Tensor, " n"] | None = None
+    """None: no guidance."""
+    rollouts: RolloutTokens | None = None
+    """None in supervised training."""
 
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One prompt and response to train on; L loss tokens, in order of position.
-
-    SFT leaves the rollout fields empty: its loss tokens are the whole response, under the plain distribution.
-    """
+    """One prompt and response to train on."""
 
     tokens: Int[Tensor, " S"]
-    positions: Int[Tensor, " L"]
-    """Where the prediction is made: the target is `tokens[positions + 1]`."""
-    mask_ids: Int[Tensor, " L"]
-    temperature: Float[Tensor, " L"]
-    rollout_logprobs: Float[Tensor, " L"]
-    prompt_length: int = 0
-    """The first tokens, which a group's rollouts have in common."""
-    advantage: float = 0.0
-    support: UInt8[Tensor, "L K"] | None = None
-    cfg_scale: Float[Tensor, " L"] | None = None
-    """None: no guidance."""
-    blocks: Int[Tensor, " S"] | None = None
-    """Number of the image block (or lone token) a token belongs to: context of the unconditional stream."""
+    loss: LossTokens
+    """Positions count from the first token of the prompt; a rollout's own number is 0."""
+    image_blocks: Int[Tensor, " S"] | None = None
+    """With guidance: number of the image block (or lone token) a token belongs to, all that the unconditional stream
+    sees."""
+
+
+@dataclass(frozen=True)
+class TrainingGroup:
+    """Rollouts of one prompt that carry loss; what they have in common is computed once."""
+
+    prompt_tokens: int
+    """So many first tokens all sequences share."""
+    sequences: tuple[TrainingSequence, ...]
 
 
 @dataclass(frozen=True)
 class GRPOBatch:
-    """The rollouts of one step on this data-parallel rank, with the counts over all ranks."""
+    """The rollouts of one update on this data-parallel rank, with the counts over all ranks."""
 
-    sequences: tuple[TrainingSequence, ...]
+    groups: tuple[TrainingGroup, ...]
     num_tokens_global: int
     """Loss tokens over all ranks."""
     num_rollouts_global: int
@@ -196,3 +294,5 @@ class StepReport:
 
     step: int
     metrics: dict[str, float]
+    groups: tuple[ScoredGroup, ...] = ()
+    """This rank's rollouts that the numbers are of."""

@@ -71,17 +71,22 @@ class PolicyChunk(GPTModel):
     """One chunk of layers; with the embedding if first and the output weight if last."""
 
     def forward(
-        self, tokens: Tensor, segment_ids: Tensor | None = None, branches: layout.Branches | None = None
+        self,
+        tokens: Tensor,
+        segment_ids: Tensor | None = None,
+        branches: layout.Branches | None = None,
+        image_blocks: Tensor | None = None,
     ) -> Tensor:
         """tokens int64 [b, S] -> last chunk: hidden [b, S, H]; others: [S/sp, b, H].
 
-        segment_ids and branches say what the rows hold, as `Microbatch` does. The gradient that comes back into the
-        hidden states may be one tensor rank's share (from its vocabulary shard): it is summed over tp here.
+        segment_ids, branches and image_blocks say what the rows hold, as `Microbatch` does. The gradient that comes
+        back into the hidden states may be one tensor rank's share (from its vocabulary shard): it is summed over tp
+        here.
         """
         hidden, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=None)
         mask, rows = None, None
         if branches is not None:
-            rows = BranchedRows(branches, segment_ids)
+            rows = BranchedRows(branches, image_blocks)
             rotary = rotary[rows.positions(tokens.shape[1], rotary.device)]
         elif segment_ids is not None:
             mask = segment_mask(segment_ids)

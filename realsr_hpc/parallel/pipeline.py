@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.parallel.layout import Branches
+from realsr_hpc.records import LossTokens
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Microbatch:
     tokens: Tensor
     """int64 [b, S]."""
     segment_ids: Tensor | None = None
-    """[b, S]: packed rows, attention stays within equal ids; None: causal rows. Of branched rows: [b / 2, S], the image
-    blocks of the unconditional twins, which are the second half of the rows; None: there are none."""
+    """Packed rows, [b, S]: attention stays within equal ids; None: a row is one causal sequence, or branched."""
     branches: Branches | None = None
     """Rows of one prompt and several responses; all microbatches of a call share this too."""
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    """What the loss function needs."""
+    image_blocks: Tensor | None = None
+    """Branched rows with guidance, [b / 2, S]: the image block of every token of the unconditional twins, which are the
+    second half of the rows; None: there are no twins."""
+    loss: LossTokens | None = None
+    """What the loss function needs; None: no token of these rows carries loss."""
 
 
 Outputs = dict[str, Tensor]
@@ -94,7 +97,7 @@ def _forward_step(loss_fn: LossFunction) -> Callable[..., Any]:
 
     def step(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         microbatch = next(batches)
-        output = chunk(microbatch.tokens, microbatch.segment_ids, microbatch.branches)
+        output = chunk(microbatch.tokens, microbatch.segment_ids, microbatch.branches, microbatch.image_blocks)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Outputs]:
             value, outputs = loss_fn(hidden, unwrap_model(chunk).output_layer.weight, microbatch)

@@ -16,7 +16,7 @@ from realsr_hpc.config.reward_options import (
     UnderstandingOptions,
     read_options,
 )
-from realsr_hpc.records import RolloutGroup, ScoredGroup
+from realsr_hpc.records import GroupRewards
 from realsr_hpc.rewards.base import Candidate, Reward
 from realsr_hpc.rewards.degradation import DegradationReward
 from realsr_hpc.rewards.fidelity import FidelityReward
@@ -39,27 +39,18 @@ class RewardMixture:
         """Take the weights of a step (from 1): those of ramped terms change, so a resumed run goes on alike."""
         self.weights = {name: weight_at(term, step) for name, term in self.config.terms.items()}
 
-    def score(self, group: RolloutGroup, candidates: Sequence[Candidate]) -> ScoredGroup:
+    def score(self, candidates: Sequence[Candidate]) -> GroupRewards:
         """Rewards of one group's rollouts."""
-        return self.score_groups([group], [candidates])[0]
+        return self.score_groups([candidates])[0]
 
-    def score_groups(
-        self, groups: Sequence[RolloutGroup], candidates: Sequence[Sequence[Candidate]]
-    ) -> list[ScoredGroup]:
-        """Rewards of many groups, every term in one batch over all of them.
-
-        Raises ValueError when a group has not one candidate a rollout.
-        """
-        for group, members in zip(groups, candidates, strict=True):
-            if len(members) != len(group.lengths):
-                raise ValueError(f"a group of {len(group.lengths)} rollouts came with {len(members)} candidates")
-        flat = [item for members in candidates for item in members]
-        breakdown, failures = self.score_terms(flat)
-        ends = np.cumsum([len(members) for members in candidates])
-        starts = ends - [len(members) for members in candidates]
+    def score_groups(self, groups: Sequence[Sequence[Candidate]]) -> list[GroupRewards]:
+        """Rewards of many groups, every term in one batch over the rollouts of all of them."""
+        breakdown, failures = self.score_terms([item for members in groups for item in members])
+        ends = np.cumsum([len(members) for members in groups])
+        starts = ends - [len(members) for members in groups]
         return [
-            self._scored(group, members, _slice(breakdown, a, b), _slice(failures, a, b))
-            for group, members, a, b in zip(groups, candidates, starts, ends, strict=True)
+            self._group(_slice(breakdown, start, end), _slice(failures, start, end))
+            for start, end in zip(starts, ends, strict=True)
         ]
 
     def score_terms(self, candidates: Sequence[Candidate]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -73,21 +64,12 @@ class RewardMixture:
             breakdown[name], failures[name] = scores, broken
         return breakdown, failures
 
-    def _scored(
-        self,
-        group: RolloutGroup,
-        members: Sequence[Candidate],
-        breakdown: dict[str, np.ndarray],
-        failures: dict[str, np.ndarray],
-    ) -> ScoredGroup:
+    def _group(self, breakdown: dict[str, np.ndarray], failures: dict[str, np.ndarray]) -> GroupRewards:
         total = sum(self.weights[name] * scores for name, scores in breakdown.items())
-        return ScoredGroup(
-            rollouts=group,
-            rewards=torch.from_numpy(np.asarray(total)).float(),
-            reward_breakdown={name: torch.from_numpy(scores.copy()).float() for name, scores in breakdown.items()},
+        return GroupRewards(
+            total=torch.from_numpy(np.asarray(total)).float(),
+            breakdown={name: torch.from_numpy(scores.copy()).float() for name, scores in breakdown.items()},
             weights=dict(self.weights),
-            traces=tuple(item.trace for item in members),
-            images=tuple(item.image for item in members),
             failures={name: int(broken.sum()) for name, broken in failures.items()},
         )
 

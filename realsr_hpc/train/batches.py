@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,14 +26,27 @@ from realsr_hpc.parallel.layout import (
     row_multiple,
 )
 from realsr_hpc.parallel.pipeline import Microbatch
-from realsr_hpc.records import TrainingSequence
-
-SCORED = ("positions", "targets", "mask_ids", "temperature", "support", "cfg_scale")
-"""Extras that log-probabilities depend on."""
-
+from realsr_hpc.records import LossTokens, RolloutTokens, TrainingGroup, TrainingSequence
 
 Placed = tuple[TrainingSequence, Tensor]
-"""A sequence, and where in its row each of its tokens stands."""
+"""A sequence, and where in its row each of its tokens stands, int64 [S]."""
+
+
+def plain_sequence(tokens: Tensor, first: int) -> TrainingSequence:
+    """Every token from number `first` >= 1 on carries loss, under the plain distribution: no mask, temperature 1.
+
+    tokens: int64 [S].
+    """
+    targets = tokens[first:]
+    return TrainingSequence(
+        tokens,
+        LossTokens(
+            positions=torch.arange(first - 1, len(tokens) - 1),
+            targets=targets,
+            mask_ids=torch.zeros(len(targets), dtype=torch.long),
+            temperature=torch.ones(len(targets)),
+        ),
+    )
 
 
 def collate(
@@ -52,6 +66,7 @@ def collate(
     layout = _pack(sequences, row_tokens) if packing else [[sequence] for sequence in sequences]
     rows = []
     for members in layout:
+        # one after another: a sequence of S tokens that ends at `end` stands at [end - S, end)
         ends = itertools.accumulate(len(sequence.tokens) for sequence in members)
         rows.append([(s, torch.arange(end - len(s.tokens), end)) for s, end in zip(members, ends, strict=True)])
     parts, rows_each = _parts(rows, parallel, row_tokens)
@@ -59,26 +74,39 @@ def collate(
 
 
 def collate_groups(
-    sequences: Sequence[TrainingSequence], parallel: ParallelConfig, *, pad: int, device: torch.device
+    groups: Sequence[TrainingGroup], parallel: ParallelConfig, *, pad: int, device: torch.device
 ) -> list[Microbatch]:
     """As `collate`, for rollouts: those of one prompt share a row, as many as `microbatch_tokens` holds.
 
+    A row is [prompt | response 0 | response 1 | ... | padding], each response padded to the longest of all groups.
+
     Args:
-        sequences: with prompts of one length; may be none: a rank whose groups were all dropped still takes part.
+        groups: with prompts of one length, else ValueError; may be none: a rank whose groups were all dropped still
+            takes part.
         parallel: see `collate`.
         pad: token id of padding.
         device: where the tensors go.
     """
-    groups = _by_prompt(sequences)
-    prompt = max((sequence.prompt_length for sequence in sequences), default=0)
+    lengths = {group.prompt_tokens for group in groups}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"prompts of {sorted(lengths)} tokens in one batch: the responses of all rows begin at one place; give "
+            "every prompt the same instruction and vlcot.lq_size_px"
+        )
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    prompt = max(lengths, default=0)
     response = max((len(sequence.tokens) - prompt for sequence in sequences), default=1)
-    streams = 2 if any(sequence.blocks is not None for sequence in sequences) else 1
-    shared = fitting_branches(prompt, response, max(map(len, groups), default=1), parallel, streams)
+    guided = any(sequence.image_blocks is not None for sequence in sequences)
+    streams = 2 if guided else 1
+    largest = max((len(group.sequences) for group in groups), default=1)
+    shared = fitting_branches(prompt, response, largest, parallel, streams)
     row_tokens = rounded_up(shared.tokens, row_multiple(parallel))
-    layout = [members[i : i + shared.count] for members in groups for i in range(0, len(members), shared.count)]
+    layout = [
+        group.sequences[i : i + shared.count] for group in groups for i in range(0, len(group.sequences), shared.count)
+    ]
     rows = [[(s, _branch(s, shared, number)) for number, s in enumerate(members)] for members in layout]
     parts, rows_each = _parts(rows, parallel, row_tokens * streams)
-    return [_microbatch(part, (rows_each, row_tokens), pad, device, shared=shared, streams=streams) for part in parts]
+    return [_microbatch(part, (rows_each, row_tokens), pad, device, shared=shared, guided=guided) for part in parts]
 
 
 def _pack(sequences: Sequence[TrainingSequence], row_tokens: int) -> list[list[TrainingSequence]]:
@@ -96,17 +124,8 @@ def _pack(sequences: Sequence[TrainingSequence], row_tokens: int) -> list[list[T
     return [[sequences[number] for number in sorted(row)] for row in sorted(layout)]
 
 
-def _by_prompt(sequences: Sequence[TrainingSequence]) -> list[list[TrainingSequence]]:
-    """Sequences that begin with the same prompt, in the order of their first."""
-    groups: dict[bytes, list[TrainingSequence]] = {}
-    for sequence in sequences:
-        prompt = sequence.tokens[: sequence.prompt_length].numpy().tobytes()
-        groups.setdefault(prompt, []).append(sequence)
-    return list(groups.values())
-
-
 def _branch(sequence: TrainingSequence, shared: Branches, number: int) -> Tensor:
-    """Where the tokens of a row's response `number`, and of its prompt, stand."""
+    """Where the tokens of a row's response `number`, and of its prompt, stand; int64 [S]."""
     start = shared.prompt + number * shared.response
     return torch.cat([torch.arange(shared.prompt), torch.arange(start, start + len(sequence.tokens) - shared.prompt)])
 
@@ -126,66 +145,80 @@ def _microbatch(
     *,
     packing: bool = False,
     shared: Branches | None = None,
-    streams: int = 1,
+    guided: bool = False,
 ) -> Microbatch:
-    tokens, numbers = torch.full(shape, pad), torch.full(shape, -1)
-    columns: dict[str, list[Tensor]] = {}
+    tokens, segments, blocks = torch.full(shape, pad), torch.full(shape, -1), torch.full(shape, -1)  # [rows, S] each
+    losses = []
     for row, members in enumerate(rows):
         for number, (sequence, places) in enumerate(members):
-            tokens[row, places] = sequence.tokens
-            numbers[row, places] = number if sequence.blocks is None else sequence.blocks
-            for name, value in _loss_columns(sequence, row * shape[1] + places).items():
-                columns.setdefault(name, []).append(value)
-    lengths = torch.tensor([len(values) for values in columns.get("positions", [])], dtype=torch.long)
-    extras = {name: torch.cat(values).to(device) for name, values in columns.items()}
-    if extras:
-        extras["rollouts"] = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
-    segments = numbers.to(device) if packing or streams == 2 else None
-    return Microbatch(tokens.repeat(streams, 1).to(device), segments, shared, extras)
-
-
-def _loss_columns(sequence: TrainingSequence, places: Tensor) -> dict[str, Tensor]:
-    """What the loss needs of one sequence whose tokens stand at `places`; `columns` numbers its loss tokens."""
-    columns = {
-        "positions": places[sequence.positions],
-        "targets": sequence.tokens[sequence.positions + 1],
-        "mask_ids": sequence.mask_ids,
-        "temperature": sequence.temperature,
-        "rollout_logprobs": sequence.rollout_logprobs,
-        "columns": torch.arange(len(sequence.positions)),
-        "advantages": torch.tensor([sequence.advantage]),
-    }
-    optional = {"support": sequence.support, "cfg_scale": sequence.cfg_scale}
-    return columns | {name: value for name, value in optional.items() if value is not None}
+            tokens[row, places] = sequence.tokens  # branches write the prompt they share once each
+            segments[row, places] = number
+            if sequence.image_blocks is not None:
+                blocks[row, places] = sequence.image_blocks
+            # positions count in the flattened [rows x S]
+            losses.append(replace(sequence.loss, positions=row * shape[1] + places[sequence.loss.positions]))
+    return Microbatch(
+        # the unconditional twins hold the same tokens and follow all the conditional rows: [2 rows, S]
+        tokens=(tokens.repeat(2, 1) if guided else tokens).to(device),
+        segment_ids=segments.to(device) if packing else None,
+        branches=shared,
+        image_blocks=blocks.to(device) if guided else None,
+        loss=_joined(losses, device) if losses else None,
+    )
 
 
 def joined_microbatch(parts: Sequence[Microbatch]) -> Microbatch:
-    """Several microbatches of one shape as one with all their rows; of the extras, what scoring needs."""
+    """Several microbatches of one shape as one with all their rows, to score: what only a loss needs is left out."""
     first = parts[0]
     if len(parts) == 1:
-        return Microbatch(first.tokens, first.segment_ids, first.branches, dict(first.extras))
-    # first all conditional rows, then all their twins
-    streams = 2 if first.branches is not None and first.segment_ids is not None else 1
+        return first
+    streams = 1 if first.image_blocks is None else 2
+    # [streams x rows, S] each -> [streams, parts x rows, S]: first all conditional rows, then all their twins
     tokens = torch.cat([part.tokens.unflatten(0, (streams, -1)) for part in parts], 1).flatten(0, 1)
-    segments = [part.segment_ids for part in parts if part.segment_ids is not None]
-    extras: dict[str, Tensor] = {}
-    for name in SCORED:
-        columns = [part.extras[name] for part in parts if name in part.extras]
-        if columns:
-            extras[name] = torch.cat(columns)
-    if extras:
-        stream_tokens = first.tokens.numel() // streams
-        starts = [part.extras["positions"] + number * stream_tokens for number, part in enumerate(parts) if part.extras]
-        extras["positions"] = torch.cat(starts)
-    return Microbatch(tokens, torch.cat(segments) if segments else None, first.branches, extras)
+    stream_tokens = first.tokens.numel() // streams
+    losses = [
+        replace(part.loss, positions=part.loss.positions + number * stream_tokens, rollouts=None)
+        for number, part in enumerate(parts)
+        if part.loss is not None
+    ]
+    return Microbatch(
+        tokens=tokens,
+        segment_ids=_cat([part.segment_ids for part in parts]),
+        branches=first.branches,
+        image_blocks=_cat([part.image_blocks for part in parts]),
+        loss=_joined(losses, tokens.device) if losses else None,
+    )
 
 
-def to_rows(values: Tensor, extras: dict[str, Tensor]) -> Tensor:
-    """Compact loss-token values [n] as [rollouts, longest], zero where a rollout has no such token."""
-    shape = (len(extras["advantages"]), int(extras["columns"].max()) + 1)
-    return values.new_zeros(shape).index_put((extras["rollouts"], extras["columns"]), values)
+def _joined(parts: Sequence[LossTokens], device: torch.device) -> LossTokens:
+    """The loss tokens of all parts, n1 + n2 + ... of them, in order; rollouts are numbered through."""
+    rollouts = [part.rollouts for part in parts if part.rollouts is not None]
+    return LossTokens(
+        positions=torch.cat([part.positions for part in parts]).to(device),
+        targets=torch.cat([part.targets for part in parts]).to(device),
+        mask_ids=torch.cat([part.mask_ids for part in parts]).to(device),
+        temperature=torch.cat([part.temperature for part in parts]).to(device),
+        support=_cat([part.support for part in parts], device),
+        cfg_scale=_cat([part.cfg_scale for part in parts], device),
+        rollouts=_joined_rollouts(rollouts, device) if rollouts else None,
+    )
 
 
-def loss_mask(extras: dict[str, Tensor]) -> Tensor:
-    """bool [rollouts, longest]: where `to_rows` put a value."""
-    return to_rows(torch.ones_like(extras["rollouts"]), extras).bool()
+def _joined_rollouts(parts: Sequence[RolloutTokens], device: torch.device) -> RolloutTokens:
+    """[n1 + n2 + ...] tokens of N1 + N2 + ... rollouts."""
+    firsts = itertools.accumulate((len(part.advantages) for part in parts[:-1]), initial=0)
+    return RolloutTokens(
+        rollout=torch.cat([part.rollout + first for part, first in zip(parts, firsts, strict=True)]).to(device),
+        column=torch.cat([part.column for part in parts]).to(device),
+        advantages=torch.cat([part.advantages for part in parts]).to(device),
+        rollout_logprobs=torch.cat([part.rollout_logprobs for part in parts]).to(device),
+        reference_logprobs=_cat([part.reference_logprobs for part in parts], device),
+        old_logprobs=_cat([part.old_logprobs for part in parts], device),
+    )
+
+
+def _cat(values: Sequence[Tensor | None], device: torch.device | None = None) -> Tensor | None:
+    """Along the first dim; None where no part has the value. All parts have it or none."""
+    present = [value for value in values if value is not None]
+    assert len(present) in (0, len(values)), "some parts of a batch have a column that others lack"
+    return torch.cat(present).to(device) if present else None

@@ -8,73 +8,71 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from realsr_hpc.files import write_atomically
-from realsr_hpc.records import LQBatch, ScoredGroup
+from realsr_hpc.records import ScoredGroup, StepReport
+from realsr_hpc.train.run import TrainingRun
 
 ROLLOUTS_FOLDER = "rollouts"
 RECORD_NAME = "rollouts.json"
-STAGE_NAMES = ("rough", "middle", "final")
-Stages = Sequence[Sequence[np.ndarray | None]]
+IMAGE_NAMES = ("rough", "middle", "final")
+Pictures = Sequence[np.ndarray | None]
+"""Of one rollout, in the order of `IMAGE_NAMES`; uint8 [H, W, 3]."""
+
+
+def keep_rollouts(run: TrainingRun, kind: Literal["train", "heldout"], report: StepReport) -> None:
+    """Save the first groups of a report for people to look at, where the recipe wants it at this step."""
+    tracking, step, tokens = run.config.tracking, report.step, run.parts.tokens
+    every = tracking.rollouts_every_steps
+    if not (run.parts.groups.is_main and every and (step % every == 0 or step in (1, run.num_steps))):
+        return
+    groups = report.groups[: tracking.rollouts_groups]
+    traces = [trace for group in groups for trace in group.traces]
+    # the final images were decoded for the rewards; the earlier ones nobody has needed yet
+    rough, middle = (tokens.decode([trace.images[number] for trace in traces]) for number in range(2))
+    final = [image for group in groups for image in group.images]
+    pictures = iter(zip(rough, middle, final, strict=True))
+    write_rollouts(run.run_dir, step, kind, groups, [[next(pictures) for _ in group.traces] for group in groups])
 
 
 def write_rollouts(
-    run_dir: Path,
-    step: int,
-    kind: str,
-    batch: LQBatch,
-    groups: Sequence[ScoredGroup],
-    advantages: Sequence[Sequence[float]],
-    stages: Stages,
+    run_dir: Path, step: int, kind: str, groups: Sequence[ScoredGroup], pictures: Sequence[Sequence[Pictures]]
 ) -> Path:
-    """Save `groups`, those of the first images of `batch`; returns the folder.
-
-    advantages: [groups, G]. stages: rough, middle and final images, each [groups * G] in order.
-    """
+    """Save `groups` with the pictures of their rollouts, [groups, G]; returns the folder."""
     folder = run_dir / ROLLOUTS_FOLDER / f"step-{step:06d}-{kind}"
     folder.mkdir(parents=True, exist_ok=True)
-    records, first = [], 0
-    for number, (group, gains) in enumerate(zip(groups, advantages, strict=True)):
-        members = range(first, first + len(group.traces))
-        images = [[row[member] for row in stages] for member in members]
-        records.append(_group(folder, number, batch, group, gains, images))
-        first += len(group.traces)
+    numbered = enumerate(zip(groups, pictures, strict=True))
+    records = [_group(folder, number, group, members) for number, (group, members) in numbered]
     content = {"run": run_dir.name, "step": step, "kind": kind, "groups": records}
     write_atomically(folder / RECORD_NAME, json.dumps(content, indent=1, ensure_ascii=False))
     return folder
 
 
-def _group(
-    folder: Path,
-    number: int,
-    batch: LQBatch,
-    group: ScoredGroup,
-    advantages: Sequence[float],
-    images: Sequence[Sequence[np.ndarray | None]],
-) -> dict[str, Any]:
-    label, scene = batch.labels[number], batch.scenes[number]
-    truth = {} if batch.gt is None else {"truth": _save(batch.gt[number], folder, f"{number}-truth")}
+def _group(folder: Path, number: int, group: ScoredGroup, pictures: Sequence[Pictures]) -> dict[str, Any]:
+    source = group.source
+    label, scene = source.labels[0], source.scenes[0]
+    truth = {} if source.gt is None else {"truth": _save(source.gt[0], folder, f"{number}-truth")}
     return {
-        "key": batch.keys[number],
+        "key": source.keys[0],
         "degradation": None if label is None else label.phrase,
         "captions": None if scene is None else list(scene.captions),
-        "weights": group.weights,
-        "files": {"input": _save(batch.lq[number], folder, f"{number}-input"), **truth},
+        "weights": group.rewards.weights,
+        "files": {"input": _save(source.lq[0], folder, f"{number}-input"), **truth},
         "rollouts": [
             {
                 "degradation": trace.degradation,
                 "texts": list(trace.texts),
                 "faults": list(trace.faults),
-                "reward": float(group.rewards[member]),
-                "rewards": {name: float(values[member]) for name, values in group.reward_breakdown.items()},
-                "advantage": float(advantages[member]),
+                "reward": float(group.rewards.total[member]),
+                "rewards": {name: float(values[member]) for name, values in group.rewards.breakdown.items()},
+                "advantage": None if group.advantages is None else float(group.advantages[member]),
                 "files": {
                     name: _save(image, folder, f"{number}-{member}-{name}")
-                    for name, image in zip(STAGE_NAMES, images[member], strict=True)
+                    for name, image in zip(IMAGE_NAMES, pictures[member], strict=True)
                     if image is not None
                 },
             }

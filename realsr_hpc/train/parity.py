@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,13 +17,10 @@ from realsr_hpc.behaviour.masks import everything_allowed
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.model.fp8 import stop_fp8, without_fp8
 from realsr_hpc.model.policy import Policy
-from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
 from realsr_hpc.parallel.reduce import broadcast_from_last_stage, reduce_float
-from realsr_hpc.records import TrainingSequence
-from realsr_hpc.train.scoring import score_microbatch
-
-if TYPE_CHECKING:
-    from realsr_hpc.train.run import TrainingRun
+from realsr_hpc.train.batches import plain_sequence
+from realsr_hpc.train.parts import Parts
+from realsr_hpc.train.scoring import logprobs_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +33,26 @@ STOPPED = "fp8_stopped_at_step"
 class ParityGate:
     """Compares FP8 with bf16 on a fixed batch and acts on it; every rank comes to the same decision."""
 
-    def __init__(self, run: TrainingRun):
-        self.run, self.precision = run, run.config.precision
-        self._policies = [run.policy]
-        batch = LQLoader(run.config, run.config.data.heldout_split, NUM_IMAGES, shuffle=False).next()
-        rows = zip(run.tokens.prompts(batch.lq), run.tokens.responses(batch), strict=True)
-        sequences = [_all_tokens(prompt, response or []) for prompt, response in rows]
-        self._microbatches = run.microbatches(sequences, packing=False)
-        policy = run.policy
-        self._allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, run.groups.device)
+    def __init__(self, parts: Parts, counters: dict[str, int]):
+        """counters: the run's, which its checkpoints keep; falling back is written there."""
+        self.parts, self.counters, self.precision = parts, counters, parts.config.precision
+        self._policies = [parts.policy]
+        batch = LQLoader(parts.config, parts.config.data.heldout_split, NUM_IMAGES, shuffle=False).next()
+        rows = zip(parts.tokens.prompts(batch.lq), parts.tokens.responses(batch), strict=True)
+        texts = [torch.cat([prompt, torch.tensor(response or [], dtype=prompt.dtype)]) for prompt, response in rows]
+        self._microbatches = parts.microbatches([plain_sequence(tokens, 1) for tokens in texts], packing=False)
+        policy = parts.policy
+        self._allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, parts.groups.device)
 
     def watch(self, reference: Policy) -> None:
         """A frozen copy of the policy: it gives up FP8 together with the policy, so that their numerics stay alike."""
         self._policies.append(reference)
-        if STOPPED in self.run.counters:
+        if STOPPED in self.counters:
             stop_fp8(reference)
 
     def start(self, step: int) -> None:
         """Before the first step after `step`: bf16 if the run had fallen back, else the question."""
-        if STOPPED in self.run.counters:
+        if STOPPED in self.counters:
             self._stop_fp8()
             return
         logger.info("FP8 against bf16: %s", self._ask(step))
@@ -63,19 +60,19 @@ class ParityGate:
     def metrics(self, step: int) -> dict[str, float]:
         """What the gate says of a step; {} where it is not asked."""
         every = self.precision.fp8_gate_every_steps
-        if STOPPED in self.run.counters:
+        if STOPPED in self.counters:
             return {"fp8/on/step": 0.0}
         return self._ask(step) if every and step and step % every == 0 else {}
 
     def difference(self) -> float:
         """Mean |log-prob(FP8) - log-prob(bf16)| in nats a token, the same on every rank; inf if one is not finite."""
         fp8 = self._logprobs()
-        with without_fp8(self.run.policy):
+        with without_fp8(self.parts.policy):
             bf16 = self._logprobs()
-        mean = float((fp8 - bf16).abs().mean()) if self.run.groups.is_last_stage else 0.0
-        shared = float(broadcast_from_last_stage(mean, self.run.groups))
+        mean = float((fp8 - bf16).abs().mean()) if self.parts.groups.is_last_stage else 0.0
+        shared = float(broadcast_from_last_stage(mean, self.parts.groups))
         agreed = shared if math.isfinite(shared) else math.inf
-        return reduce_float(agreed, torch.distributed.group.WORLD, self.run.groups.device, "max")
+        return reduce_float(agreed, torch.distributed.group.WORLD, self.parts.groups.device, "max")
 
     def _ask(self, step: int) -> dict[str, float]:
         difference, limit = self.difference(), self.precision.fp8_gate_logprob
@@ -89,7 +86,7 @@ class ParityGate:
                 "scaling), raise the gate if this is known, or let precision.fp8_gate_action=bf16 go on without FP8"
             )
         logger.warning("%s, above precision.fp8_gate_logprob=%s: the run goes on in bf16", found, limit)
-        self.run.counters[STOPPED] = step
+        self.counters[STOPPED] = step
         self._stop_fp8()
         return metrics | {"fp8/on/step": 0.0}
 
@@ -98,28 +95,6 @@ class ParityGate:
             stop_fp8(policy)
 
     def _logprobs(self) -> Tensor:
-        """Of every token of the batch, on the last stage; empty on the others."""
-        policy = self.run.policy
-
-        def keep(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-            if not microbatch.extras:
-                return hidden.new_zeros(()), {}
-            scores = score_microbatch(hidden, output_weight, microbatch, self._allowed, policy)
-            return hidden.new_zeros(()), {"logprobs": scores.logprobs.detach().float()}
-
-        policy.eval()
-        outputs = run_pipeline(policy, self._microbatches, keep, forward_only=True)
-        return torch.cat([output["logprobs"] for output in outputs if output] or [torch.zeros(0)])
-
-
-def _all_tokens(prompt: Tensor, response: list[int]) -> TrainingSequence:
-    """Every token but the first is scored."""
-    tokens = torch.cat([prompt, torch.tensor(response, dtype=prompt.dtype)])
-    count = len(tokens) - 1
-    return TrainingSequence(
-        tokens=tokens,
-        positions=torch.arange(count),
-        mask_ids=torch.zeros(count, dtype=torch.long),
-        temperature=torch.ones(count),
-        rollout_logprobs=torch.zeros(count),
-    )
+        """Of every token of the batch but the first of each row, on the last stage; empty on the others."""
+        columns = logprobs_of(self.parts.policy, self._microbatches, self._allowed)
+        return torch.cat([column.float() for column in columns if column is not None] or [torch.zeros(0)])

@@ -1,9 +1,9 @@
-"""What every training loop shares: building the parts, resuming, reporting, checkpoints, stopping in step."""
+"""What every training loop shares beside its parts: resuming, reporting, checkpoints, stopping in step."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,12 @@ import torch
 
 from realsr_hpc import checkpoint
 from realsr_hpc.config.metrics import best_is_highest, best_metric
-from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.model.policy import Policy, build_policy
-from realsr_hpc.optim.step import Optimiser
-from realsr_hpc.parallel.groups import initialise
-from realsr_hpc.parallel.pipeline import Microbatch, Outputs
-from realsr_hpc.parallel.reduce import broadcast_from_last_stage, gather_objects, reduce_float, reduce_floats
-from realsr_hpc.records import StepReport, TrainingSequence
-from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.parallel.reduce import reduce_floats
+from realsr_hpc.records import StepReport
 from realsr_hpc.tracking.system import SystemUse
 from realsr_hpc.tracking.tracker import Tracker
-from realsr_hpc.train.batches import collate, collate_groups
 from realsr_hpc.train.parity import ParityGate
+from realsr_hpc.train.parts import Parts
 from realsr_hpc.train.skipped import SkippedUpdates
 
 logger = logging.getLogger(__name__)
@@ -34,17 +28,15 @@ Stop = Callable[[], bool]
 
 
 class TrainingRun:
-    """A run on this rank: groups, tokenizers, policy, optimiser, tracker and their common checkpoint."""
+    """A run on this rank: its parts, tracker and checkpoints, and where it stands."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, stop: Stop, num_steps: int, num_updates: int):
-        self.config, self.run_dir, self._stop, self.num_steps = config, run_dir, stop, num_steps
-        self.groups = initialise(config.parallel, config.seed)
-        self.tokens = TraceTokenizer.load(config, self.groups.device)
-        self.policy: Policy = build_policy(config, self.groups, self.vocabulary.size)
-        self.optimiser = Optimiser(self.policy, config, num_updates)
-        self.tracker = Tracker.open(config, run_dir, writer=self.groups.is_main)
+    def __init__(self, parts: Parts, run_dir: Path, stop: Stop, num_steps: int):
+        config = parts.config
+        self.parts, self.config, self.run_dir, self._stop, self.num_steps = parts, config, run_dir, stop, num_steps
+        self.tracker = Tracker.open(config, run_dir, writer=parts.groups.is_main)
         self.counters: dict[str, int] = {}
-        SkippedUpdates(run_dir / "skipped", self.optimiser, config.optim.max_skipped_in_a_row)
+        """Saved with every checkpoint; changed in place, since the FP8 gate has the same dictionary."""
+        SkippedUpdates(run_dir / "skipped", parts.optimiser, config.optim.max_skipped_in_a_row)
         keep = config.checkpoint
         self._keep = checkpoint.Keep(keep.keep_last, keep.keep_best, highest=best_is_highest(config))
         self._saver = checkpoint.Saver(run_dir / "checkpoints", self._keep, behind=keep.async_save)
@@ -52,46 +44,8 @@ class TrainingRun:
         self._not_saved = 0
         """Checkpoints in a row that could not be written."""
         self._use = SystemUse(run_dir)
-        self.parity = ParityGate(self) if config.precision.fp8 != "none" else None
+        self.parity = ParityGate(parts, self.counters) if config.precision.fp8 != "none" else None
         """The FP8 gate; None without FP8."""
-
-    @property
-    def vocabulary(self):
-        """Token ids of the recipe."""
-        return self.tokens.codec.vocabulary
-
-    def per_rank(self, count: int, field: str) -> int:
-        """Share of one data-parallel rank; ValueError when `count` does not divide."""
-        if count % self.groups.dp_size:
-            raise ValueError(
-                f"{field} is {count}, which {self.groups.dp_size} data-parallel ranks cannot share evenly: "
-                f"choose a multiple of {self.groups.dp_size}"
-            )
-        return count // self.groups.dp_size
-
-    def microbatches(self, sequences: Sequence[TrainingSequence], *, packing: bool) -> list[Microbatch]:
-        """Collated for this layout; at least one, also for no sequences."""
-        parallel, pad = self.config.parallel, self.vocabulary.pad
-        return collate(sequences, parallel, packing=packing, pad=pad, device=self.groups.device)
-
-    def group_microbatches(self, sequences: Sequence[TrainingSequence]) -> list[Microbatch]:
-        """The same for rollouts, which share their group's prompt."""
-        return collate_groups(sequences, self.config.parallel, pad=self.vocabulary.pad, device=self.groups.device)
-
-    def count(self, local: int) -> int:
-        """Sum over the data-parallel ranks."""
-        return int(reduce_float(float(local), self.groups.dp, self.groups.device, "sum"))
-
-    def total(self, outputs: list[Outputs]) -> dict[str, float]:
-        """Contributions of the last stage summed over microbatches and data-parallel ranks, on every rank."""
-        local: dict[str, float] = {}
-        for output in outputs:
-            for name, value in output.items():
-                local[name] = local.get(name, 0.0) + float(value)
-        # A rank without loss tokens has no names of its own.
-        named = gather_objects(broadcast_from_last_stage(local, self.groups), self.groups.dp)
-        names = sorted({name for part in named for name in part})
-        return {name: sum(part.get(name, 0.0) for part in named) for name in names}
 
     def resume(self, loader: Any) -> int:
         """Load the newest complete checkpoint, if there is one; the number of steps already done."""
@@ -101,13 +55,13 @@ class TrainingRun:
         return step
 
     def _resume(self, loader: Any) -> int:
-        path = checkpoint.resume_path(self._saver.root, self.groups)
+        path = checkpoint.resume_path(self._saver.root, self.parts.groups)
         if path is None:
             self.tracker.truncate(-1)
             return 0
-        state = checkpoint.load(path, self.policy, self.optimiser, self.groups)
+        state = checkpoint.load(path, self.parts.policy, self.parts.optimiser, self.parts.groups)
         loader.load_state_dict(state["data"])
-        self.counters = dict(state["counters"])
+        self.counters.update(state["counters"])
         self.tracker.truncate(state["step"])
         logger.info("resumed from %s: step %d of %d", path, state["step"], self.num_steps)
         return state["step"]
@@ -115,13 +69,13 @@ class TrainingRun:
     def report(self, report: StepReport, text: str) -> None:
         """Metrics to the tracker, one line to the log, progress for whoever watches."""
         self._measured = report.metrics.get(best_metric(self.config))
-        counted = {"optim/skipped_updates/count": float(self.optimiser.num_skipped)}
+        counted = {"optim/skipped_updates/count": float(self.parts.optimiser.num_skipped)}
         if self._not_saved:
             counted["checkpoint/not_saved/count"] = float(self._not_saved)
         parity = {} if self.parity is None else self.parity.metrics(report.step)
         self.tracker.log_metrics(report.step, {**report.metrics, **parity, **counted, **self._use.sample()})
         self.tracker.progress(report.step, self.num_steps, text)
-        if self.groups.is_main:
+        if self.parts.groups.is_main:
             logger.info("step %d/%d  %s", report.step, self.num_steps, text)
 
     def must_stop(self, step: int, loader: Any) -> bool:
@@ -131,7 +85,7 @@ class TrainingRun:
         """
         mine = {"stop": self._stop(), "best": self._is_among_best(), "writing": self._saver.writing}
         flags = {name: float(flag) for name, flag in mine.items()}
-        agreed = reduce_floats(flags, torch.distributed.group.WORLD, self.groups.device, "max")
+        agreed = reduce_floats(flags, torch.distributed.group.WORLD, self.parts.groups.device, "max")
         leaving = agreed["stop"] > 0 or step == self.num_steps
         due = leaving or agreed["best"] > 0 or step % self.config.checkpoint.every_steps == 0
         if self._saver.pending and (due or not agreed["writing"]):
@@ -151,7 +105,7 @@ class TrainingRun:
             limit = self.config.checkpoint.max_failed_in_a_row
             if must or self._not_saved >= limit:
                 raise
-            if self.groups.is_main:
+            if self.parts.groups.is_main:
                 logger.error("%s; going on: %d of %d in a row end the run", error, self._not_saved, limit)
 
     def _complete(self) -> None:
@@ -161,11 +115,11 @@ class TrainingRun:
     def save(self, step: int, loader: Any) -> None:
         """Begin a checkpoint of everything that decides how the run goes on."""
         state = {"step": step, "data": loader.state_dict(), "counters": self.counters, "run_id": self.tracker.run_id}
-        self._saver.start(step, self.policy, self.optimiser, state, self._measured)
+        self._saver.start(step, self.parts.policy, self.parts.optimiser, state, self._measured)
 
     def _is_among_best(self) -> bool:
         """This step's measure belongs to those that are kept; rank 0 answers for all."""
-        if not self._keep.best or self._measured is None or not self.groups.is_main:
+        if not self._keep.best or self._measured is None or not self.parts.groups.is_main:
             return False
         best = checkpoint.best(self._saver.root, self._keep.best, highest=self._keep.highest)
         sign = 1.0 if self._keep.highest else -1.0

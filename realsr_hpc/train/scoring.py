@@ -2,81 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from realsr_hpc.behaviour.logprobs import TokenScores, behaviour_scores
-from realsr_hpc.behaviour.masks import MaskTable
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel.layout import even_parts
-from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
+from realsr_hpc.parallel.pipeline import Microbatch, Outputs, run_pipeline
+from realsr_hpc.records import LossTokens
 from realsr_hpc.train.batches import joined_microbatch
 
 
-def score_microbatch(
+def score_tokens(
     hidden: Tensor,
     output_weight: Tensor,
-    microbatch: Microbatch,
+    loss: LossTokens,
     allowed: Tensor,
     policy: Policy,
     *,
     with_entropy: bool = False,
     with_logsumexp: bool = False,
 ) -> TokenScores:
-    """Scores of the loss tokens [n]; hidden [b, S, H] holds the unconditional twins in its second half, if any."""
-    extras = microbatch.extras
-    cfg_scale = extras.get("cfg_scale")
-    streams = [hidden] if cfg_scale is None else list(hidden.chunk(2))
-    rows = [stream.flatten(0, 1)[extras["positions"]] for stream in streams]
+    """Scores of the n loss tokens; with guidance hidden [b, S, H] holds the unconditional twins in its second half."""
+    guided = loss.cfg_scale is not None
+    streams = hidden.chunk(2) if guided else (hidden,)
+    rows = [stream.flatten(0, 1)[loss.positions] for stream in streams]  # [rows, S, H] -> [rows x S, H] -> [n, H]
     return behaviour_scores(
         rows[0],
         output_weight,
-        extras["targets"],
+        loss.targets,
         allowed,
-        extras["mask_ids"],
-        extras["temperature"],
-        support=extras.get("support"),
-        unconditional_hidden=rows[1] if cfg_scale is not None else None,
-        cfg_scale=cfg_scale,
+        loss.mask_ids,
+        loss.temperature,
+        support=loss.support,
+        unconditional_hidden=rows[1] if guided else None,
+        cfg_scale=loss.cfg_scale,
         tp_group=policy.groups.tp,
         with_entropy=with_entropy,
         with_logsumexp=with_logsumexp,
     )
 
 
-def add_logprobs(
-    policy: Policy, microbatches: list[Microbatch], masks: MaskTable, name: str, *, at_once: int = 1, multiple: int = 1
-) -> None:
-    """Score the microbatches without gradient; the log-probabilities join their extras as `name`, on the last stage.
+def logprobs_of(
+    policy: Policy, microbatches: Sequence[Microbatch], allowed: Tensor, *, at_once: int = 1, multiple: int = 1
+) -> list[Tensor | None]:
+    """Log-probabilities [n] of each microbatch's loss tokens, without gradient.
+
+    None for a microbatch without loss tokens, and for all of them off the last pipeline stage.
 
     Args:
         policy: whose log-probabilities.
         microbatches: of one shape.
-        masks: the sampler's.
-        name: of the new column.
+        allowed: the sampler's masks, bool [masks, padded vocabulary].
         at_once: most microbatches in one pass.
         multiple: the number of passes is a multiple of this (interleaved pipeline schedules need it).
     """
     passes, together = even_parts(len(microbatches), at_once, multiple)
     first = microbatches[0]
-    blank = Microbatch(first.tokens, first.segment_ids, first.branches)
+    blank = Microbatch(first.tokens, first.segment_ids, first.branches, first.image_blocks)
     filled = [*microbatches, *[blank] * (passes * together - len(microbatches))]
     parts = [filled[start : start + together] for start in range(0, len(filled), together)]
-    joined = [joined_microbatch(part) for part in parts]
 
-    def keep(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        if microbatch.extras:
-            scores = score_microbatch(hidden, output_weight, microbatch, masks.allowed, policy)
-            microbatch.extras[name] = scores.logprobs.detach()
-        return hidden.new_zeros(()), {}
+    def score(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, Outputs]:
+        if microbatch.loss is None:
+            return hidden.new_zeros(()), {}
+        scores = score_tokens(hidden, output_weight, microbatch.loss, allowed, policy)
+        return hidden.new_zeros(()), {"logprobs": scores.logprobs.detach()}
 
     policy.eval()
-    run_pipeline(policy, joined, keep, forward_only=True)
-    for part, whole in zip(parts, joined, strict=True):
-        scored = [microbatch for microbatch in part if microbatch.extras]
-        if name in whole.extras:
-            columns = whole.extras[name].split([len(microbatch.extras["positions"]) for microbatch in scored])
-            for microbatch, column in zip(scored, columns, strict=True):
-                microbatch.extras[name] = column
+    outputs = run_pipeline(policy, [joined_microbatch(part) for part in parts], score, forward_only=True)
+    if not outputs:
+        return [None] * len(microbatches)
+    scored = [logprobs for part, output in zip(parts, outputs, strict=True) for logprobs in _split(part, output)]
+    return scored[: len(microbatches)]
+
+
+def _split(part: Sequence[Microbatch], output: Outputs) -> list[Tensor | None]:
+    """Log-probabilities of a pass, [n1 + n2 + ...], back to its microbatches, [n1], [n2], ..."""
+    lengths = [0 if microbatch.loss is None else len(microbatch.loss.positions) for microbatch in part]
+    if not output:
+        return [None] * len(part)
+    columns = output["logprobs"].split(lengths)
+    return [column if length else None for column, length in zip(columns, lengths, strict=True)]
 
 
 def nothing_to_score(hidden: Tensor, output_weight: Tensor) -> Tensor:

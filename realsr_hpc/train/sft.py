@@ -17,28 +17,32 @@ from realsr_hpc.behaviour.masks import everything_allowed
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.traces import TraceLoader
-from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, run_pipeline
+from realsr_hpc.model.policy import Policy
+from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, Outputs, run_pipeline
 from realsr_hpc.paths import resolve
 from realsr_hpc.records import LQBatch, StepReport, TrainingSequence
 from realsr_hpc.rollout.restorer import PolicyRestorer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tracking.pictures import image_grid
+from realsr_hpc.train.batches import plain_sequence
+from realsr_hpc.train.parts import Parts, build_parts
 from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
-from realsr_hpc.train.scoring import nothing_to_score, score_microbatch
+from realsr_hpc.train.scoring import nothing_to_score, score_tokens
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     """Run the recipe; the exit code (see train/run.py)."""
     sft = config.sft
-    run = TrainingRun(config, run_dir, stop, sft.num_steps, sft.num_steps)
-    loader = _loader(run, run.per_rank(sft.batch_size, "sft.batch_size"))
+    parts = build_parts(config, sft.num_steps)
+    run = TrainingRun(parts, run_dir, stop, sft.num_steps)
+    loader = _loader(parts, parts.per_rank(sft.batch_size, "sft.batch_size"))
     heldout = LQLoader(config, config.data.heldout_split, sft.heldout_traces, shuffle=False).next()
     for step in range(run.resume(loader) + 1, sft.num_steps + 1):
-        microbatches, num_tokens = _next_microbatches(run, loader)
-        result = run.optimiser.step(microbatches, cross_entropy(run, num_tokens, sft.z_loss))
-        metrics = {**run.total(result.outputs), "optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
+        microbatches, num_tokens = _next_microbatches(parts, loader)
+        result = parts.optimiser.step(microbatches, cross_entropy(parts.policy, num_tokens, sft.z_loss))
+        metrics = {**parts.total(result.outputs), "optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
         if step % sft.heldout_every_steps == 0 or step == sft.num_steps:
-            metrics |= heldout_loss(run, heldout)
+            metrics |= heldout_loss(parts, heldout)
         if sft.sample_every_steps and step % sft.sample_every_steps == 0:
             _log_samples(run, heldout, step)
         run.report(StepReport(step, metrics), _text(metrics))
@@ -49,22 +53,22 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     return DONE
 
 
-def _loader(run: TrainingRun, batch_size: int) -> LQLoader | TraceLoader:
-    config, rank, size = run.config, run.groups.dp_rank, run.groups.dp_size
+def _loader(parts: Parts, batch_size: int) -> LQLoader | TraceLoader:
+    config, rank, size = parts.config, parts.groups.dp_rank, parts.groups.dp_size
     if config.sft.traces is not None:
         return TraceLoader(config, resolve(config.sft.traces), batch_size, dp_rank=rank, dp_size=size)
     return LQLoader(config, config.data.train_split, batch_size, dp_rank=rank, dp_size=size)
 
 
-def _next_microbatches(run: TrainingRun, loader: LQLoader | TraceLoader) -> tuple[list[Microbatch], int]:
+def _next_microbatches(parts: Parts, loader: LQLoader | TraceLoader) -> tuple[list[Microbatch], int]:
     """Of the next batch that gives any trace on any rank: photographs without captions give none."""
     for _ in range(len(loader) + 1):
-        microbatches, num_tokens = _microbatches(run, next_sequences(run.tokens, loader))
+        microbatches, num_tokens = _microbatches(parts, next_sequences(parts.tokens, loader))
         if num_tokens:
             return microbatches, num_tokens
     raise ValueError(
-        f"data.train_split: {run.config.data.train_split!r}: no photograph that could be read has captions; write them "
-        "with tools/prepare_data.py captions=FILE or captioner=DIR"
+        f"data.train_split: {parts.config.data.train_split!r}: no photograph that could be read has captions; write "
+        "them with tools/prepare_data.py captions=FILE or captioner=DIR"
     )
 
 
@@ -82,30 +86,23 @@ def trace_sequences(tokens: TraceTokenizer, batch: LQBatch) -> list[TrainingSequ
 
 
 def _sequence(prompt: Tensor, response: list[int]) -> TrainingSequence:
-    count = len(response)
-    return TrainingSequence(
-        tokens=torch.cat([prompt, torch.tensor(response)]),
-        positions=torch.arange(len(prompt) - 1, len(prompt) + count - 1),
-        mask_ids=torch.zeros(count, dtype=torch.long),
-        temperature=torch.ones(count),
-        rollout_logprobs=torch.zeros(count),
-    )
+    return plain_sequence(torch.cat([prompt, torch.tensor(response)]), first=len(prompt))
 
 
-def _microbatches(run: TrainingRun, sequences: list[TrainingSequence]) -> tuple[list[Microbatch], int]:
+def _microbatches(parts: Parts, sequences: list[TrainingSequence]) -> tuple[list[Microbatch], int]:
     """Microbatches of this rank, and the loss tokens of all ranks."""
-    microbatches = run.microbatches(sequences, packing=run.config.sft.packing)
-    return microbatches, run.count(sum(len(sequence.positions) for sequence in sequences))
+    microbatches = parts.microbatches(sequences, packing=parts.config.sft.packing)
+    return microbatches, parts.count(sum(len(sequence.loss.positions) for sequence in sequences))
 
 
-def cross_entropy(run: TrainingRun, num_tokens: int, z_loss: float) -> LossFunction:
+def cross_entropy(policy: Policy, num_tokens: int, z_loss: float) -> LossFunction:
     """Loss function of the pipeline: this microbatch's part of the mean over `num_tokens`."""
-    allowed = everything_allowed(run.policy.vocab_size, run.policy.padded_vocab_size, run.groups.device)
+    allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, policy.groups.device)
 
-    def loss_fn(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        if not microbatch.extras:
+    def loss_fn(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, Outputs]:
+        if microbatch.loss is None:
             return nothing_to_score(hidden, output_weight), {}
-        scores = score_microbatch(hidden, output_weight, microbatch, allowed, run.policy, with_logsumexp=True)
+        scores = score_tokens(hidden, output_weight, microbatch.loss, allowed, policy, with_logsumexp=True)
         loss = -scores.logprobs.sum() / num_tokens
         regulariser = z_loss * scores.logsumexp.square().sum() / num_tokens
         return loss + regulariser, {"sft/loss/mean": loss.detach(), "sft/z_loss/mean": regulariser.detach()}
@@ -113,24 +110,24 @@ def cross_entropy(run: TrainingRun, num_tokens: int, z_loss: float) -> LossFunct
     return loss_fn
 
 
-def heldout_loss(run: TrainingRun, batch: LQBatch) -> dict[str, float]:
+def heldout_loss(parts: Parts, batch: LQBatch) -> dict[str, float]:
     """Cross-entropy of the held-out traces, nats a token; every data-parallel rank scores the same ones.
 
     Nothing where no held-out photograph has captions.
     """
-    microbatches, total = _microbatches(run, trace_sequences(run.tokens, batch))
+    microbatches, total = _microbatches(parts, trace_sequences(parts.tokens, batch))
     if not total:
         return {}
-    run.policy.eval()
-    outputs = run_pipeline(run.policy, microbatches, cross_entropy(run, total, 0.0), forward_only=True)
-    return {"heldout/loss/mean": run.total(outputs)["sft/loss/mean"]}
+    parts.policy.eval()
+    outputs = run_pipeline(parts.policy, microbatches, cross_entropy(parts.policy, total, 0.0), forward_only=True)
+    return {"heldout/loss/mean": parts.total(outputs)["sft/loss/mean"]}
 
 
 def _log_samples(run: TrainingRun, batch: LQBatch, step: int) -> None:
     """Restored held-out images of the current policy as a grid."""
-    restorer = PolicyRestorer(run.policy, run.tokens, run.config)
-    restored = restorer(batch)
-    if run.groups.is_main:
+    parts = run.parts
+    restored = PolicyRestorer(parts.policy, parts.tokens, parts.config)(batch)
+    if parts.groups.is_main:
         path = run.run_dir / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         rows = [

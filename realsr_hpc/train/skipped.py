@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,10 +48,18 @@ class SkippedUpdates:
 
 
 def _tensors(microbatches: list[Microbatch]) -> dict[str, torch.Tensor]:
-    """`0.tokens`, `0.segment_ids`, `0.extras.advantages`, ... of every microbatch."""
-    named = {}
+    """`0.tokens`, `0.segment_ids`, `0.loss.targets`, `0.loss.rollouts.advantages`, ... of every microbatch."""
+    named: dict[str, torch.Tensor] = {}
     for number, batch in enumerate(microbatches):
-        parts = {"tokens": batch.tokens, "segment_ids": batch.segment_ids}
-        parts |= {f"extras.{name}": value for name, value in batch.extras.items()}
-        named |= {f"{number}.{name}": value.contiguous() for name, value in parts.items() if value is not None}
+        named |= _fields(str(number), batch)
     return named
+
+
+def _fields(name: str, record: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a record and of the records in it, by their dotted names."""
+    if isinstance(record, torch.Tensor):
+        return {name: record.contiguous()}
+    if not is_dataclass(record):
+        return {}
+    parts = [_fields(f"{name}.{field.name}", getattr(record, field.name)) for field in fields(record)]
+    return {key: value for part in parts for key, value in part.items()}

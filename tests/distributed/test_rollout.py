@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.distributed.launcher import run_ranks
@@ -18,73 +17,50 @@ MODALITY = {"grammar": "modality", "max_new_tokens": 60, "top_p": 0.9}
 
 
 def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tokens: int = 900) -> dict[str, Any]:
-    """Roll out two prompts x four, score and take one update; numbers of this rank."""
+    """A whole step of two prompts x four rollouts; numbers of this rank."""
     import torch
 
-    from realsr_hpc.config.learning import GRPOConfig, RolloutConfig
-    from realsr_hpc.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig, VLCoTConfig
-    from realsr_hpc.model.policy import build_policy
-    from realsr_hpc.optim.step import Optimiser
-    from realsr_hpc.parallel.groups import initialise
     from realsr_hpc.parallel.layout import microbatch_multiple
     from realsr_hpc.parallel.reduce import broadcast_from_last_stage, reduce_floats
-    from realsr_hpc.paths import resolve
-    from realsr_hpc.records import GRPOBatch, ParsedTrace, ScoredGroup
-    from realsr_hpc.rollout.sampler import Sampler
-    from realsr_hpc.tokenizer.text import TextTokenizer
-    from realsr_hpc.train.batches import collate_groups
-    from realsr_hpc.train.experience import training_sequences
-    from realsr_hpc.train.grpo import objective
-    from realsr_hpc.train.scoring import add_logprobs
-    from realsr_hpc.vlcot.grammar import Grammar
-    from realsr_hpc.vlcot.sequence import TraceCodec
-    from realsr_hpc.vlcot.vocabulary import build_vocabulary
+    from realsr_hpc.train.grpo import step
+    from realsr_hpc.train.scoring import logprobs_of
+    from realsr_hpc.train.updates import grpo_batches
+    from tests.steps import Images, small_parts
 
     torch.set_num_threads(1)
-    config = RunConfig(
-        name="t",
-        task="grpo",
-        vlcot=VLCoTConfig(instruction="restore <|image|>", max_text_tokens=5),
-        model=ModelConfig(num_layers=4, hidden_size=64, num_heads=4, num_kv_heads=2, ffn_hidden_size=96, init_std=0.15),
-        parallel=ParallelConfig(**({"distributed_optimizer": False} | parallel), microbatch_tokens=microbatch_tokens),
-        rollout=RolloutConfig(**rollout),
-        grpo=GRPOConfig(group_size=4, kl_beta=0.0, aggregation="sequence"),
-        optim=OptimConfig(lr=1e-3),
+    parts = small_parts(
+        vlcot={"max_text_tokens": 5},
+        model={"num_layers": 4, "hidden_size": 64, "num_kv_heads": 2, "ffn_hidden_size": 96},
+        parallel={"distributed_optimizer": False, "microbatch_tokens": microbatch_tokens} | parallel,
+        rollout=rollout,
+        grpo={"aggregation": "sequence", "kl_beta": 1e-9},
     )
-    groups = initialise(config.parallel, seed=0)
-    text = TextTokenizer(resolve(config.text_tokenizer.path))
-    codec = TraceCodec(config.vlcot, build_vocabulary(config.vlcot, 64, text.vocab_size), text, 16)
-    policy = build_policy(config, groups, codec.vocabulary.size)
-    sampler = Sampler(policy, Grammar(codec, config.rollout.grammar), config.rollout, seed=5)
+    groups, reference = parts.groups, parts.reference
+    assert reference is not None
+    share = 2 // groups.dp_size
+    mine = range(groups.dp_rank * share, (groups.dp_rank + 1) * share)
+    report = step(parts, Images(mine), 1)
 
-    mine = range(groups.dp_rank * 2 // groups.dp_size, (groups.dp_rank + 1) * 2 // groups.dp_size)
-    lq = np.random.default_rng(1).integers(0, 64, (2, 4, 4))
-    prompts = torch.tensor([codec.prompt(lq[row]) for row in mine])
-    rollouts = sampler.generate(prompts, 4, [row * 4 + member for row in mine for member in range(4)])
-    empty = tuple(ParsedTrace(None, (None,) * 3, (None,) * 3, ()) for _ in range(4))
-    rewards = torch.tensor([0.1, 0.7, 0.3, 0.9])
-    scored = [ScoredGroup(group, rewards, {"r": rewards}, {"r": 1.0}, empty, (None,) * 4) for group in rollouts]
-    sequences = tuple(s for group in scored for s in training_sequences(group, sampler, config.grpo))
-    local = {"tokens": float(sum(len(s.positions) for s in sequences)), "rollouts": float(len(sequences))}
-    counts = {name: int(value) for name, value in reduce_floats(local, groups.dp, groups.device, "sum").items()}
-    batch = GRPOBatch(sequences, counts["tokens"], counts["rollouts"])
-    multiple = microbatch_multiple(config.parallel)
-    microbatches = collate_groups(sequences, config.parallel, pad=1, device=groups.device)
-    add_logprobs(policy, microbatches, sampler.masks, "scored")
-    add_logprobs(policy, microbatches, sampler.masks, "joined", at_once=3, multiple=multiple)
-    scored = [m.extras for m in microbatches if "scored" in m.extras]
-    pairs = [(one["rollout_logprobs"], one[name]) for one in scored for name in ("scored", "joined")]
+    # the reference has the weights that the rollouts were sampled from
+    [batch] = grpo_batches(parts, report.groups, parts.sampler.masks)
+    microbatches, masks = parts.group_microbatches(batch.groups), parts.sampler.masks.allowed
+    alone = logprobs_of(reference, microbatches, masks)
+    together = logprobs_of(reference, microbatches, masks, at_once=3, multiple=microbatch_multiple(parts.config.parallel))
+    sampled = [m.loss.rollouts.rollout_logprobs if m.loss and m.loss.rollouts else None for m in microbatches]
+    pairs = [(a, b) for scored in (alone, together) for a, b in zip(sampled, scored, strict=True) if b is not None]
     worst = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
-    result = Optimiser(policy, config, 1).step(microbatches, objective(config, policy, batch, sampler.masks))
-    summed = {"loss": sum(float(o["grpo/loss/mean"]) for o in result.outputs if o), "worst": worst}
-    summed = reduce_floats(broadcast_from_last_stage(summed, groups), groups.dp, groups.device, "sum")
-    columns = [group.tokens[row, :length] for group in rollouts for row, length in enumerate(group.lengths)]
+    found = broadcast_from_last_stage({"worst": worst, "compared": float(len(pairs))}, groups)
+    rollouts = [group.rollouts for group in report.groups]
     return {
-        **summed,
-        "grad_norm": result.grad_norm,
-        "tokens": {int(row): [c.tolist() for c in columns[4 * i : 4 * i + 4]] for i, row in enumerate(mine)},
+        **reduce_floats(found, groups.dp, groups.device, "sum"),
+        "loss": report.metrics["grpo/loss/mean"],
+        "grad_norm": report.metrics["optim/grad_norm/step"],
+        "tokens": {
+            row: [one.tokens[member, :length].tolist() for member, length in enumerate(one.lengths)]
+            for row, one in zip(mine, rollouts, strict=True)
+        },
         "rollouts_a_row": microbatches[0].branches.count,
-        "num_loss_tokens": counts["tokens"],
+        "num_loss_tokens": batch.num_tokens_global,
     }
 
 
@@ -104,7 +80,7 @@ def check(case, parallel: dict[str, Any], ranks: int, **arguments: Any) -> list[
     tokens = {row: rollouts for result in results for row, rollouts in result["tokens"].items()}
     assert tokens == single["tokens"]
     for result in results:
-        assert result["worst"] <= 1e-4
+        assert result["compared"] and result["worst"] <= 1e-4
         assert result["num_loss_tokens"] == single["num_loss_tokens"]
         assert result["loss"] == pytest.approx(single["loss"], abs=TOLERANCE)
         assert result["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-4)

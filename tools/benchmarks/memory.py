@@ -29,13 +29,14 @@ from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
 from realsr_hpc.plan.memory import GIB, Memory, kv_cache_bytes, memory
 from realsr_hpc.plan.sizes import guided, has_reference, sequence_tokens, sequences_of_a_rank, truncated
-from realsr_hpc.records import GRPOBatch, TrainingSequence
+from realsr_hpc.records import GRPOBatch, LossTokens, RolloutTokens, TrainingGroup, TrainingSequence
 from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from realsr_hpc.train import grpo, sft
+from realsr_hpc.train import sft
 from realsr_hpc.train.batches import collate, collate_groups
-from realsr_hpc.train.scoring import add_logprobs
+from realsr_hpc.train.objective import objective
+from realsr_hpc.train.scoring import logprobs_of
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._allocations import Allocations
 from tools.benchmarks._measure import show
@@ -148,43 +149,46 @@ class _Run:
     def _collated(self) -> list[Microbatch]:
         count, grpo = sequences_of_a_rank(self.config), self.config.task == "grpo"
         size = self.config.grpo.group_size if grpo else 1
-        self.sequences = tuple(s for _ in range(count // size) for s in self._group(size))
+        self.training = tuple(self._group(size) for _ in range(count // size))
         parallel, pad, device = self.config.parallel, self.codec.vocabulary.pad, self.groups.device
         if grpo:
-            return collate_groups(self.sequences, parallel, pad=pad, device=device)
-        return collate(self.sequences, parallel, packing=self.config.sft.packing, pad=pad, device=device)
+            return collate_groups(self.training, parallel, pad=pad, device=device)
+        sequences = [sequence for group in self.training for sequence in group.sequences]
+        return collate(sequences, parallel, packing=self.config.sft.packing, pad=pad, device=device)
 
-    def _group(self, size: int) -> list[TrainingSequence]:
+    def _group(self, size: int) -> TrainingGroup:
         """Random tokens that the grammar's widest mask allows, at the planned length; the whole response is learnt."""
         allowed = self.sampler.masks.allowed
         mask = int(allowed.sum(1).argmax()) if self.config.task == "grpo" else 0
         choices = allowed[mask].nonzero()[:, 0]
         prompt, response = (choices[torch.randint(0, len(choices), (n,))] for n in sequence_tokens(self.config))
-        return [self._sequence(prompt, response[torch.randperm(len(response))], mask) for _ in range(size)]
+        members = (self._sequence(prompt, response[torch.randperm(len(response))], mask) for _ in range(size))
+        return TrainingGroup(len(prompt), tuple(members))
 
     def _sequence(self, prompt_ids: Tensor, response_ids: Tensor, mask: int) -> TrainingSequence:
         prompt, response, allowed = len(prompt_ids), len(response_ids), self.sampler.masks.allowed
         has_support, has_twin = truncated(self.config), guided(self.config)
-        return TrainingSequence(
-            tokens=torch.cat([prompt_ids, response_ids]),
-            prompt_length=prompt,
-            positions=torch.arange(prompt - 1, prompt + response - 1),
+        tokens, places = torch.cat([prompt_ids, response_ids]), torch.arange(response)
+        loss = LossTokens(
+            positions=prompt - 1 + places,
+            targets=response_ids,
             mask_ids=torch.full((response,), mask),
             temperature=torch.ones(response),
-            rollout_logprobs=torch.full((response,), -5.0),
-            advantage=1.0,
             support=torch.full((response, -(-allowed.shape[1] // 8)), 255, dtype=torch.uint8) if has_support else None,
             cfg_scale=torch.ones(response) if has_twin else None,
-            blocks=torch.arange(prompt + response) // 50 if has_twin else None,
+            rollouts=RolloutTokens(
+                torch.zeros_like(places), places, torch.ones(1), rollout_logprobs=torch.full((response,), -5.0)
+            ),
         )
+        return TrainingSequence(tokens, loss, torch.arange(prompt + response) // 50 if has_twin else None)
 
     def _objective(self) -> LossFunction:
-        tokens = sum(len(sequence.positions) for sequence in self.sequences)
+        sequences = [sequence for group in self.training for sequence in group.sequences]
+        tokens = sum(len(sequence.loss.positions) for sequence in sequences)
         if self.config.task == "sft":
-            training: Any = self  # of a training run it asks for policy and groups
-            return sft.cross_entropy(training, tokens, self.config.sft.z_loss)
-        batch = GRPOBatch(self.sequences, tokens, len(self.sequences))
-        return grpo.objective(self.config, self.policy, batch, self.sampler.masks)
+            return sft.cross_entropy(self.policy, tokens, self.config.sft.z_loss)
+        batch = GRPOBatch(self.training, tokens, len(sequences))
+        return objective(self.config, self.policy, batch, self.sampler.masks)
 
     def optimizer(self) -> float:
         """Main weights and moments after an update, each storage once and none of the model's own."""
@@ -203,7 +207,7 @@ class _Run:
     def activations(self) -> float:
         """What a forward pass of one microbatch leaves for its backward pass, the hidden states included."""
         first, chunk = self.microbatches[0], self.policy.train().chunks[0]
-        return _least(lambda: chunk(first.tokens, first.segment_ids, first.branches)).rise
+        return _least(lambda: chunk(first.tokens, first.segment_ids, first.branches, first.image_blocks)).rise
 
     def update(self) -> float:
         """Peak of forward and backward over all microbatches."""
@@ -212,8 +216,8 @@ class _Run:
 
     def score(self) -> float:
         """Peak of the reference's log-probabilities, once the buffers that stay are there."""
-        masks, at_once = self.sampler.masks, self.config.parallel.scoring_microbatches
-        score = lambda: add_logprobs(self.policy, self.microbatches, masks, "reference_logprobs", at_once=at_once)  # noqa: E731
+        allowed, at_once = self.sampler.masks.allowed, self.config.parallel.scoring_microbatches
+        score = lambda: logprobs_of(self.policy, self.microbatches, allowed, at_once=at_once)  # noqa: E731
         score()
         return self._collated_bytes + _least(score).peak
 

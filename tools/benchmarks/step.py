@@ -23,15 +23,17 @@ import torch
 from torch import Tensor
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.grpo.advantages import configured_advantages
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
-from realsr_hpc.records import GRPOBatch, ParsedTrace, ScoredGroup
+from realsr_hpc.records import GroupRewards, LQBatch, ParsedTrace, ScoredGroup
+from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from realsr_hpc.train.batches import collate_groups
-from realsr_hpc.train.experience import training_sequences
-from realsr_hpc.train.grpo import objective
-from realsr_hpc.train.scoring import add_logprobs
+from realsr_hpc.train.grpo import score_before_updates
+from realsr_hpc.train.objective import objective
+from realsr_hpc.train.parts import GRPOParts
+from realsr_hpc.train.updates import grpo_batches
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._measure import Timing, show
 from tools.benchmarks._options import split_options
@@ -81,28 +83,27 @@ def rewards_of(count: int) -> list[float]:
 
 
 def our_step(config: RunConfig, policy: Policy, tokens: TraceTokenizer, prompts: Tensor) -> Callable[[], None]:
-    """The loop's own functions in the loop's order, without data, images and checkpoints."""
+    """`train.grpo.step` without what comes before and after it: no data, images, rewards and metrics."""
     # before the policy is trained: the reference has the same weights
     reference = build_policy(config, policy.groups, tokens.codec.vocabulary.size, trainable=False)
-    optimiser = Optimiser(policy, config, total_steps=100)
     sampler = Sampler(policy, Grammar(tokens.codec, "constrained"), config.rollout, config.seed)
+    optimiser, rewards = Optimiser(policy, config, total_steps=100), RewardMixture(config.rewards)
+    parts = GRPOParts(config, policy.groups, tokens, policy, optimiser, reference, sampler, rewards)
     size = config.grpo.group_size
     nothing = ParsedTrace(None, (None,) * 3, (None,) * 3, ())
+    total = torch.tensor(rewards_of(size))
+    earned = GroupRewards(total, {"r": total}, {"r": 1.0})
+    advantages = configured_advantages(earned.breakdown, earned.weights, config.grpo)
+    blank = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+    source = LQBatch(blank, None, (None,), (None,), ("",), torch.zeros(1, dtype=torch.long))
 
     def step() -> None:
         policy.eval()
         groups = sampler.generate(prompts, size, list(range(len(prompts) * size)))
-        rewards = torch.tensor(rewards_of(size))
-        scored = [
-            ScoredGroup(g, rewards, {"r": rewards}, {"r": 1.0}, (nothing,) * size, (None,) * size) for g in groups
-        ]
-        sequences = tuple(s for group in scored for s in training_sequences(group, sampler, config.grpo))
-        batch = GRPOBatch(sequences, sum(len(s.positions) for s in sequences), len(sequences))
-        pad = tokens.codec.vocabulary.pad
-        microbatches = collate_groups(sequences, config.parallel, pad=pad, device=policy.groups.device)
-        at_once = config.parallel.scoring_microbatches
-        add_logprobs(reference, microbatches, sampler.masks, "reference_logprobs", at_once=at_once)
-        optimiser.step(microbatches, objective(config, policy, batch, sampler.masks))
+        scored = [ScoredGroup(source, g, (nothing,) * size, (None,) * size, earned, advantages) for g in groups]
+        for batch in grpo_batches(parts, scored, sampler.masks):
+            microbatches = score_before_updates(parts, parts.group_microbatches(batch.groups))
+            optimiser.step(microbatches, objective(config, policy, batch, sampler.masks))
 
     return step
 

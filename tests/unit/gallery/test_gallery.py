@@ -16,7 +16,15 @@ from skimage import data
 from realsr_hpc.commands import gallery
 from realsr_hpc.gallery import read_run, render
 from realsr_hpc.paths import project_root
-from realsr_hpc.records import DegradationLabel, LQBatch, ParsedTrace, RolloutGroup, SceneText, ScoredGroup
+from realsr_hpc.records import (
+    DegradationLabel,
+    GroupRewards,
+    LQBatch,
+    ParsedTrace,
+    RolloutGroup,
+    SceneText,
+    ScoredGroup,
+)
 from realsr_hpc.train.kept import write_rollouts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -25,17 +33,15 @@ LIGHT = DegradationLabel("light", "downsample", "medium", "light", "keep")
 SCENE = SceneText("a cat", "a striped cat", "a striped cat looking to the left", ("cat",))
 
 
-def group(phrase: str, rewards: list[float], final: np.ndarray, faults=()) -> ScoredGroup:
-    """Rollouts that differ in their rewards and in how far their image is turned to grey."""
+def group(source: LQBatch, phrase: str, rewards: list[float], final: np.ndarray, faults=()) -> ScoredGroup:
+    """Rollouts of one image, with their rewards and a final image."""
     size = len(rewards)
     empty = torch.zeros(size, 1, dtype=torch.int64)
     rollouts = RolloutGroup(empty[0], empty, empty[:, 0], empty.float(), empty.bool(), empty)
     trace = ParsedTrace(phrase, ("a cat <script>alert(1)</script>", None, "whiskers"), (None,) * 3, faults)
     values = torch.tensor(rewards)
-    return ScoredGroup(
-        rollouts, 2 * values, {"fidelity": values, "format": values}, {"fidelity": 1.0, "format": 1.0},
-        (trace,) * size, (final,) * size,
-    )  # fmt: skip
+    earned = GroupRewards(2 * values, {"fidelity": values, "format": values}, {"fidelity": 1.0, "format": 1.0})
+    return ScoredGroup(source, rollouts, (trace,) * size, (final,) * size, earned, torch.tensor([-1.0, 1.0, 0.0]))
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +52,16 @@ def run_dir(tmp_path_factory) -> Path:
     gt = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     lq = gt[:, :, ::4, ::4].contiguous()
     batch = LQBatch(lq, gt, (HEAVY, LIGHT), (SCENE, None), ("cat", "coffee"), torch.arange(2))
-    groups = [group(HEAVY.phrase, [0.2, 0.9, 0.4], images[0]), group(HEAVY.phrase, [0.1, 0.3, 0.2], images[1], ("x",))]
-    stages = [[image[::4, ::4] for image in images for _ in range(3)], [None] * 6]
-    stages.append([(image * share).astype(np.uint8) for image in images for share in (0.4, 0.7, 1.0)])
-    gains = [[-1.0, 1.0, 0.0], [-1.0, 1.0, 0.0]]
-    write_rollouts(folder, 8, "train", batch, groups, gains, stages)
-    write_rollouts(folder, 16, "heldout", batch, groups[:1], gains[:1], [row[:3] for row in stages])
+    groups = [
+        group(batch.row(0), HEAVY.phrase, [0.2, 0.9, 0.4], images[0]),
+        group(batch.row(1), HEAVY.phrase, [0.1, 0.3, 0.2], images[1], ("x",)),
+    ]
+    # of each rollout a rough and a final image, which are turned to grey the further the lower its reward
+    pictures = [
+        [(image[::4, ::4], None, (image * share).astype(np.uint8)) for share in (0.4, 0.7, 1.0)] for image in images
+    ]
+    write_rollouts(folder, 8, "train", groups, pictures)
+    write_rollouts(folder, 16, "heldout", groups[:1], pictures[:1])
     return folder
 
 

@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from realsr_hpc.config.learning import RewardsConfig, RewardTerm
-from realsr_hpc.records import RolloutGroup
 from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.mixture import RewardMixture, build_reward
 
@@ -26,42 +25,29 @@ class Breaks(Reward):
         return np.array([np.nan if item.trace.degradation == "nan" else 9.0 for item in candidates])
 
 
-def group_of(size):
-    empty = torch.zeros(size, 1, dtype=torch.long)
-    return RolloutGroup(
-        prompt=torch.zeros(1, dtype=torch.long),
-        tokens=empty,
-        lengths=torch.ones(size, dtype=torch.long),
-        rollout_logprobs=torch.zeros(size, 1),
-        forced=torch.ones(size, 1, dtype=torch.bool),
-        mask_ids=empty,
-    )
-
-
 def test_rewards_are_the_weighted_sum_of_the_breakdown(photograph):
     mixture = RewardMixture(RewardsConfig(terms=TEXT_TERMS))
-    scored = mixture.score(group_of(2), [make_candidate(photograph), make_candidate(None, make_trace(faults=("x",)))])
-    expected = 2.0 * scored.reward_breakdown["format"] + 0.5 * scored.reward_breakdown["fidelity"]
-    torch.testing.assert_close(scored.rewards, expected)
+    scored = mixture.score([make_candidate(photograph), make_candidate(None, make_trace(faults=("x",)))])
+    expected = 2.0 * scored.breakdown["format"] + 0.5 * scored.breakdown["fidelity"]
+    torch.testing.assert_close(scored.total, expected)
     assert scored.failures == {"format": 0, "fidelity": 0}
-    assert scored.images[0] is photograph and scored.images[1] is None
 
 
 @pytest.mark.parametrize(("gate", "kept"), [(True, False), (False, True)])
 def test_gate_gives_malformed_traces_the_minimum_of_image_rewards(photograph, gate, kept):
     mixture = RewardMixture(RewardsConfig(terms=TEXT_TERMS, gate_malformed=gate))
-    scored = mixture.score(group_of(1), [make_candidate(photograph, make_trace(faults=("x",)))])
-    assert (scored.reward_breakdown["fidelity"][0] > 0.5) == kept
+    scored = mixture.score([make_candidate(photograph, make_trace(faults=("x",)))])
+    assert (scored.breakdown["fidelity"][0] > 0.5) == kept
 
 
 def test_many_groups_score_as_each_alone(photograph, other_photograph):
     mixture = RewardMixture(RewardsConfig())
     members = [[make_candidate(photograph), make_candidate(None)], [make_candidate(other_photograph)]]
-    together = mixture.score_groups([group_of(2), group_of(1)], members)
+    together = mixture.score_groups(members)
     for scored, items in zip(together, members, strict=True):
-        alone = mixture.score(group_of(len(items)), items)
-        for name, values in alone.reward_breakdown.items():
-            torch.testing.assert_close(values, scored.reward_breakdown[name], rtol=0, atol=1e-5)
+        alone = mixture.score(items)
+        for name, values in alone.breakdown.items():
+            torch.testing.assert_close(values, scored.breakdown[name], rtol=0, atol=1e-5)
 
 
 def test_a_broken_item_gets_the_minimum_and_is_counted():
@@ -92,15 +78,12 @@ def test_a_ramped_weight_depends_on_the_step_alone(photograph):
     assert mixture.weights["fidelity"] == 0.5
     for step, weight in ((10, 0.5), (15, 1.5), (20, 2.5), (99, 2.5), (1, 0.5)):
         mixture.at_step(step)
-        scored = mixture.score(group_of(1), [make_candidate(photograph)])
+        scored = mixture.score([make_candidate(photograph)])
         assert scored.weights == {"format": 2.0, "fidelity": weight}
-        expected = 2.0 * scored.reward_breakdown["format"] + weight * scored.reward_breakdown["fidelity"]
-        torch.testing.assert_close(scored.rewards, expected)
+        expected = 2.0 * scored.breakdown["format"] + weight * scored.breakdown["fidelity"]
+        torch.testing.assert_close(scored.total, expected)
 
 
-def test_rewards_need_terms_and_one_candidate_a_rollout():
+def test_rewards_need_terms():
     with pytest.raises(ValueError, match="empty"):
         RewardMixture(RewardsConfig(terms={}))
-    mixture = RewardMixture(RewardsConfig(terms=TEXT_TERMS))
-    with pytest.raises(ValueError, match="2 rollouts came with 1"):
-        mixture.score(group_of(2), [make_candidate(None)])

@@ -3,7 +3,7 @@
 import pytest
 
 from realsr_hpc.config.schema import PrecisionConfig, RunConfig
-from realsr_hpc.train.grpo import check_exactness
+from realsr_hpc.train.objective import check_exactness
 
 CONFIG = RunConfig(name="t", task="grpo")
 EXACT = {"grpo/ratio/mean": 1.0, "grpo/kl_reference/mean": 0.0, "rollout/mismatch_kl": 1e-9}

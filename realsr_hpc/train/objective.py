@@ -1,0 +1,76 @@
+"""GRPO's loss as the pipeline calls it, and what its first value of a step must be."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from realsr_hpc.behaviour.masks import MaskTable
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.grpo.loss import GlobalCounts, mismatch, policy_loss
+from realsr_hpc.model.policy import Policy
+from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, Outputs
+from realsr_hpc.records import GRPOBatch, RolloutTokens
+from realsr_hpc.train.scoring import nothing_to_score, score_tokens
+
+
+def objective(config: RunConfig, policy: Policy, batch: GRPOBatch, masks: MaskTable) -> LossFunction:
+    """Loss function of one update: a microbatch's part of the policy loss, and its metrics."""
+    counts = GlobalCounts(batch.num_tokens_global, batch.num_rollouts_global, config.rollout.max_new_tokens)
+    with_entropy = config.grpo.entropy_weight != 0.0
+
+    def loss_fn(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, Outputs]:
+        loss = microbatch.loss
+        if loss is None or loss.rollouts is None:
+            return nothing_to_score(hidden, output_weight), {}
+        scores = score_tokens(hidden, output_weight, loss, masks.allowed, policy, with_entropy=with_entropy)
+        # from here on [N rollouts, longest]: compact columns [n] laid out in rows
+        rollouts, mask = loss.rollouts, loss.rollouts.mask
+        logprobs, sampled = rollouts.rows(scores.logprobs), rollouts.rows(rollouts.rollout_logprobs)
+        old = _rows(rollouts, rollouts.old_logprobs)
+        terms = policy_loss(
+            logprobs,
+            sampled,
+            rollouts.advantages,
+            mask,
+            _rows(rollouts, rollouts.reference_logprobs),
+            counts=counts,
+            config=config.grpo,
+            old_logprobs=old,
+            entropy=rollouts.rows(scores.entropy) if with_entropy else None,
+        )
+        drift = mismatch(sampled, logprobs if old is None else old, mask)
+        per_token = {"rollout/mismatch_kl": drift.kl_sum, "rollout/mismatch_abs": drift.abs_sum}
+        return terms.loss, terms.metrics | {name: value / counts.num_tokens for name, value in per_token.items()}
+
+    return loss_fn
+
+
+def _rows(rollouts: RolloutTokens, values: Tensor | None) -> Tensor | None:
+    return None if values is None else rollouts.rows(values)
+
+
+def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> None:
+    """Stop a run whose sampler and trainer disagree, or whose updates do not start at ratio 1, the first also at KL 0.
+
+    `first` holds the metrics of the step's first update. Every number here is an invariant of the method; going on
+    would train on noise (PEERS: the mismatch grows).
+    """
+    gate, drift = config.grpo.mismatch_kl_gate, first.get("rollout/mismatch_kl", 0.0)
+    if gate is not None and not drift <= gate:
+        raise RuntimeError(
+            f"step {step}: KL(rollout || policy) is {drift:.3g} nats a token, above grpo.mismatch_kl_gate={gate}: "
+            "sampler and scorer disagree; lower rollout precision, or raise the gate if this drift is known"
+        )
+    ratio = first.get("grpo/ratio/mean", 1.0)
+    if not abs(ratio - 1.0) <= 1e-5:
+        raise AssertionError(f"step {step}: the mean ratio of its first update is {ratio}, not 1: the policy changed")
+    divergence = first.get("grpo/kl_reference/mean", 0.0)
+    if step == 1 and not abs(divergence) <= rounding(config):
+        raise AssertionError(f"first update: KL(policy || reference) is {divergence}, not 0; their weights differ")
+
+
+def rounding(config: RunConfig) -> float:
+    """KL in nats a token that number formats alone can put between two scorings with the same weights."""
+    if config.precision.fp8 != "none":
+        return 1e-2  # the reference's scales come from other batches
+    return {"fp32": 1e-5, "bf16": 1e-3}[config.precision.params]

@@ -1,0 +1,117 @@
+"""What a training step works with on this rank, built once and passed: nothing here writes to disk or is reported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.policy import Policy, build_policy
+from realsr_hpc.optim.step import Optimiser
+from realsr_hpc.parallel.groups import Groups, initialise
+from realsr_hpc.parallel.pipeline import Microbatch, Outputs
+from realsr_hpc.parallel.reduce import broadcast_from_last_stage, gather_objects, reduce_float, reduce_floats
+from realsr_hpc.records import TrainingGroup, TrainingSequence
+from realsr_hpc.rewards.mixture import RewardMixture
+from realsr_hpc.rollout.sampler import Sampler
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.train.batches import collate, collate_groups
+from realsr_hpc.vlcot.grammar import Grammar
+from realsr_hpc.vlcot.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of every training loop: process groups, tokenizers, the policy and its optimizer."""
+
+    config: RunConfig
+    groups: Groups
+    tokens: TraceTokenizer
+    policy: Policy
+    optimiser: Optimiser
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Token ids of the recipe."""
+        return self.tokens.codec.vocabulary
+
+    def per_rank(self, count: int, field: str) -> int:
+        """Share of one data-parallel rank; ValueError when `count` does not divide."""
+        if count % self.groups.dp_size:
+            raise ValueError(
+                f"{field} is {count}, which {self.groups.dp_size} data-parallel ranks cannot share evenly: "
+                f"choose a multiple of {self.groups.dp_size}"
+            )
+        return count // self.groups.dp_size
+
+    def microbatches(self, sequences: Sequence[TrainingSequence], *, packing: bool) -> list[Microbatch]:
+        """Collated for this layout; at least one, also for no sequences."""
+        parallel, pad = self.config.parallel, self.vocabulary.pad
+        return collate(sequences, parallel, packing=packing, pad=pad, device=self.groups.device)
+
+    def group_microbatches(self, groups: Sequence[TrainingGroup]) -> list[Microbatch]:
+        """The same for rollouts, which share their group's prompt."""
+        return collate_groups(groups, self.config.parallel, pad=self.vocabulary.pad, device=self.groups.device)
+
+    def count(self, local: int) -> int:
+        """Sum over the data-parallel ranks."""
+        return int(reduce_float(float(local), self.groups.dp, self.groups.device, "sum"))
+
+    def total(self, outputs: list[Outputs]) -> dict[str, float]:
+        """Contributions of the last stage summed over microbatches and data-parallel ranks, on every rank."""
+        local: dict[str, float] = {}
+        for output in outputs:
+            for name, value in output.items():
+                local[name] = local.get(name, 0.0) + float(value)
+        # A rank without loss tokens has no names of its own.
+        named = gather_objects(broadcast_from_last_stage(local, self.groups), self.groups.dp)
+        names = sorted({name for part in named for name in part})
+        return {name: sum(part.get(name, 0.0) for part in named) for name in names}
+
+    def slowest(self, seconds: dict[str, float]) -> dict[str, float]:
+        """Of each measured time the longest of the data-parallel ranks."""
+        return reduce_floats(seconds, self.groups.dp, self.groups.device, "max")
+
+
+@dataclass(frozen=True)
+class GRPOParts(Parts):
+    """Of GRPO: also the frozen reference, the sampler on the live policy, and the rewards."""
+
+    reference: Policy | None
+    """None without a KL term."""
+    sampler: Sampler
+    rewards: RewardMixture
+
+
+def build_parts(config: RunConfig, num_updates: int) -> Parts:
+    """From a recipe. num_updates: optimizer updates of the whole run, the end of the learning rate's decay."""
+    groups = initialise(config.parallel, config.seed)
+    tokens = TraceTokenizer.load(config, groups.device)
+    policy = build_policy(config, groups, tokens.codec.vocabulary.size)
+    return Parts(config, groups, tokens, policy, Optimiser(policy, config, num_updates))
+
+
+def build_grpo_parts(config: RunConfig) -> GRPOParts:
+    """From a recipe."""
+    parts = build_parts(config, config.grpo.num_steps * config.grpo.updates_per_step)
+    with_reference = config.grpo.kl_beta > 0
+    return GRPOParts(
+        config,
+        parts.groups,
+        parts.tokens,
+        parts.policy,
+        parts.optimiser,
+        build_policy(config, parts.groups, parts.vocabulary.size, trainable=False) if with_reference else None,
+        Sampler(parts.policy, Grammar(parts.tokens.codec, config.rollout.grammar), config.rollout, config.seed),
+        RewardMixture(config.rewards),
+    )
+
+
+@contextmanager
+def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the wall time of what is inside as `time/NAME/s`."""
+    start = time.perf_counter()
+    yield
+    seconds[f"time/{name}/s"] = time.perf_counter() - start

@@ -1,0 +1,83 @@
+"""Scored groups to the updates of a step: rollouts with the distribution each of their tokens was sampled from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from realsr_hpc.behaviour.masks import MaskTable
+from realsr_hpc.grpo.advantages import zero_variance
+from realsr_hpc.records import GRPOBatch, LossTokens, RolloutTokens, ScoredGroup, TrainingGroup, TrainingSequence
+from realsr_hpc.train.parts import Parts
+
+
+def grpo_batches(parts: Parts, groups: Sequence[ScoredGroup], masks: MaskTable) -> list[GRPOBatch]:
+    """The step's updates: rollouts that carry loss, spread over `updates_per_step` batches with their global counts.
+
+    An update for which no rank has a loss token is left out.
+    """
+    grpo = parts.config.grpo
+    used = [group for group in groups if grpo.zero_variance == "keep" or not teaches_nothing(group)]
+    training = [training_group(group, masks) for group in used]
+    batches = []
+    for number in range(grpo.updates_per_step):
+        mine = every_nth_rollout(training, number, grpo.updates_per_step)
+        sequences = [sequence for group in mine for sequence in group.sequences]
+        num_tokens = parts.count(sum(len(sequence.loss.positions) for sequence in sequences))
+        num_rollouts = parts.count(len(sequences))
+        if num_tokens:
+            batches.append(GRPOBatch(mine, num_tokens, num_rollouts))
+    return batches
+
+
+def teaches_nothing(group: ScoredGroup) -> bool:
+    """All advantages of the group are zero."""
+    assert group.advantages is not None, "a group of one has no advantages: it is not to be trained on"
+    return bool(zero_variance(group.advantages))
+
+
+def every_nth_rollout(groups: Sequence[TrainingGroup], first: int, nth: int) -> tuple[TrainingGroup, ...]:
+    """Rollouts first, first + nth, ... of all groups counted through, still in their groups; empty groups go."""
+    numbers = itertools.count()
+    shares = [
+        replace(group, sequences=tuple(s for s in group.sequences if next(numbers) % nth == first)) for group in groups
+    ]
+    return tuple(group for group in shares if group.sequences)
+
+
+def training_group(group: ScoredGroup, masks: MaskTable) -> TrainingGroup:
+    """A group's rollouts that carry loss; a rollout without a free token is left out."""
+    rollouts = group.rollouts
+    # [length] each: where the grammar left a choice
+    free = [(~rollouts.forced[row, :length]).nonzero()[:, 0] for row, length in enumerate(rollouts.lengths.tolist())]
+    members = (_sequence(group, row, places, masks) for row, places in enumerate(free) if len(places))
+    return TrainingGroup(len(rollouts.prompt), tuple(members))
+
+
+def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable) -> TrainingSequence:
+    """One rollout; free: its loss tokens, int64 [n] positions in the response."""
+    rollouts = group.rollouts
+    assert group.advantages is not None, "a group of one has no advantages: it is not to be trained on"
+    tokens = torch.cat([rollouts.prompt, rollouts.tokens[row, : rollouts.lengths[row]]])  # [P + length]
+    mask_ids = rollouts.mask_ids[row, free]
+    loss = LossTokens(
+        positions=len(rollouts.prompt) - 1 + free,
+        targets=rollouts.tokens[row, free],
+        mask_ids=mask_ids,
+        temperature=masks.temperature.cpu()[mask_ids],
+        support=None if rollouts.support is None else rollouts.support[row, free],
+        cfg_scale=masks.cfg_scale.cpu()[mask_ids] if masks.guided else None,
+        rollouts=RolloutTokens(
+            rollout=torch.zeros(len(free), dtype=torch.long),
+            column=torch.arange(len(free)),
+            advantages=group.advantages[row : row + 1],
+            rollout_logprobs=rollouts.rollout_logprobs[row, free],
+        ),
+    )
+    # a token that does not continue an image block begins one, or stands alone
+    blocks = (~masks.continues_block.cpu()[tokens]).cumsum(0) if masks.guided else None
+    return TrainingSequence(tokens, loss, blocks)
