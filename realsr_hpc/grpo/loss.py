@@ -20,6 +20,9 @@ from torch import Tensor
 
 from realsr_hpc.config.learning import GRPOConfig
 
+MAX_LOG_RATIO = 20.0
+"""Logarithms of ratios are clamped to +-20, as verl does: e^20 is 5e8, and e^89 is inf in float32."""
+
 
 @dataclass(frozen=True)
 class GlobalCounts:
@@ -39,7 +42,7 @@ class LossTerms:
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Float[Tensor, ""]]
-    """Detached; each already divided by its global count, so sums of contributions are means."""
+    """Detached; each already divided by its global count, so sums of contributions are means; `.../count` are not."""
 
 
 @dataclass(frozen=True)
@@ -85,42 +88,53 @@ def policy_loss(
     mask = loss_mask
     policy = _masked(policy_logprobs, mask)
     old = policy.detach() if old_logprobs is None else _masked(old_logprobs, mask).detach()
-    ratio = importance_ratio(policy - old, mask, config.importance)
-    advantage = advantages[:, None].to(policy.dtype)
-    surrogate, clipped = clipped_objective(ratio, advantage, config)
-    metrics = {"grpo/ratio/mean": ratio, "grpo/clip_fraction/mean": clipped.to(policy.dtype)}
-    if config.mismatch_cap is not None or config.mismatch_bounds is not None:
-        rollout = _masked(rollout_logprobs, mask)
-        weight = mismatch_weight(old, rollout, cap=config.mismatch_cap, bounds=config.mismatch_bounds)
-        surrogate = surrogate * weight
-        metrics["grpo/mismatch_weight/mean"] = weight
+    surrogate, means, counted = _surrogate(policy, old, _masked(rollout_logprobs, mask), advantages, mask, config)
     objective = surrogate
     if reference_logprobs is not None:
-        divergence = kl_estimate(policy, _masked(reference_logprobs, mask).detach(), config.kl_estimator)
-        metrics["grpo/kl_reference/mean"] = divergence
+        reference = _masked(reference_logprobs, mask).detach()
+        divergence = kl_estimate(policy, reference, config.kl_estimator)
+        means["grpo/kl_reference/mean"] = divergence
+        if config.kl_estimator == "k3":
+            counted["grpo/kl_clamped/count"] = (policy - reference).detach().abs() > MAX_LOG_RATIO
         objective = objective - config.kl_beta * divergence if config.kl_beta > 0 else objective
     if entropy is not None:
         bounded = _masked(entropy, mask)
-        metrics["grpo/entropy/mean"] = bounded
+        means["grpo/entropy/mean"] = bounded
         objective = objective + config.entropy_weight * bounded if config.entropy_weight else objective
-    contributions = {name: (value.detach() * mask).sum() / counts.num_tokens for name, value in metrics.items()}
+    contributions = {name: (value.detach() * mask).sum() / counts.num_tokens for name, value in means.items()}
+    contributions |= {name: (where & mask).sum().to(policy.dtype) for name, where in counted.items()}
     contributions["grpo/policy_loss/mean"] = -aggregate(surrogate.detach(), mask, counts, config.aggregation)
     loss = -aggregate(objective, mask, counts, config.aggregation)
     contributions["grpo/loss/mean"] = loss.detach().clone()
     return LossTerms(loss, contributions)
 
 
+def _surrogate(
+    policy: Tensor, old: Tensor, rollout: Tensor, advantages: Tensor, mask: Tensor, config: GRPOConfig
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Clipped surrogate [N, T] of every token; metrics to be averaged over tokens, and to be counted (bool)."""
+    ratio, clamped = importance_ratio(policy - old, mask, config.importance)
+    surrogate, clipped = clipped_objective(ratio, advantages[:, None].to(policy.dtype), config)
+    means = {"grpo/ratio/mean": ratio, "grpo/clip_fraction/mean": clipped.to(policy.dtype)}
+    if config.mismatch_cap is not None or config.mismatch_bounds is not None:
+        weight = mismatch_weight(old, rollout, cap=config.mismatch_cap, bounds=config.mismatch_bounds)
+        surrogate = surrogate * weight
+        means["grpo/mismatch_weight/mean"] = weight
+    return surrogate, means, {"grpo/ratio_clamped/count": clamped}
+
+
 def importance_ratio(
     log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], importance: str
-) -> Float[Tensor, "N T"]:
+) -> tuple[Float[Tensor, "N T"], Bool[Tensor, "N T"]]:
     """exp(policy - old), one a token, or GSPO's one a rollout, (pi / pi_old)^(1/|y|), repeated over its tokens.
 
-    GSPO: arXiv 2507.18071, eq. 7. With aggregation "sequence" the loss is then exactly its eq. 5.
+    GSPO: arXiv 2507.18071, eq. 7. With aggregation "sequence" the loss is then exactly its eq. 5. Second: where the
+    exponent was clamped; there the gradient is 0.
     """
-    if importance == "token":
-        return log_ratio.exp()
-    length = mask.sum(-1, keepdim=True).clamp_min(1)
-    return (log_ratio.sum(-1, keepdim=True) / length).exp().expand_as(log_ratio)
+    if importance == "sequence":
+        length = mask.sum(-1, keepdim=True).clamp_min(1)
+        log_ratio = (log_ratio.sum(-1, keepdim=True) / length).expand_as(log_ratio)  # [N, 1] -> [N, T]
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), log_ratio.detach().abs() > MAX_LOG_RATIO
 
 
 def clipped_objective(
@@ -168,13 +182,17 @@ def kl_estimate(
     """KL(policy || reference) from one sample of the policy, nats (Schulman, "Approximating KL divergence", 2020).
 
     With d = log policy - log reference. k1: d, unbiased, any sign; as a loss its gradient is 0 on average. k2: d^2 / 2.
-    k3: exp(-d) - 1 + d, unbiased, never negative; GRPO's (arXiv 2402.03300, eq. 4).
+    k3: exp(-d) - 1 + d, unbiased, never negative; GRPO's (arXiv 2402.03300, eq. 4). d is clamped to +-20.
     """
     difference = policy_logprobs - reference_logprobs
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return difference.square() / 2
+    return _k3(difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def _k3(difference: Tensor) -> Tensor:
     # expm1 keeps the small values that a difference of exponentials would round to noise.
     return torch.expm1(-difference) + difference
 
@@ -201,7 +219,7 @@ def mismatch(
     policy_logprobs: Float[Tensor, "*shape"],
     mask: Bool[Tensor, "*shape"],
 ) -> Mismatch:
-    """Sampler against trainer on the same tokens and weights; KL(rollout || policy) by k3."""
+    """Sampler against trainer on the same tokens and weights; KL(rollout || policy) by k3, never clamped."""
     rollout = _masked(rollout_logprobs, mask).detach()
     policy = _masked(policy_logprobs, mask).detach()
     difference = (policy - rollout).abs()
@@ -210,7 +228,7 @@ def mismatch(
         num_tokens=mask.sum().to(difference.dtype),
         abs_sum=difference.sum(),
         abs_max=largest,
-        kl_sum=kl_estimate(rollout, policy, "k3").sum(),
+        kl_sum=_k3(rollout - policy).sum(),
     )
 
 

@@ -45,7 +45,9 @@ def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tok
     [batch] = grpo_batches(parts, report.groups, parts.sampler.masks)
     microbatches, masks = parts.group_microbatches(batch.groups), parts.sampler.masks.allowed
     alone = logprobs_of(reference, microbatches, masks)
-    together = logprobs_of(reference, microbatches, masks, at_once=3, multiple=microbatch_multiple(parts.config.parallel))
+    together = logprobs_of(
+        reference, microbatches, masks, at_once=3, multiple=microbatch_multiple(parts.config.parallel)
+    )
     sampled = [m.loss.rollouts.rollout_logprobs if m.loss and m.loss.rollouts else None for m in microbatches]
     pairs = [(a, b) for scored in (alone, together) for a, b in zip(sampled, scored, strict=True) if b is not None]
     worst = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)

@@ -258,3 +258,55 @@ def test_missing_inputs_are_named():
         policy_loss(*arguments, counts=batch.counts, config=GRPOConfig(kl_beta=0.0, entropy_weight=0.1))
     with pytest.raises(ValueError, match="skip the update"):
         policy_loss(*arguments, counts=GlobalCounts(0, 0, 1), config=GRPOConfig(kl_beta=0.0))
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize("log_ratio", [25.0, 120.0, -300.0])
+def test_a_ratio_beyond_e20_is_clamped_counted_and_without_gradient(importance, log_ratio):
+    """In float32 e^120 is inf, and inf times an advantage of 0 or a mask of 0 is NaN."""
+    policy = torch.tensor([[log_ratio - 1.0, 0.0], [0.1, 0.2]], requires_grad=True)
+    old = torch.tensor([[-1.0, 0.0], [0.0, 0.0]])
+    mask = torch.tensor([[True, False], [True, True]])
+    config = GRPOConfig(kl_beta=0.0, clip_low=None, clip_high=None, importance=importance)
+    terms = policy_loss(
+        policy, old, torch.tensor([-1.0, 0.5]), mask, counts=GlobalCounts(3, 2, 2), config=config, old_logprobs=old
+    )
+    terms.loss.backward()
+    small = [0.1, 0.2] if importance == "token" else [0.15, 0.15]
+    clamped = math.exp(20 if log_ratio > 0 else -20)
+    assert terms.loss.item() == pytest.approx((clamped - 0.5 * sum(map(math.exp, small))) / 3, rel=1e-5)
+    assert policy.grad[0].tolist() == [0.0, 0.0] and policy.grad.isfinite().all() and (policy.grad[1] < 0).all()
+    assert terms.metrics["grpo/ratio_clamped/count"] == 1
+
+
+def test_a_reference_far_away_gives_a_finite_kl_that_is_counted():
+    policy = torch.tensor([[-200.0, -1.0, -30.0]], requires_grad=True)
+    reference = torch.tensor([[-1.0, -1.5, -1.0]])
+    mask = torch.tensor([[True, True, False]])
+    config = GRPOConfig(kl_beta=0.1)
+    terms = policy_loss(
+        policy, policy.detach(), torch.zeros(1), mask, reference, counts=GlobalCounts(2, 1, 3), config=config
+    )
+    terms.loss.backward()
+    near = math.exp(-0.5) - 1 + 0.5
+    assert terms.metrics["grpo/kl_reference/mean"].item() == pytest.approx((math.exp(20) - 21 + near) / 2, rel=1e-5)
+    assert terms.metrics["grpo/kl_clamped/count"] == 1
+    assert policy.grad[0, 0] == 0 and policy.grad[0, 1].item() == pytest.approx(
+        0.1 * (1 - math.exp(-0.5)) / 2, rel=1e-5
+    )
+
+
+def test_up_to_e20_the_gradient_is_the_ratio_itself():
+    policy = torch.tensor([[19.9]], dtype=torch.float64, requires_grad=True)
+    old, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.bool)
+    config = GRPOConfig(kl_beta=0.0, clip_low=None, clip_high=None)
+    terms = policy_loss(
+        policy, old, torch.tensor([-1.0]), mask, counts=GlobalCounts(1, 1, 1), config=config, old_logprobs=old
+    )
+    terms.loss.backward()
+    assert policy.grad.item() == pytest.approx(math.exp(19.9)) and terms.metrics["grpo/ratio_clamped/count"] == 0
+
+
+def test_a_token_the_trainer_finds_impossible_fails_the_mismatch_gate():
+    never = mismatch(torch.tensor([-1.0, -2.0]), torch.tensor([-torch.inf, -2.0]), torch.ones(2, dtype=torch.bool))
+    assert not never.kl <= 1e6
