@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from realsr_hpc.config.operation import CheckpointConfig
 from realsr_hpc.config.schema import (
     GRPOConfig,
     ImageTokenizerConfig,
@@ -39,6 +40,8 @@ from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
 Rule = Callable[[Sequence[Candidate]], Sequence[float]]
 """Rollouts of a whole batch, group after group -> their rewards in [0, 1]."""
+TRACE = {"instruction": "restore <|image|>", "max_text_tokens": 3, "image_sizes_px": (32, 64, 96)}
+"""Images of 2 x 2, 4 x 4 and 6 x 6 codes."""
 CODES = ImageTokenizerConfig(
     downsample=16,
     codebook_size=64,
@@ -63,7 +66,7 @@ class Told(Reward):
 
 
 class Images:
-    """A source of random LQ images, `count` a batch, that counts its batches; the first pixel is the image's number."""
+    """A source of random LQ images that counts its batches; an image's first pixel is its number."""
 
     def __init__(self, rows: Sequence[int], advance: bool = False):
         """rows: the first batch's images. advance: the next batch has the next images, else the same."""
@@ -77,6 +80,10 @@ class Images:
         nothing = (None,) * len(index)
         keys = tuple(str(number) for number in index)
         return LQBatch(torch.from_numpy(pixels), None, nothing, nothing, keys, torch.tensor(index))
+
+    def state_dict(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {"batches": self.batches}
 
 
 def number_of(candidate: Candidate) -> int:
@@ -99,7 +106,7 @@ def small_parts(rule: Rule = rising, weight: dict[str, Any] | None = None, **sec
     config = RunConfig(
         name="t",
         task="grpo",
-        vlcot=VLCoTConfig(**{"instruction": "restore <|image|>", "max_text_tokens": 3} | sections.get("vlcot", {})),
+        vlcot=VLCoTConfig(**TRACE | sections.get("vlcot", {})),
         image_tokenizer=CODES,
         model=ModelConfig(**shape | sections.get("model", {})),
         parallel=ParallelConfig(**{"distributed_optimizer": False} | sections.get("parallel", {})),
@@ -108,6 +115,7 @@ def small_parts(rule: Rule = rising, weight: dict[str, Any] | None = None, **sec
         grpo=GRPOConfig(**{"group_size": 4, "kl_beta": 0.0} | sections.get("grpo", {})),
         optim=OptimConfig(**{"lr": 1e-3} | sections.get("optim", {})),
         rewards=RewardsConfig(terms={"told": term}),
+        checkpoint=CheckpointConfig(**sections.get("checkpoint", {})),
         seed=5,
     )
     groups = initialise(config.parallel, seed=0)

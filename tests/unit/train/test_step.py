@@ -1,0 +1,171 @@
+"""What a GRPO step, the held-out evaluation and the run around them do, on real parts with rewards that we decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from realsr_hpc.records import StepReport
+from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.train.experience import collect, held_out
+from realsr_hpc.train.grpo import step
+from realsr_hpc.train.run import TrainingRun
+from realsr_hpc.train.updates import every_nth_rollout, grpo_batches, training_group
+from tests.distributed.launcher import run_ranks
+from tests.steps import Images, number_of, rising, small_parts
+
+torch.set_num_threads(1)
+RESAMPLE = {"zero_variance": "resample", "max_resample_rounds": 2}
+
+
+def dull(*numbers: int) -> Callable[[Sequence[Candidate]], list[float]]:
+    """A rule: all rollouts of these images earn the same."""
+    return lambda items: [
+        0.5 if number_of(item) in numbers else up for item, up in zip(items, rising(items), strict=True)
+    ]
+
+
+def keys(groups) -> list[str]:
+    return [group.source.keys[0] for group in groups]
+
+
+def test_groups_that_teach_nothing_are_replaced_by_the_next_images():
+    """Images 0 and 1, of which 1 teaches; then 2 and 3 in two rounds, of which the first that is missing is taken."""
+    parts, source = small_parts(dull(0, 2), grpo=RESAMPLE), Images([0, 1], advance=True)
+    report = step(parts, source, 1)
+    assert keys(report.groups) == ["1", "4"] and source.batches == 3
+    assert report.metrics["grpo/dropped_groups/mean"] == 0 and report.metrics["optim/grad_norm/step"] > 1e-3
+
+
+def test_resampling_ends_when_all_teach_or_the_rounds_are_spent():
+    parts = small_parts(dull(1, 2, 4, 6), grpo=RESAMPLE)
+    every, some = Images([7, 8]), Images([0, 1], advance=True)
+    assert keys(collect(parts, every)) == ["7", "8"] and every.batches == 1
+    groups = collect(parts, some)
+    assert keys(groups) == ["0", "4"] and some.batches == 3
+    batch = grpo_batches(parts, groups, parts.sampler.masks)[0]
+    assert len(batch.groups) == 1 and batch.num_rollouts_global == 4
+
+
+def test_without_resampling_a_dull_group_is_dropped_or_kept():
+    for choice, left in (("drop", 1), ("keep", 2)):
+        parts, source = small_parts(dull(0), grpo={"zero_variance": choice}), Images([0, 1])
+        groups = collect(parts, source)
+        assert keys(groups) == ["0", "1"] and source.batches == 1
+        assert len(grpo_batches(parts, groups, parts.sampler.masks)[0].groups) == left
+
+
+def test_a_step_that_can_learn_nothing_changes_nothing():
+    parts = small_parts(dull(0, 1))
+    before = [parameter.clone() for parameter in parts.policy.parameters()]
+    report = step(parts, Images([0, 1]), 1)
+    assert report.metrics["grpo/dropped_groups/mean"] == 1 and "grpo/loss/mean" not in report.metrics
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.policy.parameters(), strict=True))
+
+
+def resampled_on_a_rank() -> tuple[list[str], int]:
+    """Rank 0's image 0 is dull; rank 1's both teach."""
+    torch.set_num_threads(1)
+    parts = small_parts(dull(0), grpo=RESAMPLE)
+    source = Images([0, 1] if parts.groups.dp_rank == 0 else [50, 51], advance=True)
+    return keys(collect(parts, source)), source.batches
+
+
+def test_all_ranks_take_as_many_rounds():
+    """Their sources share one order of images: who needs none reads on with the others, and keeps its own."""
+    assert run_ranks(2, resampled_on_a_rank) == [(["1", "2"], 2), (["50", "51"], 2)]
+
+
+def test_advantages_are_the_rewards_centred_in_their_group():
+    parts = small_parts(grpo={"advantage": "mean", "updates_per_step": 2})
+    groups = collect(parts, Images([0, 1]))
+    for group in groups:
+        assert group.advantages is not None
+        torch.testing.assert_close(group.advantages, torch.tensor([-0.4, 0.2, -0.2, 0.4]))
+        torch.testing.assert_close(group.rewards.total, torch.tensor([0.1, 0.7, 0.3, 0.9]))
+    batches = grpo_batches(parts, groups, parts.sampler.masks)
+    gains = [
+        [round(float(s.loss.rollouts.advantages), 3) for g in batch.groups for s in g.sequences] for batch in batches
+    ]
+    assert gains == [[-0.4, -0.2, -0.4, -0.2], [0.2, 0.4, 0.2, 0.4]]
+
+
+def test_updates_take_every_nth_rollout_of_all_groups():
+    parts = small_parts()
+    groups = [training_group(group, parts.sampler.masks) for group in collect(parts, Images([0, 1]))]
+    parts_of_three = [every_nth_rollout(groups, first, 3) for first in range(3)]
+    assert [[len(group.sequences) for group in share] for share in parts_of_three] == [[2, 1], [1, 2], [1, 1]]
+    assert parts_of_three[1][1].sequences[1] is groups[1].sequences[3]
+
+
+def test_several_updates_begin_at_the_rollouts_policy():
+    """The first update has ratio 1 and the last one the ratio to the policy before the first."""
+    parts = small_parts(grpo={"updates_per_step": 4, "kl_beta": 0.01}, optim={"lr": 3e-3})
+    report = step(parts, Images([0, 1]), 1)
+    assert abs(report.metrics["grpo/ratio/mean"] - 1) > 1e-4
+    assert report.metrics["grpo/kl_reference/mean"] > 1e-7 and report.metrics["rollout/mismatch_kl"] < 1e-9
+
+
+@pytest.mark.parametrize(("number", "weight"), [(10, 1.0), (15, 2.0), (20, 3.0)])
+def test_a_ramped_reward_has_the_weight_of_the_step(number, weight):
+    parts = small_parts(weight={"weight": 1.0, "final_weight": 3.0, "ramp_steps": (10, 20)})
+    report = step(parts, Images([0]), number)
+    assert report.metrics["rewards/told/mean"] == pytest.approx(0.5)
+    assert report.metrics["rewards/total/mean"] == pytest.approx(0.5 * weight)
+    assert report.groups[0].rewards.weights == {"told": weight}
+
+
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_held_out_images_are_sampled_alike_at_every_step_and_unlike_training(rollouts):
+    parts = small_parts(grpo={"heldout_rollouts": rollouts})
+    batch = Images([0, 1]).next()
+    first, again = held_out(parts, batch, 0), held_out(parts, batch, 7)
+    assert (first.step, again.step) == (0, 7)
+    assert first.metrics["heldout/total/mean"] == pytest.approx([0.4, 0.5][rollouts - 1])
+    assert first.metrics["heldout/told/mean"] == first.metrics["heldout/total/mean"]
+    assert first.metrics["heldout/well_formed/mean"] == 1
+    assert all(
+        torch.equal(a.rollouts.tokens, b.rollouts.tokens) for a, b in zip(first.groups, again.groups, strict=True)
+    )
+    assert [len(group.traces) for group in first.groups] == [rollouts] * 2
+    assert all((group.advantages is None) == (rollouts == 1) for group in first.groups)
+    training = small_parts(grpo={"group_size": 2})
+    learnt = collect(training, Images([0, 1]))
+    for held, group in zip(first.groups, learnt, strict=True):
+        longest = min(held.rollouts.tokens.shape[1], group.rollouts.tokens.shape[1])
+        assert not torch.equal(held.rollouts.tokens[0, :longest], group.rollouts.tokens[0, :longest])
+
+
+def test_greedy_text_carries_no_loss():
+    """top-k = 1 leaves one token: it is no draw, and only the 4 + 16 + 36 image codes are learnt."""
+    parts = small_parts(rollout={"text_top_k": 1})
+    (group,) = collect(parts, Images([0]))
+    rollouts, image = group.rollouts, parts.sampler.masks.image
+    assert rollouts.forced[~image[rollouts.mask_ids]].all() and (rollouts.rollout_logprobs[rollouts.forced] == 0).all()
+    assert [len(s.loss.positions) for s in training_group(group, parts.sampler.masks).sequences] == [56] * 4
+
+
+def test_decoding_in_bf16_takes_log_probabilities_in_float32():
+    """Of bf16 logits they would be bf16 numbers, three digits."""
+    (group,) = collect(small_parts(precision={"params": "bf16"}), Images([0]))
+    logprobs = group.rollouts.rollout_logprobs[~group.rollouts.forced]
+    assert logprobs.dtype == torch.float32
+    assert (logprobs != logprobs.bfloat16().float()).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("best_is", ["highest", "lowest"])
+def test_the_best_steps_keep_their_checkpoints(tmp_path: Path, best_is):
+    """Measured 1, 3, 2, 0.5, 2.5, 0.1 with two best kept and nothing due before the end; lowest: the same negated."""
+    options = {"every_steps": 100, "keep_last": 1, "keep_best": 2, "best_is": best_is, "best_metric": "m"}
+    parts = small_parts(checkpoint=options)
+    run = TrainingRun(parts, tmp_path / "run", lambda: False, num_steps=6)
+    sign, saved = 1.0 if best_is == "highest" else -1.0, []
+    for number, measured in enumerate([1.0, 3.0, 2.0, 0.5, 2.5, 0.1], 1):
+        run.report(StepReport(number, {"m": sign * measured}), "")
+        assert not run.must_stop(number, Images([0]))
+        saved.append(sorted(int(path.name[-6:]) for path in (tmp_path / "run" / "checkpoints").glob("step-*")))
+    run.tracker.close("FINISHED")
+    assert saved == [[1], [1, 2], [2, 3], [2, 3], [2, 5], [2, 5, 6]]
