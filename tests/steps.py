@@ -8,17 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from realsr_hpc.config.learning import GRPOConfig, RewardsConfig, RewardTerm, RolloutConfig
 from realsr_hpc.config.operation import CheckpointConfig
 from realsr_hpc.config.schema import (
-    GRPOConfig,
     ImageTokenizerConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,
-    RewardsConfig,
-    RewardTerm,
-    RolloutConfig,
     RunConfig,
     VLCoTConfig,
 )

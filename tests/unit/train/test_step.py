@@ -156,15 +156,13 @@ def test_decoding_in_bf16_takes_log_probabilities_in_float32():
     assert (logprobs != logprobs.bfloat16().float()).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("best_is", ["highest", "lowest"])
-def test_the_best_steps_keep_their_checkpoints(tmp_path: Path, best_is):
-    """Measured 1, 3, 2, 0.5, 2.5, 0.1 with two best kept and nothing due before the end; lowest: the same negated."""
-    options = {"every_steps": 100, "keep_last": 1, "keep_best": 2, "best_is": best_is, "best_metric": "m"}
-    parts = small_parts(checkpoint=options)
-    run = TrainingRun(parts, tmp_path / "run", lambda: False, num_steps=6)
-    sign, saved = 1.0 if best_is == "highest" else -1.0, []
+@pytest.mark.parametrize(("metric", "sign"), [("rewards/total/mean", 1.0), ("sft/loss/mean", -1.0)])
+def test_the_best_steps_keep_their_checkpoints(tmp_path: Path, metric, sign):
+    """Measured 1, 3, 2, 0.5, 2.5, 0.1 with two best kept and nothing due before the end; a loss: the same negated."""
+    parts = small_parts(checkpoint={"every_steps": 100, "keep_last": 1, "keep_best": 2, "best_metric": metric})
+    run, saved = TrainingRun(parts, tmp_path / "run", lambda: False, num_steps=6), []
     for number, measured in enumerate([1.0, 3.0, 2.0, 0.5, 2.5, 0.1], 1):
-        run.report(StepReport(number, {"m": sign * measured}), "")
+        run.report(StepReport(number, {metric: sign * measured}), "")
         assert not run.must_stop(number, Images([0]))
         saved.append(sorted(int(path.name[-6:]) for path in (tmp_path / "run" / "checkpoints").glob("step-*")))
     run.tracker.close("FINISHED")
