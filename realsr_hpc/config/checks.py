@@ -14,7 +14,7 @@ from realsr_hpc.config.derived import prompt_image_tokens, trace_image_tokens
 from realsr_hpc.config.execution_checks import EXECUTION_RULES, Rule
 from realsr_hpc.config.metrics import TASK_METRIC, best_is_highest, best_metric, reported
 from realsr_hpc.config.reward_options import read_options
-from realsr_hpc.config.schema import IMAGE_PLACEHOLDER, SEVERITY_EDGES, RunConfig
+from realsr_hpc.config.schema import APPLIED_EDGES, IMAGE_PLACEHOLDER, VISIBLE_EDGES, RunConfig
 
 TEXT_BYTES_OF_TAGS = 260
 """Characters of the fourteen tags and the degradation phrase: an upper bound of their tokens."""
@@ -157,9 +157,13 @@ def reward_options_are_those_of_their_kind(config: RunConfig) -> Iterator[str]:
 
 def severity_edges_are_known_and_ascend(config: RunConfig) -> Iterator[str]:
     """What is light, medium and heavy lies below, between and above two values of a known number."""
+    known = VISIBLE_EDGES if config.degradation.labels == "visible" else APPLIED_EDGES
     for name, (low, high) in config.degradation.severity_edges.items():
-        if name not in SEVERITY_EDGES:
-            yield f"degradation.severity_edges.{name}: no such number; there are {', '.join(SEVERITY_EDGES)}"
+        if name not in known:
+            yield (
+                f"degradation.severity_edges.{name}: no such number with degradation.labels="
+                f"{config.degradation.labels}; there are {', '.join(known)}"
+            )
         elif not low < high:
             yield f"degradation.severity_edges.{name}: {[low, high]}: the first must be the smaller"
 

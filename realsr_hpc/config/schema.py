@@ -264,12 +264,14 @@ class DataConfig(Section):
     """Probability that a crop is mirrored left to right."""
 
 
-SEVERITY_EDGES = tuple(
+APPLIED_EDGES = tuple(
     f"{number}_{stage}"
     for number in ("blur_sigma", "gaussian_sigma", "jpeg_quality", "poisson_level", "sinc_omega")
     for stage in ("first", "second")
 )
-"""Keys of `degradation.severity_edges`; each takes two ascending values in the number's own unit."""
+"""Keys of `degradation.severity_edges` with labels=applied; each takes two ascending values in its own unit."""
+VISIBLE_EDGES = ("blur_px", "noise_rms", "compression_rms")
+"""Its keys with labels=visible: LQ pixels, and levels of 255 (data/visible.py)."""
 
 
 class DegradationConfig(Section, tasks=POLICY):
@@ -279,8 +281,11 @@ class DegradationConfig(Section, tasks=POLICY):
     """Ranges that parameters are drawn from: Real-ESRGAN's x4plus training, or SeeSR's milder ones."""
     usm_sharpen_gt: bool = True
     """Sharpen truths with an unsharp mask, as Real-ESRGAN does."""
+    labels: Literal["visible", "applied"] = "visible"
+    """What the degradation's words are true of: what is left to see in the LQ image, or the numbers that were drawn."""
     severity_edges: dict[str, tuple[float, float]] = {}
-    """Overrides of the light|medium|heavy edges by parameter name; default: terciles of each range."""
+    """Overrides of the light|medium|heavy edges by name; default: visible: terciles of what the preset gives at the
+    recipe's sizes; applied: terciles of each range."""
 
 
 class RunConfig(Section):

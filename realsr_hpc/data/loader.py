@@ -19,12 +19,12 @@ import torch
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.degradation import PRESETS, Stream, generator
 from realsr_hpc.data.graph_inputs import DegradationInput
-from realsr_hpc.data.labels import label
+from realsr_hpc.data.labels import Labeller
 from realsr_hpc.data.manifest import Manifest, read_manifest
 from realsr_hpc.data.operators import operators_of
 from realsr_hpc.data.samples import Geometry, Sample, Samples
 from realsr_hpc.paths import resolve
-from realsr_hpc.records import DegradationLabel, LQBatch
+from realsr_hpc.records import DegradationLabel, LQBatch, Operators
 
 if TYPE_CHECKING:
     from realsr_hpc.data.dali_pipeline import DegradationPipeline
@@ -65,6 +65,7 @@ class LQLoader:
             seed=config.seed,
             shuffle=shuffle,
         )
+        self._labeller = Labeller(config.degradation, self._samples.geometry.gt_size_px, config.vlcot.upscale)
         self._pipeline: DegradationPipeline | None = None
         self._position, self._handed_out = 0, 0
         self._ahead: deque[Future[LQBatch]] = deque()
@@ -150,23 +151,24 @@ class LQLoader:
         # Reading is a map over indices, so its order, and with it the batch, does not depend on the threads.
         samples = list(self._readers.map(self._samples.__getitem__, indices))
         lq, gt = self._pixels(samples)
+        operators = tuple(
+            sample.parameters and operators_of(sample.parameters, self._samples.geometry.lq_size_px)
+            for sample in samples
+        )
         return LQBatch(
             lq=_to_tensor(lq),
             gt=None if gt is None else _to_tensor(gt),
-            labels=tuple(self._label(sample) for sample in samples),
+            labels=tuple(map(self._label, samples, operators)),
             scenes=tuple(sample.entry.scene for sample in samples),
             keys=tuple(sample.entry.key for sample in samples),
             index=torch.tensor([sample.index for sample in samples], dtype=torch.int64),
-            operators=tuple(
-                sample.parameters and operators_of(sample.parameters, self._samples.geometry.lq_size_px)
-                for sample in samples
-            ),
+            operators=operators,
         )
 
-    def _label(self, sample: Sample) -> DegradationLabel | None:
-        if sample.parameters is None:
+    def _label(self, sample: Sample, operators: Operators | None) -> DegradationLabel | None:
+        if sample.parameters is None or operators is None or sample.gt is None:
             return None
-        return label(sample.parameters, self._samples.preset, self._config.degradation.severity_edges)
+        return self._labeller(sample.parameters, operators, sample.gt)
 
     def _pixels(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray | None]:
         if self._config.data.mode == "unpaired":

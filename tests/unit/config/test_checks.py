@@ -44,7 +44,7 @@ BREACHES = {
         f"rewards.terms.{name}.weight=0" for name in compose(["recipe=grpo_tiny"]).rewards.terms
     ],
     "a_ramp_has_both_ends": ["rewards.terms.fidelity.final_weight=1"],
-    "severity_edges_are_known_and_ascend": ["degradation.severity_edges={jpeg_quality_first: [60,40], blur: [1,2]}"],
+    "severity_edges_are_known_and_ascend": ["degradation.severity_edges={jpeg_quality_first: [1,2], blur_px: [2,1]}"],
     "reward_options_are_those_of_their_kind": ["rewards.terms.format.options={nothing: 1}"],
     "image_top_k_is_fixed_or_adaptive": ["rollout.image_adaptive_top_k=true", "rollout.image_top_k=5"],
     "a_checkpoint_can_be_taken_before_time_is_up": ["cluster.time_min=1", "cluster.signal_delay_s=60"],

@@ -1,9 +1,10 @@
-"""Words against hand-set numbers."""
+"""Words for what was applied, against hand-set numbers."""
 
 from dataclasses import replace
 
 import pytest
 
+from realsr_hpc.data.applied import applied_words
 from realsr_hpc.data.degradation import (
     PRESETS,
     DegradationParameters,
@@ -13,7 +14,6 @@ from realsr_hpc.data.degradation import (
     sample_degradation,
 )
 from realsr_hpc.data.kernels import KernelParameters
-from realsr_hpc.data.labels import label
 
 PRESET = PRESETS["realesrgan"]
 
@@ -28,7 +28,7 @@ def whole(first, second):
 
 
 def words(first, second, edges=None):
-    return label(whole(first, second), PRESET, edges or {})
+    return applied_words(whole(first, second), PRESET, edges or {})
 
 
 def test_light_everywhere():
@@ -90,6 +90,6 @@ def test_edges_of_the_recipe_win_in_their_stage_only():
 
 def test_every_word_occurs_among_drawn_samples():
     drawn = [sample_degradation(generator(0, i, Stream.DEGRADATION), PRESET, 128, 4) for i in range(300)]
-    labels = [label(p, PRESET, {}) for p in drawn]
+    labels = [applied_words(p, PRESET, {}) for p in drawn]
     for slot in ("blur", "noise", "compression", "resize1", "resize2"):
         assert len({getattr(found, slot) for found in labels}) == 3, slot

@@ -1,0 +1,123 @@
+"""What the operators of the degradation do to frequencies: blurs, resizes, JPEG. NumPy on arrays of a few numbers.
+
+A spectrum [8, 8] holds a quarter of a grid's band, at the middles of eight equal parts of 0..pi radians a pixel down
+and across: as fine as JPEG's own coefficients. Its mean is the variance of a pixel. Borders are left out, and a target
+pixel may lie anywhere between source pixels. Gains are real because every kernel here is symmetric about its centre.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float32, Float64
+from PIL import Image
+
+from realsr_hpc.pixels import KEYS_A
+from realsr_hpc.records import ResizeMode
+
+BANDS = 8
+CENTRES: Float64[np.ndarray, "8"] = (np.arange(BANDS) + 0.5) * math.pi / BANDS
+"""Frequencies of a spectrum's rows and columns, radians a pixel."""
+ALIASES = 2 * math.pi * np.arange(-4, 5)
+"""Multiples of the target's sampling rate that are folded back."""
+PLACES = 16
+"""Target pixels looked at, at most, where an area resize treats each otherwise."""
+
+
+def kernel_gains(kernel: Float32[np.ndarray, "n n"], frequency: np.ndarray) -> Float64[np.ndarray, "2 f f"]:
+    """Gain of a filter at (u, v) and (u, -v), radians a pixel down and across."""
+    return _gains(kernel, _waves(frequency, len(kernel)))
+
+
+def kernel_power(kernel: Float32[np.ndarray, "n n"]) -> Float64[np.ndarray, "8 8"]:
+    """Squared gain at a spectrum's frequencies, the mean over (u, v) and (u, -v)."""
+    return np.square(_gains(kernel, _centre_waves(len(kernel)))).mean(0)
+
+
+def _gains(kernel: np.ndarray, waves: np.ndarray) -> np.ndarray:
+    half = waves @ kernel
+    return np.stack([(half @ waves.T).real, (half @ waves.conj().T).real])
+
+
+def _waves(frequency: np.ndarray, size: int) -> np.ndarray:
+    return np.exp(1j * np.outer(frequency, np.arange(size) - size // 2))
+
+
+@lru_cache
+def _centre_waves(size: int) -> np.ndarray:
+    return _waves(CENTRES, size)
+
+
+def resize_gain(frequency: np.ndarray, source_px: int, target_px: int, mode: ResizeMode) -> np.ndarray:
+    """Gain of a resize at radians a source pixel; beyond pi that of the source's replicas."""
+    if source_px == target_px:
+        return np.ones_like(frequency)
+    cycles = frequency / (2 * math.pi)
+    if mode == "bilinear":
+        return np.sinc(cycles) ** 2
+    return _area_gain(cycles, source_px, target_px) if mode == "area" else _keys_gain(cycles)
+
+
+def _area_gain(cycles: np.ndarray, source_px: int, target_px: int) -> np.ndarray:
+    """A target pixel is the mean of the run of source pixels that it touches (`adaptive_avg_pool2d`)."""
+    rows = np.linspace(0, target_px - 1, min(target_px, PLACES)).astype(int)
+    first = rows * source_px // target_px
+    length = -(-(rows + 1) * source_px // target_px) - first
+    away = first + length / 2 - (rows + 0.5) * source_px / target_px
+    half = math.pi * cycles[..., None]
+    one = np.where(np.abs(np.sin(half)) < 1e-6, 1e-6, np.sin(half))
+    return (np.sin(half * length) / (length * one) * np.cos(2 * half * away)).mean(-1)
+
+
+def _keys_gain(cycles: np.ndarray) -> np.ndarray:
+    """Fourier transform of the cubic convolution kernel (Keys 1981)."""
+    f = np.where(np.abs(cycles) < 1e-3, 1e-3, cycles)
+    one, two, four = np.sinc(f), np.sinc(2 * f), np.sinc(4 * f)
+    smooth, sharp = one**2 - two, 3 * two**2 - 2 * two - four
+    return (3 * smooth + 2 * KEYS_A * sharp) / (math.pi * f) ** 2
+
+
+@lru_cache(maxsize=4096)
+def folding(source_px: int, target_px: int, mode: ResizeMode) -> Float64[np.ndarray, "8 8"]:
+    """F of a resize along one axis: F P F^T is the target's spectrum of a source of spectrum P, aliases folded in."""
+    if source_px == target_px:
+        return np.eye(BANDS)
+    ratio = target_px / source_px
+    theta = (CENTRES[:, None] + ALIASES) * ratio
+    # An area resize that enlarges holds its pixels; what it does beyond pi is a box's.
+    box = mode == "area" and ratio > 1
+    gain = np.sinc(theta / (2 * math.pi)) if box else resize_gain(theta, source_px, target_px, mode)
+    power = np.where(np.abs(theta) <= math.pi * (3 if ratio > 1 else 1), ratio * gain**2, 0.0)
+    place = np.abs((theta + math.pi) % (2 * math.pi) - math.pi) * BANDS / math.pi - 0.5
+    near = np.clip(1 - np.abs(place.clip(0, BANDS - 1)[..., None] - np.arange(BANDS)), 0, 1)
+    return (power[..., None] * near).sum(1)
+
+
+@lru_cache
+def jpeg_steps(quality: int) -> tuple[Float64[np.ndarray, "8 8"], Float64[np.ndarray, "8 8"]]:
+    """Quantisation steps of brightness and colour at a quality, as libjpeg writes them; rows are frequencies down."""
+    held = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(held, "JPEG", quality=quality)
+    tables = Image.open(held).quantization  # type: ignore[attr-defined]
+    luma, colour = (np.array(tables[number], np.float64).reshape(8, 8) for number in (0, 1))
+    return luma, colour
+
+
+def rounding_loss(variance: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Error of rounding a Gaussian coefficient to multiples of `step`, as a share of its variance."""
+    return np.interp(0.5 * np.log(np.maximum(variance, 1e-9)) - np.log(step), _LOG_SIGMA, _LOSS)
+
+
+def _rounding_losses(sigma: np.ndarray) -> np.ndarray:
+    """By the deviation in steps: the mean of (x - round(x))^2 over that of x^2."""
+    z = np.linspace(-8.0, 8.0, 4001)
+    weights = np.exp(-0.5 * z * z) / np.exp(-0.5 * z * z).sum()
+    x = sigma[:, None] * z
+    return ((x - np.round(x)) ** 2 @ weights) / sigma**2
+
+
+_LOG_SIGMA = np.linspace(math.log(0.03), math.log(30.0), 200)
+_LOSS = _rounding_losses(np.exp(_LOG_SIGMA))
