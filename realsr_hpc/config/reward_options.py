@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from realsr_hpc.config.learning import RewardTerm
-from realsr_hpc.config.section import Count, Positive, Probability, Section
+from realsr_hpc.config.section import Count, NonNegative, Positive, Probability, Section
 
 
 class FormatOptions(Section):
@@ -31,6 +31,34 @@ class DegradationOptions(Section):
 
     neighbour: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Credit of a level one step off (light for medium); 0: the paper's plain match."""
+    blur_weight: NonNegative = 1.0
+    """Share of a slot in the whole; the five are divided by their sum. The paper: all alike."""
+    resize1_weight: NonNegative = 0.0
+    """0: no probe reads the first resize from the LQ image (docs/rewards.md)."""
+    noise_weight: NonNegative = 1.0
+    """As `blur_weight`."""
+    compression_weight: NonNegative = 1.0
+    """As `blur_weight`."""
+    resize2_weight: NonNegative = 1.0
+    """As `blur_weight`."""
+
+    @property
+    def slot_weights(self) -> tuple[float, ...]:
+        """In the order of the degradation's words."""
+        return (
+            self.blur_weight,
+            self.resize1_weight,
+            self.noise_weight,
+            self.compression_weight,
+            self.resize2_weight,
+        )
+
+    @model_validator(mode="after")
+    def some_slot_counts(self) -> Self:
+        """Not every slot weighs nothing."""
+        if not any(self.slot_weights):
+            raise ValueError("every slot's weight is 0: give blur_weight or another more, or drop the term")
+        return self
 
 
 class UnderstandingOptions(Section):

@@ -1,4 +1,4 @@
-"""Degradation reward: matching slots / 5 between the written phrase and the degradation that was applied.
+"""Degradation reward: the share of matching slots between the written phrase and the true words, slots weighed.
 
 Slots: blur, first resize, noise, compression, second resize. The phrase is read leniently: order and words
 between do not matter, but a slot named twice with different words is empty (else naming everything would win).
@@ -22,7 +22,7 @@ Slots = tuple[str | None, str | None, str | None, str | None, str | None]
 
 
 class DegradationReward(Reward):
-    """Share of the five slots named rightly; 0 where the truth is unknown."""
+    """Weighed share of the five slots named rightly; 0 where the truth is unknown."""
 
     def __init__(self, options: DegradationOptions):
         self.options = options
@@ -38,7 +38,7 @@ class DegradationReward(Reward):
             _credit(said, true, self.options.neighbour)
             for said, true in zip(read_phrase(phrase), astuple(label), strict=True)
         ]
-        return sum(credits) / len(credits)
+        return float(np.average(credits, weights=self.options.slot_weights))
 
 
 def read_phrase(phrase: str) -> Slots:

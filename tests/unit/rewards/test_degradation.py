@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from realsr_hpc.config.reward_options import DegradationOptions
 from realsr_hpc.records import DegradationLabel
@@ -10,7 +11,7 @@ from .conftest import LABEL, make_candidate, make_trace
 
 def score(phrase, label=LABEL, **options):
     item = make_candidate(None, make_trace(degradation=phrase), label=label)
-    return DegradationReward(DegradationOptions(**options)).score([item])[0]
+    return DegradationReward(DegradationOptions(**({"resize1_weight": 1.0} | options))).score([item])[0]
 
 
 def test_the_papers_example_is_three_of_five():
@@ -49,3 +50,17 @@ def test_a_single_resize_word_takes_the_slot_of_its_place(phrase, resizes):
 def test_slot_matches_names_the_slots():
     phrase = "medium blur, downsample, heavy noise, light compression, upsample"
     np.testing.assert_array_equal(slot_matches(phrase, LABEL), [False, True, False, True, True])
+
+
+def test_slots_weigh_what_the_recipe_says():
+    phrase = "medium blur, keep, heavy noise, light compression, upsample"  # compression and the last resize are right
+    assert score(phrase, resize1_weight=0.0) == pytest.approx(2 / 4)
+    assert score(phrase, resize1_weight=0.0, compression_weight=3.0) == pytest.approx(4 / 6)
+    assert score(phrase, resize2_weight=0.0, compression_weight=0.0) == 0.0
+    weights = ("blur_weight", "resize1_weight", "noise_weight", "compression_weight", "resize2_weight")
+    with pytest.raises(ValidationError, match="every slot's weight is 0"):
+        DegradationOptions(**dict.fromkeys(weights, 0.0))
+
+
+def test_the_first_resize_cannot_be_seen_and_does_not_count_by_default():
+    assert DegradationOptions().slot_weights == (1.0, 0.0, 1.0, 1.0, 1.0)
