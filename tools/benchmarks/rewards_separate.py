@@ -4,8 +4,8 @@
 
 Good is what a perfect policy would write of a held-out photograph: its true words, captions and truth. Each column
 spoils one part of it: the degradation words, the texts or the image of another photograph; the truth blurred, noisy or
-through JPEG at half of the ladder's severity; the LQ image enlarged (bicubic); the last text left out. A pair counts one
-where the good rollout earns more, half where both earn the same.
+through JPEG at half of the ladder's severity; the LQ image enlarged (bicubic); the last text left out. A pair counts
+one where the good rollout earns more, half where both earn the same.
 """
 
 from __future__ import annotations
