@@ -96,6 +96,7 @@ def truncated_support(
     if not truncation.active:
         return allowed
     masked = logits.masked_fill(~allowed, -torch.inf)
+    # [n, k] with k the largest number of survivors: what follows never sorts the whole vocabulary
     values, order = masked.topk(truncation.candidates(logits.shape[-1]), dim=-1)
     keep = values > -torch.inf
     if truncation.adaptive:
@@ -106,7 +107,7 @@ def truncated_support(
         probability = tempered.masked_fill(~keep, -torch.inf).softmax(-1)
         # Mass before a token: the first is always kept, as is the one that crosses the threshold.
         keep &= probability.cumsum(-1) - probability < truncation.top_p
-    return torch.zeros_like(allowed).scatter_(-1, order, keep)
+    return torch.zeros_like(allowed).scatter_(-1, order, keep)  # [n, k] -> [n, V]
 
 
 def modality_support(
@@ -158,7 +159,7 @@ def pack_support(support: Bool[Tensor, "n V"]) -> UInt8[Tensor, "n K"]:
     """Bit-pack survivors, K = ceil(V / 8), as `numpy.packbits` does: the first token in the highest bit."""
     padded = torch.nn.functional.pad(support.to(torch.uint8), (0, -support.shape[-1] % 8))
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=support.device)
-    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)  # [n, 8 K] -> [n, K, 8] -> [n, K]
 
 
 def unpack_support(packed: UInt8[Tensor, "n K"], start: int, stop: int) -> Bool[Tensor, "n width"]:
@@ -171,5 +172,5 @@ def unpack_support(packed: UInt8[Tensor, "n K"], start: int, stop: int) -> Bool[
     first = start // 8
     window = packed[..., first : (stop + 7) // 8]
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    bits = (window[..., None] >> shifts & 1).flatten(-2)
+    bits = (window[..., None] >> shifts & 1).flatten(-2)  # bytes [n, w] -> bits [n, w, 8] -> [n, 8 w]
     return bits[..., start - 8 * first : stop - 8 * first].bool()

@@ -126,7 +126,7 @@ class _Score(torch.autograd.Function):
         inputs = _Inputs(*tensors)  # type: ignore[arg-type]
         behaviour, raw, chosen = [], [], []
         for rows in _chunks(len(inputs.hidden), options.chunk_tokens):
-            logits = inputs.logits(rows)
+            logits = inputs.logits(rows)  # [c, V/tp], the largest tensor; only sums over it [c] outlive the loop
             if options.with_logsumexp:
                 raw.append(_partial_softmax(logits, with_weighted=False))
             values = inputs.behaviour(logits, rows, options.first_id)
@@ -134,7 +134,7 @@ class _Score(torch.autograd.Function):
             column, ours = inputs.local_targets(rows, options.first_id)
             # The target's owner contributes its value, the other shards -inf: a maximum keeps -inf (not allowed) too.
             chosen.append(values.gather(-1, column).masked_fill(~ours, -torch.inf)[:, 0])
-        shift, log_total, mean = _combine(_joined(behaviour), options.group)
+        shift, log_total, mean = _combine(_joined(behaviour), options.group)  # [n] each, over the whole vocabulary
         target = torch.cat(chosen)
         if options.group is not None:
             dist.all_reduce(target, dist.ReduceOp.MAX, group=options.group)
@@ -152,7 +152,7 @@ class _Score(torch.autograd.Function):
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, normaliser, entropy, logsumexp = ctx.saved_tensors
         inputs, options = _Inputs(*tensors), ctx.options
-        grad_hidden = torch.empty_like(inputs.hidden)
+        grad_hidden = torch.empty_like(inputs.hidden)  # [n, H], this shard's part
         # Chunks are summed in at least float32: bf16 would lose all but the first.
         grad_weight = torch.zeros_like(inputs.weight, dtype=normaliser.dtype) if ctx.needs_input_grad[2] else None
         grad_unconditional = None if inputs.unconditional is None else torch.empty_like(inputs.unconditional)
@@ -162,8 +162,9 @@ class _Score(torch.autograd.Function):
             grad_logits = _grad_logits(
                 inputs, options, rows, logits, grads, normaliser[rows, None], entropy[rows, None], logsumexp[rows, None]
             )
-            conditional = grad_logits
+            conditional = grad_logits  # [c, V/tp]
             if grad_unconditional is not None and inputs.unconditional is not None and inputs.cfg_scale is not None:
+                # guided = u + s (c - u): s of the gradient goes to c, 1 - s to u
                 scale = inputs.cfg_scale[rows, None].to(grad_logits.dtype)
                 conditional = grad_logits * scale
                 of_unconditional = (grad_logits - conditional).to(inputs.weight.dtype)

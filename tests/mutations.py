@@ -1,0 +1,194 @@
+"""Lines that a test must defend: each is changed in a copy of the tree, and its test has to fail there.
+
+    python tests/mutations.py [WORD ...]     only mutations whose file, name or test holds one of the words
+
+Exit code 1 when a changed line survives. Add a line here for every rule whose loss nobody would see in the metrics.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STEP = "tests/unit/train/test_step.py::test_"
+EXPERIENCE, RUN, LOSS = "realsr_hpc/train/experience.py", "realsr_hpc/train/run.py", "realsr_hpc/grpo/loss.py"
+GRPO, BATCHES = "realsr_hpc/train/grpo.py", "realsr_hpc/train/batches.py"
+REPLACED = f"{STEP}groups_that_teach_nothing_are_replaced_by_the_next_images"
+HELD_OUT = f"{STEP}held_out_images_are_sampled_alike_at_every_step_and_unlike_training"
+BEST = f"{STEP}the_best_steps_keep_their_checkpoints"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` stands once in the file; with `new` in its place `test` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = (
+    Mutation("resample: off", EXPERIENCE, '!= "resample"', '!= "never"', REPLACED),
+    Mutation(
+        "resample: keep the dull",
+        EXPERIENCE,
+        "groups if not teaches_nothing(group)]",
+        "groups if teaches_nothing(group)]",
+        REPLACED,
+    ),
+    Mutation("resample: too many groups", EXPERIENCE, "groups = groups[: len(batch)]", "groups = groups[:]", REPLACED),
+    Mutation(
+        "resample: never ends early",
+        EXPERIENCE,
+        "                break\n",
+        "                pass\n",
+        f"{STEP}resampling_ends_when_all_teach_or_the_rounds_are_spent",
+    ),
+    Mutation(
+        "resample: each rank for itself",
+        EXPERIENCE,
+        'if not reduce_float(float(missing), parts.groups.dp, parts.groups.device, "max")',
+        "if not missing",
+        f"{STEP}all_ranks_take_as_many_rounds",
+    ),
+    Mutation("held-out: training's draws", EXPERIENCE, "FIRST_ID + index", "index", HELD_OUT),
+    Mutation(
+        "held-out: number of rollouts",
+        EXPERIENCE,
+        "parts.config.grpo.heldout_rollouts, ids",
+        "parts.config.grpo.group_size, ids",
+        HELD_OUT,
+    ),
+    Mutation("held-out: a group of one", EXPERIENCE, "len(rewards.total) == 1", "len(rewards.total) == 0", HELD_OUT),
+    Mutation(
+        "ramp: weights never move",
+        GRPO,
+        "parts.rewards.at_step(number)",
+        "parts.rewards.at_step(1)",
+        f"{STEP}a_ramped_reward_has_the_weight_of_the_step",
+    ),
+    Mutation(
+        "updates: old log-probs of the first",
+        GRPO,
+        "updates_per_step > 1",
+        "updates_per_step > 99",
+        f"{STEP}several_updates_begin_at_the_rollouts_policy",
+    ),
+    Mutation(
+        "updates: rollouts of one group together",
+        "realsr_hpc/train/updates.py",
+        "% nth == first",
+        "// nth == first",
+        f"{STEP}updates_take_every_nth_rollout_of_all_groups",
+    ),
+    Mutation("best: direction", RUN, "sign = 1.0 if", "sign = -1.0 if", BEST),
+    Mutation("best: not saved when measured", RUN, 'leaving or agreed["best"] > 0', "leaving", BEST),
+    Mutation(
+        "greedy text: trained on",
+        "realsr_hpc/rollout/sampler.py",
+        "support.sum(-1) == 1",
+        "support.sum(-1) == 0",
+        f"{STEP}greedy_text_carries_no_loss",
+    ),
+    Mutation(
+        "decode: bf16 logits",
+        "realsr_hpc/rollout/decoder.py",
+        "self.policy.output_weight).float()",
+        "self.policy.output_weight)",
+        f"{STEP}decoding_in_bf16_takes_log_probabilities_in_float32",
+    ),
+    Mutation(
+        "batches: prompts of several lengths",
+        BATCHES,
+        "if len(lengths) > 1:",
+        "if len(lengths) > 9:",
+        "tests/unit/train/test_batches.py",
+    ),
+    Mutation(
+        "batches: rollouts not numbered through",
+        BATCHES,
+        "part.rollout + first",
+        "part.rollout",
+        "tests/unit/train/test_batches.py",
+    ),
+    Mutation(
+        "loss: ratio not clamped",
+        LOSS,
+        "log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()",
+        "log_ratio.exp()",
+        "tests/unit/grpo/test_loss.py",
+    ),
+    Mutation(
+        "loss: KL not clamped",
+        LOSS,
+        "_k3(difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))",
+        "_k3(difference)",
+        "tests/unit/grpo/test_loss.py",
+    ),
+)
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the test passes on the changed copy; ValueError when the line is not there, or not once."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("realsr_hpc", "tests", "recipes"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "photographs"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        text = (copy / mutation.file).read_text(encoding="utf-8")
+        if text.count(mutation.old) != 1:
+            raise ValueError(
+                f"{mutation.name}: {mutation.old!r} stands {text.count(mutation.old)} times in {mutation.file}"
+            )
+        (copy / mutation.file).write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        code = _tested(copy, mutation.test)
+        if code not in (0, 1):
+            raise ValueError(f"{mutation.name}: pytest ended with {code} on {mutation.test}, see above")
+        return code == 0
+
+
+def _tested(copy: Path, test: str) -> int:
+    """pytest's exit code on the copy, in a fork that has the vendors' modules and none of ours."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("realsr_hpc", "tests")]:
+            del sys.modules[name]
+        os.chdir(copy)
+        os.environ["PYTHONPATH"] = str(copy)
+        sys.path.insert(0, str(copy))
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", test]))
+    except BaseException:
+        code = 70
+    os._exit(code)
+
+
+def main(words: list[str]) -> int:
+    """Run the chosen mutations one after another."""
+    chosen = [m for m in MUTATIONS if not words or any(w in f"{m.name} {m.file} {m.test}" for w in words)]
+    sys.path.insert(0, str(ROOT))
+    for module in ("realsr_hpc.train.grpo", "tests.steps"):
+        importlib.import_module(module)  # for the vendors they import
+    alive = []
+    for mutation in chosen:
+        lives = survives(mutation)
+        alive += [mutation.name] if lives else []
+        print(f"{'SURVIVES' if lives else 'killed  '}  {mutation.name}  ({mutation.file})", flush=True)
+    return 1 if alive or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
