@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
+
+SUMS_FILE = "SHA256SUMS"
 
 
 def flush(path: Path) -> None:
@@ -56,3 +61,35 @@ def printable(text: object) -> str:
         return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half of a character, which no file name holds
         return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def write_sums(folder: Path, leave_out: Collection[str] = ()) -> None:
+    """`SHA256SUMS` of the files directly in a folder, as `sha256sum -c` reads it."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in {SUMS_FILE, *leave_out})
+    (folder / SUMS_FILE).write_text("".join(f"{sha256_of(path)}  {path.name}\n" for path in files), encoding="utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Compare a folder's files with its `SHA256SUMS`; without one there is nothing to compare.
+
+    Raises:
+        ValueError: naming the first file that is missing or differs.
+    """
+    listing = folder / SUMS_FILE
+    if not listing.is_file():
+        return
+    for line in listing.read_bytes().decode("utf-8", "replace").splitlines():
+        row = re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)
+        if row is None:
+            raise ValueError(f"{listing} is damaged; copy the folder again")
+        path = folder / row[2]
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, which {SUMS_FILE} lists; copy the folder again")
+        if sha256_of(path) != row[1]:
+            raise ValueError(f"{path} is damaged: it differs from {SUMS_FILE}; copy it again")
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from realsr_hpc.checkpoint import manifest
+from realsr_hpc.checkpoint.pickles import refuse_code
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups
@@ -51,10 +52,13 @@ def resume_path(root: Path, groups: Groups) -> Path | None:
 def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups) -> dict[str, Any]:
     """Fill policy and optimizer from a checkpoint of any layout; returns the run's state given to `save`.
 
+    A checkpoint that holds more than data (`pickles.refuse_code`) is refused before anything of it is loaded.
+
     optimiser None: weights only. ValueError when the folder is no complete checkpoint or has no optimizer state
     although one is wanted.
     """
     facts = manifest.read(path)
+    refuse_code(path)
     own = json.loads((path / STATE).read_text())
     if optimiser is not None and own["optimiser"] is None:
         raise ValueError(f"checkpoint {path} holds weights only: pass optimiser=None, or name a training checkpoint")

@@ -32,7 +32,8 @@ restored.save("sr.png")
 print(trace["degradation"], trace["final_understand"])
 ```
 
-`processor.prompt`, `model.generate`, `processor.parse` and `model.load_decoder` are its steps.
+`processor.prompt`, `model.generate`, `processor.parse` and `model.load_decoder` are its steps. It samples as the run's
+recipe restores; `seed=`, `temperature=`, `text_temperature=`, `image_top_k=`, `text_top_k=`, `top_p=`, `cfg_scale=` change it.
 
 `transformers.ChameleonForConditionalGeneration` loads the same weights, but sets every image logit to the smallest
 number: it describes and never paints. The class in modeling_realsr.py lifts that mask.

@@ -92,17 +92,17 @@ def model_config(config: RunConfig, vocabulary: Vocabulary, names: dict[str, int
 
 
 def generation_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Sampling as in the rollouts, as far as `generate` can express it without the shipped grammar."""
-    rollout = config.rollout
+    """Sampling as in restoring, as far as `generate` can express it without the shipped sampler."""
+    restore = config.restore
     return {
         "bos_token_id": vocabulary.bos,
         "pad_token_id": vocabulary.pad,
         "eos_token_id": vocabulary.end_turn,
         "do_sample": True,
-        "temperature": rollout.temperature,
-        "top_k": rollout.image_top_k,
-        "top_p": rollout.top_p,
-        "max_new_tokens": rollout.max_new_tokens,
+        "temperature": restore.temperature,
+        "top_k": restore.image_top_k,
+        "top_p": restore.top_p,
+        "max_new_tokens": config.rollout.max_new_tokens,
     }
 
 
@@ -127,7 +127,11 @@ def trace_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
         "end_turn": vocabulary.end_turn,
         "size_zero": vocabulary.image_end + 608,
         "bos": vocabulary.bos,
-        "temperature": config.rollout.temperature,
+        "seed": config.seed,
+        "restore": {
+            **config.restore.model_dump(),
+            "cfg_scale": config.rollout.cfg_scale if config.restore.cfg_scale is None else config.restore.cfg_scale,
+        },
         "decoder": {
             "latent_channels": tokenizer.latent_channels,
             "base_channels": tokenizer.decoder_base,

@@ -16,6 +16,7 @@ from realsr_hpc.export.folder import Aside, weight_files, write_json
 from realsr_hpc.export.image_weights import DECODER_FILE, load_from_export
 from realsr_hpc.export.outgoing import empty_policy, layout_here
 from realsr_hpc.export.text_files import text_part
+from realsr_hpc.files import check_sums
 from realsr_hpc.model.hf_mapping import load_hf_weights
 from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.parallel.layout import kv_heads
@@ -30,6 +31,7 @@ def import_folder(source: Path, output: Path, config: RunConfig | None = None) -
 
     config: the recipe; None: the one inside `source`. One process. ValueError naming what does not fit.
     """
+    check_sums(source)
     weight_files(source)
     config = config or _own_recipe(source)
     vocabulary = _check(source, config)

@@ -8,19 +8,28 @@ weights and files, not a network: unpack it and import, or load, the folder.
 from __future__ import annotations
 
 import os
+import re
+import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import safe_open
 from torch import Tensor
 
 from realsr_hpc.config.identity import flatten
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.export.folder import INDEX, SHARD_BYTES, Aside, weight_files, write_weights
+from realsr_hpc.files import check_sums
 
 RECIPE = "recipe.yaml"
+CONFIG = "model_config.yaml"
+_CONFIG_KEYS = frozenset({"recipe", "shard_bytes", "files", "target", "nemo_version"})
+_PLAIN = re.compile(r"[\w][\w.+-]*")
+"""A file directly in the archive; no path, no `..`, nothing that OmegaConf would fill in."""
 
 
 def pack(export: Path, archive: Path) -> None:
@@ -31,6 +40,7 @@ def pack(export: Path, archive: Path) -> None:
     _check_name(archive)
     if archive.exists():
         raise ValueError(f"output={archive} exists; name a new archive, or remove that one first")
+    check_sums(export)
     places = weight_files(export)
     if not (export / RECIPE).is_file():
         raise ValueError(f"{export} has no {RECIPE} (not an export of ours); name a folder that export_hf wrote")
@@ -62,6 +72,7 @@ def unpack(archive: Path, folder: Path) -> None:
     _check_name(archive)
     if not archive.is_file():
         raise ValueError(f"{archive} is not there; name an archive that nemo_archive.py packed")
+    refuse_foreign_files(archive)
     vendor = _Vendor()
     carrier = vendor.restore(archive)
     with Aside(folder) as aside:
@@ -70,6 +81,38 @@ def unpack(archive: Path, folder: Path) -> None:
         tensors = carrier.state_dict()
         sizes = {name: value.nbytes for name, value in tensors.items()}
         write_weights(aside, tensors.items(), sizes, carrier.cfg.shard_bytes)
+        check_sums(aside)
+
+
+def refuse_foreign_files(archive: Path) -> None:
+    """Read an archive's members and configuration before NeMo does, which would copy any file that they name.
+
+    Raises:
+        ValueError: where it is damaged, holds a link or a path that leaves it, or names a file that is not its own.
+    """
+    try:
+        with tarfile.open(archive, "r:*") as tar:
+            members = {info.name.removeprefix("./"): info for info in tar if not info.isdir()}
+            odd = [name for name, info in members.items() if not info.isreg() or not _PLAIN.fullmatch(name)]
+            if odd:
+                raise ValueError(f"its member {odd[0]!r} is a link, or lies outside")
+            stream = tar.extractfile(members[CONFIG])
+            config = yaml.safe_load(stream.read()) if stream else None
+        unknown = sorted(set(config) - _CONFIG_KEYS)
+        if unknown:
+            raise ValueError(f"{CONFIG} has {unknown[0]!r}, which no archive of ours has")
+        for item in config["files"].values():
+            own = str(item["path"]).removeprefix("nemo:")
+            if item["path"] != f"nemo:{own}" or own not in members or not _PLAIN.fullmatch(str(item["name"])):
+                raise ValueError(f"{CONFIG} names {item['path']!r}, which is no file of the archive")
+    except (tarfile.TarError, OSError, EOFError, zlib.error, yaml.YAMLError) as error:
+        raise ValueError(f"{archive} cannot be read ({_line(error)}); copy it again") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{archive} is no archive of ours ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _check_name(archive: Path) -> None:
@@ -127,8 +170,10 @@ class _Vendor:
             if kind != self.target:
                 raise ValueError(f"{archive} holds a {kind}, not an export of ours; restore it with NeMo")
             return self.connector.restore_from(self.carrier, **arguments)
-        except (OSError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{archive} cannot be read ({error}); copy it again") from None
+        except ValueError:
+            raise
+        except Exception as error:  # what the parts of NeMo and torch trip over in a damaged archive
+            raise ValueError(f"{archive} cannot be read ({_line(error)}); copy it again") from None
 
 
 def carrier_class() -> Any:

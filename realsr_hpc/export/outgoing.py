@@ -22,6 +22,7 @@ from realsr_hpc.export.folder import SHARD_BYTES, Aside, write_json, write_weigh
 from realsr_hpc.export.image_weights import encoder_tensors, save_decoder
 from realsr_hpc.export.recipe import portable
 from realsr_hpc.export.text_files import combined, write_text_files
+from realsr_hpc.files import write_sums
 from realsr_hpc.model.hf_mapping import hf_names, hf_shape, hf_tensors
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.parallel.groups import Groups, initialise
@@ -69,6 +70,7 @@ def export_policy(
                 shutil.copyfile(_SHIPPED / file, folder / file)
             (folder / "recipe.yaml").write_text(to_yaml(portable(config)))
             (folder / "README.md").write_text(model_card(config, step=step, metrics=metrics or {}, licence=licence))
+            write_sums(folder, leave_out=("README.md",))  # people write their own
     else:
         for _ in weights:  # its part in gathering
             pass

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from realsr_hpc.config.learning import RestoreConfig
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
+from realsr_hpc.files import check_sums
 from realsr_hpc.paths import resolve
 
 if TYPE_CHECKING:
@@ -80,7 +81,11 @@ def find_run(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig,
 
 
 def read_export(folder: Path) -> RunConfig:
-    """The recipe of an export, with its weights as start weights. ValueError where a file it needs is not here."""
+    """The recipe of an export, with its weights as start weights.
+
+    ValueError where one of its files is damaged (`SHA256SUMS`), or a file it needs is not here.
+    """
+    check_sums(folder)
     config = from_yaml(folder / "recipe.yaml")
     files = {
         "image_tokenizer.weights": config.image_tokenizer.weights,

@@ -10,6 +10,7 @@ or put this file on the path and import it. `load_decoder(FOLDER)` gives the dec
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,6 +19,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import ChameleonForConditionalGeneration, LogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
+
+DECODER_FILE, TRACE_FILE = "vq_decoder.safetensors", "realsr.json"
+COMPANIONS = (DECODER_FILE, TRACE_FILE, "tokenizer.json", "processing_realsr.py", "modeling_realsr.py")
+OPTIONAL = ("tokenizer_config.json", "recipe.yaml")
 
 
 class RealSRForConditionalGeneration(ChameleonForConditionalGeneration):
@@ -41,9 +47,21 @@ class RealSRForConditionalGeneration(ChameleonForConditionalGeneration):
         )
 
     @staticmethod
-    def load_decoder(folder):
-        """The image decoder of the export folder; see the function of that name."""
-        return load_decoder(folder)
+    def load_decoder(source, **options):
+        """The image decoder of the export; see the function of that name."""
+        return load_decoder(source, **options)
+
+    def save_pretrained(self, save_directory, *arguments, **options):
+        """As usual, and what restoring needs beside the weights, from where this model was loaded."""
+        super().save_pretrained(save_directory, *arguments, **options)
+        if not options.get("is_main_process", True):
+            return
+        revision = getattr(self.config, "_commit_hash", None)
+        for name in (*COMPANIONS, *OPTIONAL):
+            needed = name in COMPANIONS
+            path = cached_file(self.name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=needed)
+            if path is not None and Path(path).resolve() != (Path(save_directory) / name).resolve():
+                shutil.copyfile(path, Path(save_directory) / name)
 
 
 class ImageBlockGrammar(LogitsProcessor):
@@ -184,12 +202,11 @@ class ImageDecoder(nn.Module):
         return pixels.clamp(-1, 1)
 
 
-def load_decoder(folder):
-    """The image decoder of an export folder, frozen, float32, on the CPU."""
-    folder = Path(folder)
-    weights = load_file(folder / "vq_decoder.safetensors")
+def load_decoder(source, **options):
+    """The image decoder of an export (a folder, or a repository of the Hub), frozen, float32, on the CPU."""
+    weights = load_file(cached_file(str(source), DECODER_FILE, **options))
     weights = {name: value.float() for name, value in weights.items() if name != "quantize.embedding.weight"}
-    options = json.loads((folder / "realsr.json").read_text())["decoder"]
-    decoder = ImageDecoder(torch.empty_like(weights["codebook"]), **options)
+    shape = json.loads(Path(cached_file(str(source), TRACE_FILE, **options)).read_text(encoding="utf-8"))["decoder"]
+    decoder = ImageDecoder(torch.empty_like(weights["codebook"]), **shape)
     decoder.load_state_dict(weights)
     return decoder.requires_grad_(False).eval()

@@ -10,17 +10,23 @@ transformers' own Chameleon processor makes a fixed 512 px crop without size and
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
-from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, ProcessorMixin
+from transformers.utils import cached_file
 
 PLACEHOLDER = "<|image|>"
 STAGES = ("rough", "middle", "final")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+FILES = ("realsr.json", "tokenizer.json", "tokenizer_config.json", "vq_decoder.safetensors", "recipe.yaml")
+CODE_FILES = ("processing_realsr.py", "modeling_realsr.py")
+FIRST_ROLLOUT = 1 << 40  # restoring never shares draws with training
 FIELDS = ("degradation", *(f"{stage}_{kind}" for stage in STAGES for kind in ("understand", "image")))
 
 
@@ -29,37 +35,64 @@ class RealSRProcessor(ProcessorMixin):
 
     attributes = []  # what transformers' processors are made of; this one reads its files itself
 
-    def __init__(self, folder):
-        """`folder`: the export."""
-        self.folder = folder = Path(folder)
-        self.trace = json.loads((folder / "realsr.json").read_text())
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    def __init__(self, source, **options):
+        """`source`: the export, a folder or the name of a repository of the Hub; `options`: how the Hub is asked."""
+        super().__init__()
+        self.source = str(source)
+        self.options = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+        self.trace = json.loads(Path(self._file("realsr.json")).read_text(encoding="utf-8"))
+        self.tokenizer = Tokenizer.from_file(self._file("tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # a text that spells a special token stays text
 
     @classmethod
-    def from_pretrained(cls, folder, **_):
-        """What `AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)` calls."""
-        return cls(folder)
+    def from_pretrained(cls, source, **options):
+        """What `AutoProcessor.from_pretrained(SOURCE, trust_remote_code=True)` calls."""
+        return cls(source, **options)
+
+    def save_pretrained(self, folder, **_):
+        """Everything but the model: `AutoProcessor.from_pretrained(folder, trust_remote_code=True)` reads it back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*FILES, *CODE_FILES):
+            path = self._file(name, needed=name not in ("recipe.yaml", "tokenizer_config.json"))
+            if path is not None and Path(path).resolve() != (folder / name).resolve():
+                shutil.copyfile(path, folder / name)
+        settings = {
+            "processor_class": type(self).__name__,
+            "auto_map": {"AutoProcessor": f"processing_realsr.{type(self).__name__}"},
+        }
+        (folder / "processor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return [str(path) for path in sorted(folder.iterdir())]
+
+    def _file(self, name, needed=True):
+        return cached_file(self.source, name, _raise_exceptions_for_missing_entries=needed, **self.options)
 
     @torch.no_grad()
-    def restore(self, model, image, details=False, **sampling):
+    def restore(self, model, image, details=False, seed=None, **sampling):
         """PIL image of any size -> restored PIL image, a square; with `details`, also the fields of its trace.
 
-        The image is shown to the model as one square, as in training: tile larger photographs before. `sampling` goes
-        to `generate` (do_sample=False, temperature=..., ...); its defaults are generation_config.json's.
+        The image is shown to the model as one square, as in training: tile larger photographs before. `sampling`:
+        temperature, text_temperature, image_top_k, text_top_k, top_p, cfg_scale; they and the seed are by default
+        those that the run's recipe restores with. With the same ones realsr_hpc's own restoring draws the same tokens.
         """
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None]
+        pixels = torch.from_numpy(np.array(as_rgb(image))).movedim(-1, 0)[None]
         prompt = self.prompt(model, pixels)
-        grammar = TraceGrammar(self)
+        sampler = TraceSampler(self, model, prompt.shape[1], self.trace["seed"] if seed is None else seed, **sampling)
         tokens = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            logits_processor=LogitsProcessorList([grammar]),
-            **{"max_new_tokens": grammar.longest, **sampling},
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=GenerationConfig(
+                do_sample=False,  # the sampler leaves one token each
+                max_new_tokens=sampler.longest,
+                eos_token_id=self.trace["end_turn"],
+                pad_token_id=self.trace["end_turn"],
+            ),
         )
         fields = self.parse(tokens[0, prompt.shape[1] :])
         codes = torch.from_numpy(fields["final_image"])[None]
-        decoded = ((model.load_decoder(self.folder)(codes)[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        decoder = model.load_decoder(self.source, **self.options)
+        decoded = ((decoder(codes)[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         restored = Image.fromarray(decoded.movedim(0, -1).numpy())
         return (restored, fields) if details else restored
 
@@ -161,16 +194,19 @@ class TraceGrammar(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         """Scores [batch, vocabulary] with everything that may not follow at -inf."""
-        if self.walks is None:
-            self.walks = [self.walk() for _ in input_ids]
-            allowed = [next(walk) for walk in self.walks]
-        else:
-            last = input_ids[:, -1].tolist()
-            allowed = [self._advance(walk, token) for walk, token in zip(self.walks, last, strict=True)]
+        allowed = self.allowed(input_ids)
         barred = torch.ones_like(scores, dtype=torch.bool)
         for row, tokens in enumerate(allowed):
             barred[row, torch.tensor(tokens, device=scores.device)] = False
         return scores.masked_fill(barred, -torch.inf)
+
+    def allowed(self, input_ids):
+        """Ids that may follow each row."""
+        if self.walks is None:
+            self.walks = [self.walk() for _ in input_ids]
+            return [next(walk) for walk in self.walks]
+        last = input_ids[:, -1].tolist()
+        return [self._advance(walk, token) for walk, token in zip(self.walks, last, strict=True)]
 
     def _advance(self, walk, token):
         try:
@@ -219,6 +255,83 @@ class TraceGrammar(LogitsProcessor):
         else:
             yield closing[:1]
         yield from self._forced(closing[1:])
+
+
+class TraceSampler(TraceGrammar):
+    """The grammar, and the draw: leaves the drawn token alone, so that `generate` takes it. One row, one call.
+
+    The distribution is realsr_hpc's own, in its order: guidance, grammar, top-k, top-p, temperature; so are the draws.
+    """
+
+    def __init__(self, processor, model, prompt_tokens, seed, **sampling):
+        """`sampling`: what differs from realsr.json's `restore`."""
+        super().__init__(processor)
+        self.settings = {**self.trace["restore"], **sampling}
+        unknown = sorted(self.settings.keys() - self.trace["restore"].keys())
+        if unknown:
+            raise TypeError(f"{unknown[0]} is none of {', '.join(self.trace['restore'])}")
+        self.model, self.prompt_tokens = model, prompt_tokens
+        self.draws = np.random.Generator(np.random.Philox(key=[seed, FIRST_ROLLOUT]))
+        sizes = [self.trace["size_zero"] + size // 32 for size in self.trace["image_sizes_px"]]
+        self.inside = {*self.codes, *sizes, self.trace["newline"], self.trace["image_end"]}
+        self.block, self.cache = (0, 0), None
+
+    def __call__(self, input_ids, scores):
+        """Scores [1, vocabulary], all but one at -inf."""
+        allowed = self.allowed(input_ids)[0]
+        is_image = allowed is self.codes
+        scale = self.settings["cfg_scale"] if is_image else 1.0
+        logits = scores[0].float()
+        if scale != 1.0:
+            logits = torch.lerp(self._unconditional(input_ids[0]).float(), logits, scale)
+        barred = torch.ones_like(logits, dtype=torch.bool)
+        barred[torch.tensor(allowed, device=logits.device)] = False
+        token = self._draw(logits.masked_fill(barred, -torch.inf), is_image)
+        return torch.full_like(scores, -torch.inf).index_fill_(1, token, 0.0)
+
+    def _draw(self, logits, is_image):
+        """Inverse of the cumulative distribution at the next draw."""
+        settings = self.settings
+        text_temperature = settings["text_temperature"] or settings["temperature"]
+        temperature = settings["temperature"] if is_image else text_temperature
+        values, order = logits.topk(settings["image_top_k" if is_image else "text_top_k"] or len(logits))
+        keep = values > -torch.inf
+        if settings["top_p"] < 1.0:
+            shares = (values / temperature).softmax(-1)
+            keep &= shares.cumsum(-1) - shares < settings["top_p"]
+        kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(0, order, keep)
+        shares = (logits / temperature).masked_fill(~kept, -torch.inf).log_softmax(-1).exp()
+        total = shares.cumsum(-1, dtype=torch.float64)
+        point = min(self.draws.random() * float(total[-1]), np.nextafter(float(total[-1]), 0.0))
+        return torch.searchsorted(total, torch.tensor([point], dtype=torch.float64, device=total.device), right=True)
+
+    def _unconditional(self, input_ids):
+        """Logits [vocabulary] behind the current image block alone, which its own cache follows."""
+        response = input_ids[self.prompt_tokens :].tolist()
+        start = max(place for place, token in enumerate(response) if token not in self.inside)
+        first, fed = self.block
+        if self.cache is None or first != start:
+            fed, self.cache = start, None
+        outputs = self.model(
+            input_ids=input_ids[None, self.prompt_tokens + fed :], past_key_values=self.cache, use_cache=True
+        )
+        self.block, self.cache = (start, len(response)), outputs.past_key_values
+        return outputs.logits[0, -1]
+
+
+def as_rgb(image):
+    """Upright 8-bit RGB: 16-bit grey is scaled, where `convert` cuts it off; floats are 0..1, 0..255 or 0..65535."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        highest = values[np.isfinite(values)].max(initial=0.0)
+        tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+        top = next((top for top in tops if highest <= top), None)
+        if top is None:
+            raise ValueError(f"image of mode {image.mode} with values up to {highest:g}; scale it to 0..{tops[-1]:g}")
+        scaled = np.nan_to_num(values / top * 255.0, nan=0.0, posinf=255.0, neginf=0.0)
+        image = Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def degradation_phrases():

@@ -1,0 +1,76 @@
+"""Nothing in a checkpoint runs when it is read: the pickles that Megatron and torch would load are read here first.
+
+`torch.distributed.checkpoint` loads `.metadata` with plain pickle, and the parts that are no tensors with
+`weights_only=False`: whoever wrote the checkpoint could run code in the process that loads it, be it a colleague's run
+that is only restored with. Here `.metadata` is read by an unpickler that knows the classes of which such a file is
+made, and no others, and every part that is no tensor with `weights_only`. What passes holds nothing that runs.
+
+Left out: the states that Transformer Engine keeps inside of tensors (FP8 scales), which its own code unpickles.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METADATA = ".metadata"
+_CHECKPOINT = "torch.distributed.checkpoint"
+_ALLOWED = {
+    f"{_CHECKPOINT}.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    f"{_CHECKPOINT}.planner": {"BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    f"{_CHECKPOINT}.filesystem": {"_StorageInfo"},
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "pathlib": {"Path", "PosixPath"},
+}  # fmt: skip
+_VALUES = (torch.dtype, torch.layout, torch.memory_format)
+
+
+class _Restricted(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_value = module == "torch" and isinstance(getattr(torch, name, None), _VALUES)
+        if not is_value and name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} in it is no part of a checkpoint and could run code")
+        return super().find_class(module, name)
+
+
+def refuse_code(folder: Path) -> None:
+    """Read what a loader of this checkpoint would unpickle.
+
+    Raises:
+        ValueError: naming the file, where it holds anything but data, or is damaged.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as stream:
+            metadata = _Restricted(stream).load()
+        storage = metadata.storage_data.items()
+        kinds = metadata.state_dict_metadata
+        parts = [info for index, info in storage if type(kinds[index.fqn]).__name__ == "BytesStorageMetadata"]
+        for part in parts:
+            path = folder / part.relative_path
+            if path.parent != folder:
+                raise pickle.UnpicklingError(f"{METADATA} names {part.relative_path}, outside of the checkpoint")
+            _read_part(path, part.offset, part.length)
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {path.parent} has no {path.name}; name a whole one") from None
+    except Exception as error:  # a damaged pickle raises whatever its opcodes trip over
+        raise ValueError(f"checkpoint file {path} cannot be trusted or is damaged ({_line(error)})") from None
+
+
+def _read_part(path: Path, offset: int, length: int) -> None:
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,110 @@
+"""The exported processor in a fresh process, as transformers finds it: by folder, by a name of the Hub, saved again."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from realsr_hpc.records import LQBatch
+from realsr_hpc.rollout.restorer import PolicyRestorer
+from tests.unit.export.test_export import shipped
+
+SCRIPT = """
+import sys
+import numpy as np
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+def both(source):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).eval()
+    return model, AutoProcessor.from_pretrained(source, trust_remote_code=True)
+
+lq = Image.open("lq.png")
+model, processor = both("us/policy")
+restored = {"hub": processor.restore(model, lq)}
+model.save_pretrained("model_again")
+restored["model saved"] = (lambda pair: pair[1].restore(pair[0], lq))(both("model_again"))
+processor.save_pretrained("processor_again")
+processor = AutoProcessor.from_pretrained("processor_again", trust_remote_code=True)
+restored["processor saved"] = processor.restore(model, lq)
+for name, image in restored.items():
+    image.save(f"{name}.png")
+assert not [name for name in sys.modules if name.startswith(("realsr_hpc.", "megatron"))]
+"""
+
+
+def ours(run, lq: np.ndarray, restore) -> np.ndarray:
+    """What tools/restore.py makes of one tile."""
+    config = run.config.model_copy(update={"restore": restore})
+    batch = LQBatch(
+        torch.from_numpy(lq).movedim(-1, 0)[None], None, (None,), (None,), ("x",), torch.zeros(1, dtype=torch.int64)
+    )
+    return PolicyRestorer(run.policy, run.tokens, config)(batch)[0].image
+
+
+@pytest.fixture
+def lq() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def test_it_restores_as_our_own_command_by_name_and_after_saving(run, lq, tmp_path):
+    snapshot = tmp_path / "hf/hub/models--us--policy/snapshots/0123"
+    shutil.copytree(run.export, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0123")
+    Image.fromarray(lq).save(tmp_path / "lq.png")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, check=True)
+    wanted = ours(run, lq, run.config.restore)
+    for name in ("hub", "model saved", "processor saved"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            # The same tokens; the decoders' float32 may round a pixel otherwise.
+            assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1, name
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"temperature": 0.3, "text_temperature": 2.0},
+        {"image_top_k": 3, "text_top_k": 2},
+        {"top_p": 0.5},
+        {"cfg_scale": 3.0},
+    ],
+)
+def test_every_setting_of_restoring_holds(run, lq, changed):
+    model = shipped(run.export, "modeling_realsr").RealSRForConditionalGeneration.from_pretrained(run.export).eval()
+    processor = shipped(run.export, "processing_realsr").RealSRProcessor(run.export)
+    restored = np.asarray(processor.restore(model, Image.fromarray(lq), **changed)).astype(int)
+    plain = np.asarray(processor.restore(model, Image.fromarray(lq))).astype(int)
+    wanted = ours(run, lq, run.config.restore.model_copy(update=changed))
+    assert np.abs(restored - wanted).max() <= 1 and np.abs(restored - plain).max() > 1
+    other = np.asarray(processor.restore(model, Image.fromarray(lq), seed=run.config.seed + 1)).astype(int)
+    assert np.abs(other - plain).max() > 1
+    with pytest.raises(TypeError, match="num_beams is none of temperature"):
+        processor.restore(model, Image.fromarray(lq), num_beams=2)
+
+
+def test_sixteen_bits_floats_and_rotation_are_seen_as_restoring_sees_them(run, tmp_path):
+    from realsr_hpc.restore import read_picture
+
+    as_rgb = shipped(run.export, "processing_realsr").as_rgb
+    grey = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    with_nan = grey / np.float32(255)
+    with_nan[3, 3] = np.nan
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pictures = {
+        "deep.png": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+        "float.tif": (Image.fromarray(with_nan.astype(np.float32)), {}),
+        "turned.jpg": (Image.fromarray(grey), {"exif": exif}),
+        "palette.png": (Image.fromarray(np.dstack([grey] * 3)).convert("P"), {}),
+    }
+    for name, (picture, options) in pictures.items():
+        picture.save(tmp_path / name, **options)
+        with Image.open(tmp_path / name) as image:
+            np.testing.assert_array_equal(np.asarray(as_rgb(image)), read_picture(tmp_path / name).rgb)
