@@ -53,10 +53,11 @@ def lq() -> np.ndarray:
 
 
 def test_it_restores_as_our_own_command_by_name_and_after_saving(run, lq, tmp_path):
-    snapshot = tmp_path / "hf/hub/models--us--policy/snapshots/0123"
+    commit = "0123456789" * 4
+    snapshot = tmp_path / "hf/hub/models--us--policy/snapshots" / commit
     shutil.copytree(run.export, snapshot)
     (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs/main").write_text("0123")
+    (snapshot.parents[1] / "refs/main").write_text(commit)
     Image.fromarray(lq).save(tmp_path / "lq.png")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, env=environment, check=True)
