@@ -33,7 +33,8 @@ print(trace["degradation"], trace["final_understand"])
 ```
 
 `processor.prompt`, `model.generate`, `processor.parse` and `model.load_decoder` are its steps. It samples as the run's
-recipe restores; `seed=`, `temperature=`, `text_temperature=`, `image_top_k=`, `text_top_k=`, `top_p=`, `cfg_scale=` change it.
+recipe restores; `seed=`, `temperature=`, `text_temperature=`, `image_top_k=`, `text_top_k=`, `top_p=` and `cfg_scale=`
+change that.
 
 `transformers.ChameleonForConditionalGeneration` loads the same weights, but sets every image logit to the smallest
 number: it describes and never paints. The class in modeling_realsr.py lifts that mask.
