@@ -233,6 +233,7 @@ def test_a_wrong_shape_or_vocabulary_is_named(run, tmp_path):
     with pytest.raises(ValueError, match=r"num_hidden_layers 2 \(recipe: 3\)"):
         deeper = run.config.model_copy(update={"model": run.config.model.model_copy(update={"num_layers": 3})})
         import_folder(copy, tmp_path / "out", deeper)
+    (copy / "SHA256SUMS").unlink()  # changed on purpose
     settings = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**settings, "vocab_size": 99}))
     with pytest.raises(ValueError, match="vocab_size 99"):
