@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from realsr_hpc.behaviour.draws import gumbel
+
 ADAPTIVE_LIMIT = 2000
 """Largest k of the entropy-adaptive top-k."""
 
@@ -110,49 +112,25 @@ def truncated_support(
     return torch.zeros_like(allowed).scatter_(-1, order, keep)  # [n, k] -> [n, V]
 
 
-def modality_support(
-    logits: Float[Tensor, "n V"],
-    allowed: Bool[Tensor, "n V"],
-    is_image: Bool[Tensor, " n"],
-    *,
-    image: Truncation,
-    text: Truncation,
-    temperature: Float[Tensor, " n"] | None = None,
-) -> Bool[Tensor, "n V"] | None:
-    """`truncated_support` with one truncation for image codes and one for text; None when neither is active."""
-    if not (image.active or text.active):
-        return None
-    if image == text:
-        return truncated_support(logits, allowed, image, temperature)
-    of_image = truncated_support(logits, allowed, image, temperature)
-    of_text = truncated_support(logits, allowed, text, temperature)
-    return torch.where(is_image[:, None], of_image, of_text)
-
-
 def sample(
     logits: Float[Tensor, "n V"],
     allowed: Bool[Tensor, "n V"],
     temperature: Float[Tensor, " n"],
+    keys: Int[Tensor, "n 2"],
     support: Bool[Tensor, "n V"] | None = None,
-    generator: torch.Generator | None = None,
     *,
-    uniform: Float[Tensor, " n"] | None = None,
+    first: int = 0,
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """One token a row and its log-probability under the behaviour distribution (exactly 0 where one is left).
 
-    Inverse of the cumulative distribution, summed in float64. `uniform` in [0, 1) takes the place of the generator's
-    draw, so that a rollout can keep its own stream whatever it is batched with. Logits are guided, whole rows of the
-    vocabulary.
+    The token with the largest sum of logit and Gumbel noise, which is a draw from softmax (Gumbel 1954; Maddison et al.
+    2014). The noise belongs to the row's key and the token (`draws.py`), whatever the row is batched with. Logits are
+    the guided ones of the tokens [first, first + V); every allowed token must be among them.
     """
-    log_probability = restricted(logits, allowed, temperature, support).log_softmax(-1)
-    if uniform is None:
-        uniform = torch.rand(len(logits), dtype=torch.float64, device=logits.device, generator=generator)
-    cumulative = log_probability.exp().cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    # Strictly below the total, so that the token found has positive probability whatever the rounding.
-    point = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, point[:, None], right=True)
-    return tokens[:, 0], log_probability.gather(-1, tokens)[:, 0]
+    values = restricted(logits, allowed, temperature, support)
+    columns = (values + gumbel(keys, first, first + values.shape[-1])).argmax(-1)
+    logprobs = values.gather(-1, columns[:, None])[:, 0] - values.logsumexp(-1)
+    return columns + first, logprobs
 
 
 def pack_support(support: Bool[Tensor, "n V"]) -> UInt8[Tensor, "n K"]:

@@ -37,6 +37,9 @@ class MaskTable:
         """Logits are guided: rows have an unconditional twin."""
         self.cfg_scale = torch.where(self.image, config.cfg_scale, 1.0)
         """float32 [M]: text is never guided."""
+        image = grammar.mask_table[int(grammar.image_rows.argmax())].nonzero()[0]
+        self.image_columns = slice(int(image[0]), int(image[-1]) + 1)
+        """Vocabulary columns among which all image codes are."""
         self.continues_block = torch.from_numpy(grammar.continues_block).to(device)
         """bool [vocabulary]: continues an image block. Sampler and scorer cut the unconditional stream's context with
         this one rule."""

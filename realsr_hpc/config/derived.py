@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.config.schema import RunConfig
 
 VOCABULARY_SIZES = {"chameleon_f16": 65536, "llamagen_f8": 73728}
 """Padded vocabulary of the 7B layouts; the tiny one follows from its two tokenizers."""
+
+AUTO_WIDEST, AUTO_TOKENS = 32, 512
+"""`rollout.lookahead=auto` tries passes of at most so many tokens a row, and of so many together."""
 
 
 def world_size(config: RunConfig) -> int:
@@ -27,6 +31,18 @@ def prompt_image_tokens(config: RunConfig) -> int:
 def trace_image_tokens(config: RunConfig) -> int:
     """Tokens of the three images of a trace."""
     return sum(image_tokens(size, config.image_tokenizer.downsample) for size in config.vlcot.image_sizes_px)
+
+
+def widest_lookahead(config: RolloutConfig) -> int:
+    """Most tokens a row that one pass of decoding feeds; the cache has room for as many behind the last."""
+    return AUTO_WIDEST if config.lookahead == "auto" else config.lookahead
+
+
+def pass_tokens(config: RolloutConfig, rows: int) -> int:
+    """Most tokens that one pass over this many rows feeds."""
+    if config.lookahead == "auto":
+        return max(rows, min(rows * AUTO_WIDEST, AUTO_TOKENS))
+    return rows * config.lookahead
 
 
 def fp8_widths(config: RunConfig) -> dict[str, int]:

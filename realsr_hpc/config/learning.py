@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from realsr_hpc.config.section import POLICY, Count, NonNegative, Positive, Section
+from realsr_hpc.config.section import LAYOUT, POLICY, Count, NonNegative, Positive, Section
 
 
 class RewardTerm(Section):
@@ -62,6 +62,8 @@ class RolloutConfig(Section, tasks=POLICY):
     """Longest response; a rollout that reaches it is malformed."""
     batch_size: Count = 64
     """Rollouts decoded at once on one data-parallel rank."""
+    lookahead: Annotated[Annotated[int, Field(ge=1, le=64)] | Literal["auto"], LAYOUT] = "auto"
+    """Tokens a row that one pass checks: the same tokens come out, in fewer passes. auto: what is fastest."""
 
 
 class RestoreConfig(Section, role="operation"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from realsr_hpc.config.derived import pass_tokens, widest_lookahead
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.activations import first_stage, gather_buffer, last_stage, scoring
 from realsr_hpc.plan.sizes import (
@@ -33,8 +34,8 @@ DISTANCES = 3
 """Float32 numbers a code and latent while the nearest code is sought."""
 IMAGE_BATCH_PIXELS = 2**21
 """Pixels that pass the image tokenizer at once; see tokenizer/trace.py."""
-SAMPLE_BYTES = 40
-"""Of each logit of a decode step, in float32 and float64; see behaviour/distribution.py."""
+SAMPLE_BYTES, DRAWN_AT_ONCE = 40, 256
+"""Of each logit that a token is drawn from, and of how many positions together; see rollout/choice.py."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def kv_cache_bytes(config: RunConfig) -> float:
     prompt, _ = sequence_tokens(config)
     # the unconditional context is the response's images alone, but its room is that of a response
     streams = 2 if guided(config) else 1
-    return per_token * (prompts * prompt + streams * rollouts * config.rollout.max_new_tokens)
+    own = config.rollout.max_new_tokens + widest_lookahead(config.rollout)
+    return per_token * (prompts * prompt + streams * rollouts * own)
 
 
 def _rollout(config: RunConfig) -> dict[str, float]:
@@ -143,10 +145,13 @@ def _rollout(config: RunConfig) -> dict[str, float]:
     attention = ((1 + 2 * kv) + (1 + kv) + 1) * model.hidden_size
     tokens = max(1, prompts // config.parallel.pp) * sequence_tokens(config)[0]  # its batches take turns
     prefill = tokens * width(config) * (3 * model.hidden_size + (attention + 4 * model.ffn_hidden_size) / tp)
-    sampling = rollouts / min(config.parallel.pp, prompts) * vocabulary_size(config) * (SAMPLE_BYTES + 8 * streams)
+    fed = pass_tokens(config.rollout, max(1, rollouts // min(config.parallel.pp, prompts)))
+    length = sequence_tokens(config)[0] + config.rollout.max_new_tokens
+    attention = fed * model.num_heads / tp * length * (8 + 2 * width(config))
+    sampling = min(fed, DRAWN_AT_ONCE) * vocabulary_size(config) * (SAMPLE_BYTES + 8 * (streams - 1))
     return {
         "KV cache": kv_cache_bytes(config),
-        "prefill or sampling": max(prefill, sampling),
+        "prefill or pass": max(prefill, attention, sampling),
         "FP8 weights": stage_layers(config) if config.precision.rollout_fp8 else 0.0,
     }
 

@@ -12,30 +12,40 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Place:
-    """Where in the suffix a step stands, and how much of the cache it reads."""
+    """Where in the suffix the tokens of a pass stand: W of each of n rows, side by side."""
 
-    position: int | Tensor
-    """Of the token that is fed; int64 [1] in a step of fixed shapes."""
-    length: int
-    """Positions read: up to the token's own, or more, which are then hidden."""
+    def __init__(self, first: int | Tensor, width: int, length: int, seen: int = 0, starts: Tensor | None = None):
+        """
+        Args:
+            first: position of each row's first token, int64 [n]; a number where all rows stand alike and W is 1.
+            width: W.
+            length: positions read: up to the last token of all rows, or more.
+            seen: leading positions that every token sees.
+            starts: first position that each token of the unconditional stream sees, int64 [n, W].
+        """
+        self.first, self.width, self.length, self.seen = first, width, length, seen
+        self.hidden: Tensor | None = None
+        """bool [n, W, length - seen]: what a token does not see, because it stands behind it; None: it sees all."""
+        self.outside: Tensor | None = None
+        """bool [n, W, length]: the same of the unconditional stream."""
+        after = None
+        if isinstance(first, Tensor):
+            self.rows = torch.arange(len(first), device=first.device)[:, None]
+            self.positions = first[:, None] + torch.arange(width, device=first.device)
+            columns = torch.arange(length, device=first.device)
+            after = columns > self.positions[..., None]
+            self.hidden = after[..., seen:]
+        if starts is not None:
+            before = torch.arange(length, device=starts.device) < starts[..., None]
+            self.outside = before if after is None else before | after
 
     def write(self, cache: Tensor, x: Tensor) -> None:
-        """x [n, kv, d] into cache [n, kv, T, d]."""
-        if isinstance(self.position, int):
-            cache[:, :, self.position] = x
+        """x [n W, kv, d] into cache [n, kv, T, d]."""
+        if isinstance(self.first, int):
+            cache[:, :, self.first] = x
         else:
-            cache.index_copy_(2, self.position, x[:, :, None])
-
-    def hidden(self, starts: Tensor | None) -> Tensor | None:
-        """bool [n or 1, length]: what a row does not see, before its start or after the token; None: it sees all."""
-        if starts is None and isinstance(self.position, int):
-            return None
-        device = starts.device if starts is not None else self.position.device
-        places = torch.arange(self.length, device=device)
-        after = (places > self.position)[None]
-        return after if starts is None else after | (places < starts[:, None])
+            cache[self.rows, :, self.positions] = x.unflatten(0, self.positions.shape)
 
 
 class Stream:
@@ -44,9 +54,8 @@ class Stream:
     def __init__(self, num_layers: int, rows: int, kv_heads: int, max_tokens: int, head_dim: int, like: Tensor):
         shape = (num_layers, rows, kv_heads, max_tokens, head_dim)
         self.prefix: list[tuple[Tensor, Tensor]] = []
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.starts: Tensor | None = None
-        """First suffix position a row sees [n]; None: all, and the prefix."""
+        self.keys = like.new_empty(shape)
+        self.values = like.new_zeros(shape)  # what is not written yet is multiplied with zero: it must be finite
 
     def keep(self, rows: Tensor, prompts: Tensor, length: int) -> None:
         """Go on with these rows of these prompts; `length` suffix positions are written."""
@@ -56,21 +65,29 @@ class Stream:
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
         if self.prefix and len(prompts) < len(self.prefix[0][0]):
             self.prefix = [(keys[prompts], values[prompts]) for keys, values in self.prefix]
-        self.starts = None if self.starts is None else self.starts[rows]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, at: Place) -> Tensor:
-        """Attention of one token a row: q [n, kv, h/kv, d], k and v [n, kv, d] -> [n, kv, h/kv, d]."""
+        """Attention of W tokens a row: q [n W, kv, h/kv, d], k and v [n W, kv, d] -> [n W, kv, h/kv, d]."""
         at.write(self.keys[layer], k)
         at.write(self.values[layer], v)
         keys = self.keys[layer, :, :, : at.length]
         values = self.values[layer, :, :, : at.length]
-        q = q * q.shape[-1] ** -0.5
+        shape = (len(keys), at.width, *q.shape[1:])
+        q = (q * q.shape[-1] ** -0.5).view(shape).transpose(1, 2).flatten(2, 3)  # [n, kv, W h/kv, d]
         scores = (keys @ q.transpose(-1, -2)).transpose(-1, -2)
-        hidden = at.hidden(self.starts)
+        hidden = at.hidden if self.prefix else at.outside
         if hidden is not None:
-            scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-        if self.starts is not None:
-            return torch.softmax(scores.float(), -1).to(q.dtype) @ values
+            # [n, kv, W, h/kv, length]
+            part = scores.unflatten(2, (at.width, -1))[..., at.length - hidden.shape[-1] :]
+            part.masked_fill_(hidden[:, None, :, None], float("-inf"))
+        if not self.prefix:
+            out = torch.softmax(scores.float(), -1).to(q.dtype) @ values
+        else:
+            out = self._with_prefix(layer, q, scores, values)
+        return out.unflatten(2, (at.width, -1)).transpose(1, 2).flatten(0, 1)
+
+    def _with_prefix(self, layer: int, q: Tensor, scores: Tensor, values: Tensor) -> Tensor:
+        """Softmax over prefix and suffix together."""
         prefix_keys, prefix_values = self.prefix[layer]
         by_prompt = _by_prompt(q, prefix_keys.shape[0])
         prefix_scores = _by_row(by_prompt @ prefix_keys.transpose(-1, -2), q)

@@ -2,7 +2,8 @@
 
 Megatron's own inference path calls the training modules token by token; this one reads the same parameters and does
 only what a decode step needs. Its equality with the training forward is a test, and `rollout/mismatch_kl` watches it
-in every run. Rows are prompts x rollouts, prompt by prompt and as many of each; all rows stand at the same position.
+in every run. Rows are prompts x rollouts, prompt by prompt and as many of each. A pass takes W tokens a row, each row
+from its own position on; tokens that the sampler does not keep are overwritten by the next pass.
 
 Classifier-free guidance adds a second stream of the same rows that sees only the current image block
 (PAPER section 1): its linears are batched with the first stream's. Rotary embeddings are relative, so that stream keeps
@@ -20,12 +21,14 @@ from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from realsr_hpc.behaviour.distribution import project
 from realsr_hpc.model.fp8 import Fp8Weight
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.model.spec import HEAD_NORM_EPSILON
@@ -34,7 +37,7 @@ from realsr_hpc.parallel.layout import rounded_up
 from realsr_hpc.rollout.cache import Cache, Place, Stream
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [n, kv, h/kv, d], k [n, kv, d], v [n, kv, d]) -> context [n, h, d]."""
+"""(layer, q [m, kv, h/kv, d], k [m, kv, d], v [m, kv, d]) of m tokens -> context [m, h, d]."""
 Matrix = Tensor | Fp8Weight
 """[out, in]."""
 Turns = Generator[None, None, Tensor | None]
@@ -92,7 +95,7 @@ def _beside(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 class Decoder:
-    """Prefill and single-token steps over a policy's local layers."""
+    """Prefill and steps over a policy's local layers."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
@@ -116,14 +119,12 @@ class Decoder:
         size = (self.num_layers, prompts.shape[0] * group_size, self.kv_heads, max_new_tokens, self.head_dim)
         like = self.policy.chunks[0].decoder.layers[0].self_attention.linear_qkv.weight
         streams = [Stream(*size, like=like) for _ in range(2 if guided else 1)]
-        if guided:
-            streams[1].starts = torch.zeros(size[1], dtype=torch.long, device=like.device)
         length = prompts.shape[1]
         return Cache(streams, *self._rotary(length + max_new_tokens, like), length)
 
     @torch.no_grad()
     def prefill(self, cache: Cache, prompts: Int[Tensor, "P L"]) -> Turns:
-        """Cache the prompts; the first logits [P, V]."""
+        """Cache the prompts; their last hidden states [P, H]."""
         cos, sin = (table[: cache.prompt_length].repeat(len(prompts), 1) for table in (cache.cos, cache.sin))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,20 +136,33 @@ class Decoder:
             return out.movedim(-2, 1).flatten(0, 1)
 
         hidden = yield from self._run(prompts.flatten(), attend, cos, sin)
-        return None if hidden is None else self._logits(hidden.view(*prompts.shape, -1)[:, -1])
+        return None if hidden is None else hidden.view(*prompts.shape, -1)[:, -1]
 
     @torch.no_grad()
-    def step(self, cache: Cache, tokens: Int[Tensor, " n"], position: int) -> Turns:
-        """Feed one token a row at response `position`; logits [streams, n, V]."""
-        if not self.policy.decode_graphs:
-            return (yield from self.step_at(cache, tokens, Place(position, position + 1)))
-        if self._fixed is None or self._fixed.cache is not cache or len(self._fixed.tokens) != len(tokens):
-            self._fixed = FixedSteps(self, cache, tokens, position)
-        return self._fixed(tokens, position)
+    def step(
+        self,
+        cache: Cache,
+        tokens: Int[Tensor, "n W"],
+        first: Int[np.ndarray, " n"],
+        starts: Int[Tensor, "n W"] | None = None,
+    ) -> Turns:
+        """Feed W tokens a row from response position `first` on; hidden states [streams, n, W, H].
+
+        starts: with guidance, the first response position that each token of the unconditional stream sees.
+        """
+        if self.policy.decode_graphs:
+            if self._fixed is None or self._fixed.cache is not cache or self._fixed.rows != len(tokens):
+                self._fixed = FixedSteps(self, cache, len(tokens))
+            return self._fixed(tokens, first, starts)
+        width, low, high = tokens.shape[1], int(first.min()), int(first.max())
+        if width == 1 and low == high:
+            return (yield from self.step_at(cache, tokens, Place(low, 1, low + 1, starts=starts)))
+        where = torch.from_numpy(first).to(tokens.device)
+        return (yield from self.step_at(cache, tokens, Place(where, width, high + width, low + 1, starts)))
 
     def step_at(self, cache: Cache, tokens: Tensor, at: Place) -> Turns:
         """`step` at a place."""
-        streams, row = cache.streams, cache.prompt_length + at.position
+        streams = cache.streams
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if len(streams) == 1:
@@ -156,9 +170,13 @@ class Decoder:
             parts = zip(streams, *(x.chunk(len(streams)) for x in (q, k, v)), strict=True)
             return torch.cat([stream.attend(layer, *qkv, at) for stream, *qkv in parts]).flatten(1, 2)
 
-        cos, sin = (table[row].view(1, -1) for table in (cache.cos, cache.sin))
-        hidden = yield from self._run(tokens.repeat(len(streams)), attend, cos, sin)
-        return None if hidden is None else self._logits(hidden).unflatten(0, (len(streams), -1))
+        if isinstance(at.first, int):
+            cos, sin = (table[cache.prompt_length + at.first].view(1, -1) for table in (cache.cos, cache.sin))
+        else:
+            places = (cache.prompt_length + at.positions).flatten().repeat(len(streams))
+            cos, sin = cache.cos[places], cache.sin[places]
+        hidden = yield from self._run(tokens.flatten().repeat(len(streams)), attend, cos, sin)
+        return None if hidden is None else hidden.view(len(streams), *tokens.shape, -1)
 
     def finish(self) -> None:
         """Wait until the other stages have what was sent to them; let go of the last cache."""
@@ -205,14 +223,16 @@ class Decoder:
         outside = (local < 0) | (local >= table.shape[0])
         return self._sum_tp(F.embedding(local.masked_fill(outside, 0), table).masked_fill(outside[:, None], 0.0))
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """float32 [n, V], gathered over the vocabulary shards."""
-        local = F.linear(hidden, self.policy.output_weight).float().contiguous()
+    @torch.no_grad()
+    def logits(self, hidden: Float[Tensor, "m H"], columns: slice) -> Float[Tensor, "m V"]:
+        """Logits of these vocabulary columns, at least float32, on the last stage."""
+        weight = self.policy.output_weight
         if self.groups.tp_size == 1:
-            return local
+            return project(hidden, weight[columns])
+        local = project(hidden, weight).contiguous()
         shards = [torch.empty_like(local) for _ in range(self.groups.tp_size)]
         dist.all_gather(shards, local, group=self.groups.tp)
-        return torch.cat(shards, -1)
+        return torch.cat(shards, -1)[:, columns]
 
     def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [length, head_dim], computed in float32; sin has the sign that `_rotate` wants."""
@@ -249,30 +269,38 @@ class Decoder:
 class FixedSteps:
     """Decode steps whose shapes and memory do not change while the same rows go on, so that they can be replayed.
 
-    A step reads the cache up to the next multiple of `BUCKET` and hides what lies behind its token: one graph for all
-    positions of a bucket. Without pipeline stages only.
+    A step reads the cache up to the next multiple of `BUCKET` and hides what lies behind its tokens: one graph for all
+    positions of a bucket and each width. Without pipeline stages only.
     """
 
     BUCKET = 128
 
-    def __init__(self, decoder: Decoder, cache: Cache, tokens: Tensor, position: int):
-        self.decoder, self.cache = decoder, cache
-        for stream in cache.streams:  # not written yet, and multiplied with zero: it must be finite
-            stream.values[:, :, :, position:] = 0.0
-        self.tokens, self.position = tokens.clone(), tokens.new_zeros(1)
-        self._steps: dict[int, Callable[[], Tensor]] = {}
+    def __init__(self, decoder: Decoder, cache: Cache, rows: int):
+        self.decoder, self.cache, self.rows = decoder, cache, rows
+        device = cache.cos.device
+        self.first = torch.zeros(rows, dtype=torch.long, device=device)
+        self._inputs: dict[int, tuple[Tensor, Tensor | None]] = {}
+        """Of each width: tokens and starts."""
+        self._steps: dict[tuple[int, int], Callable[[], Tensor]] = {}
 
-    def __call__(self, tokens: Tensor, position: int) -> Tensor:
-        """Logits [streams, n, V], in memory that the next call writes to."""
-        self.tokens.copy_(tokens)
-        self.position.fill_(position)
-        length = min(rounded_up(position + 1, self.BUCKET), self.cache.streams[0].keys.shape[3])
-        if length not in self._steps:
-            self._steps[length] = backend.captured(lambda: self._step(length), tokens.device)
-        return self._steps[length]()
+    def __call__(self, tokens: Tensor, first: np.ndarray, starts: Tensor | None) -> Tensor:
+        """Hidden states [streams, n, W, H], in memory that the next call writes to."""
+        width = tokens.shape[1]
+        if width not in self._inputs:
+            self._inputs[width] = (tokens.clone(), None if starts is None else starts.clone())
+        kept_tokens, kept_starts = self._inputs[width]
+        kept_tokens.copy_(tokens)
+        self.first.copy_(torch.from_numpy(first))
+        if kept_starts is not None and starts is not None:
+            kept_starts.copy_(starts)
+        length = min(rounded_up(int(first.max()) + width, self.BUCKET), self.cache.streams[0].keys.shape[3])
+        if (width, length) not in self._steps:
+            self._steps[width, length] = backend.captured(lambda: self._step(width, length), tokens.device)
+        return self._steps[width, length]()
 
-    def _step(self, length: int) -> Tensor:
-        turns = self.decoder.step_at(self.cache, self.tokens, Place(self.position, length))
+    def _step(self, width: int, length: int) -> Tensor:
+        tokens, starts = self._inputs[width]
+        turns = self.decoder.step_at(self.cache, tokens, Place(self.first, width, length, 0, starts))
         try:
             next(turns)
         except StopIteration as end:

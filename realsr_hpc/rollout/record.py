@@ -1,4 +1,4 @@
-"""What the sampler writes down of a batch of rollouts, position by position.
+"""What the sampler writes down of a batch of rollouts.
 
 Memory a token: 8 bytes of token, 4 of log-probability, 8 of mask id, 1 of flag on the device, and where top-k or top-p
 truncate, the vocabulary's bits (9.2 KB at 73,728 tokens) in host memory: 5,500 tokens x 8 rollouts are 0.4 GB a group.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -26,11 +27,13 @@ class Record:
     mask_ids: Int[Tensor, "n T"]
     forced: Bool[Tensor, "n T"]
     lengths: Int[Tensor, " n"]
+    vocabulary_size: int
+    """Columns of a support."""
     support: Tensor | None = None
     """uint8 [n, T, K] in host memory; None: nothing truncates, or another pipeline stage samples."""
 
     @classmethod
-    def empty(cls, rows: int, max_tokens: int, pad: int, device: torch.device) -> Record:
+    def empty(cls, rows: int, max_tokens: int, pad: int, vocabulary_size: int, device: torch.device) -> Record:
         """Nothing sampled yet."""
         shape = (rows, max_tokens)
         return cls(
@@ -39,32 +42,35 @@ class Record:
             torch.zeros(shape, dtype=torch.long, device=device),
             torch.ones(shape, dtype=torch.bool, device=device),
             torch.zeros(rows, dtype=torch.long, device=device),
+            vocabulary_size,
         )
 
     def write(
         self,
         rows: Int[Tensor, " m"],
-        position: int,
+        positions: Int[Tensor, " m"],
         tokens: Int[Tensor, " m"],
-        logprobs: Float[Tensor, " m"],
+        logprobs: Float[Tensor, " m"] | None,
         mask_ids: Int[Tensor, " m"],
-        forced: Bool[Tensor, " m"],
-        alive: Bool[Tensor, " m"],
-        support: Bool[Tensor, "m V"] | None,
+        forced: Bool[Tensor, " m"] | None,
     ) -> None:
-        """One token of some rows."""
-        self.tokens[rows, position] = tokens
-        self.logprobs[rows, position] = logprobs.float()
-        self.mask_ids[rows, position] = mask_ids
-        self.forced[rows, position] = forced
-        self.lengths[rows] += alive
-        if support is None:
-            return
-        packed = pack_support(support).cpu()
+        """Final tokens, one a row and position; None: another pipeline stage knows it."""
+        self.tokens[rows, positions] = tokens
+        self.mask_ids[rows, positions] = mask_ids
+        if logprobs is not None and forced is not None:
+            self.logprobs[rows, positions] = logprobs
+            self.forced[rows, positions] = forced
+
+    def write_support(
+        self, rows: Int[Tensor, " m"], positions: Int[Tensor, " m"], support: Bool[Tensor, "m width"], first: int
+    ) -> None:
+        """What truncation left at these positions, of the vocabulary from `first` on; indices in host memory."""
+        whole = F.pad(support, (first, self.vocabulary_size - first - support.shape[-1]))
+        packed = pack_support(whole).cpu()
         if self.support is None:
             # From NumPy, whose zeros take no memory before they are written: most rollouts end early.
             self.support = torch.from_numpy(np.zeros((*self.tokens.shape, packed.shape[-1]), np.uint8))
-        self.support[rows.cpu(), position] = packed
+        self.support[rows, positions] = packed
 
     def groups(self, prompts: Int[Tensor, "P L"], group_size: int) -> list[RolloutGroup]:
         """One group a prompt, on the CPU, as long as its longest rollout."""

@@ -1,4 +1,7 @@
-"""Group rollouts: sample responses token by token from the behaviour distribution and keep its log-probabilities.
+"""Group rollouts: sample responses from the behaviour distribution and keep its log-probabilities.
+
+A pass feeds each row its last token and guesses of the next ones, and keeps the draws whose prefix was right
+(ahead.py).
 
 Every rollout draws from its own counter-based stream, keyed by the run's seed and the rollout's global number. So the
 tokens do not depend on how rollouts are spread over ranks and batches. What the grammar and truncation allowed at each
@@ -11,22 +14,28 @@ one while the others' tokens travel.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from realsr_hpc.behaviour.distribution import Truncation, guided, modality_support, sample
+from realsr_hpc.behaviour.draws import stream_keys
 from realsr_hpc.behaviour.masks import MaskTable
 from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.records import RolloutGroup
+from realsr_hpc.rollout.ahead import Ahead, Window
+from realsr_hpc.rollout.choice import Choice, Drawn
 from realsr_hpc.rollout.decoder import Cache, Decoder
 from realsr_hpc.rollout.record import Record
+from realsr_hpc.rollout.width import Width
+from realsr_hpc.vlcot.automaton import END
 from realsr_hpc.vlcot.grammar import Grammar
 
 T = TypeVar("T")
@@ -41,8 +50,9 @@ class Sampler:
         self.policy, self.grammar, self.config, self.seed = policy, grammar, config, seed
         self.groups = policy.groups
         self.masks = MaskTable(grammar, config, policy.padded_vocab_size, policy.groups.device)
-        self.image_truncation = Truncation(config.image_top_k, config.top_p, config.image_adaptive_top_k)
-        self.text_truncation = Truncation(config.text_top_k, config.top_p)
+        self.choice = Choice(self.masks, config)
+        self.width = Width(config)
+        self.counts = Counts()
 
     def generate(
         self,
@@ -81,90 +91,154 @@ class Sampler:
         self, decoder: Decoder, prompts: Tensor, group_size: int, rollout_ids: Sequence[int]
     ) -> Generator[None, None, list[RolloutGroup]]:
         """Decode one batch to its end, yielding before what needs another pipeline stage's result."""
-        limit, is_last = self.config.max_new_tokens, self.groups.is_last_stage
-        draws = np.stack([_stream(self.seed, number, limit) for number in rollout_ids])
-        uniform = torch.from_numpy(draws).to(self.groups.device)
-        walks = [self.grammar.walk() for _ in rollout_ids]
-        next_masks: list[int | None] = [next(walk) for walk in walks]
-        record = Record.empty(len(rollout_ids), limit, self.grammar.codec.vocabulary.pad, self.groups.device)
-        rows = list(range(len(rollout_ids)))
-        cache = decoder.new_cache(prompts, group_size, limit, self.masks.guided)
-        first = yield from decoder.prefill(cache, prompts)
-        logits = None if first is None else first.repeat_interleave(group_size, 0)[None]
-        for position in range(limit):
+        limit, is_last, device = self.config.max_new_tokens, self.groups.is_last_stage, self.groups.device
+        keys = np.stack([stream_keys(self.seed, number, limit) for number in rollout_ids])
+        batch = Batch(
+            Ahead(self.grammar, len(rollout_ids), limit),
+            Record.empty(
+                len(rollout_ids), limit, self.grammar.codec.vocabulary.pad, self.masks.allowed.shape[-1], device
+            ),
+            torch.from_numpy(keys).to(device),
+            list(range(len(rollout_ids))),
+        )
+        cache = decoder.new_cache(prompts, group_size, limit + self.width.widest, self.masks.guided)
+        hidden = yield from decoder.prefill(cache, prompts)
+        if hidden is not None:
+            hidden = hidden.repeat_interleave(group_size, 0)[None, :, None]
+        window, started = batch.ahead.window(batch.rows, 1), time.perf_counter()
+        while True:
             if not is_last:
                 yield
-            tokens = self._choose(record, rows, position, logits, next_masks, uniform)
-            for row, token in zip(rows, tokens.tolist(), strict=True):
-                if next_masks[row] is not None:
-                    next_masks[row] = _advance(walks[row], token)
-            if position + 1 == limit or all(mask is None for mask in next_masks):
+            width = self._take(decoder, batch, window, hidden, started)
+            alive = batch.ahead.alive(batch.rows)
+            if not alive.any():
                 break
-            self._move_starts(cache, tokens, position)
-            kept = retire(rows, [next_masks[row] is not None for row in rows], group_size)
-            if len(kept) <= RETIRE_AT * len(rows):
-                prompt_of = [row // group_size for row in rows]
-                prompts_left = sorted({prompt_of[slot] for slot in kept})
-                present = sorted(set(prompt_of))
-                cache.keep(kept, [present.index(prompt) for prompt in prompts_left], position)
-                rows, tokens = [rows[slot] for slot in kept], tokens[kept]
+            kept = retire(batch.rows, alive.tolist(), group_size)
+            if len(kept) <= RETIRE_AT * len(batch.rows):
+                written = int(window.first.max()) + window.fed.shape[1]
+                batch.leave(cache, kept, group_size, written)
             if is_last:
                 yield
-            logits = yield from decoder.step(cache, tokens, position)
-        self._share(record)
-        return record.groups(prompts, group_size)
+            window, started = batch.ahead.window(batch.rows, width), time.perf_counter()
+            starts = torch.from_numpy(window.starts).to(device) if self.masks.guided else None
+            hidden = yield from decoder.step(cache, torch.from_numpy(window.fed).to(device), window.first, starts)
+        self._share(batch.record)
+        batch.record.lengths += torch.from_numpy(batch.ahead.count).to(device)
+        return batch.record.groups(prompts, group_size)
 
-    def _choose(
-        self,
-        record: Record,
-        rows: list[int],
-        position: int,
-        logits: Float[Tensor, "streams n V"] | None,
-        next_masks: list[int | None],
-        uniform: Float[Tensor, "all T"],
-    ) -> Int[Tensor, " n"]:
-        """Sample on the last pipeline stage, tell the others; finished rows get padding."""
-        device, masks = self.groups.device, self.masks
-        here = torch.tensor(rows, device=device)
-        mask_ids = torch.tensor([next_masks[row] or 0 for row in rows], device=device)
-        done = torch.tensor([next_masks[row] is None for row in rows], device=device)
-        if logits is None:
-            tokens, logprobs, support = torch.zeros_like(mask_ids), torch.zeros(len(rows), device=device), None
-        else:
-            merged = logits[0] if len(logits) == 1 else guided(logits[0], logits[1], masks.cfg_scale[mask_ids])
-            allowed, temperature, image = masks.allowed[mask_ids], masks.temperature[mask_ids], masks.image[mask_ids]
-            support = modality_support(
-                merged,
-                allowed,
-                image,
-                image=self.image_truncation,
-                text=self.text_truncation,
-                temperature=temperature,
-            )
-            tokens, logprobs = sample(merged, allowed, temperature, support, uniform=uniform[here, position])
+    def _take(self, decoder: Decoder, batch: Batch, window: Window, hidden: Tensor | None, started: float) -> int:
+        """Draw what a pass leads to and keep what is final; the width of the next pass."""
+        rows, limit, width = np.array(batch.rows), self.config.max_new_tokens, window.fed.shape[1]
+        positions = window.first[:, None] + 1 + np.arange(width)
+        mask_ids = self.grammar.automaton.masks[window.states]
+        drawn, told = None, np.zeros(positions.size + 1, dtype=np.int64)
+        if hidden is not None:
+            where = (rows[:, None], positions.clip(max=limit - 1))
+            keys = batch.keys[tuple(torch.from_numpy(index).to(hidden.device) for index in where)].flatten(0, 1)
+            choosing = (window.states != END) & (positions < limit)
+            drawn = self.choice(decoder, hidden.flatten(1, 2), mask_ids.flatten(), choosing.flatten(), keys)
+            told[:-1] = drawn.tokens.cpu().numpy()
+            final = batch.ahead.accept(batch.rows, window, told[:-1].reshape(positions.shape))
+            self._learn(batch, final, time.perf_counter() - started)
+            told[-1] = self._next_width(batch)
         if self.groups.pp_size > 1:
-            dist.broadcast(tokens, _last_stage(self.groups), group=self.groups.pp)
-        tokens = tokens.masked_fill(done, self.grammar.codec.vocabulary.pad)
-        forced = done | masks.forced[mask_ids]
-        if support is not None:
-            forced |= support.sum(-1) == 1  # truncation left no choice either (greedy text): no loss, not counted
-        record.write(here, position, tokens, logprobs.masked_fill(forced, 0.0), mask_ids, forced, ~done, support)
-        return tokens
+            sent = torch.from_numpy(told).to(self.groups.device)
+            dist.broadcast(sent, _last_stage(self.groups), group=self.groups.pp)
+            told = sent.cpu().numpy()
+        if hidden is None:
+            final = batch.ahead.accept(batch.rows, window, told[:-1].reshape(positions.shape))
+        self.counts.add(final)
+        batch.write(final, positions, told[:-1], mask_ids, drawn)
+        return int(told[-1])
 
-    def _move_starts(self, cache: Cache, tokens: Tensor, position: int) -> None:
-        """The unconditional stream sees the current image block alone: anything else starts it anew."""
-        if not self.masks.guided:
-            return
-        unconditional = cache.streams[1]
-        assert unconditional.starts is not None, "the unconditional stream has no starts"
-        inside = self.masks.continues_block[tokens]
-        unconditional.starts.masked_fill_(~inside, position)  # in place: a step of fixed shapes reads this memory
+    def _learn(self, batch: Batch, final: Bool[np.ndarray, "n W"], seconds: float) -> None:
+        if batch.situation is not None:
+            accepted = float(final.sum() / max(1, final.any(1).sum()))
+            self.width.saw(*batch.situation, final.shape[1], accepted, seconds)
+
+    def _next_width(self, batch: Batch) -> int:
+        """The same on every tensor rank, whatever their clocks say."""
+        masks = self.grammar.automaton.masks[batch.ahead.state[batch.rows]]
+        batch.situation = (len(batch.rows), self.choice.in_images(masks))
+        width, groups = self.width.choose(*batch.situation), self.groups
+        if self.width.fixed is None and groups.tp_size > 1:
+            told = torch.tensor([width], device=groups.device)
+            dist.broadcast(told, dist.get_global_rank(groups.tp, 0), group=groups.tp)
+            width = int(told)
+        return width
 
     def _share(self, record: Record) -> None:
         """Give every pipeline stage what only the last one knows; the supports stay with it, who alone scores."""
         if self.groups.pp_size > 1:
             for column in (record.logprobs, record.forced):
                 dist.broadcast(column, _last_stage(self.groups), group=self.groups.pp)
+
+
+@dataclass
+class Counts:
+    """What decoding took since the counts were last read."""
+
+    passes: int = 0
+    row_passes: int = 0
+    """Rows that still had tokens to come, summed over passes."""
+    tokens: int = 0
+
+    def add(self, final: Bool[np.ndarray, "n W"]) -> None:
+        """A pass that kept these draws."""
+        self.passes += 1
+        self.row_passes += int(final.any(1).sum())
+        self.tokens += int(final.sum())
+
+    def read(self) -> dict[str, float]:
+        """Metrics of this rank; the counts start anew."""
+        metrics = {
+            "rollout/passes/count": float(self.passes),
+            "rollout/tokens_per_pass/mean": self.tokens / max(1, self.row_passes),
+        }
+        self.passes = self.row_passes = self.tokens = 0
+        return metrics
+
+
+@dataclass
+class Batch:
+    """Rollouts that are decoded together."""
+
+    ahead: Ahead
+    record: Record
+    keys: Int[Tensor, "all T 2"]
+    rows: list[int]
+    """Those that have not left."""
+    situation: tuple[int, bool] | None = None
+    """Rows and kind of tokens that the last width was chosen for; see width.py."""
+
+    def leave(self, cache: Cache, kept: list[int], group_size: int, written: int) -> None:
+        """Go on with these of the present rows; `written` positions of the cache hold something."""
+        prompt_of = [row // group_size for row in self.rows]
+        left, present = sorted({prompt_of[slot] for slot in kept}), sorted(set(prompt_of))
+        cache.keep(kept, [present.index(prompt) for prompt in left], written)
+        self.rows = [self.rows[slot] for slot in kept]
+
+    def write(
+        self,
+        final: Bool[np.ndarray, "n W"],
+        positions: Int[np.ndarray, "n W"],
+        tokens: Int[np.ndarray, " nW"],
+        mask_ids: Int[np.ndarray, "n W"],
+        drawn: Drawn | None,
+    ) -> None:
+        """The final draws of a pass into the record."""
+        device, width = self.keys.device, final.shape[1]
+        rows, kept = np.array(self.rows), np.flatnonzero(final)
+        columns = (rows[kept // width], positions.flatten()[kept], tokens[kept], mask_ids.flatten()[kept], kept)
+        row, place, token, mask, slot = (torch.from_numpy(column).to(device) for column in columns)
+        known = (None, None) if drawn is None else (drawn.logprobs[slot], drawn.forced[slot])
+        self.record.write(row, place, token, known[0], mask, known[1])
+        for slots, support, first in [] if drawn is None else drawn.supports:
+            where = slots.cpu().numpy()
+            is_final = final.flatten()[where]
+            where = where[is_final]
+            places = (torch.from_numpy(rows[where // width]), torch.from_numpy(positions.flatten()[where]))
+            self.record.write_support(*places, support[torch.from_numpy(is_final).to(device)], first)
 
 
 def retire(rows: Sequence[int], alive: Sequence[bool], group_size: int) -> list[int]:
@@ -196,19 +270,6 @@ def _in_turns(batches: list[Generator[None, None, T]]) -> list[T]:
             except StopIteration as end:
                 results[number] = end.value
     return [results[number] for number in range(len(batches))]
-
-
-def _advance(walk, token: int) -> int | None:
-    """Next mask id; None when the response is complete."""
-    try:
-        return walk.send(token)
-    except StopIteration:
-        return None
-
-
-def _stream(seed: int, rollout_id: int, length: int) -> Float[np.ndarray, " length"]:
-    """Uniform draws of one rollout, float64 in [0, 1)."""
-    return np.random.Generator(np.random.Philox(key=[seed, rollout_id])).random(length)
 
 
 def _last_stage(groups) -> int:

@@ -105,6 +105,7 @@ def group_metrics(parts: GRPOParts, groups: Sequence[ScoredGroup], rollout_s: fl
     """Rewards and rollout health of a step, means over all ranks."""
     lengths = torch.cat([group.rollouts.lengths for group in groups]).double()
     metrics = {f"rewards/{name}/mean": value for name, value in _reward_means(groups).items()}
+    metrics |= parts.sampler.counts.read()
     metrics |= {
         "rewards/total/std_in_group": float(torch.stack([group.rewards.total.std() for group in groups]).mean()),
         "rewards/failures/count": float(sum(sum(group.rewards.failures.values()) for group in groups)),

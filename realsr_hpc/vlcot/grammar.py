@@ -5,8 +5,8 @@ one of its 243 phrases, text is free until its closing tag. `modality` forces on
 in (sizes repeat, rows end in a newline) and leaves text, tags and the order of fields to the model, so that the format
 can be learnt.
 
-A grammar is a table of masks over the vocabulary and, for every rollout, a walk that yields the row of that table to
-use next. The scorer needs only the rows, so they travel with the tokens and nothing is replayed.
+A grammar is a table of masks over the vocabulary and an automaton, whose states say which row of that table holds at
+a position. The scorer needs only the rows, so they travel with the tokens and nothing is replayed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from realsr_hpc.records import DegradationLabel, Level, Resize
-from realsr_hpc.vlcot.sequence import FIELDS, IMAGE_FIELDS, TEXT_FIELDS, TraceCodec
+from realsr_hpc.vlcot.automaton import END, Builder
+from realsr_hpc.vlcot.sequence import IMAGE_FIELDS, TEXT_FIELDS, TraceCodec
 
 Walk = Generator[int, int, None]
 """Yields a mask id, is sent the chosen token, returns after the end of turn."""
@@ -33,7 +34,7 @@ def degradation_phrases() -> list[str]:
 
 
 class Grammar:
-    """Masks and walks of one grammar over one vocabulary."""
+    """Masks and states of one grammar over one vocabulary."""
 
     def __init__(self, codec: TraceCodec, kind: Literal["constrained", "modality"]):
         self.codec = codec
@@ -46,8 +47,10 @@ class Grammar:
             vocabulary.text_first + i for i in range(vocabulary.num_text) if "<" not in codec.text.decode([i])
         ]
         self._sizes = self._row(vocabulary.size_token(size) for size in codec.config.image_sizes_px)
-        self._trie = self._phrase_trie()
-        self._warm_up()
+        self._states = Builder(vocabulary.size)
+        self.start = self._constrained() if kind == "constrained" else self._modality()
+        """State of a response's first token."""
+        self.automaton = self._states.build()
 
     @property
     def mask_table(self) -> np.ndarray:
@@ -76,7 +79,10 @@ class Grammar:
 
     def walk(self) -> Walk:
         """A fresh walk of one response; `next()` it once for the first mask id."""
-        return self._constrained() if self.kind == "constrained" else self._modality()
+        state = np.int64(self.start)
+        while state != END:
+            token = yield int(self.automaton.masks[state])
+            state = self.automaton.after(state, np.int64(token))
 
     def _row(self, tokens: Iterable[int]) -> int:
         """Mask id that allows exactly these tokens."""
@@ -88,98 +94,73 @@ class Grammar:
             self._table.append(mask)
         return self._rows[key]
 
-    def _literal(self, tokens: Iterable[int]) -> Walk:
-        for token in tokens:
-            yield self._row([token])
+    def _literal(self, tokens: Iterable[int], then: int) -> int:
+        """First state of these forced tokens; behind them stands state `then`."""
+        for token in reversed(list(tokens)):
+            then = self._states.add(self._row([token]), then)
+        return then
 
-    def _phrase_trie(self) -> _Trie:
+    def _phrase(self, then: int) -> int:
+        """One of the degradation phrases and its closing tag."""
         root: _Trie = {}
         closing = self.codec.encode_text("</degradation>")
         for phrase in degradation_phrases():
             node = root
             for token in [*self.codec.encode_text(phrase), *closing]:
                 node = node.setdefault(token, {})
-        return root
 
-    def _phrase(self) -> Walk:
-        """One of the degradation phrases and its closing tag."""
-        node = self._trie
-        while node:
-            node = node[(yield self._row(node))]
+        def state(node: _Trie) -> int:
+            if not node:
+                return then
+            return self._states.add(self._row(node), then, {token: state(below) for token, below in node.items()})
 
-    def _free_text(self, name: str) -> Walk:
+        return state(root)
+
+    def _free_text(self, name: str, then: int) -> int:
         """At least one token of text without '<', then the closing tag."""
         close = self.codec.encode_text(f"</{name}>")
         start, more = self._row(self._text_tokens), self._row([*self._text_tokens, close[0]])
-        yield start
+        closing = self._literal(close[1:], then)
+        state = self._states.add(self._row(close[:1]), closing)
         for _ in range(self.codec.config.max_text_tokens - 1):
-            if (yield more) == close[0]:
-                break
-        else:
-            yield self._row(close[:1])
-        yield from self._literal(close[1:])
+            state = self._states.add(more, state, {close[0]: closing})
+        return self._states.add(start, state)
 
-    def _image_body(self, side: int) -> Walk:
+    def _image_body(self, side: int, then: int) -> int:
         """Rows of codes and the end of the image, after its size tokens."""
-        for _ in range(side):
-            for _ in range(side):
-                yield self._codes
-            yield self._row([self.codec.vocabulary.newline])
-        yield self._row([self.codec.vocabulary.image_end])
+        state = self._literal([self.codec.vocabulary.image_end], then)
+        for row in reversed(range(side)):
+            state = self._literal([self.codec.vocabulary.newline], state)
+            for column in reversed(range(side)):
+                # The code above, a row and its newline back; in the first row the one to the left.
+                copies = side + 1 if row else min(column, 1)
+                state = self._states.add(self._codes, state, copies=copies)
+        return state
 
-    def _constrained(self) -> Walk:
+    def _constrained(self) -> int:
         vocabulary, encode = self.codec.vocabulary, self.codec.encode_text
-        yield from self._literal(encode("<degradation>"))
-        yield from self._phrase()
-        for text, image, size in zip(TEXT_FIELDS, IMAGE_FIELDS, self.codec.config.image_sizes_px, strict=True):
-            yield from self._literal(encode(f"<{text}>"))
-            yield from self._free_text(text)
+        state = self._literal([vocabulary.end_turn], END)
+        fields = zip(TEXT_FIELDS, IMAGE_FIELDS, self.codec.config.image_sizes_px, strict=True)
+        for text, image, size in reversed(list(fields)):
             token = vocabulary.size_token(size)
-            yield from self._literal([*encode(f"<{image}>"), vocabulary.image_begin, token, token])
-            yield from self._image_body(self.codec.side(size))
-            yield from self._literal(encode(f"</{image}>"))
-        yield self._row([vocabulary.end_turn])
+            state = self._image_body(self.codec.side(size), self._literal(encode(f"</{image}>"), state))
+            state = self._literal([*encode(f"<{image}>"), vocabulary.image_begin, token, token], state)
+            state = self._literal(encode(f"<{text}>"), self._free_text(text, state))
+        return self._literal(encode("<degradation>"), self._phrase(state))
 
-    def _modality(self) -> Walk:
+    def _modality(self) -> int:
         vocabulary = self.codec.vocabulary
         text = range(vocabulary.text_first, vocabulary.text_first + vocabulary.num_text)
+        # A fourth image is never part of a trace: not offering it bounds a rollout that repeats images.
+        state = self._states.add(self._row([*text, vocabulary.end_turn]))
+        self._states.lead(state, state, {vocabulary.end_turn: END})
         outside = self._row([*text, vocabulary.image_begin, vocabulary.end_turn])
-        closing = self._row([*text, vocabulary.end_turn])
-        images = 0
-        while True:
-            # A fourth image is never part of a trace: not offering it bounds a rollout that repeats images.
-            token = yield outside if images < len(IMAGE_FIELDS) else closing
-            if token == vocabulary.end_turn:
-                return
-            if token == vocabulary.image_begin:
-                images += 1
-                size = yield self._sizes
-                yield self._row([size])
-                yield from self._image_body(self.codec.side(vocabulary.size_px(size) or 0))
-
-    def _warm_up(self) -> None:
-        """Walk every branch once, so that the mask table is complete before the first rollout.
-
-        Ranks and the scorer then share one numbering whatever they sampled.
-        """
-        vocabulary = self.codec.vocabulary
-        for name in FIELDS:
-            for token in [*self.codec.encode_text(f"<{name}>"), *self.codec.encode_text(f"</{name}>")]:
-                self._row([token])
-        for token in (vocabulary.image_begin, vocabulary.image_end, vocabulary.newline, vocabulary.end_turn):
-            self._row([token])
-        for size in self.codec.config.image_sizes_px:
-            self._row([vocabulary.size_token(size)])
-        for name in TEXT_FIELDS:
-            next(self._free_text(name))
-            self._row([*self._text_tokens, self.codec.encode_text(f"</{name}>")[0]])
-        nodes = [self._trie]
-        while nodes:
-            node = nodes.pop()
-            if node:
-                self._row(node)
-                nodes += node.values()
-        walk = self._modality()
-        next(walk)
-        text = range(vocabulary.text_first, vocabulary.text_first + vocabulary.num_text)
-        self._row([*text, vocabulary.end_turn])
+        for _ in IMAGE_FIELDS:
+            bodies = {}
+            for size in self.codec.config.image_sizes_px:
+                token = vocabulary.size_token(size)
+                bodies[token] = self._literal([token], self._image_body(self.codec.side(size), state))
+            sizes = self._states.add(self._sizes, END, bodies)
+            state = self._states.add(outside)
+            self._states.lead(state, state, {vocabulary.image_begin: sizes, vocabulary.end_turn: END})
+        return state

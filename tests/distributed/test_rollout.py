@@ -9,11 +9,12 @@ import pytest
 from tests.distributed.launcher import run_ranks
 
 TOLERANCE = 1e-5
-PLAIN = {"grammar": "constrained", "max_new_tokens": 200}
+# One process decodes one by one, the layouts look ahead.
+PLAIN = {"grammar": "constrained", "max_new_tokens": 200, "lookahead": 1}
 TRUNCATED = PLAIN | {
     "cfg_scale": 0.8, "temperature": 0.9, "text_temperature": 1.1, "image_adaptive_top_k": True, "text_top_k": 50,
 }  # fmt: skip
-MODALITY = {"grammar": "modality", "max_new_tokens": 60, "top_p": 0.9}
+MODALITY = {"grammar": "modality", "max_new_tokens": 60, "top_p": 0.9, "lookahead": 1}
 
 
 def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tokens: int = 900) -> dict[str, Any]:
@@ -76,9 +77,11 @@ def case(request):
     return options, run_ranks(1, one_update, {}, options)[0]
 
 
-def check(case, parallel: dict[str, Any], ranks: int, **arguments: Any) -> list[dict[str, Any]]:
+def check(
+    case, parallel: dict[str, Any], ranks: int, lookahead: int | str = "auto", **arguments: Any
+) -> list[dict[str, Any]]:
     options, single = case
-    results = run_ranks(ranks, one_update, parallel, options, *arguments.values())
+    results = run_ranks(ranks, one_update, parallel, options | {"lookahead": lookahead}, *arguments.values())
     tokens = {row: rollouts for result in results for row, rollouts in result["tokens"].items()}
     assert tokens == single["tokens"]
     for result in results:
@@ -97,12 +100,12 @@ def test_sampler_and_scorer_agree_on_one_process(case):
 
 
 LAYOUTS = {
-    "tp2": ({"tp": 2}, 2),
-    "pp2": ({"pp": 2}, 2),
-    "dp2": ({}, 2),
-    "tp2_sp": ({"tp": 2, "sequence_parallel": True}, 2),
-    "pp2_vpp2": ({"pp": 2, "virtual_pp": 2}, 2),
-    "tp2_pp2": ({"tp": 2, "pp": 2}, 4),
+    "tp2": ({"tp": 2}, 2, "auto"),
+    "pp2": ({"pp": 2}, 2, 16),
+    "dp2": ({}, 2, 3),
+    "tp2_sp": ({"tp": 2, "sequence_parallel": True}, 2, 3),
+    "pp2_vpp2": ({"pp": 2, "virtual_pp": 2}, 2, 5),
+    "tp2_pp2": ({"tp": 2, "pp": 2}, 4, "auto"),
 }
 # Every layout under the hardest options, the others where they differ: each world costs seconds.
 PAIRS = [("truncated", layout) for layout in LAYOUTS] + [("plain", "tp2_sp"), ("plain", "pp2"), ("modality", "tp2_pp2")]

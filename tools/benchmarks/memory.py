@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realsr_hpc.behaviour.distribution import guided as merge
-from realsr_hpc.behaviour.distribution import modality_support, sample
+from realsr_hpc.config.derived import pass_tokens
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.policy import Policy, build_policy
@@ -244,27 +243,29 @@ class _Run:
         last, rows = rollout.max_new_tokens - 1, at_once * grpo_config.group_size
         with Allocations() as prefilled:
             is_guided = self.sampler.masks.guided
-            cache = decoder.new_cache(prompts, grpo_config.group_size, rollout.max_new_tokens, is_guided)
-            logits = _end(decoder.prefill(cache, prompts))
+            cache = decoder.new_cache(
+                prompts, grpo_config.group_size, rollout.max_new_tokens + self.sampler.width.widest, is_guided
+            )
+            _end(decoder.prefill(cache, prompts))
         for stream in cache.streams:  # as if all tokens but the last were decoded
             stream.keys.zero_()
             stream.values.zero_()
+        width = pass_tokens(rollout, rows) // rows
+        fed, first = prompts.new_zeros(rows, width), np.full(rows, last)
+        starts = torch.zeros_like(fed) if is_guided else None
         with Allocations() as stepped:
-            logits = _end(decoder.step(cache, prompts.new_zeros(rows), last))
-            self._sample(logits, rows)
+            hidden = _end(decoder.step(cache, fed, first, starts))
+            self._draw(decoder, hidden.flatten(1, 2))
         kept = sum(_sizes([stream.keys, stream.values]) for stream in cache.streams)
         kept += sum(_sizes(pair) for pair in cache.streams[0].prefix)
         return kept, max(prefilled.peak, kept + stepped.peak)
 
-    def _sample(self, logits: Tensor, rows: int) -> None:
-        """One token a row, as the sampler chooses it."""
-        masks, sampler = self.sampler.masks, self.sampler
-        ids = torch.zeros(rows, dtype=torch.long)
-        allowed, temperature = masks.allowed[ids], masks.temperature[ids]
-        merged = logits[0] if len(logits) == 1 else merge(logits[0], logits[1], masks.cfg_scale[ids])
-        image, text = sampler.image_truncation, sampler.text_truncation
-        support = modality_support(merged, allowed, masks.image[ids], image=image, text=text, temperature=temperature)
-        sample(merged, allowed, temperature, support, uniform=torch.full((rows,), 0.5, dtype=torch.float64))
+    def _draw(self, decoder: Decoder, hidden: Tensor) -> None:
+        """An image code behind each hidden state [streams, m, H], as the sampler draws it."""
+        count, masks = hidden.shape[1], self.sampler.masks
+        mask_ids = np.full(count, int(masks.image.int().argmax()))
+        keys = torch.zeros(count, 2, dtype=torch.int32)
+        self.sampler.choice(decoder, hidden, mask_ids, np.ones(count, dtype=bool), keys)
 
 
 def _least(work: Callable[[], object]) -> Allocations:

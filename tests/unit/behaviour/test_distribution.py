@@ -8,7 +8,6 @@ from realsr_hpc.behaviour.distribution import (
     Truncation,
     adaptive_top_k,
     guided,
-    modality_support,
     pack_support,
     restricted,
     row_entropy,
@@ -16,6 +15,7 @@ from realsr_hpc.behaviour.distribution import (
     truncated_support,
     unpack_support,
 )
+from realsr_hpc.behaviour.draws import gumbel, stream_keys
 
 torch.set_num_threads(1)
 NO_LIMIT = Truncation()
@@ -71,15 +71,6 @@ def test_top_p_sees_the_tempered_distribution():
     assert cold.sum() == 1
 
 
-def test_modalities_are_truncated_each_in_its_way():
-    logits = torch.arange(10.0).expand(2, 10)
-    allowed = torch.ones(2, 10, dtype=torch.bool)
-    is_image = torch.tensor([True, False])
-    support = modality_support(logits, allowed, is_image, image=Truncation(top_k=5), text=Truncation(top_k=1))
-    assert support.sum(-1).tolist() == [5, 1]
-    assert modality_support(logits, allowed, is_image, image=NO_LIMIT, text=NO_LIMIT) is None
-
-
 def test_guidance_is_exact_at_both_ends_and_linear_between():
     c, u = torch.randn(3, 7), torch.randn(3, 7)
     scale = torch.tensor([1.0, 0.0, 0.8])
@@ -90,31 +81,26 @@ def test_guidance_is_exact_at_both_ends_and_linear_between():
     torch.testing.assert_close(guided(c, u, 3.0), u + 3.0 * (c - u))
 
 
+def keys_of(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(stream_keys(seed, 1, count))
+
+
 def test_a_row_with_one_allowed_token_has_log_probability_exactly_zero():
     logits = torch.randn(16, 50) * 30
     allowed = torch.nn.functional.one_hot(torch.arange(16) * 3, 50).bool()
-    tokens, logprobs = sample(logits, allowed, torch.full((16,), 0.7))
+    tokens, logprobs = sample(logits, allowed, torch.full((16,), 0.7), keys_of(16))
     assert tokens.tolist() == [3 * i for i in range(16)]
     assert (logprobs == 0).all()
 
 
-def test_the_whole_range_of_draws_stays_inside_the_support():
-    logits = torch.zeros(3, 6)
-    allowed = torch.tensor([[False, True, False, True, False, False]]).expand(3, 6)
-    uniform = torch.tensor([0.0, 0.5, 1.0 - 2**-53], dtype=torch.float64)
-    tokens, _ = sample(logits, allowed, torch.ones(3), uniform=uniform)
-    assert tokens.tolist() == [1, 3, 3]
-
-
 def test_sampled_frequencies_match_the_distribution():
     num_draws, vocabulary = 20000, 12
-    generator = torch.Generator().manual_seed(7)
-    logits = torch.randn(1, vocabulary, generator=generator)
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(7))
     allowed = torch.ones(1, vocabulary, dtype=torch.bool).index_fill(1, torch.tensor([2, 5]), False)
     support = truncated_support(logits, allowed, Truncation(top_k=7))
     temperature = torch.full((num_draws,), 1.7)
     wide = [tensor.expand(num_draws, -1) for tensor in (logits, allowed, support)]
-    tokens, logprobs = sample(wide[0], wide[1], temperature, wide[2], generator)
+    tokens, logprobs = sample(wide[0], wide[1], temperature, keys_of(num_draws), wide[2])
     kept = support[0]
     weights = np.exp(logits[0, kept].double().numpy() / 1.7)
     expected = weights / weights.sum() * num_draws
@@ -123,19 +109,38 @@ def test_sampled_frequencies_match_the_distribution():
     chi_square = ((observed[kept.numpy()] - expected) ** 2 / expected).sum()
     assert chi_square < 22.5  # 0.999 quantile for 6 degrees of freedom
     exact = restricted(*wide[:2], temperature, wide[2]).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    assert torch.equal(logprobs, exact)
+    torch.testing.assert_close(logprobs, exact, rtol=0, atol=1e-6)
 
 
-def test_a_generator_repeats_and_a_row_keeps_its_draw_in_another_batch():
-    logits, temperature = torch.randn(5, 30), torch.ones(5)
-    allowed = torch.ones(5, 30, dtype=torch.bool)
-    first = sample(logits, allowed, temperature, generator=torch.Generator().manual_seed(3))
-    again = sample(logits, allowed, temperature, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(first[0], again[0])
-    uniform = torch.rand(5, dtype=torch.float64)
-    whole = sample(logits, allowed, temperature, uniform=uniform)[0]
-    part = sample(logits[3:], allowed[3:], temperature[3:], uniform=uniform[3:])[0]
-    assert torch.equal(whole[3:], part)
+def test_a_row_keeps_its_draw_in_another_batch_and_among_fewer_columns():
+    logits, temperature, keys = torch.randn(5, 30), torch.ones(5), keys_of(5)
+    allowed = torch.zeros(5, 30, dtype=torch.bool)
+    allowed[:, 8:20] = True
+    tokens, logprobs = sample(logits, allowed, temperature, keys)
+    part = sample(logits[3:, 8:20], allowed[3:, 8:20], temperature[3:], keys[3:], first=8)
+    assert torch.equal(part[0], tokens[3:])
+    torch.testing.assert_close(part[1], logprobs[3:])
+
+
+def test_gumbel_noise_is_standard_and_belongs_to_key_and_token():
+    noise = gumbel(keys_of(2000), 4, 1028)
+    uniform = torch.exp(-torch.exp(-noise.double()))
+    ordered = uniform.flatten().sort().values
+    even = (torch.arange(len(ordered)) + 0.5) / len(ordered)
+    assert (ordered - even).abs().max() < 1.95 / len(ordered) ** 0.5  # Kolmogorov-Smirnov, 0.999
+    centred = uniform - 0.5
+    for one, other in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
+        assert abs(float((one * other).mean()) * 12) < 4 / len(ordered) ** 0.5
+    # of one token over all keys: each column is uniform by itself
+    deviation = (12 * len(uniform)) ** 0.5 * (uniform.mean(0) - 0.5)
+    assert abs(float(deviation.var()) - 1) < 0.25 and float(deviation.abs().max()) < 5
+    assert torch.equal(gumbel(keys_of(2000)[7:9], 100, 200), noise[7:9, 96:196])
+
+
+def test_streams_differ_by_seed_and_rollout_and_positions_do_not_depend_on_the_length():
+    assert np.array_equal(stream_keys(3, 9, 50)[:20], stream_keys(3, 9, 20))
+    streams = [stream_keys(*pair, 20).tobytes() for pair in ((3, 9), (3, 10), (4, 9), (3, 9 + (1 << 40)))]
+    assert len(set(streams)) == 4
 
 
 @pytest.mark.parametrize("vocabulary", [8, 13, 100])

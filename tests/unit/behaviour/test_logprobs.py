@@ -15,6 +15,7 @@ from realsr_hpc.behaviour.distribution import (
     sample,
     truncated_support,
 )
+from realsr_hpc.behaviour.draws import stream_keys
 from realsr_hpc.behaviour.logprobs import TokenScores, behaviour_scores
 from tests.distributed.launcher import run_ranks
 
@@ -143,7 +144,9 @@ def test_scorer_gives_the_samplers_log_probability(dtype, tolerance):
     conditional, unconditional = project(case.hidden, case.weight), project(case.unconditional, case.weight)
     logits = guided(conditional, unconditional, case.cfg_scale.float())
     case.support = truncated_support(logits, allowed, Truncation(top_k=9, top_p=0.9), case.temperature)
-    case.targets, sampled = sample(logits, allowed, case.temperature, case.support)
+    case.targets, sampled = sample(
+        logits, allowed, case.temperature, torch.from_numpy(stream_keys(0, 1, len(logits))), case.support
+    )
     torch.testing.assert_close(case.scores(chunk_tokens=5).logprobs, sampled, rtol=0, atol=tolerance)
 
 

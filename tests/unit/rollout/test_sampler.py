@@ -15,7 +15,8 @@ from realsr_hpc.rollout import sampler as room
 from realsr_hpc.rollout.decoder import Cache
 from realsr_hpc.rollout.sampler import Sampler, retire
 from realsr_hpc.tokenizer.text import TextTokenizer
-from realsr_hpc.vlcot.grammar import Grammar, Walk
+from realsr_hpc.vlcot.automaton import END, Automaton
+from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.sequence import TraceCodec
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
@@ -37,23 +38,24 @@ def test_groups_stay_equally_large_and_finished_prompts_leave():
 
 
 class EndingGrammar(Grammar):
-    """Cuts rollout number i of every twelve off after 9 (i + 1) tokens, so that lengths differ widely."""
+    """Cuts rollout number i of twelve off after 9 (1 + 5 i mod 12) tokens, so that lengths differ widely."""
 
-    started = 0
-
-    def walk(self) -> Walk:
-        self.started += 1
-        return self._cut(9 * (1 + (self.started - 1) * 5 % 12))
-
-    def _cut(self, length: int) -> Walk:
-        inner = super().walk()
-        mask = next(inner)
-        for _ in range(length):
-            token = yield mask
-            try:
-                mask = inner.send(token)
-            except StopIteration:
-                return
+    def __init__(self, codec: TraceCodec):
+        super().__init__(codec, "constrained")
+        inner, longest = self.automaton, 9 * 12
+        size = len(inner.masks)
+        left = np.arange(longest + 1)[:, None]
+        # State s with r tokens to come is number r size + s; none to come, or the inner end: END.
+        default, targets = (
+            np.where((left > 1) & (after != END), (left - 1) * size + after, END)
+            for after in (inner.default, inner.targets)
+        )
+        branches = left * size * inner.vocabulary_size + inner.branches
+        masks, copies = (np.tile(column, longest + 1) for column in (inner.masks, inner.copies))
+        self.automaton = Automaton(
+            masks, copies, default.flatten(), branches.flatten(), targets.flatten(), inner.vocabulary_size
+        )
+        self.start = 9 * (1 + np.arange(12) * 5 % 12) * size + self.start
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def sampler() -> Sampler:
     text = TextTokenizer(resolve(CONFIG.text_tokenizer.path))
     codec = TraceCodec(CONFIG.vlcot, build_vocabulary(CONFIG.vlcot, 64, text.vocab_size), text, 16)
     policy = build_policy(CONFIG, initialise(CONFIG.parallel, 0), codec.vocabulary.size, trainable=False)
-    return Sampler(policy, EndingGrammar(codec, "constrained"), CONFIG.rollout, seed=2)
+    return Sampler(policy, EndingGrammar(codec), CONFIG.rollout, seed=2)
 
 
 def test_leaving_changes_no_rollout(sampler, monkeypatch):

@@ -1,0 +1,107 @@
+"""Guesses about the tokens to come, and which of them turn out right: exact look-ahead.
+
+A token is a function of its prefix and of its own noise (behaviour/draws.py). So W tokens can be fed at once: the last
+sampled one and guesses of the next W - 1. Where the guesses up to a position are what is drawn there, the prefix was
+right and the draw behind it is final; everything after the first wrong guess is drawn again, and the draws just made
+are the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). The tokens are those of decoding one by
+one, whatever the guesses.
+
+All of this is bookkeeping of small integer arrays on the host. Every rank does the same, as every rank knows all draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from realsr_hpc.vlcot.automaton import END
+from realsr_hpc.vlcot.grammar import Grammar
+
+WIDEST = 64
+"""Most tokens a row in one pass."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A pass over n rows and W positions each, int64 arrays [n, W] but for `first`."""
+
+    fed: np.ndarray
+    """The last final token, then guesses."""
+    first: np.ndarray
+    """[n]: position of the first fed token."""
+    states: np.ndarray
+    """Grammar state of the token that is drawn behind each fed one."""
+    starts: np.ndarray
+    """First position that each fed token of the unconditional stream sees."""
+
+
+class Ahead:
+    """Tokens of a batch of rollouts: final up to `count`, guessed behind it."""
+
+    def __init__(self, grammar: Grammar, rows: int, limit: int):
+        vocabulary = grammar.codec.vocabulary
+        self.grammar, self.limit, self.pad = grammar, limit, vocabulary.pad
+        self._table = grammar.mask_table
+        self._first_allowed = self._table.argmax(1)
+        self._continues = grammar.continues_block
+        self.tokens = np.full((rows, limit + WIDEST), vocabulary.pad, dtype=np.int64)
+        self.count = np.zeros(rows, dtype=np.int64)
+        """Final tokens of each row."""
+        self.state = np.full(rows, grammar.start, dtype=np.int64)
+        """Grammar state of each row's next token."""
+        self._start = np.zeros(rows, dtype=np.int64)
+        """First position that the unconditional stream sees, of the token fed next."""
+        self._guessed = np.zeros(rows, dtype=np.int64)
+        """Guesses are kept up to this position."""
+
+    def alive(self, rows: Sequence[int]) -> np.ndarray:
+        """bool [n]: which of these rows have tokens to come."""
+        rows = np.asarray(rows)
+        return (self.state[rows] != END) & (self.count[rows] < self.limit)
+
+    def window(self, rows: Sequence[int], width: int) -> Window:
+        """What to feed these rows next; the first pass (nothing sampled yet) feeds nothing: its `fed` is padding."""
+        rows = np.asarray(rows)
+        count, state = self.count[rows], self.state[rows]
+        fed, states, starts = (np.empty((len(rows), width), dtype=np.int64) for _ in range(3))
+        fed[:, 0] = self.tokens[rows, count - 1]
+        start = self._start[rows]
+        for step in range(width):
+            if step:
+                fed[:, step] = self._guess(rows, count + step - 1, state)
+                state = self.grammar.automaton.after(state, fed[:, step])
+            # A token that does not continue an image block starts the unconditional stream anew.
+            start = np.where(self._continues[fed[:, step]], start, count + step - 1)
+            states[:, step], starts[:, step] = state, start
+        return Window(fed, count - 1, states, starts)
+
+    def accept(self, rows: Sequence[int], window: Window, drawn: np.ndarray) -> np.ndarray:
+        """Keep the draws [n, W] whose prefix was right; bool [n, W] tells which. The others become guesses."""
+        rows = np.asarray(rows)
+        width = drawn.shape[1]
+        count = self.count[rows]
+        offsets = np.arange(width)
+        final = np.ones(drawn.shape, dtype=bool)
+        final[:, 1:] = np.logical_and.accumulate(window.fed[:, 1:] == drawn[:, :-1], axis=1)
+        final &= (window.states != END) & (count[:, None] + offsets < self.limit)
+        number = final.sum(1)
+        self.tokens[rows[:, None], count[:, None] + offsets] = drawn
+        some = np.flatnonzero(number)
+        last = number[some] - 1
+        self.state[rows[some]] = self.grammar.automaton.after(window.states[some, last], drawn[some, last])
+        self._start[rows[some]] = window.starts[some, last]
+        self._guessed[rows] = count + width
+        self.count[rows] = count + number
+        return final
+
+    def _guess(self, rows: np.ndarray, position: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Token [n] at a position in a grammar state, kept in `tokens` for what is guessed from it."""
+        back = self.grammar.automaton.copies[state]
+        known = position < self._guessed[rows]
+        guess = self.tokens[rows, np.where(known, position, position - np.maximum(back, 1))]
+        masks = self.grammar.automaton.masks[state]
+        guess = np.where(self._table[masks, guess], guess, self._first_allowed[masks])
+        self.tokens[rows, position] = guess
+        return guess

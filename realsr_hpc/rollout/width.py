@@ -1,0 +1,91 @@
+"""How many tokens a row each pass looks ahead: as recipes say, or what accepts most tokens a second.
+
+With `auto` the first passes try widths 1, 2, 4, ... while they pay; later passes take the best and now and then measure
+a neighbour again, as the cost of a pass grows with the cache and guesses are better in some images than in others. What
+is measured decides only how fast tokens come, never which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from realsr_hpc.config.derived import pass_tokens, widest_lookahead
+from realsr_hpc.config.learning import RolloutConfig
+
+TRIALS = 3
+"""Passes of each width before the next is tried."""
+AGAIN_EVERY = 32
+"""Passes between two measurements of a neighbour."""
+WORSE = 0.7
+"""Wider passes are not tried once a rate falls below this share of the best."""
+
+
+@dataclass
+class _Seen:
+    """What one width brought: running mean of accepted tokens a row, and what a pass takes."""
+
+    passes: int = 0
+    accepted: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, accepted: float, seconds: float) -> None:
+        self.passes += 1
+        self.accepted += (accepted - self.accepted) * max(1 / self.passes, 0.1)
+        # The least of the last passes: what else the machine does only adds. It grows slowly, as the cache does.
+        self.seconds = seconds if self.passes == 1 else min(seconds, 1.02 * self.seconds)
+
+    @property
+    def rate(self) -> float:
+        return self.accepted / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Situation:
+    """Widths tried with one number of rows and one kind of tokens."""
+
+    seen: dict[int, _Seen] = field(default_factory=dict)
+    passes: int = 0
+
+
+class Width:
+    """Chooses the width of every pass and learns from what it brought.
+
+    Example: `width.choose(16, images=True)` for 16 rows that mostly stand in image blocks, then
+    `width.saw(16, True, 4, accepted=2.3, seconds=0.012)`.
+    """
+
+    def __init__(self, config: RolloutConfig):
+        self.config = config
+        self.fixed = None if config.lookahead == "auto" else config.lookahead
+        """None: what pays most."""
+        self.widest = widest_lookahead(config)
+        self._situations: dict[tuple[int, bool], _Situation] = {}
+
+    def choose(self, rows: int, images: bool) -> int:
+        """Width of the next pass over this many rows; images: most of them stand in image blocks."""
+        if self.fixed is not None:
+            return self.fixed
+        situation = self._situation(rows, images)
+        seen, best = situation.seen, 0.0
+        widest = min(self.widest, pass_tokens(self.config, rows) // rows)
+        for width in (2**power for power in range(widest.bit_length())):
+            if width not in seen or seen[width].passes < TRIALS:
+                return width
+            best = max(best, seen[width].rate)
+            if seen[width].rate < WORSE * best:
+                break
+        widths = sorted(seen)
+        place = max(range(len(widths)), key=lambda place: seen[widths[place]].rate)
+        if situation.passes % AGAIN_EVERY == 0:
+            place += 1 if situation.passes // AGAIN_EVERY % 2 else -1
+        return widths[min(max(place, 0), len(widths) - 1)]
+
+    def saw(self, rows: int, images: bool, width: int, accepted: float, seconds: float) -> None:
+        """A pass of this width kept `accepted` tokens a row."""
+        if self.fixed is None:
+            situation = self._situation(rows, images)
+            situation.passes += 1
+            situation.seen.setdefault(width, _Seen()).add(accepted, seconds)
+
+    def _situation(self, rows: int, images: bool) -> _Situation:
+        return self._situations.setdefault((rows.bit_length(), images), _Situation())

@@ -1,0 +1,71 @@
+"""A grammar as a finite automaton: a state at every position of a response, and the state after a token.
+
+A state is a number, so that many rollouts, and guesses about tokens that are not sampled yet, advance in one array
+operation and start again from any earlier state. Which states a grammar has is grammar.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+END = 0
+"""The state behind the end of turn; it has no mask of its own and leads to itself."""
+
+
+@dataclass(frozen=True)
+class Automaton:
+    """S states over a vocabulary of V tokens.
+
+    Example: `automaton.after(np.array([3, 3]), np.array([17, 900]))` are the states of two rollouts that stand in state
+    3 and get the tokens 17 and 900.
+    """
+
+    masks: np.ndarray
+    """int64 [S]: mask id of the tokens that may stand here; of `END`: 0."""
+    copies: np.ndarray
+    """int64 [S]: how many tokens back the likeliest token stands: an image code's upper neighbour; 0: not known."""
+    default: np.ndarray
+    """int64 [S]: state after any token that has no branch of its own."""
+    branches: np.ndarray
+    """int64 [B], ascending: state * V + token."""
+    targets: np.ndarray
+    """int64 [B]: state after that token."""
+    vocabulary_size: int
+
+    def after(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """States after one allowed token each; both int64 of one shape."""
+        result = self.default[states]
+        keys = states * self.vocabulary_size + tokens
+        places = np.searchsorted(self.branches, keys).clip(max=len(self.branches) - 1)
+        return np.where(self.branches[places] == keys, self.targets[places], result)
+
+
+class Builder:
+    """Collects states; every method that adds one returns its number."""
+
+    def __init__(self, vocabulary_size: int):
+        self._masks, self._copies, self._default = [0], [0], [END]
+        self._branches: dict[int, int] = {}
+        self._size = vocabulary_size
+
+    def add(self, mask: int, default: int = END, branches: Mapping[int, int] | None = None, copies: int = 0) -> int:
+        """A state of this mask, see `Automaton`; branches: token -> state."""
+        self._masks.append(mask)
+        self._copies.append(copies)
+        self._default.append(default)
+        return self.lead(len(self._masks) - 1, default, branches or {})
+
+    def lead(self, state: int, default: int, branches: Mapping[int, int]) -> int:
+        """Set where a state leads: for cycles, whose states must exist before they are joined."""
+        self._default[state] = default
+        self._branches |= {state * self._size + token: target for token, target in branches.items()}
+        return state
+
+    def build(self) -> Automaton:
+        """All states so far."""
+        keys = sorted(self._branches)
+        columns = (self._masks, self._copies, self._default, keys, [self._branches[key] for key in keys])
+        return Automaton(*(np.array(column, dtype=np.int64) for column in columns), self._size)

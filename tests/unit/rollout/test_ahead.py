@@ -1,0 +1,120 @@
+"""Look-ahead changes no token: every width against decoding one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from realsr_hpc.config.schema import ModelConfig, ParallelConfig, RolloutConfig, RunConfig, VLCoTConfig
+from realsr_hpc.model.policy import build_policy
+from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.paths import resolve
+from realsr_hpc.records import RolloutGroup
+from realsr_hpc.rollout.sampler import Sampler
+from realsr_hpc.rollout.width import Width
+from realsr_hpc.tokenizer.text import TextTokenizer
+from realsr_hpc.vlcot.grammar import Grammar
+from realsr_hpc.vlcot.sequence import TraceCodec
+from realsr_hpc.vlcot.vocabulary import build_vocabulary
+
+CONFIG = RunConfig(
+    name="t",
+    task="grpo",
+    vlcot=VLCoTConfig(instruction="restore <|image|>", max_text_tokens=5),
+    model=ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, init_std=0.2),
+)
+OPTIONS = {
+    "plain": dict(grammar="constrained", max_new_tokens=450),
+    "cold": dict(grammar="constrained", max_new_tokens=450, temperature=0.1),
+    "truncated": dict(
+        grammar="constrained", max_new_tokens=300, cfg_scale=0.8, temperature=0.5, text_temperature=1.1,
+        image_adaptive_top_k=True, text_top_k=1,
+    ),
+    "free_text": dict(grammar="modality", max_new_tokens=90, top_p=0.9, temperature=0.7, cfg_scale=1.5),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    """(options, seed, **more) -> groups of two prompts x two, and the sampler that made them."""
+    torch.set_num_threads(1)
+    text = TextTokenizer(resolve(CONFIG.text_tokenizer.path))
+    codec = TraceCodec(CONFIG.vlcot, build_vocabulary(CONFIG.vlcot, 64, text.vocab_size), text, 16)
+    groups = initialise(ParallelConfig(), 0)
+    policy = build_policy(CONFIG, groups, codec.vocabulary.size, trainable=False)
+
+    def run(options: dict, seed: int, graphs: bool = False, **more) -> tuple[list[RolloutGroup], Sampler]:
+        config = RolloutConfig(**options, **more)
+        used = replace(policy, decode_graphs=graphs)
+        sampler = Sampler(used, Grammar(codec, config.grammar), config, seed)
+        grids = np.random.default_rng(seed).integers(0, 64, (2, 4, 4))
+        prompts = torch.tensor([codec.prompt(grid) for grid in grids])
+        return sampler.generate(prompts, 2, [10, 11, 32, 33]), sampler
+
+    return run
+
+
+def assert_same(ours: list[RolloutGroup], single: list[RolloutGroup]) -> None:
+    for one, other in zip(ours, single, strict=True):
+        for name in ("tokens", "lengths", "forced", "mask_ids"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        torch.testing.assert_close(one.rollout_logprobs, other.rollout_logprobs, rtol=0, atol=1e-4)
+        if other.support is not None:
+            free = ~other.forced
+            assert torch.equal(one.support[free], other.support[free])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("options", list(OPTIONS))
+def test_every_width_gives_the_tokens_of_decoding_one_by_one(rollouts, options, seed):
+    single, sampler = rollouts(OPTIONS[options], seed, lookahead=1)
+    assert max(len(group.tokens[0]) for group in single) > 80
+    one_by_one = sampler.counts.read()
+    assert one_by_one["rollout/tokens_per_pass/mean"] == 1
+    for width in (3, 16, 64, "auto"):
+        ours, sampler = rollouts(OPTIONS[options], seed, lookahead=width)
+        assert_same(ours, single)
+        counts = sampler.counts.read()
+        if width != "auto":
+            assert counts["rollout/passes/count"] < one_by_one["rollout/passes/count"]
+            assert 1 < counts["rollout/tokens_per_pass/mean"] <= width
+
+
+@pytest.mark.parametrize("width", [1, 7, "auto"])
+def test_steps_of_fixed_shapes_look_ahead_alike(rollouts, width):
+    options = OPTIONS["truncated"]
+    single, _ = rollouts(options, 0, lookahead=1)
+    assert_same(rollouts(options, 0, graphs=True, lookahead=width)[0], single)
+
+
+def test_each_modality_is_truncated_in_its_own_way(rollouts):
+    groups, sampler = rollouts(dict(grammar="constrained", max_new_tokens=200, image_top_k=5, text_top_k=1), 0)
+    free = [~group.forced for group in groups]
+    image = torch.cat([sampler.masks.image[group.mask_ids[rows]] for group, rows in zip(groups, free, strict=True)])
+    assert image.all() and len(image) > 100  # greedy text leaves no choice: it is forced
+    kept = torch.cat([group.support[rows] for group, rows in zip(groups, free, strict=True)])
+    assert (np.unpackbits(kept.numpy(), axis=-1).sum(-1) == 5).all()
+
+
+def simulated(width: Width, rows: int, cost, accepted, passes: int = 120) -> int:
+    """Width in use after some passes."""
+    for _ in range(passes):
+        chosen = width.choose(rows, True)
+        width.saw(rows, True, chosen, accepted(chosen), cost(chosen))
+    return width.choose(rows, True)
+
+
+def test_auto_takes_what_accepts_most_tokens_a_second():
+    config = RolloutConfig()
+    saturating = lambda width: min(width, 1 + 0.4 * (width - 1), 5.0)  # noqa: E731
+    assert simulated(Width(config), 1, lambda width: 1 + 0.02 * width, saturating) in (8, 16)
+    assert simulated(Width(config), 64, lambda width: 0.1 + width, saturating) == 1
+    assert simulated(Width(RolloutConfig(lookahead=5)), 64, lambda width: width, saturating) == 5
+
+
+def test_auto_keeps_passes_small():
+    width = Width(RolloutConfig())
+    assert max(width.choose(64, True) or width.saw(64, True, 1, 1, 1) for _ in range(4)) <= 8
