@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from realsr_hpc.config.derived import world_size
+from realsr_hpc.config.derived import pass_tokens, world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.memory import kv_cache_bytes
 from realsr_hpc.plan.sizes import (
@@ -106,21 +106,44 @@ def _computed_again(config: RunConfig) -> float:
     return 1.0 if config.parallel.recompute == "full" else 0.0
 
 
+def tokens_per_pass(width: int) -> float:
+    """Tokens that a pass over `width` tokens a row keeps: what the small policy keeps at temperature 1.
+
+    Measured at widths 2, 4, 8 and 16: 1.37, 1.88, 2.36 and 3.21 (docs/benchmarks.md); no other policy was measured.
+    """
+    return 1 + 0.37 * (width - 1) ** 0.66
+
+
 def rollout_seconds(config: RunConfig, device: Device, dp: int) -> float:
-    """One step's decoding: every token reads the weights and half of the full cache, at a share of the bandwidth."""
+    """One step's decoding, at the width that the recipe says or that is fastest.
+
+    Every pass reads the weights and half of the full cache at a share of the bandwidth, or is limited by arithmetic.
+    """
     if config.task != "grpo":
         return 0.0
     _, response = sequence_tokens(config)
-    parallel, model = config.parallel, config.model
     batches = math.ceil(sequences_per_update(config) / dp / config.rollout.batch_size)
+    rows = min(config.rollout.batch_size, math.ceil(sequences_per_update(config) / dp))
+    widest = pass_tokens(config.rollout, rows) // rows
+    auto = [2**power for power in range(widest.bit_length())]
+    widths = auto if config.rollout.lookahead == "auto" else [widest]
+    token_s = min(_pass_seconds(config, device, rows * width) / tokens_per_pass(width) for width in widths)
+    return batches * response * token_s
+
+
+def _pass_seconds(config: RunConfig, device: Device, tokens: int) -> float:
+    """One decoding pass that feeds this many tokens."""
+    parallel, model = config.parallel, config.model
     byte = 1 if config.precision.rollout_fp8 else width(config)
     weights = parameter_count(config) * byte / parallel.tp
     cache = kv_cache_bytes(config) * parallel.pp
     # Stages take turns: a token passes all of them, each reading its own share of the weights.
-    token_s = (weights + cache / 2) / (device.bandwidth_tb_s * 1e12 * device.decoding_share)
+    reading_s = (weights + cache / 2) / (device.bandwidth_tb_s * 1e12 * device.decoding_share)
+    work = 2 * parameter_count(config) * tokens / parallel.tp
+    pass_s = max(reading_s, work / (device.bf16_tflops * 1e12 * device.training_share))
     if parallel.tp > 1:  # two sums a layer, too small for anything but their latency to count
-        token_s += 2 * model.num_layers * device.collective_us * 1e-6
-    return batches * response * token_s
+        pass_s += 2 * model.num_layers * device.collective_us * 1e-6
+    return pass_s
 
 
 def traffic(config: RunConfig, dp: int) -> Traffic:

@@ -71,7 +71,20 @@ def test_a_group_shares_its_prompt_in_the_cache():
     config = compose(["recipe=grpo_7b", *whole, "rollout.batch_size=8", "grpo.group_size=8", "grpo.prompts_per_step=4"])
     prompt, _ = sequence_tokens(config)
     per_token = 2 * 4096 * 2 * 32  # k and v, hidden size, bf16, layers
-    assert kv_cache_bytes(config) == per_token * (prompt + 8 * config.rollout.max_new_tokens)
+    own = config.rollout.max_new_tokens + 32  # the widest look-ahead behind the last token
+    assert kv_cache_bytes(config) == per_token * (prompt + 8 * own)
+
+
+def test_looking_ahead_takes_less_time_the_fewer_rollouts_there_are():
+    def rollout_s(*overrides: str) -> float:
+        return plan(compose(["recipe=grpo_7b", *overrides])).rollout_s
+
+    gains = []
+    for rows in (8, 64):
+        at_once = f"rollout.batch_size={rows}"
+        gains.append(rollout_s(at_once, "rollout.lookahead=1") / rollout_s(at_once))
+    assert gains[0] > gains[1] > 1
+    assert rollout_s("rollout.lookahead=64") > rollout_s()  # limited by arithmetic
 
 
 @pytest.mark.parametrize(("pp", "vpp", "microbatches", "share"), [(1, 1, 8, 0.0), (4, 1, 4, 3 / 7), (4, 2, 8, 3 / 19)])
