@@ -34,8 +34,9 @@ DISTANCES = 3
 """Float32 numbers a code and latent while the nearest code is sought."""
 IMAGE_BATCH_PIXELS = 2**21
 """Pixels that pass the image tokenizer at once; see tokenizer/trace.py."""
-SAMPLE_BYTES, DRAWN_AT_ONCE = 40, 256
-"""Of each logit that a token is drawn from, and of how many positions together; see rollout/choice.py."""
+SAMPLE_BYTES, CHOSEN_BYTES, DRAWN_AT_ONCE = 18, 40, 256
+"""Of each logit that a token is drawn from, of each that is guided or truncated too, and of how many positions together;
+see rollout/choice.py."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ def _rollout(config: RunConfig) -> dict[str, float]:
     prefill = tokens * width(config) * (3 * model.hidden_size + (attention + 4 * model.ffn_hidden_size) / tp)
     fed = pass_tokens(config.rollout, max(1, rollouts // min(config.parallel.pp, prompts)))
     length = sequence_tokens(config)[0] + config.rollout.max_new_tokens
-    attention = fed * model.num_heads / tp * length * (8 + 2 * width(config))
-    sampling = min(fed, DRAWN_AT_ONCE) * vocabulary_size(config) * (SAMPLE_BYTES + 8 * (streams - 1))
+    attention = fed * model.num_heads / tp * length * (6 + 2 * width(config) + 2 * streams)
+    codes = config.image_tokenizer.codebook_size * (CHOSEN_BYTES if streams > 1 or truncated(config) else SAMPLE_BYTES)
+    sampling = min(fed, DRAWN_AT_ONCE) * max(codes, vocabulary_size(config) * SAMPLE_BYTES)
     return {
         "KV cache": kv_cache_bytes(config),
         "prefill or pass": max(prefill, attention, sampling),

@@ -261,11 +261,13 @@ class _Run:
         return kept, max(prefilled.peak, kept + stepped.peak)
 
     def _draw(self, decoder: Decoder, hidden: Tensor) -> None:
-        """An image code behind each hidden state [streams, m, H], as the sampler draws it."""
+        """An image code behind each hidden state [streams, m, H], then a text token, as the sampler draws them."""
         count, masks = hidden.shape[1], self.sampler.masks
-        mask_ids = np.full(count, int(masks.image.int().argmax()))
-        keys = torch.zeros(count, 2, dtype=torch.int32)
-        self.sampler.choice(decoder, hidden, mask_ids, np.ones(count, dtype=bool), keys)
+        choices = masks.allowed.sum(1)
+        keys, everywhere = torch.zeros(count, 2, dtype=torch.int32), np.ones(count, dtype=bool)
+        for kind in (masks.image, ~masks.image):
+            mask = int(choices.masked_fill(~kind, 0).argmax())
+            self.sampler.choice(decoder, hidden, np.full(count, mask), everywhere, keys)
 
 
 def _least(work: Callable[[], object]) -> Allocations:
