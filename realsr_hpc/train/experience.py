@@ -52,6 +52,7 @@ def held_out(parts: GRPOParts, batch: LQBatch, step: int) -> StepReport:
     with clock(seconds, "heldout"):
         ids = [FIRST_ID + index for index in batch.index.tolist()]
         groups = rollout(parts, batch, parts.config.grpo.heldout_rollouts, ids)
+        parts.sampler.counts.read()  # a step's counts are those of its training rollouts
         means = {f"heldout/{name}/mean": value for name, value in _reward_means(groups).items()}
         means["heldout/well_formed/mean"] = _well_formed(groups)
         means = reduce_floats(means, parts.groups.dp, parts.groups.device)
