@@ -10,7 +10,8 @@ import math
 from realsr_hpc.config.schema import RunConfig
 
 LOWER_IS_BETTER = frozenset(
-    {"loss", "z_loss", "policy_loss", "commitment", "failures", "mismatch_kl", "mismatch_abs", "kl_reference", "passes"}
+    {"loss", "z_loss", "policy_loss", "commitment", "failures", "mismatch_kl", "mismatch_abs", "kl_reference"}
+    | {"passes", "lookahead_flips"}
     | {"niqe", "ilniqe", "brisque", "piqe", "pi", "lpips", "stlpips", "dists", "pieapp", "fid", "sfid", "mad", "gmsd"}
     | {"nlpd", "deepdc", "afine", "msswd"}
 )

@@ -96,6 +96,14 @@ class Ahead:
         self.count[rows] = count + number
         return final
 
+    def replay(self, row: int) -> Ahead:
+        """One row as it was behind its first token, with guesses that are all right."""
+        again, count = Ahead(self.grammar, 1, self.limit), self.count[row]
+        again.tokens[0, :count] = self.tokens[row, :count]
+        again.count[0], again._guessed[0] = 1, count
+        again.state[0] = self.grammar.automaton.after(again.state, again.tokens[0, :1])[0]
+        return again
+
     def _guess(self, rows: np.ndarray, position: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Token [n] at a position in a grammar state, kept in `tokens` for what is guessed from it."""
         back = self.grammar.automaton.copies[state]

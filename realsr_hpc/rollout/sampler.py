@@ -31,8 +31,9 @@ from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.records import RolloutGroup
 from realsr_hpc.rollout.ahead import Ahead, Window
+from realsr_hpc.rollout.cache import Cache, Place
 from realsr_hpc.rollout.choice import Choice, Drawn
-from realsr_hpc.rollout.decoder import Cache, Decoder
+from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.record import Record
 from realsr_hpc.rollout.width import Width
 from realsr_hpc.vlcot.automaton import END
@@ -91,17 +92,9 @@ class Sampler:
         self, decoder: Decoder, prompts: Tensor, group_size: int, rollout_ids: Sequence[int]
     ) -> Generator[None, None, list[RolloutGroup]]:
         """Decode one batch to its end, yielding before what needs another pipeline stage's result."""
-        limit, is_last, device = self.config.max_new_tokens, self.groups.is_last_stage, self.groups.device
-        keys = np.stack([stream_keys(self.seed, number, limit) for number in rollout_ids])
-        batch = Batch(
-            Ahead(self.grammar, len(rollout_ids), limit),
-            Record.empty(
-                len(rollout_ids), limit, self.grammar.codec.vocabulary.pad, self.masks.allowed.shape[-1], device
-            ),
-            torch.from_numpy(keys).to(device),
-            list(range(len(rollout_ids))),
-        )
-        cache = decoder.new_cache(prompts, group_size, limit + self.width.widest, self.masks.guided)
+        is_last, batch = self.groups.is_last_stage, self._new_batch(rollout_ids)
+        room = self.config.max_new_tokens + self.width.widest
+        cache = decoder.new_cache(prompts, group_size, room, self.masks.guided)
         hidden = yield from decoder.prefill(cache, prompts)
         if hidden is not None:
             hidden = hidden.repeat_interleave(group_size, 0)[None, :, None]
@@ -120,11 +113,45 @@ class Sampler:
             if is_last:
                 yield
             window, started = batch.ahead.window(batch.rows, width), time.perf_counter()
-            starts = torch.from_numpy(window.starts).to(device) if self.masks.guided else None
-            hidden = yield from decoder.step(cache, torch.from_numpy(window.fed).to(device), window.first, starts)
+            hidden = yield from decoder.step(cache, *self._fed(window))
         self._share(batch.record)
-        batch.record.lengths += torch.from_numpy(batch.ahead.count).to(device)
+        if self.policy.config.params_dtype != torch.float32 and self.width.widest > 1:
+            yield from self.redraw(decoder, batch, prompts)
+        batch.record.lengths += torch.from_numpy(batch.ahead.count).to(self.groups.device)
         return batch.record.groups(prompts, group_size)
+
+    def _new_batch(self, rollout_ids: Sequence[int]) -> Batch:
+        limit, device, rows = self.config.max_new_tokens, self.groups.device, len(rollout_ids)
+        keys = np.stack([stream_keys(self.seed, number, limit) for number in rollout_ids])
+        record = Record.empty(rows, limit, self.grammar.codec.vocabulary.pad, self.masks.allowed.shape[-1], device)
+        return Batch(Ahead(self.grammar, rows, limit), record, torch.from_numpy(keys).to(device), list(range(rows)))
+
+    def _fed(self, window: Window) -> tuple[Tensor, np.ndarray, Tensor | None]:
+        """What `Decoder.step` takes of a window."""
+        fed, starts = (torch.from_numpy(array).to(self.groups.device) for array in (window.fed, window.starts))
+        return fed, window.first, starts if self.masks.guided else None
+
+    def redraw(self, decoder: Decoder, batch: Batch, prompts: Int[Tensor, "P L"]) -> Generator[None, None, None]:
+        """Draw the first rollout's tokens again, all in one pass, and count those that rounding alone changes.
+
+        Passes of another shape round logits otherwise; in bf16 that flips draws that were near ties.
+        """
+        count = int(batch.ahead.count[0])
+        if count < 2:
+            return
+        window = batch.ahead.replay(0).window([0], count - 1)
+        cache = decoder.new_cache(prompts[:1], 1, count, self.masks.guided)
+        yield from decoder.prefill(cache, prompts[:1])
+        fed, first, starts = self._fed(window)
+        place = Place(torch.from_numpy(first).to(fed.device), count - 1, count - 1, starts=starts)
+        hidden = yield from decoder.step_at(cache, fed, place)
+        if hidden is None:
+            return
+        mask_ids = self.grammar.automaton.masks[window.states[0]]
+        drawn = self.choice(decoder, hidden[:, 0], mask_ids, np.ones(count - 1, dtype=bool), batch.keys[0, 1:count])
+        free = ~drawn.forced
+        self.counts.redrawn += int(free.sum())
+        self.counts.flips += int((drawn.tokens != batch.record.tokens[0, 1:count])[free].sum())
 
     def _take(self, decoder: Decoder, batch: Batch, window: Window, hidden: Tensor | None, started: float) -> int:
         """Draw what a pass leads to and keep what is final; the width of the next pass."""
@@ -182,6 +209,10 @@ class Counts:
     row_passes: int = 0
     """Rows that still had tokens to come, summed over passes."""
     tokens: int = 0
+    redrawn: int = 0
+    """Tokens drawn again in a pass of another shape, see `Sampler.redraw`."""
+    flips: int = 0
+    """Of these, how many came out differently."""
 
     def add(self, final: Bool[np.ndarray, "n W"]) -> None:
         """A pass that kept these draws."""
@@ -191,11 +222,12 @@ class Counts:
 
     def read(self) -> dict[str, float]:
         """Metrics of this rank; the counts start anew."""
-        metrics = {
+        metrics = {"rollout/lookahead_flips/share": self.flips / self.redrawn} if self.redrawn else {}
+        metrics |= {
             "rollout/passes/count": float(self.passes),
             "rollout/tokens_per_pass/mean": self.tokens / max(1, self.row_passes),
         }
-        self.passes = self.row_passes = self.tokens = 0
+        self.passes = self.row_passes = self.tokens = self.redrawn = self.flips = 0
         return metrics
 
 

@@ -90,6 +90,26 @@ def test_steps_of_fixed_shapes_look_ahead_alike(rollouts, width):
     assert_same(rollouts(options, 0, graphs=True, lookahead=width)[0], single)
 
 
+@pytest.mark.parametrize("options", ["truncated", "free_text"])
+def test_drawing_a_rollout_again_in_one_pass_changes_no_token(rollouts, options, monkeypatch):
+    groups, sampler = rollouts(OPTIONS[options], 0, lookahead=3)
+    monkeypatch.setattr(sampler.policy.config, "params_dtype", torch.bfloat16)  # asks for it; weights stay float32
+    prompts = torch.stack([group.prompt for group in groups])
+    sampler.generate(prompts, 2, [10, 11, 32, 33])
+    assert sampler.counts.redrawn > 40 and sampler.counts.flips == 0
+    assert sampler.counts.read()["rollout/lookahead_flips/share"] == 0
+    # With another seed's noise most draws differ: the comparison sees it.
+    again = Sampler.redraw
+
+    def other_noise(self, decoder, batch, prompts):
+        batch.keys += 1
+        return again(self, decoder, batch, prompts)
+
+    monkeypatch.setattr(Sampler, "redraw", other_noise)
+    sampler.generate(prompts, 2, [10, 11, 32, 33])
+    assert sampler.counts.read()["rollout/lookahead_flips/share"] > 0.3
+
+
 def test_each_modality_is_truncated_in_its_own_way(rollouts):
     groups, sampler = rollouts(dict(grammar="constrained", max_new_tokens=200, image_top_k=5, text_top_k=1), 0)
     free = [~group.forced for group in groups]
