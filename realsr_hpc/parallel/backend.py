@@ -9,6 +9,7 @@ CUDA present neither does anything. Two faults of Megatron's checkpoints of torc
 from __future__ import annotations
 
 import queue
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,11 @@ def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
         return result
 
     return replay
+
+
+def work_seconds(where: torch.device) -> float:
+    """A clock for comparing pieces of work: CPU time where the CPU computes, whatever else it does; else wall time."""
+    return time.process_time() if where.type == "cpu" else time.perf_counter()
 
 
 def _names_cuda(value: Any) -> bool:

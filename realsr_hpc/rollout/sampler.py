@@ -14,7 +14,6 @@ one while the others' tokens travel.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -29,6 +28,7 @@ from realsr_hpc.behaviour.draws import stream_keys
 from realsr_hpc.behaviour.masks import MaskTable
 from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.model.policy import Policy
+from realsr_hpc.parallel import backend
 from realsr_hpc.records import RolloutGroup
 from realsr_hpc.rollout.ahead import Ahead, Window
 from realsr_hpc.rollout.cache import Cache, Place
@@ -98,7 +98,7 @@ class Sampler:
         hidden = yield from decoder.prefill(cache, prompts)
         if hidden is not None:
             hidden = hidden.repeat_interleave(group_size, 0)[None, :, None]
-        window, started = batch.ahead.window(batch.rows, 1), time.perf_counter()
+        window, started = batch.ahead.window(batch.rows, 1), backend.work_seconds(self.groups.device)
         while True:
             if not is_last:
                 yield
@@ -112,7 +112,7 @@ class Sampler:
                 batch.leave(cache, kept, group_size, written)
             if is_last:
                 yield
-            window, started = batch.ahead.window(batch.rows, width), time.perf_counter()
+            window, started = batch.ahead.window(batch.rows, width), backend.work_seconds(self.groups.device)
             hidden = yield from decoder.step(cache, *self._fed(window))
         self._share(batch.record)
         if self.policy.config.params_dtype != torch.float32 and self.width.widest > 1:
@@ -166,7 +166,7 @@ class Sampler:
             drawn = self.choice(decoder, hidden.flatten(1, 2), mask_ids.flatten(), choosing.flatten(), keys)
             told[:-1] = drawn.tokens.cpu().numpy()
             final = batch.ahead.accept(batch.rows, window, told[:-1].reshape(positions.shape))
-            self._learn(batch, final, time.perf_counter() - started)
+            self._learn(batch, final, backend.work_seconds(self.groups.device) - started)
             told[-1] = self._next_width(batch)
         if self.groups.pp_size > 1:
             sent = torch.from_numpy(told).to(self.groups.device)
