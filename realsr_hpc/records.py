@@ -77,6 +77,8 @@ class SceneText:
     middle: str
     final: str
     tags: tuple[str, ...]
+    word: str = ""
+    """The word that the image shows, where it is known exactly (made signs)."""
 
     @property
     def captions(self) -> tuple[str, str, str]:

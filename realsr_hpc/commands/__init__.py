@@ -23,7 +23,8 @@ COMMANDS = {
     "degrade": "degrade photographs as training does, to look at or to test on",
     "stage-weights": "what a recipe needs beside the code; collect, check and pack it",
     "freeze-traces": "tokenise VLCoT traces once, for SFT without images",
-    "make-shapes": "the made images that sft_tiny trains on beside photographs",
+    "make-scenes": "the made shapes and signs that sft_tiny trains on beside photographs",
+    "carry-over": "a trained policy to the tokenizers of another recipe, as a start",
     "fit-experts": "make and measure the small quality experts of the generation reward",
     "score": "score a folder of images with metrics or rewards",
     "evaluate": "metrics of a run, an export or finished images on a test set",
@@ -35,6 +36,8 @@ COMMANDS = {
     "sync-tracking": "send to MLflow what runs logged while it was away",
 }
 """What each command does, in the order of a project's life."""
+RENAMED = {"make-shapes": "make-scenes"}
+"""Commands of earlier versions, and what they are called now."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name = words[0].replace("_", "-")
     if name not in COMMANDS:
+        if name in RENAMED:
+            print(f"{name} is now called {RENAMED[name]}: realsr-hpc {RENAMED[name]} --help", file=sys.stderr)
+            return 2
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         print(f"unknown command {words[0]!r}; {hint}commands: {', '.join(COMMANDS)}", file=sys.stderr)

@@ -6,10 +6,12 @@ each: launch, evaluate, restore, export, gallery. Overrides go to the recipe grp
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.markdown import Markdown
@@ -20,7 +22,7 @@ from realsr_hpc.config.load import compose
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import run_folder
 from realsr_hpc.paths import project_root, resolve
-from realsr_hpc.tracking.pictures import curves
+from realsr_hpc.tracking.pictures import curves, image_grid
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.tracking.store import tracking_uri
 
@@ -91,12 +93,13 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
         "held-out images": _series(steps, "heldout/total/mean"),
     }
     curves(report / "reward.png", series, f"{config.name}: mean reward", "reward")
+    draw_story(report)
     console.rule("outcome", align="left")
     console.print(Markdown((report / "metrics.md").read_text()))
     console.print(table)
     for name, path in {
         "reward curve": report / "reward.png",
-        "input | bicubic | before | after | truth": report / "grid.png",
+        "input | bicubic | before | after | truth, and what was said": report / "story.png",
         "a restored photograph": report / "restored",
         "what it thinks, and what GRPO rewards": report / "gallery.html",
         "Hugging Face export": export,
@@ -104,6 +107,27 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
         console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
     mlflow = f"{Path(sys.executable).parent}/mlflow ui --backend-store-uri {tracking_uri(config)}"
     console.print(f"open MLflow: {mlflow}", markup=False, highlight=False, soft_wrap=True)
+
+
+def draw_story(report: Path, num_rows: int = 6) -> None:
+    """`story.png`: a few images of an evaluation with what the policy said under each, signs before photographs."""
+    records = json.loads((report / "images.json").read_text())
+    signs = [record for record in records if record["word"]][: num_rows // 2]
+    chosen = signs + [record for record in records if not record["word"]][: num_rows - len(signs)]
+    methods = list(records[0]["methods"])
+    rows, captions = [], []
+    for record in chosen:
+        spoken = [record["methods"][method] for method in methods]
+        files = [record["files"]["input"], *(item["files"].get("final") for item in spoken), record["files"]["truth"]]
+        rows.append([None if file is None else np.asarray(Image.open(report / file)) for file in files])
+        said = [_said(item.get("degradation"), item.get("texts")) for item in spoken]
+        captions.append([_said(record["degradation"], None), *said, _said(None, record["captions"])])
+    image_grid(rows, ("input", *methods, "truth"), 192, captions).save(report / "story.png")
+
+
+def _said(degradation: str | None, texts: list[str | None] | None) -> str:
+    """The degradation's words and the rough text, as far as there are any."""
+    return "; ".join(part for part in (degradation, texts and texts[0]) if part)
 
 
 def _series(steps: dict[int, dict[str, float]], name: str) -> tuple[list[int], list[float]]:

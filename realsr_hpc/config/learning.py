@@ -149,6 +149,9 @@ class SFTConfig(Section, tasks=("sft",)):
     """Folder of frozen traces (tools/freeze_traces.py) to train on; None: they are made of photographs in each step."""
     z_loss: NonNegative = 1e-5
     """Weight of the squared log-partition function, which keeps logits from drifting."""
+    perception_weight: Positive = 1.0
+    """Weight in the loss of a token before the first image (degradation and rough text), where others have 1: these few
+    tokens are read off the input, the codes of the images are hundreds."""
     packing: bool = True
     """Put several traces into one row of the token budget; false: one a row."""
     heldout_every_steps: Count = 200

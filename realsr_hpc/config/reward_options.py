@@ -68,6 +68,10 @@ class UnderstandingOptions(Section):
     """Of each text with its caption; none: tags only (the paper)."""
     tags_weight: Probability = 0.5
     """Share of the tag term; the similarity has the rest. Unused with similarity=none."""
+    word_weight: Probability = 0.5
+    """Share of the word where an image shows a known one (made signs); tags and similarity have the rest."""
+    word_credit: Literal["exact", "letters"] = "exact"
+    """exact: 1 where the rough text names the word; letters: 1 less the share of letters to change."""
     synonyms: Literal["none", "wordnet", "minilm"] = "none"
     """What else names a tag: the other words of its WordNet senses, or a word or two that mean nearly the same."""
     wordnet_dir: str = "/usr/share/wordnet"

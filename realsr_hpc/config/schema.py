@@ -56,7 +56,8 @@ class VLCoTConfig(Section, tasks=POLICY):
     """Longest free text of one understanding field."""
     text_slots: Annotated[tuple[Count, Count, Count] | None, read_by("sft")] = None
     """Training traces: tokens that each text is filled up to with blanks. Images then begin at the same place in every
-    trace, and a small model learns where to look; None: texts as they are (the paper)."""
+    trace, and a small model learns where to look. A longer text loses its last words, which is counted
+    (`sft/shortened_texts/total`). None: texts as they are (the paper)."""
 
 
 class ImageTokenizerConfig(Section):
@@ -128,10 +129,19 @@ class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     """Weight of the multi-scale gradient loss beside L1 and L2."""
     codebook_decay: Probability = 0.99
     """Decay of the codes' exponential moving averages, per update."""
+    start_batches: Count = 40
+    """Batches that the start weights are computed from: principal components, k-means, least squares."""
+    freeze_encoder: bool = False
+    """Encoder and codebook stay as computed, only the decoder is trained. With many codes a small batch holds too few
+    of each to move a codebook by; and codes that stay let a policy be trained while the decoder still improves."""
     dead_leaves_share: Probability = 0.25
-    """Share of generated images; the rest are crops of the manifest's training photographs."""
+    """Share of images of made shapes; what these and signs leave are crops of the manifest's training photographs."""
+    signs_share: Probability = 0.0
+    """Share of made signs: letters that a reader of the reconstruction must still tell apart."""
     degraded_share: Probability = 0.2
     """Share of images that are degraded first: the tokenizer also encodes LQ images."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: convolutions in bfloat16 (autocast), several times faster on CPUs with AMX; codes are chosen in fp32."""
     text_vocab_size: Count = 768
     """Entries of the byte-pair vocabulary that is trained beside the images."""
     log_every_steps: Count = 100

@@ -37,8 +37,11 @@ SCHEMA = pa.schema(
         ("tags", pa.list_(pa.string())),
         ("lq_path", pa.string()),
         ("source", pa.string()),
+        ("word", pa.string()),
     ]
 )
+LATER = {"word": ""}
+"""Columns that older manifests lack, and what they then hold."""
 
 _PATHS = ("path", "lq_path")
 _DIGEST = b"realsr_hpc.rows_sha256"
@@ -70,13 +73,15 @@ class ManifestEntry:
     """A real low-quality photograph of the same scene (paired data)."""
     source: str = ""
     """Where the photograph came from, in words."""
+    word: str = ""
+    """A word that the image shows; such an image is taken whole and never mirrored."""
 
     @property
     def scene(self) -> SceneText | None:
         """Captions and tags, or None where none were written."""
         if not self.caption_final:
             return None
-        return SceneText(self.caption_rough, self.caption_middle, self.caption_final, self.tags)
+        return SceneText(self.caption_rough, self.caption_middle, self.caption_final, self.tags, self.word)
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,12 @@ def read_manifest(path: Path | str) -> Manifest:
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-        absent = [name for name in SCHEMA.names if name not in table.column_names]
+        present = [name for name in SCHEMA.names if name in table.column_names]
+        absent = [name for name in SCHEMA.names if name not in present and name not in LATER]
         if absent:
             raise ValueError(f"manifest {path} lacks the columns {absent}; make it with tools/prepare_data.py")
         metadata = table.schema.metadata or {}
-        rows = table.select(SCHEMA.names).cast(SCHEMA).to_pylist()
+        rows = table.select(present).cast(pa.schema([SCHEMA.field(name) for name in present])).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         told = str(error).splitlines()[0]
         raise ValueError(f"manifest {path} is damaged ({told}); make it again with tools/prepare_data.py") from None
@@ -166,7 +172,8 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
 def _entry(row: dict[str, Any], path: Path) -> ManifestEntry:
     if not (row["key"] and row["path"] and row["split"] and row["width"] and row["height"]):
         raise ValueError(f"manifest {path}: key, path, split or size of {row['key']!r} is empty; make it again")
-    texts = {name: row[name] or "" for name in SCHEMA.names if name.startswith("caption") or name == "source"}
+    row = {**LATER, **row}
+    texts = {name: row[name] or "" for name in SCHEMA.names if name.startswith("caption") or name in ("source", "word")}
     paths = {name: row[name] and from_text(row[name]) for name in _PATHS}
     tags = tuple(tag for tag in row["tags"] or () if tag)
     return ManifestEntry(**{**row, **texts, **paths, "sha256": row["sha256"] or "", "tags": tags})

@@ -124,7 +124,11 @@ class Samples:
     def _unpaired(self, index: int, entry: ManifestEntry, rng: np.random.Generator) -> Sample:
         geometry = self.geometry
         image = _decode_at_least(self.manifest.path(entry), MIN_PHOTOGRAPH_PX)
-        crop = sample_crop(rng, image.shape[1], image.shape[0], geometry.min_scene_fraction, geometry.hflip)
+        height, width = image.shape[:2]
+        crop = sample_crop(rng, width, height, geometry.min_scene_fraction, geometry.hflip)
+        if entry.word:  # part of a word, or its mirror image, would make its captions untrue
+            side = min(width, height)
+            crop = Crop((width - side) // 2, (height - side) // 2, side, False)
         drawn = sample_degradation(
             generator(self.seed, index, Stream.DEGRADATION), self.preset, geometry.gt_size_px, geometry.upscale
         )

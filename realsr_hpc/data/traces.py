@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.storage import sha256_of
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
+
+logger = logging.getLogger(__name__)
 
 TracePair = tuple[Tensor, list[int]]
 """Prompt tokens, int64 [P], and response tokens."""
@@ -63,6 +66,10 @@ def freeze_traces(
             stop = min(starts[number] + samples_per_file, num_samples)
             _write(path, list(_pairs(config, tokens, starts[number], stop)), identity | {"samples": samples_per_file})
         on_file(number // shard[1] + 1, -(-(len(starts) - shard[0] + 1) // shard[1]))
+    if tokens.codec.shortened_texts:
+        logger.warning(
+            "%d texts did not fit their slots and lost their last words: vlcot.text_slots", tokens.codec.shortened_texts
+        )
     return len(FrozenTraces(output, config))
 
 

@@ -124,6 +124,7 @@ def _record(case: Case, folder: Path) -> dict[str, Any]:
         "index": case.index,
         "degradation": None if case.label is None else case.label.phrase,
         "captions": None if case.scene is None else list(case.scene.captions),
+        "word": None if case.scene is None or not case.scene.word else case.scene.word,
         "files": files,
         "methods": {},
     }

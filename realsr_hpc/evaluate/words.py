@@ -10,13 +10,15 @@ import numpy as np
 
 from realsr_hpc.records import DegradationLabel, Level, ParsedTrace, Resize, SceneText
 from realsr_hpc.rewards.degradation import read_phrase
-from realsr_hpc.rewards.understanding import chrf, tag_share
+from realsr_hpc.rewards.understanding import chrf, letters_right, tag_share, word_right
 
 SLOTS = tuple(item.name for item in fields(DegradationLabel))
 NOTHING = "nothing"
 TEXT_NOTES = {
     "text_tags": "share of the truth's content tags named in the rough text",
     "text_chrf": "chrF2 of the three texts with their captions, mean",
+    "text_word": "share of signs whose word the rough text names",
+    "text_letters": "likeness of the sign's word and the one read: 1 - edits / longer length",
 }
 
 
@@ -63,7 +65,7 @@ def confusions(said: Sequence[str | None], truths: Sequence[str | None]) -> list
 
 
 def text_scores(trace: ParsedTrace, scene: SceneText | None) -> Mapping[str, float]:
-    """`text_tags` and `text_chrf` in 0..1, NaN where the truth has no tags or captions."""
+    """`TEXT_NOTES` in 0..1, NaN where the truth has no tags, captions or word."""
     if scene is None:
         return dict.fromkeys(TEXT_NOTES, float("nan"))
     pairs = zip(trace.texts, scene.captions, strict=True)
@@ -71,4 +73,6 @@ def text_scores(trace: ParsedTrace, scene: SceneText | None) -> Mapping[str, flo
     return {
         "text_tags": tag_share(trace.texts[0], scene) if scene.tags else float("nan"),
         "text_chrf": float(np.mean(likeness)) if likeness else float("nan"),
+        "text_word": word_right(trace.texts[0], scene) if scene.word else float("nan"),
+        "text_letters": letters_right(trace.texts[0], scene.word) if scene.word else float("nan"),
     }

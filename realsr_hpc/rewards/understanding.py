@@ -4,7 +4,8 @@ Tags: share of the tags that stand in the rough text as whole words, singular or
 word of the same WordNet sense, or by words whose embeddings are near. Similarity of each text with the caption of its
 own stage: chrF
 (Popovic 2015; the chrF2 of sacrebleu, character 1..6-grams, beta 2, no weights to load) or the cosine of
-MiniLM sentence embeddings. Without tags or captions the term is 0 for every rollout of the group.
+MiniLM sentence embeddings. Without tags or captions the term is 0 for every rollout of the group. Where the image shows
+a word that is known exactly (made signs), a part of the score is whether the rough text reads it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _CHRF_BETA = 2.0
 
 
 class UnderstandingReward(Reward):
-    """Weighted mean of the tag share and the caption similarity."""
+    """Weighted mean of the tag share, the caption similarity and, on signs, the word."""
 
     def __init__(self, options: UnderstandingOptions):
         self.options = options
@@ -39,11 +40,19 @@ class UnderstandingReward(Reward):
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Scores [n] in [0, 1]."""
-        tags = np.array([self._tag_share(item) for item in candidates], np.float64)
-        if self.options.similarity == "none":
-            return tags
-        weight = self.options.tags_weight
-        return weight * tags + (1.0 - weight) * self._similarities(candidates)
+        scores = np.array([self._tag_share(item) for item in candidates], np.float64)
+        if self.options.similarity != "none":
+            weight = self.options.tags_weight
+            scores = weight * scores + (1.0 - weight) * self._similarities(candidates)
+        return np.array([self._with_word(item, score) for item, score in zip(candidates, scores, strict=True)])
+
+    def _with_word(self, item: Candidate, score: float) -> float:
+        if item.scene is None or not item.scene.word:
+            return score
+        text, weight = item.trace.texts[0], self.options.word_weight
+        exact = self.options.word_credit == "exact"
+        right = word_right(text, item.scene) if exact else letters_right(text, item.scene.word)
+        return weight * right + (1.0 - weight) * score
 
     def _tag_share(self, item: Candidate) -> float:
         text, scene = item.trace.texts[0], item.scene
@@ -81,6 +90,30 @@ def tag_share(text: str | None, scene: SceneText | None) -> float:
     if text is None or scene is None or not scene.tags:
         return 0.0
     return sum(names(text, tag) for tag in scene.tags) / len(scene.tags)
+
+
+def word_right(text: str | None, scene: SceneText) -> float:
+    """1 where the text names the word that the image shows, else 0."""
+    return float(text is not None and re.search(rf"\b{re.escape(scene.word)}\b", text, re.IGNORECASE) is not None)
+
+
+def letters_right(text: str | None, word: str) -> float:
+    """Likeness in [0, 1] of the word and the first one in capitals, as signs are read: 1 - edits / longer length."""
+    said = re.search(r"\b[A-Z]{2,}\b", text or "")
+    if said is None:
+        return 0.0
+    read, truth = said.group().lower(), word.lower()
+    return 1.0 - edit_distance(read, truth) / max(len(read), len(truth))
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Fewest letters inserted, removed or replaced (Levenshtein)."""
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, 1):
+        row, above = [i], row
+        for j, b in enumerate(second, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b)))
+    return row[-1]
 
 
 def names(text: str, tag: str) -> bool:

@@ -26,6 +26,9 @@ from realsr_hpc.paths import resolve
 FULL_PRECISION_LIMIT_BYTES = 6_000_000
 """Above this a weights file is stored as float16, so that it stays small enough to commit."""
 
+FEATURES_AT_ONCE = 16384
+"""Features that are compared with the codebook together."""
+
 _NOT_ARCHITECTURE = {"weights"}
 
 
@@ -140,13 +143,46 @@ class Encoder(nn.Module):
         self.mid = Middle(channels)
         self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+        self.gathers = False
+        """The first layers only gather pixels (tokenizer/start.py), which is done without multiplying."""
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B L h w"]:
         """Latents at 1/downsample of the size."""
-        hidden = self.conv_in(images)
-        for level in self.down:
+        if self.gathers:
+            hidden, levels = self.gathered(images), list(self.down)[-2:]
+        else:
+            hidden, levels = self.conv_in(images), list(self.down)
+        for level in levels:
             hidden = level(hidden)
         return self.conv_out(functional.silu(self.norm_out(self.mid(hidden))))
+
+    def gathered(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """What the layers before the last two levels hand on: blocks of pixels in the order of `places`, then zeros."""
+        hidden = images
+        for _ in self.down[:-2]:
+            blocks = hidden.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h, 2, w, 2]
+            hidden = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+        return functional.pad(hidden, (0, 0, 0, 0, 0, self.conv_in.out_channels - hidden.shape[1]))
+
+    @torch.no_grad()
+    def recognise_gathering(self) -> None:
+        """Set `gathers` by the weights."""
+        widths = [3 * 4**depth for depth in range(len(self.down) - 1)]
+        if any(level.block for level in self.down) or widths[-1] > self.conv_in.out_channels or len(self.down) < 2:
+            return
+        layers = [self.conv_in, *(level.downsample.conv for level in self.down[:-2])]
+        wanted = [torch.zeros_like(layer.weight) for layer in layers]
+        wanted[0][range(3), range(3), 1, 1] = 1.0
+        for weight, width in zip(wanted[1:], widths, strict=False):
+            for out, (row, column, channel) in enumerate(places(width)):
+                weight[out, channel, row, column] = 1.0
+        pairs = zip(layers, wanted, strict=True)
+        self.gathers = all(torch.equal(layer.weight, weight) and not layer.bias.any() for layer, weight in pairs)
+
+
+def places(width: int) -> list[tuple[int, int, int]]:
+    """(row, column, channel) of a 2 x 2 block, in the order its entries are stacked when they are gathered."""
+    return [(row, column, channel) for row in range(2) for column in range(2) for channel in range(width)]
 
 
 class Decoder(nn.Module):
@@ -197,8 +233,9 @@ class Quantizer(nn.Module):
     def nearest(self, features: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
         """Index of the entry of least squared distance."""
         codebook = self.codebook()
-        distances = features.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * features @ codebook.T
-        return distances.argmin(1)
+        norms = codebook.square().sum(1)
+        parts = features.split(FEATURES_AT_ONCE)  # N x K distances of all features would take gigabytes
+        return torch.cat([(p.square().sum(1, keepdim=True) + norms - 2 * p @ codebook.T).argmin(1) for p in parts])
 
 
 class ImageTokenizer(nn.Module):
@@ -311,6 +348,7 @@ def load_image_tokenizer(config: ImageTokenizerConfig, device: torch.device | st
             f"{len(faults)} tensors, first {sorted(faults)[0]}: change the section or the file"
         )
     tokenizer.load_state_dict(weights)
+    tokenizer.encoder.recognise_gathering()
     return tokenizer.requires_grad_(False).eval()
 
 

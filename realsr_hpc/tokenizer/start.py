@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer, places
 
 GROUPS = 32
 GROUP = 4
@@ -41,9 +41,10 @@ def start_encoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
     layers[0].weight[range(3), range(3), 1, 1] = 1.0
     width = 3
     for layer in layers[1:-1]:
-        for out, (row, column, channel) in enumerate(_places(width)):
+        for out, (row, column, channel) in enumerate(places(width)):
             layer.weight[out, channel, row, column] = 1.0
         width *= 4
+    tokenizer.encoder.recognise_gathering()
     deviations = _project(tokenizer, layers[-1], width, images)
     _keep_strongest(tokenizer, deviations)
 
@@ -70,11 +71,6 @@ def start_decoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
     decoder.conv_out.weight.zero_()
 
 
-def _places(width: int) -> list[tuple[int, int, int]]:
-    """(row, column, channel) of a 2 x 2 block, in the order its entries are stacked."""
-    return [(row, column, channel) for row in range(2) for column in range(2) for channel in range(width)]
-
-
 def _project(
     tokenizer: ImageTokenizer, layer: nn.Conv2d, width: int, images: list[Float[Tensor, "B 3 H W"]]
 ) -> Float[Tensor, " D"]:
@@ -84,7 +80,7 @@ def _project(
     deviations, vectors = variances.clamp_min(1e-8).sqrt().flip(0), vectors.flip(1)
     for component in range(GROUPS):
         scaled = vectors[:, component] / deviations[component]
-        for value, (row, column, channel) in zip(scaled, _places(width), strict=True):
+        for value, (row, column, channel) in zip(scaled, places(width), strict=True):
             layer.weight[GROUP * component, channel, row, column] = value
         layer.bias[GROUP * component] = -(mean @ scaled)
     layer.weight[1::GROUP], layer.bias[1::GROUP] = -layer.weight[::GROUP], -layer.bias[::GROUP]
@@ -106,10 +102,7 @@ def _keep_strongest(tokenizer: ImageTokenizer, deviations: Float[Tensor, " D"]) 
 
 
 def _patches(tokenizer: ImageTokenizer, images: Float[Tensor, "B 3 H W"], width: int) -> Float[Tensor, "N D"]:
-    hidden = tokenizer.encoder.conv_in(images)
-    for level in tokenizer.encoder.down[:-2]:
-        hidden = level(hidden)
-    blocks = hidden[:, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+    blocks = tokenizer.encoder.gathered(images)[:, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(0, 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,22 +12,36 @@ from PIL import Image, ImageDraw
 CELL_PX = 128
 _MARGIN_PX = 4
 _HEADER_PX = 16
+_LINE_PX, _LETTER_PX = 12, 6
+"""Height of a line of a caption, and width of a letter, about."""
 
 
 def image_grid(
-    rows: Sequence[Sequence[np.ndarray | None]], headers: Sequence[str], cell_px: int = CELL_PX
+    rows: Sequence[Sequence[np.ndarray | None]],
+    headers: Sequence[str],
+    cell_px: int = CELL_PX,
+    captions: Sequence[Sequence[str]] | None = None,
 ) -> Image.Image:
-    """A grid of RGB uint8 [h, w, 3] images, each shown at `cell_px`; None is a crossed box."""
+    """A grid of RGB uint8 [h, w, 3] images, each shown at `cell_px`; None is a crossed box.
+
+    captions: a text under each image, in rows as the images; all rows leave room for the longest.
+    """
     step = cell_px + _MARGIN_PX
-    size = (len(headers) * step + _MARGIN_PX, len(rows) * step + _HEADER_PX + _MARGIN_PX)
+    wrapped = [[textwrap.wrap(text, cell_px // _LETTER_PX) for text in row] for row in captions or ()]
+    text_px = _LINE_PX * max((len(lines) for row in wrapped for lines in row), default=0)
+    row_px = step + text_px
+    size = (len(headers) * step + _MARGIN_PX, len(rows) * row_px + _HEADER_PX + _MARGIN_PX)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for column, header in enumerate(headers):
         draw.text((_MARGIN_PX + column * step, 2), header, fill="black")
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
-            corner = (_MARGIN_PX + column * step, _HEADER_PX + _MARGIN_PX + row * step)
-            canvas.paste(_cell(image, cell_px), corner)
+            left, top = _MARGIN_PX + column * step, _HEADER_PX + _MARGIN_PX + row * row_px
+            canvas.paste(_cell(image, cell_px), (left, top))
+            lines = wrapped[row][column] if wrapped else []
+            for number, line in enumerate(lines):
+                draw.text((left, top + cell_px + number * _LINE_PX), line, fill="black")
     return canvas
 
 

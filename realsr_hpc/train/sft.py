@@ -13,12 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realsr_hpc.behaviour.masks import everything_allowed
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.traces import TraceLoader
-from realsr_hpc.model.policy import Policy
-from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, Outputs, run_pipeline
+from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
 from realsr_hpc.paths import resolve
 from realsr_hpc.records import LQBatch, StepReport, TrainingSequence
 from realsr_hpc.rollout.restorer import PolicyRestorer
@@ -27,7 +25,7 @@ from realsr_hpc.tracking.pictures import image_grid
 from realsr_hpc.train.batches import plain_sequence
 from realsr_hpc.train.parts import Parts, build_parts
 from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
-from realsr_hpc.train.scoring import nothing_to_score, score_tokens
+from realsr_hpc.train.sft_loss import STAGES, cross_entropy, heldout_cross_entropy, means_by_part
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
@@ -39,8 +37,10 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     heldout = LQLoader(config, config.data.heldout_split, sft.heldout_traces, shuffle=False).next()
     for step in range(run.resume(loader) + 1, sft.num_steps + 1):
         microbatches, num_tokens = _next_microbatches(parts, loader)
-        result = parts.optimiser.step(microbatches, cross_entropy(parts.policy, num_tokens, sft.z_loss))
+        loss = cross_entropy(parts.policy, parts.vocabulary, num_tokens, sft)
+        result = parts.optimiser.step(microbatches, loss)
         metrics = {**parts.total(result.outputs), "optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
+        metrics["sft/shortened_texts/total"] = parts.count(parts.tokens.codec.shortened_texts)
         if step % sft.heldout_every_steps == 0 or step == sft.num_steps:
             metrics |= heldout_loss(parts, heldout)
         if sft.sample_every_steps and step % sft.sample_every_steps == 0:
@@ -95,32 +95,18 @@ def _microbatches(parts: Parts, sequences: list[TrainingSequence]) -> tuple[list
     return microbatches, parts.count(sum(len(sequence.loss.positions) for sequence in sequences))
 
 
-def cross_entropy(policy: Policy, num_tokens: int, z_loss: float) -> LossFunction:
-    """Loss function of the pipeline: this microbatch's part of the mean over `num_tokens`."""
-    allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, policy.groups.device)
-
-    def loss_fn(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, Outputs]:
-        if microbatch.loss is None:
-            return nothing_to_score(hidden, output_weight), {}
-        scores = score_tokens(hidden, output_weight, microbatch.loss, allowed, policy, with_logsumexp=True)
-        loss = -scores.logprobs.sum() / num_tokens
-        regulariser = z_loss * scores.logsumexp.square().sum() / num_tokens
-        return loss + regulariser, {"sft/loss/mean": loss.detach(), "sft/z_loss/mean": regulariser.detach()}
-
-    return loss_fn
-
-
 def heldout_loss(parts: Parts, batch: LQBatch) -> dict[str, float]:
-    """Cross-entropy of the held-out traces, nats a token; every data-parallel rank scores the same ones.
+    """Cross-entropy of the held-out traces, nats a token, of all and of each part by itself.
 
-    Nothing where no held-out photograph has captions.
+    The mean over texts and images can fall while images get worse: texts are short, and learnt by heart. Every
+    data-parallel rank scores the same traces. Nothing where no held-out photograph has captions.
     """
     microbatches, total = _microbatches(parts, trace_sequences(parts.tokens, batch))
     if not total:
         return {}
     parts.policy.eval()
-    outputs = run_pipeline(parts.policy, microbatches, cross_entropy(parts.policy, total, 0.0), forward_only=True)
-    return {"heldout/loss/mean": parts.total(outputs)["sft/loss/mean"]}
+    loss = heldout_cross_entropy(parts.policy, parts.vocabulary)
+    return means_by_part(parts.total(run_pipeline(parts.policy, microbatches, loss, forward_only=True)))
 
 
 def _log_samples(run: TrainingRun, batch: LQBatch, step: int) -> None:
@@ -140,4 +126,7 @@ def _log_samples(run: TrainingRun, batch: LQBatch, step: int) -> None:
 
 def _text(metrics: dict[str, float]) -> str:
     text = f"loss {metrics['sft/loss/mean']:.4f}"
-    return text + (f"  held-out {metrics['heldout/loss/mean']:.4f}" if "heldout/loss/mean" in metrics else "")
+    if "heldout/loss/mean" not in metrics:
+        return text
+    parts = "  ".join(f"{name} {metrics[f'heldout/loss_{name}/mean']:.3f}" for name in (*STAGES, "text"))
+    return f"{text}  held-out {metrics['heldout/loss/mean']:.4f}  {parts}"

@@ -24,12 +24,11 @@ from realsr_hpc.tokenizer.start import start_decoder, start_encoder
 from realsr_hpc.tracking.tracker import Tracker
 from realsr_hpc.train.run import DONE, REQUEUE, Stop
 from realsr_hpc.train.tokenizer_images import TokenizerImages, heldout_images, photographs_of
-from realsr_hpc.train.tokenizer_measures import psnr_db, reconstruction_loss, write_grid
+from realsr_hpc.train.tokenizer_measures import bicubic, psnr_db, reconstruction_loss, write_grid
 from realsr_hpc.train.tokenizer_text import train_recipe_text_tokenizer
 
 AVERAGE_DECAY = 0.995
-START_BATCHES = 40
-"""Batches that the start weights are computed from."""
+KMEANS_ROUNDS = 10
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
@@ -41,7 +40,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     heldout = heldout_images(config)
     state = TokenizerTraining(config)
     if not state.resume(run_dir / "checkpoint.pt"):
-        state.start([images.batch(training.num_steps + number) for number in range(START_BATCHES)])
+        state.start([images.batch(training.num_steps + number) for number in range(training.start_batches)])
     tracker = Tracker.open(config, run_dir, writer=True)
     tracker.truncate(state.step)
     while state.step < training.num_steps:
@@ -68,27 +67,37 @@ class TokenizerTraining:
     def __init__(self, config: RunConfig) -> None:
         torch.manual_seed(config.seed)
         self.config, self.training, self.step = config, config.tokenizer_training, 0
-        self.tokenizer = ImageTokenizer(config.image_tokenizer)
+        # convolutions on a CPU are fastest with the channels of a pixel side by side
+        self.tokenizer = ImageTokenizer(config.image_tokenizer).to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.tokenizer).requires_grad_(False)
         self.codebook = self.tokenizer.quantize.embedding.weight.requires_grad_(False)
         self.codebook_averages = CodebookAverages(self.codebook, self.training.codebook_decay)
         for layer in (self.tokenizer.encoder.conv_in, *self.tokenizer.encoder.down[:-2]):
             layer.requires_grad_(False)  # gathers patches: nothing to learn
+        if self.training.freeze_encoder:
+            self.tokenizer.encoder.requires_grad_(False)
+            self.tokenizer.quant_conv.requires_grad_(False)
         weights = [p for p in self.tokenizer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=1e-4)
 
     def update(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, float]:
         """One optimizer step, then the codebook's and the moving average's."""
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.training, self.step)
-        features = self.tokenizer.features(images)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with self._autocast(not self.training.freeze_encoder):
+            features = self.tokenizer.features(images)
+        features = features.float()
         quantised, codes = self.tokenizer.quantise(features)
         commitment = functional.mse_loss(features, functional.embedding(codes, self.tokenizer.quantize.codebook()))
-        loss = reconstruction_loss(self.tokenizer.reconstruct(quantised), images, self.training.gradient_weight)
+        with self._autocast(True):
+            reconstruction = self.tokenizer.reconstruct(quantised)
+        loss = reconstruction_loss(reconstruction.float(), images, self.training.gradient_weight)
         self.optimizer.zero_grad()
         (loss + self.training.commitment_weight * commitment).backward()
         torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
         self.optimizer.step()
-        moved = self._update_codebook(features.detach().flatten(0, 2), codes.flatten())
+        frozen = self.training.freeze_encoder
+        moved = 0 if frozen else self._update_codebook(features.detach().flatten(0, 2), codes.flatten())
         decay = min(AVERAGE_DECAY, self.step / (self.step + 10))
         for average, current in zip(self.average.parameters(), self.tokenizer.parameters(), strict=True):
             average.lerp_(current.detach(), 1 - decay)
@@ -98,6 +107,10 @@ class TokenizerTraining:
             "tokenizer/commitment/step": commitment.item(),
             "tokenizer/moved_codes/step": moved,
         }
+
+    def _autocast(self, trained: bool) -> torch.autocast:
+        """bfloat16 where the recipe says so and the part is trained: frozen codes must be those of fp32."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=trained and self.training.precision == "bf16")
 
     def _update_codebook(self, features: Float[Tensor, "N E"], codes: Int[Tensor, " N"]) -> int:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
@@ -111,19 +124,23 @@ class TokenizerTraining:
         generator = torch.Generator().manual_seed(self.config.seed)
         self.codebook.copy_(features[torch.randperm(len(features), generator=generator)[: len(self.codebook)]])
         self.codebook_averages.decay = 0.0
-        for _ in range(10):
+        for _ in range(KMEANS_ROUNDS):
             self.codebook_averages.update(self.codebook, features, self.tokenizer.quantize.nearest(features), generator)
         self.codebook_averages.decay = self.training.codebook_decay
         start_decoder(self.tokenizer, batches)
         self.average.load_state_dict(self.tokenizer.state_dict())
+        self.average.encoder.recognise_gathering()
 
     def evaluate(self, images: Float[Tensor, "B 3 H W"], grid: Path) -> dict[str, float]:
         """PSNR and codes in use on held-out images; `grid` shows truths above reconstructions."""
         codes = self.average.encode(images)
         reconstruction = self.average.decode(codes)
         write_grid(torch.cat([images, reconstruction]), len(images), grid)
-        psnr = psnr_db(reconstruction, images)
-        return {"heldout/psnr_db/mean": psnr, "heldout/codes/count": len(codes.unique())}
+        return {
+            "heldout/psnr_db/mean": psnr_db(reconstruction, images),
+            "heldout/bicubic_psnr_db/mean": psnr_db(bicubic(images, self.tokenizer.config.downsample), images),
+            "heldout/codes/count": len(codes.unique()),
+        }
 
     def save(self, path: Path) -> None:
         """Written aside, then renamed."""
@@ -140,6 +157,8 @@ class TokenizerTraining:
         self.step = stored.pop("step")
         for part, state in stored.items():
             getattr(self, part).load_state_dict(state)
+        for tokenizer in (self.tokenizer, self.average):
+            tokenizer.encoder.recognise_gathering()
         return True
 
 

@@ -1,4 +1,4 @@
-"""Images to train the tokenizer on: few photographs, seen at many scales, and images made from nothing.
+"""Images to train the tokenizer on: photographs, seen at many scales, and images made from nothing.
 
 One image depends only on (seed, step, place in the batch), so a resumed run needs no data state. Crops span whole
 scenes to native resolution because the tokenizer encodes the same scene at 32, 64 and 128 px; some are degraded
@@ -20,6 +20,7 @@ from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
 from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.data.shapes import dead_leaves
+from realsr_hpc.data.signs import Ground, make_sign
 from realsr_hpc.paths import resolve
 
 CROP_DIVISORS = (1, 2, 2, 2, 4)
@@ -35,6 +36,7 @@ class TokenizerImages:
         if not photographs:
             raise ValueError("data.train_split has no photograph: the tokenizer needs at least one")
         self.photographs = [Image.fromarray(photograph) for photograph in photographs]
+        self.grounds = [Ground(photograph, "a photograph") for photograph in self.photographs]
         self.config, self.seed = config, seed
 
     def batch(self, step: int) -> Float[Tensor, "B 3 side side"]:
@@ -46,8 +48,11 @@ class TokenizerImages:
         return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1.0
 
     def _image(self, rng: np.random.Generator, side: int) -> UInt8[np.ndarray, "side side 3"]:
-        if rng.random() < self.config.dead_leaves_share:
+        kind, shapes = rng.random(), self.config.dead_leaves_share
+        if kind < shapes:
             image = dead_leaves(rng, side)
+        elif kind < shapes + self.config.signs_share:
+            image = make_sign(rng, side, self.grounds).image
         else:
             image = _crop(rng, self.photographs[rng.integers(len(self.photographs))], side)
         if rng.random() < self.config.degraded_share:

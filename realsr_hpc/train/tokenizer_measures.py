@@ -33,6 +33,13 @@ def psnr_db(output: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) 
     return float((10 * torch.log10(4 / errors)).mean())
 
 
+def bicubic(images: Float[Tensor, "B 3 H W"], factor: int) -> Float[Tensor, "B 3 H W"]:
+    """Down by `factor` (antialiased) and up again: what a tokenizer of that stride must beat."""
+    height, width = images.shape[-2:]
+    small = functional.interpolate(images, (height // factor, width // factor), mode="bicubic", antialias=True)
+    return functional.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)
+
+
 def write_grid(images: Float[Tensor, "N 3 H W"], columns: int, path: Path) -> None:
     """PNG of images in [-1, 1], row by row."""
     rows = [torch.cat(list(images[start : start + columns]), -1) for start in range(0, len(images), columns)]

@@ -1,4 +1,8 @@
-"""What the recipe's text tokenizer learns its pieces from: the trace's own words, captions, and some plain English."""
+"""What the recipe's text tokenizer learns its pieces from: the trace's own words, captions, and some plain English.
+
+Words on signs are left out: they stand in capitals, which so stay single letters, and a policy spells a word that it
+has never seen as it spells those it knows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.manifest import read_manifest
+from realsr_hpc.data.shapes import COLOURS
+from realsr_hpc.data.signs import sign_texts
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.text import TextTokenizer, train_text_tokenizer
 from realsr_hpc.vlcot.grammar import degradation_phrases
@@ -41,6 +47,9 @@ def _texts(config: RunConfig) -> Iterator[str]:
     yield from [config.vlcot.instruction] * REPEATS
     yield from degradation_phrases()
     yield from PLAIN_ENGLISH.strip().splitlines()
+    for letters, plate in zip(COLOURS, reversed(COLOURS), strict=True):
+        yield from sign_texts("", letters, plate, "plain").captions
+        yield f"overlapping {letters}, {plate} shapes: most of it is {letters}, some is {plate}."
     manifest = read_manifest(resolve(config.data.manifest)).split(config.data.train_split)
     for scene in [entry.scene for entry in manifest.entries] * REPEATS:
         if scene is not None:

@@ -68,6 +68,8 @@ class TraceCodec:
         self.text = text
         self.downsample = downsample
         self._blank = self.encode_text(" ")
+        self.shortened_texts = 0
+        """Texts that `build` has shortened so far because they did not fit their slots."""
 
     def side(self, size_px: int) -> int:
         """Codes along one side of an image of `size_px`."""
@@ -110,10 +112,19 @@ class TraceCodec:
         for text_name, text, slot, image_name, codes in zip(
             TEXT_FIELDS, trace.texts, slots, IMAGE_FIELDS, trace.images, strict=True
         ):
-            body = self.encode_text(text)
+            body = self._fitted(text, slot) if slot else self.encode_text(text)
             tokens += self.field(text_name, body + self._blank * (slot - len(body)))
             tokens += self.field(image_name, self.image_block(codes))
         return [*tokens, self.vocabulary.end_turn]
+
+    def _fitted(self, text: str, slot: int) -> list[int]:
+        """Tokens of as many of the text's words as the slot holds, at least one token; counted where words go."""
+        words, body = text.split(" "), self.encode_text(text)
+        self.shortened_texts += len(body) > slot
+        while len(body) > slot and len(words) > 1:
+            words.pop()
+            body = self.encode_text(" ".join(words).rstrip(",;: "))
+        return body[:slot]
 
     def parse(self, tokens: Sequence[int]) -> ParsedTrace:
         """What is well formed in a response; any token sequence is accepted, nothing is raised."""

@@ -73,8 +73,10 @@ def test_a_documented_command_is_there_takes_its_words_and_is_run_by_a_test(page
 def test_small_commands_run(tmp_path, capsys):
     assert tool("jobs").main([f"root={tmp_path}"]) == 0 and tool("sync_tracking").main([f"root={tmp_path}"]) == 0
     assert "no runs in" in capsys.readouterr().out
-    assert tool("make_shapes").main([f"output={tmp_path / 'shapes'}", "images=1"]) == 0
-    assert {"0000.jpg", "manifest.parquet"} == {path.name for path in (tmp_path / "shapes").iterdir()}
+    made = ["shapes=1", "signs=1", "heldout_signs=0", "photographs=1"]
+    assert tool("make_scenes").main([*made, f"output={tmp_path / 'scenes'}"]) == 0
+    names = {path.name for path in (tmp_path / "scenes").iterdir()}
+    assert names == {"shapes-00000.jpg", "train-sign-00000.jpg", "manifest.parquet"}
 
 
 def launch(words: list[str]) -> None:

@@ -1,10 +1,8 @@
-"""Images of shapes: their texts name the colours that are there, and the tool writes them beside the photographs."""
+"""Images of shapes: their texts name the colours that are there."""
 
 import numpy as np
 from PIL import Image
 
-from realsr_hpc.commands import make_shapes
-from realsr_hpc.data.manifest import read_manifest, verify
 from realsr_hpc.data.shapes import COLOURS, dead_leaves, describe
 
 
@@ -25,15 +23,3 @@ def test_a_colour_of_a_few_pixels_is_not_named():
 def test_every_tag_stands_in_the_texts():
     scene = describe(dead_leaves(np.random.default_rng(3), 96))
     assert all(tag in scene.rough and tag in scene.final for tag in scene.tags)
-
-
-def test_the_tool_writes_a_manifest_of_shapes_and_photographs(tmp_path):
-    assert make_shapes.main([f"output={tmp_path / 'shapes'}", "images=2"]) == 0
-    manifest = read_manifest(tmp_path / "shapes" / "manifest.parquet")
-    assert not verify(manifest).faults
-    shapes, photographs = (
-        [entry for entry in manifest.entries if entry.key.startswith("shapes") == made] for made in (True, False)
-    )
-    assert {entry.split for entry in shapes} == {"train"}
-    assert {entry.split for entry in photographs} == {"train", "heldout"}
-    assert describe(dead_leaves(np.random.default_rng([0, 1]), shapes[1].width)).final == shapes[1].caption_final

@@ -6,7 +6,7 @@ import pytest
 
 from realsr_hpc.config.reward_options import UnderstandingOptions
 from realsr_hpc.records import SceneText
-from realsr_hpc.rewards.understanding import UnderstandingReward, chrf, tag_share
+from realsr_hpc.rewards.understanding import UnderstandingReward, chrf, letters_right, tag_share, word_right
 from realsr_hpc.rewards.wordnet import WordNet
 
 from .conftest import SCENE, make_candidate, make_trace
@@ -116,3 +116,30 @@ def test_minilm_without_its_extra_says_what_to_install():
         trace = make_trace(texts=("a cottage near the sea", "", ""))
         share = UnderstandingReward(options).score([make_candidate(None, trace, scene=scene("ocean", "airplane"))])[0]
         assert share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "letters"),
+    [
+        ("sign STOP, white, red", 1.0, 1.0),
+        ("sign STOPS, white, red", 0.0, 0.8),
+        ("sign SHOP, white, red", 0.0, 0.75),
+        ("a stop, white", 1.0, 0.0),
+        ("sign, white, red", 0.0, 0.0),
+        (None, 0.0, 0.0),
+    ],
+)
+def test_the_word_of_a_sign_is_right_or_wrong_or_right_by_letters(text, exact, letters):
+    sign = SceneText("", "", "", (), word="stop")
+    assert word_right(text, sign) == exact
+    assert letters_right(text, "stop") == pytest.approx(letters)
+
+
+def test_the_word_has_its_share_on_signs_and_none_elsewhere():
+    texts = ("sign STOP, blue", "the word STOP", "the word STOP in blue letters")
+    trace = make_trace(texts=texts)
+    sign = SceneText("sign STOP, red", "the word STOP", "the word STOP in red letters", ("sign", "red"), word="stop")
+    photograph = SceneText(sign.rough, sign.middle, sign.final, sign.tags)
+    reward = UnderstandingReward(UnderstandingOptions(similarity="none", word_weight=0.6))
+    scores = reward.compute([make_candidate(None, trace, scene=sign), make_candidate(None, trace, scene=photograph)])
+    assert scores == pytest.approx([0.6 + 0.4 * 0.5, 0.5])

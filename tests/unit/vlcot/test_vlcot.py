@@ -79,6 +79,18 @@ def test_filled_up_texts_put_the_images_at_one_place_and_parse_to_the_same_trace
     assert filling.parse(filling.build(trace)).texts == trace.texts
 
 
+def test_a_text_too_long_for_its_slot_loses_its_last_words_and_is_counted(codec):
+    config = codec.config.model_copy(update={"text_slots": (20, 20, 20)})
+    filling = TraceCodec(config, codec.vocabulary, codec.text, DOWNSAMPLE)
+    images = random_trace(codec, 0).images
+    long = "a pale sky, a calm sea, " * 8
+    built = [filling.build(Trace("x", (text, "b", "c"), images)) for text in ("short", long, "y" * 500)]
+    assert len({len(tokens) for tokens in built}) == 1, "the images begin at one place"
+    assert filling.shortened_texts == 2
+    kept = filling.parse(built[1]).texts[0]
+    assert kept and kept[-1] not in ", " and long.startswith(kept + ("," if long[len(kept)] == "," else " "))
+
+
 def test_prompt_holds_the_instruction_and_the_image(codec):
     grid = np.arange(16).reshape(4, 4)
     prompt = codec.prompt(grid)

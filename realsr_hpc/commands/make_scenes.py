@@ -1,0 +1,129 @@
+"""Make the scenes that sft_tiny trains on beside the photographs: realsr-hpc make-scenes
+
+shapes=1600          images of overlapping shapes, with the colours that are there as texts
+signs=6000           images with a known word, on plain grounds and on the bundled training photographs
+heldout_signs=36     signs of other words in other fonts, on the held-out photographs: split `heldout`
+photographs=24       how often each bundled training photograph is listed; held-out ones once
+output=runs/scenes   folder of the made images and of one manifest of all
+
+Deterministic: an image depends on its kind and number alone, so a larger set continues a smaller one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.paths import resolve
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from realsr_hpc.data.manifest import Manifest, ManifestEntry
+    from realsr_hpc.records import SceneText
+
+DEFAULTS = {
+    "shapes": "1600",
+    "signs": "6000",
+    "heldout_signs": "36",
+    "photographs": "24",
+    "output": "runs/scenes",
+}
+SEED, SHAPES_PX, SIGNS_PX = 0, 144, 128
+SIGNS, HELDOUT_SIGNS = 1, 2
+"""Streams of random numbers, behind SEED and an image's number."""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 written, 2 wrong usage."""
+    try:
+        given = read_arguments(arguments, DEFAULTS, __doc__)
+        counts = {key: read_count(given, key, 0) for key in DEFAULTS if key != "output"}
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    make(resolve(given["output"]), counts)
+    return 0
+
+
+def make(folder: Path, counts: dict[str, int]) -> None:
+    """Write the folder: the made images, and the manifest of all."""
+    from rich.progress import track
+
+    from realsr_hpc.data.manifest import read_manifest, write_manifest
+
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs = read_manifest(resolve("recipes/assets/photographs/manifest.parquet"))
+    shapes = [make_shapes(folder, number) for number in track(range(counts["shapes"]), "shapes")]
+    signs = make_signs(folder, photographs.split("train"), counts["signs"], heldout=False)
+    heldout_signs = make_signs(folder, photographs.split("heldout"), counts["heldout_signs"], heldout=True)
+    listed = list_photographs(folder, photographs, counts["photographs"])
+    heldout = [entry for entry in listed if entry.split == "heldout"]
+    # held-out photographs and signs take turns, so that the first few hold both
+    turns = [entry for pair in itertools.zip_longest(heldout, heldout_signs) for entry in pair if entry is not None]
+    train = [entry for entry in listed if entry.split != "heldout"]
+    write_manifest(folder / "manifest.parquet", [*shapes, *signs, *train, *turns])
+
+
+def make_shapes(folder: Path, number: int) -> ManifestEntry:
+    """Image of shapes `number`."""
+    import numpy as np
+
+    from realsr_hpc.data.shapes import dead_leaves, describe
+
+    image = dead_leaves(np.random.default_rng([SEED, number]), SHAPES_PX)
+    return _written(image, describe(image), folder, f"shapes-{number:05d}", "train")
+
+
+def make_signs(folder: Path, photographs: Manifest, count: int, *, heldout: bool) -> list[ManifestEntry]:
+    """The first `count` signs on photographs of one split."""
+    import numpy as np
+    from PIL import Image
+    from rich.progress import track
+
+    from realsr_hpc.data.signs import Ground, make_sign
+
+    described = [entry for entry in photographs.entries if entry.caption_rough]
+    grounds = [Ground(Image.open(photographs.path(e)).convert("RGB"), e.caption_rough) for e in described]
+    stream, split = (HELDOUT_SIGNS, "heldout") if heldout else (SIGNS, "train")
+    entries = []
+    for number in track(range(count), f"{split} signs"):
+        sign = make_sign(np.random.default_rng([SEED, number, stream]), SIGNS_PX, grounds, heldout)
+        entries.append(_written(sign.image, sign.scene, folder, f"{split}-sign-{number:05d}", split))
+    return entries
+
+
+def list_photographs(folder: Path, photographs: Manifest, times: int) -> list[ManifestEntry]:
+    """Entries of the bundled photographs, seen from `folder`; those of training `times` times."""
+    entries = []
+    for entry in photographs.entries:
+        path = os.path.relpath(photographs.path(entry), folder)
+        for copy in range(times if entry.split == "train" else 1):
+            entries.append(replace(entry, key=f"{entry.key}-{copy}", path=path))
+    return entries
+
+
+def _written(image: Image, scene: SceneText, folder: Path, key: str, split: str) -> ManifestEntry:
+    from realsr_hpc.data.manifest import ManifestEntry, sha256_of
+
+    path = folder / f"{key}.jpg"
+    image.save(path, quality=92, subsampling=0)
+    return ManifestEntry(
+        key=key,
+        path=path.name,
+        split=split,
+        width=image.width,
+        height=image.height,
+        sha256=sha256_of(path),
+        caption_rough=scene.rough,
+        caption_middle=scene.middle,
+        caption_final=scene.final,
+        tags=scene.tags,
+        source="made by realsr-hpc make-scenes",
+        word=scene.word,
+    )

@@ -1,0 +1,83 @@
+"""A trained policy carried over to other tokenizers of the same stride: what a fine-tuning starts from.
+
+Layers stay. The row of a new image code is the mean of the rows of the old codes that stand at the same places of the
+same images, weighted by how often they do; a part that depends on the codebook's vectors tells new codes apart that
+share their old ones. The row of a new text token is the mean of the rows of the old tokens that spell it. The recipe
+must place images where the old one did (`vlcot.text_slots`), or layers look beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+
+ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+APART = 0.3
+"""Size of the codebook's part, in deviations of the carried rows."""
+
+
+def carry_over(
+    policy: Path, old: TraceTokenizer, new: TraceTokenizer, images: Iterable[UInt8[Tensor, "B 3 s s"]], output: Path
+) -> None:
+    """Write `output/model.safetensors`: the weights of the export folder `policy`, its rows those of `new`.
+
+    images: what both tokenizers are shown, each at the size of a prompt's image; the more, the more codes are met.
+    """
+    with safe_open(str(policy / "model.safetensors"), framework="pt") as file:
+        names = [key for key in file.keys() if "vqmodel" not in key]  # noqa: SIM118  (not a dict)
+        weights = {key: file.get_tensor(key).float() for key in names}
+    shares = code_shares(old, new, images)
+    for name in ROWS:
+        weights[name] = _rows(weights[name], old, new, shares)
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+
+
+def code_shares(
+    old: TraceTokenizer, new: TraceTokenizer, images: Iterable[UInt8[Tensor, "B 3 s s"]]
+) -> Float[Tensor, "K J"]:
+    """Share of old code j among those at the places of new code k; a code never met has all old codes alike."""
+    if old.codec.downsample != new.codec.downsample:
+        raise ValueError(f"image_tokenizer.downsample: {old.codec.downsample} and {new.codec.downsample} must be equal")
+    num_old, num_new = old.codec.vocabulary.num_codes, new.codec.vocabulary.num_codes
+    counts, size = torch.zeros(num_new * num_old), new.codec.config.lq_size_px
+    for batch in images:
+        codes = [torch.from_numpy(tokens.encode(batch, size)).flatten() for tokens in (old, new)]
+        counts += torch.bincount(codes[1] * num_old + codes[0], minlength=len(counts))
+    table = counts.view(num_new, num_old)
+    table[table.sum(1) == 0] = 1.0
+    return table / table.sum(1, keepdim=True)
+
+
+def _rows(
+    rows: Float[Tensor, "V H"], old: TraceTokenizer, new: TraceTokenizer, shares: Float[Tensor, "K J"]
+) -> Float[Tensor, "W H"]:
+    """Rows of the new vocabulary; where nothing is known, zeros."""
+    before, after = old.codec.vocabulary, new.codec.vocabulary
+    carried = torch.zeros(after.size, rows.shape[1])
+    generator = torch.Generator().manual_seed(0)
+    codes = rows[_ids(before.num_codes, before.code_to_id)]
+    vectors = new.image.quantize.codebook()
+    vectors = (vectors - vectors.mean(0)) / vectors.std()
+    projection = torch.randn(vectors.shape[1], rows.shape[1], generator=generator) / vectors.shape[1] ** 0.5
+    carried[_ids(after.num_codes, after.code_to_id)] = shares @ codes + APART * codes.std() * (vectors @ projection)
+    for token in (before.bos, before.pad, before.eos):
+        carried[token] = rows[token]
+    reserved = before.text_first - before.image_end
+    carried[after.image_end : after.text_first] = rows[before.image_end : before.image_end + reserved]
+    for token in range(after.num_text):
+        spelled = old.codec.encode_text(new.codec.text.decode([token]))
+        carried[after.text_first + token] = rows[spelled].mean(0) if spelled else 0.0
+    return carried
+
+
+def _ids(count: int, to_id) -> Int[Tensor, " N"]:
+    return torch.tensor([to_id(code) for code in range(count)])
