@@ -32,10 +32,10 @@ from realsr_hpc.records import GRPOBatch, LossTokens, RolloutTokens, TrainingGro
 from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from realsr_hpc.train import sft
 from realsr_hpc.train.batches import collate, collate_groups
 from realsr_hpc.train.objective import objective
 from realsr_hpc.train.scoring import logprobs_of
+from realsr_hpc.train.sft_loss import cross_entropy
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._allocations import Allocations
 from tools.benchmarks._measure import show
@@ -185,7 +185,7 @@ class _Run:
         sequences = [sequence for group in self.training for sequence in group.sequences]
         tokens = sum(len(sequence.loss.positions) for sequence in sequences)
         if self.config.task == "sft":
-            return sft.cross_entropy(self.policy, tokens, self.config.sft.z_loss)
+            return cross_entropy(self.policy, self.codec.vocabulary, tokens, self.config.sft)
         batch = GRPOBatch(self.training, tokens, len(sequences))
         return objective(self.config, self.policy, batch, self.sampler.masks)
 
