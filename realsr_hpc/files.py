@@ -1,11 +1,12 @@
-"""Files that are whole or not there: written aside, flushed, renamed."""
+"""Files that are whole or not there: written aside, flushed to disk, renamed. Text is UTF-8 in every locale."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SUMS_FILE = "SHA256SUMS"
@@ -28,15 +29,34 @@ def publish(aside: Path, final: Path) -> None:
     flush(final.parent)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The old content or the new, never a part of it, whenever this process dies (not flushed: it may be the old)."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` when the block ends.
+
+    `path` holds the old content or the new, never a part of it, whenever this process or the machine dies; once the
+    block has ended, it is the new. What was written aside is removed if the block raises.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text)
+        yield aside
+        flush(aside)
         os.replace(aside, path)
-    except OSError:
+    except BaseException:
         aside.unlink(missing_ok=True)
         raise
+    flush(path.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file, as `replacing` does; bytes of a name that are no UTF-8 are kept as they came."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def writable_folder(path: Path, field: str) -> Path:
@@ -87,9 +107,3 @@ def check_sums(folder: Path) -> None:
             raise ValueError(f"{path} is missing, which {SUMS_FILE} lists; copy the folder again")
         if sha256_of(path) != row[1]:
             raise ValueError(f"{path} is damaged: it differs from {SUMS_FILE}; copy it again")
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

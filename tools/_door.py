@@ -12,4 +12,5 @@ except ModuleNotFoundError as error:
 
 def run(name: str) -> None:
     """End the process with the command's exit code."""
-    sys.exit(main([name, *sys.argv[1:]]))
+    sys.argv[1:1] = [name]
+    sys.exit(main())

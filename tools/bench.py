@@ -21,7 +21,7 @@ def names() -> list[str]:
 
 def summary(name: str) -> str:
     """First line of a benchmark's docstring, read without importing it."""
-    documented = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())) or ""
+    documented = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))) or ""
     return documented.partition("\n")[0]
 
 

@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> int:
         return 2
     text = reference()
     if check:
-        return 0 if PAGE.read_text() == text else 1
-    PAGE.write_text(text)
+        return 0 if PAGE.read_text(encoding="utf-8") == text else 1
+    PAGE.write_text(text, encoding="utf-8")
     print(PAGE)
     return 0
 
@@ -96,7 +96,7 @@ def _table(section: type[BaseModel], prefix: str | None = None) -> str:
 
 def _docstrings(section: type[BaseModel]) -> dict[str, str]:
     """The string under each field."""
-    tree = ast.parse(Path(inspect.getfile(section)).read_text())
+    tree = ast.parse(Path(inspect.getfile(section)).read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
     notes = {}
     for field, below in zip(body, body[1:], strict=False):

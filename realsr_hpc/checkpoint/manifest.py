@@ -6,7 +6,6 @@ is on disk. Whatever has no manifest, or does not agree with it, is no checkpoin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realsr_hpc.files import flush, publish
+from realsr_hpc.files import flush, publish, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,6 @@ MANIFEST = "manifest.json"
 BEST = "best"
 """Link to the best of the checkpoints that are kept for their metric."""
 _PREFIX, _ASIDE = "step-", ".tmp-"
-_BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -63,22 +61,13 @@ def describe(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     described = {}
     for path in files:
         flush(path)
-        described[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+        described[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     return described
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def complete(aside: Path, final: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
     """Write the manifest and rename: from here on the checkpoint exists. An older one of the step is replaced."""
-    (aside / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True))
+    (aside / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True), encoding="utf-8")
     if final.exists():
         shutil.rmtree(final)
     publish(aside, final)
@@ -89,7 +78,7 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it was never completed; name another one")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def fault(folder: Path) -> str | None:
@@ -104,7 +93,7 @@ def fault(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != facts["size"]:
             return f"{name} has {path.stat().st_size} bytes, the manifest says {facts['size']}"
-        if sha256(path) != facts["sha256"]:
+        if sha256_of(path) != facts["sha256"]:
             return f"{name} differs from the manifest's sha256"
     return None
 

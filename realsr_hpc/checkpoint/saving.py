@@ -169,7 +169,7 @@ class _Saving:
     def _write_common(self, common: Any, state: str) -> None:
         with (self._aside / COMMON_STATE_FNAME).open("wb") as stream:
             torch.save(common, stream)
-        (self._aside / STATE).write_text(state)
+        (self._aside / STATE).write_text(state, encoding="utf-8")
 
     def _attempt(self, write: Callable[[], object]) -> None:
         """Do what one rank does alone; what it raises waits for `_agree`."""

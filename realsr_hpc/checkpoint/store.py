@@ -59,7 +59,7 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups
     """
     facts = manifest.read(path)
     refuse_code(path)
-    own = json.loads((path / STATE).read_text())
+    own = json.loads((path / STATE).read_text(encoding="utf-8"))
     if optimiser is not None and own["optimiser"] is None:
         raise ValueError(f"checkpoint {path} holds weights only: pass optimiser=None, or name a training checkpoint")
     with backend.vendor_calls():

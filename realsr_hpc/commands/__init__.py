@@ -6,9 +6,12 @@ imports what is heavy inside its functions: help is immediate, and submitting a 
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import importlib
 import io
+import locale
+import os
 import sys
 from collections.abc import Sequence
 
@@ -42,9 +45,8 @@ RENAMED = {"make-shapes": "make-scenes"}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code, or 2 for one that does not exist."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding does not
-            stream.reconfigure(errors="backslashreplace")
+    if arguments is None:
+        _use_utf8()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -62,6 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unknown command {words[0]!r}; {hint}commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return importlib.import_module(f"realsr_hpc.commands.{name.replace('-', '_')}").main(words[1:])
+
+
+def _use_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode where the locale has another encoding, its children included.
+
+    Otherwise names of files outside ASCII would be half characters, which no table, JSON or MLflow takes.
+    """
+    if codecs.lookup(locale.getencoding()).name != "utf-8" and not sys.flags.utf8_mode:
+        words = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execve(sys.executable, words, {**os.environ, "PYTHONUTF8": "1"})
+    for stream in (sys.stdout, sys.stderr):  # names of files that are no UTF-8 are shown with escapes
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def usage() -> str:

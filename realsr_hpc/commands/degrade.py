@@ -61,7 +61,7 @@ def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str
     for folder in ("lq", "gt"):
         (output / folder).mkdir(parents=True)
     named = [(f"{case.index:05d}_{Path(case.key).stem}", case) for case in cases[:count]]
-    with (output / "labels.csv").open("w", newline="") as file:
+    with (output / "labels.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", *SLOTS])
         for name, case in named:

@@ -95,7 +95,7 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
     curves(report / "reward.png", series, f"{config.name}: mean reward", "reward")
     draw_story(report)
     console.rule("outcome", align="left")
-    console.print(Markdown((report / "metrics.md").read_text()))
+    console.print(Markdown((report / "metrics.md").read_text(encoding="utf-8")))
     console.print(table)
     for name, path in {
         "reward curve": report / "reward.png",
@@ -111,7 +111,7 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
 
 def draw_story(report: Path, num_rows: int = 6) -> None:
     """`story.png`: a few images of an evaluation with what the policy said under each, signs before photographs."""
-    records = json.loads((report / "images.json").read_text())
+    records = json.loads((report / "images.json").read_text(encoding="utf-8"))
     signs = [record for record in records if record["word"]][: num_rows // 2]
     chosen = signs + [record for record in records if not record["word"]][: num_rows - len(signs)]
     methods = list(records[0]["methods"])

@@ -80,7 +80,7 @@ def _evaluate(given: Given, count: int, crop_px: int):
     cases, remarks = _cases(given, config, count, upscale)
     methods = {BICUBIC: Bicubic(upscale), **_others(given, config, checkpoint), **ours}
     names = [name for name in (given["pyiqa"] or "").split(",") if name and name != "none"]
-    metrics = Metrics(crop_px=crop_px, rewards=_rewards(config), pyiqa=names, weights_dir=given["weights_dir"])
+    metrics = Metrics(crop_px=crop_px, rewards=_rewards(config, step), pyiqa=names, weights_dir=given["weights_dir"])
     set_name = given["set"] or ""
     output = Path(given["output"] or (default if set_name == "heldout" else default / set_name))
     report = evaluate(methods, cases, output, metrics=metrics, set_name=set_name, remarks=remarks, world=_world())
@@ -161,10 +161,15 @@ def _cases(given: Given, config: RunConfig | None, count: int, upscale: int):
         loader.close()
 
 
-def _rewards(config: RunConfig | None):
+def _rewards(config: RunConfig | None, step: int):
+    """The recipe's rewards with the weights of the checkpoint's step."""
     from realsr_hpc.rewards.mixture import RewardMixture
 
-    return None if config is None else RewardMixture(config.rewards)
+    if config is None:
+        return None
+    mixture = RewardMixture(config.rewards)
+    mixture.at_step(max(1, step))
+    return mixture
 
 
 def _world():

@@ -109,7 +109,8 @@ def list_photographs(folder: Path, photographs: Manifest, times: int) -> list[Ma
 
 
 def _written(image: Image, scene: SceneText, folder: Path, key: str, split: str) -> ManifestEntry:
-    from realsr_hpc.data.manifest import ManifestEntry, sha256_of
+    from realsr_hpc.data.manifest import ManifestEntry
+    from realsr_hpc.files import sha256_of
 
     path = folder / f"{key}.jpg"
     image.save(path, quality=92, subsampling=0)

@@ -94,5 +94,5 @@ def show(names: list[str], columns: dict[str, np.ndarray], output: str | None) -
         cells = [f"{value:>14.4f}" if isinstance(value, float) else f"{value:>14}" for value in values]
         print(f"{name:<32}", *cells)
     if output:
-        with open(output, "w", newline="") as file:
+        with open(output, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["image", *columns], *rows])

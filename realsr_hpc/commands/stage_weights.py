@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc.config.arguments import read_with_overrides
-from realsr_hpc.config.weights import SUMS, Need, State, needs_of, read_sums, sha256_of, state
+from realsr_hpc.config.weights import SUMS, Need, State, needs_of, read_sums, state
+from realsr_hpc.files import sha256_of
 from realsr_hpc.paths import project_root
 
 ACTIONS = {"collect": "", "pack": "", "check": ""}
@@ -96,7 +97,7 @@ def add_sums(folder: Path, needs: list[Need]) -> None:
             sums |= {path.relative_to(folder).as_posix(): sha256_of(path) for path in need.files()}
     if sums:
         lines = [f"{digest}  {name}" for name, digest in sorted(sums.items())]
-        (folder / SUMS).write_text("\n".join(lines) + "\n")
+        (folder / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def pack(needs: list[Need], target: Path) -> int:
@@ -122,7 +123,7 @@ def differing(listing: Path) -> list[str]:
     if not listing.is_file():
         raise ValueError(f"check={listing} does not exist; packing writes weights/{SUMS}")
     faults = []
-    for line in listing.read_text().splitlines():
+    for line in listing.read_text(encoding="utf-8").splitlines():
         digest, name = line.split(maxsplit=1)
         path = project_root() / name.lstrip("*")
         if not path.is_file():

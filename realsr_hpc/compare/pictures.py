@@ -103,4 +103,4 @@ def _pixels(path: Path | None) -> np.ndarray | None:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

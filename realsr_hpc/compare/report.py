@@ -55,8 +55,9 @@ def write_report(comparison: Comparison, folder: Path, title: str) -> list[Path]
     pictures = [path.name for path in files if path.suffix == ".png"]
     text = [f"# {title}", "", verdict(comparison, groups), "", *(table.markdown() for table in tables)]
     text += [f"![{name}]({name})\n" for name in pictures]
-    (folder / "comparison.md").write_text("\n".join(text))
-    (folder / "comparison.html").write_text(_html(title, verdict(comparison, groups), tables, folder, pictures))
+    (folder / "comparison.md").write_text("\n".join(text), encoding="utf-8")
+    page = _html(title, verdict(comparison, groups), tables, folder, pictures)
+    (folder / "comparison.html").write_text(page, encoding="utf-8")
     return [folder / "comparison.md", folder / "comparison.html", *files]
 
 

@@ -83,7 +83,7 @@ class Comparison:
     def write_csv(self, path: Path) -> None:
         """One line a run: state, differing recipe keys, metrics."""
         columns = self.columns()
-        with path.open("w", newline="") as file:
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["run", "status", *self.differing, *columns])
             for run in self.runs:

@@ -168,7 +168,7 @@ def to_yaml(config: RunConfig) -> str:
 def from_yaml(path: Path) -> RunConfig:
     """A resolved recipe; RecipeError where it is missing or faulty."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); launch the run again to write it") from None
     except yaml.YAMLError as error:
@@ -296,7 +296,7 @@ def _groups_of(recipe: str) -> set[str]:
     if path is None:
         raise RecipeError(f"recipe {recipe}: not found in {', '.join(map(str, recipe_folders()))}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     groups: set[str] = set()

@@ -8,7 +8,6 @@ File names and addresses: pyiqa 0.1.15 (`default_model_urls`), torchvision and O
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Literal
 
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions, UnderstandingOptions, read_options
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import sha256_of
 from realsr_hpc.paths import resolve
 
 SUMS = "SHA256SUMS"
@@ -137,7 +137,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     listing = folder / SUMS
     if not listing.is_file():
         return {}
-    rows = (line.split(maxsplit=1) for line in listing.read_text().splitlines() if line.strip())
+    rows = (line.split(maxsplit=1) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip())
     return {name.lstrip("*"): expected for expected, name in rows}
 
 
@@ -156,9 +156,3 @@ def state(need: Need) -> State:
         if need.weights_dir and not listed:
             return "unlisted"
     return "there"
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ import pyarrow.parquet as pq
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.naming import as_text, from_text
-from realsr_hpc.data.storage import exists, sha256_of
+from realsr_hpc.data.storage import exists, photograph_sha256
+from realsr_hpc.files import replacing
 from realsr_hpc.records import SceneText
 
 SCHEMA = pa.schema(
@@ -194,9 +194,8 @@ def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
     rows = [{**row, **{name: row[name] and as_text(row[name]) for name in _PATHS}} for row in rows]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     table = table.replace_schema_metadata({_DIGEST: _digest_of(table.to_pylist())})
-    aside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    pq.write_table(table, aside, write_page_checksum=True)
-    os.replace(aside, path)
+    with replacing(Path(path)) as aside:
+        pq.write_table(table, aside, write_page_checksum=True)
 
 
 def verify(manifest: Manifest, on_entry: Callable[[], None] = lambda: None) -> VerifyReport:
@@ -220,7 +219,7 @@ def entry_fault(manifest: Manifest, entry: ManifestEntry) -> str | None:
     path = manifest.path(entry)
     if not exists(path):
         return "missing"
-    if entry.sha256 and sha256_of(path) != entry.sha256:
+    if entry.sha256 and photograph_sha256(path) != entry.sha256:
         return "checksum"
     try:
         height, width, _ = decode_image(path).shape

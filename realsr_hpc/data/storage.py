@@ -84,7 +84,7 @@ def stamp(path: Path) -> str:
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of the photograph's bytes."""
+def photograph_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a photograph's bytes, which may be a member of a tar."""
     with open_bytes(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.degradation import Stream, generator
 from realsr_hpc.data.loader import LQLoader
-from realsr_hpc.data.storage import sha256_of
+from realsr_hpc.files import replacing, sha256_of
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
@@ -200,6 +199,5 @@ def _write(path: Path, pairs: list[TracePair], identity: dict[str, Any]) -> None
         "starts": torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int64),
         "prompts": torch.tensor([len(prompt) for prompt, _ in pairs], dtype=torch.int32),
     }
-    part = path.with_suffix(f".{os.getpid()}.part")
-    save_file(tensors, part, metadata={"identity": json.dumps(identity)})
-    part.replace(path)
+    with replacing(path) as aside:
+        save_file(tensors, aside, metadata={"identity": json.dumps(identity)})

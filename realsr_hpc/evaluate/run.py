@@ -102,7 +102,8 @@ def _read(cases: Sequence[Case], places: range, skipped: dict[str, str]) -> list
 
 def _judge(methods: Mapping[str, Method], part: list[Case], folder: Path, metrics: Metrics) -> list[dict[str, Any]]:
     """Records of a few cases: what is known of each, and what every method made of it."""
-    records = [_record(case, folder) for case in part]
+    weights = metrics.rewards.weights if metrics.rewards else {}
+    records = [{**_record(case, folder), "weights": weights} for case in part]
     for name, method in methods.items():
         images = method(part)
         if len(images) != len(part):

@@ -100,7 +100,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file. ValueError for a folder without weights, a missing shard or a damaged file."""
     index = folder / INDEX
     if index.is_file():
-        places = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = {name: folder / file for name, file in files.items()}
         missing = sorted({path.name for path in places.values() if not path.is_file()})
         if missing:
             raise ValueError(f"{folder}: {INDEX} names {', '.join(missing)}, not there; copy the missing shards")

@@ -44,7 +44,7 @@ def import_folder(source: Path, output: Path, config: RunConfig | None = None) -
         load_hf_weights(policy, source)
         state = {"step": 0, "data": {}, "counters": {}, "run_id": ""}
         path = checkpoint.save(folder / "checkpoints", 0, policy, None, state, checkpoint.Keep(last=1))
-        (folder / "recipe.yaml").write_text(to_yaml(_with_files(config, output.resolve(), files)))
+        (folder / "recipe.yaml").write_text(to_yaml(_with_files(config, output.resolve(), files)), encoding="utf-8")
     return output / path.relative_to(folder)
 
 

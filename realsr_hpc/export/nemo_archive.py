@@ -7,7 +7,6 @@ weights and files, not a network: unpack it and import, or load, the folder.
 
 from __future__ import annotations
 
-import os
 import re
 import tarfile
 import zlib
@@ -23,7 +22,7 @@ from torch import Tensor
 from realsr_hpc.config.identity import flatten
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.export.folder import INDEX, SHARD_BYTES, Aside, weight_files, write_weights
-from realsr_hpc.files import check_sums
+from realsr_hpc.files import check_sums, replacing
 
 RECIPE = "recipe.yaml"
 CONFIG = "model_config.yaml"
@@ -55,13 +54,9 @@ def pack(export: Path, archive: Path) -> None:
     }
     carrier = vendor.carrier(vendor.as_config(config))
     carrier.load_state_dict(dict(_tensors(places)))
-    aside = archive.absolute().with_name(f".{archive.name}.{os.getpid()}")  # NeMo wants a folder in front of it
     archive.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(archive.absolute()) as aside:  # NeMo wants a folder in front of its name
         vendor.connector.save_to(carrier, str(aside))
-        os.replace(aside, archive)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def unpack(archive: Path, folder: Path) -> None:

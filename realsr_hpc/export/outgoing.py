@@ -68,8 +68,9 @@ def export_policy(
             write_text_files(folder, text, config.model.max_sequence_tokens)
             for file in (hf_config.MODELING_FILE, hf_config.PROCESSING_FILE):
                 shutil.copyfile(_SHIPPED / file, folder / file)
-            (folder / "recipe.yaml").write_text(to_yaml(portable(config)))
-            (folder / "README.md").write_text(model_card(config, step=step, metrics=metrics or {}, licence=licence))
+            (folder / "recipe.yaml").write_text(to_yaml(portable(config)), encoding="utf-8")
+            card = model_card(config, step=step, metrics=metrics or {}, licence=licence)
+            (folder / "README.md").write_text(card, encoding="utf-8")
             write_sums(folder, leave_out=("README.md",))  # people write their own
     else:
         for _ in weights:  # its part in gathering

@@ -128,9 +128,11 @@ def _evaluated(folder: Path, name: str, step: int, item: dict[str, Any]) -> Entr
     results = []
     for method, made in item["methods"].items():
         numbers = {key: value for key, value in made["metrics"].items() if value is not None and key != "restored"}
-        rewards = [value for key, value in numbers.items() if key.startswith("reward_")]
         said = (made.get("degradation"), tuple(made.get("texts", ())), tuple(made.get("faults", ())))
-        total = sum(rewards) if rewards and said[1] else None
+        # As training weighs them; of a malformed trace it counts other values than those measured here.
+        terms = {f"reward_{term}": weight for term, weight in item.get("weights", {}).items()}
+        known = bool(terms) and said[1] and not said[2] and terms.keys() <= numbers.keys()
+        total = sum(weight * numbers[key] for key, weight in terms.items()) if known else None
         results.append(Result(method, _paths(folder, made["files"]), *said, numbers, total))
     images, captions = _paths(folder, item["files"]), tuple(item["captions"] or ())
     return Entry(name, "evaluation", step, item["key"], images, tuple(results), item["degradation"], captions)

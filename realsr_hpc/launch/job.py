@@ -258,7 +258,7 @@ def _last_written(run_dir: Path, rank: int) -> float:
 def _last_words(run_dir: Path, rank: int, code: int) -> str:
     log = rank_log(run_dir, rank)
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    with log.open(errors="replace") as file:
+    with log.open(encoding="utf-8", errors="replace") as file:
         lines = "".join(deque(file, maxlen=LAST_WORDS_LINES)).rstrip()
     return f"rank {rank} {ended}; the end of {log}:\n{lines}"
 

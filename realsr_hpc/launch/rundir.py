@@ -206,7 +206,7 @@ def _is_controller(pid: int) -> bool:
     """Process ids are used again: the process must be submitit's controller, and no zombie."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return False
     # While it is being started, a process has no words yet.
@@ -214,4 +214,4 @@ def _is_controller(pid: int) -> bool:
 
 
 def _read(path: Path, kind: type) -> Any:
-    return kind(**json.loads(path.read_text())) if path.exists() else None
+    return kind(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

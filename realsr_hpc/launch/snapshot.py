@@ -110,7 +110,7 @@ def _git(*arguments: str) -> str | None:
         return None
     command = ["git", "-C", str(code_root()), *arguments]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        answer = subprocess.run(command, capture_output=True, timeout=30, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout if answer.returncode == 0 else None
+    return os.fsdecode(answer.stdout) if answer.returncode == 0 else None

@@ -30,8 +30,9 @@ def turn(folder: Path, num_slots: int, place: int) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     ticket = folder / f"waiting-{place:020d}"
     with ExitStack() as stack:
-        slots = [stack.enter_context((folder / f"slot-{number}").open("a")) for number in range(num_slots)]
-        with ticket.with_name(f"new-{ticket.name}").open("a") as waiting:
+        places = [folder / f"slot-{number}" for number in range(num_slots)]
+        slots = [stack.enter_context(path.open("a", encoding="utf-8")) for path in places]
+        with ticket.with_name(f"new-{ticket.name}").open("a", encoding="utf-8") as waiting:
             _try(waiting)
             os.rename(waiting.name, ticket)  # seen by others only once it is held
             while (held := _free(slots) if _is_first(ticket) else None) is None:
@@ -50,7 +51,7 @@ def _is_first(ticket: Path) -> bool:
         if other >= ticket:
             return True
         try:
-            with other.open("a") as file:
+            with other.open("a", encoding="utf-8") as file:
                 if not _try(file):
                     return False
         except FileNotFoundError:

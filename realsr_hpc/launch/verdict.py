@@ -55,7 +55,7 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
     deadline = time.time() + wait_s
     while len(paths := list(folder.glob("node-*.json"))) < placement.num_nodes and time.time() < deadline:
         time.sleep(_POLL_S)
-    verdicts = [Verdict(**json.loads(path.read_text())) for path in paths]
+    verdicts = [Verdict(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     if len(verdicts) < placement.num_nodes:
         present = min(verdict.node for verdict in verdicts)
         silent = sorted(set(range(placement.num_nodes)) - {verdict.node for verdict in verdicts})
@@ -88,7 +88,7 @@ def count_requeue(run_dir: Path, restarts: int) -> int:
     restarts: Slurm's own count, which bounds them when the folder's disk is full.
     """
     path = run_dir / "requeues.json"
-    before = json.loads(path.read_text()) if path.exists() else {"step": 0, "count": 0}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"step": 0, "count": 0}
     step = (read_progress(run_dir) or {"step": 0})["step"]
     count = 1 if step > before["step"] else before["count"] + 1
     try:

@@ -214,7 +214,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+        return {key: folder / name for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ValueError(f"model.weights = {folder}: no model.safetensors there: name a Hugging Face export folder")

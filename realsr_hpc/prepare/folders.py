@@ -23,7 +23,7 @@ from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import ManifestEntry, write_manifest
 from realsr_hpc.data.naming import without_endings
 from realsr_hpc.data.samples import MIN_PHOTOGRAPH_PX
-from realsr_hpc.data.storage import relative_to, sha256_of, stamp
+from realsr_hpc.data.storage import photograph_sha256, relative_to, stamp
 from realsr_hpc.files import printable, writable_folder, write_atomically
 from realsr_hpc.prepare.describe import Captioner, ClassTagger, tags_of_captions
 from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
@@ -241,7 +241,7 @@ def _examine(item: Item) -> dict[str, Any]:
             )
         if item.lq_path is not None:
             decode_image(item.lq_path)
-        digest = sha256_of(item.path)
+        digest = photograph_sha256(item.path)
     except (BrokenImage, OSError) as error:
         return {"fault": str(error) if isinstance(error, BrokenImage) else f"broken: {error}"}
     look = f"{difference_hash(image):016x}"

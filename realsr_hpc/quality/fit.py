@@ -30,7 +30,7 @@ def photographs(folder: Path, split: str) -> list[Image.Image]:
 
     What ships was fitted on the 20 training scenes there, and the same command shall give it again.
     """
-    rows = [json.loads(line) for line in (folder / "photographs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "photographs.jsonl").read_text(encoding="utf-8").splitlines()]
     paths = [row["path"] for row in rows if row["split"] == split and "/" not in row["path"]]
     return [Image.open(folder / path).convert("RGB") for path in paths]
 

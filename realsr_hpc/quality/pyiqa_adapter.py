@@ -25,7 +25,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from realsr_hpc.config.weights import PYIQA_FILES, SUMS, WEIGHTS_DIR, read_sums, sha256_of
+from realsr_hpc.config.weights import PYIQA_FILES, SUMS, WEIGHTS_DIR, read_sums
+from realsr_hpc.files import sha256_of
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.batching import same_shapes
 

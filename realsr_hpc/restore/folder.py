@@ -15,8 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from realsr_hpc.data.decoding import SUFFIXES, BrokenImage, opened
-from realsr_hpc.data.storage import sha256_of
-from realsr_hpc.files import printable, writable_folder, write_atomically
+from realsr_hpc.files import printable, sha256_of, writable_folder, write_atomically
 from realsr_hpc.restore.pictures import Picture, find_images, read_picture, targets, write_picture
 from realsr_hpc.restore.reasoning import read_reasoning, write_reasoning
 from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_tiles, restore_images

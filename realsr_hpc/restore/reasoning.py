@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from realsr_hpc.data.storage import sha256_of
+from realsr_hpc.files import sha256_of
 from realsr_hpc.restore.pictures import resized
 from realsr_hpc.restore.tiles import STAGES, Blended
 

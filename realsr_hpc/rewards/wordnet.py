@@ -22,9 +22,10 @@ class WordNet:
         missing = [path for path in (index, self._data) if not path.is_file()]
         if missing:
             raise ValueError(f"options.wordnet_dir={folder}: {missing[0].name} is not there; Debian: wordnet-base")
-        self._offsets = dict(_senses(line) for line in index.read_text().splitlines() if not line.startswith(" "))
+        lines = index.read_text(encoding="utf-8").splitlines()
+        self._offsets = dict(_senses(line) for line in lines if not line.startswith(" "))
         irregular = folder / "noun.exc"
-        rows = irregular.read_text().splitlines() if irregular.is_file() else []
+        rows = irregular.read_text(encoding="utf-8").splitlines() if irregular.is_file() else []
         self._singular = dict(row.split()[:2] for row in rows)
         self.synonyms = lru_cache(maxsize=None)(self._synonyms)
 

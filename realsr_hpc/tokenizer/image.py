@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from realsr_hpc.config.schema import ImageTokenizerConfig
+from realsr_hpc.files import replacing
 from realsr_hpc.paths import resolve
 
 FULL_PRECISION_LIMIT_BYTES = 6_000_000
@@ -358,8 +358,5 @@ def save_image_tokenizer(tokenizer: ImageTokenizer, path: Path | str) -> None:
     weights = {key: value.detach().cpu().contiguous() for key, value in tokenizer.state_dict().items()}
     if sum(math.prod(value.shape) * 4 for value in weights.values()) > FULL_PRECISION_LIMIT_BYTES:
         weights = {key: value.half() for key, value in weights.items()}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(weights, aside, metadata={"image_tokenizer": _architecture(tokenizer.config), "format": "pt"})
-    with open(aside, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        save_file(weights, aside, metadata={"image_tokenizer": _architecture(tokenizer.config), "format": "pt"})

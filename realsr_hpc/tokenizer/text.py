@@ -7,12 +7,12 @@ Every byte has an id, so any text can be written; the seven tags are single toke
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from realsr_hpc.files import replacing
 from realsr_hpc.paths import resolve
 
 _PIECES = Regex(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+")
@@ -72,7 +72,6 @@ def train_text_tokenizer(
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in whole_tokens])
     path = Path(path).absolute()
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    tokenizer.save(str(aside))
-    os.replace(aside, path)
+    with replacing(path) as aside:
+        tokenizer.save(str(aside))
     return TextTokenizer(path)

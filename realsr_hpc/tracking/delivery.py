@@ -133,7 +133,7 @@ def _read_offsets(run_dir: Path) -> tuple[int, int]:
     path = run_dir / OFFSET_NAME
     if not path.exists():
         return 0, 0
-    noted = json.loads(path.read_text())
+    noted = json.loads(path.read_text(encoding="utf-8"))
     return noted["offset"], noted["sending"]
 
 

@@ -95,7 +95,7 @@ def prepare_sweep(config: RunConfig, sweep: str) -> str:
 def read_bookmark(run_dir: Path) -> dict[str, str] | None:
     """`uri` and `run_id` of a run folder; None before it has an MLflow run."""
     path = run_dir / BOOKMARK_NAME
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def set_status(run_dir: Path, status: str) -> None:
@@ -138,7 +138,7 @@ def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
         "realsr_hpc.signature": signature(config),
         "mlflow.note.content": config.tracking.description or _describe(config, run_dir),
         **config.tracking.tags,
-        **(json.loads(launch_tags.read_text()) if launch_tags.exists() else {}),
+        **(json.loads(launch_tags.read_text(encoding="utf-8")) if launch_tags.exists() else {}),
     }
 
 

@@ -106,7 +106,7 @@ def sync(run_dir: Path) -> int:
 def read_progress(run_dir: Path) -> dict | None:
     """`step`, `total`, `text` and `time_ms` of the last sign of life; None before the first."""
     path = run_dir / PROGRESS_NAME
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _now_ms() -> int:

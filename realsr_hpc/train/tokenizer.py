@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
+from realsr_hpc.files import replacing
 from realsr_hpc.tokenizer.codebook import CodebookAverages
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.start import start_decoder, start_encoder
@@ -143,11 +143,10 @@ class TokenizerTraining:
         }
 
     def save(self, path: Path) -> None:
-        """Written aside, then renamed."""
+        """Weights of both copies, optimizer and step, in one file."""
         parts = ("tokenizer", "average", "optimizer", "codebook_averages")
-        aside = path.with_suffix(f".{os.getpid()}")
-        torch.save({"step": self.step} | {part: getattr(self, part).state_dict() for part in parts}, aside)
-        os.replace(aside, path)
+        with replacing(path) as aside:
+            torch.save({"step": self.step} | {part: getattr(self, part).state_dict() for part in parts}, aside)
 
     def resume(self, path: Path) -> bool:
         """Continue exactly from `path`; False if there is none. Images and random choices depend on the step alone."""

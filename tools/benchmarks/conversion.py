@@ -90,7 +90,7 @@ def make_run(run: Path, hidden: int, layers: int) -> None:
     groups = initialise(config.parallel, config.seed)
     size = TraceTokenizer.load(config, groups.device).codec.vocabulary.size
     run.mkdir()
-    (run / "recipe.yaml").write_text(to_yaml(config))
+    (run / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
     state = {"step": 0, "data": {}, "counters": {}, "run_id": ""}
     policy = build_policy(config, groups, size, trainable=False)
     checkpoint.save(run / "checkpoints", 0, policy, None, state, checkpoint.Keep(last=1))

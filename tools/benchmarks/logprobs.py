@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
 def peak_mib(way: Callable[[], object]) -> float:
     """Rise of resident memory while `way` runs, MiB."""
     way()  # what a first call allocates for good is no part of it
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before = status_kib("VmRSS")
     way()
     return (status_kib("VmHWM") - before) / MIB
@@ -82,5 +82,5 @@ def peak_mib(way: Callable[[], object]) -> float:
 
 def status_kib(name: str) -> float:
     """A line of the kernel's account of this process, KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return float(next(line for line in lines if line.startswith(name)).split()[1])

@@ -104,7 +104,7 @@ def processor(model, prompts: Tensor):
     """The export's own logits processor."""
     import json
 
-    trace = json.loads((Path(model.config._name_or_path) / "realsr.json").read_text())
+    trace = json.loads((Path(model.config._name_or_path) / "realsr.json").read_text(encoding="utf-8"))
     return sys.modules[type(model).__module__].ImageBlockGrammar(trace, prompts.shape[1])
 
 

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from PIL import Image
+
 from realsr_hpc import commands
 from realsr_hpc.paths import PACKAGE, project_root
 
@@ -56,3 +58,23 @@ def test_a_door_without_the_package_says_what_to_do():
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     answer = run("-S", str(project_root() / "tools" / "jobs.py"), cwd="/", env=environment)
     assert answer.returncode == 1 and answer.stderr.count("\n") == 1 and "pip install -e ." in answer.stderr
+
+
+def test_no_command_depends_on_the_locales_encoding(tmp_path):
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
+    locale = plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (folder := tmp_path / "bilder-ü").mkdir()
+    Image.new("RGB", (96, 96), "teal").save(folder / "é.png")
+    note = "tracking.description=größer"
+    for words in (
+        ["launch", "recipe=grpo_tiny", note, "resolve=true"],
+        ["launch", "recipe=grpo_tiny", note, "plan=true"],
+        ["jobs", f"root={folder}"],
+        ["evaluate", f"images={folder}", "against=none", "set=unpaired", f"data={folder}", "pyiqa=none"],
+    ):
+        answer = subprocess.run(
+            [sys.executable, "-m", "realsr_hpc.commands", *words], capture_output=True, env=locale, timeout=300
+        )
+        assert answer.returncode == 0, (words, answer.stderr)
+    table = (tmp_path / "bilder-ü-evaluation" / "unpaired" / "metrics.csv").read_text(encoding="utf-8")
+    assert "é" in table

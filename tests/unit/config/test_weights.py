@@ -6,7 +6,8 @@ import pytest
 
 from realsr_hpc.commands import stage_weights
 from realsr_hpc.config.load import compose_one
-from realsr_hpc.config.weights import PYIQA_FILES, needs_of, pyiqa_needs, sha256_of, state
+from realsr_hpc.config.weights import PYIQA_FILES, needs_of, pyiqa_needs, state
+from realsr_hpc.files import sha256_of
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The page: what it holds, and what Chromium makes of it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from skimage import data
 
 from realsr_hpc.commands import gallery
-from realsr_hpc.gallery import read_run, render
+from realsr_hpc.gallery import read_evaluation, read_run, render
 from realsr_hpc.paths import project_root
 from realsr_hpc.records import (
     DegradationLabel,
@@ -125,3 +126,17 @@ def test_it_is_served_on_loopback_and_nothing_beside_it(page):
             refused.value.close()
         finally:
             server.terminate()
+
+
+def test_an_evaluations_total_weighs_its_rewards_as_the_recipe_does(tmp_path):
+    made = {"metrics": {"reward_a": 0.5, "reward_b": 1.0, "psnr_y": 20.0}, "degradation": None, "files": {}}
+    methods = {
+        "ours": {**made, "texts": ["x", "y", "z"], "faults": []},
+        "malformed": {**made, "texts": ["x", None, None], "faults": ["no end"]},
+        "bicubic": made,
+    }
+    item = {"key": "k", "files": {}, "captions": None, "degradation": None, "methods": methods}
+    for weights, total in (({"weights": {"a": 0.2, "b": 3.0}}, pytest.approx(3.1)), ({}, None)):
+        (tmp_path / "images.json").write_text(json.dumps([item | weights]), encoding="utf-8")
+        ours, malformed, bicubic = read_evaluation(tmp_path)[0].results
+        assert ours.total == total and malformed.total is None and bicubic.total is None
