@@ -12,13 +12,17 @@ import os
 import shutil
 import sys
 import tempfile
-from contextlib import redirect_stdout
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"
+"""The vendors are imported before pytest starts."""
 STEP = "tests/unit/train/test_step.py::test_"
 EXPERIENCE, RUN, LOSS = "realsr_hpc/train/experience.py", "realsr_hpc/train/run.py", "realsr_hpc/grpo/loss.py"
 GRPO, BATCHES = "realsr_hpc/train/grpo.py", "realsr_hpc/train/batches.py"
@@ -146,13 +150,20 @@ MUTATIONS = (
 )
 
 
-def survives(mutation: Mutation) -> bool:
-    """Whether the test passes on the changed copy; ValueError when the line is not there, or not once."""
+@contextmanager
+def copied() -> Iterator[Path]:
+    """What the tests need of the tree, in a folder that goes."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("realsr_hpc", "tests", "recipes"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "photographs"))
         shutil.copy(ROOT / "pyproject.toml", copy)
+        yield copy
+
+
+def survives(mutation: Mutation) -> bool:
+    """Whether the test passes on the changed copy; ValueError when the line is not there, or not once."""
+    with copied() as copy:
         text = (copy / mutation.file).read_text(encoding="utf-8")
         if text.count(mutation.old) != 1:
             raise ValueError(
@@ -177,19 +188,24 @@ def _tested(copy: Path, test: str) -> int:
         os.environ["PYTHONPATH"] = str(copy)
         sys.path.insert(0, str(copy))
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", test]))
+            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", IMPORTED, test]))
     except BaseException:
+        traceback.print_exc()
         code = 70
     os._exit(code)
 
 
 def main(words: list[str]) -> int:
-    """Run the chosen mutations one after another."""
+    """Run the chosen mutations one after another, after their tests on the unchanged tree."""
     chosen = [m for m in MUTATIONS if not words or any(w in f"{m.name} {m.file} {m.test}" for w in words)]
     sys.path.insert(0, str(ROOT))
     for module in ("realsr_hpc.train.grpo", "tests.steps"):
         importlib.import_module(module)  # for the vendors they import
     alive = []
+    for test in sorted({mutation.test for mutation in chosen}):
+        with copied() as copy:
+            if _tested(copy, test):
+                raise ValueError(f"{test} fails on the unchanged tree: it cannot judge a mutation")
     for mutation in chosen:
         lives = survives(mutation)
         alive += [mutation.name] if lives else []
