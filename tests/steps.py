@@ -30,7 +30,7 @@ from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.image import ImageTokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from realsr_hpc.train.parts import GRPOParts
+from realsr_hpc.train.parts import GRPOParts, build_reference
 from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.sequence import TraceCodec
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
@@ -122,7 +122,7 @@ def small_parts(rule: Rule = rising, weight: dict[str, Any] | None = None, **sec
     tokens = TraceTokenizer(codec, ImageTokenizer(CODES).eval(), groups.device)
     size = codec.vocabulary.size
     policy = build_policy(config, groups, size)
-    reference = build_policy(config, groups, size, trainable=False) if config.grpo.kl_beta else None
+    reference = build_reference(config, policy)
     sampler = Sampler(policy, Grammar(codec, config.rollout.grammar), config.rollout, config.seed)
     rewards = RewardMixture(config.rewards)
     rewards.rewards["told"] = Told(rule)

@@ -141,7 +141,7 @@ class _Saving:
     ) -> None:
         self._groups = policy.groups
         self._root, self._aside, self._final = root, manifest.aside_of(root, step), manifest.folder_of(root, step)
-        self._facts = {"step": step, "layout": layout(policy.groups, policy), "metric": metric}
+        self._facts = {"step": step, "layout": layout(policy.groups, policy), "metric": metric, "base": policy.base}
         self._results: dict[int, Any] = {}
         self._files: dict[str, dict[str, Any]] = {}
         self._error = ""

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from realsr_hpc.checkpoint import manifest
 from realsr_hpc.checkpoint.pickles import refuse_code
+from realsr_hpc.model import lora
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups
@@ -59,6 +60,11 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups
     """
     facts = manifest.read(path)
     refuse_code(path)
+    if facts.get("base") != policy.base:
+        raise ValueError(
+            f"checkpoint {path} belongs to {facts.get('base') or 'no base'}, this recipe's model.weights to "
+            f"{policy.base or 'none'}: adapters fit the weights they were trained on alone; name those"
+        )
     own = json.loads((path / STATE).read_text(encoding="utf-8"))
     if optimiser is not None and own["optimiser"] is None:
         raise ValueError(f"checkpoint {path} holds weights only: pass optimiser=None, or name a training checkpoint")
@@ -93,12 +99,18 @@ def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def sharded_state(policy: Policy, optimiser: Optimiser | None, loading: bool) -> dict[str, Any]:
     """Weights and optimizer state as Megatron saves and loads them; to be called inside `vendor_calls`."""
-    state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(policy)}
+    chunks = _named_chunks(policy)
+    state: dict[str, Any] = {name: _trained(policy, chunk.sharded_state_dict()) for name, chunk in chunks}
     if optimiser is not None:
         whole = dict(state) if len(policy.chunks) > 1 else state["model"]
         _give_empty_states(optimiser)
         state["optimizer"] = optimiser.vendor.sharded_state_dict(whole, is_loading=loading, metadata=_SHARDING)
     return state
+
+
+def _trained(policy: Policy, state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds of a chunk: everything, or its adapters alone."""
+    return state if policy.lora is None else {key: value for key, value in state.items() if lora.is_adapter(key)}
 
 
 def _named_chunks(policy: Policy) -> list[tuple[str, Any]]:
@@ -127,7 +139,8 @@ def _give_empty_states(optimiser: Optimiser) -> None:
 def _take_model(policy: Policy, loaded: dict[str, Any]) -> None:
     for name, chunk in _named_chunks(policy):
         absent, unknown = chunk.load_state_dict(loaded[name], strict=False)
-        wrong = [*unknown, *(key for key in absent if not key.endswith(_EXTRA_STATE))]
+        kept_elsewhere = [key for key in absent if policy.lora is not None and not lora.is_adapter(key)]
+        wrong = [*unknown, *(key for key in absent if not key.endswith(_EXTRA_STATE) and key not in kept_elsewhere)]
         assert not wrong, f"{wrong[0]}: of {len(wrong)} names that checkpoint and model do not share"
 
 

@@ -2,7 +2,8 @@
 
 checkpoint=RUN_DIR/checkpoints/step-N takes that one instead of the newest; licence=ID goes into the model card;
 dtype=bf16|fp32 rounds the policy's weights (default: as they are); shard_mb=N bounds a weights file (default: 2000),
-and with it what is held in memory beside the weights.
+and with it what is held in memory beside the weights. form=peft writes the adapters of a run with model.lora alone, for
+`peft` to load onto their base (default form=merged: a whole model, adapters merged in).
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from pathlib import Path
 
 from realsr_hpc.config.arguments import read_arguments, read_count
 
-DEFAULTS = {"run": None, "output": None, "checkpoint": None, "licence": None, "dtype": None, "shard_mb": "2000"}
+DEFAULTS = {
+    "run": None,
+    "output": None,
+    "checkpoint": None,
+    "licence": None,
+    "dtype": None,
+    "shard_mb": "2000",
+    "form": "merged",
+}
+FORMS = ("merged", "peft")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -24,6 +34,8 @@ def main(arguments: list[str]) -> int:
             raise ValueError("run=RUN_DIR and output=DIR are needed")
         if given["dtype"] not in (None, *DTYPES):
             raise ValueError(f"dtype={given['dtype']!r} is none of {', '.join(DTYPES)}; leave it out to round nothing")
+        if given["form"] not in FORMS:
+            raise ValueError(f"form={given['form']!r} is none of {', '.join(FORMS)}; leave it out for a whole model")
         taken = _export(given, Path(given["run"]), Path(given["output"]))
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -40,4 +52,12 @@ def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
     path = Path(given["checkpoint"]) if given["checkpoint"] else None
     dtype = getattr(torch, DTYPES[given["dtype"]]) if given["dtype"] else None
     shard_bytes = read_count(given, "shard_mb", 1) * 10**6
-    return export_run(run, output, checkpoint_path=path, licence=given["licence"], dtype=dtype, shard_bytes=shard_bytes)
+    return export_run(
+        run,
+        output,
+        checkpoint_path=path,
+        licence=given["licence"],
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        form=given["form"] or "merged",
+    )

@@ -192,6 +192,16 @@ def sft_learns_from_degraded_photographs(config: RunConfig) -> Iterator[str]:
         yield f"data.mode: {config.data.mode}: has no degradation labels, so no traces for SFT; set unpaired"
 
 
+def adapters_begin_at_the_reference(config: RunConfig) -> Iterator[str]:
+    """With adapters the reference is the policy without them: GRPO's must begin at it."""
+    lora = config.model.lora
+    if lora is not None and lora.weights is not None and config.task == "grpo" and config.grpo.kl_beta > 0:
+        yield (
+            f"model.lora.weights: {lora.weights}: the KL reference would be the model without these adapters; export "
+            "their run with form=merged and name that folder in model.weights, or set grpo.kl_beta=0"
+        )
+
+
 def warm_up_ends_before_the_run(config: RunConfig) -> Iterator[str]:
     """A warm-up as long as the run never reaches its learning rate."""
     num_steps = {"grpo": config.grpo.num_steps * config.grpo.updates_per_step, "sft": config.sft.num_steps}
@@ -245,6 +255,7 @@ RULES: tuple[Rule, ...] = (
     a_ramp_has_both_ends,
     image_top_k_is_fixed_or_adaptive,
     sft_learns_from_degraded_photographs,
+    adapters_begin_at_the_reference,
     warm_up_ends_before_the_run,
     the_best_checkpoint_is_measured,
     the_instruction_shows_the_image_once,

@@ -148,6 +148,22 @@ class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     """Updates between two reports."""
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoRAConfig(Section, tasks=POLICY):
+    """Low-rank adapters: training moves them alone, the weights stay as they are."""
+
+    rank: Count = 16
+    """Inner width of an adapter."""
+    alpha: Positive = 32.0
+    """An adapter's product is scaled by alpha / rank."""
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = get_args(Projection)
+    """Projections that get an adapter, by their Hugging Face names."""
+    weights: str | None = None
+    """Start adapters: a PEFT folder (adapter_model.safetensors); None: adapters that change nothing yet."""
+
+
 class ModelConfig(Section, tasks=POLICY):
     """Chameleon-shaped decoder (PAPER section 2)."""
 
@@ -171,6 +187,8 @@ class ModelConfig(Section, tasks=POLICY):
     """Longest prompt and response together."""
     weights: str | None = None
     """Start weights: a Hugging Face export folder; None: random (a run's own checkpoint goes before)."""
+    lora: LoRAConfig | None = None
+    """Train low-rank adapters in place of the weights: `{rank: 16, alpha: 32}`; None: train all weights."""
 
 
 class ParallelConfig(Section, role="layout", tasks=POLICY):

@@ -17,12 +17,14 @@ from realsr_hpc import checkpoint
 from realsr_hpc.config.load import from_yaml, to_yaml
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.export import hf_config
+from realsr_hpc.export.adapter import export_adapter
 from realsr_hpc.export.card import model_card
 from realsr_hpc.export.folder import SHARD_BYTES, Aside, write_json, write_weights
 from realsr_hpc.export.image_weights import encoder_tensors, save_decoder
 from realsr_hpc.export.recipe import portable
 from realsr_hpc.export.text_files import combined, write_text_files
 from realsr_hpc.files import write_sums
+from realsr_hpc.model import lora
 from realsr_hpc.model.hf_mapping import hf_names, hf_shape, hf_tensors
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.parallel.groups import Groups, initialise
@@ -52,6 +54,7 @@ def export_policy(
     The folder is written aside and renamed. ValueError when `output` exists or a file of the recipe does not fit.
     dtype: rounds the policy's weights; None keeps theirs, and only that makes the way back the identity.
     """
+    config = without_adapters(config)
     kept = next(policy.parameters()).dtype if dtype is None else dtype
     weights = _rounded(policy, kept)
     if policy.groups.is_main:
@@ -81,7 +84,8 @@ def export_policy(
 
 def _rounded(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole weights in `dtype` on world rank 0, nothing on the others; all ranks go through it together."""
-    for name, value in hf_tensors(policy):
+    merged = None if policy.lora is None else lora.merging(policy)
+    for name, value in hf_tensors(policy, merged):
         if value is not None:
             yield name, value.to(dtype)
 
@@ -105,10 +109,12 @@ def export_run(
     licence: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    form: str = "merged",
 ) -> Path:
     """Export a run's newest whole checkpoint (or the one named); returns the checkpoint that was taken.
 
-    One process, or as many as the recipe's layout wants (torchrun). ValueError when there is no checkpoint.
+    form: merged, a whole model, or peft, the trained adapters alone. One process, or as many as the recipe's layout
+    wants (torchrun). ValueError when there is no checkpoint.
     """
     config = from_yaml(run_dir / "recipe.yaml")
     groups = initialise(layout_here(config), config.seed)
@@ -118,6 +124,9 @@ def export_run(
     tokens = TraceTokenizer.load(config, groups.device)
     policy = empty_policy(config, groups, tokens.codec.vocabulary.size)
     state = checkpoint.load(path, policy, None, groups)
+    if form == "peft":
+        export_adapter(policy, config, output, dtype)
+        return path
     metrics = last_metrics(run_dir, state["step"])
     step = state["step"]
     facts = {"step": step, "metrics": metrics, "licence": licence}
@@ -131,15 +140,24 @@ def layout_here(config: RunConfig) -> ParallelConfig:
 
 
 def empty_policy(config: RunConfig, groups: Groups, vocab_size: int) -> Policy:
-    """A policy to be filled from a checkpoint, in the layout of this world; no FP8, no start weights."""
+    """A policy to be filled from a checkpoint, in the layout of this world; no FP8.
+
+    Start weights are read only where adapters stand on them: their checkpoints do not hold those.
+    """
+    adapted = config.model.lora is not None
     plain = config.model_copy(
         update={
             "parallel": layout_here(config),
             "precision": config.precision.model_copy(update={"fp8": "none", "rollout_fp8": False}),
-            "model": config.model.model_copy(update={"weights": None}),
+            "model": config.model if adapted else config.model.model_copy(update={"weights": None}),
         }
     )
-    return build_policy(plain, groups, vocab_size, trainable=False, filled=False)
+    return build_policy(plain, groups, vocab_size, trainable=False, filled=adapted)
+
+
+def without_adapters(config: RunConfig) -> RunConfig:
+    """The recipe of a model whose adapters are merged into its weights."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
 
 
 def last_metrics(run_dir: Path, step: int) -> dict[str, float]:

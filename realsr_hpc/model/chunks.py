@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from realsr_hpc.config.schema import ModelConfig
+from realsr_hpc.config.schema import LoRAConfig, ModelConfig
 from realsr_hpc.model.attention import BranchedRows, segment_mask
 from realsr_hpc.parallel import layout
 from realsr_hpc.parallel.groups import Groups
@@ -48,7 +48,7 @@ class WeightShapes:
         )
 
 
-class _SumGradient(torch.autograd.Function):
+class SumGradient(torch.autograd.Function):
     """Identity; the gradient is summed over the group.
 
     Megatron's copy_to_tensor_model_parallel_region reduces a contiguous copy of a strided gradient and returns the
@@ -57,11 +57,13 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Any shape, as it is."""
         ctx.group = group
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient, summed over the group."""
         summed = gradients[0].contiguous().clone()
         dist.all_reduce(summed, group=ctx.group)
         return summed, None
@@ -97,7 +99,7 @@ class PolicyChunk(GPTModel):
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
         elif group.size() > 1:
-            hidden = _SumGradient.apply(hidden, group)
+            hidden = SumGradient.apply(hidden, group)
         return hidden.transpose(0, 1)
 
 
@@ -117,6 +119,10 @@ class Policy:
     """Layers, from 1, whose products rollouts compute in FP8."""
     decode_graphs: bool = False
     """Rollouts replay steps of fixed shapes."""
+    lora: LoRAConfig | None = None
+    """Low-rank adapters that are trained in place of the weights (model/lora.py); None: there are none."""
+    base: str | None = None
+    """With adapters: which weights they belong to, a checksum of the files or the seed they were drawn from."""
 
     @property
     def output_weight(self) -> Tensor:
@@ -129,6 +135,11 @@ class Policy:
     def vocab_offset(self) -> int:
         """Vocabulary id of the first row of `output_weight`."""
         return self.groups.tp_rank * (self.padded_vocab_size // self.groups.tp_size)
+
+    def stage_of(self, layer: int) -> int:
+        """Pipeline stage that holds a layer, counted from 0 over the whole model."""
+        per_chunk = self.shapes.num_layers // (self.groups.pp_size * len(self.chunks))
+        return layer // per_chunk % self.groups.pp_size
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Parameters of all local chunks."""

@@ -269,10 +269,9 @@ def _shards(value: Tensor, row: Row, policy: Policy) -> list[Tensor]:
 def _owners(policy: Policy) -> Iterator[tuple[tuple[Row, int], int]]:
     """Every row of the whole model in one order all ranks agree on, with the stage that holds it."""
     last = policy.groups.pp_size - 1
-    per_chunk = policy.shapes.num_layers // (policy.groups.pp_size * len(policy.chunks))
     yield (EMBEDDING, 0), 0
     for layer in range(policy.shapes.num_layers):
         for row in LAYER:
-            yield (row, layer), (layer // per_chunk) % policy.groups.pp_size
+            yield (row, layer), policy.stage_of(layer)
     for row in FINAL:
         yield (row, 0), last

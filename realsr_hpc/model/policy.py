@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors.torch import load_file
 
-from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.schema import LoRAConfig, RunConfig
+from realsr_hpc.model import lora
 from realsr_hpc.model.chunks import Policy, PolicyChunk, WeightShapes
 from realsr_hpc.model.fp8 import start_emulation
 from realsr_hpc.model.hf_mapping import init_weights, load_hf_weights, mark_cuts
@@ -15,7 +20,17 @@ from realsr_hpc.model.precision import emulates_fp8, rollout_fp8_layers
 from realsr_hpc.model.spec import block_spec, transformer_config
 from realsr_hpc.parallel import backend, layout
 from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.parallel.reduce import broadcast_object
 from realsr_hpc.paths import resolve
+
+PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+"""File of PEFT's adapters, and what it puts before the names of the model's modules."""
+PEFT_CONFIG = "adapter_config.json"
+PEFT_VARIANTS = (
+    "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save", "layers_to_transform", "lora_bias",
+    "trainable_token_indices", "fan_in_fan_out",
+)  # fmt: skip
+"""Fields of it that change the function; absent or empty in plain LoRA."""
 
 
 def build_policy(
@@ -47,6 +62,12 @@ def build_policy(
         start_emulation(policy, config.precision)
     if filled and not meta:
         _fill(policy, config)
+    if config.model.lora is not None:
+        lora.attach(policy, config.model.lora, config.seed)
+        if not meta:
+            policy.base = broadcast_object(base_name(config) if groups.is_main else None, dist.group.WORLD)
+            if config.model.lora.weights is not None:
+                lora.load(policy, read_adapters(resolve(config.model.lora.weights), config.model.lora))
     if not trainable:
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
@@ -78,3 +99,38 @@ def _fill(policy: Policy, config: RunConfig) -> None:
         init_weights(policy, config.seed, config.model.init_std)
         return
     load_hf_weights(policy, resolve(config.model.weights))
+
+
+def base_name(config: RunConfig) -> str:
+    """Which weights adapters are trained on: a checksum of every weight file, or how they were drawn."""
+    if config.model.weights is None:
+        return f"random weights of seed {config.seed}"
+    total = hashlib.sha256()
+    for path in sorted(resolve(config.model.weights).glob("*.safetensors")):
+        with path.open("rb") as stream:
+            total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return f"weights of sha256 {total.hexdigest()}"
+
+
+def read_adapters(folder: Path, ours: LoRAConfig) -> dict[str, torch.Tensor]:
+    """Adapters of a PEFT folder by the names of `lora.parameters`.
+
+    ValueError where there are none, or its adapter_config.json says another function than the recipe.
+    """
+    path = folder / PEFT_WEIGHTS
+    if not path.is_file() or not (folder / PEFT_CONFIG).is_file():
+        raise ValueError(f"model.lora.weights = {folder}: no {PEFT_WEIGHTS} with {PEFT_CONFIG}: name a PEFT folder")
+    theirs = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    wanted = {"peft_type": "LORA", "r": ours.rank, "lora_alpha": ours.alpha, "bias": "none"}
+    wanted |= dict.fromkeys(PEFT_VARIANTS)
+    differing = [f"{name} {theirs[name]!r}" for name, value in wanted.items() if (theirs.get(name) or None) != value]
+    if differing:
+        raise ValueError(
+            f"model.lora.weights = {folder}: {PEFT_CONFIG} has {', '.join(differing)}; set model.lora.rank and alpha "
+            "to the adapter's; its variants of LoRA, if any, cannot be represented"
+        )
+    tensors = load_file(path)
+    return {
+        name.removeprefix(PEFT_PREFIX).replace("model.language_model.", "model."): tensor
+        for name, tensor in tensors.items()
+    }

@@ -78,9 +78,10 @@ def logit_bytes(config: RunConfig, *, gradient: bool) -> float:
     second = min(LOGIT_CHUNK_TOKENS, scored - first)
     alone, left = _bytes_a_logit(config, gradient=gradient)
     size = shard * max(alone * first, left * first + alone * second)
-    if gradient:
-        # the weight's gradient in float32 and, of bf16 weights, one chunk's share; hidden states of the loss tokens
+    if gradient and config.model.lora is None:
+        # the weight's gradient in float32 and, of bf16 weights, one chunk's share
         size += shard * hidden * (4 if width(config) == 4 else 6)
+    if gradient:  # hidden states of the loss tokens
         size += 2 * scored * streams * hidden * width(config)
     return size
 
@@ -124,7 +125,9 @@ def layer_bytes(config: RunConfig, recompute: str) -> float:
     # gate and up, silu(gate), up once more (Megatron adds an offset of 0), the product; "selective": all again
     feed_forward = 5 * model.ffn_hidden_size if recompute == "none" else 0
     tokens = shape.tokens * (norms / _shared(config) + width(config) * (attention + feed_forward) / tp)
-    return tokens + width(config) * (_of_branches(config) + _rotary(config))
+    lora = config.model.lora
+    inner = 0 if lora is None else shape.tokens * lora.rank * len(lora.targets)  # A x, which B's gradient is made of
+    return tokens + width(config) * (_of_branches(config) + _rotary(config) + inner)
 
 
 def _rotary(config: RunConfig) -> float:

@@ -55,7 +55,7 @@ def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {"parallel.sequence_parallel": True}
     if not parallel.distributed_optimizer:
         yield {"parallel.distributed_optimizer": True}
-    if not parallel.reference_offload:
+    if not parallel.reference_offload and config.model.lora is None:
         yield {"parallel.reference_offload": True}
     if parallel.microbatch_tokens > config.model.max_sequence_tokens:
         yield {"parallel.microbatch_tokens": config.model.max_sequence_tokens}

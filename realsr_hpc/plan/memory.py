@@ -12,14 +12,16 @@ from realsr_hpc.config.derived import pass_tokens, widest_lookahead
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.activations import first_stage, gather_buffer, last_stage, scoring
 from realsr_hpc.plan.sizes import (
+    adapter_parameters,
     dp_size,
     guided,
-    has_reference,
+    has_second_model,
     loss_tokens_of_a_row,
     sequence_tokens,
     sequences_of_a_rank,
     stage_layers,
     stage_parameters,
+    trained_parameters,
     truncated,
     vocabulary_size,
     width,
@@ -71,7 +73,7 @@ def memory(config: RunConfig) -> Memory:
     }
     if config.task == "grpo":
         phases["rollout"] = _rollout(config)
-        offloaded = has_reference(config) and config.parallel.reference_offload
+        offloaded = has_second_model(config) and config.parallel.reference_offload
         weights = stage_parameters(config) * width(config) if offloaded else 0.0
         # joined microbatches hold a copy of their own
         phases["score"] = {"reference": weights, **scoring(config), "allowed tokens": 2 * supports}
@@ -81,17 +83,20 @@ def memory(config: RunConfig) -> Memory:
 
 def _resident(config: RunConfig) -> dict[str, float]:
     shard = stage_parameters(config)
-    kept = has_reference(config) and not config.parallel.reference_offload
+    kept = has_second_model(config) and not config.parallel.reference_offload
+    trained = trained_parameters(config)
     terms = {
         "weights": shard * width(config),
-        "gradients (fp32)": shard * 4,
-        "optimizer": shard
+        "adapters": adapter_parameters(config) * width(config),
+        "gradients (fp32)": trained * 4,
+        "optimizer": trained
         * optimizer_bytes(config)[0]
         / (dp_size(config) if config.parallel.distributed_optimizer else 1),
         "reference": shard * width(config) if kept else 0.0,
     }
     fixed = FIXED_GIB if config.cluster.gpus_per_node else 0.0
     buffers = fixed + gather_buffer(config) / GIB
+    terms = {name: size for name, size in terms.items() if size or name != "adapters"}
     return {**{name: size / GIB for name, size in terms.items()}, "context and buffers": buffers}
 
 
@@ -108,8 +113,8 @@ def optimizer_bytes(config: RunConfig) -> tuple[int, int]:
 
 def _host(config: RunConfig) -> float:
     shard = stage_parameters(config)
-    reference = shard * width(config) if has_reference(config) and config.parallel.reference_offload else 0.0
-    return reference + shard * optimizer_bytes(config)[1] / (
+    reference = shard * width(config) if has_second_model(config) and config.parallel.reference_offload else 0.0
+    return reference + trained_parameters(config) * optimizer_bytes(config)[1] / (
         dp_size(config) if config.parallel.distributed_optimizer else 1
     )
 

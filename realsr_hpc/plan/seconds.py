@@ -19,7 +19,7 @@ from realsr_hpc.plan.sizes import (
     parameter_count,
     sequence_tokens,
     sequences_per_update,
-    stage_parameters,
+    trained_parameters,
     vocabulary_size,
     width,
 )
@@ -84,7 +84,8 @@ def training_seconds(config: RunConfig, device: Device, dp: int) -> float:
     attention = 4 * model.num_layers * model.hidden_size * pairs * shape.in_a_row
     forward = _rows_of_a_step(config) * dp * (2 * matrices * shape.row_tokens + attention)
     # every update sees its own share of the rollouts
-    passes = 3.0 + _computed_again(config) + has_reference(config)
+    # a backward pass makes gradients of inputs and of weights; adapters' own products are small
+    passes = (3.0 if model.lora is None else 2.0) + _computed_again(config) + has_reference(config)
     passes += config.task == "grpo" and config.grpo.updates_per_step > 1
     rate = device.bf16_tflops * 1e12 * device.training_share * world_size(config)
     if config.precision.fp8 != "none":
@@ -158,8 +159,8 @@ def traffic(config: RunConfig, dp: int) -> Traffic:
     over_tp = model.num_layers / parallel.pp * hidden * ring * passes
     over_pp = 2 * hidden / (parallel.tp if parallel.sequence_parallel else 1) if parallel.pp > 1 else 0.0
     updates = config.grpo.updates_per_step if config.task == "grpo" else 1
-    shard = stage_parameters(config)
-    over_dp = shard * (4 + width(config)) * (dp - 1) / dp * updates  # gradients scattered, weights gathered
+    # gradients are scattered, weights gathered
+    over_dp = trained_parameters(config) * (4 + width(config)) * (dp - 1) / dp * updates
     return Traffic(over_tp / GB, over_pp / GB, over_dp / GB)
 
 

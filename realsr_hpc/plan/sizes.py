@@ -80,6 +80,24 @@ def stage_layers(config: RunConfig) -> float:
     return config.model.num_layers / config.parallel.pp * layer_size(config) / config.parallel.tp
 
 
+def adapter_parameters(config: RunConfig) -> float:
+    """Of the low-rank adapters on one tensor-parallel rank of a stage, which cuts one side of each."""
+    model, lora, tp = config.model, config.model.lora, config.parallel.tp
+    if lora is None:
+        return 0.0
+    hidden, ffn, head_dim = model.hidden_size, model.ffn_hidden_size, model.hidden_size // model.num_heads
+    kv_size = (model.num_kv_heads or model.num_heads) * head_dim
+    cut = {"q_proj": hidden, "k_proj": kv_size, "v_proj": kv_size, "o_proj": hidden}
+    cut |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), ffn)
+    numbers = sum(hidden + cut[name] / tp for name in lora.targets)  # the other side is as wide as the residual stream
+    return model.num_layers / config.parallel.pp * lora.rank * numbers
+
+
+def trained_parameters(config: RunConfig) -> float:
+    """Parameters with gradients and optimizer states on one tensor-parallel rank of the fullest stage."""
+    return stage_parameters(config) if config.model.lora is None else adapter_parameters(config)
+
+
 def sequence_tokens(config: RunConfig) -> tuple[int, int]:
     """Prompt and full trace, in tokens, texts at their longest."""
     if config.task == "tokenizer":
@@ -155,6 +173,11 @@ def guided(config: RunConfig) -> bool:
 def has_reference(config: RunConfig) -> bool:
     """A frozen reference takes part."""
     return config.task == "grpo" and config.grpo.kl_beta > 0
+
+
+def has_second_model(config: RunConfig) -> bool:
+    """The reference is a model of its own, not the policy with its adapters off."""
+    return has_reference(config) and config.model.lora is None
 
 
 def width(config: RunConfig) -> int:

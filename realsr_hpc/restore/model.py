@@ -35,7 +35,7 @@ def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRest
 
     precision = config.precision.model_copy(update={"fp8": "none", "rollout_fp8": False})
     config = config.model_copy(update={"parallel": ParallelConfig(), "precision": precision})
-    if checkpoint_path is not None:
+    if checkpoint_path is not None and config.model.lora is None:  # adapters stand on the start weights
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
     groups = initialise(config.parallel, config.seed)
     tokens = TraceTokenizer.load(config, groups.device)

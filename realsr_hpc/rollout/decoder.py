@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from realsr_hpc.behaviour.distribution import project
 from realsr_hpc.model.fp8 import Fp8Weight
+from realsr_hpc.model.lora import Adapters, adapters_of
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.model.spec import HEAD_NORM_EPSILON
 from realsr_hpc.parallel import backend
@@ -38,10 +40,26 @@ from realsr_hpc.rollout.cache import Cache, Place, Stream
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [m, kv, h/kv, d], k [m, kv, d], v [m, kv, d]) of m tokens -> context [m, h, d]."""
-Matrix = Tensor | Fp8Weight
-"""[out, in]."""
 Turns = Generator[None, None, Tensor | None]
 """A pass in turns; returns the last stage's result, None on the others."""
+
+
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """A matrix with its low-rank adapters beside it: the same function as in training."""
+
+    base: Tensor | Fp8Weight
+    adapters: Adapters
+    inner: Tensor
+    """Every A of the layer, [adapters x rank, in]."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [n, in] -> [n, out]; a share where the sum over tp comes later, as the base's product is."""
+        return _product(x, self.base) + self.adapters.outputs(F.linear(x, self.inner))
+
+
+Matrix = Tensor | Fp8Weight | AdaptedWeight
+"""[out, in]."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +82,30 @@ class LayerWeights:
 
         fp8: the matrices as FP8 copies of what they are now.
         """
-        matrix = Fp8Weight.of if fp8 else _itself
         attention, mlp = layer.self_attention, layer.mlp
         fused = hasattr(attention.linear_qkv, "layer_norm_weight")
         q_norm, k_norm = attention.q_layernorm, attention.k_layernorm
         return cls(
             attention.linear_qkv.layer_norm_weight if fused else layer.input_layernorm.weight,
-            matrix(attention.linear_qkv.weight),
+            _matrix(attention.linear_qkv, fp8),
             _beside(q_norm.weight.detach(), k_norm.weight.detach()),
             _beside(q_norm.bias.detach(), k_norm.bias.detach()),
-            matrix(attention.linear_proj.weight),
+            _matrix(attention.linear_proj, fp8),
             mlp.linear_fc1.layer_norm_weight if fused else layer.pre_mlp_layernorm.weight,
-            matrix(mlp.linear_fc1.weight),
-            matrix(mlp.linear_fc2.weight),
+            _matrix(mlp.linear_fc1, fp8),
+            _matrix(mlp.linear_fc2, fp8),
         )
 
 
-def _itself(weight: Tensor) -> Tensor:
-    return weight
+def _matrix(linear: Any, fp8: bool) -> Matrix:
+    base = Fp8Weight.of(linear.weight) if fp8 else linear.weight
+    adapters = adapters_of(linear)
+    return base if adapters is None else AdaptedWeight(base, adapters, adapters.inner())
 
 
 def _product(x: Tensor, matrix: Matrix) -> Tensor:
     """[n, in] -> [n, out]."""
-    return matrix.product(x) if isinstance(matrix, Fp8Weight) else F.linear(x, matrix)
+    return F.linear(x, matrix) if isinstance(matrix, Tensor) else matrix.product(x)
 
 
 def _beside(queries: Tensor, keys: Tensor) -> Tensor:
@@ -251,8 +270,7 @@ class Decoder:
         return dist.get_global_rank(self.groups.pp, (self.groups.pp_rank + step) % self.groups.pp_size)
 
     def _receive(self, rows: int) -> Tensor:
-        weight = self.chunks[0][0].proj
-        x = weight.new_empty(rows, self.policy.config.hidden_size)
+        x = self.chunks[0][0].attention_norm.new_empty(rows, self.policy.config.hidden_size)
         dist.recv(x, self._neighbour(-1), group=self.groups.pp)
         return x
 

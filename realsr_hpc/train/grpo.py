@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.parallel.layout import microbatch_multiple
@@ -26,7 +24,7 @@ from realsr_hpc.train.kept import keep_rollouts
 from realsr_hpc.train.objective import check_exactness, objective
 from realsr_hpc.train.parts import GRPOParts, build_grpo_parts, clock
 from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
-from realsr_hpc.train.scoring import logprobs_of
+from realsr_hpc.train.scoring import logprobs_of, with_columns
 from realsr_hpc.train.updates import grpo_batches
 
 
@@ -35,7 +33,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     grpo = config.grpo
     parts = build_grpo_parts(config)
     run = TrainingRun(parts, run_dir, stop, grpo.num_steps)
-    if parts.reference is not None and run.parity is not None:
+    if parts.reference not in (None, parts.policy) and run.parity is not None:
         run.parity.watch(parts.reference)
     source = _loader(parts, config.data.train_split, grpo.prompts_per_step, "grpo.prompts_per_step")
     done = run.resume(source)
@@ -84,25 +82,15 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
 def score_before_updates(parts: GRPOParts, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
     """With the reference's log-probs, and with several updates a step the policy's own before the first of them."""
     parallel, allowed, scored = parts.config.parallel, parts.sampler.masks.allowed, list(microbatches)
-    if parts.reference is not None:
-        parts.reference.offload(to_host=False)
-        at_once, multiple = parallel.scoring_microbatches, microbatch_multiple(parallel)
-        logprobs = logprobs_of(parts.reference, scored, allowed, at_once=at_once, multiple=multiple)
-        scored = [_with(m, reference_logprobs=values) for m, values in zip(scored, logprobs, strict=True)]
-        if parallel.reference_offload:
-            parts.reference.offload(to_host=True)
+    with parts.as_reference() as reference:
+        if reference is not None:
+            at_once, multiple = parallel.scoring_microbatches, microbatch_multiple(parallel)
+            logprobs = logprobs_of(reference, scored, allowed, at_once=at_once, multiple=multiple)
+            scored = [with_columns(m, reference_logprobs=values) for m, values in zip(scored, logprobs, strict=True)]
     if parts.config.grpo.updates_per_step > 1:
         logprobs = logprobs_of(parts.policy, scored, allowed)
-        scored = [_with(m, old_logprobs=values) for m, values in zip(scored, logprobs, strict=True)]
+        scored = [with_columns(m, old_logprobs=values) for m, values in zip(scored, logprobs, strict=True)]
     return scored
-
-
-def _with(microbatch: Microbatch, **columns: Tensor | None) -> Microbatch:
-    """The microbatch with further columns of its rollouts' tokens."""
-    loss = microbatch.loss
-    if loss is None or loss.rollouts is None:
-        return microbatch
-    return replace(microbatch, loss=replace(loss, rollouts=replace(loss.rollouts, **columns)))
 
 
 def _loader(parts: GRPOParts, split: str, prompts: int, field: str, shuffle: bool = True) -> LQLoader:

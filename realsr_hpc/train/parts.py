@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.lora import adapters_off
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.groups import Groups, initialise
@@ -80,9 +81,22 @@ class GRPOParts(Parts):
     """Of GRPO: also the frozen reference, the sampler on the live policy, and the rewards."""
 
     reference: Policy | None
-    """None without a KL term."""
+    """None without a KL term; with low-rank adapters the policy itself, which is the reference with them off."""
     sampler: Sampler
     rewards: RewardMixture
+
+    @contextmanager
+    def as_reference(self) -> Iterator[Policy | None]:
+        """The frozen reference, on its device within."""
+        if self.reference is self.policy:
+            with adapters_off(self.policy):
+                yield self.policy
+            return
+        if self.reference is not None:
+            self.reference.offload(to_host=False)
+        yield self.reference
+        if self.reference is not None and self.config.parallel.reference_offload:
+            self.reference.offload(to_host=True)
 
 
 def build_parts(config: RunConfig, num_updates: int) -> Parts:
@@ -96,17 +110,25 @@ def build_parts(config: RunConfig, num_updates: int) -> Parts:
 def build_grpo_parts(config: RunConfig) -> GRPOParts:
     """From a recipe."""
     parts = build_parts(config, config.grpo.num_steps * config.grpo.updates_per_step)
-    with_reference = config.grpo.kl_beta > 0
     return GRPOParts(
         config,
         parts.groups,
         parts.tokens,
         parts.policy,
         parts.optimiser,
-        build_policy(config, parts.groups, parts.vocabulary.size, trainable=False) if with_reference else None,
+        build_reference(config, parts.policy),
         Sampler(parts.policy, Grammar(parts.tokens.codec, config.rollout.grammar), config.rollout, config.seed),
         RewardMixture(config.rewards),
     )
+
+
+def build_reference(config: RunConfig, policy: Policy) -> Policy | None:
+    """The frozen model that a KL term holds the policy at: a second one, or with adapters the policy itself."""
+    if config.grpo.kl_beta == 0:
+        return None
+    if policy.lora is not None:
+        return policy
+    return build_policy(config, policy.groups, policy.vocab_size, trainable=False)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -90,3 +91,11 @@ def _split(part: Sequence[Microbatch], output: Outputs) -> list[Tensor | None]:
 def nothing_to_score(hidden: Tensor, output_weight: Tensor) -> Tensor:
     """Loss of a microbatch without loss tokens: zero, with a gradient of zeros for every parameter."""
     return (hidden.sum() + output_weight.sum()).float() * 0.0
+
+
+def with_columns(microbatch: Microbatch, **columns: Tensor | None) -> Microbatch:
+    """The microbatch with further columns of its rollouts' tokens."""
+    loss = microbatch.loss
+    if loss is None or loss.rollouts is None:
+        return microbatch
+    return replace(microbatch, loss=replace(loss, rollouts=replace(loss.rollouts, **columns)))

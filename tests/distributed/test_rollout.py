@@ -17,26 +17,38 @@ TRUNCATED = PLAIN | {
 MODALITY = {"grammar": "modality", "max_new_tokens": 60, "top_p": 0.9, "lookahead": 1}
 
 
-def one_update(parallel: dict[str, Any], rollout: dict[str, Any], microbatch_tokens: int = 900) -> dict[str, Any]:
+def one_update(
+    parallel: dict[str, Any],
+    rollout: dict[str, Any],
+    microbatch_tokens: int = 900,
+    adapted: bool = False,
+) -> dict[str, Any]:
     """A whole step of two prompts x four rollouts; numbers of this rank."""
     import torch
 
+    from realsr_hpc.model import lora
     from realsr_hpc.parallel.layout import microbatch_multiple
     from realsr_hpc.parallel.reduce import broadcast_from_last_stage, reduce_floats
     from realsr_hpc.train.grpo import step
     from realsr_hpc.train.scoring import logprobs_of
     from realsr_hpc.train.updates import grpo_batches
+    from tests.distributed.worlds import DrawnAdapters
     from tests.steps import Images, small_parts
 
     torch.set_num_threads(1)
     parts = small_parts(
         vlcot={"max_text_tokens": 5},
-        model={"num_layers": 4, "hidden_size": 64, "num_kv_heads": 2, "ffn_hidden_size": 96},
+        model={"num_layers": 4, "hidden_size": 64, "num_kv_heads": 2, "ffn_hidden_size": 96}
+        | ({"lora": {"rank": 3, "alpha": 6.0}} if adapted else {}),
         parallel={"distributed_optimizer": False, "microbatch_tokens": microbatch_tokens} | parallel,
         rollout=rollout,
-        grpo={"aggregation": "sequence", "kl_beta": 1e-9},
+        grpo={"aggregation": "sequence", "kl_beta": 0.0 if adapted else 1e-9},
+        optim={"lr": 1e-30} if adapted else {},
     )
     groups, reference = parts.groups, parts.reference
+    if adapted:  # as if trained: no reference has its weights, so the policy that does not move is asked again
+        lora.load(parts.policy, DrawnAdapters(parts.policy))
+        reference = parts.policy
     assert reference is not None
     share = 2 // groups.dp_size
     mine = range(groups.dp_rank * share, (groups.dp_rank + 1) * share)
@@ -130,3 +142,20 @@ def test_sharing_prompts_and_microbatches_change_nothing(case, microbatch_tokens
 def test_steps_of_fixed_shapes_sample_the_same(case, parallel):
     """What a GPU replays from graphs; here the same steps run without one."""
     check(case, parallel | {"decode_graphs": True}, parallel.get("tp", 1))
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """One process with low-rank adapters that are not zero."""
+    return TRUNCATED, run_ranks(1, one_update, {}, TRUNCATED, 900, True)[0]
+
+
+def test_adapters_sample_what_they_score(adapted):
+    _, single = adapted
+    assert single["worst"] <= 1e-5 and single["grad_norm"] > 1e-3
+    assert single["tokens"] != run_ranks(1, one_update, {}, TRUNCATED)[0]["tokens"]
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vpp2", "tp2_pp2"])
+def test_adapters_at_any_layout_equal_one_process(adapted, layout):
+    check(adapted, *LAYOUTS[layout], microbatch_tokens=900, adapted=True)

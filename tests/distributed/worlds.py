@@ -88,16 +88,39 @@ def loss_of(policy: Any) -> Any:
 
 def start(config: RunConfig) -> Any:
     """Groups and a policy on this rank."""
+    from realsr_hpc.model import lora
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.parallel.groups import initialise
 
     groups = initialise(config.parallel, config.seed)
-    return build_policy(config, groups, VOCAB)
+    policy = build_policy(config, groups, VOCAB)
+    if policy.lora is not None:
+        lora.load(policy, DrawnAdapters(policy))
+    return policy
+
+
+class DrawnAdapters(dict[str, Tensor]):
+    """Whole adapters by name; a trained B is not zero, and only then does A have a gradient."""
+
+    def __init__(self, policy: Any):
+        from realsr_hpc.model.lora import parameters, whole_shape
+
+        for name, _ in parameters(policy):
+            generator = torch.Generator().manual_seed(sum(name.encode()))
+            self[name] = 0.1 * torch.randn(whole_shape(name, policy), generator=generator)
+
+
+def trained(policy: Any, part: Any = Tensor.detach) -> dict[str, np.ndarray]:
+    """Whole trained tensors on world rank 0: the adapters, or all weights where there are none."""
+    from realsr_hpc.model.hf_mapping import local_to_hf
+    from realsr_hpc.model.lora import whole_tensors
+
+    whole = whole_tensors(policy, part) if policy.lora is not None else local_to_hf(policy, part).items()
+    return {name: tensor.numpy() for name, tensor in whole if tensor is not None}
 
 
 def gradients(config: RunConfig, count: int, packed: bool) -> dict[str, Any]:
     """Loss, hidden states of this rank's rows, and (on world rank 0) whole gradients after one backward."""
-    from realsr_hpc.model.hf_mapping import local_to_hf
     from realsr_hpc.optim.step import Optimiser
 
     policy = start(config)
@@ -108,17 +131,15 @@ def gradients(config: RunConfig, count: int, packed: bool) -> dict[str, Any]:
     outputs = broadcast_outputs(outputs, groups)
     loss = torch.stack([one["loss"] for one in outputs]).sum()
     dist.all_reduce(loss, group=groups.dp)
-    whole = local_to_hf(policy, lambda parameter: parameter.main_grad)
     return {
         "loss": loss.item(),
         "hidden": torch.cat([one["hidden"] for one in outputs]).numpy(),
-        "gradients": {name: tensor.numpy() for name, tensor in whole.items()},
+        "gradients": trained(policy, lambda parameter: parameter.main_grad),
     }
 
 
 def updates(config: RunConfig, steps: int, count: int = 2) -> dict[str, Any]:
     """Weights (world rank 0), grad norms and learning rates after some updates."""
-    from realsr_hpc.model.hf_mapping import local_to_hf
     from realsr_hpc.optim.step import Optimiser
 
     policy = start(config)
@@ -130,7 +151,7 @@ def updates(config: RunConfig, steps: int, count: int = 2) -> dict[str, Any]:
         "norms": [r.grad_norm for r in results],
         "applied": [r.applied for r in results],
         "lrs": [r.lr for r in results],
-        "weights": {name: t.numpy() for name, t in local_to_hf(policy).items()},
+        "weights": trained(policy),
     }
 
 

@@ -34,7 +34,7 @@ from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.train.batches import collate, collate_groups
 from realsr_hpc.train.objective import objective
-from realsr_hpc.train.scoring import logprobs_of
+from realsr_hpc.train.scoring import logprobs_of, with_columns
 from realsr_hpc.train.sft_loss import cross_entropy
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._allocations import Allocations
@@ -217,8 +217,10 @@ class _Run:
         """Peak of the reference's log-probabilities, once the buffers that stay are there."""
         allowed, at_once = self.sampler.masks.allowed, self.config.parallel.scoring_microbatches
         score = lambda: logprobs_of(self.policy, self.microbatches, allowed, at_once=at_once)  # noqa: E731
-        score()
-        return self._collated_bytes + _least(score).peak
+        pairs = zip(self.microbatches, score(), strict=True)
+        peak = self._collated_bytes + _least(score).peak
+        self.microbatches = [with_columns(microbatch, reference_logprobs=values) for microbatch, values in pairs]
+        return peak
 
     def images(self) -> float:
         """Peak of encoding what a step encodes, and of decoding what it decodes."""

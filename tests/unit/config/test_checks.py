@@ -12,6 +12,7 @@ from realsr_hpc.config.load import RecipeError, compose
 
 BASE = ["recipe=grpo_tiny", "cluster.tasks_per_node=1"]
 BREACHES = {
+    "adapters_begin_at_the_reference": ["model.lora={rank: 4, weights: x}"],
     "the_instruction_shows_the_image_once": ["vlcot.instruction=restore it"],
     "a_name_is_one_folder_name": ["name=a/b"],
     "image_sizes_are_multiples_of_32": ["vlcot.lq_size_px=72"],

@@ -1,0 +1,51 @@
+"""Trained adapters in the form that `peft` loads onto their base: adapter_config.json, adapter_model.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.export.folder import Aside, as_other_files, write_json
+from realsr_hpc.model.lora import whole_tensors
+from realsr_hpc.model.policy import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, Policy
+
+
+def export_adapter(policy: Policy, config: RunConfig, output: Path, dtype: torch.dtype | None = None) -> None:
+    """Write `output`; every rank calls it, world rank 0 writes, all return when it is there.
+
+    ValueError when the policy has no adapters, or `output` exists. dtype: rounds the adapters; None keeps them.
+    """
+    lora = config.model.lora
+    if lora is None:
+        raise ValueError("form=peft: this run trained no adapters (model.lora is null); leave form out")
+    tensors = {
+        f"{PEFT_PREFIX}{name}": tensor.to(dtype or tensor.dtype).contiguous()
+        for name, tensor in whole_tensors(policy)
+        if tensor is not None
+    }
+    if policy.groups.is_main:
+        with Aside(output) as folder:
+            save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+            as_other_files(folder / PEFT_WEIGHTS)
+            write_json(
+                folder / PEFT_CONFIG,
+                {
+                    "peft_type": "LORA",
+                    "task_type": "CAUSAL_LM",
+                    "base_model_name_or_path": config.model.weights,
+                    "r": lora.rank,
+                    "lora_alpha": lora.alpha,
+                    "lora_dropout": 0.0,
+                    "target_modules": list(lora.targets),
+                    "bias": "none",
+                    "fan_in_fan_out": False,
+                    "inference_mode": True,
+                    "init_lora_weights": True,
+                },
+            )
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,359 @@
+"""Low-rank adapters on the policy's linear layers, cut over the layout as those are.
+
+LoRA (Hu et al., arXiv 2106.09685): y = W x + (alpha / rank) B A x with W frozen, A [rank, in] random, B [out, rank]
+zero at the start. An adapter belongs to one Hugging Face projection (`q_proj`, `gate_proj`, ...), also where Megatron
+fuses several into one layer, so that adapters and PEFT's files are one to one.
+
+A forward hook adds the product, so that any linear layer will do: torch's, FP8-emulating ones, Transformer Engine's.
+Where tensor parallelism cuts the layer's outputs, B is cut by rows and A is whole; where it cuts the inputs, A is cut
+by columns and B is whole. Left out: dropout on adapters, which would make sampler and scorer differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from realsr_hpc.config.schema import LoRAConfig
+from realsr_hpc.model.chunks import Policy, SumGradient
+
+NAME = "lora"
+"""Of the adapters inside their linear layer: `linear_qkv.lora.q_proj.a`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer of a transformer layer, and the projections that it holds."""
+
+    linear: str
+    projections: tuple[str, ...]
+    inputs_cut: bool
+    """Tensor parallelism cuts its inputs (Megatron's row-parallel layers), not its outputs."""
+
+    @property
+    def block(self) -> str:
+        """Name of the Hugging Face block that the projections are in."""
+        return "self_attn" if self.linear.startswith("self_attention") else "mlp"
+
+
+SITES = (
+    Site("self_attention.linear_qkv", ("q_proj", "k_proj", "v_proj"), False),
+    Site("self_attention.linear_proj", ("o_proj",), True),
+    Site("mlp.linear_fc1", ("gate_proj", "up_proj"), False),
+    Site("mlp.linear_fc2", ("down_proj",), True),
+)
+
+
+class Adapter(nn.Module):
+    """A and B of one projection on this rank."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, like: Tensor) -> None:
+        """inputs and outputs: of this rank's part; like: gives number format and device."""
+        super().__init__()
+        self.a = nn.Parameter(like.new_zeros(rank, inputs))
+        self.b = nn.Parameter(like.new_zeros(outputs, rank))
+
+
+class Adapters(nn.Module):
+    """The adapters of one linear layer."""
+
+    def __init__(self, site: Site, linear: Any, lora: LoRAConfig, policy: Policy) -> None:
+        super().__init__()
+        self.site, self.scale, self.on = site, lora.alpha / lora.rank, True
+        self.kv_heads = policy.shapes.kv_heads // policy.groups.tp_size
+        self.tp_group, self.tp_size = policy.groups.tp, policy.groups.tp_size
+        self.sequence_parallel = policy.config.sequence_parallel
+        self.widths = _outputs(site, policy)
+        """Outputs of each projection on this rank, of those without an adapter too."""
+        for name in site.projections:
+            if name in lora.targets:
+                adapter = Adapter(linear.weight.shape[1], self.widths[name], lora.rank, linear.weight)
+                self.add_module(name, adapter)
+                self._mark(adapter)
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self.get_submodule(name)  # type: ignore[return-value]
+
+    @property
+    def names(self) -> list[str]:
+        """Projections that have an adapter."""
+        return list(self._modules)
+
+    def _mark(self, adapter: Adapter) -> None:
+        """Tell Megatron what is cut (gradient norm, checkpoints) and whose gradient a rank has a share of only."""
+        cut, whole = (adapter.a, adapter.b) if self.site.inputs_cut else (adapter.b, adapter.a)
+        for parameter, is_cut in ((cut, True), (whole, False)):
+            marks: Any = parameter
+            marks.tensor_model_parallel = is_cut
+            marks.partition_dim = (1 if self.site.inputs_cut else 0) if is_cut else -1
+            marks.partition_stride = 1
+        # under sequence parallelism the whole one meets this rank's tokens alone: summed over tp, as norms are
+        whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def inner(self) -> Tensor:
+        """Every A, one below the other: [adapters x rank, in]."""
+        return torch.cat([self[name].a for name in self.names])
+
+    def outputs(self, hidden: Tensor) -> Tensor:
+        """B h, scaled, in the order of the layer's outputs on this rank: [..., adapters x rank] -> [..., out].
+
+        Linear in h, so that decoding may sum over tensor-parallel ranks after it instead of before.
+        """
+        parts = zip(self.names, hidden.chunk(len(self.names), -1), strict=True)
+        rows = {name: F.linear(part, self[name].b) for name, part in parts}
+        return self.scale * self._in_order(rows, hidden.dim() - 1)
+
+    def _in_order(self, parts: dict[str, Tensor], axis: int) -> Tensor:
+        """Projections joined along their outputs' axis as the fused layer has them; those without an adapter are 0."""
+        some = next(iter(parts.values()))
+        shapes = {name: (*some.shape[:axis], width, *some.shape[axis + 1 :]) for name, width in self.widths.items()}
+        every = [parts[name] if name in parts else some.new_zeros(shape) for name, shape in shapes.items()]
+        if len(every) < 3:
+            return torch.cat(every, axis)
+        # q, k, v lie key head by key head: its queries, the key, the value
+        by_head = [part.unflatten(axis, (self.kv_heads, -1)) for part in every]
+        return torch.cat(by_head, axis + 1).flatten(axis, axis + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output: the layer's input [S, b, in] -> its output's shape, [S, b, out].
+
+        With sequence parallelism S is this rank's share on the side that tensor parallelism does not cut.
+        """
+        hidden = F.linear(x, self.inner())  # [S, b, adapters x rank], of this rank's inputs and tokens
+        if self.site.inputs_cut and self.sequence_parallel:
+            hidden = reduce_scatter_to_sequence_parallel_region(hidden.contiguous(), group=self.tp_group)
+        elif self.site.inputs_cut and self.tp_size > 1:
+            hidden = reduce_from_tensor_model_parallel_region(hidden.contiguous(), group=self.tp_group)
+        elif self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(
+                hidden.contiguous(), tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        elif self.tp_size > 1:
+            hidden = SumGradient.apply(hidden, self.tp_group)
+        return self.outputs(hidden)
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """W + (alpha / rank) B A of this rank [out, in], computed in float32."""
+        products = {name: self[name].b.float() @ self[name].a.float() for name in self.names}
+        return (weight.float() + self.scale * self._in_order(products, 0)).to(weight.dtype)
+
+    def cut_axes(self) -> dict[str, int]:
+        """Parameter name within the linear layer -> axis that is cut over tp."""
+        which, axis = ("a", 1) if self.site.inputs_cut else ("b", 0)
+        return {f"{NAME}.{name}.{which}": axis for name in self.names}
+
+
+def _outputs(site: Site, policy: Policy) -> dict[str, int]:
+    shapes, tp = policy.shapes, policy.groups.tp_size
+    table = {
+        "q_proj": shapes.heads * shapes.head_dim // tp,
+        "k_proj": shapes.kv_heads * shapes.head_dim // tp,
+        "v_proj": shapes.kv_heads * shapes.head_dim // tp,
+        "o_proj": shapes.hidden,
+        "gate_proj": shapes.ffn // tp,
+        "up_proj": shapes.ffn // tp,
+        "down_proj": shapes.hidden,
+    }
+    return {name: table[name] for name in site.projections}
+
+
+def attach(policy: Policy, lora: LoRAConfig, seed: int) -> None:
+    """Freeze the policy and give it adapters that change nothing yet (B = 0), the same whatever the layout."""
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+    for chunk in policy.chunks:
+        if chunk.pre_process:
+            # a recomputed layer has a backward pass only where its input asks for a gradient
+            chunk.embedding.register_forward_hook(_ask_for_gradient)
+        for layer in chunk.decoder.layers:
+            for site in SITES:
+                if not set(site.projections) & set(lora.targets):
+                    continue
+                linear: Any = layer.get_submodule(site.linear)
+                adapters = Adapters(site, linear, lora, policy)
+                linear.add_module(NAME, adapters)
+                linear.register_forward_hook(_add)
+                _shard_with(linear, adapters)
+    policy.lora = lora
+    for name, parameter in parameters(policy):
+        if parameter.device.type != "meta" and name.endswith("lora_A.weight"):
+            parameter.data.copy_(_part(_draw(name, parameter, policy, seed), name, policy))
+
+
+def _ask_for_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+
+def _add(linear: Any, arguments: tuple[Tensor, ...], output: Any) -> Any:
+    adapters: Adapters = linear.get_submodule(NAME)
+    if not adapters.on:
+        return output
+    product, bias = output
+    return product + adapters(arguments[0]), bias
+
+
+def _shard_with(linear: Any, adapters: Adapters) -> None:
+    """Let Megatron's checkpoints know how the adapters are cut; their own linear layer takes them for whole."""
+    describe = linear.sharded_state_dict
+
+    def sharded_state_dict(prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        state = describe(prefix, sharded_offsets, metadata)
+        mine = {f"{NAME}.{key}": value for key, value in adapters.state_dict(keep_vars=True).items()}
+        groups = {"tp_group": adapters.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        return state | make_sharded_tensors_for_checkpoint(mine, prefix, adapters.cut_axes(), sharded_offsets, **groups)
+
+    linear.sharded_state_dict = sharded_state_dict
+
+
+def adapted(policy: Policy) -> Iterator[tuple[int, Any, Adapters]]:
+    """(layer counted from 0, linear layer, its adapters) of this rank."""
+    for chunk in policy.chunks:
+        for layer in chunk.decoder.layers:
+            for site in SITES:
+                linear: Any = layer.get_submodule(site.linear)
+                if (found := adapters_of(linear)) is not None:
+                    yield layer.layer_number - 1, linear, found
+
+
+def is_adapter(key: str) -> bool:
+    """Whether a parameter's name in a chunk is an adapter's."""
+    return f".{NAME}." in key
+
+
+def adapters_of(linear: nn.Module) -> Adapters | None:
+    """The adapters of a linear layer, None where it has none."""
+    found = linear._modules.get(NAME)
+    return found if isinstance(found, Adapters) else None
+
+
+def parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:
+    """(PEFT's name, local parameter): `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+    for layer, _, adapters in adapted(policy):
+        for name in adapters.names:
+            stem = f"model.layers.{layer}.{adapters.site.block}.{name}"
+            yield f"{stem}.lora_A.weight", adapters[name].a
+            yield f"{stem}.lora_B.weight", adapters[name].b
+
+
+@contextmanager
+def adapters_off(policy: Policy) -> Iterator[None]:
+    """Within, the policy is the model that it started from: LoRA's frozen reference costs no second copy."""
+    found = [adapters for _, _, adapters in adapted(policy)]
+    for adapters in found:
+        adapters.on = False
+    try:
+        yield
+    finally:
+        for adapters in found:
+            adapters.on = True
+
+
+def merging(policy: Policy) -> Callable[[Tensor], Tensor]:
+    """A parameter -> its value with its adapters merged in; any other parameter as it is."""
+    by_weight = {id(linear.weight): adapters for _, linear, adapters in adapted(policy)}
+
+    def value(parameter: Tensor) -> Tensor:
+        adapters = by_weight.get(id(parameter))
+        return parameter.detach() if adapters is None else adapters.merged(parameter)
+
+    return value
+
+
+def whole_shape(name: str, policy: Policy) -> tuple[int, int]:
+    """Shape of a whole A or B by PEFT's name."""
+    assert policy.lora is not None, "the policy has no adapters"
+    projection, which = name.split(".")[-3], name.split(".")[-2]
+    shapes = policy.shapes
+    inputs = {"down_proj": shapes.ffn, "o_proj": shapes.heads * shapes.head_dim}.get(projection, shapes.hidden)
+    site = next(site for site in SITES if projection in site.projections)
+    cut = 1 if site.inputs_cut else policy.groups.tp_size
+    outputs = _outputs(site, policy)[projection] * cut
+    return (policy.lora.rank, inputs) if which == "lora_A" else (outputs, policy.lora.rank)
+
+
+def cut_axis(name: str) -> int | None:
+    """Axis that tensor parallelism cuts a whole A or B along; None: every rank holds it whole."""
+    projection, which = name.split(".")[-3], name.split(".")[-2]
+    inputs_cut = any(projection in site.projections and site.inputs_cut for site in SITES)
+    if which == "lora_A":
+        return 1 if inputs_cut else None
+    return None if inputs_cut else 0
+
+
+def _part(whole: Tensor, name: str, policy: Policy) -> Tensor:
+    axis = cut_axis(name)
+    return whole if axis is None else whole.chunk(policy.groups.tp_size, axis)[policy.groups.tp_rank]
+
+
+def _draw(name: str, parameter: Tensor, policy: Policy, seed: int) -> Tensor:
+    """A whole A as PEFT draws it (uniform within 1 / sqrt(in)), one generator a tensor."""
+    shape = whole_shape(name, policy)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+
+@torch.no_grad()
+def whole_tensors(
+    policy: Policy, part: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Every whole A and B by PEFT's name, in host memory on world rank 0, None elsewhere; all ranks take all of it.
+
+    part: what to take of a parameter, e.g. its gradient.
+    """
+    groups, local = policy.groups, {name: part(parameter) for name, parameter in parameters(policy)}
+    kinds = dict.fromkeys(name.split(".", 3)[3] for name in local)
+    first = next(iter(local.values()))
+    for layer in range(policy.shapes.num_layers):
+        for kind in kinds:
+            name = f"model.layers.{layer}.{kind}"
+            stage = policy.stage_of(layer)
+            if stage == groups.pp_rank:
+                whole = _gathered(local[name], cut_axis(name), policy)
+            else:
+                whole = first.new_empty(whole_shape(name, policy))
+            if groups.pp_size > 1:
+                dist.broadcast(whole, dist.get_global_rank(groups.pp, stage), group=groups.pp)
+            yield name, whole.cpu().clone() if groups.is_main else None
+
+
+def _gathered(value: Tensor, axis: int | None, policy: Policy) -> Tensor:
+    if axis is None or policy.groups.tp_size == 1:
+        return value.contiguous()
+    shards = [torch.empty_like(value) for _ in range(policy.groups.tp_size)]
+    dist.all_gather(shards, value.contiguous(), group=policy.groups.tp)
+    return torch.cat(shards, axis)
+
+
+def load(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the adapters from whole tensors by PEFT's names; ValueError for one that does not fit, or is left over."""
+    kinds = {name.split(".", 3)[-1] for name, _ in parameters(policy)}
+    if over := sorted(name for name in tensors if name.split(".", 3)[-1] not in kinds):
+        raise ValueError(f"model.lora.weights: {over[0]} has no place here; add it to model.lora.targets")
+    for name, parameter in parameters(policy):
+        if name not in tensors:
+            raise ValueError(f"model.lora.weights: no tensor {name}; set model.lora.targets to those of the adapter")
+        whole, wanted = tensors[name], whole_shape(name, policy)
+        if tuple(whole.shape) != wanted:
+            raise ValueError(
+                f"model.lora.weights: {name} has shape {tuple(whole.shape)}, the recipe wants {wanted}: set "
+                "model.lora.rank and the model section to those of the adapter"
+            )
+        with torch.no_grad():
+            parameter.copy_(_part(whole, name, policy))

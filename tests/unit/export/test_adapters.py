@@ -1,0 +1,115 @@
+"""A run with adapters, exported both ways: merged, and in PEFT's form, which `peft` loads onto the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from realsr_hpc import checkpoint
+from realsr_hpc.config.load import to_yaml
+from realsr_hpc.config.schema import LoRAConfig, RunConfig
+from realsr_hpc.export import export_run
+from realsr_hpc.model import lora
+from realsr_hpc.model.policy import Policy, build_policy
+
+TOKENS = torch.arange(20, 44).view(2, 12)
+LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+
+
+def with_lora(config: RunConfig, weights: Path, start: Path | None = None) -> RunConfig:
+    adapters = LORA.model_copy(update={"weights": None if start is None else str(start)})
+    model = config.model.model_copy(update={"weights": str(weights), "lora": adapters})
+    return config.model_copy(update={"model": model})
+
+
+@pytest.fixture(scope="module")
+def adapted(run, tmp_path_factory) -> tuple[Path, RunConfig, Policy]:
+    """A run folder whose checkpoint holds trained-looking adapters on the export of another run."""
+    folder = tmp_path_factory.mktemp("adapted")
+    config = with_lora(run.config, run.export)
+    policy = build_policy(config, run.policy.groups, run.tokens.codec.vocabulary.size)
+    torch.manual_seed(1)
+    for _, parameter in lora.parameters(policy):
+        parameter.data.normal_(0.0, 0.3)
+    (folder / "recipe.yaml").write_text(to_yaml(config))
+    state = {"step": 2, "data": {}, "counters": {}, "run_id": ""}
+    checkpoint.save(folder / "checkpoints", 2, policy, None, state, checkpoint.Keep(last=1))
+    return folder, config, policy
+
+
+def our_logits(policy: Policy) -> torch.Tensor:
+    with torch.no_grad():
+        return (policy.chunks[0](TOKENS) @ policy.output_weight.t())[..., : policy.vocab_size]
+
+
+def their_logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS, use_cache=False).logits
+
+
+def load(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+
+
+def test_a_merged_export_is_the_adapted_model(adapted, tmp_path):
+    folder, _, policy = adapted
+    export_run(folder, tmp_path / "merged")
+    assert (our_logits(policy) - their_logits(load(tmp_path / "merged"))).abs().max() < 1e-4
+    assert "lora: null" in (tmp_path / "merged" / "recipe.yaml").read_text()
+
+
+def test_peft_loads_the_adapters_onto_the_base(run, adapted, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder, config, policy = adapted
+    export_run(folder, tmp_path / "adapter", form="peft")
+    base = load(run.export)
+    plain = their_logits(base)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    theirs = their_logits(model)
+    assert (our_logits(policy) - theirs).abs().max() < 1e-4 and (plain - theirs).abs().max() > 0.1
+    again = with_lora(config, run.export, tmp_path / "adapter")
+    back = build_policy(again, policy.groups, policy.vocab_size, trainable=False)
+    pairs = zip(lora.parameters(policy), lora.parameters(back), strict=True)
+    assert all(torch.equal(ours, read) for (_, ours), (_, read) in pairs)
+
+
+def test_adapters_that_peft_wrote_are_read(run, adapted, tmp_path):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=3, lora_alpha=6.0, target_modules=list(LORA.targets))
+    model = peft.get_peft_model(load(run.export), options)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0.0, 0.3)
+    model.save_pretrained(tmp_path / "peft")
+    _, config, policy = adapted
+    ours = build_policy(with_lora(config, run.export, tmp_path / "peft"), policy.groups, policy.vocab_size)
+    assert (our_logits(ours) - their_logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"rank": 4}, "r 3"),
+        ({"alpha": 7.0}, "lora_alpha 6.0"),
+        ({"targets": ("gate_proj",)}, "targets"),
+        ({"targets": LORA.targets[:3]}, "no place here"),
+        ({"weights": "/no"}, "PEFT folder"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(change, word, adapted, tmp_path):
+    folder, config, policy = adapted
+    export_run(folder, tmp_path / "adapter", form="peft")
+    wrong = config.model.lora.model_copy(update={"weights": str(tmp_path / "adapter")} | change)
+    model = config.model.model_copy(update={"lora": wrong})
+    with pytest.raises(ValueError, match=word):
+        build_policy(config.model_copy(update={"model": model}), policy.groups, policy.vocab_size)
+
+
+def test_a_run_without_adapters_has_none_to_export(run, tmp_path):
+    with pytest.raises(ValueError, match="no adapters"):
+        export_run(run.folder, tmp_path / "adapter", form="peft")
