@@ -11,8 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-from realsr_hpc.config.load import RecipeError, from_yaml
+from realsr_hpc.config.load import RecipeError
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import CHECKOUT_VARIABLE
+from realsr_hpc.tracking.place import read_place, recipe_of
 
 
 def main(arguments: list[str]) -> int:
@@ -22,10 +24,12 @@ def main(arguments: list[str]) -> int:
         return 2
     run_dir = Path(arguments[0]).resolve()
     try:
-        config = from_yaml(run_dir / "recipe.yaml")
+        config = recipe_of(run_dir)
     except RecipeError as error:
         print(error, file=sys.stderr)
         return 2
+    if (place := read_place(run_dir)) and place.checkout:
+        os.environ[CHECKOUT_VARIABLE] = place.checkout
     if "RANK" in os.environ:
         return run_rank(config, run_dir)
     from realsr_hpc.launch.job import run_node

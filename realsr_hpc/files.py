@@ -1,13 +1,27 @@
-"""Files that are whole or not there: written aside, flushed to disk, renamed. Text is UTF-8 in every locale."""
+"""Files that are whole or not there: written aside, flushed to disk, renamed. Text is UTF-8 in every locale.
+
+A small file may be empty or garbled all the same: a disk that lost power, a copy that was cut, somebody's editor. So
+nobody reads one with `json.loads` alone: `read_json` says once which file is damaged and treats it as absent.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+_said: set[tuple[Path, str]] = set()
 
 SUMS_FILE = "SHA256SUMS"
 
@@ -36,7 +50,8 @@ def replacing(path: Path) -> Iterator[Path]:
     `path` holds the old content or the new, never a part of it, whenever this process or the machine dies; once the
     block has ended, it is the new. What was written aside is removed if the block raises.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    # Another host on the same file system may have our process id.
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield aside
         flush(aside)
@@ -107,3 +122,42 @@ def check_sums(folder: Path) -> None:
             raise ValueError(f"{path} is missing, which {SUMS_FILE} lists; copy the folder again")
         if sha256_of(path) != row[1]:
             raise ValueError(f"{path} is damaged: it differs from {SUMS_FILE}; copy it again")
+
+
+def read_json(path: Path, kind: type[T]) -> T | None:
+    """What a small JSON file holds, checked to be a `kind` (a dataclass, `dict[str, int]`, ...; unknown keys pass).
+
+    None where it is absent; also where it is empty, cut, garbled, of another kind or unreadable, which is logged once.
+    """
+    try:
+        return parse_json(path.read_bytes(), kind)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _say(path, str(error.strerror))
+    except ValueError as error:
+        _say(path, str(error))
+    return None
+
+
+def parse_json(content: bytes, kind: type[T]) -> T:
+    """As `read_json`; ValueError in one line for what is no `kind`."""
+    if not content.strip(b"\0 \t\r\n"):
+        raise ValueError("it is empty")
+    try:
+        return _adapter(kind).validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else str(first["msg"])) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _say(path: Path, what: str) -> None:
+    if (path, what) not in _said:
+        _said.add((path, what))
+        logger.warning("%s is damaged (%s): taken as absent", path, what)

@@ -12,6 +12,8 @@ from pathlib import Path
 import realsr_hpc
 
 PACKAGE = Path(realsr_hpc.__file__).resolve().parent
+CHECKOUT_VARIABLE = "REALSR_HPC_CHECKOUT"
+"""In the environment of a job that runs from a snapshot of the code: the folder it was launched from."""
 
 
 def code_root() -> Path:
@@ -45,8 +47,11 @@ def recipe_folders() -> list[Path]:
 def resolve(path: str | Path) -> Path:
     """An absolute path as it is (`~` expanded), a relative one from the project root.
 
-    What lies only among the files that come with the code (`recipes/assets/...`) is found there.
+    A snapshot holds code and recipes; what else a recipe names (weights, data) a job finds where its launcher did, in
+    the checkout it was launched from. What lies only among the files that come with the code (`recipes/assets/...`) is
+    found there.
     """
     named = Path(path).expanduser()
-    own, shipped = (project_root() / named).resolve(), (shipped_root() / named).resolve()
-    return shipped if shipped.exists() and not own.exists() else own
+    roots = [project_root(), *map(Path, filter(None, [os.environ.get(CHECKOUT_VARIABLE)])), shipped_root()]
+    found = next((root / named for root in roots if (root / named).exists()), roots[0] / named)
+    return found.resolve()

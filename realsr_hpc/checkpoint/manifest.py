@@ -11,12 +11,12 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realsr_hpc.files import flush, publish, sha256_of
+from realsr_hpc.files import flush, parse_json, publish, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,14 @@ class Keep:
     best: int = 0
     highest: bool = True
     """Whether a higher metric is better."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file as a manifest lists it."""
+
+    size: int
+    sha256: str
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -74,28 +82,53 @@ def complete(aside: Path, final: Path, files: dict[str, dict[str, Any]], facts: 
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; ValueError when there is none."""
+    """The manifest of a checkpoint; ValueError when there is none, or a damaged one."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it was never completed; name another one")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        facts = parse_json(path.read_bytes(), dict[str, Any])
+        _listed(facts)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {folder}: its {MANIFEST} is damaged ({error}); name another one") from None
+    return facts
+
+
+def _listed(facts: dict[str, Any]) -> dict[str, FileFacts]:
+    """The files of a manifest; ValueError for what is no manifest, or lists none."""
+    listed = parse_json(json.dumps(facts.get("files")).encode(), dict[str, FileFacts])
+    if not listed or not isinstance(facts.get("step"), int):
+        raise ValueError("it lists no files, or no step")
+    return listed
 
 
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, every byte read; None when it is whole."""
+    return next(faults_of_share(folder, 0, 1), None)
+
+
+def faults_of_share(folder: Path, number: int, num_shares: int) -> Iterator[str]:
+    """What is wrong with one of `num_shares` equal shares of a checkpoint's bytes, each byte of it read."""
     try:
-        listed: dict[str, dict[str, Any]] = read(folder)["files"]
-    except (ValueError, KeyError) as error:
-        return str(error)
-    for name, facts in listed.items():
-        path = folder / name
+        listed = _listed(read(folder))
+    except ValueError as error:
+        yield str(error)
+        return
+    largest_first = sorted(listed, key=lambda name: (-listed[name].size, name))
+    for name in largest_first[number::num_shares]:
+        if wrong := _file_fault(folder / name, name, listed[name]):
+            yield wrong
+
+
+def _file_fault(path: Path, name: str, facts: FileFacts) -> str:
+    try:
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != facts["size"]:
-            return f"{name} has {path.stat().st_size} bytes, the manifest says {facts['size']}"
-        if sha256_of(path) != facts["sha256"]:
-            return f"{name} differs from the manifest's sha256"
-    return None
+        if path.stat().st_size != facts.size:
+            return f"{name} has {path.stat().st_size} bytes, the manifest says {facts.size}"
+        return "" if sha256_of(path) == facts.sha256 else f"{name} differs from the manifest's sha256"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
 
 
 def completed(root: Path) -> list[Path]:
@@ -104,21 +137,56 @@ def completed(root: Path) -> list[Path]:
     return sorted((path for path in folders if (path / MANIFEST).is_file()), key=step_of)
 
 
+def candidates(root: Path) -> list[Path]:
+    """Every folder that was a checkpoint once, its manifest lost or not, newest step first."""
+    folders = (path for path in root.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal())
+    return sorted((path for path in folders if path.is_dir() and any(path.iterdir())), key=step_of, reverse=True)
+
+
+def reject(folder: Path, wrong: str) -> None:
+    """Say loudly that a checkpoint is passed over."""
+    logger.error("checkpoint %s rejected: %s; trying the one before", folder, wrong)
+
+
 def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint; each newer one that had to be passed over is logged as an error."""
-    for folder in reversed(completed(root)):
+    """The newest whole checkpoint; each newer one that had to be passed over is logged as an error.
+
+    ValueError when there are checkpoints and none of them is whole: starting anew would throw the run away.
+    """
+    found = candidates(root)
+    for folder in found:
         wrong = fault(folder)
         if wrong is None:
             return folder
-        logger.error("checkpoint %s rejected: %s; trying the one before", folder, wrong)
+        reject(folder, wrong)
+    if found:
+        raise ValueError(none_is_whole(root, found))
     return None
+
+
+def none_is_whole(root: Path, found: list[Path]) -> str:
+    """What to say, and what to do, when all checkpoints are damaged."""
+    return (
+        f"{root}: all {len(found)} checkpoints are damaged (the log says how), the newest is {found[0].name}; bring "
+        "one back from a copy, or move the folder away to start anew from step 0"
+    )
 
 
 def best(root: Path, count: int, *, highest: bool) -> list[tuple[Path, float]]:
     """The `count` checkpoints with the best metric and its value, the best first; ties go to the newer."""
-    rated = [(folder, read(folder).get("metric")) for folder in reversed(completed(root))]
+    rated = [(folder, _metric(folder)) for folder in reversed(completed(root))] if count else []
     finite = [(folder, value) for folder, value in rated if value is not None and math.isfinite(value)]
     return sorted(finite, key=lambda item: item[1], reverse=highest)[:count]
+
+
+def _metric(folder: Path) -> float | None:
+    """A checkpoint's metric; None without one. A damaged old manifest keeps no new checkpoint from being saved."""
+    try:
+        value = read(folder).get("metric")
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def prune(root: Path, keep: Keep) -> None:

@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from realsr_hpc.checkpoint import manifest
@@ -148,7 +149,9 @@ class _Saving:
         if self._groups.is_main:
             self._attempt(self._prepare)
         self._agree()
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        if policy.groups.dp_size > 1:  # what data-parallel ranks hold alike, each of them writes a share of
+            strategy = FullyParallelSaveStrategyWrapper(strategy, policy.groups.dp)
         with backend.vendor_calls():
             wanted = sharded_state(policy, optimiser, loading=False)
             self._request: Any = dist_checkpointing.save(wanted, str(self._aside), strategy, async_sharded_save=True)

@@ -26,7 +26,7 @@ from realsr_hpc.model import lora
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups
-from realsr_hpc.parallel.reduce import broadcast_object
+from realsr_hpc.parallel.reduce import broadcast_object, gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,21 @@ class Optimiser(Protocol):
 
 
 def resume_path(root: Path, groups: Groups) -> Path | None:
-    """The newest whole checkpoint, the same answer on every rank (rank 0 reads and hashes)."""
-    return broadcast_object(manifest.latest(root) if groups.is_main else None, dist.group.WORLD)
+    """The newest whole checkpoint, the same answer on every rank; each rank reads and hashes its share of the files.
+
+    ValueError, on every rank, when there are checkpoints and none of them is whole.
+    """
+    found = broadcast_object(manifest.candidates(root) if groups.is_main else None, dist.group.WORLD)
+    for folder in found:
+        mine = next(manifest.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
+        wrong = [fault for fault in gather_objects(mine, dist.group.WORLD) if fault]
+        if not wrong:
+            return folder
+        if groups.is_main:
+            manifest.reject(folder, wrong[0])
+    if found:
+        raise ValueError(manifest.none_is_whole(root, found))
+    return None
 
 
 def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups) -> dict[str, Any]:

@@ -1,23 +1,41 @@
 """Runs, their states and logs: `realsr-hpc jobs [root=DIR]`; cancel=RUN, resume=RUN, follow=RUN, reconcile=true.
 
+    json=true             the list as JSON, for other programs: state, Slurm's word and reason, step, job, message
+    cancel=RUN wait_s=900 ask for a checkpoint at the next step, wait for it at most so long, then let Slurm end the job
+    prune=true            snapshots of the code that no run's folder links to; with yes=true they are removed
+
 RUN is a run's name, a unique beginning of it, or its folder. A run that is `lost` ended without a word (the machine
 went down, SIGKILL); resume goes on from its last checkpoint, also on another layout or cluster:
 `resume=RUN parallel.tp=2 cluster.nodes=4`.
 """
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from realsr_hpc.config.arguments import read_with_overrides
+from realsr_hpc.config.arguments import read_count, read_with_overrides
 from realsr_hpc.launch.follow import follow
-from realsr_hpc.launch.manage import cancel, reconcile, resume, rows
+from realsr_hpc.launch.manage import CANCEL_WAIT_S, cancel, reconcile, resume, rows
+from realsr_hpc.launch.prune import remove_snapshots, unused_snapshots
 from realsr_hpc.launch.report import print_submissions
 from realsr_hpc.launch.rundir import find_run, read_job
 
-OPTIONS = {"root": "runs", "cancel": "", "resume": "", "follow": "", "reconcile": ""}
+OPTIONS = {
+    "root": "runs",
+    "cancel": "",
+    "wait_s": f"{CANCEL_WAIT_S:.0f}",
+    "resume": "",
+    "follow": "",
+    "reconcile": "",
+    "json": "",
+    "prune": "",
+    "yes": "",
+}
+GIB = 2**30
 
 
 def main(arguments: list[str]) -> int:
@@ -29,9 +47,12 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{overrides[0]}: an override goes with resume=RUN")
         root = Path(options["root"]).resolve()
         if options["cancel"]:
-            console.print(cancel(find_run(root, options["cancel"])), markup=False)
+            wait_s = read_count(options, "wait_s")
+            console.print(cancel(find_run(root, options["cancel"]), wait_s), markup=False, soft_wrap=True)
         elif options["resume"]:
-            print_submissions([resume(find_run(root, options["resume"]), overrides)], console)
+            submission = resume(find_run(root, options["resume"]), overrides)
+            print_submissions([submission], console)
+            return 1 if submission.failed else 0
         elif options["follow"]:
             run_dir = find_run(root, options["follow"])
             job = read_job(run_dir)
@@ -39,11 +60,28 @@ def main(arguments: list[str]) -> int:
         else:
             if options["reconcile"]:
                 console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}", markup=False)
-            show(root, console)
+            if options["prune"]:
+                prune(root, console, remove=bool(options["yes"]))
+            elif options["json"]:
+                print(json.dumps([asdict(row) for row in rows(root)], default=str, indent=1))
+            else:
+                show(root, console)
     except ValueError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
     return 0
+
+
+def prune(root: Path, console: Console, *, remove: bool) -> None:
+    """What can go, or has gone."""
+    found = remove_snapshots(root) if remove else unused_snapshots(root)
+    for item in found:
+        word = "removed" if remove else "not needed"
+        console.print(f"{word}: {item.path} ({item.num_bytes / GIB:.3f} GiB)", markup=False, soft_wrap=True)
+    if not found:
+        console.print(f"every snapshot of {root} belongs to a run")
+    elif not remove:
+        console.print("prune=true yes=true removes them")
 
 
 def show(root: Path, console: Console) -> None:
@@ -53,5 +91,5 @@ def show(root: Path, console: Console) -> None:
     for column in table.columns[:-1]:
         column.no_wrap = True
     for row in rows(root):
-        table.add_row(row.name, row.state, row.progress, row.job, str(row.log))
+        table.add_row(row.name, row.states, row.progress, row.job, str(row.log))
     console.print(table if table.row_count else f"no runs in {root}")

@@ -7,8 +7,8 @@ and from what, in execution_checks.py those of where and how it executes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from pathlib import PurePath
 
 from realsr_hpc.config.derived import prompt_image_tokens, trace_image_tokens
 from realsr_hpc.config.execution_checks import EXECUTION_RULES, Rule
@@ -26,10 +26,17 @@ def faults(config: RunConfig) -> list[str]:
     return [fault for rule in RULES for fault in rule(config)]
 
 
+def name_fault(name: str) -> str:
+    """Why a run or a sweep cannot be called so, else nothing: folders, jobs and MLflow's runs bear the name."""
+    if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=,@-]{0,127}", name):
+        return ""
+    return f"{name!r}: must be one plain folder name: letters without accents, digits, . _ + = , @ -, first no mark"
+
+
 def a_name_is_one_folder_name(config: RunConfig) -> Iterator[str]:
     """Runs are folders named after their recipe."""
-    if not config.name or PurePath(config.name).name != config.name or config.name.startswith("."):
-        yield f"name: {config.name!r}: must be one plain folder name; leave out '/' and a leading '.'"
+    if fault := name_fault(config.name):
+        yield f"name: {fault}"
 
 
 def image_sizes_are_multiples_of_32(config: RunConfig) -> Iterator[str]:

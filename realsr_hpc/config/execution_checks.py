@@ -5,12 +5,27 @@ Written as those of checks.py, which collects them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from realsr_hpc.config.derived import VOCABULARY_SIZES, fp8_widths, world_size
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import resolve
 
 Rule = Callable[[RunConfig], Iterator[str]]
+
+_SECRET_KEY = re.compile(r"(^|[&;#])[^=&;]*(passw|pwd|secret|token|api_?key|credential)[^=&;]*=", re.IGNORECASE)
+_UNFIT_IN_PATHS = {
+    ":": "PYTHONPATH",
+    "%": "Slurm's file names",
+    "\\": "Slurm's file names",
+    "?": "MLflow's address",
+    "#": "MLflow's address",
+}
+"""Characters that a folder of runs may not have in its path, and where they mean something else."""
+RESERVED = ("array", "output", "error", "open-mode", "signal", "nodes", "ntasks", "ntasks-per-node", "wrap", "parsable")
+"""Options of sbatch that launching gives itself and reads back."""
 
 FP8_MULTIPLE = 16
 
@@ -142,11 +157,48 @@ def a_checkpoint_can_be_taken_before_time_is_up(config: RunConfig) -> Iterator[s
 
 def a_tracking_uri_holds_no_password(config: RunConfig) -> Iterator[str]:
     """The URI is logged as a parameter and stands in files that people share."""
-    if "@" in (uri := config.tracking.uri or "") and ":" in uri.partition("://")[2].rpartition("@")[0]:
+    uri = config.tracking.uri or ""
+    before_host = uri.partition("://")[2].partition("?")[0].rpartition("@")[0]
+    if ":" in before_host or _SECRET_KEY.search(uri.partition("?")[2]):
         yield (
             "tracking.uri: holds a password; leave it out and give MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD (a server) or PGPASSFILE (PostgreSQL) in cluster.environment_file"
         )
+
+
+def path_fault(path: Path) -> str:
+    """Why runs cannot live in this folder, else nothing: its path is read by Slurm, Python's path and MLflow too."""
+    text = str(path)
+    if not text.isprintable():
+        return f"{text!r}: holds characters that cannot be printed; rename the folder"
+    if "'" in text and '"' in text:
+        return f"{text!r}: holds both kinds of quotation marks, which MLflow cannot search for; rename the folder"
+    found = next((mark for mark in text if mark in _UNFIT_IN_PATHS), None)
+    if found is None:
+        return ""
+    return f"{text!r}: holds {found!r}, which means something else in {_UNFIT_IN_PATHS[found]}; rename the folder"
+
+
+def an_output_root_can_be_written_anywhere(config: RunConfig) -> Iterator[str]:
+    """Spaces, `$` and one kind of quotation marks are quoted; some characters nobody can quote."""
+    if fault := path_fault(resolve(config.output_root)):
+        yield f"output_root: {fault}"
+
+
+def slurm_options_are_single_lines(config: RunConfig) -> Iterator[str]:
+    """A line break in a value would begin another line of the batch script."""
+    values = config.cluster.model_dump(exclude={"extra_sbatch"})
+    named = {f"cluster.{key}": value for key, value in values.items() if isinstance(value, str)}
+    for key, value in config.cluster.extra_sbatch.items():
+        named[f"cluster.extra_sbatch.{key}"] = str(value)
+        name = key.replace("_", "-")
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+            yield f"cluster.extra_sbatch: {key!r}: no option of sbatch; write it as after `--`, for instance mail-type"
+        if name in RESERVED:
+            yield f"cluster.extra_sbatch.{key}: launching gives --{name} itself; set the fields of cluster instead"
+    for name, value in named.items():
+        if not value.isprintable() or not value.strip():
+            yield f"{name}: {value!r}: must be one line of printable characters; null leaves it out"
 
 
 EXECUTION_RULES: tuple[Rule, ...] = (
@@ -163,4 +215,6 @@ EXECUTION_RULES: tuple[Rule, ...] = (
     a_local_run_has_one_node,
     a_checkpoint_can_be_taken_before_time_is_up,
     a_tracking_uri_holds_no_password,
+    an_output_root_can_be_written_anywhere,
+    slurm_options_are_single_lines,
 )

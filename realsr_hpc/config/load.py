@@ -171,6 +171,8 @@ def from_yaml(path: Path) -> RunConfig:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); launch the run again to write it") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason}); launch the run again to write it") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     return validate(tree, source=str(path))

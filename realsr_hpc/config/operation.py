@@ -74,8 +74,8 @@ class ClusterConfig(Section, role="operation"):
     """Slurm node features, such as `h100`."""
     container_image: str | None = None
     """Image that ranks start in (enroot/pyxis); None: no container."""
-    extra_sbatch: dict[str, str | int] = {}
-    """More sbatch options, `{exclusive: true, reservation: NAME}`."""
+    extra_sbatch: dict[str, bool | int | str] = {}
+    """More sbatch options by name, `{exclusive: true, reservation: NAME}`; false leaves one out."""
     environment_file: str | None = None
     """Shell file that each job sources first: modules, proxies, secrets."""
     array_parallelism: Count | None = None
@@ -84,6 +84,8 @@ class ClusterConfig(Section, role="operation"):
     """Seconds before the time limit at which the job is told to save and requeue."""
     max_requeues: Annotated[int, Field(ge=0)] = 5
     """Requeues in a row without a new step; a run that gets on is requeued without limit."""
+    restarts_in_place: Annotated[int, Field(ge=0)] = 1
+    """Restarts of killed ranks inside the allocation, in a row without a new step, before the job is requeued."""
     hang_limit_s: Count = 1800
     """Longest time without a step; longer, and the job ends with its stacks in the logs and is requeued."""
 

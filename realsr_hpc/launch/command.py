@@ -9,6 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from realsr_hpc.config.checks import name_fault
+from realsr_hpc.config.execution_checks import path_fault
 from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.follow import follow
@@ -98,6 +100,8 @@ def launch(
     sweep = (options.sweep or _sweep_name(overrides)) if varied else ""
     submissions = submit(configs, sweep=sweep, varied=varied, fresh=options.fresh)
     print_submissions(submissions, console)
+    if any(item.failed for item in submissions):
+        return 1
     if sweep:
         console.print(f"compare: python tools/compare.py sweep={sweep}", markup=False, highlight=False)
     elif options.follow and (submissions[0].submitted or submissions[0].note.startswith("already r")):
@@ -107,6 +111,8 @@ def launch(
 
 
 def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
+    if fault := path_fault(run_dir):
+        raise RecipeError(f"prepare: {fault}")
     if len(configs) != 1:
         raise RecipeError(f"prepare: {run_dir}: holds one run, not a sweep of {len(configs)}")
     refuse_what_cannot_fit(configs)
@@ -132,6 +138,8 @@ def read_arguments(arguments: list[str]) -> tuple[Options, bool, list[str]]:
         else:
             overrides.append(argument)
     options = Options(**values)  # type: ignore[arg-type]
+    if options.sweep and (fault := name_fault(options.sweep)):
+        raise RecipeError(f"sweep: {fault}")
     own = {override.partition("=")[0] for override in overrides}
     axes = read_axes(options.axes) if options.axes else []
     overrides += [axis for axis in axes if axis.partition("=")[0] not in own]

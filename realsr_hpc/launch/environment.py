@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.paths import code_root
 
 FIRST_JOB_PORT = 20000
 NUM_JOB_PORTS = 10000
+LOOPBACK = Path("/sys/class/net/lo")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Placement:
     """As scontrol takes it: `1234` or `1234_5`; empty outside Slurm."""
     restarts: int
     """How often Slurm has requeued the job."""
+    attempt: int = 0
+    """How often its ranks were started again inside the allocation."""
 
     @classmethod
     def find(cls, config: RunConfig, environment: Mapping[str, str]) -> Placement:
@@ -56,6 +61,11 @@ class Placement:
             restarts=restarts,
         )
 
+    def again(self) -> Placement:
+        """The next attempt inside the same allocation, at another port."""
+        port = _free_port() if self.num_nodes == 1 else _after(self.master_port)
+        return replace(self, attempt=self.attempt + 1, master_port=port)
+
     def rank_environment(self, config: RunConfig, local_rank: int) -> dict[str, str]:
         """What torch.distributed, OpenMP and Python need to be told."""
         paths = [str(code_root()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -66,6 +76,7 @@ class Placement:
             "LOCAL_WORLD_SIZE": str(self.tasks_per_node),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
+            **({"GLOO_SOCKET_IFNAME": "lo"} if self.num_nodes == 1 and LOOPBACK.exists() else {}),
             "OMP_NUM_THREADS": str(config.cluster.cpus_per_task),
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
@@ -76,8 +87,10 @@ class Placement:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("", self.master_port))
+                probe.bind((self.master_addr, self.master_port))
             except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:  # an address that a router translates: the store says so
+                    return ""
                 return f"port {self.master_port} of node {os.uname().nodename}: {error.strerror}"
         return ""
 
@@ -85,6 +98,11 @@ class Placement:
 def job_port(job_id: int, restarts: int) -> int:
     """Known to all nodes without a word; two jobs rarely share it, and a requeued one has another than before."""
     return FIRST_JOB_PORT + (7 * job_id + restarts) % NUM_JOB_PORTS
+
+
+def _after(port: int) -> int:
+    """Far from the ports of the next requeue and of the next job."""
+    return FIRST_JOB_PORT + (port - FIRST_JOB_PORT + 3511) % NUM_JOB_PORTS
 
 
 def slurm_job_id(environment: Mapping[str, str]) -> str:

@@ -43,10 +43,10 @@ def _wait(run_dir: Path, bar: Progress, task, poll_s: float) -> Status:
             raise ValueError(f"{run_dir}: no status.json; launch the run first")
         progress = read_progress(run_dir)
         if progress:
-            bar.update(task, completed=progress["step"], total=progress["total"], description=progress["text"])
-            if not bar.console.is_terminal and progress["step"] != shown:
-                shown = progress["step"]
-                bar.console.print(f"step {shown}/{progress['total']}  {progress['text']}", markup=False)
+            bar.update(task, completed=progress.step, total=progress.total, description=progress.text)
+            if not bar.console.is_terminal and progress.step != shown:
+                shown = progress.step
+                bar.console.print(f"step {shown}/{progress.total}  {progress.text}", markup=False)
         bar.update(task, state=status.state)
         if status.state not in ALIVE:
             return status

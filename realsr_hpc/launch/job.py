@@ -2,34 +2,46 @@
 
 A rank that fails ends the others at once, and its last lines are the job's last words: no rank is left waiting in a
 collective. A rank that was killed (SIGKILL, a crash in native code) makes the job requeue itself on Slurm; one that
-raised does not. A signal (time is nearly up, preemption, cancel) is passed on; ranks that leave with a checkpoint make
-the job requeue itself too. A run without a sign of life for `cluster.hang_limit_s` is aborted with its stacks in the
-rank logs, and requeued. submitit only starts this; its own requeueing is left out (it races with Slurm's).
+raised does not. Before that, killed ranks are started again in the allocation, `cluster.restarts_in_place` times.
+One folder is run by one job: the first node's supervisor holds a lock, and a second job leaves all as it is. A signal
+(time is nearly up, preemption, cancel) is passed on; ranks that leave with a checkpoint make the job requeue itself
+too. A run without a sign of life for `cluster.hang_limit_s` is aborted with its stacks in the rank logs, and requeued.
+submitit only starts this; its own requeueing is left out (it races with Slurm's).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 
-from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
-from realsr_hpc.launch.rundir import Job, State, rank_log, read_job, write_job, write_status
+from realsr_hpc.launch.requeue import exclude_this_node, requeue
+from realsr_hpc.launch.rundir import (
+    LAUNCH_VARIABLE,
+    RUN_LOCK,
+    Job,
+    State,
+    rank_log,
+    read_job,
+    write_job,
+    write_status,
+)
 from realsr_hpc.launch.signals import DUMP_SIGNAL, HANDLED_SIGNALS, StopFlag
 from realsr_hpc.launch.verdict import (
     CRASHED,
     DONE,
     FAILED,
     HUNG,
+    REFUSED,
     REQUEUED,
     STOPPED,
     UNHEALTHY,
@@ -39,8 +51,9 @@ from realsr_hpc.launch.verdict import (
     requeue_was_asked,
     wait_for_requeue,
 )
+from realsr_hpc.locks import LockRefused, hold
 from realsr_hpc.paths import project_root
-from realsr_hpc.tracking import set_status
+from realsr_hpc.tracking import read_progress, recipe_of, set_status
 from realsr_hpc.tracking.delivery import brief
 
 POLL_S = 0.2
@@ -49,14 +62,17 @@ END_GRACE_S = 10.0
 DUMP_S = 5.0
 """How much later than this one another node may notice the same hang."""
 LAST_WORDS_LINES = 25
+OTHER_JOB_WAIT_S = 5.0
+SAME_JOB_WAIT_S = 180.0
 PR_SET_PDEATHSIG = 1
 
 
-def node_job(run_dir: Path) -> int:
+def node_job(run_dir: Path, launch: str = "") -> int:
     """What submitit pickles and calls on every node.
 
     SystemExit for anything but success: submitit then writes no misleading result.
     """
+    os.environ[LAUNCH_VARIABLE] = launch
     code = run_node(run_dir)
     if code:
         raise SystemExit(code)
@@ -66,24 +82,68 @@ def node_job(run_dir: Path) -> int:
 def run_node(run_dir: Path) -> int:
     """Run this node's ranks to their end; the job's exit code (0, 85 stopped with a checkpoint, else failed)."""
     stop = StopFlag.install(early_warning=True)
-    config = from_yaml(run_dir / "recipe.yaml")
+    config = recipe_of(run_dir)
     placement = Placement.find(config, os.environ)
-    faults = node_faults(config, run_dir)
-    if faults:
-        message = f"node {os.uname().nodename}: {'; '.join(faults)}"
-        verdict = Verdict(placement.node_rank, UNHEALTHY, message)
-    elif placement.node_rank == 0 and (message := placement.port_fault()):
-        verdict = Verdict(0, CRASHED, message)
-    else:
-        if placement.node_rank == 0:
-            _remember_job(run_dir, placement)
-            _set_state(run_dir, "running")
-        ranks = start_ranks(config, run_dir, placement)
-        code, message, time_s = watch(ranks, config, run_dir, stop)
-        verdict = agree(run_dir, placement, Verdict(placement.node_rank, code, message, time_s))
-    # A plain scancel sends SIGTERM alone: its user does not want the job back.
-    requeue = verdict.code in REQUEUED or (verdict.code == STOPPED and stop.warned)
-    return _finish(run_dir, placement, config, verdict, requeue=requeue)
+    with ExitStack() as stack:
+        if placement.node_rank == 0 and (refused := _take(run_dir, placement, stack)):
+            agreed = agree(run_dir, placement, refused, wait_s=0.0)
+            return _finish(run_dir, placement, config, agreed, send_back=refused.code == CRASHED)
+        verdict = _run_attempts(config, run_dir, placement, stop)
+        # A plain scancel sends SIGTERM alone: its user does not want the job back.
+        send_back = verdict.code in REQUEUED or (verdict.code == STOPPED and stop.warned)
+        return _finish(run_dir, placement, config, verdict, send_back=send_back)
+
+
+def _take(run_dir: Path, placement: Placement, stack: ExitStack) -> Verdict | None:
+    """Hold the run's lock until `stack` ends; else the verdict of a job that may not run this folder.
+
+    An attempt before this one of the same job may leave a lock behind on a node that went away: the file server frees
+    it in time.
+    """
+    job = f"Slurm job {placement.job_id}" if placement.job_id else "local"
+    for wait_s in (OTHER_JOB_WAIT_S, SAME_JOB_WAIT_S):
+        try:
+            stack.enter_context(hold(run_dir / RUN_LOCK, job, wait_s))
+            return None
+        except LockRefused as error:
+            same = placement.job_id and error.holder is not None and error.holder.what == job
+            message = f"{run_dir} is already being run: {error}"
+            if not same:
+                return Verdict(0, REFUSED, message, time.time())
+    return Verdict(0, CRASHED, message, time.time())
+
+
+def _run_attempts(config: RunConfig, run_dir: Path, placement: Placement, stop: StopFlag) -> Verdict:
+    """Run the ranks; killed on nodes that are all still there, they start again, at most so often without a step."""
+    step, left = _last_step(run_dir), config.cluster.restarts_in_place
+    while True:
+        verdict = _attempt(config, run_dir, placement, stop)
+        if (now := _last_step(run_dir)) > step:
+            step, left = now, config.cluster.restarts_in_place
+        if verdict.code != CRASHED or not verdict.all_present or stop() or not left:
+            return verdict
+        left -= 1
+        print(f"{verdict.message}\nrestarted in the same allocation", file=sys.stderr, flush=True)
+        placement = placement.again()
+
+
+def _attempt(config: RunConfig, run_dir: Path, placement: Placement, stop: StopFlag) -> Verdict:
+    if faults := node_faults(config, run_dir):
+        unfit = Verdict(placement.node_rank, UNHEALTHY, f"node {os.uname().nodename}: {'; '.join(faults)}")
+        return agree(run_dir, placement, unfit, wait_s=0.0)
+    if placement.node_rank == 0 and (message := placement.port_fault()):
+        return agree(run_dir, placement, Verdict(0, CRASHED, message), wait_s=0.0)
+    if placement.node_rank == 0:
+        _remember_job(run_dir, placement)
+        _set_state(run_dir, "running")
+    ranks = start_ranks(config, run_dir, placement)
+    code, message, time_s = watch(ranks, config, run_dir, stop)
+    return agree(run_dir, placement, Verdict(placement.node_rank, code, message, time_s))
+
+
+def _last_step(run_dir: Path) -> int:
+    progress = read_progress(run_dir)
+    return progress.step if progress else 0
 
 
 def start_ranks(
@@ -158,11 +218,11 @@ def end_ranks(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals 
         process.wait()
 
 
-def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Verdict, *, requeue: bool) -> int:
+def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Verdict, *, send_back: bool) -> int:
     """Requeue where that can help, and leave the run's state behind; one node does, the one that speaks for all."""
     code, message = verdict.code, verdict.message
     speaks = placement.node_rank == (verdict.node if code in REQUEUED else 0)
-    if requeue and placement.job_id:
+    if send_back and placement.job_id:
         if not speaks:
             wait_for_requeue(run_dir, placement)
             return code
@@ -174,7 +234,9 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
         if may_return:
             return code
         message = f"{message}\nnot requeued: {attempts} attempts in a row came to no new step (cluster.max_requeues)"
-    if code == DONE and speaks:
+    if code == REFUSED:  # the run is somebody else's: not a word of it changes
+        print(message, file=sys.stderr, flush=True)
+    elif code == DONE and speaks:
         _set_state(run_dir, "done", 0)
     elif code == STOPPED and speaks:
         _set_state(run_dir, "stopped", code, f"{message} stopped with a checkpoint; launch it again to go on".strip())
@@ -186,10 +248,11 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
 
 
 def _send_back(run_dir: Path, placement: Placement, code: int, message: str) -> None:
-    if code == UNHEALTHY:
-        _exclude_this_node(placement)
     _set_state(run_dir, "requeued", code, message)
-    if not _requeue(placement):
+    if requeue(placement.job_id):
+        if code == UNHEALTHY:
+            exclude_this_node(placement.job_id)
+    else:
         state = "stopped" if code == STOPPED else "failed"
         _set_state(run_dir, state, code, f"{message} requeueing failed: launch it again to go on".strip())
 
@@ -206,25 +269,8 @@ def _remember_job(run_dir: Path, placement: Placement) -> None:
     """For jobs.py, when plain sbatch started this job: submit() knows its own."""
     job = read_job(run_dir)
     if placement.job_id and (job is None or job.job_id != placement.job_id):
-        write_job(run_dir, Job("slurm", placement.job_id, "", str(rank_log(run_dir, 0))))
-
-
-def _requeue(placement: Placement) -> bool:
-    """True when Slurm requeues the job, by this call or already of itself."""
-    if shutil.which("scontrol") is None:
-        return False
-    answer = subprocess.run(["scontrol", "requeue", placement.job_id], capture_output=True, text=True, check=False)
-    text = (answer.stdout + answer.stderr).lower()
-    print(f"requeue {placement.job_id}: {answer.returncode} {text.strip()}", flush=True)
-    # A negative code: Slurm's own requeue killed the call. "pending"/"completing": it was faster than we were.
-    return answer.returncode <= 0 or "pending" in text or "completing" in text
-
-
-def _exclude_this_node(placement: Placement) -> None:
-    node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-    command = ["scontrol", "update", f"JobId={placement.job_id}", f"ExcNodeList={node}"]
-    if shutil.which("scontrol") is not None:
-        subprocess.run(command, capture_output=True, check=False)
+        launch = os.environ.get(LAUNCH_VARIABLE, "")
+        write_job(run_dir, Job("slurm", placement.job_id, "", str(rank_log(run_dir, 0)), launch, time.time()))
 
 
 def _mark_failed(run_dir: Path) -> None:

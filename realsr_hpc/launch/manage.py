@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc.config.identity import may_change_on_resume
-from realsr_hpc.config.load import from_yaml, override
+from realsr_hpc.config.load import override
 from realsr_hpc.launch.rundir import (
     ALIVE,
+    Job,
     Queue,
     Status,
     current_status,
@@ -22,44 +25,100 @@ from realsr_hpc.launch.rundir import (
     slurm_queue,
 )
 from realsr_hpc.launch.rundir import write_status as set_state
-from realsr_hpc.launch.submit import Submission, submit_into
-from realsr_hpc.tracking import read_progress, set_status
+from realsr_hpc.launch.start import Submission
+from realsr_hpc.launch.submit import submit_into
+from realsr_hpc.tracking import read_progress, recipe_of, set_status
+from realsr_hpc.tracking.delivery import brief
+
+CANCEL_WAIT_S = 900.0
+"""How long a cancelled job may take for the end of its step and its checkpoint before Slurm ends it."""
+POLL_S = 1.0
+UNANSWERED = "Slurm does not answer"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """One line of `tools/jobs.py`."""
+    """One line of `tools/jobs.py`; with `json=true` one object of its list."""
 
     name: str
     state: str
-    progress: str
+    """Ours (launch.rundir.State)."""
+    slurm: str
+    """Slurm's word beside it, and why the job waits."""
+    step: int | None
+    total: int | None
     job: str
+    message: str
     log: Path
+
+    @property
+    def progress(self) -> str:
+        """`12/30`, or `-` before the first step."""
+        return "-" if self.step is None else f"{self.step}/{self.total}"
+
+    @property
+    def states(self) -> str:
+        """Both states in one column."""
+        return f"{self.state} ({self.slurm})" if self.slurm else self.state
 
 
 def rows(root: Path) -> list[RunRow]:
-    """All runs of an output root, oldest first; Slurm is asked once."""
+    """All runs of an output root, oldest first; Slurm is asked once. A run that cannot be read hides no other."""
     runs = list_runs(root)
     queue = slurm_queue() if any((job := read_job(run)) and job.kind == "slurm" for run in runs) else Queue({})
     return [_row(run, queue) for run in runs]
 
 
-def cancel(run_dir: Path) -> str:
-    """Ask a run to stop at its next step, with a checkpoint; what was done, in words."""
+def cancel(run_dir: Path, wait_s: float = CANCEL_WAIT_S) -> str:
+    """Ask a run to stop at its next step, with a checkpoint; what was done, in words.
+
+    A Slurm job is signalled and left alone until it has gone by itself, for at most `wait_s`; then scancel ends it.
+    scancel alone would leave it no more than Slurm's KillWait, 30 s by default, for the rest of its step and the save.
+    """
     status, job = current_status(run_dir), read_job(run_dir)
     if status is None or job is None or status.state not in ALIVE:
         return f"{run_dir.name} is {status.state if status else 'not launched'}: nothing to cancel"
     if job.kind == "slurm":
-        # SIGTERM reaches the ranks, which save and leave, and their supervisor says so; what waits goes at once.
-        waits = slurm_queue().states.get(job.job_id) == "PENDING"
-        subprocess.run(["scancel", job.job_id], check=True, capture_output=True, timeout=60)
-        if waits:
-            set_state(run_dir, "stopped", None, "cancelled before it began")
-        return f"{run_dir.name}: job {job.job_id} cancelled"
+        return _cancel_slurm(run_dir, job, wait_s)
     if job.host != os.uname().nodename:
         raise ValueError(f"{run_dir.name}: its job runs on {job.host}; cancel it there")
     os.kill(int(job.job_id), signal.SIGTERM)
     return f"{run_dir.name}: asked to stop at its next step"
+
+
+def _cancel_slurm(run_dir: Path, job: Job, wait_s: float) -> str:
+    if slurm_queue().states.get(job.job_id) == "RUNNING":
+        _scancel("--signal=TERM", job.job_id)
+        if _has_gone(run_dir, job, time.time() + wait_s):
+            return f"{run_dir.name}: job {job.job_id} cancelled; it has stopped with a checkpoint"
+        _scancel(job.job_id)
+        return f"{run_dir.name}: job {job.job_id} cancelled without a checkpoint, after {wait_s:.0f} s"
+    _scancel(job.job_id)
+    set_state(run_dir, "stopped", None, "cancelled before it began", launch=job.launch)
+    return f"{run_dir.name}: job {job.job_id} cancelled"
+
+
+def _has_gone(run_dir: Path, job: Job, deadline: float) -> bool:
+    """Whether the job left by itself, seen by its last word or by the queue."""
+    while time.time() < deadline:
+        status = read_status(run_dir)
+        if status is not None and status.launch == job.launch and status.state not in ALIVE:
+            return True
+        queue = slurm_queue()
+        if queue.answered and job.job_id not in queue.states:
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
+def _scancel(*words: str) -> None:
+    """ValueError with Slurm's words where it refuses."""
+    try:
+        subprocess.run(["scancel", *words], check=True, capture_output=True, timeout=60, text=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise ValueError(f"scancel {' '.join(words)}: {said.strip()}") from None
 
 
 def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
@@ -67,7 +126,7 @@ def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
 
     ValueError for an override of what decides the result: that would be another run.
     """
-    config = from_yaml(run_dir / "recipe.yaml")
+    config = recipe_of(run_dir)
     if overrides:
         keys = {item: item.lstrip("+~").partition("=")[0] for item in overrides}
         foreign = [item for item, key in keys.items() if "." not in key or not may_change_on_resume(key)]
@@ -86,8 +145,11 @@ def reconcile(root: Path) -> list[str]:
     for run_dir in list_runs(root):
         said, status = read_status(run_dir), current_status(run_dir)
         if said is not None and said.state in ALIVE and status is not None and status.state not in ALIVE:
-            set_state(run_dir, status.state, status.code, status.message)
-            set_status(run_dir, "KILLED")
+            set_state(run_dir, status.state, status.code, status.message, launch=said.launch)
+            try:
+                set_status(run_dir, "KILLED")
+            except Exception as error:  # tracking decides nothing; sync_tracking tells it again
+                logger.warning("%s: not told to MLflow (%s)", run_dir.name, brief(error))
             ended.append(run_dir.name)
     return ended
 
@@ -95,12 +157,17 @@ def reconcile(root: Path) -> list[str]:
 def _row(run_dir: Path, queue: Queue) -> RunRow:
     status = current_status(run_dir, queue) or Status("stopped", message="never launched")
     job, progress = read_job(run_dir), read_progress(run_dir)
-    done = f"{progress['step']}/{progress['total']}" if progress else "-"
-    named = f"{job.kind} {job.job_id}" if job else "-"
-    state = ""
-    if job and status.state in ALIVE:
-        silent = job.kind == "slurm" and not queue.answered
-        state = "Slurm does not answer" if silent else queue.states.get(job.job_id, "").lower()
+    slurm = ""
+    if job and job.kind == "slurm" and status.state in ALIVE:
+        words = [queue.states.get(job.job_id, "").lower(), queue.reasons.get(job.job_id, "")]
+        slurm = ": ".join(word for word in words if word and word != "None") if queue.answered else UNANSWERED
     return RunRow(
-        run_dir.name, f"{status.state} ({state})" if state else status.state, done, named, rank_log(run_dir, 0)
+        name=run_dir.name,
+        state=status.state,
+        slurm=slurm,
+        step=progress.step if progress else None,
+        total=progress.total if progress else None,
+        job=f"{job.kind} {job.job_id}" if job else "-",
+        message=status.message,
+        log=rank_log(run_dir, 0),
     )

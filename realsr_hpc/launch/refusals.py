@@ -16,6 +16,11 @@ def refuse_what_is_missing(configs: list[RunConfig]) -> None:
     read |= {Need("data.manifest", resolve(config.data.manifest), "tools/prepare_data.py") for config in configs}
     frozen = {config.sft.traces for config in configs if config.sft.traces}
     read |= {Need("sft.traces", resolve(name), "tools/freeze_traces.py") for name in frozen}
+    read |= {
+        Need("cluster.environment_file", resolve(config.cluster.environment_file), "your site")
+        for config in configs
+        if config.cluster.environment_file and config.cluster.kind == "slurm"
+    }
     absent = sorted(
         f"{need.purpose}: {need.path} is not there; from: {need.origin}" for need in read if not need.files()
     )
@@ -35,10 +40,11 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
 
     path, data = resolve(config.data.manifest), config.data
     try:
-        table = pq.read_table(path, columns=["split", "lq_path", "caption_final"])
+        table = pq.read_table(path, columns=["split", "lq_path", "caption_final"], page_checksum_verification=True)
         splits = table["split"].unique().to_pylist()
-    except (pa.ArrowInvalid, KeyError) as error:
-        yield f"data.manifest: {path}: no manifest ({str(error).splitlines()[0]}); make one with tools/prepare_data.py"
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        told = str(error).splitlines()[0]
+        yield f"data.manifest: {path}: no manifest, or a damaged one ({told}); make one with tools/prepare_data.py"
         return
     for field in ("train_split", "heldout_split"):
         name = getattr(data, field)

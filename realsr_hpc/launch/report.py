@@ -16,7 +16,7 @@ from realsr_hpc.plan.tables import comparison, knob_table
 from realsr_hpc.tracking import tracking_uri
 
 if TYPE_CHECKING:
-    from realsr_hpc.launch.submit import Submission
+    from realsr_hpc.launch.start import Submission
 
 PLAN_WIDTH = 120
 
@@ -66,7 +66,7 @@ def print_submissions(submissions: list[Submission], console: Console) -> None:
         return
     for item in submissions:
         note = f"  ({item.note})" if item.note else ""
-        state = "submitted" if item.submitted else "left alone"
+        state = "submitted" if item.submitted else "REFUSED" if item.failed else "left alone"
         console.print(f"{state:11}{item.run_dir.name}{note}", markup=False, highlight=False, soft_wrap=True)
 
 

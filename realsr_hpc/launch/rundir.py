@@ -15,12 +15,13 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from realsr_hpc.config.identity import scheme, signature
 from realsr_hpc.config.load import SCHEME_LINE, RecipeError, from_yaml, output_root
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import write_atomically
+from realsr_hpc.files import read_json, write_atomically
+from realsr_hpc.locks import holder_of, is_held
 
 State = Literal["submitted", "running", "stopping", "requeued", "stopped", "done", "failed", "lost"]
 """stopping: asked to, saving. stopped: launching it again goes on. lost: its job ended without a word."""
@@ -30,6 +31,9 @@ ENDED = (
     "TIMEOUT",
 )  # fmt: skip
 """Slurm's names for jobs that are over; it keeps them in its queue for some minutes (MinJobAge)."""
+RUN_LOCK = "run.lock"
+"""In the run folder, held by the supervisor of its first node: two jobs never run one folder."""
+LAUNCH_VARIABLE = "REALSR_HPC_LAUNCH"
 SLURM_QUIET_S = 60
 """A requeued or just submitted job may be missing from squeue for a moment."""
 
@@ -43,6 +47,9 @@ class Job:
     host: str
     log: str
     """The supervisor's own output."""
+    launch: str = ""
+    """Which launch it belongs to: a state that bears another one was left by an earlier job."""
+    time_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Status:
     code: int | None = None
     message: str = ""
     time_s: float = 0.0
+    launch: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Queue:
     answered: bool = True
     ended: dict[str, str] = field(default_factory=dict)
     """Over, as far as Slurm still knows them."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a job waits, in Slurm's word (`Resources`, `QOSMaxJobsPerUserLimit`, ...)."""
 
 
 def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
@@ -91,9 +101,14 @@ def _of_earlier_scheme(base: Path, config: RunConfig) -> Path | None:
 
 
 def make_private(folder: Path) -> Path:
-    """The folder, made with access for its owner alone: recipes, logs and pickles are nobody else's."""
+    """The folder, with access for its owner alone: recipes, logs and pickles are private. ValueError: not ours."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid():
+        raise ValueError(f"{folder}: belongs to user {found.st_uid}: take another output_root, or a new folder")
+    if found.st_mode & 0o077:
+        folder.chmod(found.st_mode & 0o700)
     return folder
 
 
@@ -102,15 +117,17 @@ def rank_log(run_dir: Path, rank: int) -> Path:
     return run_dir / "logs" / f"rank-{rank}.log"
 
 
-def write_status(run_dir: Path, state: State, code: int | None = None, message: str = "") -> None:
-    """Replace the run's state."""
-    status = Status(state, code, message, time.time())
-    write_atomically(run_dir / "status.json", json.dumps(asdict(status)))
+def write_status(
+    run_dir: Path, state: State, code: int | None = None, message: str = "", launch: str | None = None
+) -> None:
+    """Replace the run's state, as the job of `launch` (None: the one that this process belongs to) sees it."""
+    own = os.environ.get(LAUNCH_VARIABLE, "") if launch is None else launch
+    write_atomically(run_dir / "status.json", json.dumps(asdict(Status(state, code, message, time.time(), own))))
 
 
 def read_status(run_dir: Path) -> Status | None:
     """The state as last written; `current_status` also asks whether the job still lives."""
-    return _read(run_dir / "status.json", Status)
+    return read_json(run_dir / "status.json", Status)
 
 
 def write_job(run_dir: Path, job: Job) -> None:
@@ -120,7 +137,7 @@ def write_job(run_dir: Path, job: Job) -> None:
 
 def read_job(run_dir: Path) -> Job | None:
     """The job last submitted for the run."""
-    return _read(run_dir / "job.json", Job)
+    return read_json(run_dir / "job.json", Job)
 
 
 def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
@@ -129,7 +146,11 @@ def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
     `queue` is `slurm_queue()`'s answer, to ask Slurm once for many runs.
     """
     status, job = read_status(run_dir), read_job(run_dir)
-    if status is None or job is None or status.state not in (*ALIVE, "stopped"):
+    if job is None:
+        return _without_job(run_dir, status)
+    if status is None or status.launch != job.launch:  # its job has said nothing yet, or nothing that can be read
+        status = Status("submitted", time_s=job.time_s, launch=job.launch)
+    if status.state not in (*ALIVE, "stopped"):
         return status
     known = (slurm_queue() if queue is None else queue) if job.kind == "slurm" else Queue({})
     if status.state == "stopped":
@@ -139,9 +160,18 @@ def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
     if is_alive(job, status, known):
         return status
     settled = read_status(run_dir)  # it may have ended between the two looks
-    if settled is not None and settled.state not in ALIVE:
+    if settled is not None and settled.launch == job.launch and settled.state not in ALIVE:
         return settled
-    return _without_a_word(run_dir, settled or status, job, known.ended.get(job.job_id, ""))
+    return _without_a_word(run_dir, status, job, known.ended.get(job.job_id, ""))
+
+
+def _without_job(run_dir: Path, status: Status | None) -> Status | None:
+    """A run whose job.json is missing or damaged; who runs it holds its lock."""
+    if status is None or status.state not in ALIVE:
+        return status
+    if holder := holder_of(run_dir / RUN_LOCK) if is_held(run_dir / RUN_LOCK) else None:
+        return Status(status.state, None, f"run by {holder}", status.time_s)
+    return Status("lost", None, "no job of it is known (job.json); launch it again to go on", status.time_s)
 
 
 def _without_a_word(run_dir: Path, status: Status, job: Job, ended: str) -> Status:
@@ -159,13 +189,13 @@ def _without_a_word(run_dir: Path, status: Status, job: Job, ended: str) -> Stat
 def saved_step(run_dir: Path) -> int | None:
     """Step of the newest checkpoint that was completed; None before the first. Its bytes are not read."""
     steps = [path.parent.name.partition("-")[2] for path in run_dir.glob("checkpoints/step-*/manifest.json")]
-    return max(map(int, steps), default=None)
+    return max((int(step) for step in steps if step.isdecimal()), default=None)
 
 
 def is_alive(job: Job, status: Status, queue: Queue) -> bool:
     """Whether the job is queued or running. Believed: a local job of another host, any job while Slurm is silent."""
     if job.kind == "local":
-        return job.host != os.uname().nodename or _is_controller(int(job.job_id))
+        return job.host != os.uname().nodename or (job.job_id.isdecimal() and _is_controller(int(job.job_id)))
     if not queue.answered or job.job_id in queue.states:
         return True
     return job.job_id not in queue.ended and time.time() - status.time_s < SLURM_QUIET_S
@@ -173,20 +203,23 @@ def is_alive(job: Job, status: Status, queue: Queue) -> bool:
 
 def slurm_queue() -> Queue:
     """This user's jobs, one call."""
-    command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T"]
+    command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T %r"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return Queue({}, answered=False)
-    found = dict(line.split(maxsplit=1) for line in answer.splitlines() if line.strip())
-    over = {job: state for job, state in found.items() if state in ENDED}
-    return Queue({job: state for job, state in found.items() if job not in over}, ended=over)
+    lines = [(*line.split(maxsplit=2), "")[:3] for line in answer.splitlines() if len(line.split()) > 1]
+    return Queue(
+        {job: state for job, state, _ in lines if state not in ENDED},
+        ended={job: state for job, state, _ in lines if state in ENDED},
+        reasons={job: reason.strip("() ") for job, state, reason in lines if state == "PENDING"},
+    )
 
 
 def list_runs(root: Path) -> list[Path]:
     """Run folders of an output root, oldest first."""
-    found = [path.parent for path in root.glob("*/recipe.yaml")]
-    return sorted(found, key=lambda path: (path / "recipe.yaml").stat().st_mtime)
+    found = {path.parent: path.stat().st_mtime for path in root.glob("*/recipe.yaml") if path.is_file()}
+    return sorted(found, key=lambda path: found[path])
 
 
 def find_run(root: Path, name: str) -> Path:
@@ -211,7 +244,3 @@ def _is_controller(pid: int) -> bool:
         return False
     # While it is being started, a process has no words yet.
     return state not in "ZX" and (not words or b"submitit.local._local" in words)
-
-
-def _read(path: Path, kind: type) -> Any:
-    return kind(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None

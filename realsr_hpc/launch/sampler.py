@@ -14,8 +14,11 @@ from typing import Any
 from realsr_hpc.config.load import Axis, RecipeError, compose_one, output_root, search_space
 from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.launch.rundir import current_status, run_folder
+from realsr_hpc.launch.rundir import current_status, make_private, run_folder
+from realsr_hpc.locks import hold
 from realsr_hpc.tracking import metrics_by_step
+
+WAIT_S = 120.0
 
 
 def sample(overrides: list[str], sweep: str, trials: int) -> list[RunConfig]:
@@ -23,14 +26,16 @@ def sample(overrides: list[str], sweep: str, trials: int) -> list[RunConfig]:
     fixed, axes = search_space(overrides)
     if not axes:
         raise RecipeError("sampler: optuna: nothing to choose; give a key several values, or interval(low, high)")
-    study = _study(fixed, sweep)
-    waiting = _tell(study, fixed)
-    if not waiting:
-        for _ in range(trials):
-            trial = study.ask()
-            trial.set_user_attr("overrides", [f"{axis.key}={_draw(trial, axis)}" for axis in axes])
-        waiting = _running(study)
-    return [_config(fixed, trial) for trial in waiting]
+    folder = make_private(make_private(output_root(compose_one(fixed)) / "sweeps") / sweep)
+    with hold(folder / "journal.lock", f"drawing for sweep {sweep}", WAIT_S):  # two launchers would draw twice
+        study = _study(fixed, sweep)
+        waiting = _tell(study, fixed)
+        if not waiting:
+            for _ in range(trials):
+                trial = study.ask()
+                trial.set_user_attr("overrides", [f"{axis.key}={_draw(trial, axis)}" for axis in axes])
+            waiting = _running(study)
+        return [_config(fixed, trial) for trial in waiting]
 
 
 def _study(fixed: list[str], sweep: str) -> Any:
@@ -43,7 +48,6 @@ def _study(fixed: list[str], sweep: str) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config = compose_one(fixed)
     path = output_root(config) / "sweeps" / sweep / "optuna.journal"
-    path.parent.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(path))),
         study_name=sweep,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from realsr_hpc.config.load import output_root
 from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import run_folder
-from realsr_hpc.paths import project_root
+from realsr_hpc.launch.snapshot import SUMS
+from realsr_hpc.paths import resolve
 
 
 def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str]) -> dict[str, object]:
@@ -30,10 +32,15 @@ def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str])
         "array_parallelism": cluster.runs_at_once,
         "srun_args": _srun_arguments(cluster),
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True, **cluster.extra_sbatch},
+        "additional_parameters": {"requeue": True, **_extra(cluster)},
         "setup": setup,
     }
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _extra(cluster: ClusterConfig) -> dict[str, bool | int | str]:
+    """What the recipe adds, in sbatch's own spelling; submitit writes True as an option without a value."""
+    return {key.replace("_", "-"): value for key, value in cluster.extra_sbatch.items() if value is not False}
 
 
 def _srun_arguments(cluster: ClusterConfig) -> list[str]:
@@ -45,22 +52,51 @@ def _srun_arguments(cluster: ClusterConfig) -> list[str]:
 
 
 def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
-    """Shell lines of the batch script before srun; into the snapshot, as Python looks in the current folder first."""
-    lines = [f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}", f"cd {code}"]
+    """Shell lines of the batch script before srun: the site's file, then the snapshot, checked and made current.
+
+    A line that fails ends the job, as outside of its snapshot it would run something else. Python looks in the current
+    folder first, hence `cd`. A supervisor that was killed (137: by the memory killer, say) can ask Slurm for nothing:
+    the script asks in its stead.
+    """
+    there, sums = shlex.quote(str(code)), f"sha256sum --check --quiet --strict {SUMS}"
+    lines = [
+        "set -eE -o pipefail",
+        """trap 'echo "set-up of the job failed: $BASH_COMMAND" >&2' ERR""",
+        f"cd {there}",
+        f'{sums} || {{ echo "the snapshot of the code in $PWD is damaged; launch the run again" >&2; exit 1; }}',
+        f'export PYTHONPATH={there}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        "trap - ERR",
+        *AGAIN.format(max_requeues=cluster.max_requeues).strip().splitlines(),
+        "trap again EXIT",
+    ]
     if cluster.environment_file:
-        lines.insert(0, f"source {(project_root() / cluster.environment_file).resolve()}")
+        lines.insert(2, f"source {shlex.quote(str(resolve(cluster.environment_file)))}")
     return lines
+
+
+AGAIN = """
+again() {{
+    local code=$? id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+    id=${{id:-$SLURM_JOB_ID}}
+    case $code in 134|135|137|139) ;; *) return 0 ;; esac
+    [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ] || return 0
+    case $(scontrol show job --oneliner "$id") in *" JobState=RUNNING "*) ;; *) return 0 ;; esac
+    echo "the run's supervisor was killed (code $code): requeueing $id" >&2
+    scontrol requeue "$id"
+}}
+"""
+"""Not for a job that is being cancelled, or that its supervisor has requeued."""
 
 
 def sbatch_script(config: RunConfig, num_runs: int = 1) -> str:
     """The script that would be submitted, `map_count` runs as one array."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    run_dir = run_folder(config)
+    folder = run_folder(config) / "logs" / "job"
     setup = setup_lines(config.cluster, output_root(config) / "code" / "SNAPSHOT")
     return _make_sbatch_string(
-        command=f"{sys.executable} -u -m submitit.core._submit {run_dir / 'logs' / 'job'}",
-        folder=run_dir / "logs" / "job",
+        command=f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}",
+        folder=folder,
         map_count=num_runs if num_runs > 1 else None,
         **executor_parameters(config.cluster, config.name, setup),  # type: ignore[arg-type]
     )

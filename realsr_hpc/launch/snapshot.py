@@ -1,8 +1,9 @@
 """A copy of the code that a Slurm job runs from, so that editing the checkout changes no job in the queue.
 
 Its name is the hash of its contents: runs of the same code share one copy, uncommitted changes included. It is
-written aside and renamed, so a half-written one is never used. Files that git ignores (weights, data) stay where they
-are; those the recipe names are linked.
+written aside and renamed, so a half-written one is never used, and it is believed for its contents, never for being
+there: launching compares every byte, and the job does so again (SHA256SUMS). What git ignores (weights, data) stays in
+the checkout, where `paths.resolve` finds it for launcher and job alike.
 """
 
 from __future__ import annotations
@@ -12,43 +13,68 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from realsr_hpc.config.load import output_root
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.paths import code_root, is_checkout, project_root
+from realsr_hpc.files import sha256_of
+from realsr_hpc.launch.rundir import make_private
+from realsr_hpc.locks import hold
+from realsr_hpc.paths import code_root, is_checkout
 
+SUMS = "SHA256SUMS"
+WAIT_S = 120.0
 FOLDERS = ("realsr_hpc", "recipes", "slurm", "tools")
 
 
 def take_snapshot(configs: Sequence[RunConfig]) -> Path:
-    """Folder of the copy that the runs of these recipes share, made if it does not exist yet."""
+    """Folder of the copy that the runs of these recipes share, made, or made anew where it is not what its name says.
+
+    ValueError when it, or the folder of all copies, belongs to another user.
+    """
     files = _files()
-    target = output_root(configs[0]) / "code" / _digest(files)
-    if not target.exists():
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        for name, source in files.items():
-            copy = aside / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, copy)
-        try:
-            os.rename(aside, target)
-        except OSError:  # another launcher was faster
-            shutil.rmtree(aside)
-    for name in {name for config in configs for name in external_paths(config)}:
-        _link(project_root() / name, target / name)
+    folder = make_private(output_root(configs[0]) / "code")
+    target = folder / _digest(files)
+    with hold(folder.with_name(".code.lock"), "taking a snapshot of the code", WAIT_S):
+        if target.exists() and not _is_whole(make_private(target), files):
+            shutil.move(target, aside_of(target, "damaged"))
+        if not target.exists():
+            os.replace(_copy(files, aside_of(target, "new")), target)
     return target
 
 
-def external_paths(config: RunConfig) -> list[str]:
-    """Relative paths that a recipe names."""
-    tokenizers = (config.image_tokenizer.weights, config.text_tokenizer.path)
-    named = (config.data.manifest, config.sft.traces, config.model.weights, *tokenizers)
-    return [name for name in named if name and not Path(name).is_absolute()]
+def aside_of(target: Path, word: str) -> Path:
+    """A name beside a snapshot that is nobody else's."""
+    return target.with_name(f".{target.name}.{word}.{os.uname().nodename}.{os.getpid()}.{time.time_ns()}")
+
+
+def _copy(files: dict[str, Path], aside: Path) -> Path:
+    aside.mkdir(mode=0o700)
+    for name, source in files.items():
+        copy = aside / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, copy)
+        copy.chmod(copy.stat().st_mode & 0o755)
+    (aside / SUMS).write_text("".join(f"{sha256_of(aside / name)}  {name}\n" for name in files), encoding="utf-8")
+    return aside
+
+
+def _is_whole(target: Path, files: dict[str, Path]) -> bool:
+    """Nothing is missing, altered or added (but what Python compiles), and nobody else can change it."""
+    paths = [path for path in target.rglob("*") if "__pycache__" not in path.parts]
+    present = {path.relative_to(target).as_posix() for path in paths if not path.is_dir()}
+    if present != {*files, SUMS} or any(path.is_symlink() or path.stat().st_uid != os.getuid() for path in paths):
+        return False
+    return _digest({name: target / name for name in files}) == target.name and _sums_hold(target, files)
+
+
+def _sums_hold(target: Path, files: dict[str, Path]) -> bool:
+    listed = "".join(f"{sha256_of(target / name)}  {name}\n" for name in files)
+    return (target / SUMS).read_bytes() == listed.encode()
 
 
 def code_version() -> dict[str, str]:
@@ -92,17 +118,6 @@ def _digest(files: dict[str, Path]) -> str:
     for name, source in files.items():
         digest.update(name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link what the snapshot lacks: a file's whole folder, as a manifest's photographs lie beside it, or it alone."""
-    if target.exists() or not source.exists():
-        return
-    if source.is_file() and not target.parent.exists():
-        source, target = source.parent, target.parent
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):  # another launcher was faster
-        target.symlink_to(source)
 
 
 def _git(*arguments: str) -> str | None:

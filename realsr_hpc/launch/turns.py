@@ -18,10 +18,10 @@ from realsr_hpc.launch.job import node_job
 POLL_S = 0.5
 
 
-def node_job_in_turn(run_dir: Path, folder: Path, num_slots: int, place: int) -> int:
+def node_job_in_turn(run_dir: Path, folder: Path, num_slots: int, place: int, launch: str) -> int:
     """`node_job` once it is this run's turn in `folder`; see `turn`."""
     with turn(folder, num_slots, place):
-        return node_job(run_dir)
+        return node_job(run_dir, launch)
 
 
 @contextmanager

@@ -10,22 +10,24 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from realsr_hpc.files import write_atomically
+from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.environment import Placement
+from realsr_hpc.launch.requeue import PATIENCE_S
 from realsr_hpc.tracking import read_progress
 
-DONE, FAILED, STOPPED, UNHEALTHY, HUNG, CRASHED = 0, 1, 85, 86, 87, 88
-"""How an attempt ends, as exit codes. FAILED: a rank raised; CRASHED: a rank was killed, or a node went away."""
+DONE, FAILED, STOPPED, UNHEALTHY, HUNG, CRASHED, REFUSED = 0, 1, 85, 86, 87, 88, 89
+"""How an attempt ends, as exit codes. FAILED: a rank raised; CRASHED: a rank was killed, or a node went away.
+REFUSED: another job runs this folder."""
 REQUEUED = (UNHEALTHY, HUNG, CRASHED)
 """Ends that another attempt, perhaps on other nodes, can mend; a rank that raised would raise again."""
 AGREE_S = 20.0
-ASK_S = 90.0
+ASK_S = PATIENCE_S + 60.0
 """How long nodes wait for the one that asks Slurm to requeue the job."""
 _POLL_S = 0.1
-_CAUSES = (UNHEALTHY, HUNG, CRASHED, FAILED, STOPPED, DONE)
+_CAUSES = (REFUSED, UNHEALTHY, HUNG, CRASHED, FAILED, STOPPED, DONE)
 """Causes before their consequences."""
 
 
@@ -38,12 +40,14 @@ class Verdict:
     message: str = ""
     time_s: float = 0.0
     """When the rank that decided it wrote its last words: the earlier of two failures is the cause."""
+    all_present: bool = False
+    """Every node of the attempt spoke, and none has left with its work done: they can go on together."""
 
 
 def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AGREE_S) -> Verdict:
     """The verdict that all nodes of this attempt come to; a node silent for `wait_s` counts as gone (CRASHED)."""
     if placement.num_nodes == 1:
-        return mine
+        return replace(mine, all_present=mine.code not in (DONE, STOPPED))
     folder = _folder(run_dir, placement)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,14 +57,22 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
     if mine.code in (DONE, STOPPED):  # the ranks left together, by a collective decision
         return mine
     deadline = time.time() + wait_s
-    while len(paths := list(folder.glob("node-*.json"))) < placement.num_nodes and time.time() < deadline:
+    while len(verdicts := _spoken(folder)) < placement.num_nodes and time.time() < deadline:
         time.sleep(_POLL_S)
-    verdicts = [Verdict(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    verdicts = verdicts or [mine]
+    complete = len(verdicts) == placement.num_nodes and not {DONE, STOPPED} & {verdict.code for verdict in verdicts}
     if len(verdicts) < placement.num_nodes:
         present = min(verdict.node for verdict in verdicts)
         silent = sorted(set(range(placement.num_nodes)) - {verdict.node for verdict in verdicts})
         verdicts.append(Verdict(present, CRASHED, f"node {silent[0]} of the job is gone; {mine.message}"))
-    return min(verdicts, key=lambda verdict: (_CAUSES.index(verdict.code), verdict.time_s))
+    cause = min(verdicts, key=lambda verdict: (_CAUSES.index(verdict.code), verdict.time_s))
+    return replace(cause, all_present=complete)
+
+
+def _spoken(folder: Path) -> list[Verdict]:
+    """What the nodes have written, as far as it can be read."""
+    found = (read_json(path, Verdict) for path in sorted(folder.glob("node-*.json")))
+    return [verdict for verdict in found if verdict is not None and verdict.code in _CAUSES]
 
 
 def requeue_was_asked(run_dir: Path, placement: Placement) -> None:
@@ -79,7 +91,15 @@ def wait_for_requeue(run_dir: Path, placement: Placement) -> None:
 
 def _folder(run_dir: Path, placement: Placement) -> Path:
     """What the nodes of one attempt tell each other."""
-    return run_dir / "logs" / "verdicts" / f"{placement.job_id}-{placement.restarts}"
+    return run_dir / "logs" / "verdicts" / f"{placement.job_id}-{placement.restarts}-{placement.attempt}"
+
+
+@dataclass(frozen=True)
+class Requeues:
+    """requeues.json: how many there were since the last new step."""
+
+    step: int = 0
+    count: int = 0
 
 
 def count_requeue(run_dir: Path, restarts: int) -> int:
@@ -88,11 +108,12 @@ def count_requeue(run_dir: Path, restarts: int) -> int:
     restarts: Slurm's own count, which bounds them when the folder's disk is full.
     """
     path = run_dir / "requeues.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"step": 0, "count": 0}
-    step = (read_progress(run_dir) or {"step": 0})["step"]
-    count = 1 if step > before["step"] else before["count"] + 1
+    before = read_json(path, Requeues) or Requeues()
+    progress = read_progress(run_dir)
+    step = progress.step if progress else 0
+    count = 1 if step > before.step else before.count + 1
     try:
-        write_atomically(path, json.dumps({"step": max(step, before["step"]), "count": count}))
+        write_atomically(path, json.dumps(asdict(Requeues(max(step, before.step), count))))
     except OSError:
         return restarts + 1
     return count

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 COLLECTIVE_TIMEOUT_MIN = 30
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,27 @@ def _join(world_size: int) -> None:
         raise ValueError(
             f"WORLD_SIZE = {world_size} but {', '.join(missing)} not set: start through launch or torchrun"
         )
-    dist.init_process_group(backend.dist_backend(), timeout=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun holds the store itself
+        dist.init_process_group(backend.dist_backend(), timeout=timeout)
+        return
+    rank = int(os.environ["RANK"])
+    store = meeting_point(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world_size, timeout)
+    dist.init_process_group(backend.dist_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def meeting_point(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
+    """The store where ranks meet. It listens on `address` alone, the loopback of a one-node job: torch's own listens on
+    every address of the node, and whoever reaches it may write to it."""
+    if rank:
+        return dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    try:
+        listener = socket.create_server((address, port), backlog=world_size)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        logger.warning("%s is no address of this node (translated by a router?): the store listens on all", address)
+        listener = socket.create_server(("", port), backlog=world_size)
+    return dist.TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
 
 
 def _same_layout(parallel: ParallelConfig) -> bool:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from realsr_hpc.config.reward_options import UnderstandingOptions
+from realsr_hpc.paths import resolve
 from realsr_hpc.records import SceneText
 from realsr_hpc.rewards.base import Candidate, Reward
 from realsr_hpc.rewards.wordnet import WordNet
@@ -32,7 +32,7 @@ class UnderstandingReward(Reward):
     def __init__(self, options: UnderstandingOptions):
         self.options = options
         self._minilm = None
-        self._wordnet = WordNet(Path(options.wordnet_dir)) if options.synonyms == "wordnet" else None
+        self._wordnet = WordNet(resolve(options.wordnet_dir)) if options.synonyms == "wordnet" else None
         if "minilm" in (options.similarity, options.synonyms):
             from realsr_hpc.rewards.minilm import MiniLM
 

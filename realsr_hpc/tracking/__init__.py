@@ -1,5 +1,6 @@
 """Runs in MLflow, fed from an append-only spool beside the checkpoint so that tracking never stops training."""
 
+from realsr_hpc.tracking.place import Place, moved_to, read_place, recipe_of, write_place
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.tracking.store import (
     prepare_run,
@@ -10,18 +11,24 @@ from realsr_hpc.tracking.store import (
     tracking_uri,
     write_launch_tags,
 )
-from realsr_hpc.tracking.tracker import Tracker, read_progress, sync
+from realsr_hpc.tracking.tracker import Progress, Tracker, read_progress, sync
 
 __all__ = [
+    "Place",
+    "Progress",
     "Tracker",
     "metrics_by_step",
+    "moved_to",
     "prepare_run",
     "prepare_store",
     "prepare_sweep",
     "read_bookmark",
+    "read_place",
     "read_progress",
+    "recipe_of",
     "set_status",
     "sync",
     "tracking_uri",
     "write_launch_tags",
+    "write_place",
 ]

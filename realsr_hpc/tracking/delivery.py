@@ -3,7 +3,8 @@
 `delivered.json` holds the byte offset up to which the spool has arrived, and up to where it is being sent. A kill
 between MLflow's commit and that note sends exactly the same batch again, whatever the spool got since (a resumed run
 truncates it): MLflow's store ignores a metric with the same key, step, time and value, and times come from the spool,
-so nothing is doubled. A step logged again after a resume is sent only if it had not arrived before.
+so nothing is doubled. A step logged again after a resume is sent only if it had not arrived before. The note belongs to
+one MLflow run: another store, or one that was emptied, gets everything from the start, less what it has already.
 """
 
 from __future__ import annotations
@@ -11,18 +12,34 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import write_atomically
+from realsr_hpc.files import read_json, write_atomically
+from realsr_hpc.tracking.database import client
+from realsr_hpc.tracking.place import moved_to
 from realsr_hpc.tracking.spool import SPOOL_NAME, Event, read_events
-from realsr_hpc.tracking.store import client, prepare_run, read_bookmark, set_status
+from realsr_hpc.tracking.store import prepare_run, set_status, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 OFFSET_NAME = "delivered.json"
 METRICS_A_BATCH = 500
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """Bytes of the spool that have arrived at an MLflow run, and up to where a batch was begun."""
+
+    offset: int = 0
+    sending: int = 0
+    run_id: str = ""
 
 
 class Delivery:
@@ -32,37 +49,54 @@ class Delivery:
         self.config = config
         self.run_dir = run_dir
         self._spool = run_dir / SPOOL_NAME
-        self._offset, self._sending = _read_offsets(run_dir)
+        self._noted = _read_offsets(run_dir)
+        self._run_id = ""
+        """MLflow's, while everything goes well; looked up anew after an error."""
         self._arrived: set[tuple[str, int]] = set()
-        for event, end in read_events(self._spool):
-            if end <= self._offset and event["kind"] == "metrics":
-                self._arrived.update((key, event["step"]) for key in event["metrics"])
+
+    def open(self) -> str:
+        """MLflow run id of this run in the recipe's store, created if need be."""
+        run_id = prepare_run(self.config, self.run_dir)
+        if self._noted.run_id not in ("", run_id) or self._noted.offset > _size(self._spool):
+            self._noted = _Noted()
+        if self._noted.offset == 0:
+            self._arrived = _arrived_at(client(tracking_uri(self.config)), run_id)
+        else:
+            events = [event for event, end in read_events(self._spool) if end <= self._noted.offset]
+            self._arrived = {(key, event["step"]) for event in events for key in event.get("metrics", ())}
+        self._run_id = run_id
+        return run_id
 
     def send_pending(self) -> int:
         """Metric values and artifacts sent now. Any error of MLflow or of the server passes through."""
-        sent = 0
+        try:
+            return self._send_pending(self._run_id or self.open())
+        except Exception:
+            self._run_id = ""
+            raise
+
+    def _send_pending(self, run_id: str) -> int:
+        sent, mlflow = 0, client(tracking_uri(self.config))
         while pending := self._next_batch():
-            run_id = prepare_run(self.config, self.run_dir)
-            mlflow = client((read_bookmark(self.run_dir) or {})["uri"])
-            self._note(self._offset, pending[-1][1])
+            self._note(self._noted.offset, pending[-1][1])
             sent += self._send_metrics(mlflow, run_id, [event for event, _ in pending])
             for event, _ in pending:
-                if event["kind"] == "artifact" and Path(event["path"]).exists():
-                    mlflow.log_artifact(run_id, event["path"], event["folder"] or None)
+                if event["kind"] == "artifact" and (path := moved_to(Path(event["path"]), self.run_dir)).exists():
+                    mlflow.log_artifact(run_id, str(path), event["folder"] or None)
                     sent += 1
             self._note(pending[-1][1], pending[-1][1])
         return sent
 
     def _next_batch(self) -> list[tuple[Event, int]]:
         """What was being sent and may have arrived, else all that is new."""
-        events = read_events(self._spool, self._offset)
-        if self._sending > self._offset:
-            return [(event, end) for event, end in events if end <= self._sending]
-        return list(events)
+        events = list(read_events(self._spool, self._noted.offset))
+        begun = [(event, end) for event, end in events if end <= self._noted.sending]
+        return begun if self._noted.sending > self._noted.offset and begun else events
 
     def _note(self, offset: int, sending: int) -> None:
-        write_atomically(self.run_dir / OFFSET_NAME, json.dumps({"offset": offset, "sending": sending}))
-        self._offset, self._sending = offset, sending
+        noted = _Noted(offset, sending, self._run_id)
+        write_atomically(self.run_dir / OFFSET_NAME, json.dumps(asdict(noted)))
+        self._noted = noted
 
     def _send_metrics(self, mlflow, run_id: str, events: list[Event]) -> int:
         from mlflow.entities import Metric
@@ -109,7 +143,7 @@ class DeliveryThread(threading.Thread):
     def _try(self) -> bool:
         try:
             if not self._is_open:
-                prepare_run(self._delivery.config, self._delivery.run_dir)
+                self._delivery.open()
                 set_status(self._delivery.run_dir, "RUNNING")
                 self._is_open = True
             self._delivery.send_pending()
@@ -129,12 +163,18 @@ def _without_truncated(events: list[Event]) -> list[Event]:
     return kept
 
 
-def _read_offsets(run_dir: Path) -> tuple[int, int]:
-    path = run_dir / OFFSET_NAME
-    if not path.exists():
-        return 0, 0
-    noted = json.loads(path.read_text(encoding="utf-8"))
-    return noted["offset"], noted["sending"]
+def _read_offsets(run_dir: Path) -> _Noted:
+    return read_json(run_dir / OFFSET_NAME, _Noted) or _Noted()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _arrived_at(mlflow: MlflowClient, run_id: str) -> set[tuple[str, int]]:
+    """Metrics and steps that a run of MLflow's has already."""
+    keys = mlflow.get_run(run_id).data.metrics
+    return {(key, point.step) for key in keys for point in mlflow.get_metric_history(run_id, key)}
 
 
 def brief(error: Exception) -> str:

@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from realsr_hpc.tracking.database import client
 from realsr_hpc.tracking.delivery import METRICS_A_BATCH, brief
-from realsr_hpc.tracking.store import client, read_bookmark
+from realsr_hpc.tracking.place import recipe_of
+from realsr_hpc.tracking.store import prepare_run, read_bookmark, tracking_uri
 
 
 def log_results(run_dir: Path, step: int, metrics: Mapping[str, float], files: Sequence[Path], folder: str) -> str:
@@ -15,18 +17,19 @@ def log_results(run_dir: Path, step: int, metrics: Mapping[str, float], files: S
 
     Not through the spool: that has one writer, which may still be training.
     """
-    bookmark = read_bookmark(run_dir)
-    if bookmark is None:
+    if read_bookmark(run_dir) is None:
         return f"{run_dir} has no MLflow run"
     try:
         from mlflow.entities import Metric
 
-        mlflow, now = client(bookmark["uri"]), int(time.time() * 1000)
+        config = recipe_of(run_dir)
+        run_id = prepare_run(config, run_dir)
+        mlflow, now = client(tracking_uri(config)), int(time.time() * 1000)
         values = [Metric(key, value, now, step) for key, value in metrics.items()]
         for start in range(0, len(values), METRICS_A_BATCH):
-            mlflow.log_batch(bookmark["run_id"], metrics=values[start : start + METRICS_A_BATCH])
+            mlflow.log_batch(run_id, metrics=values[start : start + METRICS_A_BATCH])
         for file in files:
-            mlflow.log_artifact(bookmark["run_id"], str(file), folder)
+            mlflow.log_artifact(run_id, str(file), folder)
     except Exception as error:  # tracking never stops what is tracked
         return f"MLflow is not reachable ({brief(error)})"
     return ""

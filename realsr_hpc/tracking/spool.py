@@ -68,7 +68,21 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
             if not line.endswith(b"\n"):
                 return
             offset += len(line)
-            yield json.loads(line), offset
+            event = _event(line)
+            if event is None:
+                logger.warning("%s: the line before byte %d is damaged and left out", path, offset)
+            else:
+                yield event, offset
+
+
+def _event(line: bytes) -> Event | None:
+    """One event; None for a line that is none, as a disk that lost power leaves."""
+    try:
+        event = json.loads(line)
+        known = {"metrics": ("step", "time_ms", "metrics"), "truncate": ("step",), "artifact": ("path", "folder")}
+        return event if all(key in event for key in known[event["kind"]]) else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def metrics_by_step(run_dir: Path) -> dict[int, dict[str, float]]:

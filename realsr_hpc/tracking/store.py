@@ -1,21 +1,24 @@
-"""A run in MLflow: created once by the launcher, found again by every later attempt.
+"""A run in MLflow: created once by the launcher, found again by every later attempt, made again where it is gone.
 
-mlflow is imported inside the functions: it costs a second or two that planning a run should not pay. Its own
-asynchronous logging is left out because it lost events with several writers (delivery.py sends batches itself).
+The run's folder is the truth: whatever store the recipe names now gets everything its spool holds. The bookmark only
+says where it went last. mlflow is imported inside the functions: it costs a second or two that planning a run should
+not pay. Its own asynchronous logging is left out because it lost events with several writers (delivery.py sends batches
+itself).
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realsr_hpc.config.identity import flatten, signature
 from realsr_hpc.config.load import output_root
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import write_atomically
+from realsr_hpc.files import read_json, write_atomically
+from realsr_hpc.locks import hold
+from realsr_hpc.tracking.database import MAKING_WAIT_S, SQLITE, client, move_artifacts
+from realsr_hpc.tracking.place import read_place
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,44 +39,31 @@ def tracking_uri(config: RunConfig) -> str:
     return config.tracking.uri or f"sqlite:///{output_root(config) / 'mlflow.db'}"
 
 
-def client(uri: str) -> MlflowClient:
-    """A client that fails fast, says nothing and reports to nobody."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    from mlflow import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri)
-
-
 def write_launch_tags(run_dir: Path, tags: dict[str, str]) -> None:
     """Tags that the launcher knows and the job will create the MLflow run with."""
     write_atomically(run_dir / LAUNCH_TAGS_NAME, json.dumps(tags))
 
 
 def prepare_run(config: RunConfig, run_dir: Path) -> str:
-    """MLflow run id of `run_dir`, created with its parameters and the launcher's tags when there is none.
+    """MLflow run id of `run_dir` in the recipe's store, created with its parameters and tags when there is none.
 
-    Safe to call again: the bookmark in the folder, then the run's tag, are looked up first. Any error of MLflow or of
-    the server passes through.
+    Safe to call again: the bookmark in the folder, then the run's tag, are looked up first; a run that was deleted
+    there is restored. Any error of MLflow or of the server passes through.
     """
-    known = read_bookmark(run_dir)
-    if known:
-        return known["run_id"]
     uri = tracking_uri(config)
-    mlflow = client(uri)
-    experiment = _experiment(mlflow, config)
-    run_id = _find(mlflow, experiment, RUN_TAG, str(run_dir))
-    run_id = run_id or _create(mlflow, experiment, run_dir.name, _tags(config, run_dir))
-    _log_params(mlflow, run_id, config)
-    write_atomically(run_dir / BOOKMARK_NAME, json.dumps({"uri": uri, "run_id": run_id}))
+    with hold(run_dir / "mlflow.lock", "opening the MLflow run", MAKING_WAIT_S):
+        mlflow, known = client(uri), read_bookmark(run_dir)
+        if known and (run_id := _restored(mlflow, known["run_id"])):
+            if known["uri"] != uri:
+                _experiment(mlflow, config)  # the store was moved, and its artifacts with it
+                mlflow.set_tag(run_id, RUN_TAG, str(run_dir))
+        else:
+            experiment = _experiment(mlflow, config)
+            run_id = _find_run(mlflow, experiment, run_dir)
+            run_id = run_id or _create(mlflow, experiment, run_dir.name, _tags(config, run_dir))
+            _log_params(mlflow, run_id, config)
+        if known != (bookmark := {"uri": uri, "run_id": run_id}):
+            write_atomically(run_dir / BOOKMARK_NAME, json.dumps(bookmark))
     return run_id
 
 
@@ -85,17 +75,19 @@ def prepare_store(config: RunConfig) -> None:
 def prepare_sweep(config: RunConfig, sweep: str) -> str:
     """MLflow run id of a sweep's parent, created when there is none."""
     mlflow = client(tracking_uri(config))
-    experiment = _experiment(mlflow, config)
-    found = _find(mlflow, experiment, SWEEP_TAG, sweep, extra="tags.`realsr_hpc.kind` = 'sweep'")
-    note = config.tracking.description or f"Compare its runs: `python tools/compare.py sweep={sweep}`"
-    tags = {SWEEP_TAG: sweep, "realsr_hpc.kind": "sweep", "mlflow.note.content": note}
-    return found or _create(mlflow, experiment, sweep, tags)
+    (root := output_root(config)).mkdir(parents=True, exist_ok=True)
+    with hold(root / ".mlflow-sweeps.lock", f"opening sweep {sweep}", MAKING_WAIT_S):
+        experiment = _experiment(mlflow, config)
+        found = _find(mlflow, experiment, SWEEP_TAG, sweep, extra="tags.`realsr_hpc.kind` = 'sweep'")
+        note = config.tracking.description or f"Compare its runs: `python tools/compare.py sweep={sweep}`"
+        tags = {SWEEP_TAG: sweep, "realsr_hpc.kind": "sweep", "mlflow.note.content": note}
+        return found or _create(mlflow, experiment, sweep, tags)
 
 
 def read_bookmark(run_dir: Path) -> dict[str, str] | None:
     """`uri` and `run_id` of a run folder; None before it has an MLflow run."""
-    path = run_dir / BOOKMARK_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    known = read_json(run_dir / BOOKMARK_NAME, dict[str, str])
+    return known if known and {"uri", "run_id"} <= known.keys() else None
 
 
 def set_status(run_dir: Path, status: str) -> None:
@@ -110,19 +102,72 @@ def set_status(run_dir: Path, status: str) -> None:
         mlflow.set_terminated(bookmark["run_id"], status=status)
 
 
+def _restored(mlflow: MlflowClient, run_id: str) -> str | None:
+    """The run's id when the store has it, brought back if somebody deleted it there; None when it never had it."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+    try:
+        run = mlflow.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return None
+        raise
+    if (experiment := mlflow.get_experiment(run.info.experiment_id)).lifecycle_stage == "deleted":
+        mlflow.restore_experiment(experiment.experiment_id)
+    if mlflow.get_run(run_id).info.lifecycle_stage == "deleted":
+        mlflow.restore_run(run_id)
+    return run_id
+
+
 def _experiment(mlflow: MlflowClient, config: RunConfig) -> str:
+    """Id of the recipe's experiment: made, brought back from deletion, or told where its artifacts are now."""
+    own = tracking_uri(config).startswith(SQLITE)
+    database = Path(tracking_uri(config).removeprefix(SQLITE))
+    artifacts = database.parent / "mlartifacts"
+    if own:  # MLflow's own default is the current folder
+        artifacts.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = mlflow.get_experiment_by_name(config.tracking.experiment)
-    if found is not None:
+    if found is None:
+        return _make_experiment(mlflow, config.tracking.experiment, artifacts.as_uri() if own else None)
+    if found.lifecycle_stage == "deleted":
+        mlflow.restore_experiment(found.experiment_id)
+    if own and found.artifact_location != artifacts.as_uri() and found.artifact_location.endswith("/mlartifacts"):
+        move_artifacts(database, found.artifact_location, artifacts.as_uri())
+    return found.experiment_id
+
+
+def _make_experiment(mlflow: MlflowClient, name: str, location: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return mlflow.create_experiment(name, artifact_location=location)
+    except MlflowException:
+        if (found := mlflow.get_experiment_by_name(name)) is None:  # not another launcher's doing
+            raise
         return found.experiment_id
-    local = config.tracking.uri is None
-    location = (output_root(config) / "mlartifacts").as_uri() if local else None
-    return mlflow.create_experiment(config.tracking.experiment, artifact_location=location)
+
+
+def _find_run(mlflow: MlflowClient, experiment: str, run_dir: Path) -> str | None:
+    """By its folder as it is now, or as it was when the run was launched."""
+    place = read_place(run_dir)
+    folders = dict.fromkeys([str(run_dir), *([place.folder] if place else [])])
+    found = (_find(mlflow, experiment, RUN_TAG, folder) for folder in folders)
+    return next((run_id for run_id in found if run_id), None)
 
 
 def _find(mlflow: MlflowClient, experiment: str, tag: str, value: str, extra: str = "") -> str | None:
-    condition = f"tags.`{tag}` = '{value}'" + (f" and {extra}" if extra else "")
+    condition = f"tags.`{tag}` = {quoted(value)}" + (f" and {extra}" if extra else "")
     runs = mlflow.search_runs([experiment], filter_string=condition, max_results=1)
     return runs[0].info.run_id if runs else None
+
+
+def quoted(text: str) -> str:
+    """Text in MLflow's filter language, which knows two quotation marks and no escape. ValueError: it has both."""
+    mark = '"' if "'" in text else "'"
+    if mark in text:
+        raise ValueError(f"{text!r}: holds both kinds of quotation marks, which MLflow cannot search for; rename it")
+    return f"{mark}{text}{mark}"
 
 
 def _create(mlflow: MlflowClient, experiment: str, name: str, tags: dict[str, str]) -> str:
@@ -130,7 +175,9 @@ def _create(mlflow: MlflowClient, experiment: str, name: str, tags: dict[str, st
 
 
 def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
-    launch_tags = run_dir / LAUNCH_TAGS_NAME
+    launched = read_json(run_dir / LAUNCH_TAGS_NAME, dict[str, str]) or {}
+    # A parent of another store means nothing here: the sweep's name finds, or makes, this store's.
+    parent = {PARENT_TAG: prepare_sweep(config, launched[SWEEP_TAG])} if SWEEP_TAG in launched else {}
     return {
         RUN_TAG: str(run_dir),
         "realsr_hpc.recipe": config.name,
@@ -138,7 +185,8 @@ def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
         "realsr_hpc.signature": signature(config),
         "mlflow.note.content": config.tracking.description or _describe(config, run_dir),
         **config.tracking.tags,
-        **(json.loads(launch_tags.read_text(encoding="utf-8")) if launch_tags.exists() else {}),
+        **launched,
+        **parent,
     }
 
 

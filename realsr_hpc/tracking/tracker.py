@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import write_atomically
+from realsr_hpc.files import read_json, write_atomically
+from realsr_hpc.tracking.database import client
 from realsr_hpc.tracking.delivery import Delivery, DeliveryThread, brief
+from realsr_hpc.tracking.place import recipe_of
 from realsr_hpc.tracking.spool import Spool
-from realsr_hpc.tracking.store import client, read_bookmark, set_status, tracking_uri
+from realsr_hpc.tracking.store import read_bookmark, set_status, tracking_uri
 
 PROGRESS_NAME = "progress.json"
 LAUNCH_FILES = ("recipe.yaml", "plan.txt", "environment.json")
@@ -71,9 +73,9 @@ class Tracker:
     def progress(self, step: int, total: int, text: str) -> None:
         """Where the run stands, for whoever follows it; also the sign of life that the hang watchdog looks for."""
         if self._spool is not None:
-            state = {"step": step, "total": total, "text": text, "time_ms": _now_ms()}
+            state = Progress(step, total, text, _now_ms())
             try:
-                write_atomically(self.run_dir / PROGRESS_NAME, json.dumps(state))
+                write_atomically(self.run_dir / PROGRESS_NAME, json.dumps(asdict(state)))
             except OSError as error:  # a full disk: the next step may find room
                 logger.error("tracking: progress not written (%s)", error.strerror)
 
@@ -100,13 +102,22 @@ def sync(run_dir: Path) -> int:
 
     Raises RecipeError without a recipe.yaml; errors of MLflow pass through.
     """
-    return Delivery(from_yaml(run_dir / "recipe.yaml"), run_dir).send_pending()
+    return Delivery(recipe_of(run_dir), run_dir).send_pending()
 
 
-def read_progress(run_dir: Path) -> dict | None:
-    """`step`, `total`, `text` and `time_ms` of the last sign of life; None before the first."""
-    path = run_dir / PROGRESS_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+@dataclass(frozen=True)
+class Progress:
+    """The last sign of life."""
+
+    step: int
+    total: int = 0
+    text: str = ""
+    time_ms: int = 0
+
+
+def read_progress(run_dir: Path) -> Progress | None:
+    """Where the run stands; None before its first step."""
+    return read_json(run_dir / PROGRESS_NAME, Progress)
 
 
 def _now_ms() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,15 @@ class TrainingRun:
         agreed = reduce_floats(flags, torch.distributed.group.WORLD, self.parts.groups.device, "max")
         leaving = agreed["stop"] > 0 or step == self.num_steps
         due = leaving or agreed["best"] > 0 or step % self.config.checkpoint.every_steps == 0
+        began = time.perf_counter()
         if self._saver.pending and (due or not agreed["writing"]):
             self._try(self._complete)
         if due:
             self._try(lambda: self.save(step, loader), must=step == self.num_steps)
         if self._saver.pending and (leaving or not self._saver.behind):
             self._try(self._complete, must=step == self.num_steps)
+        if due:  # what training waited for; what is written behind it costs nothing here
+            self.tracker.log_metrics(step, {"time/checkpoint/s": time.perf_counter() - began})
         return agreed["stop"] > 0 and step < self.num_steps
 
     def _try(self, act: Callable[[], None], *, must: bool = False) -> None:

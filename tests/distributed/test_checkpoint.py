@@ -70,6 +70,15 @@ def test_resumed_run_is_bitwise_the_same(tmp_path: Path, distributed_optimizer: 
     assert largest_difference(resumed[0]["weights"], whole[0]["weights"]) == 0.0
 
 
+def test_data_parallel_ranks_share_the_writing(tmp_path: Path) -> None:
+    """Ranks that hold the same write halves of it, not rank 0 everything."""
+    config = tiny_config({"distributed_optimizer": True}, optim=OPTIM)
+    run_ranks(2, train, config, tmp_path, 1, 1, False)
+    shards = list((tmp_path / "step-000001").glob("*.distcp"))
+    written = [sum(path.stat().st_size for path in shards if path.name.startswith(f"__{rank}_")) for rank in (0, 1)]
+    assert min(written) > 0.8 * max(written)
+
+
 @pytest.fixture(scope="module")
 def tensor_parallel_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run on tp 2 x dp 2 that saved at step 3: its folder and what world rank 0 had."""

@@ -78,8 +78,13 @@ def test_the_plain_batch_file_runs_the_code_as_it_was_when_it_was_prepared(clust
     for line in (f"--nodes={wanted.nodes}", f"--gpus-per-node={wanted.gpus_per_node}", "--requeue", "--signal=USR2@"):
         assert f"#SBATCH {line}" in script
     [run_dir] = launch(tmp_path, "cluster.nodes=2", "sft.num_steps=2", f"prepare={tmp_path / 'plain'}")
-    with (run_dir / "code" / "realsr_hpc" / "train" / "sft.py").open("a") as copy:
+    code, name = run_dir / "code", "realsr_hpc/train/sft.py"
+    with (code / name).open("a") as copy:
         copy.write("\nprint('run from the copy')\n")
+    lines = (code / "SHA256SUMS").read_text().splitlines()
+    new = subprocess.run(["sha256sum", name], cwd=code, check=True, capture_output=True, text=True).stdout.strip()
+    kept = [line for line in lines if not line.endswith(f"  {name}")]
+    (code / "SHA256SUMS").write_text("\n".join([*kept, new, ""]))
     options = ["--gpus-per-node=0", "--cpus-per-task=1", f"--output={tmp_path / 'out'}", "--wait"]
     here = {**os.environ, "RUN_DIR": str(run_dir), "PYTHON": sys.executable}
     batch = str(project_root() / "slurm" / "grpo_7b.sbatch")

@@ -35,7 +35,8 @@ def state_of(run_dir: Path) -> str:
 
 def steps_done(run_dir: Path) -> int:
     """The last step that was reported."""
-    return (read_progress(run_dir) or {"step": 0})["step"]
+    progress = read_progress(run_dir)
+    return progress.step if progress else 0
 
 
 def log_of(run_dir: Path) -> str:

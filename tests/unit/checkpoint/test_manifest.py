@@ -73,3 +73,32 @@ def test_the_best_stay_beside_the_last_and_are_linked(tmp_path: Path, highest: b
     assert [manifest.step_of(folder) for folder in manifest.completed(tmp_path)] == left
     assert manifest.step_of((tmp_path / manifest.BEST).resolve()) == (50 if highest else 10)
     assert manifest.latest(tmp_path) == manifest.folder_of(tmp_path, 50)
+
+
+DAMAGED = [b"", b"\xff{", b"null", b"[1]", b'{"files": {}}', b'{"step": 1, "files": {"a": 3}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_old_manifest_hinders_no_new_checkpoint(tmp_path: Path, content: bytes) -> None:
+    old, new = write(tmp_path, 10, 0.5), write(tmp_path, 20, 0.7)
+    (old / manifest.MANIFEST).write_bytes(content)
+    assert "damaged" in (manifest.fault(old) or "")
+    manifest.prune(tmp_path, manifest.Keep(last=1, best=1))
+    write(tmp_path, 30, 0.6)
+    manifest.prune(tmp_path, manifest.Keep(last=2, best=1))
+    assert manifest.latest(tmp_path) == manifest.folder_of(tmp_path, 30)
+    assert [folder.name for folder, _ in manifest.best(tmp_path, 1, highest=True)] == [new.name]
+
+
+def test_when_every_checkpoint_is_damaged_a_run_asks_instead_of_starting_anew(tmp_path: Path) -> None:
+    for step, lost in ((10, "a.bin"), (20, manifest.MANIFEST)):
+        (write(tmp_path, step) / lost).unlink()
+    with pytest.raises(ValueError, match="all 2 checkpoints are damaged.*newest is step-000020.*start anew"):
+        manifest.latest(tmp_path)
+
+
+def test_shares_of_a_checkpoint_are_all_of_it(tmp_path: Path) -> None:
+    folder = write(tmp_path, 10)
+    flip_a_byte(folder / "b.bin")
+    found = [list(manifest.faults_of_share(folder, number, 2)) for number in range(2)]
+    assert sorted(found) == [[], ["b.bin differs from the manifest's sha256"]]

@@ -28,7 +28,7 @@ from realsr_hpc.launch.rundir import (
 from realsr_hpc.launch.script import sbatch_script
 from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.submit import submit
-from realsr_hpc.paths import project_root
+from realsr_hpc.paths import CHECKOUT_VARIABLE, project_root
 
 LAUNCH = [sys.executable, str(project_root() / "tools" / "launch.py")]
 
@@ -200,15 +200,20 @@ def test_runs_are_found_by_a_unique_beginning(tmp_path):
 def test_a_snapshot_is_shared_by_equal_code_and_importable(tmp_path):
     config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}", "text_tokenizer.path=README.md"])
     code = take_snapshot([config])
-    assert (code / "README.md").samefile(project_root() / "README.md")  # no code, but the recipe names it
     assert take_snapshot([config]) == code
     assert [path.name for path in (tmp_path / "code").iterdir()] == [code.name]
-    program = "import realsr_hpc, sys; sys.stdout.write(realsr_hpc.__file__)"
+    # README.md is no code, but a recipe may name it: the job finds it where its launcher did
+    program = (
+        "import realsr_hpc; from realsr_hpc.paths import resolve; "
+        "print(realsr_hpc.__file__, resolve('README.md'), resolve('recipes'))"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(code)},
+        env={**os.environ, "PYTHONPATH": str(code), CHECKOUT_VARIABLE: str(project_root())},
     )  # fmt: skip
-    assert answer.stdout.startswith(str(code))
+    module, readme, recipes = answer.stdout.split()
+    assert module.startswith(str(code)) and readme == str(project_root() / "README.md")
+    assert recipes == str(code / "recipes")
 
 
 def test_a_local_job_reports_its_failure_and_does_not_hang(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking import Tracker, prepare_store, read_bookmark, sync
-from realsr_hpc.tracking.store import client
+from realsr_hpc.tracking.database import client
 from tests.mlflow_server import Server, running
 
 RUNS, STEPS = 32, 40

@@ -11,9 +11,9 @@ import pytest
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import Tracker, metrics_by_step, prepare_run, read_bookmark, sync
+from realsr_hpc.tracking.database import client
 from realsr_hpc.tracking.delivery import OFFSET_NAME
 from realsr_hpc.tracking.spool import SPOOL_NAME, Spool, read_events
-from realsr_hpc.tracking.store import client
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,63 @@
+"""Snapshots of the code that no run refers to any more, and their removal."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from realsr_hpc.launch.rundir import list_runs
+from realsr_hpc.locks import hold
+
+USERS = ".users"
+"""In the folder of snapshots: runs that lie elsewhere (prepare=DIR), one path a line."""
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A snapshot that can go."""
+
+    path: Path
+    num_bytes: int
+
+
+def link_code(run_dir: Path, code: Path) -> None:
+    """Show in the run's folder which snapshot it runs from."""
+    if run_dir.parent != code.parent.parent:
+        with (code.parent / USERS).open("a", encoding="utf-8", errors="surrogateescape") as users:
+            users.write(f"{run_dir}\n")
+    aside = run_dir / f".code.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(code)
+    os.replace(aside, run_dir / "code")
+
+
+def unused_snapshots(root: Path) -> list[Unused]:
+    """Snapshots of an output root that no run's folder links to, and what launchers left half made."""
+    folder = root / "code"
+    needed = {(run_dir / "code").resolve() for run_dir in _users(root, folder)}
+    found = [path for path in folder.glob("*") if path.is_dir() and path.resolve() not in needed]
+    return [Unused(path, _size(path)) for path in sorted(found)]
+
+
+def remove_snapshots(root: Path) -> list[Unused]:
+    """Remove them, while nobody launches; those that were removed."""
+    with hold(root / f".launch-{os.getuid()}.lock", "removing snapshots", 10.0), hold(root / ".code.lock", "", 10.0):
+        found = unused_snapshots(root)
+        for item in found:
+            shutil.rmtree(item.path)
+    return found
+
+
+def _users(root: Path, folder: Path) -> Iterator[Path]:
+    yield from list_runs(root)
+    with suppress(OSError):
+        text = (folder / USERS).read_text(encoding="utf-8", errors="surrogateescape")
+        yield from (path for path in map(Path, text.splitlines()) if path.is_dir())
+
+
+def _size(path: Path) -> int:
+    return sum(found.stat().st_size for found in path.rglob("*") if found.is_file())

@@ -1,0 +1,165 @@
+"""Submission itself: submitit as the one that calls sbatch or starts a process; states follow what really happened.
+
+A run's job.json is written when its job exists, never before. A job bears the name of its launch, and so does every
+state it writes, so that nobody mistakes the last word of an earlier job for this one's. What sbatch refuses leaves the
+run as it was, with sbatch's own words.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from realsr_hpc.config.load import output_root
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.job import node_job
+from realsr_hpc.launch.prune import link_code
+from realsr_hpc.launch.rundir import Job, make_private, write_job
+from realsr_hpc.launch.script import executor_parameters, setup_lines
+from realsr_hpc.launch.snapshot import take_snapshot
+from realsr_hpc.launch.turns import node_job_in_turn
+from realsr_hpc.paths import code_root
+
+DEFAULT_MAX_ARRAY = 1001
+"""Slurm's own MaxArraySize where it does not tell."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What became of one recipe."""
+
+    config: RunConfig
+    run_dir: Path
+    submitted: bool
+    note: str = ""
+    """Why it was not submitted, or what the user should know."""
+    failed: bool = False
+    """It should have been submitted and was refused."""
+
+
+def start_together(group: list[Submission]) -> list[Submission]:
+    """Submit runs that can share an array; each as it became. A refusal ends the group: the next would be the same."""
+    if group[0].config.cluster.kind != "slurm":
+        return [_attempt([item], lambda part: _start_local(part[0], len(group)))[0] for item in group]
+    size = max_array_size() if len(group) > 1 else 1
+    parts = [group[start : start + size] for start in range(0, len(group), size)]
+    became: list[Submission] = []
+    for part in parts:
+        if became and became[-1].failed:
+            became += [replace(item, submitted=False, failed=True, note=became[-1].note) for item in part]
+        else:
+            became += _attempt(part, lambda part: _submit_slurm(part, len(parts)))
+    return became
+
+
+def _attempt(part: list[Submission], start) -> list[Submission]:
+    from submitit.core.utils import FailedJobError
+
+    try:
+        start(part)
+    except (FailedJobError, OSError, subprocess.SubprocessError) as error:
+        return [replace(item, submitted=False, failed=True, note=_words(error)) for item in part]
+    return part
+
+
+def _words(error: Exception) -> str:
+    """What sbatch said, without submitit's words around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("sbatch:")] or lines[-1:] or [type(error).__name__]
+    return " ".join(dict.fromkeys(line.removeprefix("sbatch: ") for line in said))
+
+
+def max_array_size() -> int:
+    """How many runs this Slurm takes as one array."""
+    command = ["scontrol", "show", "config"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        shown = ""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
+    return max(1, int(found[1]) if found else DEFAULT_MAX_ARRAY)
+
+
+def _submit_slurm(group: list[Submission], num_arrays: int = 1) -> None:
+    """One job, or one array; of several arrays each gets its share of the runs that may go at once."""
+    import submitit
+
+    config = group[0].config
+    code = take_snapshot([item.config for item in group])
+    single = len(group) == 1
+    folder = group[0].run_dir / "logs" / "job" if single else make_private(output_root(config) / "arrays") / "%A"
+    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=config.cluster.max_requeues)
+    parameters = executor_parameters(config.cluster, config.name, setup_lines(config.cluster, code))
+    parameters["array_parallelism"] = max(1, config.cluster.runs_at_once // num_arrays)
+    executor.update_parameters(**parameters)
+    for item in group:
+        link_code(item.run_dir, code)
+    folders, launch = [item.run_dir for item in group], secrets.token_hex(8)
+    if single:
+        jobs = [executor.submit(node_job, folders[0], launch)]
+    else:
+        jobs = executor.map_array(node_job, folders, [launch] * len(folders))
+    for item, job in zip(group, jobs, strict=True):
+        write_job(item.run_dir, Job("slurm", job.job_id, "", str(job.paths.stdout), launch, time.time()))
+
+
+def _start_local(item: Submission, num_runs: int) -> None:
+    """At once when it is alone; runs of a sweep take turns."""
+    import submitit
+
+    cluster, launch = item.config.cluster, secrets.token_hex(8)
+    gpus = list(range(cluster.gpus_per_node))
+    executor = submitit.LocalExecutor(folder=item.run_dir / "logs" / "job")
+    executor.update_parameters(
+        timeout_min=cluster.time_min * num_runs,
+        signal_delay_s=cluster.signal_delay_s,
+        stderr_to_stdout=True,
+        tasks_per_node=1,
+        gpus_per_node=len(gpus),
+        visible_gpus=gpus,
+    )
+    with _outliving_the_terminal(item.run_dir / "logs" / "controller.log"):
+        if num_runs == 1:
+            job = executor.submit(node_job, item.run_dir, launch)
+        else:
+            slots, place = output_root(item.config) / "slots", time.time_ns()
+            job = executor.submit(node_job_in_turn, item.run_dir, slots, cluster.runs_at_once, place, launch)
+    host = os.uname().nodename
+    write_job(item.run_dir, Job("local", job.job_id, host, str(job.paths.stdout), launch, time.time()))
+
+
+@contextmanager
+def _outliving_the_terminal(log: Path) -> Iterator[None]:
+    """What is started here ignores Ctrl-C and hang-up, finds the project, and writes to `log`.
+
+    With the terminal's own streams it would keep a pipe open that somebody reads (`launch.py ... follow=false | tee`).
+    """
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code_root()), path]))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    streams = [os.dup(number) for number in (1, 2)]
+    with log.open("ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, stream in zip((1, 2), streams, strict=True):
+            os.dup2(stream, number)
+            os.close(stream)
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path

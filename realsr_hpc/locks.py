@@ -1,0 +1,101 @@
+"""Locks that die with their holder, and who holds one.
+
+`filelock` takes flock(2), which the system frees when the process ends, however it ends. What that means on shared file
+systems: NFS (Linux, version 3 with lockd or 4) turns it into a lock that all clients see, and frees a dead client's
+after its lease (90 s by default); Lustre needs the mount option `flock`, GPFS and CephFS have it. Where a file system
+has no locks, LockRefused says so: a lock that holds nothing would be worse than none.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from realsr_hpc.files import read_json
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock."""
+
+    host: str
+    pid: int
+    since: str
+    what: str = ""
+    """What for, in words or as a job."""
+
+    def __str__(self) -> str:
+        """As one reads it."""
+        return f"process {self.pid} on {self.host} since {self.since}" + (f" ({self.what})" if self.what else "")
+
+
+class LockRefused(ValueError):
+    """Somebody else holds the lock; `holder` tells who, as far as it wrote that down."""
+
+    def __init__(self, message: str, holder: Holder | None = None) -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
+@contextmanager
+def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock of the file `path`, which stays behind; waits up to `wait_s` for it. LockRefused names the holder.
+
+    A process may not hold one lock twice. Started processes do not inherit it.
+    """
+    lock = FileLock(path, mode=0o600, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=wait_s, poll_interval=POLL_S)
+    except Timeout:
+        holder = holder_of(path)
+        raise LockRefused(f"{path}: held by {holder or 'another process'}; wait for it, or end it", holder) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise LockRefused(
+            f"{path}: this file system has no locks ({error.strerror}); put the output root on one that has them"
+        ) from None
+    try:
+        _sign(path, what)
+        yield
+    finally:
+        with suppress(OSError):
+            _record(path).unlink()
+        lock.release()
+
+
+def holder_of(path: Path) -> Holder | None:
+    """What the holder of a lock wrote down; None when it did not."""
+    return read_json(_record(path), Holder)
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process holds the lock now."""
+    if not path.exists():
+        return False
+    try:
+        with hold(path):
+            return False
+    except LockRefused:
+        return True
+
+
+def _sign(path: Path, what: str) -> None:
+    """Best effort: on a full disk a lock still locks."""
+    mine = Holder(os.uname().nodename, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), what)
+    with suppress(OSError):
+        _record(path).write_text(json.dumps(asdict(mine)), encoding="utf-8")
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.holder")

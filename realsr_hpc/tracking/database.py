@@ -1,0 +1,86 @@
+"""Opening MLflow's store; of sqlite ones, which are ours, also making them: whole, private, one process at a time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from realsr_hpc.locks import hold
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MAKING_WAIT_S = 120.0
+"""Longest wait for another process that makes or migrates the database: MLflow needs seconds, on a slow disk more."""
+SQLITE = "sqlite:///"
+_opened: set[tuple[int, str]] = set()
+"""Process id and database: what this process has opened needs the lock no more."""
+
+
+def client(uri: str) -> MlflowClient:
+    """A client that fails fast, says nothing and reports to nobody.
+
+    LockRefused when another process is making the database for longer than MAKING_WAIT_S; ValueError for a damaged one.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not uri.startswith(SQLITE):
+        return MlflowClient(tracking_uri=uri)
+    path = Path(uri.removeprefix(SQLITE))
+    if (os.getpid(), uri) in _opened and path.exists():
+        return MlflowClient(tracking_uri=uri)
+    return _open(path, uri)
+
+
+def _open(path: Path, uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with hold(path.with_name(f".{path.name}.lock"), "opening MLflow's database", MAKING_WAIT_S):
+        try:
+            if not path.exists() or not path.stat().st_size:
+                _make(path)
+            opened = MlflowClient(tracking_uri=uri)
+        except (SQLAlchemyError, MlflowException) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise ValueError(
+                f"{path} cannot be opened ({reason}); if it is damaged, move it away: tools/sync_tracking.py makes it "
+                "again from the runs' own events"
+            ) from error
+    _opened.add((os.getpid(), uri))
+    return opened
+
+
+def _make(path: Path) -> None:
+    """The whole schema under another name first: a kill in between leaves no half-migrated database behind."""
+    from mlflow import MlflowClient
+
+    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    os.close(os.open(aside, os.O_CREAT | os.O_EXCL, 0o600))  # sqlite gives its side files the same mode
+    try:
+        MlflowClient(tracking_uri=f"{SQLITE}{aside}").search_experiments(max_results=1)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def move_artifacts(path: Path, before: str, now: str) -> None:
+    """Tell a database that was moved along with its artifacts where they are; MLflow keeps absolute addresses only."""
+    with closing(sqlite3.connect(path, timeout=60)) as database, database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            database.execute(
+                f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",
+                (now, len(before) + 1, len(before), before),
+            )

@@ -1,0 +1,59 @@
+"""Where a run was launched, so that it is known again after its folder, or the whole output root, was moved."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from realsr_hpc.config.load import from_yaml, output_root
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import read_json, write_atomically
+
+PLACE_NAME = "place.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """As it was when the run was launched; absolute paths."""
+
+    folder: str
+    """The run's own."""
+    root: str
+    """The output root, which holds the default store of MLflow."""
+    checkout: str = ""
+    """What relative paths in the recipe start from, beside the snapshot."""
+
+
+def write_place(run_dir: Path, place: Place) -> None:
+    """Remember where a run is launched."""
+    write_atomically(run_dir / PLACE_NAME, json.dumps(asdict(place)))
+
+
+def read_place(run_dir: Path) -> Place | None:
+    """Where the run was launched last; None when that is not known."""
+    return read_json(run_dir / PLACE_NAME, Place)
+
+
+def moved_to(path: Path, run_dir: Path) -> Path:
+    """Where `path`, which was below the run's folder at its launch, is now."""
+    place = read_place(run_dir)
+    if path.exists() or place is None or not path.is_relative_to(place.folder):
+        return path
+    return run_dir / path.relative_to(place.folder)
+
+
+def recipe_of(run_dir: Path) -> RunConfig:
+    """A run's recipe, with the output root as it is now: it moves along with the run. RecipeError: none, or faulty."""
+    config = from_yaml(run_dir / "recipe.yaml")
+    return config.model_copy(update={"output_root": str(_root(config, run_dir))})
+
+
+def _root(config: RunConfig, run_dir: Path) -> Path:
+    written = output_root(config)
+    place = read_place(run_dir) or Place(str(written / run_dir.name), str(written))
+    folder = Path(place.folder)
+    if folder.exists() and folder.samefile(run_dir):
+        return written
+    return (run_dir.resolve() / os.path.relpath(place.root, place.folder)).resolve()

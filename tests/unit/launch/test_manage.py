@@ -1,0 +1,86 @@
+"""jobs: cancelling asks first; the list as JSON; snapshots that nobody needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+
+from realsr_hpc.commands.jobs import main
+from realsr_hpc.launch.manage import cancel
+from realsr_hpc.launch.prune import link_code
+from realsr_hpc.launch.rundir import Job, read_status, write_job
+from realsr_hpc.launch.rundir import write_status as set_state
+from realsr_hpc.tracking.tracker import Progress
+
+
+def make_run(root, name, state="running", kind="slurm"):
+    (folder := root / name).mkdir(parents=True)
+    (folder / "recipe.yaml").write_text("name: x\ntask: sft\n")
+    write_job(folder, Job(kind, "12", os.uname().nodename, "log", "a", time.time()))
+    set_state(folder, state, launch="a")
+    return folder
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    (bin_dir := tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(bin_dir), prepend=os.pathsep)
+
+    def say(**commands):
+        for name, body in commands.items():
+            (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
+            (bin_dir / name).chmod(0o755)
+
+    return say
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_cancelling_signals_waits_for_the_checkpoint_and_ends_the_job_only_then(tmp_path, slurm, saves):
+    run_dir = make_run(tmp_path / "runs", "run")
+    stopped = json.dumps({"state": "stopped", "code": 85, "message": "", "time_s": 1.0, "launch": "a"})
+    leave = f"echo '{stopped}' > {run_dir}/status.json" if saves else ":"
+    slurm(squeue="echo 12 RUNNING None", scancel=f"echo $* >> {tmp_path}/calls; {leave}")
+    said = cancel(run_dir, wait_s=2)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "--signal=TERM 12"
+    assert calls[1:] == ([] if saves else ["12"])
+    assert ("stopped with a checkpoint" if saves else "without a checkpoint, after 2 s") in said
+
+
+def test_a_job_that_waits_is_cancelled_at_once(tmp_path, slurm):
+    run_dir = make_run(tmp_path / "runs", "run", "submitted")
+    slurm(squeue="echo 12 PENDING Priority", scancel=f"echo $* >> {tmp_path}/calls")
+    cancel(run_dir)
+    assert (tmp_path / "calls").read_text() == "12\n"
+    status = read_status(run_dir)
+    assert status is not None and (status.state, status.launch) == ("stopped", "a")
+
+
+def test_the_list_as_json_tells_states_reasons_and_steps(tmp_path, slurm, capsys):
+    slurm(squeue="echo '12 PENDING (QOSMaxJobsPerUserLimit)'")
+    run_dir = make_run(tmp_path / "runs", "waits", "submitted")
+    (run_dir / "progress.json").write_text(json.dumps(vars(Progress(3, 30, "x"))))
+    make_run(tmp_path / "runs", "failed", "failed", kind="local")
+    assert main([f"root={tmp_path / 'runs'}", "json=true"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["name"], first["state"], first["slurm"]) == ("waits", "submitted", "pending: QOSMaxJobsPerUserLimit")
+    assert (first["step"], first["total"], first["job"]) == (3, 30, "slurm 12")
+    assert (second["state"], second["step"]) == ("failed", None)
+
+
+def test_snapshots_that_no_run_refers_to_go_when_asked_twice(tmp_path, capsys):
+    root = tmp_path / "runs"
+    snapshots = {name: root / "code" / name for name in ("used", "elsewhere", "unused", ".old.damaged.1")}
+    for path in snapshots.values():
+        path.mkdir(parents=True)
+        (path / "file.py").write_text("x")
+    link_code(make_run(root, "run"), snapshots["used"])
+    link_code(make_run(tmp_path / "mine", "prepared"), snapshots["elsewhere"])
+    assert main([f"root={root}", "prune=true"]) == 0
+    shown = capsys.readouterr().out
+    assert "unused" in shown and "damaged" in shown and all(path.exists() for path in snapshots.values())
+    assert main([f"root={root}", "prune=true", "yes=true"]) == 0
+    assert {name for name, path in snapshots.items() if path.exists()} == {"used", "elsewhere"}

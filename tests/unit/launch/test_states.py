@@ -1,0 +1,283 @@
+"""What is written follows what happened: refused submissions, two launchers, damaged files, places and names."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from realsr_hpc.config.load import RecipeError, compose
+from realsr_hpc.launch.command import main
+from realsr_hpc.launch.manage import cancel, resume, rows
+from realsr_hpc.launch.requeue import exclude_this_node, requeue
+from realsr_hpc.launch.rundir import RUN_LOCK, Job, Status, current_status, make_private, write_job
+from realsr_hpc.launch.rundir import write_status as set_state
+from realsr_hpc.launch.script import setup_lines
+from realsr_hpc.launch.snapshot import take_snapshot
+from realsr_hpc.launch.submit import submit
+from realsr_hpc.launch.verdict import count_requeue
+from realsr_hpc.locks import LockRefused, hold, is_held
+from realsr_hpc.paths import project_root
+from realsr_hpc.tracking import read_progress
+
+SLURM = ["recipe=sft_tiny", "cluster.kind=slurm", "data=bundled"]
+HOLDER = (
+    "import sys, time; from pathlib import Path; from realsr_hpc.locks import hold\n"
+    "with hold(Path(sys.argv[1]), 'Slurm job 7'): print('held', flush=True); time.sleep(600)"
+)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands of a Slurm that says what a test wants: `slurm(sbatch="exit 1")`."""
+    (bin_dir := tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(bin_dir), prepend=os.pathsep)
+
+    def say(**commands):
+        for name, body in ({"squeue": "", "scontrol": "", "sbatch": "exit 1"} | commands).items():
+            (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
+            (bin_dir / name).chmod(0o755)
+
+    say()
+    return say
+
+
+def test_a_refused_submission_says_slurms_words_and_leaves_the_run_launchable(tmp_path, slurm, capsys):
+    overrides = [*SLURM, f"output_root={tmp_path / 'runs'}", "cluster.account=nobody", "follow=false"]
+    slurm(sbatch="echo 'sbatch: error: Batch job submission failed: Invalid account' >&2; exit 1")
+    for _ in range(2):  # the second time as the first: nothing wedges
+        assert main(overrides) == 1
+        shown = capsys.readouterr().out
+        assert "not submitted" in shown and "Invalid account" in shown and "Traceback" not in shown
+    [run_dir] = [path.parent for path in (tmp_path / "runs").glob("*/recipe.yaml")]
+    assert current_status(run_dir) is None and not (run_dir / "job.json").exists()
+    slurm(sbatch="echo Submitted batch job 12", squeue="echo 12 PENDING Resources")
+    assert main(overrides) == 0
+    assert (current_status(run_dir) or Status("lost")).state == "submitted"
+    assert [(row.state, row.slurm) for row in rows(tmp_path / "runs")] == [("submitted", "pending: Resources")]
+    assert main(overrides) == 0 and "already submitted as job 12" in capsys.readouterr().out
+
+
+def test_a_refused_resume_keeps_the_recipe_that_was(tmp_path, slurm):
+    slurm(sbatch="echo Submitted batch job 12", squeue="echo 12 PENDING Resources")
+    [item] = submit([compose([*SLURM, f"output_root={tmp_path / 'runs'}"])])
+    before = (item.run_dir / "recipe.yaml").read_text()
+    set_state(item.run_dir, "failed", 1, launch=json.loads((item.run_dir / "job.json").read_text())["launch"])
+    slurm(sbatch="echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1")
+    refused = resume(item.run_dir, ["cluster.partition=nowhere"])
+    assert refused.failed and "invalid partition specified: nowhere" in refused.note
+    assert (item.run_dir / "recipe.yaml").read_text() == before
+    assert (current_status(item.run_dir) or Status("lost")).state == "failed"
+
+
+def test_a_sweep_is_split_into_arrays_that_this_slurm_takes(tmp_path, slurm):
+    slurm(
+        scontrol="echo 'MaxArraySize            = 2'", squeue="",
+        sbatch=f"n=$(ls {tmp_path}/taken* 2>/dev/null | wc -l); cp $1 {tmp_path}/taken$n; echo Submitted batch job $n",
+    )  # fmt: skip
+    configs = compose([*SLURM, f"output_root={tmp_path / 'runs'}", "seed=range(5)"], multirun=True)
+    assert isinstance(configs, list)
+    items = submit(configs, sweep="many", varied=["seed"])
+    scripts = [path.read_text() for path in sorted(tmp_path.glob("taken*"))]
+    assert [re.findall(r"--array='?([^'\n]*)", text) for text in scripts] == [["0-1%2"], ["0-1%2"], []]
+    ids = [json.loads((item.run_dir / "job.json").read_text())["job_id"] for item in items]
+    assert ids == ["0_0", "0_1", "1_0", "1_1", "2"] and all(item.submitted for item in items)
+
+
+def test_launching_twice_at_once_submits_once_and_the_second_hears_of_it(tmp_path, slurm):
+    slurm(sbatch=f"echo x >> {tmp_path}/calls; sleep 1; touch {tmp_path}/up; echo Submitted batch job 12",
+          squeue=f"[ ! -e {tmp_path}/up ] || echo 12 PENDING Resources")  # fmt: skip
+    command = [sys.executable, project_root() / "tools" / "launch.py", *SLURM, f"output_root={tmp_path / 'runs'}"]
+    both = [subprocess.Popen([*command, "follow=false"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert (tmp_path / "calls").read_text() == "x\n"
+    assert sorted("already submitted as job 12" in text for text in said) == [False, True]
+
+
+def test_a_second_supervisor_of_a_folder_leaves_it_as_it_is_and_names_the_first(tmp_path):
+    config = compose(["recipe=sft_tiny", f"output_root={tmp_path}"])
+    from realsr_hpc.config.load import to_yaml
+
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / RUN_LOCK], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    before = sorted(path.name for path in tmp_path.iterdir())
+    second = subprocess.run(
+        [sys.executable, "-m", "realsr_hpc", tmp_path], capture_output=True, text=True, cwd=project_root()
+    )
+    assert second.returncode == 89 and f"process {holder.pid} on {os.uname().nodename}" in second.stderr
+    assert "Slurm job 7" in second.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    set_state(tmp_path, "running")  # and job.json is gone: who holds the lock runs it
+    assert (current_status(tmp_path) or Status("lost")).state == "running"
+    holder.kill()
+    holder.wait()
+    assert not is_held(tmp_path / RUN_LOCK)  # a lock dies with its holder
+    assert (current_status(tmp_path) or Status("done")).state == "lost"
+    holder.stdout.close()
+
+
+def test_who_waits_too_long_for_a_lock_is_told_who_holds_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / "a"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(LockRefused, match=rf"held by process {holder.pid} on .* since 20.* \(Slurm job 7\)"):
+        with hold(tmp_path / "a", wait_s=0.2):
+            pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    with hold(tmp_path / "a"):
+        assert is_held(tmp_path / "a")
+
+
+DAMAGES = {"empty": b"", "garbage": b"\xff\x00{]", "null": b"null", "list": b"[1]", "zeros": bytes(40), "other": b"{}"}
+SMALL_FILES = ("status.json", "job.json", "progress.json", "requeues.json", "mlflow.json", "tags.json", "place.json",
+               "delivered.json", "recipe.yaml", "events.jsonl")  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage"), [*itertools.product(SMALL_FILES, DAMAGES)])
+def test_a_damaged_small_file_hides_no_other_run_and_stops_nothing(tmp_path, name, damage):
+    from realsr_hpc.tracking import metrics_by_step
+    from realsr_hpc.tracking.place import recipe_of
+
+    for run in ("good", "bad"):
+        (folder := tmp_path / run).mkdir()
+        (folder / "recipe.yaml").write_text("name: x\ntask: sft\n")
+        write_job(folder, Job("local", "1", os.uname().nodename, "log"))
+        set_state(folder, "failed", 1, "no such weights")
+    (tmp_path / "bad" / name).write_bytes(DAMAGES[damage])
+    found = {row.name: row for row in rows(tmp_path)}
+    assert found["good"].state == "failed" and found["good"].message == "no such weights"
+    assert set(found) == {"good", "bad"}
+    bad = tmp_path / "bad"
+    assert count_requeue(bad, 0) == 1 and read_progress(bad) is None and metrics_by_step(bad) == {}
+    cancel(bad)
+    if name == "recipe.yaml":
+        with pytest.raises(RecipeError):
+            recipe_of(bad)
+    else:
+        assert recipe_of(bad).name == "x"
+
+
+def test_requeueing_is_asked_for_until_slurm_answers(tmp_path, slurm):
+    slurm(scontrol=f"echo x >> {tmp_path}/asked; [ $(wc -l < {tmp_path}/asked) -ge 4 ] || "
+                   "{ echo 'slurm_requeue error: Unable to contact slurm controller' >&2; exit 1; }")  # fmt: skip
+    pauses: list[float] = []
+    assert requeue("7", sleep=pauses.append) and pauses == [1, 2, 4]
+    slurm(scontrol="echo 'Unable to contact slurm controller' >&2; exit 1")
+    pauses.clear()
+    assert not requeue("7", sleep=pauses.append) and 600 <= sum(pauses) < 700 and max(pauses) == 60
+    slurm(scontrol="echo 'Invalid job id specified' >&2; exit 1")
+    pauses.clear()
+    assert not requeue("7", sleep=pauses.append) and pauses == []
+
+
+def test_an_unfit_node_is_added_to_those_excluded_already(tmp_path, slurm, monkeypatch):
+    slurm(scontrol=f"echo $* >> {tmp_path}/asked; echo 'JobId=7 ExcNodeList=n3 NodeList=n1'")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    exclude_this_node("7")
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "update JobId=7 ExcNodeList=n3,n1"
+
+
+def test_a_snapshot_is_verified_repaired_and_private(tmp_path):
+    config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}"])
+    (tmp_path / "code").mkdir(mode=0o777)
+    os.chmod(tmp_path / "code", 0o777)
+    code = take_snapshot([config])
+    assert all(folder.stat().st_mode & 0o077 == 0 for folder in (code, code.parent))
+    sources = {path.relative_to(code): path.read_bytes() for path in code.rglob("*.py")}
+    for damage in ("purged", "altered", "added", "emptied"):
+        victim = code / "realsr_hpc" / "files.py"
+        if damage == "purged":
+            victim.unlink()
+        elif damage == "altered":
+            victim.write_text("planted = True")
+        elif damage == "added":
+            (code / "torch.py").write_text("planted = True")
+        else:
+            for path in code.iterdir():
+                subprocess.run(["rm", "-r", path], check=True)
+        assert take_snapshot([config]) == code
+        assert {path.relative_to(code): path.read_bytes() for path in code.rglob("*.py")} == sources, damage
+    if os.getuid() == 0:
+        os.chown(code, 12345, -1)
+        with pytest.raises(ValueError, match="belongs to user 12345"):
+            take_snapshot([config])
+
+
+def test_an_open_run_folder_is_closed(tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    folder.chmod(0o777)
+    assert make_private(folder).stat().st_mode & 0o777 == 0o700
+
+
+def run_setup(tmp_path: Path, config, code: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    script = "\n".join(["#!/bin/bash", *setup_lines(config.cluster, code), *more, ""])
+    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path,
+                          env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"})  # fmt: skip
+
+
+def test_set_up_lines_quote_and_end_the_job_where_they_fail(tmp_path, slurm):
+    root = tmp_path / "it's $(touch X) root"
+    config = compose([*SLURM, "output_root=" + json.dumps(str(root))])
+    code = take_snapshot([config])
+    shown = run_setup(tmp_path, config, code, 'echo "$PWD|$PYTHONPATH"')
+    assert shown.stdout == f"{code}|{code}\n" and shown.returncode == 0, shown.stderr
+    assert not list(tmp_path.rglob("X"))
+    (tmp_path / "site.sh").write_text("export SITE=1\nfalse\n")
+    for file in (tmp_path / "site.sh", tmp_path / "missing.sh"):
+        site = compose([*SLURM, f"cluster.environment_file={file}"])
+        ended = run_setup(tmp_path, site, code, "echo went on")
+        assert ended.returncode != 0 and "went on" not in ended.stdout, file
+    (code / "realsr_hpc" / "files.py").unlink()
+    ended = run_setup(tmp_path, config, code, "echo went on")
+    assert ended.returncode == 1 and "went on" not in ended.stdout and "is damaged" in ended.stderr
+
+
+@pytest.mark.parametrize(("code", "state", "asked"), [(137, "RUNNING", True), (137, "CANCELLED", False),
+                                                       (85, "RUNNING", False), (1, "RUNNING", False)])  # fmt: skip
+def test_the_batch_script_asks_for_a_killed_supervisor_alone(tmp_path, slurm, code, state, asked):
+    slurm(scontrol=f"echo $* >> {tmp_path}/asked; echo 'JobId=7 JobState={state} Reason=None'")
+    config = compose([*SLURM, f"output_root={tmp_path / 'runs'}"])
+    assert run_setup(tmp_path, config, take_snapshot([config]), f"(exit {code})").returncode == code
+    calls = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert ("requeue 7" in calls) is asked
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("name='two\nlines'", "name: "),
+        ("name='a b'", "name: "),
+        ("name='#SBATCH'", "name: "),
+        ("output_root='/tmp/100%'", "Slurm's file names"),
+        ("output_root='/tmp/a:b'", "PYTHONPATH"),
+        ("output_root='/tmp/\"it\\'s\"'", "both kinds of quotation marks"),
+        ("cluster.partition='a\n#SBATCH --uid=0'", "cluster.partition: "),
+        ("cluster.extra_sbatch={array: 0-9}", "launching gives --array itself"),
+        ("cluster.extra_sbatch={Mail: END}", "no option of sbatch"),
+        ("tracking.uri='http://host:5000/?password=x'", "tracking.uri: holds a password"),
+        ("tracking.uri='postgresql://me:x@host/db'", "tracking.uri: holds a password"),
+        ("cluster.environment_file=nowhere.sh", "cluster.environment_file: "),
+    ],
+)
+def test_what_no_script_or_search_can_hold_is_refused_before_anything_is_written(tmp_path, capsys, override, said):
+    assert main([*SLURM, f"output_root={tmp_path / 'runs'}", override]) == 2
+    shown = capsys.readouterr().out
+    assert said in shown and "=x" not in shown and ":x@" not in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_options_of_sbatch_keep_their_types(tmp_path, capsys):
+    extra = "cluster.extra_sbatch={exclusive: true, mail_type: END, nice: 5, contiguous: false}"
+    assert main([*SLURM, f"output_root={tmp_path}", extra, "plan=true"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert {"#SBATCH --exclusive", "#SBATCH --mail-type=END", "#SBATCH --nice=5"} <= set(shown)
+    assert not any("contiguous" in line for line in shown)
