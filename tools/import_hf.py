@@ -1,4 +1,4 @@
-"""`realsr-hpc import-hf`: a Hugging Face folder to a run."""
+"""`realsr-hpc import-hf`: renamed to import-weights."""
 
 from _door import run
 

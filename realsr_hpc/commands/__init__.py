@@ -34,7 +34,8 @@ COMMANDS = {
     "restore": "images in, images out, with the reasoning beside them",
     "gallery": "one HTML page of rollouts, rewards, evaluations and restored images",
     "export-hf": "a run to a Hugging Face folder",
-    "import-hf": "a Hugging Face folder to a run",
+    "import-weights": "public weights, in the layouts of their owners, to what a recipe starts from",
+    "import-hf": "renamed to import-weights",
     "nemo-archive": "an export to a NeMo archive and back",
     "sync-tracking": "send to MLflow what runs logged while it was away",
 }

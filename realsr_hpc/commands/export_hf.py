@@ -1,7 +1,7 @@
 """Run folder -> Hugging Face folder: realsr-hpc export-hf run=RUN_DIR output=DIR [checkpoint=DIR] [dtype=bf16].
 
 checkpoint=RUN_DIR/checkpoints/step-N takes that one instead of the newest; licence=ID goes into the model card;
-dtype=bf16|fp32 rounds the policy's weights (default: as they are); shard_mb=N bounds a weights file (default: 2000),
+dtype=bf16|fp32 rounds the policy's weights (default: as they are); shard_mb=N bounds a weights file (default: 1000),
 and with it what is held in memory beside the weights. form=peft writes the adapters of a run with model.lora alone, for
 `peft` to load onto their base (default form=merged: a whole model, adapters merged in).
 """
@@ -19,7 +19,7 @@ DEFAULTS = {
     "checkpoint": None,
     "licence": None,
     "dtype": None,
-    "shard_mb": "2000",
+    "shard_mb": "1000",
     "form": "merged",
 }
 FORMS = ("merged", "peft")

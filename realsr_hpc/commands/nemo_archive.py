@@ -1,6 +1,6 @@
 """Export folder <-> `.nemo`: realsr-hpc nemo-archive pack=EXPORT output=FILE.nemo | unpack=FILE.nemo output=DIR.
 
-Needs the extra `nemo`. EXPORT is a folder that export-hf wrote; import-hf takes what was unpacked.
+Needs the extra `nemo`. EXPORT is a folder that export-hf wrote; import-weights takes what was unpacked.
 """
 
 from __future__ import annotations

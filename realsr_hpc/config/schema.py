@@ -91,6 +91,9 @@ class ImageTokenizerConfig(Section):
     """The decoder ends at 1/s of the image size and emits s x s sub-pixels; 1: taming's full-size last level."""
     normalised_codes: bool = False
     """Codes and features are compared after l2 normalisation (LlamaGen VQ-8)."""
+    attention: Literal["middle", "lowest"] = "middle"
+    """middle: self-attention in the middle blocks alone (Chameleon); lowest: also behind every residual block of the
+    lowest resolution, in encoder and decoder (LlamaGen)."""
 
     @property
     def decoder_base(self) -> int:

@@ -93,14 +93,34 @@ class Need:
         return [self.path] if self.path.is_file() else []
 
 
+_CONVERTED = "; tools/import_weights.py makes it of them (docs/start.md)"
+_RESEARCH = "Chameleon Research License: non-commercial research"
+PUBLIC: dict[str, tuple[str, str, str]] = {
+    "chameleon_f16": (
+        "facebook/chameleon-7b, Alpha-VLLM/Lumina-mGPT-7B-512, GAIR/Anole-7b-v0.1, leloy/Anole-7b-v0.1-hf, or "
+        f"consolidated.pth and params.json of Meta's release ({_RESEARCH})",
+        f"vqgan.ckpt and vqgan.yaml of Meta's Chameleon release ({_RESEARCH})",
+        f"text_tokenizer.json of Meta's Chameleon release, or tokenizer.json beside the policy ({_RESEARCH})",
+    ),
+    "llamagen_f8": (
+        "nonwhy/PURE (its code is Lumina-mGPT's; read its licence, and Chameleon's, which began both)",
+        "vq_ds8_c2i.pt of FoundationVision/LlamaGen (MIT)",
+        "tokenizer.json beside the policy in nonwhy/PURE",
+    ),
+}
+"""Policy, image tokenizer and text tokenizer under their owners' names, with licences, by `vlcot.vocabulary`."""
+
+
 def needs_of(config: RunConfig) -> list[Need]:
     """Every file that the recipe reads beside code and photographs."""
-    needs = [Need("text_tokenizer.path", resolve(config.text_tokenizer.path), "tools/launch.py recipe=tokenizer_tiny")]
+    own = "tools/launch.py recipe=tokenizer_tiny"
+    public = PUBLIC.get(config.vlcot.vocabulary)
+    policy, image, text = (part + _CONVERTED for part in public) if public else ("tools/export_hf.py", own, own)
+    needs = [Need("text_tokenizer.path", resolve(config.text_tokenizer.path), text)]
     if config.task != "tokenizer":
-        origin = "tools/launch.py recipe=tokenizer_tiny, or tools/import_hf.py"
-        needs.append(Need("image_tokenizer.weights", resolve(config.image_tokenizer.weights), origin))
+        needs.append(Need("image_tokenizer.weights", resolve(config.image_tokenizer.weights), image))
     if config.model.weights:
-        needs.append(Need("model.weights", resolve(config.model.weights), "tools/export_hf.py or import_hf.py"))
+        needs.append(Need("model.weights", resolve(config.model.weights), policy))
     if config.task == "grpo":
         needs += [need for name in config.rewards.terms for need in _of_reward(config, name)]
     return list(dict.fromkeys(needs))

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,8 +17,8 @@ from realsr_hpc.files import publish
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD_BYTES = 2 * 10**9
-"""Largest weights file. A shard is held in memory beside the weights: small beside those of a 7B."""
+SHARD_BYTES = 10**9
+"""Largest weights file. A shard is held twice in memory, as tensors and as bytes: small beside the weights of a 7B."""
 
 
 class Aside:
@@ -122,13 +121,3 @@ def _names(path: Path) -> set[str]:
             return set(file.keys())
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); copy it again") from None
-
-
-def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """Tensors whose name begins with `prefix`, which is cut off; float32."""
-    tensors: dict[str, Tensor] = {}
-    for name, path in weight_files(folder).items():
-        if name.startswith(prefix):
-            with safe_open(path, framework="pt") as file:
-                tensors[name.removeprefix(prefix)] = file.get_tensor(name).to(torch.float32)
-    return tensors

@@ -10,6 +10,7 @@ from typing import Any
 
 from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig
 from realsr_hpc.parallel.layout import kv_heads
+from realsr_hpc.vlcot.token_names import code_name
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
 STOCK_CLASS = "ChameleonForConditionalGeneration"
@@ -17,11 +18,6 @@ MODELING_FILE = "modeling_realsr.py"
 PROCESSING_FILE = "processing_realsr.py"
 SHIPPED_CLASS = "RealSRForConditionalGeneration"
 SHIPPED_PROCESSOR = "RealSRProcessor"
-
-
-def code_name(code: int) -> str:
-    """Chameleon's name of a codebook entry: digits as letters, closed by Z."""
-    return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
 
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
@@ -42,7 +38,8 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def vq_config(config: ImageTokenizerConfig) -> dict[str, Any]:
-    """`ChameleonVQVAEConfig` of the image tokenizer."""
+    """`ChameleonVQVAEConfig` of the image tokenizer; attention stands at a resolution, counted from 512 px."""
+    lowest = config.attention == "lowest"
     return {
         "embed_dim": config.embed_dim,
         "num_embeddings": config.codebook_size,
@@ -51,7 +48,8 @@ def vq_config(config: ImageTokenizerConfig) -> dict[str, Any]:
         "channel_multiplier": list(config.channel_multiplier),
         "num_res_blocks": config.num_res_blocks,
         "double_latent": False,
-        "attn_resolutions": None,
+        "resolution": 512,
+        "attn_resolutions": [512 // config.downsample] if lowest else None,
         "attn_type": "vanilla",
         "dropout": 0.0,
     }
@@ -140,5 +138,6 @@ def trace_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
             "output_shuffle": tokenizer.decoder_output_shuffle,
             "norm": tokenizer.decoder_norm,
             "patch_px": tokenizer.downsample if tokenizer.decoder_patch_out else None,
+            "lowest_attention": tokenizer.attention == "lowest",
         },
     }

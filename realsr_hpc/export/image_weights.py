@@ -10,15 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from realsr_hpc.config.schema import ImageTokenizerConfig
-from realsr_hpc.export.folder import as_other_files, read_tensors
+from realsr_hpc.export.folder import as_other_files
+from realsr_hpc.formats.found import VQ_PREFIX, FoundImage
+from realsr_hpc.formats.own_export import DECODER_FILE
 from realsr_hpc.tokenizer.image import ImageTokenizer
 
-VQ_PREFIX = "model.vqmodel."
-DECODER_FILE = "vq_decoder.safetensors"
 _CODEBOOK = "quantize.embedding.weight"
 
 
@@ -40,30 +40,16 @@ def save_decoder(tokenizer: ImageTokenizer, folder: Path) -> None:
     as_other_files(folder / DECODER_FILE)
 
 
-def load_from_export(folder: Path, config: ImageTokenizerConfig) -> ImageTokenizer:
-    """The image tokenizer of an export folder, float32.
+def image_shapes(config: ImageTokenizerConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the recipe's image tokenizer."""
+    with torch.device("meta"):
+        state = ImageTokenizer(config).state_dict()
+    return {name: tuple(value.shape) for name, value in state.items()}
 
-    ValueError when the folder has no decoder, or its shapes are not those of `config`.
-    """
-    decoder = folder / DECODER_FILE
-    if not decoder.is_file():
-        raise ValueError(
-            f"{folder} has no {DECODER_FILE}: transformers' Chameleon carries no image decoder; take "
-            "image_tokenizer.weights from where the decoder is published, or train one with recipe=tokenizer_tiny"
-        )
-    state = read_tensors(folder, VQ_PREFIX)
-    beside = load_file(decoder)
-    state |= {name: value for name, value in beside.items() if name != "codebook"}
+
+def read_image(found: FoundImage, config: ImageTokenizerConfig) -> ImageTokenizer:
+    """The tokenizer that was found and checked, float32. ValueError where a tensor is not finite."""
     with torch.device("meta"):
         tokenizer = ImageTokenizer(config)
-    wanted = {name: tuple(value.shape) for name, value in tokenizer.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    faults = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if faults:
-        name = faults[0]
-        raise ValueError(
-            f"{folder}: {len(faults)} tensors of the image tokenizer do not fit, first {name}: the folder has "
-            f"{found.get(name)}, the recipe's image_tokenizer section wants {wanted.get(name)}; make them agree"
-        )
-    tokenizer.load_state_dict(state, assign=True)
+    tokenizer.load_state_dict({name: found.read(name).float() for name in tokenizer.state_dict()}, assign=True)
     return tokenizer.requires_grad_(False).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import shutil
@@ -30,6 +29,7 @@ from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.tokenizer.whole_file import read_text_tree
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
@@ -59,7 +59,7 @@ def export_policy(
     weights = _rounded(policy, kept)
     if policy.groups.is_main:
         vocabulary = tokens.codec.vocabulary
-        own = json.loads(resolve(config.text_tokenizer.path).read_text(encoding="utf-8"))
+        own = read_text_tree(resolve(config.text_tokenizer.path), vocabulary.text_first)
         text = combined(own, hf_config.special_tokens(vocabulary), vocabulary)
         image = encoder_tensors(tokens.image)
         sizes = {name: math.prod(hf_shape(name, policy.shapes)) * kept.itemsize for name in hf_names(policy.shapes)}
@@ -67,10 +67,9 @@ def export_policy(
             image_sizes = {name: value.nbytes for name, value in image.items()}
             write_weights(folder, itertools.chain(weights, image.items()), sizes | image_sizes, shard_bytes)
             save_decoder(tokens.image, folder)
-            _write_configs(folder, config, vocabulary, text["model"]["vocab"], kept)
+            write_configs(folder, config, vocabulary, text["model"]["vocab"], kept)
             write_text_files(folder, text, config.model.max_sequence_tokens)
-            for file in (hf_config.MODELING_FILE, hf_config.PROCESSING_FILE):
-                shutil.copyfile(_SHIPPED / file, folder / file)
+            write_shipped_code(folder)
             (folder / "recipe.yaml").write_text(to_yaml(portable(config)), encoding="utf-8")
             card = model_card(config, step=step, metrics=metrics or {}, licence=licence)
             (folder / "README.md").write_text(card, encoding="utf-8")
@@ -90,9 +89,16 @@ def _rounded(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
             yield name, value.to(dtype)
 
 
-def _write_configs(
+def write_shipped_code(folder: Path) -> None:
+    """The model class that may paint, and the processor."""
+    for file in (hf_config.MODELING_FILE, hf_config.PROCESSING_FILE):
+        shutil.copyfile(_SHIPPED / file, folder / file)
+
+
+def write_configs(
     folder: Path, config: RunConfig, vocabulary: Vocabulary, names: dict[str, int], dtype: torch.dtype
 ) -> None:
+    """config.json, generation_config.json and realsr.json; names: the vocabulary map."""
     from transformers import ChameleonConfig, GenerationConfig
 
     arguments = hf_config.model_config(config, vocabulary, names, str(dtype).removeprefix("torch."))

@@ -47,15 +47,3 @@ def write_text_files(folder: Path, tree: dict[str, Any], max_tokens: int) -> Non
             "clean_up_tokenization_spaces": False,
         },
     )
-
-
-def text_part(tree: dict[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The inverse of `combined`: the text tokenizer's own file, ids counted from 0."""
-    first, last = vocabulary.text_first, vocabulary.text_first + vocabulary.num_text
-
-    def own(token: int) -> bool:
-        return first <= token < last
-
-    vocab = {piece: token - first for piece, token in tree["model"]["vocab"].items() if own(token)}
-    added = [{**item, "id": item["id"] - first} for item in tree["added_tokens"] if own(item["id"])]
-    return {**tree, "added_tokens": added, "post_processor": None, "model": {**tree["model"], "vocab": vocab}}

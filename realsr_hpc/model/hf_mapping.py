@@ -11,10 +11,8 @@ heads. The image tokenizer's weights (`model.vqmodel.*`) are no part of this tab
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -82,6 +80,11 @@ def hf_shape(name: str, shapes: WeightShapes) -> tuple[int, ...]:
         "lm_head": (s.vocab, s.hidden),
     }
     return table.get(name.split(".")[-2], (s.hidden,))
+
+
+def hf_shapes(shapes: WeightShapes) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the language model with its shape, in order."""
+    return {name: hf_shape(name, shapes) for name in hf_names(shapes)}
 
 
 def hf_names(shapes: WeightShapes) -> list[str]:
@@ -190,36 +193,6 @@ def init_weights(policy: Policy, seed: int, std: float = 0.02) -> None:
         return torch.randn(shape, generator=generator) * scale
 
     hf_to_local(draw, policy)
-
-
-def load_hf_weights(policy: Policy, folder: Path) -> None:
-    """Fill the policy from an export folder (safetensors; keys `model.*` or `model.language_model.*`)."""
-    from safetensors import safe_open
-
-    files = _tensor_files(folder)
-
-    def read(name: str) -> Tensor:
-        for key in (name, name.replace("model.", "model.language_model.", 1)):
-            if key in files:
-                with safe_open(str(files[key]), framework="pt") as reader:
-                    return reader.get_tensor(key)
-        raise ValueError(f"model.weights = {folder}: it has no tensor {name}: name a folder written by export_hf")
-
-    hf_to_local(read, policy)
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or the single file of a safetensors folder."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {key: folder / name for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ValueError(f"model.weights = {folder}: no model.safetensors there: name a Hugging Face export folder")
-    with safe_open(str(single), framework="pt") as reader:
-        return dict.fromkeys(reader.keys(), single)
 
 
 def local_to_hf(policy: Policy, part: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from realsr_hpc.config.schema import LoRAConfig, RunConfig
 from realsr_hpc.model import lora
 from realsr_hpc.model.chunks import Policy, PolicyChunk, WeightShapes
 from realsr_hpc.model.fp8 import start_emulation
-from realsr_hpc.model.hf_mapping import init_weights, load_hf_weights, mark_cuts
+from realsr_hpc.model.hf_mapping import init_weights, mark_cuts
 from realsr_hpc.model.precision import emulates_fp8, rollout_fp8_layers
 from realsr_hpc.model.spec import block_spec, transformer_config
+from realsr_hpc.model.start import load_start_weights
 from realsr_hpc.parallel import backend, layout
 from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.parallel.reduce import broadcast_object
@@ -98,7 +99,7 @@ def _fill(policy: Policy, config: RunConfig) -> None:
     if config.model.weights is None:
         init_weights(policy, config.seed, config.model.init_std)
         return
-    load_hf_weights(policy, resolve(config.model.weights))
+    load_start_weights(policy, resolve(config.model.weights), config)
 
 
 def base_name(config: RunConfig) -> str:
@@ -106,7 +107,8 @@ def base_name(config: RunConfig) -> str:
     if config.model.weights is None:
         return f"random weights of seed {config.seed}"
     total = hashlib.sha256()
-    for path in sorted(resolve(config.model.weights).glob("*.safetensors")):
+    kinds = (".safetensors", ".bin", ".pth")
+    for path in sorted(path for path in resolve(config.model.weights).rglob("*") if path.suffix in kinds):
         with path.open("rb") as stream:
             total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return f"weights of sha256 {total.hexdigest()}"

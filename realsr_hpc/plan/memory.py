@@ -32,6 +32,8 @@ FIXED_GIB = 2.5
 """CUDA context, cuBLAS and NCCL buffers, and the image tokenizer's weights on one GPU."""
 ENCODER_MAPS, DECODER_MAPS = (3.3, 6.0), (4.2, 6.0)
 """Full-size feature maps that live together, without and with residual blocks."""
+SCORES = 2
+"""Float32 numbers a pair of positions in the image tokenizer's attention, where no fused kernel takes its wide head."""
 DISTANCES = 3
 """Float32 numbers a code and latent while the nearest code is sought."""
 IMAGE_BATCH_PIXELS = 2**21
@@ -174,7 +176,7 @@ def _supports(config: RunConfig) -> float:
 
 
 def _images(config: RunConfig) -> float:
-    """The image tokenizer runs in float32: its feature maps at full size, or distances to all codes."""
+    """The image tokenizer runs in float32: its feature maps at full size, distances to all codes, or attention."""
     tokenizer, sizes = config.image_tokenizer, config.vlcot
     grpo, blocks = config.task == "grpo", tokenizer.num_res_blocks > 0
     count = sequences_of_a_rank(config)
@@ -185,7 +187,15 @@ def _images(config: RunConfig) -> float:
     maps = ENCODER_MAPS[blocks] * tokenizer.base_channels * encoded
     distances = DISTANCES * tokenizer.codebook_size * encoded / tokenizer.downsample**2
     restored = DECODER_MAPS[blocks] * tokenizer.decoder_base / tokenizer.decoder_output_shuffle**2 * decoded
-    return 4 * max(maps, distances, restored)
+    return 4 * max(maps, distances, restored, *(_attention(config, pixels) for pixels in (encoded, decoded)))
+
+
+def _attention(config: RunConfig, pixels: int) -> float:
+    """Scores and their softmax, and six maps of the lowest resolution, of what passes at once at its largest side."""
+    tokenizer, sizes = config.image_tokenizer, config.vlcot
+    positions = (max(sizes.lq_size_px, sizes.image_sizes_px[-1]) // tokenizer.downsample) ** 2
+    width = tokenizer.base_channels * tokenizer.channel_multiplier[-1]
+    return pixels / tokenizer.downsample**2 * (SCORES * positions + 6 * width)
 
 
 def _pixels(side_px: int, count: int) -> int:

@@ -95,7 +95,7 @@ def read_export(folder: Path) -> RunConfig:
         if not resolve(file).is_file():
             raise ValueError(
                 f"export={folder}: {field} of its recipe, {file}, is not on this machine; unpack the export's own "
-                f"with python tools/import_hf.py source={folder} output=RUN_DIR, then give run=RUN_DIR"
+                f"with python tools/import_weights.py source={folder} output=DIR, then give export=DIR"
             )
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": str(folder)})})
 

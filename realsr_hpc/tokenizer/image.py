@@ -2,8 +2,9 @@
 
 Encoder and quantiser carry exactly the keys and shapes of transformers' `ChameleonVQVAE`; the decoder is
 taming-transformers' (`decoder.*`, `post_quant_conv.*`), from which Chameleon's comes. Fully convolutional: any image
-whose sides are multiples of `downsample`. How the codebook is learned stands in codebook.py; no adversarial
-loss, no dropout, no attention but in the middle block.
+whose sides are multiples of `downsample`. With `attention: lowest` it is LlamaGen's `VQModel`, under taming's names
+for attention behind residual blocks (`encoder.down.N.attn.M`, `decoder.up.N.attn.M`). How the codebook is learned
+stands in codebook.py; no adversarial loss, no dropout.
 """
 
 from __future__ import annotations
@@ -113,30 +114,44 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Blocks of one resolution and, if there is a next one, the resampling to it."""
+    """Blocks of one resolution, each with attention behind it if asked for, and the resampling to the next one."""
 
-    def __init__(self, channels_in: int, channels_out: int, num_blocks: int, norm: bool = True) -> None:
+    def __init__(
+        self, channels_in: int, channels_out: int, num_blocks: int, norm: bool = True, attention: bool = False
+    ) -> None:
         super().__init__()
         widths = [channels_in] + [channels_out] * num_blocks
         self.block = nn.ModuleList(ResidualBlock(a, b, norm) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(SpatialAttention(width, norm) for width in widths[1:] if attention)
         self.channels = widths[-1]
 
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h2 w2"]:
-        """Blocks, then `downsample` or `upsample` where the level has one."""
-        for block in self.block:
+        """Blocks with their attention, then `downsample` or `upsample` where the level has one."""
+        for index, block in enumerate(self.block):
             hidden = block(hidden)
+            if len(self.attn):
+                hidden = self.attn[index](hidden)
         resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
         return resample(hidden) if resample is not None else hidden
 
 
+def attended_levels(config: ImageTokenizerConfig, levels: int) -> list[bool]:
+    """Whether attention stands behind the blocks of each level, finest first."""
+    return [config.attention == "lowest" and level == levels - 1 for level in range(levels)]
+
+
 class Encoder(nn.Module):
-    """Image to latents; `ChameleonVQVAEEncoder` with `attn_resolutions` None and `double_latent` False."""
+    """Image to latents; `ChameleonVQVAEEncoder` with `double_latent` False."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         widths = [config.base_channels * m for m in (1, *config.channel_multiplier)]
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
-        self.down = nn.ModuleList(Level(a, b, config.num_res_blocks) for a, b in zip(widths, widths[1:], strict=False))
+        attended = attended_levels(config, len(config.channel_multiplier))
+        self.down = nn.ModuleList(
+            Level(a, b, config.num_res_blocks, attention=attention)
+            for a, b, attention in zip(widths[:-1], widths[1:], attended, strict=True)
+        )
         for level in self.down[:-1]:
             level.downsample = Downsample(level.channels)
         channels = self.down[-1].channels
@@ -197,7 +212,10 @@ class Decoder(nn.Module):
         self.mid = Middle(widths[-1], norm)
         inputs = [*widths[1:], widths[-1]]
         blocks = config.num_res_blocks + 1
-        self.up = nn.ModuleList(Level(a, b, blocks, norm) for a, b in zip(inputs, widths, strict=True))
+        attended = attended_levels(config, len(widths))
+        self.up = nn.ModuleList(
+            Level(a, b, blocks, norm, attention) for a, b, attention in zip(inputs, widths, attended, strict=True)
+        )
         for level in self.up[1:]:
             level.upsample = Upsample(level.channels)
         self.norm_out = _norm(widths[0], norm)
@@ -270,7 +288,10 @@ class ImageTokenizer(nn.Module):
 
     def reconstruct(self, quantised: Float[Tensor, "B h w E"]) -> Float[Tensor, "B 3 H W"]:
         """Decoder output, not clamped."""
-        return self.decoder(self.post_quant_conv(quantised.permute(0, 3, 1, 2)))
+        latents = quantised.permute(0, 3, 1, 2)
+        # a CPU's kernels are two bits less exact where channels stand together in memory, as behind a permutation
+        latents = latents.contiguous() if self.config.decoder_norm else latents
+        return self.decoder(self.post_quant_conv(latents))
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"]:
@@ -315,6 +336,19 @@ def _architecture(config: ImageTokenizerConfig) -> str:
     return json.dumps(config.model_dump(mode="json", exclude=_NOT_ARCHITECTURE), sort_keys=True)
 
 
+def _check_written_for(stored: str, config: ImageTokenizerConfig, path: Path) -> None:
+    """A file's own word on its architecture; a field that did not exist when it was written has its default."""
+    try:
+        written = _architecture(ImageTokenizerConfig.model_validate(json.loads(stored)))
+    except ValueError as error:  # pydantic's and json's errors are ValueErrors
+        raise ValueError(f"image_tokenizer.weights: {path} names an unknown architecture ({error})") from None
+    if written != _architecture(config):
+        raise ValueError(
+            f"image_tokenizer.weights: {path} was written for {written} but the recipe says "
+            f"{_architecture(config)}: change the recipe's image_tokenizer section or the file"
+        )
+
+
 def weights_path(config: ImageTokenizerConfig) -> Path:
     """Where `config.weights` lies; relative paths start at the project root."""
     return resolve(config.weights)
@@ -333,11 +367,8 @@ def load_image_tokenizer(config: ImageTokenizerConfig, device: torch.device | st
         )
     with safe_open(path, framework="pt", device=str(device)) as file:
         stored = (file.metadata() or {}).get("image_tokenizer")
-        if stored is not None and stored != _architecture(config):
-            raise ValueError(
-                f"image_tokenizer.weights: {path} was written for {stored} but the recipe says "
-                f"{_architecture(config)}: change the recipe's image_tokenizer section or the file"
-            )
+        if stored is not None:
+            _check_written_for(stored, config, path)
         weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (not a dict)
     tokenizer = ImageTokenizer(config).to(device)
     expected = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
@@ -352,11 +383,15 @@ def load_image_tokenizer(config: ImageTokenizerConfig, device: torch.device | st
     return tokenizer.requires_grad_(False).eval()
 
 
-def save_image_tokenizer(tokenizer: ImageTokenizer, path: Path | str) -> None:
-    """Write weights and architecture as safetensors: aside, flushed to disk, then renamed over `path`."""
+def save_image_tokenizer(tokenizer: ImageTokenizer, path: Path | str, full_precision: bool = False) -> None:
+    """Write weights and architecture as safetensors: aside, flushed to disk, then renamed over `path`.
+
+    full_precision: as they are, whatever their size; an import changes no bit.
+    """
     path = Path(path)
     weights = {key: value.detach().cpu().contiguous() for key, value in tokenizer.state_dict().items()}
-    if sum(math.prod(value.shape) * 4 for value in weights.values()) > FULL_PRECISION_LIMIT_BYTES:
+    size = sum(math.prod(value.shape) * 4 for value in weights.values())
+    if size > FULL_PRECISION_LIMIT_BYTES and not full_precision:
         weights = {key: value.half() for key, value in weights.items()}
     with replacing(path) as aside:
         save_file(weights, aside, metadata={"image_tokenizer": _architecture(tokenizer.config), "format": "pt"})

@@ -7,6 +7,7 @@ Every byte has an id, so any text can be written; the seven tags are single toke
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from realsr_hpc.files import replacing
 from realsr_hpc.paths import resolve
+from realsr_hpc.tokenizer.whole_file import read_text_tree
 
 _PIECES = Regex(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+")
 """Words with the space before them, single digits, runs of punctuation, runs of white space."""
@@ -22,8 +24,11 @@ _PIECES = Regex(r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]+|\s+")
 class TextTokenizer:
     """A `tokenizer.json`; encodes to and decodes from ids in [0, vocab_size)."""
 
-    def __init__(self, path: Path | str) -> None:
-        """`path` starts at the project root if relative. ValueError if it is no tokenizer's file."""
+    def __init__(self, path: Path | str, text_first: int | None = None) -> None:
+        """`path` starts at the project root if relative. ValueError if it is no tokenizer's file.
+
+        text_first: where text begins in a file that holds a whole vocabulary, as Chameleon's and Hugging Face's do.
+        """
         path = resolve(path)
         if not path.is_file():
             raise ValueError(
@@ -31,10 +36,10 @@ class TextTokenizer:
                 "recipe=tokenizer_tiny"
             )
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_str(json.dumps(read_text_tree(path, text_first)))
         except Exception as error:  # tokenizers raises bare Exceptions
             raise ValueError(f"text_tokenizer.path names {path}, which is no tokenizer.json: {error}") from None
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.vocab_size: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids without special tokens."""

@@ -30,8 +30,9 @@ class TraceTokenizer:
     @classmethod
     def load(cls, config: RunConfig, device: torch.device) -> TraceTokenizer:
         """Both tokenizers from the recipe's files."""
-        text = TextTokenizer(config.text_tokenizer.path)
-        vocabulary = build_vocabulary(config.vlcot, config.image_tokenizer.codebook_size, text.vocab_size)
+        codes = config.image_tokenizer.codebook_size
+        text = TextTokenizer(config.text_tokenizer.path, build_vocabulary(config.vlcot, codes, 0).text_first)
+        vocabulary = build_vocabulary(config.vlcot, codes, text.vocab_size)
         codec = TraceCodec(config.vlcot, vocabulary, text, config.image_tokenizer.downsample)
         return cls(codec, load_image_tokenizer(config.image_tokenizer, device).eval(), device)
 

@@ -1,4 +1,4 @@
-"""Peak memory of export and import: tools/export_hf.py and tools/import_hf.py on a model of random weights.
+"""Peak memory of export and import: tools/export_hf.py and tools/import_weights.py on a model of random weights.
 
     python tools/bench.py conversion [hidden=1024] [layers=16] [shard_mb=100]
 
@@ -54,7 +54,7 @@ def peaks(folder: Path, hidden: int, layers: int, shard_mb: int) -> dict[str, in
     in_own_process(make_run, run, hidden, layers)
     return {
         "export_hf": peak_of("export_hf", f"run={run}", f"output={export}", f"shard_mb={shard_mb}"),
-        "import_hf": peak_of("import_hf", f"source={export}", f"output={imported}"),
+        "import_weights": peak_of("import_weights", f"source={export}", f"output={imported}"),
     }
 
 

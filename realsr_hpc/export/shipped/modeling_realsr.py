@@ -157,8 +157,12 @@ class ImageDecoder(nn.Module):
         output_shuffle,
         norm,
         patch_px,
+        lowest_attention=False,
     ):
-        """codebook: [codes, features]; patch_px: side of the patch read linearly off each latent, None without."""
+        """codebook: [codes, features]; patch_px: side of the patch read linearly off each latent, None without.
+
+        lowest_attention: attention behind each block of the lowest resolution (LlamaGen).
+        """
         super().__init__()
         self.register_buffer("codebook", codebook)
         self.post_quant_conv = nn.Conv2d(codebook.shape[1], latent_channels, 1)
@@ -174,6 +178,8 @@ class ImageDecoder(nn.Module):
             level = nn.Module()
             inputs = [wide_in] + [wide_out] * num_res_blocks
             level.block = nn.ModuleList(ResidualBlock(width, wide_out, norm) for width in inputs)
+            attended = inputs if lowest_attention and index == len(widths) - 1 else []
+            level.attn = nn.ModuleList(SpatialAttention(wide_out, norm) for _ in attended)
             if index:
                 level.upsample = nn.Module()
                 level.upsample.conv = nn.Conv2d(wide_out, wide_out, 3, padding=1)
@@ -192,8 +198,10 @@ class ImageDecoder(nn.Module):
         hidden = decoder.conv_in(latents)
         hidden = decoder.mid.block_2(decoder.mid.attn_1(decoder.mid.block_1(hidden)))
         for level in reversed(decoder.up):
-            for block in level.block:
+            for number, block in enumerate(level.block):
                 hidden = block(hidden)
+                if len(level.attn):
+                    hidden = level.attn[number](hidden)
             if hasattr(level, "upsample"):
                 hidden = level.upsample.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
         pixels = F.pixel_shuffle(decoder.conv_out(F.silu(decoder.norm_out(hidden))), self.output_shuffle)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from realsr_hpc.export import import_folder
+from realsr_hpc.export import Sources, import_weights
 from realsr_hpc.export.folder import weight_files
 from realsr_hpc.export.nemo_archive import refuse_foreign_files, unpack
 from realsr_hpc.files import SUMS_FILE, write_sums
@@ -34,14 +34,14 @@ def test_every_file_of_an_export_is_whole_or_named(run, tmp_path):
     (folder / "recipe.yaml").write_text(recipe)
     write_sums(folder, ("README.md",))
     wanted = find_model({"export": str(folder)})
-    refused = 0
+    refused, sources, out = 0, Sources(folder), tmp_path / "out"
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         for damaged in damages(content, random):
             path.unlink()
             if damaged is not None:
                 path.write_bytes(damaged)
-            for door in (lambda: find_model({"export": str(folder)}), lambda: import_folder(folder, tmp_path / "out")):
+            for door in (lambda: find_model({"export": str(folder)}), lambda: import_weights(sources, out)):
                 try:
                     assert door() == wanted or path.name in ("README.md", SUMS_FILE)
                 except ValueError as error:

@@ -19,14 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ChameleonForCondit
 from realsr_hpc.config.load import from_yaml, to_yaml
 from realsr_hpc.config.operation import ClusterConfig, TrackingConfig
 from realsr_hpc.config.schema import DataConfig
-from realsr_hpc.export import export_run, import_folder
+from realsr_hpc.export import Sources, export_policy, export_run, import_weights
 from realsr_hpc.export.folder import weight_files, write_weights
 from realsr_hpc.export.hf_config import code_name, special_tokens
-from realsr_hpc.export.image_weights import load_from_export
 from realsr_hpc.export.incoming import IMAGE_FILE, TEXT_FILE
 from realsr_hpc.export.recipe import portable
+from realsr_hpc.model.policy import build_policy
+from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.paths import project_root
 from realsr_hpc.tokenizer.image import load_image_tokenizer
+from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
@@ -173,9 +175,13 @@ def test_generate_with_the_shipped_grammar_paints_whole_images(run, model):
 def test_import_then_export_is_the_identity(run, make_run, tmp_path, params):
     made = run if params == "fp32" else make_run(tmp_path / "bf16", params="bf16")
     imported = tmp_path / "imported"
-    written = import_folder(made.export, imported)
-    assert written.parent == imported / "checkpoints"
-    export_run(imported, tmp_path / "again")
+    import_weights(Sources(made.export), imported)
+    config = from_yaml(imported / "recipe.yaml")
+    started = config.model_copy(update={"model": config.model.model_copy(update={"weights": str(imported)})})
+    tokens = TraceTokenizer.load(started, torch.device("cpu"))
+    groups = initialise(started.parallel, 0)
+    policy = build_policy(started, groups, tokens.codec.vocabulary.size, trainable=False)
+    export_policy(policy, config, tokens, tmp_path / "again")
     names = weight_files(made.export)
     assert names.keys() == weight_files(tmp_path / "again").keys()
     before, after = load_file(made.export / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
@@ -188,7 +194,7 @@ def test_import_then_export_is_the_identity(run, make_run, tmp_path, params):
 
 
 def test_imported_tokenizers_are_the_runs_own(run, tmp_path):
-    import_folder(run.export, tmp_path / "imported")
+    import_weights(Sources(run.export), tmp_path / "imported")
     config = from_yaml(tmp_path / "imported" / "recipe.yaml")
     assert config.image_tokenizer.weights == str(tmp_path / "imported" / IMAGE_FILE)
     assert config.text_tokenizer.path == str(tmp_path / "imported" / TEXT_FILE)
@@ -197,7 +203,7 @@ def test_imported_tokenizers_are_the_runs_own(run, tmp_path):
         assert torch.equal(value, ours[name]), name
     from realsr_hpc.tokenizer.text import TextTokenizer
 
-    text = TextTokenizer(config.text_tokenizer.path)
+    text = TextTokenizer(config.text_tokenizer.path, run.tokens.codec.vocabulary.text_first)
     assert text.vocab_size == run.tokens.codec.text.vocab_size
     sentence = "<degradation>a rock, Ü</degradation>"
     assert text.encode(sentence) == run.tokens.codec.text.encode(sentence)
@@ -232,12 +238,12 @@ def test_a_wrong_shape_or_vocabulary_is_named(run, tmp_path):
     shutil.copytree(run.export, copy)
     with pytest.raises(ValueError, match=r"num_hidden_layers 2 \(recipe: 3\)"):
         deeper = run.config.model_copy(update={"model": run.config.model.model_copy(update={"num_layers": 3})})
-        import_folder(copy, tmp_path / "out", deeper)
+        import_weights(Sources(copy), tmp_path / "out", deeper)
     (copy / "SHA256SUMS").unlink()  # changed on purpose
     settings = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**settings, "vocab_size": 99}))
     with pytest.raises(ValueError, match="vocab_size 99"):
-        import_folder(copy, tmp_path / "out")
+        import_weights(Sources(copy), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -245,11 +251,11 @@ def test_a_folder_without_decoder_or_recipe_says_what_to_do(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run.export, copy)
     (copy / "vq_decoder.safetensors").unlink()
-    with pytest.raises(ValueError, match="carries no image decoder"):
-        load_from_export(copy, run.config.image_tokenizer)
+    with pytest.raises(ValueError, match=r"an export of ours without vq_decoder.safetensors; copy it again"):
+        import_weights(Sources(copy), tmp_path / "out")
     (copy / "recipe.yaml").unlink()
     with pytest.raises(ValueError, match="add recipe=NAME"):
-        import_folder(copy, tmp_path / "out")
+        import_weights(Sources(copy), tmp_path / "out")
 
 
 def test_an_export_never_overwrites_and_a_failed_one_leaves_nothing(run, tmp_path):

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from realsr_hpc.export import import_folder
+from realsr_hpc.export import Sources, import_weights
 from realsr_hpc.export.nemo_archive import pack, unpack
 from tests.unit.export.test_tools import command
 
@@ -21,7 +21,7 @@ def test_unpacking_gives_the_packed_export_file_by_file(run, tmp_path, monkeypat
     assert command("nemo_archive")([f"unpack={archive}", f"output={folder}"]) == 0
     packed = {path.name: path.read_bytes() for path in run.export.iterdir() if path.is_file()}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == packed
-    assert import_folder(folder, tmp_path / "imported").is_dir()
+    assert import_weights(Sources(folder), tmp_path / "imported").output.is_dir()
     with pytest.raises(ValueError, match="exists"):
         pack(run.export, archive)
     assert not list(tmp_path.glob(".*"))

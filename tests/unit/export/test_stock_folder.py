@@ -101,19 +101,16 @@ def their_logits(model: Any) -> np.ndarray:
         return model.lm_head(model.model(input_ids=TOKENS).last_hidden_state).numpy()
 
 
-def our_logits(run_dir: Path, layout: dict[str, Any]) -> np.ndarray:
-    """Of the imported checkpoint on this layout; [vocabulary shard] on ranks of the last stage, else empty."""
-    from realsr_hpc import checkpoint
-    from realsr_hpc.config.load import from_yaml
+def our_logits(recipe: list[str], start: Path, layout: dict[str, Any]) -> np.ndarray:
+    """Of a policy started from the imported folder; [vocabulary shard] on ranks of the last stage, else empty."""
     from realsr_hpc.config.schema import ParallelConfig
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.parallel.groups import initialise
     from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
 
-    config = from_yaml(run_dir / "recipe.yaml").model_copy(update={"parallel": ParallelConfig(**layout)})
-    groups = initialise(config.parallel, 0)
-    policy = build_policy(config, groups, 65536, trainable=False, filled=False)
-    checkpoint.load(run_dir / "checkpoints" / "step-000000", policy, None, groups)
+    config = compose_one([*recipe, f"model.weights={start}"])
+    config = config.model_copy(update={"parallel": ParallelConfig(**layout)})
+    policy = build_policy(config, initialise(config.parallel, 0), 65536, trainable=False)
 
     def keep(hidden: Any, weight: Any, microbatch: Any) -> Any:
         return hidden.sum(), {"logits": hidden @ weight.T}
@@ -123,24 +120,23 @@ def our_logits(run_dir: Path, layout: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["a norm a head", "one norm for all heads"])
-def test_a_stock_folder_computes_the_same_on_any_layout_and_comes_back(
+def test_a_stock_folder_computes_the_same_on_any_layout_and_keeps_every_bit(
     stock: Any, shared: bool, tmp_path: Path
 ) -> None:
     folder, model = stock
-    source, imported, exported = folder / "source", tmp_path / "imported", tmp_path / "exported"
+    source, imported = folder / "source", tmp_path / "imported"
     assert len(set(weight_files(source).values())) == 3
     if shared:
         source = shutil.copytree(source, tmp_path / "source")
         share_head_norms(source, model)
-    assert command("import_hf")([f"source={source}", f"output={imported}", *recipe(folder)]) == 0
+    assert command("import_weights")([f"source={source}", f"output={imported}", *recipe(folder)]) == 0
     theirs = their_logits(model)
     assert np.abs(theirs).max() > 0.2
     for layout in ({}, {"tp": 2}, {"pp": 2}):
-        ranks = run_ranks(2 if layout else 1, our_logits, imported, layout)
+        ranks = run_ranks(2 if layout else 1, our_logits, recipe(folder), imported, layout)
         assert np.abs(np.concatenate(ranks, -1) - theirs).max() < 2e-5, layout
-    assert command("export_hf")([f"run={imported}", f"output={exported}"]) == 0
     written = {
-        name: tensor for path in set(weight_files(exported).values()) for name, tensor in load_file(path).items()
+        name: tensor for path in set(weight_files(imported).values()) for name, tensor in load_file(path).items()
     }
     wanted = {name.replace("model.language_model.", "model."): tensor for name, tensor in model.state_dict().items()}
     assert written.keys() == wanted.keys()
@@ -175,7 +171,7 @@ def test_a_folder_that_does_not_fit_is_one_error_and_leaves_nothing(
     source = shutil.copytree(folder / "source", tmp_path / "source")
     message = spoil(source)
     capsys.readouterr()
-    assert command("import_hf")([f"source={source}", f"output={tmp_path / 'out'}", *recipe(folder)]) == 2
+    assert command("import_weights")([f"source={source}", f"output={tmp_path / 'out'}", *recipe(folder)]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and re.search(message, said[0]), said
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

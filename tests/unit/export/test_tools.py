@@ -12,14 +12,14 @@ def test_export_and_import_commands(run, tmp_path, capsys):
     assert command("export_hf")([f"run={run.folder}", f"output={exported}", "licence=mit"]) == 0
     assert "step-000007" in capsys.readouterr().out
     assert "license: mit" in (exported / "README.md").read_text()
-    assert command("import_hf")([f"source={exported}", f"output={imported}"]) == 0
-    assert "checkpoints/step-000000" in capsys.readouterr().out
+    assert command("import_weights")([f"source={exported}", f"output={imported}"]) == 0
+    assert f"model.weights={imported}" in capsys.readouterr().out
     assert (imported / "recipe.yaml").is_file()
 
 
 def test_a_recipe_of_another_shape_is_refused(run, tmp_path, capsys):
     arguments = [f"source={run.export}", f"output={tmp_path / 'x'}", "recipe=grpo_tiny"]
-    assert command("import_hf")(arguments) == 2
+    assert command("import_weights")(arguments) == 2
     assert "hidden_size 32 (recipe: 192)" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -27,7 +27,7 @@ def test_a_recipe_of_another_shape_is_refused(run, tmp_path, capsys):
 def test_wrong_usage_names_what_is_wrong(capsys):
     wrong = {
         "export_hf": (["run=x"], ["run=x", "output=y", "outptu=z"], ["run=x", "output=y", "dtype=fp16"]),
-        "import_hf": (["source=x"], ["source=x", "output=y", "recipe=grpo_tinny"]),
+        "import_weights": (["source=x"], ["source=x", "output=y", "recipe=grpo_tinny"]),
     }
     assert all(command(name)(arguments) == 2 for name, given in wrong.items() for arguments in given)
     said = capsys.readouterr().err.splitlines()

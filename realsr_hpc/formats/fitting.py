@@ -1,0 +1,110 @@
+"""Whether what was found is what a recipe describes: the one check of both doors, import and `model.weights`.
+
+Sizes, settings, tensors and token names are compared before anything is read; every difference is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from realsr_hpc.config.schema import ImageTokenizerConfig, RunConfig
+from realsr_hpc.formats.found import FoundImage, FoundPolicy, Shape
+from realsr_hpc.parallel.layout import kv_heads
+from realsr_hpc.vlcot.token_names import code_of, name_faults
+from realsr_hpc.vlcot.vocabulary import Vocabulary
+
+_MOST = 6
+_FIELDS = {
+    "hidden_size": "model.hidden_size",
+    "intermediate_size": "model.ffn_hidden_size",
+    "num_hidden_layers": "model.num_layers",
+    "num_attention_heads": "model.num_heads",
+    "num_key_value_heads": "model.num_kv_heads",
+    "rms_norm_eps": "model.norm_epsilon",
+    "rope_theta": "model.rope_theta",
+    "vocab_size": "vlcot.vocabulary",
+}
+
+
+def policy_faults(
+    found: FoundPolicy, config: RunConfig, vocabulary: Vocabulary, wanted: Mapping[str, Shape]
+) -> list[str]:
+    """What of a policy does not fit; wanted: Hugging Face's names and shapes of the recipe's model."""
+    sizes = _size_faults(found.sizes, config, vocabulary.size)
+    # with other sizes nearly every tensor has another shape: the cause is named, not its effects
+    tensors = [] if sizes else _tensor_faults(found, wanted, config.model.hidden_size // config.model.num_heads)
+    names = found.names or {}
+    named = name_faults(names, vocabulary) if any(code_of(name) is not None for name in names) else []
+    return [*sizes, *found.faults, *tensors, *named]
+
+
+def _size_faults(sizes: Mapping[str, float], config: RunConfig, vocab_size: int) -> list[str]:
+    model = config.model
+    ours: dict[str, float] = {
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": kv_heads(model),
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_theta,
+    }
+    return [
+        f"{_FIELDS[name]}: {name} {sizes.get(name)} (recipe: {value})"
+        for name, value in ours.items()
+        if sizes.get(name) != value
+    ]
+
+
+def _tensor_faults(found: FoundPolicy, wanted: Mapping[str, Shape], head_dim: int) -> list[str]:
+    missing = [name for name in wanted if name not in found.tensors]
+    extra = sorted(name for name in found.tensors if name not in wanted)
+    faults = [f"it has no tensor {_some(missing)}"] if missing else []
+    faults += [f"it has a tensor {_some(extra)}, for which our model has no place"] if extra else []
+    for name, shape in wanted.items():
+        given = found.tensors[name].shape if name in found.tensors else shape
+        shared = name.split(".")[-2] in ("q_norm", "k_norm") and given in ((head_dim,), (1, head_dim))
+        if given != shape and not shared:
+            return [*faults, f"{name} has shape {given}, the recipe's model section wants {shape}"]
+    return faults
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
+    return ", ".join(listed[:_MOST]) + more
+
+
+def whole(tensor: Tensor, shape: Shape) -> Tensor:
+    """A tensor in the shape wanted: a norm that all heads share is given to each of them."""
+    return tensor if tuple(tensor.shape) == shape else tensor.reshape(1, -1).expand(shape)
+
+
+def image_faults(found: FoundImage, config: ImageTokenizerConfig, wanted: Mapping[str, Shape]) -> list[str]:
+    """What of an image tokenizer (or its encoder alone) does not fit the recipe's image_tokenizer section."""
+    settings = [
+        f"image_tokenizer.{key} {value!r} (recipe: {getattr(config, key)!r})"
+        for key, value in found.settings.items()
+        if getattr(config, key) != value
+    ]
+    names = [name for name in wanted if found.whole or not name.startswith("decoder.")]
+    differing = [n for n in names if n not in found.tensors or found.tensors[n].shape != wanted[n]]
+    extra = sorted(name for name in found.tensors if name not in wanted)
+    faults = [*settings, *found.faults]
+    if differing or extra:
+        name = (differing or extra)[0]
+        theirs = list(found.tensors[name].shape) if name in found.tensors else "none"
+        ours = list(wanted[name]) if name in wanted else "none"
+        count = f"{len(found.tensors)} tensors where the recipe's image_tokenizer section has {len(wanted)}"
+        faults.append(f"{count}, {len(differing) + len(extra)} differ, first {name}: {theirs} (recipe: {ours})")
+    return faults
+
+
+def refuse(path: Path, what: str, config: RunConfig, faults: list[str]) -> None:
+    """ValueError with every fault in one line, if there are any."""
+    if faults:
+        raise ValueError(f"{what} {path} does not fit recipe {config.name}: {'; '.join(faults)}")

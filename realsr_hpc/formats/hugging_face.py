@@ -1,0 +1,113 @@
+"""A Hugging Face folder of Chameleon's shape: facebook's, Lumina-mGPT's, PURE's, Anole's, safetensors or `.bin`.
+
+config.json may lack `num_key_value_heads`, q and k norms may be [head_dim], [1, head_dim] or one a head. An image
+tokenizer inside (`model.vqmodel.*`) is transformers' encoder alone, or whole where a decoder was added to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from realsr_hpc.formats.found import VQ_PREFIX, Found, FoundImage, FoundPolicy, Spec
+from realsr_hpc.formats.meta_chameleon import halves_of
+from realsr_hpc.formats.place import Format, Place, Rotary, Signs, read_json
+from realsr_hpc.formats.settings import setting_faults, sizes_of
+from realsr_hpc.formats.tensor_files import INDEXED, TensorFiles, open_folder
+from realsr_hpc.formats.vqgan import SETTINGS
+
+NAME = "Hugging Face Chameleon folder"
+_KEYS = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight")
+_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def plain(name: str) -> str:
+    """A tensor's name without the prefix that later releases put before the language model."""
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def look(place: Place) -> Signs:
+    """By files, then by keys of index or weights."""
+    signs = Signs().ask(place.file("config.json") is not None, "config.json")
+    signs.ask(place.file(*(name for pair in INDEXED for name in pair)) is not None, "model.safetensors or its kin")
+    if signs.against:
+        return signs
+    names = {plain(name) for name in open_folder(place.path).specs}
+    for key in _KEYS:
+        signs.ask(key in names, key)
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    return signs.ask(norm in names, f"{norm} (Chameleon normalises queries and keys; Llama and others do not)")
+
+
+def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
+    """Everything mapped. ValueError names missing shards and malformed JSON."""
+    settings = read_json(place.path / "config.json")
+    files = open_folder(place.path)
+    given = {plain(name): name for name in files.specs}
+    inside = {n.removeprefix(VQ_PREFIX): kept for n, kept in given.items() if n.startswith(VQ_PREFIX)}
+    left = [name for name in given if _BUFFER.fullmatch(name)]
+    policy = {name: kept for name, kept in given.items() if not name.startswith(VQ_PREFIX) and name not in left}
+    sizes = with_heads_of_the_weights(settings, files.specs, policy)
+    names = settings.get("vocabulary_map")
+    found = FoundPolicy(
+        format=NAME,
+        path=place.path,
+        tensors={name: files.specs[kept] for name, kept in policy.items()},
+        read=lambda name: _read(files, policy, name, rotary),
+        sizes=sizes,
+        rotary=f"{rotary or 'halves'} ({'as asked for' if rotary else 'as transformers computes'})",
+        names=names if isinstance(names, Mapping) else None,
+        faults=tuple(setting_faults(settings)),
+        left=tuple(f"{name} (follows from rope_theta)" for name in left[:1]),
+    )
+    image = _image(files, inside, settings, place.path) if inside else None
+    text = place.file("tokenizer.json", "text_tokenizer.json", "tokenizer/text_tokenizer.json")
+    return Found(NAME, found, image, text)
+
+
+def with_heads_of_the_weights(
+    settings: Mapping[str, Any], specs: Mapping[str, Spec], kept: Mapping[str, str]
+) -> dict[str, float]:
+    """Sizes of config.json; a missing `num_key_value_heads` is what the rows of the keys' projection say."""
+    sizes = sizes_of(settings)
+    heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
+    rows = specs.get(kept.get("model.layers.0.self_attn.k_proj.weight", ""))
+    if "num_key_value_heads" not in sizes and heads and hidden and rows is not None:
+        sizes["num_key_value_heads"] = rows.shape[0] // (hidden // heads)
+    return sizes
+
+
+def _read(files: TensorFiles, kept: Mapping[str, str], name: str, rotary: Rotary | None) -> Tensor:
+    if name not in kept:
+        raise ValueError(f"there is no tensor {name} in the folder")
+    tensor = files.read(kept[name])
+    if rotary != "interleaved":
+        return tensor
+    part = name.split(".")[-2]
+    if part in ("q_proj", "k_proj"):
+        norm = files.specs[kept[name.replace("_proj", "_norm")]].shape[-1]
+        return halves_of(tensor, tensor.shape[0] // norm)
+    if part in ("q_norm", "k_norm"):
+        return tensor.reshape(-1, tensor.shape[-1] // 2, 2).transpose(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def _image(files: TensorFiles, inside: Mapping[str, str], settings: Mapping[str, Any], path: Path) -> FoundImage:
+    vq = settings.get("vq_config") or {}
+    faults = [f"vq_config.{key} {vq[key]!r}" for key in ("double_latent",) if vq.get(key)]
+    attended = any(".attn." in name and ".mid." not in name for name in inside)
+    return FoundImage(
+        "image tokenizer of the folder",
+        path,
+        {name: files.specs[kept] for name, kept in inside.items()},
+        lambda name: files.read(inside[name]),
+        {**SETTINGS, "attention": "lowest" if attended else "middle"},
+        tuple(faults),
+    )
+
+
+FORMAT = Format(NAME, look, open_hugging_face)

@@ -1,0 +1,69 @@
+"""LlamaGen's image tokenizers, `vq_ds8_c2i.pt` and `vq_ds16_c2i.pt` (FoundationVision/LlamaGen, `VQModel`).
+
+`conv_blocks.N.res.M` and `.attn.M` become taming's `down.N.block.M` and `.attn.M`; the decoder's blocks run from the
+lowest resolution up there, from the highest down here. Files of its trainer hold several states and the options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from realsr_hpc.formats.found import Found, FoundImage
+from realsr_hpc.formats.place import Format, Place, Rotary, Signs
+from realsr_hpc.formats.tensor_files import TensorFiles, state_of
+from realsr_hpc.formats.vqgan import SETTINGS
+
+NAME = "LlamaGen VQ (vq_ds*.pt)"
+_UNDER = ("model", "ema", "state_dict")
+_USAGE = "quantize.codebook_used"
+_MIDDLE = ("block_1", "attn_1", "block_2")
+
+
+def look(place: Place) -> Signs:
+    """A file with LlamaGen's keys."""
+    signs = Signs().ask(place.content is not None, "one file of tensors (.pt, .pth, .safetensors)")
+    keys = place.keys(*_UNDER)
+    for key in ("encoder.conv_blocks.0.res.0.conv1.weight", "decoder.mid.0.conv1.weight", "post_quant_conv.weight"):
+        signs.ask(key in keys, key)
+    return signs
+
+
+def our_name(name: str, levels: int) -> str:
+    """Our name of one of LlamaGen's tensors; levels: resolutions of encoder and decoder."""
+    side, *rest = name.split(".")
+    if side not in ("encoder", "decoder"):
+        return name
+    if rest[0] == "mid" and rest[1].isdigit():
+        return ".".join([side, "mid", _MIDDLE[int(rest[1])], *rest[2:]])
+    if rest[0] != "conv_blocks":
+        return name
+    number, kind = int(rest[1]), {"res": "block"}.get(rest[2], rest[2])
+    place = ["down", str(number)] if side == "encoder" else ["up", str(levels - 1 - number)]
+    return ".".join([side, *place, kind, *rest[3:]])
+
+
+def open_llamagen(place: Place, rotary: Rotary | None) -> Found:
+    """The tensors that its own code loads; the record of used codes is named and left."""
+    tensors = state_of(place.content, place.path, _UNDER)
+    levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.conv_blocks."))
+    stored = {our_name(name, levels): name for name in tensors if name != _USAGE}
+    renamed = {ours: tensors[name] for ours, name in stored.items()}
+    files = TensorFiles([(place.path, renamed)], stored)
+    attended = any(".attn." in name for name in renamed)
+    settings = {
+        **SETTINGS,
+        "normalised_codes": _normalised(place.content),
+        "attention": "lowest" if attended else "middle",
+    }
+    left = (f"{_USAGE} (a record of training)",) if _USAGE in tensors else ()
+    return Found(NAME, image=FoundImage(NAME, place.path, files.specs, files.read, settings, (), left))
+
+
+def _normalised(content: Any) -> bool:
+    """What the trainer's options say; both published tokenizers compare unit vectors."""
+    options = content.get("args") if isinstance(content, Mapping) else None
+    return bool(getattr(options, "codebook_l2_norm", True))
+
+
+FORMAT = Format(NAME, look, open_llamagen)

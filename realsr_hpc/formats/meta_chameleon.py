@@ -1,0 +1,275 @@
+"""Meta's Chameleon tree, and Anole's: `models/7b/consolidated.pth`, `params.json`, `tokenizer/`.
+
+Names and the order of rows are those of facebookresearch/chameleon `inference/transformer.py`; wqkv and w13 may be
+fused, several `consolidated.0N.pth` are tensor-parallel shards with a q and a k norm each. Meta's rotary embedding
+turns neighbouring pairs, ours halves: rows of wq and wk, and the q and k norms, change places.
+Trees that were renamed from a
+Hugging Face folder (Anole's `bin_to_pth.py`) do not say so in any key; their norms or `rope.freqs` give them away.
+Anole's own fork of transformers keeps Meta's order, releases of transformers do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realsr_hpc.formats.found import Found, FoundPolicy, Spec
+from realsr_hpc.formats.pickles import read_pickle
+from realsr_hpc.formats.place import Format, Place, Rotary, Signs, read_json
+from realsr_hpc.formats.tensor_files import TensorFiles, state_of
+from realsr_hpc.formats.vqgan import open_vqgan
+
+NAME = "Meta Chameleon tree"
+_UNFUSED, _FUSED = "layers.0.attention.wq.weight", "layers.0.attention.wqkv.weight"
+_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_UNKNOWN = ("swin_norm", "use_scaled_rope", "rope_scaling", "attention_bias", "qkv_bias", "sliding_window", "use_moe")
+"""Settings of params.json that must be absent or false."""
+
+
+def _folder(place: Place) -> Path | None:
+    """Where the weights of a tree lie: in it, or below models/."""
+    for pattern in ("consolidated*.pth", "models/*/consolidated*.pth"):
+        found = place.file(pattern)
+        if found is not None:
+            return found.parent
+    if place.path.is_file() and place.path.name.startswith("consolidated"):
+        return place.path.parent
+    return None
+
+
+def look(place: Place) -> Signs:
+    """By file names, then by keys of the first file."""
+    folder = _folder(place)
+    signs = Signs().ask(folder is not None, "consolidated*.pth, there or below models/*/")
+    if folder is None:
+        return signs
+    signs.ask((folder / "params.json").is_file(), f"{folder.name}/params.json")
+    first = sorted(folder.glob("consolidated*.pth"))[0]
+    content = read_pickle(first)
+    keys = set(content) if isinstance(content, dict) else set()
+    signs.ask("tok_embeddings.weight" in keys, f"tok_embeddings.weight in {first.name}")
+    return signs.ask(bool(keys & {_UNFUSED, _FUSED}), f"{_UNFUSED} or wqkv in {first.name}")
+
+
+def open_tree(place: Place, rotary: Rotary | None) -> Found:
+    """All shards mapped. ValueError names a missing shard, a key without a place, or an unclear rotary order."""
+    folder = _folder(place)
+    assert folder is not None, "opened without a look"
+    files = _shard_files(folder)
+    contents = [read_pickle(path) for path in files]
+    shards = [TensorFiles([(path, state_of(content, path))]) for path, content in zip(files, contents, strict=True)]
+    params = _params(folder)
+    tree = _Tree(shards, params, len(shards))
+    order, known = _order(rotary, contents[0], tree)
+    root = next((path for path in (folder, folder.parent.parent, folder.parent) if (path / "tokenizer").is_dir()), None)
+    text = root / "tokenizer" / "text_tokenizer.json" if root else None
+    image = root / "tokenizer" / "vqgan.ckpt" if root else None
+    policy = FoundPolicy(
+        format=NAME + (f" of {len(shards)} shards" if len(shards) > 1 else ""),
+        path=folder,
+        tensors=tree.specs(),
+        read=lambda name: tree.read(name, order),
+        sizes=tree.sizes(),
+        rotary=f"{order} ({known})",
+        faults=(*_setting_faults(params, len(shards)), *tree.faults()),
+        left=("rope.freqs (follows from rope_theta)",) if "rope.freqs" in contents[0] else (),
+    )
+    opened = open_vqgan(Place(image), None).image if image and image.is_file() else None
+    return Found(NAME, policy, opened, text if text and text.is_file() else None)
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    whole = folder / "consolidated.pth"
+    if whole.is_file():
+        return [whole]
+    files = sorted(folder.glob("consolidated.*.pth"))
+    wanted = _params(folder).get("model_parallel_size") or len(files)
+    names = [f"consolidated.{number:02d}.pth" for number in range(max(int(wanted), len(files)))]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: {', '.join(missing)} missing of {len(names)} shards; copy the tree again")
+    return files
+
+
+def _params(folder: Path) -> dict[str, Any]:
+    params = read_json(folder / "params.json")
+    beside = folder / "consolidate_params.json"
+    nested = params.get("model") if isinstance(params.get("model"), dict) else {}
+    return {**params, **nested, **(read_json(beside) if beside.is_file() else {})}
+
+
+def _setting_faults(params: dict[str, Any], shards: int) -> list[str]:
+    faults = [f"{key} {params[key]!r} (ours: none)" for key in _UNKNOWN if params.get(key)]
+    if params.get("qk_normalization") is False:
+        faults.append("qk_normalization False (ours: a norm of queries and of keys)")
+    parts = params.get("model_parallel_size")
+    if parts is not None and int(parts) != shards:
+        faults.append(f"model_parallel_size {parts} ({shards} files consolidated*.pth are there)")
+    return faults
+
+
+def _order(asked: Rotary | None, content: dict[str, Any], tree: _Tree) -> tuple[Rotary, str]:
+    if asked is not None:
+        return asked, "as asked for"
+    norm = tree.shards[0].specs.get("layers.0.attention.q_normalization.weight")
+    if norm is not None and len(norm.shape) > 1:
+        return "halves", f"q norms of shape {list(norm.shape)}: renamed from a Hugging Face folder"
+    if "rope.freqs" in content and not isinstance(content["rope.freqs"], Tensor):
+        raise ValueError(
+            f"{tree.shards[0].path_of('norm.weight')}: rope.freqs is {content['rope.freqs']!r}, so its tensors were "
+            "renamed from a Hugging Face folder, and no key says in which order their rotary pairs stand: add "
+            "rotary=interleaved (trained with Anole's own fork of transformers) or rotary=halves (with a release of "
+            "transformers)"
+        )
+    return "interleaved", "Meta's own files"
+
+
+class _Tree:
+    """Hugging Face's tensors made of all shards."""
+
+    def __init__(self, shards: list[TensorFiles], params: dict[str, Any], parts: int):
+        self.shards, self.parts, self.params = shards, parts, params
+        self.fused = _FUSED in shards[0].specs
+        self.fused_gate = "layers.0.feed_forward.w13.weight" in shards[0].specs
+        self.heads = self._number("n_heads")
+        self.kv_heads = int(params.get("n_kv_heads") or self.heads)
+        self.layers = self._number("n_layers")
+        self.hidden = self._number("dim")
+        self.width = self.hidden // self.heads
+        self.table = self._table()
+
+    def _number(self, name: str) -> int:
+        value = self.params.get(name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"params.json: {name} is {value!r}, no positive number; copy the tree again")
+        return value
+
+    def sizes(self) -> dict[str, float]:
+        """Under config.json's names."""
+        specs = self.tensors_of("output.weight")
+        gate = self.tensors_of(f"layers.0.feed_forward.{'w13' if self.fused_gate else 'w1'}.weight")
+        return {
+            "vocab_size": sum(spec.shape[0] for spec in specs),
+            "hidden_size": self.hidden,
+            "intermediate_size": sum(spec.shape[0] for spec in gate) // (2 if self.fused_gate else 1),
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": self.params.get("norm_eps", 1e-5),
+            "rope_theta": self.params.get("rope_theta", 10000.0),
+        }
+
+    def tensors_of(self, name: str) -> list[Spec]:
+        """What each shard says of a tensor. ValueError where one lacks it."""
+        for shard in self.shards:
+            if name not in shard.specs:
+                raise ValueError(f"{shard.path_of(next(iter(shard.specs)))} has no tensor {name}; copy the tree again")
+        return [shard.specs[name] for shard in self.shards]
+
+    def _table(self) -> dict[str, tuple[tuple[str, ...], Callable[[list[Tensor], Rotary], Tensor]]]:
+        """Hugging Face's name -> names of the files' tensors, and how their shards become one tensor."""
+        rows = lambda parts, order: torch.cat(parts)  # noqa: E731
+        columns = lambda parts, order: torch.cat(parts, 1)  # noqa: E731
+        table = {
+            "model.embed_tokens.weight": (("tok_embeddings.weight",), columns),
+            "model.norm.weight": (("norm.weight",), _mean),
+            "lm_head.weight": (("output.weight",), rows),
+        }
+        for layer in range(self.layers):
+            ours, theirs = f"model.layers.{layer}.", f"layers.{layer}."
+            for number, part in enumerate(_MATRICES[:3]):
+                kept = f"attention.{'wqkv' if self.fused else ('wq', 'wk', 'wv')[number]}.weight"
+                table[f"{ours}{part}.weight"] = ((theirs + kept,), self._projection(number))
+            table[f"{ours}self_attn.o_proj.weight"] = ((f"{theirs}attention.wo.weight",), columns)
+            for side, heads in (("q", self.heads), ("k", self.kv_heads)):
+                for kind in ("weight", "bias"):
+                    norm = (f"{theirs}attention.{side}_normalization.{kind}",)
+                    table[f"{ours}self_attn.{side}_norm.{kind}"] = (norm, self._head_norm(heads))
+            for number, part in enumerate(("gate_proj", "up_proj")):
+                kept = f"feed_forward.{'w13' if self.fused_gate else ('w1', 'w3')[number]}.weight"
+                table[f"{ours}mlp.{part}.weight"] = ((theirs + kept,), self._half(number) if self.fused_gate else rows)
+            table[f"{ours}mlp.down_proj.weight"] = ((f"{theirs}feed_forward.w2.weight",), columns)
+            for kept, part in _NORMS.items():
+                table[f"{ours}{part}.weight"] = ((f"{theirs}{kept}.weight",), _mean)
+        return table
+
+    def _projection(self, number: int) -> Callable[[list[Tensor], Rotary], Tensor]:
+        """Of queries, keys or values; each shard holds its own heads."""
+        counts = [self.heads // self.parts, self.kv_heads // self.parts, self.kv_heads // self.parts]
+        heads = (self.heads, self.kv_heads, self.kv_heads)[number]
+
+        def merge(parts: list[Tensor], order: Rotary) -> Tensor:
+            if self.fused:
+                parts = [part.split([count * self.width for count in counts])[number] for part in parts]
+            whole = torch.cat(parts)
+            return halves_of(whole, heads) if number < 2 and order == "interleaved" else whole
+
+        return merge
+
+    def _half(self, number: int) -> Callable[[list[Tensor], Rotary], Tensor]:
+        return lambda parts, order: torch.cat([part.chunk(2)[number] for part in parts])
+
+    def _head_norm(self, heads: int) -> Callable[[list[Tensor], Rotary], Tensor]:
+        """[heads, width] of each shard's one norm for its heads (or of norms that are already one a head)."""
+
+        def merge(parts: list[Tensor], order: Rotary) -> Tensor:
+            rows = torch.cat([part.reshape(-1, self.width) for part in parts])
+            if order == "interleaved":
+                rows = rows.view(-1, self.width // 2, 2).transpose(1, 2).reshape(-1, self.width)
+            return rows.repeat_interleave(heads // len(rows), 0)
+
+        return merge
+
+    def specs(self) -> dict[str, Spec]:
+        """Shapes after merging, without reading; those of a tensor that a shard lacks are left out."""
+        sizes, found = self.sizes(), {}
+        for name, (kept, _) in self.table.items():
+            if all(kept[0] in shard.specs for shard in self.shards):
+                found[name] = Spec(self._shape(name, kept[0], sizes), self.shards[0].specs[kept[0]].dtype)
+        return found
+
+    def _shape(self, name: str, kept: str, sizes: dict[str, float]) -> tuple[int, ...]:
+        shapes = [shard.specs[kept].shape for shard in self.shards]
+        if name.split(".")[-2] in ("q_norm", "k_norm"):
+            return (self.heads if ".q_norm." in name else self.kv_heads, self.width)
+        if len(shapes[0]) == 1:
+            return shapes[0]
+        if "_proj" in name and self.fused and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+            return ((self.heads if ".q_proj." in name else self.kv_heads) * self.width, shapes[0][1])
+        if self.fused_gate and name.split(".")[-2] in ("gate_proj", "up_proj"):
+            return (int(sizes["intermediate_size"]), shapes[0][1])
+        beside = name.split(".")[-2] in ("embed_tokens", "o_proj", "down_proj")
+        total = sum(shape[1 if beside else 0] for shape in shapes)
+        return (shapes[0][0], total) if beside else (total, shapes[0][1])
+
+    def faults(self) -> list[str]:
+        """Tensors of the files that nothing is made of."""
+        used = {kept for names, _ in self.table.values() for kept in names} | {"rope.freqs"}
+        return [f"tensor {name} (no place for it)" for name in sorted(self.shards[0].specs.keys() - used)]
+
+    def read(self, name: str, order: Rotary) -> Tensor:
+        """One of Hugging Face's tensors; its shards alone are touched."""
+        if name not in self.table:
+            raise ValueError(f"a {NAME} has no tensor {name}")
+        kept, merge = self.table[name]
+        self.tensors_of(kept[0])
+        return merge([shard.read(kept[0]) for shard in self.shards], order)
+
+
+def halves_of(weight: Tensor, heads: int) -> Tensor:
+    """Rows [heads * d, hidden] of interleaved rotary pairs (0 1 0 1 ...) in the order of halves (0 0 ... 1 1 ...)."""
+    pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def _mean(parts: list[Tensor], order: Rotary) -> Tensor:
+    """Norms are whole on each shard; where training let them drift apart, their mean (as transformers' converter)."""
+    return parts[0] if all(torch.equal(parts[0], part) for part in parts) else torch.stack(parts).mean(0)
+
+
+FORMAT = Format(NAME, look, open_tree)

@@ -1,0 +1,56 @@
+"""Exports of ours: a Hugging Face folder with `realsr.json`, the image decoder beside it and the run's recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from realsr_hpc.formats import hugging_face
+from realsr_hpc.formats.found import Found, FoundImage
+from realsr_hpc.formats.place import Format, Place, Rotary, Signs, read_json
+from realsr_hpc.formats.tensor_files import TensorFiles, safetensors_specs
+
+NAME = "export of realsr_hpc"
+DECODER_FILE = "vq_decoder.safetensors"
+
+
+def look(place: Place) -> Signs:
+    """The files that only our export has, then those of any folder."""
+    signs = Signs().ask(place.file("realsr.json") is not None, "realsr.json")
+    signs.ask(place.file("recipe.yaml") is not None, "recipe.yaml")
+    if not signs.against:
+        inner = hugging_face.look(place)
+        signs.support += inner.support
+        signs.against += inner.against
+    return signs
+
+
+def open_export(place: Place, rotary: Rotary | None) -> Found:
+    """Encoder and decoder of the image tokenizer are put together again."""
+    found = hugging_face.open_hugging_face(place, rotary)
+    assert found.policy is not None, "a folder always has a policy"
+    if place.file("tokenizer.json") is None:
+        raise ValueError(f"{place.path / 'tokenizer.json'} is missing; copy the export again")
+    read_json(place.path / "realsr.json")
+    image = found.image
+    if image is not None and place.file(DECODER_FILE) is not None:
+        image = _with_decoder(image, place)
+    policy = replace(found.policy, format=NAME)
+    return Found(NAME, policy, image, found.text, place.path / "recipe.yaml")
+
+
+def _with_decoder(encoder: FoundImage, place: Place) -> FoundImage:
+    """The decoder's file repeats the codebook as it is used; where codes are normalised it has the raw one as well."""
+    path = place.path / DECODER_FILE
+    beside = TensorFiles([(path, safetensors_specs(path))])
+    own = {name: spec for name, spec in beside.specs.items() if name != "codebook"}
+    return FoundImage(
+        "image tokenizer of the export",
+        place.path,
+        {**encoder.tensors, **own},
+        lambda name: beside.read(name) if name in own else encoder.read(name),
+        {},  # the recipe beside it says everything
+        encoder.faults,
+    )
+
+
+FORMAT = Format(NAME, look, open_export)

@@ -1,0 +1,26 @@
+"""`image_tokenizer.safetensors` as recipes name it: written by training, or by an import."""
+
+from __future__ import annotations
+
+from realsr_hpc.formats.found import Found, FoundImage
+from realsr_hpc.formats.place import Format, Place, Rotary, Signs
+from realsr_hpc.formats.tensor_files import TensorFiles
+
+NAME = "image_tokenizer.safetensors of realsr_hpc"
+
+
+def look(place: Place) -> Signs:
+    """safetensors with an encoder, a codebook and a decoder."""
+    signs = Signs().ask(place.path.is_file() and place.path.suffix == ".safetensors", "one .safetensors file")
+    for key in ("encoder.mid.block_1.conv1.weight", "quantize.embedding.weight", "decoder.conv_out.weight"):
+        signs.ask(key in place.keys(), key)
+    return signs
+
+
+def open_own(place: Place, rotary: Rotary | None) -> Found:
+    """As it is."""
+    files = TensorFiles([(place.path, place.content)])
+    return Found(NAME, image=FoundImage(NAME, place.path, files.specs, files.read))
+
+
+FORMAT = Format(NAME, look, open_own)

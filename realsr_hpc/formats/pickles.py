@@ -1,0 +1,71 @@
+"""`.pth`, `.pt`, `.ckpt` and `.bin` are pickles: read as data, with a list of named classes, or refused by name.
+
+torch's `weights_only` unpickler rebuilds tensors and plain containers and executes nothing else. Left out: any way to
+trust a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_DTYPES = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
+ALLOWED: tuple[Any, ...] = (
+    argparse.Namespace,  # options of LlamaGen's trainer
+    np.dtype,
+    *_DTYPES,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # its name before NumPy 2
+)
+"""What a file of weights may hold beside tensors and plain containers."""
+_REFUSED = torch.serialization.pickle.UnpicklingError
+_NAMED = re.compile(r"(?:GLOBAL|Global|global|class)\W+([\w.]+)")
+
+
+def read_pickle(path: Path) -> Any:
+    """Its content; tensors of files written by torch >= 1.6 stay mapped until they are used.
+
+    ValueError naming a class that is not on the list, or saying that the file is damaged.
+    """
+    mapped = zipfile.is_zipfile(path)
+    if mapped:
+        _check_classes(path)
+    try:
+        with torch.serialization.safe_globals(list(ALLOWED)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _REFUSED as error:
+        named = _NAMED.search(str(error))
+        if named is None:
+            raise ValueError(f"{path} is damaged, or no file of torch.save ({_line(error)}); copy it again") from None
+        raise ValueError(_refusal(path, [named[1]])) from None
+    except (RuntimeError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or no file of torch.save ({_line(error)}); copy it again") from None
+
+
+def _check_classes(path: Path) -> None:
+    allowed = {item[1] if isinstance(item, tuple) else f"{item.__module__}.{item.__name__}" for item in ALLOWED}
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or no file of torch.save ({_line(error)}); copy it again") from None
+    refused = sorted(set(named) - allowed)
+    if refused:
+        raise ValueError(_refusal(path, refused))
+
+
+def _refusal(path: Path, classes: list[str]) -> str:
+    return (
+        f"{path} is a pickle that asks for {', '.join(classes)}; none but tensors, plain containers, NumPy scalars and "
+        "argparse.Namespace are read, and nothing of it was executed; take the file from its owner, or have its "
+        "tensors saved as safetensors"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:160]

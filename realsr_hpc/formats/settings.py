@@ -1,0 +1,98 @@
+"""Which keys of a config.json decide the forward pass: used, or refused by name.
+
+Three lists: keys whose value must be the one our forward pass computes, keys that are compared with the recipe, and
+keys that decide nothing here. A key on none of them with a value that could mean something is refused as well, for what
+it means is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SIZES = {
+    "vocab_size": None,
+    "hidden_size": None,
+    "intermediate_size": None,
+    "num_hidden_layers": None,
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+"""Compared with the recipe; the value where the key is missing, as in transformers' `ChameleonConfig`."""
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("chameleon",),
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "swin_norm": (False, None),
+    "tie_word_embeddings": (False, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "pruned_heads": ({}, None),
+    "partial_rotary_factor": (1.0, None),
+}
+"""The only values our forward pass computes."""
+WITHOUT_EFFECT = frozenset(
+    """_name_or_path _attn_implementation architectures auto_map transformers_version torch_dtype dtype use_cache
+    cache_implementation bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id image_token_id boi_token_id eoi_token_id
+    initializer_range max_position_embeddings attention_dropout dropout hidden_dropout mask_image_logits
+    z_loss_weight model_parallel_size pretraining_tp vq_config vocabulary_map rope_scaling rope_parameters
+    head_dim max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores output_attentions
+    output_hidden_states return_dict return_dict_in_generate remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens chunk_size_feed_forward is_decoder
+    cross_attention_hidden_size tie_encoder_decoder torchscript use_bfloat16 finetuning_task id2label label2id
+    num_labels problem_type tokenizer_class prefix task_specific_params tf_legacy_loss gradient_checkpointing""".split()
+)
+"""Names, training options and generation options; rope_*, head_dim and vq_config have checks of their own."""
+
+
+def setting_faults(settings: Mapping[str, Any]) -> list[str]:
+    """What of a config.json our forward pass cannot compute; [] where all can."""
+    faults = [*_rotary_faults(settings)]
+    for key, allowed in FIXED.items():
+        value = settings.get(key, allowed[0])
+        if value not in allowed and not (key == "model_type" and str(value).startswith("chameleon")):
+            faults.append(f"{key} {value!r} (ours: {allowed[0]!r})")
+    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
+    width = settings.get("head_dim")
+    if width is not None and heads and hidden and width != hidden // heads:
+        faults.append(f"head_dim {width} (ours: hidden_size / num_attention_heads = {hidden // heads})")
+    known = SIZES.keys() | FIXED.keys() | WITHOUT_EFFECT
+    for key in sorted(settings.keys() - known):
+        if settings[key] not in (None, False, {}, []):
+            faults.append(f"{key} {settings[key]!r} (unknown here; take it out of config.json if it changes nothing)")
+    return faults
+
+
+def _rotary_faults(settings: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for key in ("rope_scaling", "rope_parameters"):
+        given = settings.get(key)
+        if given is None:
+            continue
+        if not isinstance(given, Mapping):
+            faults.append(f"{key} {given!r} (ours: none)")
+            continue
+        kind = given.get("rope_type", given.get("type", "default"))
+        others = {name: value for name, value in given.items() if name not in ("rope_type", "type", "rope_theta")}
+        others = {name: value for name, value in others.items() if (name, value) != ("partial_rotary_factor", 1.0)}
+        if kind != "default" or any(value is not None for value in others.values()):
+            faults.append(f"{key} {dict(given)!r} (ours: plain rotary embeddings, not scaled)")
+    return faults
+
+
+def sizes_of(settings: Mapping[str, Any]) -> dict[str, float]:
+    """The sizes under config.json's names, those that are missing by their defaults; without default left out."""
+    nested = (settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {})
+    theta = next((part["rope_theta"] for part in nested if isinstance(part, Mapping) and "rope_theta" in part), None)
+    given = {**settings, "rope_theta": settings.get("rope_theta", theta)}
+    sizes = {key: default if given.get(key) is None else given[key] for key, default in SIZES.items()}
+    return {key: value for key, value in sizes.items() if value is not None}

@@ -1,0 +1,59 @@
+"""The formats that are known, most special first. A new format is one file and one line here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from realsr_hpc.formats import (
+    hugging_face,
+    llamagen,
+    meta_chameleon,
+    own_export,
+    own_image,
+    tokenizer_folder,
+    vqgan,
+)
+from realsr_hpc.formats.found import Found, FoundImage
+from realsr_hpc.formats.place import Format, Place, Rotary
+
+FORMATS: tuple[Format, ...] = (
+    own_export.FORMAT,
+    hugging_face.FORMAT,
+    meta_chameleon.FORMAT,
+    own_image.FORMAT,
+    llamagen.FORMAT,
+    vqgan.FORMAT,
+    tokenizer_folder.FORMAT,
+)
+
+
+def open_source(path: Path, rotary: Rotary | None = None) -> Found:
+    """What `path` holds, opened by the format that recognises it.
+
+    ValueError names the nearest format and what spoke against it, or what is missing or damaged.
+    """
+    place = Place(path)
+    looked = []
+    for known in FORMATS:
+        signs = known.look(place)
+        if not signs.against:
+            return known.open(place, rotary)
+        looked.append((len(signs.support) / (len(signs.support) + len(signs.against)), known, signs))
+    _, nearest, signs = max(looked, key=lambda row: row[0])
+    if not signs.support:
+        raise ValueError(
+            f"{path} is in none of the known formats: {', '.join(known.name for known in FORMATS)}; nothing in it "
+            "looks like one of them"
+        )
+    raise ValueError(
+        f"{path} is in no known format; nearest is {nearest.name}: {', '.join(signs.support)} found, but not "
+        f"{', '.join(signs.against)}"
+    )
+
+
+def open_image(path: Path) -> FoundImage:
+    """The image tokenizer of a file or folder. ValueError where there is none, or its decoder is missing."""
+    image = open_source(path).image
+    if image is None or not image.whole:
+        raise ValueError(f"image_tokenizer={path}: it has no image tokenizer with a decoder")
+    return image

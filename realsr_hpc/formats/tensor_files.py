@@ -1,0 +1,121 @@
+"""Named tensors in one or several files: safetensors or pickles, with an index or without, read one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from realsr_hpc.formats.found import Spec, finite
+from realsr_hpc.formats.pickles import read_pickle
+
+INDEXED = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+"""Index and single file of a Hugging Face folder's weights, in the order of preference."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class TensorFiles:
+    """Tensors by name over some files; a file is opened once and stays mapped."""
+
+    def __init__(self, opened: Iterable[tuple[Path, Mapping[str, Any]]], stored: Mapping[str, str] | None = None):
+        """opened: each file with its tensors or specs; stored: the files' own names where they are others."""
+        self._stored = stored or {}
+        self._places: dict[str, tuple[Path, Any]] = {}
+        self.specs: dict[str, Spec] = {}
+        for path, tensors in opened:
+            for name, value in tensors.items():
+                if name in self._places:
+                    raise ValueError(f"{name} stands in {self._places[name][0]} and in {path}; copy the folder again")
+                self._places[name] = path, value
+                self.specs[name] = value if isinstance(value, Spec) else Spec(tuple(value.shape), value.dtype)
+        self._handles: dict[Path, Any] = {}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, finite. ValueError names one that holds NaN or infinities, or is not there."""
+        if name not in self._places:
+            raise ValueError(f"there is no tensor {name} in the files")
+        path, value = self._places[name]
+        if isinstance(value, Spec):
+            if path not in self._handles:
+                self._handles[path] = safe_open(path, framework="pt")
+            value = self._handles[path].get_tensor(self._stored.get(name, name))
+        return finite(name, value, path)
+
+    def path_of(self, name: str) -> Path:
+        """File that holds a tensor."""
+        return self._places[name][0]
+
+
+def safetensors_specs(path: Path) -> dict[str, Spec]:
+    """Name -> shape and type from the file's header. ValueError where the file is damaged."""
+    specs = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                part = file.get_slice(name)
+                specs[name] = Spec(tuple(part.get_shape()), _dtype(part.get_dtype(), name, path))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+    return specs
+
+
+def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{path}: {tensor} is stored as {name}; only {', '.join(_DTYPES)} are weights that are read")
+    return _DTYPES[name]
+
+
+def state_of(content: Any, path: Path, under: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Tensors (or specs) of an opened file, which may stand under one of some keys; what is no tensor is left out.
+
+    ValueError where there is none.
+    """
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in under if isinstance(content.get(key), Mapping)), content)
+    items = content.items() if isinstance(content, Mapping) else ()
+    tensors = {name: value for name, value in items if isinstance(value, Tensor | Spec)}
+    if not tensors:
+        raise ValueError(f"{path} holds no named tensors")
+    return tensors
+
+
+def open_folder(folder: Path) -> TensorFiles:
+    """The weights of a Hugging Face folder. ValueError names a missing shard or a damaged file."""
+    for index, single in INDEXED:
+        if (folder / index).is_file():
+            return _indexed(folder, index)
+        if (folder / single).is_file():
+            return TensorFiles([(folder / single, open_file(folder / single))])
+    names = [name for pair in INDEXED for name in pair]
+    raise ValueError(f"{folder} has none of {', '.join(names)}; name a complete Hugging Face folder")
+
+
+def open_file(path: Path) -> Mapping[str, Any]:
+    """Specs of a safetensors file, or the mapped tensors of a pickle."""
+    return safetensors_specs(path) if path.suffix == ".safetensors" else state_of(read_pickle(path), path)
+
+
+def _indexed(folder: Path, index: str) -> TensorFiles:
+    try:
+        places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({str(file) for file in places.values()})
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{folder / index} is no index of weights; copy it again") from None
+    if any(Path(file).name != file for file in files):
+        raise ValueError(f"{folder / index} names files outside of its folder; copy it again")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: {index} names {', '.join(missing)}, not there; copy the missing shards")
+    tensors = TensorFiles((folder / file, open_file(folder / file)) for file in files)
+    absent = sorted(set(places) - set(tensors.specs))
+    if absent:
+        raise ValueError(f"{folder / places[absent[0]]} lacks {absent[0]}, which {index} promises; copy it again")
+    return tensors

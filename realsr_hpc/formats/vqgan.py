@@ -1,0 +1,76 @@
+"""`vqgan.ckpt` of Meta's Chameleon release, with `vqgan.yaml` beside it: encoder, codes and decoder, taming's names.
+
+Those are the names of our image tokenizer, so that nothing changes but the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from realsr_hpc.formats.found import Found, FoundImage
+from realsr_hpc.formats.place import Format, Place, Rotary, Signs
+from realsr_hpc.formats.tensor_files import TensorFiles, state_of
+
+NAME = "taming VQGAN (vqgan.ckpt)"
+_UNDER = ("state_dict",)
+_FIXED = {"double_z": False, "attn_resolutions": [], "in_channels": 3, "out_ch": 3, "remap": None}
+SETTINGS = {
+    "normalised_codes": False,
+    "attention": "middle",
+    "decoder_norm": True,
+    "decoder_patch_out": False,
+    "decoder_output_shuffle": 1,
+}
+
+
+def look(place: Place) -> Signs:
+    """A pickle or safetensors file with taming's keys."""
+    signs = Signs().ask(place.content is not None, "one file of tensors (.ckpt, .pt, .pth, .bin, .safetensors)")
+    keys = place.keys(*_UNDER)
+    for key in ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"):
+        signs.ask(key in keys, key)
+    return signs
+
+
+def open_vqgan(place: Place, rotary: Rotary | None) -> Found:
+    """Tensors of the file; what belongs to its training alone (`loss.*`) is named and left."""
+    tensors = state_of(place.content, place.path, _UNDER)
+    left = tuple(sorted(name for name in tensors if name.startswith("loss.")))
+    files = TensorFiles([(place.path, {name: value for name, value in tensors.items() if name not in left})])
+    image = FoundImage(
+        NAME,
+        place.path,
+        files.specs,
+        files.read,
+        SETTINGS,
+        tuple(_yaml_faults(place.path.with_suffix(".yaml"))),
+        tuple(f"{name} (its training's)" for name in left),
+    )
+    return Found(NAME, image=image)
+
+
+def _yaml_faults(path: Path) -> list[str]:
+    """Settings that no shape shows; sizes show in the tensors, which are compared one by one."""
+    if not path.is_file():
+        return []
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML ({str(error).splitlines()[0]}); copy it again") from None
+    params: Any = content
+    for key in ("model", "params"):
+        params = params.get(key, params) if isinstance(params, Mapping) else {}
+    inner = params.get("ddconfig") if isinstance(params.get("ddconfig"), Mapping) else {}
+    given = {**params, **inner}
+    return [
+        f"{path.name}: {key} {given[key]!r} (ours: {value!r})"
+        for key, value in _FIXED.items()
+        if key in given and given[key] != value
+    ]
+
+
+FORMAT = Format(NAME, look, open_vqgan)

@@ -1,0 +1,242 @@
+"""Folders of transformers' Chameleon: `.bin`, gaps in config.json, decoders inside, PURE's second block."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+from realsr_hpc.export import Sources, import_weights
+from realsr_hpc.export.hf_config import special_tokens, vq_config
+from realsr_hpc.formats import open_source
+from realsr_hpc.model.chunks import WeightShapes
+from realsr_hpc.model.hf_mapping import hf_shapes
+from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
+from realsr_hpc.tokenizer.trace import TraceTokenizer
+from tests.unit.formats.layouts import FFN, HEADS, HIDDEN, LAYERS, layout, recipe, whole_names, write_tokenizer
+
+TOKENS = torch.randint(50, 900, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def stock_model(config: Any, vocab: int = 1024) -> Any:
+    """transformers' own class, its weights spread so that every one of them matters."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "rms_norm_eps": 1e-5}
+    names = {name: token for name, token in whole_names(config).items() if name.startswith(("IMG", "<"))}
+    model = ChameleonForConditionalGeneration(
+        ChameleonConfig(
+            vocab_size=vocab, **sizes, **heads, vq_config=vq_config(config.image_tokenizer), vocabulary_map=names
+        )
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if "vqmodel" not in name:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return stock_model(recipe())
+
+
+def state_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name.replace("model.language_model.", "model."): value for name, value in model.state_dict().items()}
+
+
+def write_folder(folder: Path, model: Any, state: dict[str, torch.Tensor], bins: int = 0, **settings: Any) -> Path:
+    """config.json, tokenizer.json and the state as one safetensors file, or as so many `.bin` with an index."""
+    model.config.save_pretrained(folder)
+    kept = json.loads((folder / "config.json").read_text())
+    changed = {k: v for k, v in {**kept, **settings}.items() if v != "absent"}
+    (folder / "config.json").write_text(json.dumps(changed))
+    write_tokenizer(folder / "tokenizer.json", whole_names(recipe()))
+    if not bins:
+        save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
+        return folder
+    names = sorted(state)
+    files = {name: f"pytorch_model-{index % bins + 1:05d}-of-{bins:05d}.bin" for index, name in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({name: state[name].clone() for name in names if files[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+def their_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.lm_head(model.model(input_ids=TOKENS).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("bins", "settings"), [(0, {}), (3, {"num_key_value_heads": "absent"}), (1, {"model_type": "chameleon_xllmx"})]
+)
+def test_logits_are_transformers_and_every_tensor_is_kept_bit_by_bit(bins, settings, model, tmp_path, logits_of):
+    state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
+    source = write_folder(tmp_path / "source", model, state, bins, **settings)
+    config = recipe("model.num_kv_heads=4")
+    import_weights(Sources(source), tmp_path / "out", config)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert list(written) == sorted(state)
+    assert all(torch.equal(written[name], state[name]) for name in state)
+    assert (their_logits(model) - logits_of(tmp_path / "out", config, TOKENS, 1024)).abs().max() < 2e-5
+
+
+def test_shared_norms_are_given_to_all_heads_so_that_transformers_loads_the_folder(model, tmp_path):
+    state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
+    state |= {name: value[:1].clone() for name, value in state.items() if "_norm." in name and value.dim() == 2}
+    import_weights(Sources(write_folder(tmp_path / "source", model, state)), tmp_path / "out", recipe())
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.1.self_attn.q_norm.bias"
+    assert torch.equal(written[name], state[name].expand(HEADS, -1))
+    ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out")  # raises where a shape differs
+
+
+def test_a_decoder_inside_becomes_the_recipes_image_tokenizer(model, tmp_path):
+    """As in leloy's Anole: `model.vqmodel.decoder.*` beside transformers' encoder."""
+    config = recipe()
+    image = ImageTokenizer(config.image_tokenizer)
+    inside = {f"model.vqmodel.{name}": value for name, value in image.state_dict().items()}
+    source = write_folder(tmp_path / "source", model, {**state_of(model), **inside})
+    done = import_weights(Sources(source), tmp_path / "out", config)
+    path = tmp_path / "out" / "image_tokenizer.safetensors"
+    loaded = load_image_tokenizer(config.image_tokenizer.model_copy(update={"weights": str(path)}), "cpu")
+    assert all(torch.equal(value, image.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert f"image_tokenizer.weights={path}" in done.overrides
+    _, report = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    restart = recipe(*done.overrides)
+    assert TraceTokenizer.load(restart, torch.device("cpu")).codec.vocabulary == layout(config)
+
+
+def test_an_encoder_of_another_tokenizer_is_refused(model, tmp_path):
+    from realsr_hpc.tokenizer.image import save_image_tokenizer
+
+    source = write_folder(tmp_path / "source", model, state_of(model))
+    done = import_weights(Sources(source), tmp_path / "alone", recipe())
+    assert "missing: the image tokenizer with its decoder; import again with image_tokenizer=FILE" in done.recognised[1]
+    torch.manual_seed(5)
+    save_image_tokenizer(ImageTokenizer(recipe().image_tokenizer), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="is not the image tokenizer of .* differs there"):
+        import_weights(Sources(source, image_tokenizer=tmp_path / "other.safetensors"), tmp_path / "out", recipe())
+    with pytest.raises(ValueError, match=r"embed_dim|quant_conv|quantize"):
+        import_weights(Sources(source), tmp_path / "out", recipe("image_tokenizer.embed_dim=8"))
+
+
+FOREIGN = {
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+    "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-3,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "swin_norm": True,
+    "tie_word_embeddings": True,
+    "sliding_window": 512,
+    "quantization_config": {"quant_method": "awq"},
+    "hidden_act": "gelu",
+    "head_dim": 16,
+    "partial_rotary_factor": 0.5,
+    "attn_logit_softcapping": 30.0,
+    "model_type": "llama",
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+def test_a_setting_that_decides_the_forward_pass_is_refused_at_both_doors(key, model, tmp_path, logits_of):
+    state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
+    source = write_folder(tmp_path / "source", model, state, **{key: FOREIGN[key]})
+    with pytest.raises(ValueError, match=key):
+        import_weights(Sources(source), tmp_path / "out", recipe())
+    with pytest.raises(ValueError, match=f"model.weights = .*{key}"):
+        logits_of(source, recipe(), TOKENS, 1024)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_without_a_place_missing_ones_and_nan_are_refused_at_both_doors(model, tmp_path, logits_of):
+    state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
+    gate = "model.layers.1.mlp.gate_proj.weight"
+    damaged = state[gate].clone()
+    damaged[3, 5] = float("nan")
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(HIDDEN)}
+    spoilt = {"q_proj.bias, for which our model has no place": {**state, **bias}}
+    spoilt[r"gate_proj\.weight holds NaN"] = {**state, gate: damaged}
+    spoilt[r"no tensor model\.layers\.1\.mlp\.gate_proj"] = {n: v for n, v in state.items() if n != gate}
+    for number, (message, tensors) in enumerate(spoilt.items()):
+        source = write_folder(tmp_path / str(number), model, tensors)
+        with pytest.raises(ValueError, match=message):
+            import_weights(Sources(source), tmp_path / "out", recipe())
+        with pytest.raises(ValueError, match=message):
+            logits_of(source, recipe(), TOKENS, 1024)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_half_a_folder_and_malformed_json_name_the_file(model, tmp_path):
+    source = write_folder(tmp_path / "source", model, state_of(model), bins=2)
+    (source / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+        open_source(source)
+    write_folder(tmp_path / "source", model, state_of(model), bins=2)
+    (source / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(ValueError, match="names pytorch_model-00002-of-00002.bin, not there"):
+        open_source(source)
+    with pytest.raises(ValueError, match="does not exist"):
+        open_source(tmp_path / "nowhere")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="in none of the known formats|nearest is .*but not"):
+        open_source(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda names: names | {"IMGIMGAZ": 5, "IMGIMGBZ": 4},
+            r"2 of 40 image codes have other ids, first code 0 with",
+        ),
+        (lambda names: {n: t for n, t in names.items() if n != "IMGIMGDJZ"}, r"39 image codes .* layout: 40"),
+        (lambda names: names | {"<eoss>": 46}, r"<eoss> has id 46 \(the recipe's layout: 44\)"),
+        (lambda names: names | {"lion": 500}, r"1 pieces of text lie below id 808"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_refused_with_both_sides(change, message, model, tmp_path):
+    source = write_folder(tmp_path / "source", model, state_of(model), vocabulary_map=None)
+    write_tokenizer(source / "tokenizer.json", change(whole_names(recipe())))
+    with pytest.raises(ValueError, match=message):
+        import_weights(Sources(source), tmp_path / "out", recipe())
+
+
+def test_pures_second_block_of_codes_is_read_and_is_no_text(tmp_path, logits_of):
+    """Vocabulary 73,728: codes 8192..16383 are named at 65536..73727; `vqmodel` is not in the folder."""
+    words = ["vlcot.vocabulary=llamagen_f8", "image_tokenizer.codebook_size=16384", "image_tokenizer.downsample=8"]
+    config = recipe(*words, "image_tokenizer.channel_multiplier=[1,2,2,4]")
+    names = special_tokens(layout(config, 49152)) | {f"w{token}": token for token in range(16384, 65536)}
+    model = stock_model(recipe(), vocab=73728)
+    state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
+    source = write_folder(tmp_path / "source", model, state, bins=2, vocabulary_map=None)
+    write_tokenizer(source / "tokenizer.json", names)
+    done = import_weights(Sources(source), tmp_path / "out", config)
+    assert "vocabulary 73,728: 16,384 image codes, 49,152 text tokens" in done.recognised[0]
+    assert (their_logits(model) - logits_of(tmp_path / "out", config, TOKENS, 73728)).abs().max() < 2e-5
+    refused = {n: t for n, t in names.items() if t < 65536}
+    write_tokenizer(source / "tokenizer.json", refused)
+    with pytest.raises(ValueError, match=r"8192 image codes are named .*layout: 16384"):
+        import_weights(Sources(source), tmp_path / "refused", config)
+
+
+def test_the_7b_inventory_is_transformers():
+    with torch.device("meta"):
+        model = ChameleonForConditionalGeneration(ChameleonConfig(vocabulary_map={"<image>": 8711}))
+    theirs = {n: tuple(v.shape) for n, v in state_of(model).items() if "vqmodel" not in n}
+    seven_b = recipe("model=chameleon_7b", "model.num_layers=32", "model.hidden_size=4096", "model.num_heads=32",
+                     "model.ffn_hidden_size=11008", *VQ_16_SIZES)  # fmt: skip
+    assert hf_shapes(WeightShapes.of(seven_b.model, 65536)) == theirs
+
+
+VQ_16_SIZES = ["vlcot.vocabulary=chameleon_f16", "image_tokenizer.codebook_size=8192", "image_tokenizer.downsample=16",
+               "image_tokenizer.channel_multiplier=[1,1,2,2,4]"]  # fmt: skip

@@ -1,0 +1,116 @@
+"""Meta's tree and Anole's: imported logits equal Meta's arithmetic; orders, shards and halves of trees."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from realsr_hpc.export import Sources, import_weights
+from realsr_hpc.formats import open_source
+from tests.unit.formats.layouts import HEADS, LAYERS, WIDTH, fused, layout, meta_logits, meta_state, recipe, write_tree
+
+TOKENS = torch.randint(0, 900, (2, 12), generator=torch.Generator().manual_seed(1))
+CASES = {
+    "one file": (1, HEADS, False),
+    "fused": (1, HEADS, True),
+    "grouped queries": (1, 2, False),
+    "grouped queries, fused": (1, 2, True),
+    "four shards, norms of their own": (4, HEADS, False),
+    "two fused shards, grouped queries": (2, 2, True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_imported_tree_computes_what_metas_code_computes(case, tmp_path, logits_of):
+    parts, kv_heads, is_fused = CASES[case]
+    config = recipe(f"model.num_kv_heads={kv_heads}")
+    shards = meta_state(kv_heads, parts=parts)
+    tree = write_tree(tmp_path / "tree", [fused(s) for s in shards] if is_fused else shards, config, kv_heads)
+    done = import_weights(Sources(tree), tmp_path / "out", config)
+    assert f"{layout(config).size:,}" in done.recognised[0] and "interleaved (Meta's own files)" in done.recognised[0]
+    theirs = meta_logits(shards, TOKENS, kv_heads)
+    ours = logits_of(tmp_path / "out", config, TOKENS, 1024)
+    assert theirs.abs().max() > 1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    straight = logits_of(tree, config, TOKENS, 1024)  # model.weights may name the tree itself
+    assert torch.equal(straight, ours)
+    wrong = import_weights(Sources(tree, rotary="halves"), tmp_path / "wrong", config)
+    assert (logits_of(wrong.output, config, TOKENS, 1024) - theirs).abs().max() > 0.05
+
+
+def renamed_from_hugging_face(norm_rows: int):
+    """A tree as Anole's bin_to_pth.py makes it: other names, the same order, `rope.freqs` None."""
+    shard = meta_state()[0] | {"rope.freqs": None}
+    for layer in range(LAYERS):
+        for side in "qk":
+            for kind in ("weight", "bias"):
+                name = f"layers.{layer}.attention.{side}_normalization.{kind}"
+                shard[name] = shard[name].expand(norm_rows, -1).clone() if norm_rows else shard[name]
+    return [shard]
+
+
+@pytest.mark.parametrize("rows", [1, HEADS])
+def test_norms_of_a_hugging_face_folder_give_a_renamed_tree_away(rows, tmp_path):
+    tree = write_tree(tmp_path / "tree", renamed_from_hugging_face(rows), recipe())
+    done = import_weights(Sources(tree), tmp_path / "out", recipe())
+    assert "rotary order halves" in done.recognised[0]
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    kept = torch.load(tree / "models/7b/consolidated.pth", weights_only=True)
+    assert torch.equal(written["model.layers.0.self_attn.q_proj.weight"], kept["layers.0.attention.wq.weight"])
+    assert written["model.layers.1.self_attn.k_norm.bias"].shape == (HEADS, WIDTH)
+
+
+def test_a_renamed_tree_that_does_not_say_its_order_asks_for_it(tmp_path):
+    tree = write_tree(tmp_path / "tree", renamed_from_hugging_face(0), recipe())
+    with pytest.raises(ValueError, match=r"rope.freqs is None.*rotary=interleaved .* or rotary=halves"):
+        import_weights(Sources(tree), tmp_path / "out", recipe())
+    assert not (tmp_path / "out").exists()
+    assert "as asked for" in import_weights(Sources(tree, rotary="halves"), tmp_path / "out", recipe()).recognised[0]
+
+
+def test_half_of_a_tree_names_what_is_missing(tmp_path):
+    tree = write_tree(tmp_path / "tree", meta_state(parts=4), recipe())
+    shard = tree / "models/7b/consolidated.02.pth"
+    kept = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"consolidated.02.pth missing of 4 shards"):
+        open_source(tree)
+    shard.write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(ValueError, match="consolidated.02.pth is damaged"):
+        open_source(tree)
+    shard.write_bytes(kept)
+    (tree / "tokenizer/text_tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"without a text tokenizer; add text_tokenizer=FILE \(text_tokenizer.json"):
+        import_weights(Sources(tree), tmp_path / "out", recipe())
+    (tree / "models/7b/params.json").unlink()
+    with pytest.raises(ValueError, match="nearest is Meta Chameleon tree.*but not 7b/params.json"):
+        open_source(tree)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"swin_norm": True}, "swin_norm True"),
+        ({"qk_normalization": False}, "qk_normalization False"),
+        ({"rope_theta": 500000.0}, r"model.rope_theta: rope_theta 500000.0 \(recipe: 10000.0\)"),
+        ({"norm_eps": 1e-6}, "rms_norm_eps 1e-06"),
+    ],
+)
+def test_settings_of_params_json_are_used_or_refused(setting, message, tmp_path):
+    tree = write_tree(tmp_path / "tree", meta_state(), recipe())
+    path = tree / "models/7b/params.json"
+    params = json.loads(path.read_text())
+    path.write_text(json.dumps({**params, "model": {**params["model"], **setting}}))
+    with pytest.raises(ValueError, match=message):
+        import_weights(Sources(tree), tmp_path / "out", recipe())
+
+
+def test_a_tensor_without_a_place_is_refused_by_name(tmp_path):
+    shard = meta_state()[0] | {"layers.0.attention.wq.bias": torch.zeros(48)}
+    tree = write_tree(tmp_path / "tree", [shard], recipe())
+    with pytest.raises(ValueError, match=r"tensor layers\.0\.attention\.wq\.bias \(no place for it\)"):
+        import_weights(Sources(tree), tmp_path / "out", recipe())
