@@ -19,6 +19,7 @@ NEEDED_WITH = {
     ("parallel", "tp4"): ["cluster.tasks_per_node=4"],
     ("parallel", "tp4_pp2"): ["cluster.tasks_per_node=8"],
     ("cluster", "slurm"): ["grpo.prompts_per_step=8"],
+    ("cluster", "local_gpu"): ["cluster.tasks_per_node=1"],
     ("cluster", "local_gpus"): ["grpo.prompts_per_step=8"],
 }
 
