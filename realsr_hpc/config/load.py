@@ -124,19 +124,24 @@ def read_axes(name: str) -> list[str]:
     return [f"{key}={_written(value)}" for key, value in axes.items()]
 
 
+def values_of(line: str) -> list[str]:
+    """The overrides that a swept one stands for; one that is not swept is itself."""
+    return [only for [only] in _expand([_parse_one(line)], True)]
+
+
 def _written(value: Any) -> str:
     """A YAML value as Hydra's override grammar writes it: a list is a sweep, text is that grammar already."""
     if isinstance(value, list):
-        return ",".join(map(_choice, value))
-    return value if isinstance(value, str) else _choice(value)
+        return ",".join(map(written, value))
+    return value if isinstance(value, str) else written(value)
 
 
-def _choice(value: Any) -> str:
-    """One value of a sweep, or one inside it."""
+def written(value: Any) -> str:
+    """A plain value, as Hydra's override grammar reads it back: one of a sweep, or one inside it."""
     if isinstance(value, list):
-        return f"[{','.join(map(_choice, value))}]"
+        return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_choice(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{written(item)}" for key, item in value.items()) + "}"
     return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 

@@ -22,6 +22,8 @@ USAGE = """\
 realsr-hpc launch [-m] recipe=NAME [group=NAME] [section.field=value ...] [option=value ...]
 
   recipe=NAME       one of: {recipes}
+  chain=NAME        several of them and commands, recipes/chains/NAME.yaml: the next takes what the one before left.
+                    With STAGE:section.field=value or STAGE:option=value, -m and plan=true; launched again it goes on
   cluster=NAME      recipes/cluster/NAME.yaml; the other groups are model, data, rewards and parallel
   -m                a sweep: a,b,c or range(..) or choice(..) as values; one Slurm array, one MLflow parent run
   axes=NAME         a sweep over the values of recipes/sweeps/NAME.yaml; your own values go before its

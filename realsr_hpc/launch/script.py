@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from realsr_hpc.config.load import output_root
@@ -14,8 +15,14 @@ from realsr_hpc.launch.snapshot import SUMS
 from realsr_hpc.paths import resolve
 
 
-def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str]) -> dict[str, object]:
-    """submitit's Slurm parameters: one supervisor a node, which starts that node's tasks."""
+def executor_parameters(
+    cluster: ClusterConfig, job_name: str, setup: list[str], after: Sequence[str] = ()
+) -> dict[str, object]:
+    """submitit's Slurm parameters: one supervisor a node, which starts that node's tasks.
+
+    after: jobs that must have succeeded; where one of them cannot any more, Slurm takes this job out of its queue.
+    """
+    waits = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
     values: dict[str, object | None] = {
         "job_name": job_name,
         "nodes": cluster.nodes,
@@ -32,7 +39,7 @@ def executor_parameters(cluster: ClusterConfig, job_name: str, setup: list[str])
         "array_parallelism": cluster.runs_at_once,
         "srun_args": _srun_arguments(cluster),
         "stderr_to_stdout": True,
-        "additional_parameters": {"requeue": True, **_extra(cluster)},
+        "additional_parameters": {"requeue": True, **_extra(cluster), **waits},
         "setup": setup,
     }
     return {key: value for key, value in values.items() if value is not None}

@@ -13,7 +13,7 @@ import secrets
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,8 +45,11 @@ class Submission:
     """It should have been submitted and was refused."""
 
 
-def start_together(group: list[Submission]) -> list[Submission]:
-    """Submit runs that can share an array; each as it became. A refusal ends the group: the next would be the same."""
+def start_together(group: list[Submission], after: Sequence[str] = ()) -> list[Submission]:
+    """Submit runs that can share an array; each as it became. A refusal ends the group: the next would be the same.
+
+    after: Slurm jobs that must have succeeded before.
+    """
     if group[0].config.cluster.kind != "slurm":
         return [_attempt([item], lambda part: _start_local(part[0], len(group)))[0] for item in group]
     size = max_array_size() if len(group) > 1 else 1
@@ -56,7 +59,7 @@ def start_together(group: list[Submission]) -> list[Submission]:
         if became and became[-1].failed:
             became += [replace(item, submitted=False, failed=True, note=became[-1].note) for item in part]
         else:
-            became += _attempt(part, lambda part: _submit_slurm(part, len(parts)))
+            became += _attempt(part, lambda part: _submit_slurm(part, len(parts), after))
     return became
 
 
@@ -88,7 +91,7 @@ def max_array_size() -> int:
     return max(1, int(found[1]) if found else DEFAULT_MAX_ARRAY)
 
 
-def _submit_slurm(group: list[Submission], num_arrays: int = 1) -> None:
+def _submit_slurm(group: list[Submission], num_arrays: int = 1, after: Sequence[str] = ()) -> None:
     """One job, or one array; of several arrays each gets its share of the runs that may go at once."""
     import submitit
 
@@ -97,7 +100,7 @@ def _submit_slurm(group: list[Submission], num_arrays: int = 1) -> None:
     single = len(group) == 1
     folder = group[0].run_dir / "logs" / "job" if single else make_private(output_root(config) / "arrays") / "%A"
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=config.cluster.max_requeues)
-    parameters = executor_parameters(config.cluster, config.name, setup_lines(config.cluster, code))
+    parameters = executor_parameters(config.cluster, config.name, setup_lines(config.cluster, code), after)
     parameters["array_parallelism"] = max(1, config.cluster.runs_at_once // num_arrays)
     executor.update_parameters(**parameters)
     for item in group:

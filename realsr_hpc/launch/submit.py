@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,9 +53,16 @@ def submit(
 
 
 def submit_into(
-    folders: list[tuple[RunConfig, Path]], *, sweep: str = "", varied: list[str] | None = None
+    folders: list[tuple[RunConfig, Path]],
+    *,
+    sweep: str = "",
+    varied: list[str] | None = None,
+    after: Sequence[str] = (),
 ) -> list[Submission]:
-    """As `submit`, into folders that are already chosen. One launcher at a time looks and acts in an output root."""
+    """As `submit`, into folders that are already chosen; on Slurm not before the jobs `after` have succeeded.
+
+    One launcher at a time looks and acts in an output root.
+    """
     with _alone({run_dir.parent for _, run_dir in folders}):
         queue = slurm_queue() if any(config.cluster.kind == "slurm" for config, _ in folders) else Queue({})
         if not queue.answered:
@@ -68,7 +75,7 @@ def submit_into(
             return planned
         before = {item.run_dir: _recipe_text(item.run_dir) for item in pending}
         note = _prepare_tracking(pending, sweep, varied or [])
-        became = {item.run_dir: item for group in _by_cluster(pending) for item in start_together(group)}
+        became = {item.run_dir: item for group in _by_cluster(pending) for item in start_together(group, after)}
         for run_dir, item in became.items():
             if item.failed:
                 _take_back(run_dir, before[run_dir])

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from realsr_hpc.commands import COMMANDS
+from realsr_hpc.commands.launch import CHAINED
+from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import GROUPS
+from realsr_hpc.launch.chain import chain_nodes
 from realsr_hpc.launch.command import choose, read_arguments
 from realsr_hpc.paths import project_root
 
@@ -80,9 +83,13 @@ def test_small_commands_run(tmp_path, capsys):
 
 
 def launch(words: list[str]) -> None:
-    """Options are known and the recipe composes."""
+    """Options are known and the recipe, or each of the chain's, composes."""
     given = [word for word in words if "..." not in word]
-    assert choose(*read_arguments(given))
+    if chain := next((word.partition("=")[2] for word in given if word.startswith("chain=")), ""):
+        overrides = [word for word in given if "=" in word and not word.startswith(("chain=", "plan="))]
+        assert chain_nodes(read_chain(chain), overrides, CHAINED, multirun="-m" in given)
+    else:
+        assert choose(*read_arguments(given))
 
 
 def test_the_recipe_reference_is_what_the_schema_says():

@@ -1,0 +1,95 @@
+"""Chains of runs and commands as recipes: recipes/chains/NAME.yaml, typed and closed.
+
+    name: tiny
+    stages:
+      sft: {recipe: sft_tiny, set: {sft.num_steps: 4}}
+      grpo: {recipe: grpo_tiny, set: {model.weights: "{sft.export}"}}
+      evaluate: {command: evaluate, set: {run: "{grpo.run}"}}
+
+A stage names what an earlier one leaves as `{STAGE.WHAT}`; `OF_RUN` and `OF_COMMAND` list what there is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from realsr_hpc.config.load import RecipeError, nearest, yaml_file, yaml_names
+from realsr_hpc.config.operation import ClusterConfig
+
+NAME = r"[A-Za-z][A-Za-z0-9_-]*"
+PLACEHOLDER = re.compile(rf"\{{({NAME})\.([a-z_]+)\}}")
+OF_RUN = {
+    "run": "its folder; a command takes the newest checkpoint of it",
+    "best": "its best checkpoint (checkpoint.keep_best)",
+    "export": "a Hugging Face folder of its last checkpoint, exported when a stage asks for it",
+    "best_export": "the same of its best checkpoint",
+}
+"""What a stage that runs a recipe leaves."""
+OF_COMMAND = {"output": "the folder that the command wrote"}
+
+StageName = Annotated[str, Field(pattern=f"^{NAME}$")]
+
+
+class StageConfig(BaseModel):
+    """A recipe with its overrides, or a command with its arguments."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    recipe: str | None = None
+    """A run of this recipe."""
+    command: Literal["evaluate", "export_hf"] | None = None
+    """A command, on what earlier stages left; the chain chooses its output=."""
+    set: dict[str, Any] = {}
+    """Overrides of the recipe, or arguments of the command."""
+    cluster: dict[str, Any] = {}
+    """Of a command alone: fields of `cluster` for its job. Default: one task, otherwise as the run it works on."""
+
+    @model_validator(mode="after")
+    def names_a_recipe_or_a_command(self) -> StageConfig:
+        """One of both; and only a command has a cluster section here, of known fields."""
+        if (self.recipe is None) == (self.command is None):
+            raise ValueError("give either recipe or command")
+        if self.recipe is not None and self.cluster:
+            raise ValueError("cluster is for commands; a recipe takes set: {cluster.FIELD: VALUE}")
+        if unknown := [key for key in self.cluster if key not in ClusterConfig.model_fields]:
+            hint = nearest(unknown[0], ClusterConfig.model_fields)
+            raise ValueError(f"cluster.{unknown[0]}: unknown key{hint}")
+        return self
+
+
+class ChainConfig(BaseModel):
+    """Stages in their order."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    stages: Annotated[dict[StageName, StageConfig], Field(min_length=1)]
+
+
+def read_chain(name: str) -> ChainConfig:
+    """recipes/chains/NAME.yaml; RecipeError with every fault of it."""
+    path = yaml_file(f"chains/{name}")
+    if path is None:
+        names = yaml_names("chains")
+        raise RecipeError(f"chain: no {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    try:
+        return ChainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"chain {name}: {_explain(item)}" for item in error.errors())) from None
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        valid = list(StageConfig.model_fields if len(item["loc"]) > 1 else ChainConfig.model_fields)
+        return f"{path}: unknown key{nearest(str(item['loc'][-1]), valid) or f'; valid here: {chr(44).join(valid)}'}"
+    said = item["msg"].removeprefix("Value error, ")
+    return f"{path or 'the file'}: {said[:1].lower()}{said[1:]}" + (
+        f" (given: {item['input']!r})" if isinstance(item["input"], str | int | float | None) else ""
+    )

@@ -1,0 +1,213 @@
+"""A chain's stages -> nodes: what runs, in which folder, after which others. Nothing is submitted or written here.
+
+A stage's folder bears its signature, and what it names of earlier stages are paths with theirs: when a stage changes,
+so do all that build on it, and no others. Chains that share stages share their folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from realsr_hpc.config.chain import NAME, OF_COMMAND, OF_RUN, PLACEHOLDER, ChainConfig, StageConfig
+from realsr_hpc.config.load import GROUPS, RecipeError, compose_one, nearest, output_root, values_of, written
+from realsr_hpc.config.operation import ClusterConfig
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.rundir import run_folder
+from realsr_hpc.paths import resolve
+
+READ_PATHS = ("data", "images", "weights_dir", "export")
+"""Arguments of commands that name what must be there."""
+Valid = Mapping[str, Collection[str]]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One run, or one command, of a chain."""
+
+    stage: str
+    """Its name in the chain; `sft.export` for the export that a later stage asked for."""
+    folder: Path
+    config: RunConfig
+    """The run's recipe; of a command: the recipe of the run it works on, with the command's own cluster section."""
+    after: tuple[Path, ...]
+    """Folders of the nodes that it names."""
+    command: str = ""
+    """Empty: a run."""
+    arguments: tuple[str, ...] = ()
+    """`key=value`, as a shell would hand them over."""
+
+    def missing(self) -> list[str]:
+        """Files and folders that a command reads, that no stage leaves, and that are not here."""
+        given = dict(argument.partition("=")[::2] for argument in self.arguments)
+        own = [(key, given[key]) for key in READ_PATHS if key in given]
+        absent = [(key, path) for key, path in own if not any(Path(path).is_relative_to(item) for item in self.after)]
+        return [f"{self.stage}: {key}: {path} is not there" for key, path in absent if not Path(path).exists()]
+
+    @property
+    def output(self) -> Path:
+        """Where a command writes."""
+        return self.folder / "output"
+
+
+def chain_nodes(chain: ChainConfig, overrides: list[str], valid: Valid, *, multirun: bool = False) -> list[Node]:
+    """Nodes of the chain, or of every chain of a sweep, in an order that can be run; equal ones once.
+
+    overrides: `STAGE:KEY=VALUE`, or `KEY=VALUE` for every recipe. valid: the keys of each command. RecipeError.
+    """
+    choices = [_choices(line, multirun) for line in overrides]
+    nodes: dict[Path, Node] = {}
+    for combination in itertools.product(*choices):
+        for node in _Resolver(chain, list(combination), valid).nodes.values():
+            nodes.setdefault(node.folder, node)
+    kinds = {node.config.cluster.kind: node.stage for node in nodes.values()}
+    if len(kinds) > 1:
+        where = ", ".join(f"{stage} {kind}" for kind, stage in kinds.items())
+        raise RecipeError(f"chain {chain.name}: cluster.kind: {where}: all stages run in one place")
+    roots = {output_root(node.config) for node in nodes.values()}
+    if len(roots) > 1:
+        raise RecipeError(f"chain {chain.name}: output_root: {', '.join(map(str, roots))}: all stages share one")
+    return list(nodes.values())
+
+
+def signature_of(nodes: list[Node]) -> str:
+    """8 hexadecimal digits of all that the chain consists of."""
+    return _digest([node.folder.name for node in nodes])[:8]
+
+
+def _choices(line: str, multirun: bool) -> list[str]:
+    """The overrides that a swept one stands for."""
+    stage, rest = split_stage(line)
+    if PLACEHOLDER.search(rest):
+        return [line]
+    values = values_of(rest)
+    if len(values) > 1 and not multirun:
+        raise RecipeError(f"{line}: several values need -m (a sweep)")
+    return [f"{stage}:{value}" if stage else value for value in values]
+
+
+def split_stage(line: str) -> tuple[str, str]:
+    """`STAGE:KEY=VALUE` -> both parts; stage empty where none is named."""
+    found = re.match(rf"({NAME}):(.+)", line, re.DOTALL)
+    return (found[1], found[2]) if found else ("", line)
+
+
+class _Resolver:
+    """One chain with one combination of overrides -> `nodes`, by stage."""
+
+    def __init__(self, chain: ChainConfig, overrides: list[str], valid: Valid) -> None:
+        self.chain, self.valid = chain, valid
+        self.nodes: dict[str, Node] = {}
+        self.overrides = [split_stage(line) for line in overrides]
+        for stage, line in self.overrides:
+            if stage and stage not in chain.stages:
+                hint = nearest(stage, chain.stages)
+                raise self._fault(f"{stage}:{line}", f"no such stage{hint}; there are: {', '.join(chain.stages)}")
+        for name, stage in chain.stages.items():
+            self.nodes[name] = self._run(name, stage) if stage.recipe else self._command(name, stage)
+
+    def _run(self, name: str, stage: StageConfig) -> Node:
+        after: dict[Path, None] = {}
+        lines = {key: self._line(name, key, value, after) for key, value in stage.set.items()}
+        for target, line in self.overrides:
+            if target in ("", name):
+                key, _, value = line.partition("=")
+                lines[key] = self._line(name, key, value, after) if PLACEHOLDER.search(value) else line
+        try:
+            config = compose_one([f"recipe={stage.recipe}", *lines.values()])
+        except RecipeError as error:
+            raise self._fault(name, str(error)) from None
+        return Node(name, run_folder(config), config, tuple(after))
+
+    def _line(self, name: str, key: str, value: Any, after: dict[Path, None]) -> str:
+        value = self._filled(name, key, value, after)
+        return f"{key}={value}" if key in GROUPS and isinstance(value, str) else f"{key}={written(value)}"
+
+    def _command(self, name: str, stage: StageConfig) -> Node:
+        command, given = stage.command or "", dict(stage.set)
+        given |= dict(line.partition("=")[::2] for target, line in self.overrides if target == name)
+        after: dict[Path, None] = {}
+        for key, value in given.items():
+            if key == "output" or key not in self.valid[command]:
+                valid = [item for item in self.valid[command] if item != "output"]
+                said = "the chain chooses it" if key == "output" else f"unknown key{nearest(key, valid)}"
+                raise self._fault(name, f"{key}: {said}; valid for {command}: {', '.join(valid)}")
+            given[key] = self._argument(name, key, value, after)
+        if not after:
+            raise self._fault(name, "names no earlier stage, such as run: '{STAGE.run}'; it does not belong here")
+        return self._command_node(name, command, given, tuple(after), stage.cluster)
+
+    def _argument(self, name: str, key: str, value: Any, after: dict[Path, None]) -> str:
+        filled = self._filled(name, key, value, after)
+        text = filled if isinstance(filled, str) else json.dumps(filled)
+        if key not in READ_PATHS or text != value:
+            return text
+        return str(resolve(text))
+
+    def _command_node(
+        self, name: str, command: str, given: dict[str, str], after: tuple[Path, ...], cluster: dict[str, Any]
+    ) -> Node:
+        """A command's job has one task of the run it works on, unless `cluster` says otherwise."""
+        upstream = next(node for node in self.nodes.values() if node.folder == after[0]).config
+        base = upstream.cluster.model_dump()
+        base |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, upstream.cluster.gpus_per_node)}
+        try:
+            own = ClusterConfig.model_validate({**base, **cluster})
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise self._fault(name, f"cluster.{fault['loc'][0]}: {fault['input']!r}: {fault['msg']}") from None
+        arguments = tuple(f"{key}={value}" for key, value in given.items())
+        folder = output_root(upstream) / "stages" / f"{command}-{_digest([command, sorted(arguments)])[:12]}"
+        config = upstream.model_copy(update={"cluster": own, "name": f"{self.chain.name}-{name}"})
+        return Node(name, folder, config, after, command, arguments)
+
+    def _filled(self, name: str, key: str, value: Any, after: dict[Path, None]) -> Any:
+        """The value with every `{STAGE.WHAT}` replaced by its path; the nodes it names go into `after`."""
+        if isinstance(value, list):
+            return [self._filled(name, key, item, after) for item in value]
+        if isinstance(value, dict):
+            return {item: self._filled(name, key, inner, after) for item, inner in value.items()}
+        if not isinstance(value, str):
+            return value
+        return PLACEHOLDER.sub(lambda found: str(self._place(name, key, found, after)), value)
+
+    def _place(self, name: str, key: str, found: re.Match[str], after: dict[Path, None]) -> Path:
+        stage, what = found[1], found[2]
+        node = self.nodes.get(stage)
+        if node is None:
+            hint = nearest(stage, self.nodes) or f"; before it are: {', '.join(self.nodes) or 'none'}"
+            raise self._fault(name, f"{key}: {found[0]}: no stage {stage!r} before it{hint}")
+        known = OF_COMMAND if node.command else OF_RUN
+        if what not in known:
+            raise self._fault(name, f"{key}: {found[0]}: {stage} leaves no {what!r}; it leaves: {', '.join(known)}")
+        if what in ("best", "best_export") and not node.config.checkpoint.keep_best:
+            raise self._fault(name, f"{key}: {found[0]}: {stage} keeps no best one; set its checkpoint.keep_best to 1")
+        if what in ("export", "best_export"):
+            node = self._export(stage, what, node)
+        after[node.folder] = None
+        return {"best": node.folder / "checkpoints" / "best", "run": node.folder}.get(what, node.output)
+
+    def _export(self, stage: str, what: str, node: Node) -> Node:
+        """The export that nobody wrote down as a stage of its own."""
+        name = f"{stage}.{what}"
+        if name not in self.nodes:
+            given = {"run": str(node.folder)}
+            if what == "best_export":
+                given["checkpoint"] = str(node.folder / "checkpoints" / "best")
+            self.nodes[name] = self._command_node(name, "export_hf", given, (node.folder,), {})
+        return self.nodes[name]
+
+    def _fault(self, where: str, said: str) -> RecipeError:
+        return RecipeError("\n".join(f"chain {self.chain.name}: {where}: {line}" for line in said.splitlines()))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

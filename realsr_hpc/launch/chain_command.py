@@ -1,0 +1,195 @@
+"""`tools/launch.py chain=NAME`: plan a chain, run it here one stage after the other, or submit it to Slurm at once.
+
+Launched again it runs what is missing, has failed or has changed; a run that was stopped goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from realsr_hpc.config.chain import read_chain
+from realsr_hpc.config.load import RecipeError, output_root
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import write_atomically
+from realsr_hpc.launch.chain import Node, Valid, chain_nodes, signature_of
+from realsr_hpc.launch.follow import follow
+from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing
+from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, make_private, read_job, slurm_queue
+from realsr_hpc.launch.stage import prepare_stage, run_stage, stage_status, submit_stage
+from realsr_hpc.launch.submit import submit_into
+from realsr_hpc.plan import plan
+
+OPTIONS = ("chain", "plan")
+
+
+def main(arguments: list[str], valid: Valid) -> int:
+    """Exit code: 0 done or submitted, 2 a faulty chain or option, else that of the stage at which it stopped."""
+    console = Console()
+    try:
+        options, overrides, multirun = _read(arguments)
+        chain = read_chain(options["chain"])
+        nodes = chain_nodes(chain, overrides, valid, multirun=multirun)
+        if options["plan"] == "true":
+            _print_plan(chain.name, nodes, console)
+            return 0
+        _refuse(nodes)
+        folder = _folder(chain.name, nodes)
+        _say(f"chain: {folder}", console)
+        if nodes[0].config.cluster.kind == "slurm":
+            return _submit(nodes, folder.name, console)
+        return _run_here(nodes, folder.name, console)
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+
+
+def _read(arguments: list[str]) -> tuple[dict[str, str], list[str], bool]:
+    options = {"plan": "false"}
+    overrides = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if argument in ("-m", "--multirun"):
+            continue
+        if not equals or argument.startswith("-"):
+            raise RecipeError(f"{argument!r}: write key=value")
+        if key in ("recipe", "fresh", "follow", "prepare", "resolve", "sampler", "axes"):
+            raise RecipeError(f"{argument}: not with chain=, which takes plan=true, -m and [STAGE:]section.field=value")
+        if key in OPTIONS:
+            options[key] = value.lower() if key == "plan" else value
+        else:
+            overrides.append(argument)
+    if options["plan"] not in ("true", "false"):
+        raise RecipeError(f"plan: {options['plan']!r} is neither true nor false")
+    return options, overrides, bool({"-m", "--multirun"} & set(arguments))
+
+
+def _refuse(nodes: list[Node]) -> None:
+    """What a job would find out hours later; what earlier stages will leave need not be there."""
+    promised = {str(node.folder) for node in nodes}
+    runs = [node.config for node in nodes if not node.command]
+    refuse_what_cannot_fit(runs)
+    if absent := [line for node in nodes for line in node.missing()]:
+        raise ValueError("\n".join(absent))
+    refuse_what_is_missing([_without_promised(config, promised) for config in runs])
+
+
+def _without_promised(config: RunConfig, promised: set[str]) -> RunConfig:
+    weights = config.model.weights
+    if weights is None or not any(Path(weights).is_relative_to(folder) for folder in promised):
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+
+
+def _folder(name: str, nodes: list[Node]) -> Path:
+    """OUTPUT_ROOT/chains/NAME-SIGNATURE with links to the stages' folders."""
+    root = output_root(nodes[0].config)
+    folder = root / "chains" / f"{name}-{signature_of(nodes)}"
+    root.mkdir(parents=True, exist_ok=True)
+    make_private(folder.parent)
+    make_private(folder)
+    listed = []
+    for number, node in enumerate(nodes, start=1):
+        link = folder / f"{number:02d}-{node.stage}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(node.folder, folder))
+        listed.append({"stage": node.stage, "folder": str(node.folder), "after": list(map(str, node.after))})
+    write_atomically(folder / "chain.json", json.dumps(listed, indent=1))
+    return folder
+
+
+def _status(node: Node, queue: Queue) -> Status | None:
+    return stage_status(node, queue) if node.command else current_status(node.folder, queue)
+
+
+def _state(node: Node, queue: Queue) -> str:
+    status = _status(node, queue)
+    return status.state if status else "to do"
+
+
+def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
+    """One after the other; this process drives, and a run that it has started outlives it."""
+    for node in nodes:
+        if _state(node, Queue({})) == "done":
+            _say(f"{node.stage}: already done, {node.folder.name}", console)
+            continue
+        _say(f"{node.stage}: {node.folder.name}", console)
+        if node.command:
+            prepare_stage(node)
+            (node.folder / "job.json").unlink(missing_ok=True)  # of an attempt on Slurm
+            code = run_stage(node.folder)
+        else:
+            _start(node, parent)
+            code = follow(node.folder, console)
+        status = _status(node, Queue({}))
+        if status is None or status.state != "done":
+            said = f": {status.message}" if status and status.message else ""
+            _say(f"the chain stops at {node.stage}{said}\nlaunch it again to go on", console)
+            return code or 1
+    return 0
+
+
+def _submit(nodes: list[Node], parent: str, console: Console) -> int:
+    """All at once: each job starts when those it names have succeeded, and goes when one of them cannot."""
+    queue = slurm_queue()
+    if not queue.answered:
+        raise ValueError("cluster.kind: slurm: squeue does not answer; launch where Slurm's commands work")
+    jobs: dict[Path, str] = {}
+    for node in nodes:
+        state = _state(node, queue)
+        if state == "done":
+            _say(f"{'done':11}{node.stage}", console)
+            continue
+        after = [jobs[folder] for folder in node.after if folder in jobs]
+        if state in ALIVE:
+            word = "alive"
+        elif node.command:
+            word, _ = "submitted", submit_stage(node, after)
+        else:
+            word = "submitted"
+            _start(node, parent, after)
+        if job := read_job(node.folder):
+            jobs[node.folder] = job.job_id
+        behind = f" after {', '.join(after)}" if after else ""
+        _say(f"{word:11}{node.stage}  job {job.job_id if job else '?'}{behind}  {node.folder}", console)
+    return 0
+
+
+def _start(node: Node, parent: str, after: Sequence[str] = ()) -> None:
+    """Submit a run; ValueError with the words that refused it."""
+    [submission] = submit_into([(node.config, node.folder)], sweep=parent, after=after)
+    if submission.failed:
+        raise ValueError(f"{node.stage}: {submission.note}; launch the chain again to go on")
+
+
+def _print_plan(name: str, nodes: list[Node], console: Console) -> None:
+    queue = slurm_queue() if nodes[0].config.cluster.kind == "slurm" else Queue({})
+    table = Table("stage", "what", "after", "state", "GPUs", "hours", "GPU-hours", title=f"chain {name}")
+    names, sums = {node.folder: node.stage for node in nodes}, [0.0, 0.0]
+    for node in nodes:
+        gpus = node.config.cluster.nodes * node.config.cluster.gpus_per_node
+        if node.command:
+            hours: float | None = node.config.cluster.time_min / 60
+            gpu_hours = (hours or 0.0) * gpus
+        else:
+            gpu_hours = plan(node.config).gpu_hours if gpus else 0.0
+            hours = gpu_hours / gpus if gpus else None
+        state = _state(node, queue)
+        if state != "done":
+            sums = [sums[0] + (hours or 0.0), sums[1] + gpu_hours]
+        shown = "-" if hours is None else f"{'<= ' if node.command else ''}{hours:,.1f}"
+        after = ", ".join(names[folder] for folder in node.after)
+        table.add_row(node.stage, node.folder.name, after, state, str(gpus), shown, f"{gpu_hours:,.0f}")
+    table.add_section()
+    table.add_row("to do", "", "", "", "", f"{sums[0]:,.1f}", f"{sums[1]:,.0f}")
+    console.print(table)
+    _say("Runs: as planned, without rewards and data; commands: their time limit. Nothing was submitted.", console)
+
+
+def _say(text: str, console: Console) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

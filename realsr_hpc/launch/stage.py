@@ -1,0 +1,134 @@
+"""A command as a stage of a chain: its folder, its job, its state; beside those of runs, in OUTPUT_ROOT/stages/.
+
+<command>-<signature>/
+    stage.json   the command, word for word       status.json, job.json   as in a run's folder
+    log.txt      what it printed                  output/                 what it wrote
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from realsr_hpc.files import write_atomically
+from realsr_hpc.launch.chain import Node
+from realsr_hpc.launch.rundir import (
+    LAUNCH_VARIABLE,
+    RUN_LOCK,
+    Job,
+    Queue,
+    Status,
+    current_status,
+    make_private,
+    write_job,
+    write_status,
+)
+from realsr_hpc.launch.script import executor_parameters, setup_lines
+from realsr_hpc.launch.snapshot import take_snapshot
+from realsr_hpc.locks import hold
+from realsr_hpc.paths import code_root, project_root
+
+WROTE = {"evaluate": "metrics.csv", "export_hf": "config.json"}
+"""What lies in a command's output when it has written all of it."""
+WORKED = {"evaluate": (0, 1), "export_hf": (0,)}
+"""Exit codes of a command that has; evaluate's 1: without some images or numbers, which it names."""
+LAST_WORDS_CHARACTERS = 2000
+PR_SET_PDEATHSIG = 1
+
+
+def stage_status(node: Node, queue: Queue) -> Status | None:
+    """The true state of a command's stage. `done` needs its output; a job that left no word is `lost`."""
+    status = current_status(node.folder, queue)
+    if status is not None and status.state == "done" and not (node.output / WROTE[node.command]).exists():
+        return Status("lost", None, f"{node.output} is gone")
+    return status
+
+
+def prepare_stage(node: Node) -> None:
+    """Its folder, with what will run."""
+    make_private(node.folder.parent)
+    make_private(node.folder)
+    words = {"command": node.command, "arguments": list(node.arguments)}
+    write_atomically(node.folder / "stage.json", json.dumps(words, indent=1))
+
+
+def submit_stage(node: Node, after: Sequence[str]) -> str:
+    """Submit to Slurm, to start when the jobs `after` have succeeded; the job's id. ValueError with sbatch's words."""
+    import submitit
+    from submitit.core.utils import FailedJobError
+
+    prepare_stage(node)
+    cluster = node.config.cluster
+    setup = setup_lines(cluster, take_snapshot([node.config]))
+    executor = submitit.SlurmExecutor(folder=node.folder / "job")
+    executor.update_parameters(**executor_parameters(cluster, node.config.name, setup, after))
+    launch = secrets.token_hex(8)
+    try:
+        job = executor.submit(stage_job, node.folder, launch)
+    except FailedJobError as error:
+        raise ValueError(f"{node.stage}: {error}") from None
+    write_job(node.folder, Job("slurm", job.job_id, "", str(job.paths.stdout), launch, time.time()))
+    return job.job_id
+
+
+def stage_job(folder: Path, launch: str) -> int:
+    """What submitit calls; SystemExit for anything but success, which keeps jobs that depend on it from starting."""
+    os.environ[LAUNCH_VARIABLE] = launch
+    if run_stage(folder):
+        raise SystemExit(1)
+    return 0
+
+
+def run_stage(folder: Path) -> int:
+    """Run a prepared command to its end: 0 it wrote all it should, else its exit code; its state says the same.
+
+    LockRefused, a ValueError, where another process runs it.
+    """
+    words = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    command, output = words["command"], folder / "output"
+    with hold(folder / RUN_LOCK, command):
+        write_status(folder, "running")
+        if command == "export_hf" and output.exists():  # of an attempt that was killed before it could say so
+            shutil.rmtree(output)
+        started = time.time()
+        called = [sys.executable, "-m", "realsr_hpc.commands", command, *words["arguments"], f"output={output}"]
+        code = _call(called, folder / "log.txt")
+        wrote = output / WROTE[command]
+        if code in WORKED[command] and wrote.exists() and wrote.stat().st_mtime >= started - 1.0:
+            write_status(folder, "done", 0, "" if code == 0 else f"not all of it, see {folder / 'log.txt'}")
+            return 0
+        with (folder / "log.txt").open(errors="replace") as file:
+            last = file.read()[-LAST_WORDS_CHARACTERS:].strip()
+        said = f"{command} ended with code {code}; the end of {folder / 'log.txt'}:\n{last}"
+        write_status(folder, "failed", code, said)
+        return code or 1
+
+
+def _call(words: list[str], log: Path) -> int:
+    path = os.pathsep.join(filter(None, [str(code_root()), os.environ.get("PYTHONPATH")]))
+    with log.open("ab") as output:
+        output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {os.uname().nodename}\n".encode())
+        output.flush()
+        return subprocess.run(
+            words,
+            env={**os.environ, "PYTHONPATH": path},
+            cwd=project_root(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+            check=False,
+        ).returncode
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,5 @@
+"""What launching's own tests train on."""
+
+from tests.slurm.conftest import image_tokenizer
+
+__all__ = ["image_tokenizer"]

@@ -1,0 +1,126 @@
+"""Chains: what stages are called, what makes them new, and a real one on this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from realsr_hpc.commands.launch import CHAINED, main
+from realsr_hpc.config.chain import read_chain
+from realsr_hpc.config.load import RecipeError
+from realsr_hpc.launch.chain import Node, chain_nodes
+from realsr_hpc.paths import project_root
+from tests.slurm.conftest import SMALL
+
+SMALL_RUN = [line for line in SMALL if not line.startswith(("recipe=", "cluster.kind", "model.weights"))]
+
+
+def nodes(*overrides: str, chain: str = "tiny", multirun: bool = False) -> dict[str, Node]:
+    return {node.stage: node for node in chain_nodes(read_chain(chain), list(overrides), CHAINED, multirun=multirun)}
+
+
+@pytest.fixture
+def chains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of chains beside the shipped recipes."""
+    folder = tmp_path / "recipes"
+    (folder / "chains").mkdir(parents=True)
+    for path in (project_root() / "recipes").iterdir():
+        if path.name != "chains":
+            (folder / path.name).symlink_to(path)
+    monkeypatch.setenv("REALSR_HPC_RECIPES", str(folder))
+    return folder / "chains"
+
+
+def test_a_stage_is_made_new_by_its_own_change_and_by_those_of_what_it_builds_on():
+    before = nodes()
+    assert list(before) == ["sft", "sft.export", "grpo", "evaluate", "export"]
+    assert before["grpo"].config.model.weights == str(before["sft.export"].output)
+    assert before["grpo"].after == (before["sft.export"].folder,)
+
+    def changed(*overrides: str) -> set[str]:
+        return {stage for stage, node in nodes(*overrides).items() if node.folder != before[stage].folder}
+
+    assert changed("evaluate:num_images=3") == {"evaluate"}
+    assert changed("grpo:grpo.kl_beta=0.5") == {"grpo", "evaluate", "export"}
+    assert changed("sft:optim.lr=1e-3") == set(before)
+    assert changed("tracking.description=don't", "grpo:cluster.time_min=9") == set()
+
+
+def test_a_sweep_of_chains_shares_the_stages_that_do_not_differ():
+    found = chain_nodes(read_chain("tiny"), ["grpo:grpo.kl_beta=0,0.5"], CHAINED, multirun=True)
+    assert [node.stage for node in found] == ["sft", "sft.export", *2 * ["grpo", "evaluate", "export"]]
+    seen = set()
+    for node in found:
+        assert set(node.after) <= seen
+        seen.add(node.folder)
+    with pytest.raises(RecipeError, match="several values need -m"):
+        nodes("grpo:grpo.kl_beta=0,0.5")
+
+
+def test_the_papers_chain_takes_the_best_and_runs_commands_on_one_gpu():
+    found = nodes("cluster.array_parallelism=3", chain="paper")
+    assert f"checkpoint={found['grpo'].folder}/checkpoints/best" in found["realsr"].arguments
+    assert found["heldout"].config.cluster.gpus_per_node == 1 and found["grpo"].config.cluster.gpus_per_node == 4
+    assert all("is not there" in found[stage].missing()[0] for stage in ("realsr", "drealsr"))
+    assert not found["heldout"].missing() and not found["export"].missing()
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("{a: {recipe: sft_tiny, command: evaluate}}", "stages.a: give either recipe or command"),
+        ("{a: {recpie: sft_tiny}}", "stages.a.recpie: unknown key; did you mean 'recipe'?"),
+        ("{a: {command: evalaute}}", "stages.a.command: "),
+        ("{a: {recipe: sft_tniy}}", "a: recipe: there is no 'sft_tniy'; did you mean 'sft_tiny'"),
+        ("{a: {recipe: sft_tiny, set: {sft.num_stpes: 3}}}", "a: recipe sft_tiny: sft.num_stpes: unknown key"),
+        ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {rum: x}}}", "b: rum: unknown key; did you mean 'run'?"),
+        ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {run: x}}}", "b: names no earlier stage"),
+        ("{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{A.run}'}}}", "no stage 'A' before it"),
+        (
+            "{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.rnu}'}}}",
+            "a leaves no 'rnu'; it leaves: run",
+        ),
+        ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {checkpoint: '{a.best}'}}}", "checkpoint.keep_best to 1"),
+        ("{}", "stages: "),
+    ],
+)
+def test_faults_name_stage_and_field_before_anything_is_written(stages, said, chains, tmp_path, capsys):
+    (chains / "odd.yaml").write_text(f"name: odd\nstages: {stages}\n")
+    root = tmp_path / "runs"
+    assert main(["chain=odd", f"output_root={root}"]) == 2
+    shown = capsys.readouterr().out
+    assert f"chain odd: {said.split(':')[0]}" in shown or "chain odd: b: " in shown
+    assert said in shown and not root.exists()
+
+
+def test_a_chain_on_this_machine_runs_what_is_missing_or_failed(chains, tmp_path, capsys, image_tokenizer):
+    (chains / "small.yaml").write_text("""
+name: small
+stages:
+  first: {recipe: sft_tiny, set: {model.weights: null, sft.num_steps: 1}}
+  second: {recipe: sft_tiny, set: {name: "second's", model.weights: "{first.export}", sft.num_steps: 1}}
+  whole: {command: export_hf, set: {run: "{second.run}"}}
+""")
+    root = tmp_path / "it's a root"
+    words = ["chain=small", f"output_root={root}", f"image_tokenizer.weights={image_tokenizer}", *SMALL_RUN]
+    assert main([*words, "plan=true"]) == 0 and not root.exists()
+    assert main(words) == 0, capsys.readouterr().out
+    [folder] = (root / "chains").iterdir()
+    links = {path.name: path for path in folder.iterdir() if path.is_symlink()}
+    assert sorted(links) == ["01-first", "02-first.export", "03-second", "04-whole"]
+    assert (links["04-whole"] / "output" / "config.json").exists()
+    states = {name: (link / "status.json").read_text() for name, link in links.items()}
+    assert {json.loads(text)["state"] for text in states.values()} == {"done"}
+
+    assert main(words) == 0
+    assert {name: (link / "status.json").read_text() for name, link in links.items()} == states
+
+    (links["04-whole"] / "output" / "config.json").unlink()  # what a command wrote is gone; a run failed
+    failed = json.loads(states["03-second"]) | {"state": "failed", "code": 1}
+    (links["03-second"] / "status.json").write_text(json.dumps(failed))
+    assert main(words) == 0
+    assert (links["04-whole"] / "output" / "config.json").exists()
+    again = {name for name, link in links.items() if (link / "status.json").read_text() != states[name]}
+    assert again == {"03-second", "04-whole"}
