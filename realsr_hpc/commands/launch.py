@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from realsr_hpc.commands import evaluate, export_hf
+import importlib
+
 from realsr_hpc.launch import chain_command, command
 
-CHAINED = {"evaluate": tuple(evaluate.DEFAULTS), "export_hf": tuple(export_hf.DEFAULTS)}
-"""Keys of the commands that a chain's stages may be."""
+
+def chained() -> dict[str, tuple[str, ...]]:
+    """Keys of the commands that a chain's stages may be; their modules import nothing heavy before they are called."""
+    names = ("evaluate", "export_hf")
+    return {name: tuple(importlib.import_module(f"realsr_hpc.commands.{name}").DEFAULTS) for name in names}
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done or submitted, 2 a faulty recipe, chain or option, else the job's."""
-    if any(argument.startswith("chain=") for argument in arguments):
-        return chain_command.main(arguments, CHAINED)
+    if any(argument.startswith("chain=") for argument in arguments) and not {"-h", "--help"} & set(arguments):
+        return chain_command.main(arguments, chained())
     return command.main(arguments)

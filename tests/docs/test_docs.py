@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from realsr_hpc.commands import COMMANDS
-from realsr_hpc.commands.launch import CHAINED
+from realsr_hpc.commands.launch import chained
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import GROUPS
 from realsr_hpc.launch.chain import chain_nodes
@@ -87,7 +87,7 @@ def launch(words: list[str]) -> None:
     given = [word for word in words if "..." not in word]
     if chain := next((word.partition("=")[2] for word in given if word.startswith("chain=")), ""):
         overrides = [word for word in given if "=" in word and not word.startswith(("chain=", "plan="))]
-        assert chain_nodes(read_chain(chain), overrides, CHAINED, multirun="-m" in given)
+        assert chain_nodes(read_chain(chain), overrides, chained(), multirun="-m" in given)
     else:
         assert choose(*read_arguments(given))
 

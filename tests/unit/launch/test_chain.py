@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from realsr_hpc.commands.launch import CHAINED, main
+from realsr_hpc.commands.launch import chained, main
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import RecipeError
 from realsr_hpc.launch.chain import Node, chain_nodes
@@ -18,7 +18,7 @@ SMALL_RUN = [line for line in SMALL if not line.startswith(("recipe=", "cluster.
 
 
 def nodes(*overrides: str, chain: str = "tiny", multirun: bool = False) -> dict[str, Node]:
-    return {node.stage: node for node in chain_nodes(read_chain(chain), list(overrides), CHAINED, multirun=multirun)}
+    return {node.stage: node for node in chain_nodes(read_chain(chain), list(overrides), chained(), multirun=multirun)}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_stage_is_made_new_by_its_own_change_and_by_those_of_what_it_builds_on
 
 
 def test_a_sweep_of_chains_shares_the_stages_that_do_not_differ():
-    found = chain_nodes(read_chain("tiny"), ["grpo:grpo.kl_beta=0,0.5"], CHAINED, multirun=True)
+    found = chain_nodes(read_chain("tiny"), ["grpo:grpo.kl_beta=0,0.5"], chained(), multirun=True)
     assert [node.stage for node in found] == ["sft", "sft.export", *2 * ["grpo", "evaluate", "export"]]
     seen = set()
     for node in found:
