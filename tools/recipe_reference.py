@@ -64,11 +64,15 @@ def reference() -> str:
     return "\n".join(parts)
 
 
+OPTION_OF = {"chains": "chain", "sweeps": "axes"}
+"""The option of launching that takes the files of a folder, where it is not the folder's name."""
+
+
 def _lists() -> list[str]:
     lines = [f"- `recipe=`: {', '.join(f'`{name}`' for name in recipe_names())}"]
     for group in sorted({path.name for folder in recipe_folders() for path in folder.iterdir() if path.is_dir()}):
         if names := ", ".join(f"`{name}`" for name in yaml_names(group)):
-            lines.append(f"- `{group}=`: {names}")
+            lines.append(f"- `{OPTION_OF.get(group, group)}=`: {names}")
     return lines
 
 
