@@ -89,12 +89,14 @@ def make_signs(folder: Path, photographs: Manifest, count: int, *, heldout: bool
     from realsr_hpc.data.signs import Ground, make_sign
 
     described = [entry for entry in photographs.entries if entry.caption_rough]
-    grounds = [Ground(Image.open(photographs.path(e)).convert("RGB"), e.caption_rough) for e in described]
+    grounds = [Ground(Image.open(photographs.path(e)).convert("RGB"), e.caption_rough, e.key) for e in described]
     stream, split = (HELDOUT_SIGNS, "heldout") if heldout else (SIGNS, "train")
     entries = []
     for number in track(range(count), f"{split} signs"):
         sign = make_sign(np.random.default_rng([SEED, number, stream]), SIGNS_PX, grounds, heldout)
-        entries.append(_written(sign.image, sign.scene, folder, f"{split}-sign-{number:05d}", split))
+        entry = _written(sign.image, sign.scene, folder, f"{split}-sign-{number:05d}", split)
+        behind = f"photograph {sign.ground}" if sign.ground else "a plain ground"
+        entries.append(replace(entry, source=f"{entry.source} on {behind}"))
     return entries
 
 
@@ -104,7 +106,7 @@ def list_photographs(folder: Path, photographs: Manifest, times: int) -> list[Ma
     for entry in photographs.entries:
         path = os.path.relpath(photographs.path(entry), folder)
         for copy in range(times if entry.split == "train" else 1):
-            entries.append(replace(entry, key=f"{entry.key}-{copy}", path=path))
+            entries.append(replace(entry, key=f"{entry.key}-{copy}" if copy else entry.key, path=path))
     return entries
 
 

@@ -35,6 +35,8 @@ class Ground:
 
     photograph: Image.Image
     words: str
+    key: str = ""
+    """Which photograph it is."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Sign:
 
     image: Image.Image
     scene: SceneText
+    ground: str = ""
+    """Key of the photograph behind it; empty on a plain ground."""
 
 
 def make_sign(rng: np.random.Generator, side: int, grounds: list[Ground], heldout: bool = False) -> Sign:
@@ -58,10 +62,10 @@ def make_sign(rng: np.random.Generator, side: int, grounds: list[Ground], heldou
     image = _window(rng, ground.photograph, side)
     letters = _readable_on(rng, image, mask)
     if letters is not None and rng.random() < 0.5:
-        return Sign(_painted(rng, image, mask, letters), sign_texts(word, letters, "", ground.words))
+        return Sign(_painted(rng, image, mask, letters), sign_texts(word, letters, "", ground.words), ground.key)
     name, letters = _two_colours(rng)
     image.paste(_flat(rng, name, side), (0, 0), _plate(mask))
-    return Sign(_painted(rng, image, mask, letters), sign_texts(word, letters, name, ground.words))
+    return Sign(_painted(rng, image, mask, letters), sign_texts(word, letters, name, ground.words), ground.key)
 
 
 def sign_texts(word: str, letters: str, plate: str, ground: str) -> SceneText:
