@@ -67,9 +67,9 @@ class ImageTokenizerConfig(Section):
     """safetensors file with encoder, codebook and decoder."""
     downsample: Count = 8
     """Pixels of an image side that one code stands for (f)."""
-    codebook_size: Count = 1024
+    codebook_size: Count = 4096
     """Number of codes."""
-    embed_dim: Count = 8
+    embed_dim: Count = 16
     """Features a code is chosen by."""
     latent_channels: Count = 64
     """Channels between encoder and `quant_conv`."""
@@ -85,9 +85,9 @@ class ImageTokenizerConfig(Section):
     """Group normalisation in the decoder (taming); without it a narrow decoder keeps brightness and colour."""
     decoder_patch_out: bool = True
     """The decoder adds to a linear reading of each latent's patch; false: taming's."""
-    decoder_channel_multiplier: tuple[Count, ...] | None = (1, 1, 2)
+    decoder_channel_multiplier: tuple[Count, ...] | None = (2, 2)
     """From the finest level down; None: as the encoder."""
-    decoder_output_shuffle: Count = 2
+    decoder_output_shuffle: Count = 4
     """The decoder ends at 1/s of the image size and emits s x s sub-pixels; 1: taming's full-size last level."""
     normalised_codes: bool = False
     """Codes and features are compared after l2 normalisation (LlamaGen VQ-8)."""
