@@ -9,7 +9,10 @@ from realsr_hpc.config.schema import ImageTokenizerConfig
 from realsr_hpc.tokenizer.codebook import CodebookAverages
 from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer, save_image_tokenizer
 
-TINY = ImageTokenizerConfig(codebook_size=64, base_channels=32, latent_channels=16)
+TINY = ImageTokenizerConfig(
+    codebook_size=64, base_channels=32, latent_channels=16, decoder_channel_multiplier=(1, 1, 2),
+    decoder_output_shuffle=2,
+)  # fmt: skip
 DEEP = ImageTokenizerConfig(
     downsample=16,
     codebook_size=128,
