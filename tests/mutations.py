@@ -55,8 +55,8 @@ MUTATIONS = (
     Mutation(
         "resample: never ends early",
         EXPERIENCE,
-        "                break\n",
-        "                pass\n",
+        "            break\n",
+        "            pass\n",
         f"{STEP}resampling_ends_when_all_teach_or_the_rounds_are_spent",
     ),
     Mutation(
