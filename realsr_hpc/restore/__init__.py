@@ -2,7 +2,7 @@
 
 `folder` walks files, `tiles` cuts and blends an image, `candidates` chooses among several results, `colour` gives them
 the input's colours, `pictures` reads and writes what formats there are, `model` opens a run or an export,
-`options` does so as a command's options say.
+`options` does so as a command's options say, `simple` from Python.
 """
 
 from realsr_hpc.restore.candidates import BestOf, Chosen
@@ -10,9 +10,12 @@ from realsr_hpc.restore.folder import RestoreReport, restore_folder
 from realsr_hpc.restore.model import find_model, find_run, open_restorer, with_sampling
 from realsr_hpc.restore.options import open_with_options
 from realsr_hpc.restore.pictures import Picture, find_images, read_picture
+from realsr_hpc.restore.simple import Model, Result, load
 from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, restore_images, tile_starts
 
 __all__ = [
+    "Model",
+    "Result",
     "BestOf",
     "Blended",
     "Chosen",
@@ -23,6 +26,7 @@ __all__ = [
     "find_images",
     "find_model",
     "find_run",
+    "load",
     "open_restorer",
     "open_with_options",
     "read_picture",

@@ -1,0 +1,56 @@
+"""Restoring from Python: `model = load("RUN_DIR or export"); model.restore(image).image.save("sr.png")`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from realsr_hpc.config.arguments import RESTORING
+from realsr_hpc.restore.model import find_model, with_sampling
+from realsr_hpc.restore.options import open_with_options
+from realsr_hpc.restore.pictures import read_picture
+from realsr_hpc.restore.tiles import Restorer, RestoreSettings, restore_images
+
+
+@dataclass(frozen=True)
+class Result:
+    """A restored image with what the policy said about it."""
+
+    image: Image.Image
+    """RGB, the input's size times `upscale`."""
+    tiles: list[dict[str, object]]
+    """Of each tile: its corner, the degradation it named, its three texts, faults."""
+
+
+class Model:
+    """An opened policy."""
+
+    def __init__(self, restorer: Restorer, settings: RestoreSettings):
+        self.restorer, self.settings = restorer, settings
+
+    def restore(self, image: Image.Image | str | Path) -> Result:
+        """One image of any size; transparency is dropped. ValueError for a file that is no image."""
+        pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else read_picture(Path(image)).rgb
+        [found] = restore_images(self.restorer, [pixels], self.settings)
+        return Result(Image.fromarray(found.image), found.tiles)
+
+
+def load(path: str | Path, **options: str | int | float) -> Model:
+    """Open a run folder (its newest checkpoint), a checkpoint, or a Hugging Face export of ours.
+
+    options: those of the command `restore`, such as candidates=4, choose="mean", temperature=0.7, upscale=2.
+    ValueError for a wrong one, and for a folder that holds none of the three.
+    """
+    folder = Path(path)
+    kind = "checkpoint" if folder.parent.name == "checkpoints" else "export"
+    kind = "run" if (folder / "checkpoints").is_dir() else kind
+    upscale = float(options.pop("upscale", 0.0))
+    if unknown := sorted(set(options) - set(RESTORING)):
+        raise ValueError(f"{unknown[0]}: no option of restoring; there are upscale, {', '.join(RESTORING)}")
+    given = RESTORING | {name: str(value) for name, value in options.items()}
+    config, checkpoint, name = find_model({kind: str(folder)})
+    restorer, settings = open_with_options(given, with_sampling(config, given), checkpoint, name, upscale=upscale)
+    return Model(restorer, settings)
