@@ -60,7 +60,8 @@ def test_metrics_are_those_of_the_images_and_missing_ones_are_left_out(report, c
     assert report.gain("ours", BICUBIC, "psnr_y").low > 0
     # A method without traces has only the reward terms that look at the image.
     assert report.interval(BICUBIC, "reward_fidelity").num_images == 3
-    assert report.interval("ours", "reward_degradation").mean == pytest.approx(0.8)
+    # of the four slots that weigh by default one is wrong
+    assert report.interval("ours", "reward_degradation").mean == pytest.approx(0.75)
     assert "evaluate/realsr/bicubic/reward_format" not in report.summary()
 
 
