@@ -32,6 +32,7 @@ COMMANDS = {
     "score": "score a folder of images with metrics or rewards",
     "evaluate": "metrics of a run, an export or finished images on a test set",
     "restore": "images in, images out, with the reasoning beside them",
+    "replay": "a kept GRPO step computed again, also with another clip, weight or layout",
     "gallery": "one HTML page of rollouts, rewards, evaluations and restored images",
     "export-hf": "a run to a Hugging Face folder",
     "import-weights": "public weights, in the layouts of their owners, to what a recipe starts from",

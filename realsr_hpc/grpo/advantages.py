@@ -87,6 +87,29 @@ def configured_advantages(
     )
 
 
+def contributions(
+    breakdown: Mapping[str, Float[Tensor, "*prompts G"]], weights: Mapping[str, float], config: GRPOConfig
+) -> dict[str, Float[Tensor, "*prompts G"]]:
+    """What each reward adds to `configured_advantages`, float64; their sum is the advantage, but for rounding.
+
+    Without normalise_each_reward the divisor is that of the whole: a reward's own part of the centred sum.
+    """
+    exact = {name: weights[name] * values.double() for name, values in breakdown.items()}
+    if config.normalise_each_reward:
+        return {
+            name: weights[name] * configured_advantages({name: values}, {name: 1.0}, config).double()
+            for name, values in breakdown.items()
+        }
+    whole = torch.stack(list(exact.values())).sum(0)
+    factor = torch.ones_like(whole[..., :1])
+    if config.advantage == "mean_std":
+        factor = 1 / (whole.std(-1, keepdim=True, correction=int(config.unbiased_std)) + config.advantage_epsilon)
+    elif config.advantage == "leave_one_out":
+        factor = factor * (whole.shape[-1] / (whole.shape[-1] - 1))
+    factor = factor.masked_fill(zero_variance(whole)[..., None], 0.0)
+    return {name: (values - values.mean(-1, keepdim=True)) * factor for name, values in exact.items()}
+
+
 def zero_variance(values: Float[Tensor, "*prompts G"], tolerance: float = 1e-6) -> Bool[Tensor, "*prompts"]:
     """Groups that teach nothing: largest and smallest value differ by no more than the tolerance.
 

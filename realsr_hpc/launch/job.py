@@ -24,6 +24,7 @@ from pathlib import Path
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
+from realsr_hpc.launch.notify import notify
 from realsr_hpc.launch.requeue import exclude_this_node, requeue
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
@@ -263,6 +264,7 @@ def _set_state(run_dir: Path, state: State, code: int | None = None, message: st
         write_status(run_dir, state, code, message)
     except OSError as error:
         print(f"state {state} not written ({error})", file=sys.stderr, flush=True)
+    notify(run_dir, state, code, message)
 
 
 def _remember_job(run_dir: Path, placement: Placement) -> None:

@@ -18,9 +18,10 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.parallel.layout import microbatch_multiple
 from realsr_hpc.parallel.pipeline import Microbatch
-from realsr_hpc.records import StepReport
+from realsr_hpc.records import ScoredGroup, StepReport
 from realsr_hpc.train.experience import BatchSource, collect, group_metrics, held_out
 from realsr_hpc.train.kept import keep_rollouts
+from realsr_hpc.train.kept_steps import keep_step
 from realsr_hpc.train.objective import check_exactness, objective
 from realsr_hpc.train.parts import GRPOParts, build_grpo_parts, clock
 from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
@@ -45,6 +46,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     for number in range(done + 1, grpo.num_steps + 1):
         report = step(parts, source, number)
         keep_rollouts(run, "train", report)
+        keep_step(run, report)
         if grpo.heldout_every_steps and (number % grpo.heldout_every_steps == 0 or number == grpo.num_steps):
             seen = held_out(parts, fixed, number)
             keep_rollouts(run, "heldout", seen)
@@ -63,7 +65,13 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
     parts.rewards.at_step(number)
     with clock(seconds, "rollout"):
         groups = collect(parts, source)
-    metrics = group_metrics(parts, groups, seconds["time/rollout/s"])
+    metrics = group_metrics(parts, groups, seconds["time/rollout/s"]) | learn(parts, groups, number, seconds)
+    return StepReport(number, metrics | parts.slowest(seconds), tuple(groups))
+
+
+def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds: dict[str, float]) -> dict[str, float]:
+    """The step's updates on this rank's scored groups, and what they report; a replay calls the same."""
+    metrics: dict[str, float] = {}
     batches = grpo_batches(parts, groups, parts.sampler.masks)
     collated = [parts.group_microbatches(batch.groups) for batch in batches]
     with clock(seconds, "score"):
@@ -76,7 +84,7 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
             if batch is batches[0]:
                 check_exactness(parts.config, number, totals)
             metrics |= totals | {"optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
-    return StepReport(number, metrics | parts.slowest(seconds), tuple(groups))
+    return metrics
 
 
 def score_before_updates(parts: GRPOParts, microbatches: Sequence[Microbatch]) -> list[Microbatch]:

@@ -1,0 +1,109 @@
+"""Tell a command of the user's what became of a run: `tracking.notify=CMD` gets one line of JSON on its input.
+
+The run never waits for it while it computes, and never fails by it: a command that takes too long is ended, and what
+failed is counted in RUN_DIR/notified.json. Left out: services, retries, templates; the command is the place for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from realsr_hpc.config.load import RecipeError, from_yaml
+from realsr_hpc.files import write_atomically
+from realsr_hpc.launch.rundir import State
+from realsr_hpc.paths import project_root
+from realsr_hpc.tracking import read_progress
+
+EVENTS: dict[State, str] = {
+    "running": "start",
+    "requeued": "requeue",
+    "stopped": "stop",
+    "failed": "failure",
+    "done": "end",
+}
+"""What is told, by the state that the run has come to."""
+TIMEOUT_S = 30.0
+END_TIMEOUT_S = 10.0
+"""When the job is about to leave, which would end the command too."""
+MESSAGE_CHARACTERS = 2000
+_counting = threading.Lock()
+
+
+def notify(run_dir: Path, state: State, code: int | None, message: str) -> None:
+    """Tell of a state where the recipe names a command; waits, END_TIMEOUT_S at most, only when the job is leaving."""
+    try:
+        command = from_yaml(run_dir / "recipe.yaml").tracking.notify if state in EVENTS else None
+    except RecipeError:
+        return
+    if command is None:
+        return
+    line = json.dumps(_content(run_dir, state, code, message)) + "\n"
+    limit_s = TIMEOUT_S if state == "running" else END_TIMEOUT_S
+    teller = threading.Thread(target=_tell, args=(run_dir, command, line, limit_s), daemon=True)
+    teller.start()
+    if state != "running":
+        teller.join(END_TIMEOUT_S + 2.0)
+
+
+def _content(run_dir: Path, state: State, code: int | None, message: str) -> dict[str, Any]:
+    progress = read_progress(run_dir)
+    return {
+        "event": EVENTS[state],
+        "run": run_dir.name,
+        "folder": str(run_dir),
+        "state": state,
+        "code": code,
+        "message": message[-MESSAGE_CHARACTERS:],
+        "step": progress.step if progress else None,
+        "total": progress.total if progress else None,
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "host": os.uname().nodename,
+        "time_s": time.time(),
+    }
+
+
+def _tell(run_dir: Path, command: str, line: str, limit_s: float) -> None:
+    fault = _run(run_dir, command, line, limit_s)
+    if fault:
+        print(f"tracking.notify: {fault}", file=sys.stderr, flush=True)
+    with _counting, suppress(OSError):
+        path = run_dir / "notified.json"
+        counts = json.loads(path.read_text()) if path.exists() else {"told": 0, "failed": 0, "last_fault": ""}
+        counts["failed" if fault else "told"] += 1
+        write_atomically(path, json.dumps(counts | ({"last_fault": fault} if fault else {})))
+
+
+def _run(run_dir: Path, command: str, line: str, limit_s: float) -> str:
+    """Why it failed, or nothing. The line comes from a file: a command that reads nothing blocks nobody."""
+    try:
+        with tempfile.TemporaryFile("w+") as source, (run_dir / "logs" / "notify.log").open("ab") as output:
+            source.write(line)
+            source.seek(0)
+            process = subprocess.Popen(
+                command,
+                shell=True,
+                cwd=project_root(),
+                start_new_session=True,
+                stdin=source,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                code = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: the shell and what it started
+                process.wait()
+                return f"took longer than {limit_s:.0f} s: {command}"
+    except OSError as error:
+        return f"{error}: {command}"
+    return f"ended with code {code}: {command}" if code else ""

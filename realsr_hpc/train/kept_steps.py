@@ -1,0 +1,131 @@
+"""Steps that are kept whole, to be computed again: `RUN_DIR/replay/step-N/`. This module owns the format.
+
+    step.json                 step, layout, metrics of the step's updates as they were reported
+    dp-0.safetensors, ...     the groups of one data-parallel rank: `0.prompt`, `0.tokens`, `0.rewards.NAME`, ... of its
+                              first group; the file's metadata hold weights and image names
+
+A step done again after a resume replaces its files. A disk that is full costs the kept step, never the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from realsr_hpc.files import write_atomically
+from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport
+from realsr_hpc.train.run import TrainingRun
+
+FOLDER = "replay"
+FORMAT = 1
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeptStep:
+    """One step as it was."""
+
+    number: int
+    metrics: dict[str, float]
+    """All that the step reported."""
+    ranks: tuple[tuple[ScoredGroup, ...], ...]
+    """Groups of each data-parallel rank; without their traces and decoded images."""
+
+    def share(self, dp_rank: int, dp_size: int) -> list[ScoredGroup]:
+        """Groups of one data-parallel rank: its own on the layout they were kept on, else an equal part of all."""
+        if dp_size == len(self.ranks):
+            return list(self.ranks[dp_rank])
+        groups = [group for rank in self.ranks for group in rank]
+        return groups[len(groups) * dp_rank // dp_size : len(groups) * (dp_rank + 1) // dp_size]
+
+
+def folder_of(run_dir: Path, number: int) -> Path:
+    """Where a step is kept."""
+    return run_dir / FOLDER / f"step-{number:06d}"
+
+
+def keep_step(run: TrainingRun, report: StepReport) -> None:
+    """Save the step that was just done, where `tracking.replay_every_steps` wants it."""
+    every, groups = run.config.tracking.replay_every_steps, run.parts.groups
+    if not every or report.step % every or groups.tp_rank or groups.pp_rank:
+        return
+    try:
+        write_step(folder_of(run.run_dir, report.step), report, groups)
+    except OSError as error:
+        logger.error("step %d is not kept for a replay (%s); going on", report.step, error)
+
+
+def write_step(folder: Path, report: StepReport, groups: Groups) -> None:
+    """This data-parallel rank's groups, and on the main rank what was reported."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    facts = []
+    for number, group in enumerate(report.groups):
+        tensors |= {f"{number}.{name}": value.contiguous() for name, value in _tensors(group).items()}
+        facts.append({"key": group.source.keys[0], "weights": group.rewards.weights})
+    final = folder / f"dp-{groups.dp_rank}.safetensors"
+    aside = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        save_file(tensors, aside, metadata={"groups": json.dumps(facts)})
+        os.replace(aside, final)
+    finally:
+        aside.unlink(missing_ok=True)
+    if groups.is_main:
+        content = {"format": FORMAT, "step": report.step, "dp_size": groups.dp_size, "metrics": report.metrics}
+        write_atomically(folder / "step.json", json.dumps(content, indent=1))
+
+
+def read_step(folder: Path) -> KeptStep:
+    """A kept step. ValueError where it is not whole, or of another format."""
+    try:
+        content = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"step={folder}: format {content['format']}, this version reads {FORMAT}")
+        ranks = [_read(folder / f"dp-{rank}.safetensors") for rank in range(content["dp_size"])]
+    except OSError as error:
+        raise ValueError(f"step={folder} is not kept whole ({error}); tracking.replay_every_steps keeps them") from None
+    return KeptStep(content["step"], content["metrics"], tuple(ranks))
+
+
+def kept_steps(run_dir: Path) -> list[int]:
+    """Numbers of the steps that are there."""
+    return sorted(int(path.parent.name.partition("-")[2]) for path in (run_dir / FOLDER).glob("step-*/step.json"))
+
+
+def _tensors(group: ScoredGroup) -> dict[str, Tensor]:
+    rollouts = {field.name: getattr(group.rollouts, field.name) for field in fields(RolloutGroup)}
+    found = {**rollouts, "lq": group.source.lq, "index": group.source.index, "advantages": group.advantages}
+    found |= {"total": group.rewards.total}
+    found |= {f"rewards.{name}": values for name, values in group.rewards.breakdown.items()}
+    return {name: value.cpu() for name, value in found.items() if value is not None}
+
+
+def _read(path: Path) -> tuple[ScoredGroup, ...]:
+    with safe_open(path, framework="pt") as file:
+        facts: list[dict[str, Any]] = json.loads(file.metadata()["groups"])
+        return tuple(_group(file, number, fact) for number, fact in enumerate(facts))
+
+
+def _group(file: Any, number: int, fact: dict[str, Any]) -> ScoredGroup:
+    prefix = f"{number}."
+    found = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    rollouts = RolloutGroup(**{field.name: found.get(field.name) for field in fields(RolloutGroup)})  # type: ignore[arg-type]
+    breakdown = {name: found[f"rewards.{name}"] for name in fact["weights"]}
+    source = LQBatch(found["lq"], None, (None,), (None,), (fact["key"],), found["index"])
+    rewards = GroupRewards(found["total"], breakdown, fact["weights"])
+    return ScoredGroup(source, rollouts, (), (), rewards, found.get("advantages"))
+
+
+def all_groups(step: KeptStep) -> Sequence[ScoredGroup]:
+    """Of every rank."""
+    return [group for rank in step.ranks for group in rank]

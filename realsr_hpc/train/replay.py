@@ -1,0 +1,159 @@
+"""A kept step computed again, as it was and as it would have been with another clip, weight or advantage.
+
+The weights before step K come from the checkpoint of step K - 1, or from an earlier one (or the run's start) and the
+kept steps between, whose updates are done again. Everything after the rollouts is then what training calls:
+`grpo.learn`. On the layout of the run every number is the run's bit for bit; on another one within `tolerance`. Left
+out: sampling again, and what a change of an earlier step would have led to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from realsr_hpc import checkpoint
+from realsr_hpc.checkpoint import manifest
+from realsr_hpc.config.identity import may_change_on_resume
+from realsr_hpc.config.load import from_yaml, override
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.grpo.advantages import configured_advantages, contributions
+from realsr_hpc.records import ScoredGroup
+from realsr_hpc.rewards.mixture import weight_at
+from realsr_hpc.train.grpo import learn
+from realsr_hpc.train.kept_steps import KeptStep, all_groups, folder_of, kept_steps, read_step
+from realsr_hpc.train.parts import build_grpo_parts
+
+MAY_DIFFER = (
+    "clip_low", "clip_high", "dual_clip", "kl_beta", "kl_estimator", "aggregation", "importance", "advantage",
+    "unbiased_std", "advantage_epsilon", "normalise_each_reward", "entropy_weight", "mismatch_cap", "mismatch_bounds",
+    "updates_per_step",
+)  # fmt: skip
+"""Fields of `grpo` that a replay may change: those that act after the rollouts are scored."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step's updates come to under one recipe."""
+
+    metrics: dict[str, float]
+    """As training reports them: `grpo/loss/mean`, `optim/grad_norm/step`, ..."""
+    shares: dict[str, float]
+    """Part of each reward in the advantages: sum of |its contribution| over that of all, by its name; 0..1."""
+    advantages: Tensor
+    """Of all rollouts, in the order they were kept in."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step as it was reported, as it is computed again, and as it would have been."""
+
+    step: KeptStep
+    again: Outcome
+    other: Outcome | None
+    """None: no override changes the result."""
+    same_layout: bool
+    tolerance: float
+    """Largest relative difference from the reported numbers that another layout explains; 0 on the same one."""
+
+    def faults(self) -> list[str]:
+        """Metrics that are not the reported ones."""
+        return [name for name, value in self.again.metrics.items() if not self.agrees(name, value)]
+
+    def agrees(self, name: str, value: float) -> bool:
+        """Whether a metric is the reported one."""
+        reported = self.step.metrics.get(name)
+        if reported is None or self.same_layout:
+            return reported == value
+        return abs(value - reported) <= self.tolerance * max(abs(reported), abs(value), 1e-3)
+
+
+def recipes(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:
+    """The run's recipe on the overrides' layout, and with all of them. ValueError for one that a replay cannot take."""
+    config = from_yaml(run_dir / "recipe.yaml")
+    if config.task != "grpo":
+        raise ValueError(f"run={run_dir}: its task is {config.task}; only steps of GRPO are kept and replayed")
+    keys = {line: line.partition("=")[0] for line in overrides}
+    elsewhere = {
+        key for key in keys.values() if key.startswith(("parallel.", "cluster.")) and may_change_on_resume(key)
+    }
+    layout = [line for line, key in keys.items() if key in elsewhere]
+    terms = config.rewards.terms
+    allowed = {f"grpo.{name}" for name in MAY_DIFFER} | {f"rewards.terms.{name}.weight" for name in terms}
+    for line, key in keys.items():
+        if key not in allowed | elsewhere:
+            raise ValueError(f"{line}: a replay may change parallel.*, cluster.*, {', '.join(sorted(allowed))}")
+    return override(config, layout), override(config, list(overrides))
+
+
+def replay(run_dir: Path, number: int, overrides: Sequence[str]) -> Replay:
+    """Compute step `number` again; every rank of the layout calls it. ValueError where something is missing."""
+    config, other = recipes(run_dir, overrides)
+    step = read_step(folder_of(run_dir, number))
+    start = starting_point(run_dir, number)
+    again, same = _outcome(run_dir, step, start, config, config)
+    changed = None if other == config else _outcome(run_dir, step, start, config, other)[0]
+    return Replay(step, again, changed, same, 0.0 if same else tolerance(config))
+
+
+def tolerance(config: RunConfig) -> float:
+    """Of another layout, relative: sums in another order, at the policy's precision."""
+    return {"fp32": 1e-3, "bf16": 5e-2}[config.precision.params]
+
+
+def starting_point(run_dir: Path, number: int) -> Path | None:
+    """The newest checkpoint before the step from which kept steps lead up to it; None: the run's start does."""
+    saved = {manifest.step_of(path): path for path in manifest.completed(run_dir / "checkpoints")}
+    kept = set(kept_steps(run_dir))
+    for step in sorted({0, *saved}, reverse=True):
+        if step < number and kept.issuperset(range(step + 1, number)):
+            return saved.get(step)
+    raise ValueError(
+        f"step={number}: no checkpoint of step {number - 1}, and the steps since an earlier one (there are: "
+        f"{', '.join(map(str, sorted(saved))) or 'none'}) are not all kept; keep more with checkpoint.keep_last, or "
+        "every step with tracking.replay_every_steps=1"
+    )
+
+
+def _outcome(
+    run_dir: Path, step: KeptStep, start: Path | None, config: RunConfig, other: RunConfig
+) -> tuple[Outcome, bool]:
+    """Updates of the step under `other`, from the weights that `config` led to; whether this is the run's layout."""
+    beta = max(config.grpo.kl_beta, other.grpo.kl_beta)
+    built = build_grpo_parts(config.model_copy(update={"grpo": config.grpo.model_copy(update={"kl_beta": beta})}))
+    as_run = replace(built, config=config, reference=built.reference if config.grpo.kl_beta else None)
+    groups, done = built.groups, 0
+    if start is not None:
+        done = checkpoint.load(start, built.policy, built.optimiser, groups)["step"]
+    for number in range(done + 1, step.number):
+        before = read_step(folder_of(run_dir, number))
+        learn(as_run, before.share(groups.dp_rank, groups.dp_size), number, {})
+    parts = replace(built, config=other, reference=built.reference if other.grpo.kl_beta else None)
+    weights = {name: weight_at(term, step.number) for name, term in other.rewards.terms.items()}
+    everyone = [reweighted(group, weights, other) for group in all_groups(step)]
+    mine = [reweighted(group, weights, other) for group in step.share(groups.dp_rank, groups.dp_size)]
+    metrics = learn(parts, mine, step.number, {})
+    same = other.parallel == from_yaml(run_dir / "recipe.yaml").parallel and groups.dp_size == len(step.ranks)
+    advantages = torch.cat([group.advantages for group in everyone if group.advantages is not None])
+    return Outcome(metrics, shares(everyone, other), advantages), same
+
+
+def reweighted(group: ScoredGroup, weights: Mapping[str, float], config: RunConfig) -> ScoredGroup:
+    """The group with the advantages that these weights and the recipe's way of centring give."""
+    rewards = replace(group.rewards, weights=dict(weights))
+    return replace(
+        group, rewards=rewards, advantages=configured_advantages(rewards.breakdown, rewards.weights, config.grpo)
+    )
+
+
+def shares(groups: Sequence[ScoredGroup], config: RunConfig) -> dict[str, float]:
+    """Part of each reward in the groups' advantages, by size: the parts are 1 together, or all 0 without advantages."""
+    sums: dict[str, float] = {}
+    for group in groups:
+        for name, part in contributions(group.rewards.breakdown, group.rewards.weights, config.grpo).items():
+            sums[name] = sums.get(name, 0.0) + float(part.double().abs().sum())
+    whole = sum(sums.values())
+    return {name: value / whole if whole else 0.0 for name, value in sums.items()}

@@ -1,0 +1,101 @@
+"""A kept step computed again: the run's numbers, from a checkpoint or through the steps before; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from realsr_hpc.commands.replay import main
+from realsr_hpc.config.learning import GRPOConfig
+from realsr_hpc.config.load import compose_one, to_yaml
+from realsr_hpc.grpo.advantages import configured_advantages, contributions
+from realsr_hpc.paths import project_root
+from realsr_hpc.train import grpo
+from tests.distributed.test_training import GRPO, SMALL
+
+RUN = [*GRPO, *SMALL, "cluster.tasks_per_node=1", "grpo.num_steps=3", "grpo.heldout_every_steps=0"]
+KEPT = ["tracking.replay_every_steps=1", "checkpoint.every_steps=2", "tracking.rollouts_every_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of two updates, all of them kept, with checkpoints of steps 2 and 3."""
+    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+
+    root = tmp_path_factory.mktemp("it's kept")
+    weights = root / "image_tokenizer.safetensors"
+    config = compose_one([*RUN, *KEPT, f"image_tokenizer.weights={weights}", f"output_root={root}"])
+    torch.manual_seed(0)
+    save_image_tokenizer(ImageTokenizer(config.image_tokenizer), weights)
+    folder = root / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(to_yaml(config))
+    assert grpo.main(config, folder) == 0
+    return folder
+
+
+def replayed(run_dir: Path, number: int, *overrides: str) -> dict:
+    """The report of a replay whose numbers are the run's."""
+    output = run_dir.parent / "out"
+    assert main([f"run={run_dir}", f"step={number}", f"output={output}", *overrides]) == 0
+    assert (output / "replay.png").stat().st_size > 1000
+    return json.loads((output / "replay.json").read_text())
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_step_is_the_runs_bit_for_bit_from_a_checkpoint_or_through_the_steps_before(number, run_dir):
+    found = replayed(run_dir, number)
+    assert found["same_layout"] and found["other"] is None and not found["faults"]
+    assert found["again"]["metrics"] == found["reported"]
+    assert {"grpo/loss/mean", "optim/grad_norm/step", "grpo/ratio/mean"} <= set(found["reported"])
+    assert sum(found["again"]["shares"].values()) == pytest.approx(1.0)
+
+
+def test_a_reward_left_out_and_another_clip_change_what_they_act_on_and_the_rest_stays(run_dir):
+    term = "rewards.terms.format.weight=0"
+    found = replayed(run_dir, 3, term, "grpo.clip_low=1e-9", "grpo.clip_high=1e-9")
+    again, other = found["again"], found["other"]
+    assert again["metrics"] == found["reported"]
+    assert other["shares"]["format"] == 0.0 and sum(other["shares"].values()) == pytest.approx(1.0)
+    assert other["metrics"]["grpo/clip_fraction/mean"] > again["metrics"]["grpo/clip_fraction/mean"]
+
+
+def test_another_layout_agrees_within_its_tolerance(run_dir, tmp_path):
+    words = [f"run={run_dir}", "step=3", f"output={tmp_path}", "parallel.tp=2", "cluster.tasks_per_node=2"]
+    command = [sys.executable, str(project_root() / "tools" / "replay.py"), *words]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    found = json.loads((tmp_path / "replay.json").read_text())
+    assert not found["same_layout"] and found["again"]["metrics"] != found["reported"]
+    assert found["again"]["metrics"]["grpo/loss/mean"] == pytest.approx(found["reported"]["grpo/loss/mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["step=3", "grpo.group_size=4"], "grpo.group_size=4: a replay may change"),
+        (["step=3", "rewards.terms.fromat.weight=0"], "a replay may change"),
+        (["step=9"], "is not kept whole"),
+        (["step=two"], "step='two' is no whole number"),
+    ],
+)
+def test_what_cannot_be_replayed_is_said_in_one_sentence(words, said, run_dir, capsys):
+    assert main([f"run={run_dir}", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("kind", ["mean_std", "mean", "leave_one_out"])
+def test_the_rewards_contributions_are_the_advantage(kind, each):
+    config = GRPOConfig(advantage=kind, normalise_each_reward=each)
+    generator = torch.Generator().manual_seed(0)
+    breakdown = {name: torch.rand(3, 5, generator=generator) for name in ("a", "b")}
+    weights = {"a": 2.0, "b": 0.5}
+    parts = contributions(breakdown, weights, config)
+    whole = configured_advantages(breakdown, weights, config)
+    torch.testing.assert_close(sum(parts.values()).float(), whole, rtol=1e-5, atol=1e-6)
