@@ -1,4 +1,4 @@
-"""Renamed: realsr-hpc import-weights takes the same source=, output= and recipe=, and more formats.
+"""Was realsr-hpc import-hf; realsr-hpc import-weights takes the same source=, output= and recipe=, and more formats.
 
 What it writes are start weights (model.weights=DIR) and tokenizers, no longer a run folder.
 """

@@ -78,7 +78,8 @@ def _tell(run_dir: Path, command: str, line: str, limit_s: float) -> None:
         print(f"tracking.notify: {fault}", file=sys.stderr, flush=True)
     with _counting, suppress(OSError):
         path = run_dir / "notified.json"
-        counts = json.loads(path.read_text()) if path.exists() else {"told": 0, "failed": 0, "last_fault": ""}
+        text = path.read_text(encoding="utf-8") if path.exists() else '{"told": 0, "failed": 0, "last_fault": ""}'
+        counts = json.loads(text)
         counts["failed" if fault else "told"] += 1
         write_atomically(path, json.dumps(counts | ({"last_fault": fault} if fault else {})))
 

@@ -106,7 +106,7 @@ def run_stage(folder: Path) -> int:
         if code in WORKED[command] and wrote.exists() and wrote.stat().st_mtime >= started - 1.0:
             write_status(folder, "done", 0, "" if code == 0 else f"not all of it, see {folder / 'log.txt'}")
             return 0
-        with (folder / "log.txt").open(errors="replace") as file:
+        with (folder / "log.txt").open(encoding="utf-8", errors="replace") as file:
             last = file.read()[-LAST_WORDS_CHARACTERS:].strip()
         said = f"{command} ended with code {code}; the end of {folder / 'log.txt'}:\n{last}"
         write_status(folder, "failed", code, said)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from realsr_hpc.paths import project_root
 
-OPENED_OTHERWISE = {"Image", "tarfile", "os", "Tracker", "safetensors"}
+OPENED_OTHERWISE = {"Image", "tarfile", "os", "Tracker", "safetensors", "known", "self", "self._delivery"}
 
 
 def unsaid(path: Path) -> Iterator[str]:

@@ -85,7 +85,8 @@ def test_a_wheels_snapshot_has_the_form_of_a_checkout(installed, tmp_path):
     answer = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
     code, said = answer.stdout.strip().split(" ", 1)
-    assert {path.name for path in Path(code).iterdir()} == {"realsr_hpc", "recipes", "slurm"} and said == "{}"
+    assert {path.name for path in Path(code).iterdir()} == {"SHA256SUMS", "realsr_hpc", "recipes", "slurm"}
+    assert said == "{}"
     assert not (Path(code) / "realsr_hpc" / "recipes").exists()
     asked = "from realsr_hpc import paths; print(paths.project_root(), paths.is_checkout())"
     answer = subprocess.run([python, "-c", asked], cwd=code, capture_output=True, text=True, timeout=120)

@@ -12,6 +12,8 @@ from realsr_hpc.config.load import RecipeError, compose
 
 BASE = ["recipe=grpo_tiny", "cluster.tasks_per_node=1"]
 BREACHES = {
+    "an_output_root_can_be_written_anywhere": ["output_root=/tmp/a:b"],
+    "slurm_options_are_single_lines": ["cluster.extra_sbatch={signal: x}"],
     "adapters_begin_at_the_reference": ["model.lora={rank: 4, weights: x}"],
     "the_instruction_shows_the_image_once": ["vlcot.instruction=restore it"],
     "a_name_is_one_folder_name": ["name=a/b"],
