@@ -271,7 +271,8 @@ class TraceSampler(TraceGrammar):
         if unknown:
             raise TypeError(f"{unknown[0]} is none of {', '.join(self.trace['restore'])}")
         self.model, self.prompt_tokens = model, prompt_tokens
-        self.draws = np.random.Generator(np.random.Philox(key=[seed, FIRST_ROLLOUT]))
+        raw = np.random.Philox(key=[seed, FIRST_ROLLOUT]).random_raw(self.longest)
+        self.keys = raw.view(np.int32).reshape(-1, 2).tolist()
         sizes = [self.trace["size_zero"] + size // 32 for size in self.trace["image_sizes_px"]]
         self.inside = {*self.codes, *sizes, self.trace["newline"], self.trace["image_end"]}
         self.block, self.cache = (0, 0), None
@@ -286,11 +287,12 @@ class TraceSampler(TraceGrammar):
             logits = torch.lerp(self._unconditional(input_ids[0]).float(), logits, scale)
         barred = torch.ones_like(logits, dtype=torch.bool)
         barred[torch.tensor(allowed, device=logits.device)] = False
-        token = self._draw(logits.masked_fill(barred, -torch.inf), is_image)
+        position = input_ids.shape[1] - self.prompt_tokens
+        token = self._draw(logits.masked_fill(barred, -torch.inf), is_image, self.keys[position])
         return torch.full_like(scores, -torch.inf).index_fill_(1, token, 0.0)
 
-    def _draw(self, logits, is_image):
-        """Inverse of the cumulative distribution at the next draw."""
+    def _draw(self, logits, is_image, key):
+        """The token with the largest sum of tempered logit and Gumbel noise."""
         settings = self.settings
         text_temperature = settings["text_temperature"] or settings["temperature"]
         temperature = settings["temperature"] if is_image else text_temperature
@@ -300,10 +302,22 @@ class TraceSampler(TraceGrammar):
             shares = (values / temperature).softmax(-1)
             keep &= shares.cumsum(-1) - shares < settings["top_p"]
         kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(0, order, keep)
-        shares = (logits / temperature).masked_fill(~kept, -torch.inf).log_softmax(-1).exp()
-        total = shares.cumsum(-1, dtype=torch.float64)
-        point = min(self.draws.random() * float(total[-1]), np.nextafter(float(total[-1]), 0.0))
-        return torch.searchsorted(total, torch.tensor([point], dtype=torch.float64, device=total.device), right=True)
+        values = (logits / temperature).masked_fill(~kept, -torch.inf)
+        return (values + self._noise(len(logits), key).to(values.device)).argmax(-1, keepdim=True)
+
+    @staticmethod
+    def _noise(count, key):
+        """Standard Gumbel noise of the tokens [0, count), from a position's key: two int32 numbers."""
+        bits = torch.arange(count, dtype=torch.int32) + key[0]
+        rounds = ((17, 0xED5AD4BB - 2**32), (11, 0xAC4C1B51 - 2**32), (15, 0x31848BAB))
+        for number, (shift, multiplier) in enumerate(rounds):
+            bits ^= (bits >> shift) & ((1 << 32 - shift) - 1)
+            bits *= multiplier
+            if number == 0:
+                bits ^= key[1]
+        bits ^= (bits >> 14) & ((1 << 18) - 1)
+        u = ((bits & 0x7FFFFFFF).float() + 0.5).mul(2.0**-31).clamp(max=1 - 2.0**-24)
+        return -torch.log(-torch.log1p(-u))
 
     def _unconditional(self, input_ids):
         """Logits [vocabulary] behind the current image block alone, which its own cache follows."""

@@ -66,7 +66,7 @@ def test_a_file_that_is_not_there_is_named_before_anything_is_submitted(tmp_path
     [
         ("data.train_split=trian", "data.train_split: 'trian': no photograph of"),
         ("data.heldout_split=test", "there are heldout, train"),
-        ("data.mode=paired", "data.mode: paired: 261 of 261 photographs"),
+        ("data.mode=paired", "data.mode: paired: 372 of 372 photographs"),
         ("data.manifest=pyproject.toml", "no manifest"),
     ],
 )
