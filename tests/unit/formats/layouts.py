@@ -32,7 +32,14 @@ SIZES = [
 
 def overrides(*more: str) -> list[str]:
     """A user's words for the narrow shape."""
-    return ["recipe=sft_tiny", "vlcot.vocabulary=tiny", "cluster.tasks_per_node=1", *SIZES, *more]
+    return [
+        "recipe=sft_tiny",
+        "vlcot.vocabulary=tiny",
+        "precision.params=fp32",
+        "cluster.tasks_per_node=1",
+        *SIZES,
+        *more,
+    ]
 
 
 def recipe(*more: str) -> RunConfig:

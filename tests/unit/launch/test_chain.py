@@ -101,7 +101,7 @@ def test_a_chain_on_this_machine_runs_what_is_missing_or_failed(chains, tmp_path
 name: small
 stages:
   first: {recipe: sft_tiny, set: {model.weights: null, sft.num_steps: 1}}
-  second: {recipe: sft_tiny, set: {name: "second's", model.weights: "{first.export}", sft.num_steps: 1}}
+  second: {recipe: sft_tiny, set: {name: second-run, model.weights: "{first.export}", sft.num_steps: 1}}
 """)
     root = tmp_path / "it's a root"
     words = ["chain=small", f"output_root={root}", f"image_tokenizer.weights={image_tokenizer}", *SMALL_RUN]
