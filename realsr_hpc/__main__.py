@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from realsr_hpc.config.load import RecipeError
@@ -45,17 +46,10 @@ def run_rank(config: RunConfig, run_dir: Path) -> int:
     stop = StopFlag.install()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
-    if config.task == "grpo":
-        from realsr_hpc.train import grpo
-
-        return grpo.main(config, run_dir, stop)
-    if config.task == "sft":
-        from realsr_hpc.train import sft
-
-        return sft.main(config, run_dir, stop)
-    from realsr_hpc.train import tokenizer
-
-    return tokenizer.main(config, run_dir, stop)
+    train = import_module(f"realsr_hpc.train.{config.task}")
+    code = train.main(config, run_dir, stop)
+    stop.retire()
+    return code
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ class StopFlag:
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         return flag
 
+    def retire(self) -> None:
+        """The process is leaving and no longer listens: Python puts default handlers back while it shuts down, and a
+        late stop signal would turn its exit code into that of a killed process."""
+        for number in HANDLED_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def ask(self, number: int | None = None, _frame: FrameType | None = None) -> None:
         """Ask this process, and no child of it, to stop at its next step boundary."""
         if os.getpid() == self._pid:

@@ -27,8 +27,10 @@ AGREE_S = 20.0
 ASK_S = PATIENCE_S + 60.0
 """How long nodes wait for the one that asks Slurm to requeue the job."""
 _POLL_S = 0.1
-_CAUSES = (REFUSED, UNHEALTHY, HUNG, CRASHED, FAILED, STOPPED, DONE)
-"""Causes before their consequences."""
+_CAUSES = (REFUSED, DONE, STOPPED, UNHEALTHY, HUNG, CRASHED, FAILED)
+"""Causes before their consequences. Ranks leave DONE or STOPPED by a collective decision, after the last save: where
+one node saw that, a rank that was killed on another was already on its way out (srun ends the rest of the job when
+the first node leaves)."""
 
 
 @dataclass(frozen=True)

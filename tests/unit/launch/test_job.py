@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.job import start_ranks, watch
 from realsr_hpc.launch.rundir import rank_log
 from realsr_hpc.launch.signals import StopFlag
-from realsr_hpc.launch.verdict import CRASHED, FAILED, HUNG, STOPPED, Verdict, agree, count_requeue
+from realsr_hpc.launch.verdict import CRASHED, DONE, FAILED, HUNG, STOPPED, Verdict, agree, count_requeue
 
 PREAMBLE = (
     "import os, signal, sys, time; rank = int(os.environ['RANK']); "
@@ -87,6 +88,29 @@ def test_nodes_agree_on_the_cause(tmp_path, others, cause):
     for verdict in others:
         agree(tmp_path, replace(placement, node_rank=1), verdict, wait_s=0.0)
     assert agree(tmp_path, placement, Verdict(0, FAILED, "mine", 4.0), wait_s=0.3).message == cause
+
+
+def test_a_rank_killed_on_its_way_out_is_a_consequence_of_the_stop(tmp_path):
+    """srun ends the rest of the job when the first node leaves: the run was stopped, not killed."""
+    placement = Placement(0, 2, 1, "127.0.0.1", 1, "7", 0)
+    for left in (STOPPED, DONE):
+        job = replace(placement, job_id=str(left))
+        agree(tmp_path, job, Verdict(0, left, "", 2.0))
+        agreed = agree(tmp_path, replace(job, node_rank=1), Verdict(1, CRASHED, "killed by SIGTERM", 1.0), wait_s=0.0)
+        assert (agreed.code, agreed.node, agreed.all_present) == (left, 0, False)
+
+
+def test_a_signal_while_a_process_leaves_does_not_change_its_exit_code():
+    body = (
+        "import sys; from realsr_hpc.launch.signals import StopFlag\n"
+        "stop = StopFlag.install()\nstop.retire()\nprint('leaving', flush=True)\nsys.exit(85)"
+    )
+    with subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"leaving\n"
+        while process.poll() is None:
+            process.send_signal(signal.SIGUSR2)
+            process.send_signal(signal.SIGTERM)
+    assert process.returncode == 85
 
 
 def test_requeues_are_counted_from_the_last_new_step(tmp_path):

@@ -16,11 +16,11 @@ from realsr_hpc.train.tokenizer_measures import psnr_db
 IMAGE = ImageTokenizerConfig(codebook_size=64, latent_channels=32, decoder_base_channels=32)
 
 
-def recipe(num_steps: int) -> RunConfig:
+def recipe(num_steps: int, batch_size: int = 1) -> RunConfig:
     """A small tokenizer on the bundled photographs."""
     torch.set_num_threads(1)
     training = TokenizerTrainingConfig(
-        num_steps=num_steps, batch_size=1, crop_px=32, lr=1e-4, warmup_steps=1, log_every_steps=2
+        num_steps=num_steps, batch_size=batch_size, crop_px=32, lr=1e-4, warmup_steps=1, log_every_steps=2
     )
     return RunConfig(name="t", task="tokenizer", image_tokenizer=IMAGE, tokenizer_training=training, data=DataConfig())
 
@@ -39,7 +39,7 @@ def images_of(config: RunConfig) -> TokenizerImages:
 
 def test_start_weights_already_reconstruct() -> None:
     """Computed, not learned: far better than the best constant image, and codes differ between patches."""
-    config = recipe(10)
+    config = recipe(10, batch_size=4)
     images = images_of(config)
     training = TokenizerTraining(config)
     training.start([images.batch(step) for step in range(100, 130)])
