@@ -3,6 +3,8 @@
     json=true             the list as JSON, for other programs: state, Slurm's word and reason, step, job, message
     cancel=RUN wait_s=900 ask for a checkpoint at the next step, wait for it at most so long, then let Slurm end the job
     prune=true            snapshots of the code that no run's folder links to; with yes=true they are removed
+    watch=true            a live board: steps, rewards, speed, time left; keys to follow, cancel and resume a run
+    report=true           device-hours, step time and memory of every run, measured beside planned
 
 RUN is a run's name, a unique beginning of it, or its folder. A run that is `lost` ended without a word (the machine
 went down, SIGKILL); resume goes on from its last checkpoint, also on another layout or cluster:
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc.config.arguments import read_count, read_with_overrides
+from realsr_hpc.launch.board import report, watch
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.manage import CANCEL_WAIT_S, cancel, reconcile, resume, rows
 from realsr_hpc.launch.prune import remove_snapshots, unused_snapshots
@@ -34,6 +37,8 @@ OPTIONS = {
     "json": "",
     "prune": "",
     "yes": "",
+    "watch": "",
+    "report": "",
 }
 GIB = 2**30
 
@@ -60,6 +65,11 @@ def main(arguments: list[str]) -> int:
         else:
             if options["reconcile"]:
                 console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}", markup=False)
+            if options["watch"]:
+                return watch(root, console)
+            if options["report"]:
+                console.print(report(root))
+                return 0
             if options["prune"]:
                 prune(root, console, remove=bool(options["yes"]))
             elif options["json"]:
