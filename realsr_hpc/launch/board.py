@@ -12,7 +12,7 @@ import termios
 import threading
 import time
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +188,7 @@ def _cancel(run_dir: Path, board: Board) -> None:
 
 
 @contextmanager
-def _keys() -> Iterator:
+def _keys() -> Iterator[Callable[[float], str]]:
     """A function that waits some seconds for a key: `up`, `down`, a letter, or nothing."""
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)

@@ -18,6 +18,9 @@ class Feed:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / SPOOL_NAME
+        self._begin()
+
+    def _begin(self) -> None:
         self.offset = 0
         """Bytes read so far."""
         self.last: dict[str, float] = {}
@@ -45,7 +48,7 @@ class Feed:
         """Take in the new events; the number of bytes that were read. A line still being written waits."""
         before = self.offset
         if self.path.exists() and self.path.stat().st_size < self.offset:
-            self.__init__(self.path.parent)  # another file of that name: from its beginning
+            self._begin()  # another file of that name
             before = 0
         for event, offset in read_events(self.path, self.offset):
             self.offset = offset
