@@ -26,16 +26,21 @@ def make_run(root, number, steps=3):
     run_dir.mkdir(parents=True)
     (run_dir / "recipe.yaml").write_text(RECIPE)
     (run_dir / "progress.json").write_text(json.dumps({"step": steps, "total": 10, "text": "on its way", "time_ms": 0}))
-    spool = Spool(run_dir)
     for step in range(1, steps + 1):
-        log(spool, step)
-    return run_dir, spool
+        log(run_dir, step)
+    return run_dir
 
 
-def log(spool, step):
+def log(run_dir, step):
     metrics = {"rewards/total/mean": float(step), "time/rollout/s": 2.0, "time/update/s": 1.0, "system/memory/gib": 0.5}
     metrics |= {"rollout/tokens_per_s/mean": 123.0, "rollout/mismatch_kl": 2e-8, "optim/skipped_updates/count": 0.0}
-    spool.append({"kind": "metrics", "step": step, "time_ms": 0, "metrics": metrics})
+    append(run_dir, {"kind": "metrics", "step": step, "time_ms": 0, "metrics": metrics})
+
+
+def append(run_dir, event):
+    spool = Spool(run_dir)
+    spool.append(event)
+    spool.close()
 
 
 def test_256_runs_are_read_once_and_then_only_what_is_new_with_one_squeue_a_refresh(tmp_path, monkeypatch):
@@ -44,7 +49,7 @@ def test_256_runs_are_read_once_and_then_only_what_is_new_with_one_squeue_a_refr
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     runs = [make_run(root, number) for number in range(256)]
-    for number, (run_dir, _) in enumerate(runs):
+    for number, run_dir in enumerate(runs):
         write_status(run_dir, "running")
         write_job(run_dir, Job("slurm", str(1000 + number), "", "log"))
     board = Board(root)
@@ -53,17 +58,17 @@ def test_256_runs_are_read_once_and_then_only_what_is_new_with_one_squeue_a_refr
     assert lines[0].cells[:6] == ("3/10", "3.000", "▁▅█", "123", "21 s", "2.0e-08")
     assert lines[0].cells[6:] == ("0", "on its way")
     before = {run: feed.offset for run, feed in board.feeds.items()}
-    log(runs[7][1], 4)
+    log(runs[7], 4)
     board.refresh()
     grown = {run for run, feed in board.feeds.items() if feed.offset != before[run]}
-    assert grown == {runs[7][0]} and calls.read_text().count("called") == 2
-    assert board.feeds[runs[7][0]].read() == 0
+    assert grown == {runs[7]} and calls.read_text().count("called") == 2
+    assert board.feeds[runs[7]].read() == 0
 
 
 def test_steps_that_a_resume_took_back_leave_the_history_and_a_torn_line_waits(tmp_path):
-    run_dir, spool = make_run(tmp_path, 0, steps=5)
-    spool.append({"kind": "truncate", "step": 2})
-    log(spool, 3)
+    run_dir = make_run(tmp_path, 0, steps=5)
+    append(run_dir, {"kind": "truncate", "step": 2})
+    log(run_dir, 3)
     with (run_dir / "events.jsonl").open("ab") as file:
         file.write(b'{"kind": "metr')
     feed = Feed(run_dir)
@@ -89,7 +94,7 @@ def test_what_was_used_stands_beside_what_was_planned(tmp_path, capsys):
 @pytest.mark.timeout(900)
 def test_the_board_in_a_terminal_moves_cancels_and_leaves(tmp_path):
     for number in range(2):
-        write_status(make_run(tmp_path, number)[0], "done")
+        write_status(make_run(tmp_path, number), "done")
     child, terminal = pty.fork()
     if child == 0:  # what runs in the terminal
         os.environ.update(TERM="xterm", COLUMNS="160", LINES="30")
