@@ -1,50 +1,53 @@
-"""`tools/jobs.py watch=true`: a live board of an output root's runs; and `report=true`, planned against used.
+"""What the live board shows of an output root: chains as trees, sweeps with their best run, and the runs beside them.
 
-Each refresh asks Slurm once and reads what is new of each run. Keys where the terminal gives them one by one: up and
-down choose a run, f follows it, c cancels it, r resumes it, q leaves; runs are left alone.
+A refresh asks Slurm once and reads of each run what is new. The screen and its keys are in watch.py.
 """
 
 from __future__ import annotations
 
-import select
-import sys
-import termios
-import threading
-import time
-import tty
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from realsr_hpc.config.load import RecipeError, from_yaml
+from realsr_hpc.config.load import RecipeError
+from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
+from realsr_hpc.files import read_json
 from realsr_hpc.launch.feed import Feed
-from realsr_hpc.launch.follow import follow
-from realsr_hpc.launch.manage import cancel, resume
-from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, list_runs, read_job, slurm_queue
-from realsr_hpc.plan import plan
-from realsr_hpc.tracking import read_progress
+from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, list_runs, read_job, slurm_queue
+from realsr_hpc.tracking import read_progress, recipe_of, sweep_of
 
-REFRESH_S = 3.0
-LEAVE_S = 10.0
 BARS = "▁▂▃▄▅▆▇█"
 KEYS = "up/down choose, f follow, c cancel, r resume, q leave"
 HEADERS = ("run", "state", "step", "value", "", "tokens/s", "left", "mismatch KL", "skipped", "last word")
+NO_CELLS = ("",) * 8
 
 
 @dataclass(frozen=True)
 class Line:
-    """One run on the board."""
+    """One run or command on the board, or the heading of a sweep or chain."""
 
-    run_dir: Path
+    label: str
     state: str
     cells: tuple[str, ...]
     """After run and state, in the order of `HEADERS`."""
+    folder: Path | None = None
+    """None: a heading, which cannot be chosen."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A heading with what belongs to it, or a single run."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def alive(self) -> int:
+        """How many of its runs are queued or running."""
+        return sum(line.folder is not None and line.state in ALIVE for line in self.lines)
 
 
 class Board:
@@ -53,22 +56,84 @@ class Board:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.feeds: dict[Path, Feed] = {}
-        self.word = ""
-        """What became of the last key."""
-        self.cancelling: list[threading.Thread] = []
+        self._measures: dict[str, tuple[str, bool]] = {}
+        """What the runs of a sweep are compared by, and whether the highest is best."""
 
     def refresh(self) -> list[Line]:
-        """Look again: the queue once, of each run its state and its new events. Oldest first, those alive on top."""
+        """Look again: the queue once, of each run its state and its new events. What is alive stands on top."""
         runs = list_runs(self.root)
-        jobs = [read_job(run) for run in runs]
-        queue = slurm_queue() if any(job and job.kind == "slurm" for job in jobs) else Queue({})
-        lines = [self._line(run, queue) for run in runs]
-        return sorted(lines, key=lambda line: line.state not in ALIVE)
+        chains = dict(self._chains())
+        known = {*runs, *(stage for stages in chains.values() for stage, *_ in stages)}
+        slurm = any((job := read_job(folder)) and job.kind == "slurm" for folder in known)
+        queue = slurm_queue() if slurm else Queue({})
+        lines = {folder: self._line(folder, queue) for folder in known}
+        blocks = [self._chain(name, stages, lines) for name, stages in chains.items()]
+        rest = set(runs) - {stage for stages in chains.values() for stage, *_ in stages}
+        sweeps: dict[str, list[Path]] = {}
+        for run in (run for run in runs if run in rest):
+            sweeps.setdefault(sweep_of(run) or f"/{run.name}", []).append(run)
+        for name, members in sweeps.items():
+            one = name.startswith("/")
+            blocks.append(Block((lines[members[0]],)) if one else self._sweep(name, members, lines))
+        return [line for block in sorted(blocks, key=lambda block: not block.alive) for line in block.lines]
 
-    def _line(self, run_dir: Path, queue: Queue) -> Line:
-        feed = self.feeds.setdefault(run_dir, Feed(run_dir))
+    def _chains(self) -> Iterator[tuple[str, list[tuple[Path, str, int]]]]:
+        """Each chain with its stages in the order of its tree: folder, name, depth."""
+        for path in sorted(self.root.glob("chains/*/chain.json")):
+            listed = read_json(path, list[dict[str, Any]]) or []
+            places = {item["folder"]: self._place(item["folder"]) for item in listed}
+            children: dict[str, list[dict[str, Any]]] = {}
+            for item in listed:
+                children.setdefault((item["after"] or [""])[-1], []).append(item)
+
+            def below(folder: str, depth: int, places=places, children=children) -> Iterator[tuple[Path, str, int]]:
+                for item in children.get(folder, []):
+                    yield places[item["folder"]], item["stage"], depth
+                    yield from below(item["folder"], depth + 1)
+
+            yield path.parent.name, list(below("", 0))
+
+    def _place(self, written: str) -> Path:
+        """Where a stage is now: the output root may have been moved since the chain was launched."""
+        path = Path(written)
+        return self.root / "stages" / path.name if path.parent.name == "stages" else self.root / path.name
+
+    def _chain(self, name: str, stages: list[tuple[Path, str, int]], lines: dict[Path, Line]) -> Block:
+        found = [
+            Line(f"{'  ' * depth}└ {stage}: {folder.name}", lines[folder].state, lines[folder].cells, folder)
+            for folder, stage, depth in stages
+        ]
+        return Block((Line(f"chain {name}", _summary(found), NO_CELLS), *found))
+
+    def _sweep(self, name: str, runs: list[Path], lines: dict[Path, Line]) -> Block:
+        found = [lines[run] for run in sorted(runs, key=lambda run: lines[run].state not in ALIVE)]
+        cells = NO_CELLS
+        if measured := self._best(name, runs):
+            run, metric, value = measured
+            cells = ("", f"{value:.3f}", *NO_CELLS[2:-1], f"best by {metric}: {run.name}")
+        own = [Line(f"└ {line.label}", line.state, line.cells, line.folder) for line in found]
+        return Block((Line(f"sweep {name}", _summary(found), cells), *own))
+
+    def _best(self, name: str, runs: list[Path]) -> tuple[Path, str, float] | None:
+        """The run of a sweep whose last measured value is best; None before the first."""
+        if name not in self._measures:
+            try:
+                config = recipe_of(runs[0])
+            except RecipeError:
+                return None
+            self._measures[name] = best_metric(config), best_is_highest(config)
+        metric, highest = self._measures[name]
+        values = {run: self.feeds[run].last.get(metric) for run in runs}
+        measured = {run: value for run, value in values.items() if value is not None and is_measured(value)}
+        if not measured:
+            return None
+        best = (max if highest else min)(measured, key=lambda run: measured[run])
+        return best, metric, measured[best]
+
+    def _line(self, folder: Path, queue: Queue) -> Line:
+        feed = self.feeds.setdefault(folder, Feed(folder))
         feed.read()
-        status, progress = current_status(run_dir, queue), read_progress(run_dir)
+        status, progress = current_status(folder, queue), read_progress(folder)
         total = progress.total if progress else 0
         word = (status.message if status else "") or (progress.text if progress else "")
         last, values = feed.last, [value for _, value in feed.history]
@@ -76,18 +141,30 @@ class Board:
             f"{feed.step}/{total}" if total else "-",
             f"{values[-1]:.3f}" if values else "-",
             sparkline(values),
-            _number(last.get("rollout/tokens_per_s/mean"), ".0f"),
-            duration((total - feed.step) * feed.median_step_s) if total and feed.median_step_s else "-",
-            _number(last.get("rollout/mismatch_kl"), ".1e"),
-            _number(last.get("optim/skipped_updates/count"), ".0f"),
+            number(last.get("rollout/tokens_per_s/mean"), ".0f"),
+            _left(status, total - feed.step, feed.median_step_s),
+            number(last.get("rollout/mismatch_kl"), ".1e"),
+            number(last.get("optim/skipped_updates/count"), ".0f"),
             word.strip().splitlines()[-1] if word.strip() else "",
         )
-        return Line(run_dir, status.state if status else "stopped", cells)
+        return Line(folder.name, status.state if status else "to do", cells, folder)
+
+
+def _summary(lines: Sequence[Line]) -> str:
+    """`2 running, 1 done`."""
+    states = [line.state for line in lines]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def _left(status: Status | None, steps: int, step_s: float | None) -> str:
+    """Time left of a run that is not over."""
+    over = status is not None and status.state in ("done", "failed")
+    return "-" if over or step_s is None or steps < 1 else duration(steps * step_s)
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
     """The last values as bars between their smallest and largest."""
-    shown = [value for value in values if value == value and abs(value) != float("inf")][-width:]
+    shown = [value for value in values if is_measured(value)][-width:]
     if not shown:
         return ""
     low, span = min(shown), max(shown) - min(shown)
@@ -101,135 +178,26 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """The value in a format, `-` where there is none."""
     return "-" if value is None else f"{value:{form}}"
 
 
-def table(lines: Sequence[Line], chosen: int, height: int, title: str) -> Table:
+def title(root: Path, lines: Sequence[Line], word: str = "") -> str:
+    """Of the whole board; `word` is what became of the last key."""
+    folders = {line.folder: line.state for line in lines if line.folder}
+    alive = sum(state in ALIVE for state in folders.values())
+    return f"{root}: {len(folders)} runs, {alive} alive" + (f"; {word}" if word else "")
+
+
+def table(lines: Sequence[Line], chosen: int, height: int, heading: str) -> Table:
     """As many lines around the chosen one as a terminal of `height` rows holds."""
     room = max(height - 6, 1)
     first = min(max(chosen - room // 2, 0), max(len(lines) - room, 0))
-    board = Table(*HEADERS, box=None, title=Text(title), caption=KEYS, expand=True)
+    board = Table(*HEADERS, box=None, title=Text(heading), caption=KEYS, expand=True)
     for column in board.columns:
         column.no_wrap, column.overflow = True, "ellipsis"
-    for number, line in enumerate(lines[first : first + room], start=first):
-        cells = [Text(cell) for cell in (line.run_dir.name, line.state, *line.cells)]
-        board.add_row(*cells, style="reverse" if number == chosen else "")
+    for place, line in enumerate(lines[first : first + room], start=first):
+        cells = [Text(cell) for cell in (line.label, line.state, *line.cells)]
+        board.add_row(*cells, style="reverse" if place == chosen else "" if line.folder else "bold")
     return board
-
-
-def watch(root: Path, console: Console) -> int:
-    """Until q or Ctrl-C; without a terminal the board once."""
-    board = Board(root)
-    if not (sys.stdin.isatty() and console.is_terminal):
-        lines = board.refresh()
-        console.print(table(lines, -1, len(lines) + 7, _title(root, lines, "")))
-        return 0
-    chosen = 0
-    try:
-        while True:
-            key, chosen, lines = _look(board, chosen, console)
-            if key == "q":
-                return 0
-            if lines:
-                _act(key, lines[chosen].run_dir, board, console)
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        for thread in board.cancelling:
-            thread.join(LEAVE_S)  # its signal is sent by then; the rest is the run's own work
-
-
-def _look(board: Board, chosen: int, console: Console) -> tuple[str, int, list[Line]]:
-    """Show the board until a key other than up and down is pressed."""
-    with _keys() as read_key, Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            lines = board.refresh()
-            chosen = min(chosen, max(len(lines) - 1, 0))
-            deadline = time.monotonic() + REFRESH_S
-            while (rest := deadline - time.monotonic()) > 0:
-                title = _title(board.root, lines, board.word)
-                live.update(table(lines, chosen, console.height, title), refresh=True)
-                key = read_key(rest)
-                if key in ("up", "down"):
-                    chosen = min(max(chosen + (1 if key == "down" else -1), 0), max(len(lines) - 1, 0))
-                elif key in ("q", "f", "c", "r"):
-                    return key, chosen, lines
-
-
-def _title(root: Path, lines: Sequence[Line], word: str) -> str:
-    alive = sum(line.state in ALIVE for line in lines)
-    return f"{root}: {len(lines)} runs, {alive} alive" + (f"; {word}" if word else "")
-
-
-def _act(key: str, run_dir: Path, board: Board, console: Console) -> None:
-    """Do what a key asks; `board.word` says what became of it. Cancelling waits for a checkpoint, behind the board."""
-    try:
-        if key == "c":
-            board.word = f"{run_dir.name}: being cancelled"
-            thread = threading.Thread(target=_cancel, args=(run_dir, board), daemon=True)
-            thread.start()
-            board.cancelling.append(thread)
-        elif key == "r":
-            submission = resume(run_dir)
-            board.word = f"{run_dir.name}: {'submitted' if submission.submitted else submission.note}"
-        else:
-            job = read_job(run_dir)
-            follow(run_dir, console, slurm=job is not None and job.kind == "slurm")
-    except (ValueError, OSError) as error:
-        board.word = str(error)
-
-
-def _cancel(run_dir: Path, board: Board) -> None:
-    try:
-        board.word = cancel(run_dir)
-    except (ValueError, OSError) as error:
-        board.word = str(error)
-
-
-@contextmanager
-def _keys() -> Iterator[Callable[[float], str]]:
-    """A function that waits some seconds for a key: `up`, `down`, a letter, or nothing."""
-    descriptor = sys.stdin.fileno()
-    before = termios.tcgetattr(descriptor)
-    tty.setcbreak(descriptor)
-
-    def read_key(wait_s: float) -> str:
-        if not select.select([descriptor], [], [], wait_s)[0]:
-            return ""
-        key = sys.stdin.read(1)
-        if key != "\x1b":
-            return {"k": "up", "j": "down"}.get(key, key)
-        rest = sys.stdin.read(2) if select.select([descriptor], [], [], 0.05)[0] else ""
-        return {"[A": "up", "[B": "down"}.get(rest, "")
-
-    try:
-        yield read_key
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
-
-
-def report(root: Path) -> Table:
-    """Planned against used of every run: so that one sees where the plan is wrong."""
-    found = Table("run", "device-hours", "planned", "step s", "planned", "memory GiB", "planned", box=None)
-    found.title = "measured beside planned; a device is a GPU, or a process of a run without GPUs"
-    for run_dir in list_runs(root):
-        feed = Feed(run_dir)
-        feed.read()
-        try:
-            config = from_yaml(run_dir / "recipe.yaml")
-        except RecipeError:
-            continue  # of another version: nothing to hold it against
-        estimate, gpus = plan(config), config.cluster.gpus_per_node
-        memory = [value for name, value in feed.peak.items() if name.startswith("system/gpu") and "_memory" in name]
-        used = max(memory) if memory else None if gpus else feed.peak.get("system/memory/gib")
-        found.add_row(
-            run_dir.name,
-            f"{feed.computed_s * estimate.world_size / 3600:.2f}",
-            f"{estimate.gpu_hours:.2f}" if gpus else "-",
-            _number(feed.median_step_s, ".1f"),
-            f"{estimate.step_s:.1f}" if gpus else "-",
-            _number(used, ".1f"),
-            f"{estimate.total_gib:.1f}",
-        )
-    return found

@@ -28,9 +28,11 @@ class Feed:
         """Largest value of each `system/` metric."""
         self.step = 0
         self.step_s: deque[float] = deque(maxlen=RECENT)
-        """Measured time of the recent steps, seconds: the sum of a step's `time/.../s`."""
+        """From one step's report to the next, seconds, recent steps: the first after a start or resume is not known."""
         self.computed_s = 0.0
         """Of all steps, those done again after a resume included."""
+        self._reported: tuple[int, int] | None = None
+        """Step of the last report of this attempt, and when, in milliseconds."""
         self.history: deque[tuple[int, float]] = deque(maxlen=RECENT)
         """Recent steps with the value that the run is watched by."""
 
@@ -53,22 +55,24 @@ class Feed:
         for event, offset in read_events(self.path, self.offset):
             self.offset = offset
             if event["kind"] == "truncate":
-                self.step = min(self.step, max(event["step"], 0))
+                self.step, self._reported = min(self.step, max(event["step"], 0)), None
                 while self.history and self.history[-1][0] > event["step"]:
                     self.history.pop()
             elif event["kind"] == "metrics":
-                self._take(event["step"], event["metrics"])
+                self._take(event["step"], event["time_ms"], event["metrics"])
         return self.offset - before
 
-    def _take(self, step: int, metrics: dict[str, float]) -> None:
+    def _take(self, step: int, time_ms: int, metrics: dict[str, float]) -> None:
         self.last |= metrics
         for name, value in metrics.items():
             if name.startswith("system/"):
                 self.peak[name] = max(value, self.peak.get(name, value))
         self.step = max(self.step, step)
-        seconds = sum(value for name, value in metrics.items() if name.startswith("time/") and name.endswith("/s"))
-        if step and seconds:
-            self.step_s.append(seconds)
-            self.computed_s += seconds
+        if self._reported is None or step > self._reported[0]:  # a step may report more than once
+            if self._reported is not None:
+                seconds = (time_ms - self._reported[1]) / 1000 / (step - self._reported[0])
+                self.step_s.append(seconds)
+                self.computed_s += seconds * (step - self._reported[0])
+            self._reported = (step, time_ms)
         if self.watched in metrics:
             self.history.append((step, metrics[self.watched]))

@@ -8,6 +8,7 @@ from realsr_hpc.tracking.store import (
     prepare_sweep,
     read_bookmark,
     set_status,
+    sweep_of,
     tracking_uri,
     write_launch_tags,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "read_progress",
     "recipe_of",
     "set_status",
+    "sweep_of",
     "sync",
     "tracking_uri",
     "write_launch_tags",

@@ -44,6 +44,11 @@ def write_launch_tags(run_dir: Path, tags: dict[str, str]) -> None:
     write_atomically(run_dir / LAUNCH_TAGS_NAME, json.dumps(tags))
 
 
+def sweep_of(run_dir: Path) -> str:
+    """The sweep, or chain, that a run was launched in last; empty for a run of its own."""
+    return (read_json(run_dir / LAUNCH_TAGS_NAME, dict[str, str]) or {}).get(SWEEP_TAG, "")
+
+
 def prepare_run(config: RunConfig, run_dir: Path) -> str:
     """MLflow run id of `run_dir` in the recipe's store, created with its parameters and tags when there is none.
 

@@ -7,6 +7,7 @@ import os
 import pty
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from realsr_hpc.launch.board import Board, sparkline
 from realsr_hpc.launch.feed import Feed
 from realsr_hpc.launch.rundir import Job, write_job, write_status
 from realsr_hpc.paths import project_root
+from realsr_hpc.tracking import write_launch_tags
 from realsr_hpc.tracking.spool import Spool
 
 RECIPE = to_yaml(compose_one(["recipe=grpo_tiny"]))
@@ -32,9 +34,11 @@ def make_run(root, number, steps=3):
 
 
 def log(run_dir, step):
-    metrics = {"rewards/total/mean": float(step), "time/rollout/s": 2.0, "time/update/s": 1.0, "system/memory/gib": 0.5}
+    metrics = {"rewards/total/mean": float(step), "heldout/total/mean": float(step), "system/memory/gib": 0.5}
     metrics |= {"rollout/tokens_per_s/mean": 123.0, "rollout/mismatch_kl": 2e-8, "optim/skipped_updates/count": 0.0}
-    append(run_dir, {"kind": "metrics", "step": step, "time_ms": 0, "metrics": metrics})
+    append(run_dir, {"kind": "metrics", "step": step, "time_ms": 3000 * step, "metrics": metrics})
+    saving = {"time/checkpoint/s": 1.0}
+    append(run_dir, {"kind": "metrics", "step": step, "time_ms": 3000 * step + 1000, "metrics": saving})
 
 
 def append(run_dir, event):
@@ -74,7 +78,7 @@ def test_steps_that_a_resume_took_back_leave_the_history_and_a_torn_line_waits(t
     feed = Feed(run_dir)
     feed.read()
     assert [step for step, _ in feed.history] == [1, 2, 3] and feed.step == 3
-    assert feed.computed_s == 18.0 and feed.median_step_s == 3.0
+    assert feed.computed_s == 12.0 and feed.median_step_s == 3.0  # nobody knows how long an attempt's first step took
 
 
 def test_a_sparkline_spans_its_values():
@@ -83,35 +87,65 @@ def test_a_sparkline_spans_its_values():
 
 
 def test_what_was_used_stands_beside_what_was_planned(tmp_path, capsys):
-    make_run(tmp_path, 1, steps=4)
+    make_run(tmp_path, 1, steps=9)
     assert main([f"root={tmp_path}", "report=true"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if "run's 001" in line)
-    assert row.split()[2:6] == ["0.01", "-", "3.0", "-"]  # 4 steps of 3 s on 2 processes
+    assert row.split()[2:6] == ["0.01", "-", "3.0", "-"]  # 24 s on 2 processes
     assert main([f"root={tmp_path}", "watch=true"]) == 0
     assert "on its way" in capsys.readouterr().out
 
 
+def test_chains_are_trees_and_sweeps_show_their_best(tmp_path):
+    single, *swept, stage = [make_run(tmp_path, number, steps=number + 1) for number in range(4)]
+    for run_dir in swept:
+        write_launch_tags(run_dir, {"realsr_hpc.sweep": "it's a sweep"})
+    write_launch_tags(stage, {"realsr_hpc.sweep": "small-1a2b"})
+    write_status(swept[0], "done")
+    command = tmp_path / "stages" / "export_hf-3c4d"
+    moved = Path("/somewhere/else")  # the output root, since the chain was launched
+    listed = [
+        {"stage": "first", "folder": str(moved / stage.name), "after": []},
+        {"stage": "whole", "folder": str(moved / "stages" / command.name), "after": [str(moved / stage.name)]},
+    ]
+    (tmp_path / "chains" / "small-1a2b").mkdir(parents=True)
+    (tmp_path / "chains" / "small-1a2b" / "chain.json").write_text(json.dumps(listed))
+    command.mkdir(parents=True)
+    write_status(command, "failed", 1, "no room")
+    lines = Board(tmp_path).refresh()
+    assert [line.label for line in lines] == [
+        "chain small-1a2b", "└ first: run's 003", "  └ whole: export_hf-3c4d",
+        "run's 000", "sweep it's a sweep", "└ run's 001", "└ run's 002",
+    ]  # fmt: skip
+    assert lines[0].state == "1 to do, 1 failed" and lines[2].cells[-1] == "no room"
+    assert lines[4].state == "1 done, 1 to do"
+    assert lines[4].cells[1] == "3.000" and lines[4].cells[-1] == "best by heldout/total/mean: run's 002"
+    assert [line.folder for line in lines] == [None, stage, command, single, None, *swept]
+
+
 @pytest.mark.timeout(900)
-def test_the_board_in_a_terminal_moves_cancels_and_leaves(tmp_path):
-    for number in range(2):
+def test_the_board_in_a_terminal_loses_no_key_cancels_and_leaves(tmp_path):
+    for number in range(4):
         write_status(make_run(tmp_path, number), "done")
     child, terminal = pty.fork()
     if child == 0:  # what runs in the terminal
         os.environ.update(TERM="xterm", COLUMNS="160", LINES="30")
         command = [sys.executable, str(project_root() / "tools" / "jobs.py"), f"root={tmp_path}", "watch=true"]
         os.execv(command[0], command)
-    shown = wait_for(terminal, b"2 runs, 0 alive")
-    os.write(terminal, b"jc")
-    shown += wait_for(terminal, b"nothing to cancel")
-    assert b"run's 001 is done" in shown
-    os.write(terminal, b"q")
+    wait_for(terminal, b"4 runs, 0 alive")
+    os.write(terminal, b"j\x1b[Bjkjc")  # in one go, an arrow among them: down, down, down, up, down
+    assert b"run's 003 is done" in wait_for(terminal, b"nothing to cancel")
+    os.write(terminal, b"\x1b[Acq")  # q waits behind c
+    assert b"run's 002 is done" in wait_for(terminal, b"nothing to cancel", until_closed=True)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def wait_for(terminal, text, patience_s=300):
-    """What the terminal shows until `text` is in it."""
+def wait_for(terminal, text, patience_s=300, *, until_closed=False):
+    """What the terminal shows until `text` is in it, or until the program has left."""
     shown, deadline = b"", time.monotonic() + patience_s
-    while text not in shown:
+    while until_closed or text not in shown:
         assert time.monotonic() < deadline, shown[-2000:]
-        shown += os.read(terminal, 65536)
+        try:
+            shown += os.read(terminal, 65536)
+        except OSError:  # Linux says so of a terminal that nobody has open any more
+            break
     return shown
