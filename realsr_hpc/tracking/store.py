@@ -156,7 +156,7 @@ def _make_experiment(mlflow: MlflowClient, name: str, location: str | None) -> s
 def _find_run(mlflow: MlflowClient, experiment: str, run_dir: Path) -> str | None:
     """By its folder as it is now, or as it was when the run was launched."""
     place = read_place(run_dir)
-    folders = dict.fromkeys([str(run_dir), *([place.folder] if place else [])])
+    folders: dict[str, None] = dict.fromkeys([str(run_dir), *([place.folder] if place else [])])
     found = (_find(mlflow, experiment, RUN_TAG, folder) for folder in folders)
     return next((run_id for run_id in found if run_id), None)
 
