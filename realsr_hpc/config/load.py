@@ -77,6 +77,12 @@ def compose_one(overrides: list[str]) -> RunConfig:
     return _Composer().config(overrides)
 
 
+def compose_each(combinations: Iterable[list[str]]) -> list[RunConfig]:
+    """Several recipes, each with its own overrides, none of them swept."""
+    composer = _Composer()
+    return [composer.config(combination) for combination in combinations]
+
+
 def swept_keys(overrides: list[str]) -> list[str]:
     """Keys that a multirun varies, in the order given."""
     return [str(item.key_or_group) for item in _parse(overrides) if item.is_sweep_override()]
@@ -87,7 +93,8 @@ class Axis:
     """What a sampler may choose for one key: one of `choices`, or a number from `low` to `high`."""
 
     key: str
-    choices: tuple[Any, ...] = ()
+    choices: tuple[str, ...] = ()
+    """As Hydra's override grammar writes them."""
     low: float = 0.0
     high: float = 0.0
     log: bool = False
@@ -105,7 +112,7 @@ def _axis(item: Override) -> Axis:
     value: Any = item.value()
     if item.is_interval_sweep():
         return Axis(item.key_or_group, low=float(value.start), high=float(value.end), log="log" in value.tags)
-    return Axis(item.key_or_group, choices=tuple(item.sweep_iterator()))
+    return Axis(item.key_or_group, choices=tuple(item.sweep_string_iterator()))
 
 
 def read_axes(name: str) -> list[str]:
@@ -224,7 +231,9 @@ def _expand(parsed: list[Override], multirun: bool) -> list[list[str]]:
         raise RecipeError(f"{', '.join(swept)}: several values need -m (a sweep)")
     drawn = [item.input_line or "" for item in parsed if item.is_interval_sweep()]
     if drawn:
-        raise RecipeError(f"{', '.join(drawn)}: an interval is drawn from by sampler=optuna; or write range(..)")
+        raise RecipeError(
+            f"{', '.join(drawn)}: an interval is drawn from by sampler=optuna or asha; or write range(..)"
+        )
     choices = []
     for item in parsed:
         if item.is_sweep_override():

@@ -42,6 +42,23 @@ def best_is_highest(config: RunConfig) -> bool:
     return not lower_is_better(best_metric(config))
 
 
+def num_steps(config: RunConfig) -> int:
+    """Steps of a run."""
+    return {"grpo": config.grpo, "sft": config.sft, "tokenizer": config.tokenizer_training}[config.task].num_steps
+
+
+def measured_every(config: RunConfig) -> tuple[str, int]:
+    """The field that says how often `best_metric` is measured, and its value in steps; 0: never."""
+    if not best_metric(config).startswith("heldout/"):
+        return "", 1
+    every = {
+        "grpo": ("grpo.heldout_every_steps", config.grpo.heldout_every_steps),
+        "sft": ("sft.heldout_every_steps", config.sft.heldout_every_steps),
+        "tokenizer": ("tokenizer_training.log_every_steps", config.tokenizer_training.log_every_steps),
+    }
+    return every[config.task]
+
+
 def reported(config: RunConfig) -> list[str]:
     """Keys that can be `checkpoint.best_metric`."""
     if config.task == "grpo":

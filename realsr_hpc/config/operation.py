@@ -24,6 +24,8 @@ class CheckpointConfig(Section, role="operation"):
     """None: as the metric declares; given, it must agree."""
     async_save: bool = False
     """Files are written behind the next steps; costs a copy of the shards in host memory."""
+    stop_at_step: Count | None = None
+    """The run leaves after this step with a checkpoint, to be resumed; None: it goes on to its end."""
     max_failed_in_a_row: Count = 3
     """So many checkpoints in a row that could not be written (a full disk) end the run; before, it trains on."""
 

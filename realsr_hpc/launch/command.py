@@ -6,6 +6,7 @@ import hashlib
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -17,6 +18,9 @@ from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing
 from realsr_hpc.launch.report import print_plan, print_submissions
 from realsr_hpc.launch.submit import prepare, submit
+
+if TYPE_CHECKING:
+    from realsr_hpc.launch.proposals import Space
 
 USAGE = """\
 realsr-hpc launch [-m] recipe=NAME [group=NAME] [section.field=value ...] [option=value ...]
@@ -37,6 +41,10 @@ Options:
   sampler=optuna    Optuna draws from the swept values, interval(a,b) among them; launched again with the same
                     sweep=NAME it learns from the runs before and draws on
   trials=16         how many it draws at a time
+  sampler=asha      asynchronous successive halving: of the runs that have come to a rung, one in `keep` goes on to the
+                    next; launched again, with the same values, it goes on. Swept values are a grid, or are drawn by
+                    Optuna where one is interval(a,b); with follow=false it submits what can go now and returns
+  rungs=4,12 keep=3 steps at which runs are judged (default: a ninth and a third of all), and how many are one survivor
 """
 TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
@@ -53,7 +61,9 @@ class Options:
     sweep: str = ""
     axes: str = ""
     sampler: str = "all"
-    trials: str = "16"
+    trials: str = ""
+    rungs: str = ""
+    keep: str = ""
 
 
 def main(arguments: list[str]) -> int:
@@ -73,6 +83,8 @@ def main(arguments: list[str]) -> int:
             return 0
         if options.prepare:
             return _prepare(configs, Path(options.prepare).resolve(), console)
+        if options.sampler == "asha":
+            return halve(configs, options, overrides, console)
         return launch(configs, options, swept_keys(overrides) if multirun else [], overrides, console)
     except ValueError as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -82,15 +94,41 @@ def main(arguments: list[str]) -> int:
 def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunConfig]:
     """The recipes to run: one, every combination of a sweep, or those that the sampler draws."""
     if options.sampler == "all":
+        if given := [name for name in ("rungs", "keep") if getattr(options, name)]:
+            raise RecipeError(f"{given[0]}: goes with sampler=asha")
         composed = compose(overrides, multirun=multirun)
         return composed if isinstance(composed, list) else [composed]
+    if options.sampler == "asha":
+        from realsr_hpc.launch.proposals import recipes
+
+        return recipes(_space(options, overrides))
     if options.sampler != "optuna":
-        raise RecipeError(f"sampler: {options.sampler!r} is none of all, optuna")
-    if not options.trials.isdecimal() or int(options.trials) < 1:
-        raise RecipeError(f"trials: {options.trials!r} is no number from 1 up")
+        raise RecipeError(f"sampler: {options.sampler!r} is none of all, optuna, asha")
+    trials = options.trials or "16"
+    if not trials.isdecimal() or int(trials) < 1:
+        raise RecipeError(f"trials: {trials!r} is no number from 1 up")
     from realsr_hpc.launch.sampler import sample
 
-    return sample(overrides, options.sweep or _sweep_name(overrides), int(options.trials))
+    return sample(overrides, options.sweep or _sweep_name(overrides), int(trials))
+
+
+def halve(configs: list[RunConfig], options: Options, overrides: list[str], console: Console) -> int:
+    """Run a sweep by asynchronous successive halving: to its end, or what can go now."""
+    from realsr_hpc.launch.asha import Halving
+
+    if options.fresh:
+        raise RecipeError("fresh: not with sampler=asha, which goes on with its runs; take another output_root")
+    refuse_what_cannot_fit(configs)
+    refuse_what_is_missing(configs)
+    return Halving(options.sweep or _sweep_name(overrides), _space(options, overrides), console).run(
+        follow=options.follow
+    )
+
+
+def _space(options: Options, overrides: list[str]) -> Space:
+    from realsr_hpc.launch.proposals import read_space
+
+    return read_space(overrides, options.trials, options.rungs, options.keep or "3")
 
 
 def launch(

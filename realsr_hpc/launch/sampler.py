@@ -14,6 +14,7 @@ from typing import Any
 from realsr_hpc.config.load import Axis, RecipeError, compose_one, output_root, search_space
 from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.proposals import quiet_optuna
 from realsr_hpc.launch.rundir import current_status, make_private, run_folder
 from realsr_hpc.locks import hold
 from realsr_hpc.tracking import metrics_by_step
@@ -39,13 +40,10 @@ def sample(overrides: list[str], sweep: str, trials: int) -> list[RunConfig]:
 
 
 def _study(fixed: list[str], sweep: str) -> Any:
-    try:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-    except ImportError:
-        raise RecipeError("sampler: optuna: not installed; pip install 'realsr_hpc[sweep]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna = quiet_optuna("optuna")
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     config = compose_one(fixed)
     path = output_root(config) / "sweeps" / sweep / "optuna.journal"
     study = optuna.create_study(

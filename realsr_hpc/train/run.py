@@ -84,7 +84,8 @@ class TrainingRun:
 
         One rank's signal stops all at the same step: the flag is reduced, so that the collective save cannot hang.
         """
-        mine = {"stop": self._stop(), "best": self._is_among_best(), "writing": self._saver.writing}
+        asked = self._stop() or step == self.config.checkpoint.stop_at_step
+        mine = {"stop": asked, "best": self._is_among_best(), "writing": self._saver.writing}
         flags = {name: float(flag) for name, flag in mine.items()}
         agreed = reduce_floats(flags, torch.distributed.group.WORLD, self.parts.groups.device, "max")
         leaving = agreed["stop"] > 0 or step == self.num_steps

@@ -45,7 +45,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     tracker.truncate(state.step)
     while state.step < training.num_steps:
         metrics = state.update(images.batch(state.step))
-        stopping = stop()
+        stopping = stop() or state.step == config.checkpoint.stop_at_step
         if stopping or state.step % training.log_every_steps == 0 or state.step == training.num_steps:
             grid = run_dir / f"grid_{state.step:06d}.png"
             metrics |= state.evaluate(heldout, grid)

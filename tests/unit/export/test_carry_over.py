@@ -1,6 +1,5 @@
 """A policy carried over to other tokenizers keeps its layers, and rows of what both tokenizers know."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -1,0 +1,225 @@
+"""`sampler=asha`: the loop that submits a sweep's runs, watches them come to their rungs, and sends the better ones on.
+
+A rung is a step at which runs leave with a checkpoint (`checkpoint.stop_at_step`). A run that is sent on is resumed, so
+one that reaches its end is bitwise the run that was never paused. OUTPUT_ROOT/sweeps/NAME/asha.json holds which runs
+there are and to which rung each was sent; what they have shown is read from their folders. So a launcher may be killed
+at any moment: runs go on to their rung, and the same launch goes on from what they have left. What to do next is
+decided in halving.py; what is tried, in proposals.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite, nan
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from realsr_hpc.config.load import RecipeError, compose_each, output_root, override
+from realsr_hpc.config.metrics import num_steps
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import read_json, write_atomically
+from realsr_hpc.launch.halving import Move, Trial, next_move, ranking
+from realsr_hpc.launch.proposals import Space
+from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private, run_folder, slurm_queue
+from realsr_hpc.launch.start import Submission
+from realsr_hpc.launch.submit import submit_into
+from realsr_hpc.locks import hold
+from realsr_hpc.tracking import metrics_by_step, recipe_of
+
+POLL_LOCAL_S = 1.0
+POLL_SLURM_S = 5.0
+
+
+@dataclass
+class Sent:
+    """A run of the sweep."""
+
+    overrides: list[str]
+    """What sets it apart from the others."""
+    target: int
+    """The rung, from 0, that it was sent to last."""
+
+
+@dataclass
+class Kept:
+    """asha.json."""
+
+    space: dict[str, list[str]]
+    """`fixed`, `varied`: the sweep's overrides, the same at every launch."""
+    rungs: list[int]
+    keep: int
+    trials: list[Sent] = field(default_factory=list)
+
+
+class Halving:
+    """A sweep by asynchronous successive halving, in its folder."""
+
+    def __init__(self, name: str, space: Space, console: Console) -> None:
+        self.name, self.space, self.console = name, space, console
+        self.root = output_root(space.sample)
+        self.folder = make_private(make_private(self.root / "sweeps") / name)
+        self.slurm = space.sample.cluster.kind == "slurm"
+        self.configs: list[RunConfig] = []
+        self.seen: list[Trial] = []
+        self.interrupted: list[int] = []
+        """Runs that an earlier launch left before their rung."""
+        self.refused: list[Submission] = []
+
+    def run(self, *, follow: bool) -> int:
+        """To the sweep's end; without `follow` only what can be submitted now. 1: a submission was refused."""
+        with hold(self.folder / "asha.lock", f"sweep {self.name}"):
+            self.kept = self._load()
+            self.configs = compose_each([[*self.space.fixed, *sent.overrides] for sent in self.kept.trials])
+            self.interrupted = self._look(range(len(self.configs)))
+            try:
+                while self._send() and follow and self._busy():
+                    self._wait()
+            except KeyboardInterrupt:
+                self._say("left; runs go on to their next rung. Launch the sweep again to go on with it")
+                return 0
+            self._report()
+            return 1 if self.refused else 0
+
+    def _load(self) -> Kept:
+        wanted = Kept({"fixed": self.space.fixed, "varied": self.space.varied}, list(self.space.rungs), self.space.keep)
+        kept = read_json(self.folder / "asha.json", Kept)
+        if kept is None:
+            return wanted
+        for name in ("space", "rungs", "keep"):
+            before, now = getattr(kept, name), getattr(wanted, name)
+            if before != now:
+                raise RecipeError(
+                    f"sweep: {self.name}: was launched with {name} {before}, now {now}; take another sweep="
+                )
+        return kept
+
+    def _look(self, numbers: Sequence[int]) -> list[int]:
+        """See again what these runs have come to; the numbers of those that ended before their rung."""
+        queue, interrupted = self._queue(), []
+        del self.seen[len(self.configs) :]
+        for number in numbers:
+            folder, target = run_folder(self.configs[number]), self.kept.trials[number].target
+            status = current_status(folder, queue)
+            values = self._values(folder, done=status is not None and status.state == "done")
+            busy = status is not None and status.state in ALIVE
+            trial = Trial(target if busy else max(target, len(values) - 1), values, busy)
+            self.seen[number:] = [trial, *self.seen[number + 1 :]]
+            if not busy and len(values) <= target:
+                interrupted.append(number)
+        return interrupted
+
+    def _values(self, folder: Path, *, done: bool) -> tuple[float, ...]:
+        """The metric at the rungs that a run has come to."""
+        steps, values = metrics_by_step(folder), []
+        for step in self.space.rungs:
+            if step not in steps and not done:
+                break
+            values.append(steps.get(step, {}).get(self.space.metric, nan))
+        return tuple(values)
+
+    def _send(self) -> bool:
+        """Fill the free places: with runs that were interrupted, then as halving.py says. False: one was refused."""
+        moves = []
+        while self.interrupted and self._free() > 0:
+            number = self.interrupted.pop(0)
+            self.seen[number] = replace(self.seen[number], busy=True)
+            moves.append(Move(number, self.seen[number].target))
+        while self._free() > 0 and (move := self._next()) is not None:
+            moves.append(move)
+        if not moves:
+            return True
+        for move in moves:
+            self.kept.trials[move.trial or 0].target = move.rung
+        write_atomically(self.folder / "asha.json", json.dumps(asdict(self.kept), indent=1))
+        return self._submit(moves)
+
+    def _next(self) -> Move | None:
+        """The next move, made in what is known of the runs; of a new run with its number."""
+        space = self.space
+        proposal = space.propose([sent.overrides for sent in self.kept.trials], self.seen)
+        move = next_move(
+            self.seen, len(space.rungs), space.keep, highest=space.highest, may_propose=proposal is not None
+        )
+        if move is None:
+            return None
+        if move.trial is None:
+            assert proposal is not None, "halving proposes only where it may"
+            self.kept.trials.append(Sent(proposal, 0))
+            self.configs += compose_each([[*space.fixed, *proposal]])
+            self.seen.append(Trial(0, busy=True))
+            return Move(len(self.seen) - 1, 0)
+        self.seen[move.trial] = replace(self.seen[move.trial], target=move.rung, busy=True)
+        return move
+
+    def _submit(self, moves: list[Move]) -> bool:
+        folders = []
+        for move in moves:
+            number = move.trial or 0
+            config, step = self.configs[number], self.space.rungs[move.rung]
+            folder = run_folder(config)
+            if (folder / "recipe.yaml").exists():  # with the layout that it was resumed on last, say
+                config = recipe_of(folder)
+            stop = "null" if step == num_steps(config) else str(step)
+            folders.append((override(config, [f"checkpoint.stop_at_step={stop}"]), folder))
+            word = "new" if move.rung == 0 else "goes on"
+            self._say(f"{word:8}{folder.name}  {' '.join(self.kept.trials[number].overrides)}  to step {step}")
+        submissions = submit_into(folders, sweep=self.name, varied=self.space.keys)
+        self.refused = [item for item in submissions if item.failed]
+        for item in self.refused:
+            self._say(f"REFUSED {item.run_dir.name}: {item.note}; launch the sweep again to go on")
+        return not self.refused
+
+    def _wait(self) -> None:
+        """Until one of the busy runs has left."""
+        while True:
+            queue = self._queue()
+            left = [
+                number
+                for number in self._busy()
+                if (status := current_status(run_folder(self.configs[number]), queue)) is None
+                or status.state not in ALIVE
+            ]
+            if left:
+                for number in self._look(left):
+                    folder = run_folder(self.configs[number])
+                    status = current_status(folder)
+                    self._say(f"{status.state if status else 'lost':8}{folder.name}: not at its rung; left out for now")
+                return
+            time.sleep(POLL_SLURM_S if self.slurm else POLL_LOCAL_S)
+
+    def _busy(self) -> list[int]:
+        return [number for number, trial in enumerate(self.seen) if trial.busy]
+
+    def _free(self) -> int:
+        return self.space.sample.cluster.runs_at_once - len(self._busy())
+
+    def _queue(self) -> Queue:
+        return slurm_queue() if self.slurm else Queue({})
+
+    def _report(self) -> None:
+        """What every run has shown, best first, and what share of the full sweep's steps that took."""
+        rungs, table, used = self.space.rungs, Table("run", "varied", "state", box=None), 0
+        for step in rungs:
+            table.add_column(f"step {step}", justify="right")
+        order: dict[int, None] = {}
+        for rung in reversed(range(len(rungs))):
+            order |= dict.fromkeys(ranking(self.seen, rung, highest=self.space.highest))
+        for number in [*order, *(number for number in range(len(self.seen)) if number not in order)]:
+            folder, values = run_folder(self.configs[number]), self.seen[number].values
+            status = current_status(folder, self._queue())
+            shown = [f"{value:.4f}" if isfinite(value) else "-" for value in values] + [""] * (len(rungs) - len(values))
+            varied = " ".join(self.kept.trials[number].overrides)
+            table.add_row(folder.name, varied, status.state if status else "", *shown)
+            used += max(metrics_by_step(folder), default=0)
+        self.console.print(table)
+        whole = len(self.seen) * rungs[-1]
+        self._say(f"{self.space.metric}: {used} of {whole} steps, {used / max(whole, 1):.0%} of all runs' whole length")
+        self._say(f"compare: python tools/compare.py sweep={self.name}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,188 @@
+"""What a sweep by successive halving runs: its axes, rungs and metric; the next recipe to try.
+
+Where every axis has listed values, all combinations are tried, each once, in an order drawn from the recipe's seed: a
+grid in its own order would show rungs an ever better, or an ever worse, run. Where one is an interval, Optuna's
+TPE draws; it learns from what runs have shown at their rungs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from typing import Any
+
+from realsr_hpc.config.load import Axis, RecipeError, compose_each, search_space
+from realsr_hpc.config.metrics import best_is_highest, best_metric, measured_every, num_steps
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.halving import Trial, even_rungs
+from realsr_hpc.launch.rundir import run_folder
+
+DRAWN = 27
+"""Recipes that are drawn where `trials` does not say."""
+DRAWS = 20
+"""How often one is drawn that there was before, until no new one is thought to be left."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A sweep: what is fixed, what varies, where runs are measured."""
+
+    fixed: list[str]
+    axes: list[Axis]
+    varied: list[str]
+    """The axes as they were written."""
+    num_trials: int
+    rungs: tuple[int, ...]
+    """Steps; the last is the runs' whole length."""
+    keep: int
+    """One in so many goes on to the next rung."""
+    sample: RunConfig
+    """One of its recipes: what they have in common."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys that vary."""
+        return [axis.key for axis in self.axes]
+
+    @property
+    def metric(self) -> str:
+        """What runs are judged by."""
+        return best_metric(self.sample)
+
+    @property
+    def highest(self) -> bool:
+        """Whether the highest value of it is best."""
+        return best_is_highest(self.sample)
+
+    @cached_property
+    def grid(self) -> list[list[str]] | None:
+        """All combinations in the order in which they are tried; None: they are drawn."""
+        return _grid(self.axes, self.sample.seed)
+
+    def propose(self, tried: Sequence[list[str]], seen: Sequence[Trial]) -> list[str] | None:
+        """Overrides of the next run; None when enough, or all, were tried."""
+        if len(tried) >= self.num_trials:
+            return None
+        if self.grid is not None:
+            return next((overrides for overrides in self.grid if overrides not in tried), None)
+        for attempt in range(DRAWS):
+            if (drawn := self._draw(tried, seen, attempt)) not in tried:
+                return drawn
+        return None
+
+    def _draw(self, tried: Sequence[list[str]], seen: Sequence[Trial], attempt: int) -> list[str]:
+        """What Optuna would try next, seeing every run as it stands now."""
+        from optuna.trial import TrialState, create_trial
+
+        optuna = quiet_optuna("asha")
+        seed = self.sample.seed + len(tried) + 1_000_003 * attempt
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        study = optuna.create_study(direction="maximize" if self.highest else "minimize", sampler=sampler)
+        choices = {axis.key: _distribution(axis) for axis in self.axes}
+        for overrides, trial in zip(tried, seen, strict=True):
+            shown = {step: value for step, value in zip(self.rungs, trial.values, strict=False) if isfinite(value)}
+            state = TrialState.RUNNING if not trial.values else TrialState.PRUNED if shown else TrialState.FAIL
+            value = shown.get(self.rungs[-1])
+            if value is not None:
+                state = TrialState.COMPLETE
+            params = {axis.key: _read(axis, line) for axis, line in zip(self.axes, overrides, strict=True)}
+            study.add_trial(
+                create_trial(state=state, value=value, params=params, distributions=choices, intermediate_values=shown)
+            )
+        drawn = study.ask(choices).params
+        return [f"{axis.key}={drawn[axis.key]}" for axis in self.axes]
+
+
+def read_space(overrides: list[str], trials: str, rungs: str, keep: str) -> Space:
+    """What the command line asks for; RecipeError names the option that does not fit."""
+    fixed, axes = search_space(overrides)
+    if not axes:
+        raise RecipeError("sampler: asha: nothing to choose; give a key several values, or interval(low, high)")
+    kept, count = _count("keep", keep, 2), _count("trials", trials, 1) if trials else 0
+    first = [f"{axis.key}={axis.choices[0] if axis.choices else axis.low}" for axis in axes]
+    [sample] = compose_each([[*fixed, *first]])
+    grid = _grid(axes, sample.seed)
+    field, every = measured_every(sample)
+    if every == 0:
+        raise RecipeError(f"{field}: 0: sampler=asha judges runs by {best_metric(sample)}; set it above 0")
+    total = num_steps(sample)
+    steps = _read_rungs(rungs, total) if rungs else even_rungs(total, kept, every)
+    for step in steps[:-1]:
+        if step % every:
+            near = max(every, round(step / every) * every)
+            raise RecipeError(
+                f"rungs: {step}: {best_metric(sample)} is measured every {every} steps ({field}); take {near}"
+            )
+    if len(steps) < 2:
+        raise RecipeError(
+            f"rungs: {total}: runs of {total} steps have none before their end; write rungs=..., or {field}"
+        )
+    varied = [line for line in overrides if line not in fixed]
+    size = min(count, len(grid)) if count and grid else count or (len(grid) if grid else DRAWN)
+    space = Space(fixed, axes, varied, size, steps, kept, sample)
+    found = recipes(space)
+    if len({run_folder(config) for config in found}) < len(found):
+        raise RecipeError(f"sampler: asha: {', '.join(space.keys)} varies nothing that makes another run; fix it")
+    for config in found:
+        if num_steps(config) != total or measured_every(config) != (field, every) or config.task != sample.task:
+            raise RecipeError("sampler: asha: the number of steps and how often is measured may not vary; fix them")
+        if best_metric(config) != best_metric(sample) or config.output_root != sample.output_root:
+            raise RecipeError("sampler: asha: checkpoint.best_metric and output_root may not vary; fix them")
+    return space
+
+
+def recipes(space: Space) -> list[RunConfig]:
+    """All recipes of a grid that will be tried; where they are drawn, those drawn before anything is known."""
+    tried: list[list[str]] = []
+    while (overrides := space.propose(tried, [Trial(0, busy=True)] * len(tried))) is not None:
+        tried.append(overrides)
+    return compose_each([[*space.fixed, *overrides] for overrides in tried])
+
+
+def quiet_optuna(sampler: str) -> Any:
+    """Optuna, which says nothing; RecipeError where it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise RecipeError(f"sampler: {sampler}: Optuna is not installed; pip install 'realsr_hpc[sweep]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _grid(axes: list[Axis], seed: int) -> list[list[str]] | None:
+    if not all(axis.choices for axis in axes):
+        return None
+    lines = [[f"{axis.key}={value}" for value in axis.choices] for axis in axes]
+    combinations = [list(combination) for combination in itertools.product(*lines)]
+    random.Random(seed).shuffle(combinations)
+    return combinations
+
+
+def _read_rungs(text: str, total: int) -> tuple[int, ...]:
+    words = text.strip("[]").split(",")
+    if not all(word.strip().isdecimal() and 0 < int(word) <= total for word in words):
+        raise RecipeError(f"rungs: {text!r}: write steps from 1 to {total}, such as rungs=4,12")
+    return tuple(sorted({*(int(word) for word in words), total}))
+
+
+def _count(name: str, text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise RecipeError(f"{name}: {text!r} is no number from {least} up")
+    return int(text)
+
+
+def _distribution(axis: Axis) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if axis.choices:
+        return CategoricalDistribution(axis.choices)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
+
+
+def _read(axis: Axis, line: str) -> Any:
+    value = line.partition("=")[2]
+    return value if axis.choices else float(value)
