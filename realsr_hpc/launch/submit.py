@@ -31,11 +31,12 @@ from realsr_hpc.tracking import (
     prepare_store,
     prepare_sweep,
     set_status,
+    sweep_tags,
     write_launch_tags,
     write_place,
 )
 from realsr_hpc.tracking.delivery import brief
-from realsr_hpc.tracking.store import SWEEP_TAG
+from realsr_hpc.tracking.store import SWEEP_TAG, VARIED_TAG
 
 LAUNCH_WAIT_S = 120.0
 logger = logging.getLogger(__name__)
@@ -148,8 +149,9 @@ def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) 
     for item in pending:
         make_private(item.run_dir)
         values = flatten(item.config)
-        named = {"realsr_hpc.varied": " ".join(f"{key}={values[key]}" for key in varied if key in values)}
-        write_launch_tags(item.run_dir, tags | (named if varied else {}))
+        named = {VARIED_TAG: " ".join(f"{key}={values[key]}" for key in varied if key in values)}
+        known = {} if sweep else sweep_tags(item.run_dir)  # a resumed run stays in its sweep
+        write_launch_tags(item.run_dir, tags | known | (named if varied else {}))
         root = output_root(item.config)
         write_place(item.run_dir, Place(str(item.run_dir), str(root), str(project_root())))
         config = item.config.model_copy(update={"output_root": str(root)})

@@ -9,6 +9,7 @@ from realsr_hpc.tracking.store import (
     read_bookmark,
     set_status,
     sweep_of,
+    sweep_tags,
     tracking_uri,
     write_launch_tags,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "recipe_of",
     "set_status",
     "sweep_of",
+    "sweep_tags",
     "sync",
     "tracking_uri",
     "write_launch_tags",

@@ -31,6 +31,7 @@ MAX_PARAM_CHARACTERS = 6000
 """MLflow's limit; what is longer is logged in parts, `key.1`, `key.2`, ..."""
 RUN_TAG = "realsr_hpc.run"
 SWEEP_TAG = "realsr_hpc.sweep"
+VARIED_TAG = "realsr_hpc.varied"
 PARENT_TAG = "mlflow.parentRunId"
 
 
@@ -46,7 +47,16 @@ def write_launch_tags(run_dir: Path, tags: dict[str, str]) -> None:
 
 def sweep_of(run_dir: Path) -> str:
     """The sweep, or chain, that a run was launched in last; empty for a run of its own."""
-    return (read_json(run_dir / LAUNCH_TAGS_NAME, dict[str, str]) or {}).get(SWEEP_TAG, "")
+    return sweep_tags(run_dir).get(SWEEP_TAG, "")
+
+
+def sweep_tags(run_dir: Path) -> dict[str, str]:
+    """Which sweep a run was launched in last, and what varies there."""
+    return {key: value for key, value in _launch_tags(run_dir).items() if key in (SWEEP_TAG, VARIED_TAG)}
+
+
+def _launch_tags(run_dir: Path) -> dict[str, str]:
+    return read_json(run_dir / LAUNCH_TAGS_NAME, dict[str, str]) or {}
 
 
 def prepare_run(config: RunConfig, run_dir: Path) -> str:
@@ -180,7 +190,7 @@ def _create(mlflow: MlflowClient, experiment: str, name: str, tags: dict[str, st
 
 
 def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
-    launched = read_json(run_dir / LAUNCH_TAGS_NAME, dict[str, str]) or {}
+    launched = _launch_tags(run_dir)
     # A parent of another store means nothing here: the sweep's name finds, or makes, this store's.
     parent = {PARENT_TAG: prepare_sweep(config, launched[SWEEP_TAG])} if SWEEP_TAG in launched else {}
     return {

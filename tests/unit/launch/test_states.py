@@ -24,7 +24,7 @@ from realsr_hpc.launch.submit import submit
 from realsr_hpc.launch.verdict import count_requeue
 from realsr_hpc.locks import LockRefused, hold, is_held
 from realsr_hpc.paths import project_root
-from realsr_hpc.tracking import read_progress
+from realsr_hpc.tracking import read_progress, sweep_tags
 
 SLURM = ["recipe=sft_tiny", "cluster.kind=slurm", "data=bundled"]
 HOLDER = (
@@ -66,7 +66,7 @@ def test_a_refused_submission_says_slurms_words_and_leaves_the_run_launchable(tm
 
 def test_a_refused_resume_keeps_the_recipe_that_was(tmp_path, slurm):
     slurm(sbatch="echo Submitted batch job 12", squeue="echo 12 PENDING Resources")
-    [item] = submit([compose([*SLURM, f"output_root={tmp_path / 'runs'}"])])
+    [item] = submit([compose([*SLURM, f"output_root={tmp_path / 'runs'}"])], sweep="many", varied=["seed"])
     before = (item.run_dir / "recipe.yaml").read_text()
     set_state(item.run_dir, "failed", 1, launch=json.loads((item.run_dir / "job.json").read_text())["launch"])
     slurm(sbatch="echo 'sbatch: error: invalid partition specified: nowhere' >&2; exit 1")
@@ -74,6 +74,7 @@ def test_a_refused_resume_keeps_the_recipe_that_was(tmp_path, slurm):
     assert refused.failed and "invalid partition specified: nowhere" in refused.note
     assert (item.run_dir / "recipe.yaml").read_text() == before
     assert (current_status(item.run_dir) or Status("lost")).state == "failed"
+    assert sweep_tags(item.run_dir) == {"realsr_hpc.sweep": "many", "realsr_hpc.varied": "seed=0"}
 
 
 def test_a_sweep_is_split_into_arrays_that_this_slurm_takes(tmp_path, slurm):
