@@ -87,7 +87,9 @@ class TrainingRun:
         asked = self._stop() or step == self.config.checkpoint.stop_at_step
         mine = {"stop": asked, "best": self._is_among_best(), "writing": self._saver.writing}
         flags = {name: float(flag) for name, flag in mine.items()}
-        agreed = reduce_floats(flags, torch.distributed.group.WORLD, self.parts.groups.device, "max")
+        world = torch.distributed.group.WORLD
+        assert world is not None, "the parts of a run exist in a process group only"
+        agreed = reduce_floats(flags, world, self.parts.groups.device, "max")
         leaving = agreed["stop"] > 0 or step == self.num_steps
         due = leaving or agreed["best"] > 0 or step % self.config.checkpoint.every_steps == 0
         began = time.perf_counter()

@@ -68,7 +68,8 @@ class TokenizerTraining:
         torch.manual_seed(config.seed)
         self.config, self.training, self.step = config, config.tokenizer_training, 0
         # convolutions on a CPU are fastest with the channels of a pixel side by side
-        self.tokenizer = ImageTokenizer(config.image_tokenizer).to(memory_format=torch.channels_last)
+        self.tokenizer = ImageTokenizer(config.image_tokenizer)
+        self.tokenizer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # not in torch's types
         self.average = copy.deepcopy(self.tokenizer).requires_grad_(False)
         self.codebook = self.tokenizer.quantize.embedding.weight.requires_grad_(False)
         self.codebook_averages = CodebookAverages(self.codebook, self.training.codebook_decay)

@@ -213,5 +213,5 @@ def descendants(pid: int, *words: str) -> list[psutil.Process]:
 
 def checksums(folder: Path) -> dict[str, str]:
     """Of the weights that a stage left: its last checkpoint, or its export."""
-    paths = [*folder.glob("checkpoints/step-12/*.distcp"), *folder.glob("output/*.safetensors")]
+    paths = [*folder.glob("checkpoints/step-*12/*.distcp"), *folder.glob("output/*.safetensors")]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
