@@ -13,13 +13,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from realsr_hpc.files import read_json
+from realsr_hpc.files import read_json, writable_folder
 
 POLL_S = 0.1
 
@@ -63,7 +63,7 @@ def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
         raise LockRefused(
-            f"{path}: this file system has no locks ({error.strerror}); put the output root on one that has them"
+            f"{path}: this file system has no locks ({error.strerror}); use a folder on one that has them"
         ) from None
     try:
         _sign(path, what)
@@ -72,6 +72,28 @@ def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
         with suppress(OSError):
             _record(path).unlink()
         lock.release()
+
+
+@contextmanager
+def sole_writer(folder: Path, field: str = "output", part: str = "") -> Iterator[None]:
+    """Make a folder for results, and be the only process that writes there until the block ends.
+
+    part: of a folder that several may share (`1-of-4`): one writer each.
+
+    Raises:
+        ValueError: naming the field it was given in, where nothing can be written.
+        LockRefused: naming who writes there.
+    """
+    writable_folder(folder, field)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(folder / f".writing{part and '-'}{part}.lock", f"writing {folder}"))
+        except LockRefused as error:
+            if error.holder is None:
+                raise
+            message = f"{field}={folder}: {error.holder} writes there; wait for it, or name another"
+            raise LockRefused(message, error.holder) from None
+        yield
 
 
 def holder_of(path: Path) -> Holder | None:

@@ -13,7 +13,7 @@ import io
 import locale
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from realsr_hpc import __version__
 
@@ -65,7 +65,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}? " if close else ""
         print(f"unknown command {words[0]!r}; {hint}commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"realsr_hpc.commands.{name.replace('-', '_')}").main(words[1:])
+    return _answered(importlib.import_module(f"realsr_hpc.commands.{name.replace('-', '_')}").main, words)
+
+
+def _answered(command: Callable[[list[str]], int], words: list[str]) -> int:
+    """Run a command; what the system refuses it, and Ctrl-C, are a line and no traceback. 2: refused, 130: Ctrl-C."""
+    try:
+        code = command(words[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is not wanted either
+        return 1
+    except OSError as error:
+        if error.strerror is None:  # not the system's words but a library's
+            raise
+        from realsr_hpc.files import printable
+
+        named = " -> ".join(repr(printable(os.fsdecode(name))) for name in (error.filename, error.filename2) if name)
+        print(f"{words[0]}: {named + ': ' if named else ''}{error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{words[0]}: stopped by Ctrl-C; the same command goes on, or starts again", file=sys.stderr)
+        return 130
 
 
 def _use_utf8() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from realsr_hpc.config.arguments import read_count, read_with_overrides
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.locks import sole_writer
 
 DEFAULTS = {"output": None, "images": "64", "split": "heldout"}
 SHOWN, SHOWN_A_ROW, BATCH = 32, 4, 16
@@ -28,12 +29,13 @@ def main(arguments: list[str]) -> int:
         if not given["output"]:
             raise ValueError("output=DIR is needed")
         output, count = Path(str(given["output"])), read_count(given, "images", 1)
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"output={output}: not empty; name a new folder")
         from realsr_hpc.config.load import compose_one
 
         config = compose_one(overrides)
-        skipped = degrade(config, output, count, str(given["split"]))
+        with sole_writer(output):
+            if any(not path.name.startswith(".") for path in output.iterdir()):
+                raise ValueError(f"output={output}: not empty; name a new folder")
+            skipped = degrade(config, output, count, str(given["split"]))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import resolve
 
 PHOTOGRAPHS = "recipes/assets/photographs"
@@ -25,15 +26,20 @@ def main(arguments: list[str]) -> int:
         steps, seed = read_count(given, "steps", 1), read_count(given, "seed")
         if given["only"] not in (None, "niqe", "ranker", "measure"):
             raise ValueError(f"only={given['only']}: give niqe, ranker or measure, or leave it out for all three")
+        with sole_writer(resolve(str(given["output"]))):
+            _fit(given, steps, seed)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    return 0
+
+
+def _fit(given: dict[str, str | None], steps: int, seed: int) -> None:
     from realsr_hpc.quality.fit import fit_niqe, photographs, train_ranker
     from realsr_hpc.rewards.generation import NIQE_PATH, RANKER_PATH
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     folder, output = resolve(str(given["photographs"])), resolve(str(given["output"]))
-    output.mkdir(parents=True, exist_ok=True)
     train = photographs(folder, "train")
     if given["only"] in (None, "niqe"):
         fit_niqe(train).save(output / Path(NIQE_PATH).name)
@@ -41,7 +47,6 @@ def main(arguments: list[str]) -> int:
         train_ranker(train, num_steps=steps, seed=seed).save(output / Path(RANKER_PATH).name)
     if given["only"] in (None, "measure"):
         print_measures(output, photographs(folder, "heldout"))
-    return 0
 
 
 def print_measures(output: Path, heldout: list) -> None:

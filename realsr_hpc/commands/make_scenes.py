@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import resolve
 
 if TYPE_CHECKING:
@@ -44,20 +45,21 @@ def main(arguments: list[str]) -> int:
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
         counts = {key: read_count(given, key, 0) for key in DEFAULTS if key != "output"}
+        folder = resolve(given["output"])
+        with sole_writer(folder):
+            make(folder, counts)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    make(resolve(given["output"]), counts)
     return 0
 
 
 def make(folder: Path, counts: dict[str, int]) -> None:
-    """Write the folder: the made images, and the manifest of all."""
+    """Write into the folder: the made images, and the manifest of all."""
     from rich.progress import track
 
     from realsr_hpc.data.manifest import read_manifest, write_manifest
 
-    folder.mkdir(parents=True, exist_ok=True)
     photographs = read_manifest(resolve("recipes/assets/photographs/manifest.parquet"))
     shapes = [make_shapes(folder, number) for number in track(range(counts["shapes"]), "shapes")]
     signs = make_signs(folder, photographs.split("train"), counts["signs"], heldout=False)

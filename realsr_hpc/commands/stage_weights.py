@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc.config.arguments import read_with_overrides
-from realsr_hpc.config.weights import SUMS, Need, State, needs_of, read_sums, state
-from realsr_hpc.files import sha256_of
+from realsr_hpc.config.weights import SUMS, Need, State, needs_of, read_listing, read_sums, state
+from realsr_hpc.files import printable, publish, replacing, sha256_of, writable_folder, write_atomically
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import project_root
 
 ACTIONS = {"collect": "", "pack": "", "check": ""}
@@ -82,11 +83,24 @@ def collect(needs: list[Need], source: Path, console: Console) -> None:
     for need in needs:
         origin = found.get(need.path.name)
         if state(need) == "missing" and origin is not None and origin.resolve() != need.path:
-            need.path.parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if origin.is_dir() else shutil.copy2)(origin, need.path)
-            console.print(f"{origin} -> {shown(need.path)}", markup=False)
+            with sole_writer(need.path.parent, f"{need.purpose}: the folder"):
+                copy(origin, need.path)
+            console.print(printable(f"{origin} -> {shown(need.path)}"), markup=False)
     for folder in {need.weights_dir for need in needs if need.weights_dir}:
-        add_sums(folder, [need for need in needs if need.weights_dir == folder])
+        with sole_writer(folder, "weights_dir"):
+            add_sums(folder, [need for need in needs if need.weights_dir == folder])
+
+
+def copy(origin: Path, place: Path) -> None:
+    """A file or folder, whole or not there: what is there has its checksum listed."""
+    if not origin.is_dir():
+        with replacing(place) as aside:
+            shutil.copy2(origin, aside)
+        return
+    aside = place.with_name(f".{place.name}.aside")
+    shutil.rmtree(aside, ignore_errors=True)  # of a copy that was killed
+    shutil.copytree(origin, aside)
+    publish(aside, place)
 
 
 def add_sums(folder: Path, needs: list[Need]) -> None:
@@ -97,7 +111,7 @@ def add_sums(folder: Path, needs: list[Need]) -> None:
             sums |= {path.relative_to(folder).as_posix(): sha256_of(path) for path in need.files()}
     if sums:
         lines = [f"{digest}  {name}" for name, digest in sorted(sums.items())]
-        (folder / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_atomically(folder / SUMS, "\n".join(lines) + "\n")
 
 
 def pack(needs: list[Need], target: Path) -> int:
@@ -109,7 +123,8 @@ def pack(needs: list[Need], target: Path) -> int:
         raise ValueError(f"{outside[0]} lies outside {project_root()}; put it below the project's folder to pack it")
     names = {path.relative_to(project_root()).as_posix(): path for path in sorted(files)}
     sums = "".join(f"{sha256_of(path)}  {name}\n" for name, path in names.items()).encode()
-    with tarfile.open(target, "w") as archive:
+    writable_folder(target.absolute().parent, "pack: the folder")
+    with replacing(target.absolute()) as aside, tarfile.open(aside, "w") as archive:
         for name, path in names.items():
             archive.add(path.resolve(), name)
         entry = tarfile.TarInfo(f"weights/{SUMS}")
@@ -123,9 +138,8 @@ def differing(listing: Path) -> list[str]:
     if not listing.is_file():
         raise ValueError(f"check={listing} does not exist; packing writes weights/{SUMS}")
     faults = []
-    for line in listing.read_text(encoding="utf-8").splitlines():
-        digest, name = line.split(maxsplit=1)
-        path = project_root() / name.lstrip("*")
+    for name, digest in read_listing(listing).items():
+        path = project_root() / name
         if not path.is_file():
             faults.append(f"{name}: missing")
         elif sha256_of(path) != digest:

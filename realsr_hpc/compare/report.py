@@ -14,6 +14,7 @@ from realsr_hpc.compare.groups import Estimate, Group, group_runs
 from realsr_hpc.compare.pictures import image_rows, plot_curves
 from realsr_hpc.compare.runs import Comparison
 from realsr_hpc.config.metrics import lower_is_better
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.tracking.pictures import image_grid
 
 TEMPLATE = "report.html.j2"
@@ -37,8 +38,12 @@ class Table:
 
 
 def write_report(comparison: Comparison, folder: Path, title: str) -> list[Path]:
-    """Write everything into `folder`; the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write everything into `folder`; the files written. ValueError: it cannot be, or another process does."""
+    with sole_writer(folder):
+        return _write(comparison, folder, title)
+
+
+def _write(comparison: Comparison, folder: Path, title: str) -> list[Path]:
     groups = group_runs(comparison)
     comparison.write_csv(folder / "comparison.csv")
     plot_curves(groups, panels(comparison), folder / "curves.png")

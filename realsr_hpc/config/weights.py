@@ -8,6 +8,7 @@ File names and addresses: pyiqa 0.1.15 (`default_model_urls`), torchvision and O
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,10 +156,19 @@ def pyiqa_needs(purpose: str, metrics: list[str], weights_dir: str | None) -> li
 def read_sums(folder: Path) -> dict[str, str]:
     """SHA-256 by path from the folder, from its SHA256SUMS; empty without one."""
     listing = folder / SUMS
-    if not listing.is_file():
-        return {}
-    rows = (line.split(maxsplit=1) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {name.lstrip("*"): expected for expected, name in rows}
+    return read_listing(listing) if listing.is_file() else {}
+
+
+def read_listing(path: Path) -> dict[str, str]:
+    """SHA-256 by name of a file as `sha256sum` writes it. ValueError names the file and the line that is none."""
+    sums = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        row = re.fullmatch(rb"([0-9a-f]{64})[ \t]+\*?(.+)", line.strip())
+        if row is not None:
+            sums[os.fsdecode(row[2])] = row[1].decode()
+        elif line.strip():
+            raise ValueError(f"{path}:{number}: no line of sha256sum; copy the file again, or list the weights anew")
+    return sums
 
 
 def state(need: Need) -> State:

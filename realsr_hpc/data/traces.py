@@ -27,6 +27,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.degradation import Stream, generator
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.files import replacing, sha256_of
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
@@ -51,9 +52,22 @@ def freeze_traces(
     A photograph without captions gives no trace. `shard` (k, n) writes every n-th file only.
 
     Raises:
-        ValueError: if the folder holds files of another recipe.
+        ValueError: if the folder holds files of another recipe or cannot be written, or another process writes this
+            shard.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    with sole_writer(output, part="{}-of-{}".format(*shard)):
+        return _frozen(config, output, num_samples, samples_per_file, device, shard, on_file)
+
+
+def _frozen(
+    config: RunConfig,
+    output: Path,
+    num_samples: int,
+    samples_per_file: int,
+    device: torch.device | None,
+    shard: tuple[int, int],
+    on_file: Callable[[int, int], None],
+) -> int:
     identity = trace_identity(config)
     for path in sorted(output.glob("traces-*.safetensors")):
         _require_same(path, _identity_of(path), identity)

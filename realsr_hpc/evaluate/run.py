@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from realsr_hpc.evaluate.methods import BICUBIC, NO_TRACE, FinishedImages, Metho
 from realsr_hpc.evaluate.metrics import FID, Metrics
 from realsr_hpc.evaluate.report import EvaluationReport
 from realsr_hpc.evaluate.sets import FolderSet
-from realsr_hpc.files import writable_folder, write_atomically
+from realsr_hpc.files import write_atomically
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.records import RestoredImage
 
 INPUT, TRUTH = "input", "truth"
@@ -54,15 +56,28 @@ def evaluate(
     """Score `methods` on `cases` and write `folder`; the report on rank 0, None on the others.
 
     Bicubic has to be among the methods. A case that cannot be read is left out and named. Raises ValueError when a
-    method returns another number of images than it was given, or an image has not its truth's size.
+    method returns another number of images than it was given, an image has not its truth's size, or another process
+    writes there.
     """
     if BICUBIC not in methods:
         raise ValueError(f"methods {', '.join(methods)}: {BICUBIC} is missing; it always stands beside the others")
     for method in methods.values():
         if isinstance(method, FinishedImages):
             method.expect(cases.keys() if isinstance(cases, FolderSet) else [case.key for case in cases])
-    if world.rank == 0:
-        writable_folder(folder, "output")
+    with sole_writer(folder) if world.rank == 0 else nullcontext():
+        return _evaluated(methods, cases, folder, metrics, set_name, remarks, world, batch_size)
+
+
+def _evaluated(
+    methods: Mapping[str, Method],
+    cases: Sequence[Case],
+    folder: Path,
+    metrics: Metrics,
+    set_name: str,
+    remarks: Sequence[str],
+    world: World,
+    batch_size: int,
+) -> EvaluationReport | None:
     if world.rank == 0 and (folder / RECORDS_FILE).exists():
         shutil.rmtree(folder / "images", ignore_errors=True)  # an earlier evaluation's: FID reads whole folders
     world.gather(None)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from realsr_hpc.export.folder import SINGLE, Aside, refuse_existing, weight_files
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -30,15 +31,19 @@ def carry_over(
     """Write `output/model.safetensors`: the weights of the export folder `policy`, its rows those of `new`.
 
     images: what both tokenizers are shown, each at the size of a prompt's image; the more, the more codes are met.
+    ValueError when `output` exists, or the export is damaged.
     """
-    with safe_open(str(policy / "model.safetensors"), framework="pt") as file:
-        names = [key for key in file.keys() if "vqmodel" not in key]  # noqa: SIM118  (not a dict)
-        weights = {key: file.get_tensor(key).float() for key in names}
+    refuse_existing(output)
+    weights = {}
+    for name, path in weight_files(policy).items():
+        if "vqmodel" not in name:
+            with safe_open(path, framework="pt") as file:
+                weights[name] = file.get_tensor(name).float()
     shares = code_shares(old, new, images)
     for name in ROWS:
         weights[name] = _rows(weights[name], old, new, shares)
-    output.mkdir(parents=True, exist_ok=True)
-    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    with Aside(output) as folder:
+        save_file(weights, folder / SINGLE, metadata={"format": "pt"})
 
 
 def code_shares(

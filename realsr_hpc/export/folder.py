@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realsr_hpc.files import publish
+from realsr_hpc.files import publish, writable_folder
+from realsr_hpc.locks import hold
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,26 +26,39 @@ SHARD_BYTES = 10**9
 class Aside:
     """`with Aside(output) as folder:` gives a hidden sibling that becomes `output` when nothing was raised.
 
-    ValueError when `output` exists: an export is never mixed with another.
+    ValueError when `output` exists, or another process is about to write it: an export is never mixed with another.
     """
 
     def __init__(self, output: Path):
         self.output = output
-        self.folder = output.with_name(f".{output.name}.{os.getpid()}")
+        self.folder = output.with_name(f".{output.name}.aside")
+        self._stack = ExitStack()
 
     def __enter__(self) -> Path:
-        if self.output.exists():
-            raise ValueError(f"output={self.output} exists; name a new folder, or remove that one first")
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
+        refuse_existing(self.output)
+        writable_folder(self.output.parent, "the folder of output")
+        lock = self.output.with_name(f".{self.output.name}.lock")
+        with ExitStack() as stack:
+            stack.enter_context(hold(lock, f"writing {self.output}"))
+            stack.callback(lock.unlink, missing_ok=True)
+            refuse_existing(self.output)  # written while we waited for the lock
+            shutil.rmtree(self.folder, ignore_errors=True)  # of one that was killed
+            self.folder.mkdir()
+            self._stack = stack.pop_all()
         return self.folder
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        publish(self.folder, self.output)
+        with self._stack:
+            if kind is None:
+                publish(self.folder, self.output)
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def refuse_existing(output: Path) -> None:
+    """ValueError where a folder to be written is there already: asked before hours of work, and again after."""
+    if output.exists():
+        raise ValueError(f"output={output} exists; name a new folder, or remove that one first")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -18,7 +18,7 @@ from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.export import hf_config
 from realsr_hpc.export.adapter import export_adapter
 from realsr_hpc.export.card import model_card
-from realsr_hpc.export.folder import SHARD_BYTES, Aside, write_json, write_weights
+from realsr_hpc.export.folder import SHARD_BYTES, Aside, refuse_existing, write_json, write_weights
 from realsr_hpc.export.image_weights import encoder_tensors, save_decoder
 from realsr_hpc.export.recipe import portable
 from realsr_hpc.export.text_files import combined, write_text_files
@@ -120,8 +120,9 @@ def export_run(
     """Export a run's newest whole checkpoint (or the one named); returns the checkpoint that was taken.
 
     form: merged, a whole model, or peft, the trained adapters alone. One process, or as many as the recipe's layout
-    wants (torchrun). ValueError when there is no checkpoint.
+    wants (torchrun). ValueError when there is no checkpoint, or `output` exists.
     """
+    refuse_existing(output)
     config = from_yaml(run_dir / "recipe.yaml")
     groups = initialise(layout_here(config), config.seed)
     path = checkpoint_path or checkpoint.resume_path(run_dir / "checkpoints", groups)

@@ -24,7 +24,8 @@ from realsr_hpc.data.manifest import ManifestEntry, write_manifest
 from realsr_hpc.data.naming import without_endings
 from realsr_hpc.data.samples import MIN_PHOTOGRAPH_PX
 from realsr_hpc.data.storage import photograph_sha256, relative_to, stamp
-from realsr_hpc.files import printable, writable_folder, write_atomically
+from realsr_hpc.files import printable, write_atomically
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.prepare.describe import Captioner, ClassTagger, tags_of_captions
 from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
 from realsr_hpc.prepare.journal import Journal
@@ -96,12 +97,24 @@ def prepare(
     photographs never moves the others. `on_photograph` is told how many of how many are examined.
 
     Raises:
-        ValueError: for wrong options, an output that cannot be written, and where no photograph or note is of use.
+        ValueError: for wrong options, an output that cannot be written or that another process prepares (of a shard:
+            the same one), and where no photograph or note is of use.
     """
     options = options or PrepareOptions()
     _check(options)
     items, left_out = find_items(source)
-    writable_folder(output, "output")
+    with sole_writer(output, part="{}-of-{}".format(*options.shard) if options.shard else ""):
+        return _prepared(items, left_out, source, output, options, on_photograph)
+
+
+def _prepared(
+    items: list[Item],
+    left_out: dict[str, str],
+    source: Path,
+    output: Path,
+    options: PrepareOptions,
+    on_photograph: Callable[[int, int], None],
+) -> PrepareReport:
     keys = dict(zip((item.name for item in items), without_endings([item.name for item in items]), strict=True))
     notes = read_notes(options.captions) if options.captions else Notes()
     passed_over = notes.nameless | notes.unused({*keys, *keys.values(), *left_out})

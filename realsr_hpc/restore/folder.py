@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from realsr_hpc.data.decoding import SUFFIXES, BrokenImage, opened
-from realsr_hpc.files import printable, sha256_of, writable_folder, write_atomically
+from realsr_hpc.files import printable, sha256_of, write_atomically
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.restore.pictures import Picture, find_images, read_picture, targets, write_picture
 from realsr_hpc.restore.reasoning import read_reasoning, write_reasoning
 from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_tiles, restore_images
@@ -60,7 +61,8 @@ def restore_folder(
 
     Small images are restored together, a batch of tiles at once; each file is written as soon as it is done.
     Raises ValueError, before anything is written, when there is nothing to read, `output` is the inputs' own folder,
-    cannot be written, or holds results of other settings or other files of the results' names.
+    cannot be written, is written by another process, or holds results of other settings or other files of the results'
+    names.
     """
     root = source if source.is_dir() else source.parent
     if output.resolve() == root.resolve():
@@ -73,7 +75,18 @@ def restore_folder(
         raise ValueError(
             f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))} {told}".strip()
         )
-    places = targets(files, root, output)
+    with sole_writer(output):
+        return _restore_missing(restorer, targets(files, root, output), unread, output, settings, show_progress)
+
+
+def _restore_missing(
+    restorer: Restorer,
+    places: Mapping[Path, Path],
+    unread: dict[str, str],
+    output: Path,
+    settings: RestoreSettings,
+    show_progress: bool,
+) -> RestoreReport:
     done = {file for file, target in places.items() if _is_done(file, target)}
     _claim(output, settings)
     report = RestoreReport(skipped=[str(file) for file in places if file in done], failed=unread)
@@ -149,7 +162,6 @@ def _claim(output: Path, settings: RestoreSettings) -> None:
         differing = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
         was = ", ".join(f"{name}={held.get(name)}" for name in differing)
         raise ValueError(f"output={output} holds results of other settings ({was}); choose an empty folder")
-    writable_folder(output, "output")
     write_atomically(path, json.dumps(wanted, indent=1))
 
 

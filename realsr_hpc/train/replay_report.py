@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from realsr_hpc.files import write_atomically
+from realsr_hpc.locks import sole_writer
 from realsr_hpc.train.replay import Outcome, Replay
 
 
@@ -36,8 +37,12 @@ def verdict(replay: Replay) -> str:
 
 
 def write(replay: Replay, overrides: Sequence[str], folder: Path) -> None:
-    """replay.md, replay.json and replay.png into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """replay.md, replay.json and replay.png into `folder`. ValueError: not writable, or another process writes."""
+    with sole_writer(folder):
+        _write(replay, overrides, folder)
+
+
+def _write(replay: Replay, overrides: Sequence[str], folder: Path) -> None:
     write_atomically(folder / "replay.md", table(replay, overrides))
     content = {
         "step": replay.step.number,

@@ -1,0 +1,107 @@
+"""Where results go: one writer a folder, and what the system refuses is a line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from realsr_hpc import commands
+from realsr_hpc.export.folder import Aside
+from realsr_hpc.locks import LockRefused, hold
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8))
+WRITERS = {
+    "prepare-data": "source={source}",
+    "evaluate": "images={source} against=none set=unpaired data={source} pyiqa=none",
+    "make-scenes": "shapes=1 signs=1 heldout_signs=1 photographs=1",
+    "degrade": "recipe=grpo_tiny images=1",
+    "freeze-traces": "recipe=sft_tiny samples=1",
+    "fit-experts": "only=niqe",
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    (folder := tmp_path / "photographs").mkdir()
+    NOISE.save(folder / "a.png")
+    return folder
+
+
+def words(name: str, source, output) -> list[str]:
+    return [name, *WRITERS[name].format(source=source).split(), f"output={output}"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_second_writer_of_a_folder_is_told_who_writes_there(name, source, tmp_path, capsys):
+    (output := tmp_path / "out").mkdir()
+    part = "-1-of-1" if name == "freeze-traces" else ""
+    with hold(output / f".writing{part}.lock", "writing"):
+        before = sorted(output.iterdir())
+        assert commands.main(words(name, source, output)) == 2
+        assert sorted(output.iterdir()) == before
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert f"output={output}: process {os.getpid()} on {os.uname().nodename} since " in said, said
+
+
+def test_shards_prepare_side_by_side_and_the_same_one_does_not(source, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    with hold(output / ".writing-1-of-2.lock"):
+        assert commands.main(["prepare-data", f"source={source}", f"output={output}", "shard=1/2"]) == 2
+        assert commands.main(["prepare-data", f"source={source}", f"output={output}", "shard=2/2"]) == 0
+
+
+def test_an_export_about_to_be_written_is_another_processs_and_a_killed_ones_rest_is_none(tmp_path):
+    output = tmp_path / "export"
+    with Aside(output) as folder:
+        (folder / "a").write_text("first")
+        with pytest.raises(LockRefused, match=f"process {os.getpid()}"), Aside(output):
+            pass
+        assert (folder / "a").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    with pytest.raises(ValueError, match="exists; name a new folder"), Aside(output):
+        pass
+    program = (
+        f"import os, pathlib, realsr_hpc.export.folder as f; f.Aside(pathlib.Path({str(output) + '2'!r})).__enter__()"
+    )
+    subprocess.run([sys.executable, "-c", f"{program}.joinpath('half').touch(); os._exit(9)"], check=False)
+    assert (tmp_path / ".export2.aside" / "half").exists()
+    with Aside(tmp_path / "export2") as folder:
+        assert not list(folder.iterdir())
+    assert (tmp_path / "export2").is_dir()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_folder_that_cannot_be_made_is_one_line(name, source, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert commands.main(words(name, source, tmp_path / "file" / "out")) == 2
+    said = "".join(capsys.readouterr())
+    assert "Not a directory" in " ".join(said.split()) and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("score input={source} output={file}/x.csv", "score: '{file}/x.csv': Not a directory"),
+        ("prepare-data source={source} output={source}/out captions={source}", "Is a directory"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(command, line, source, tmp_path, capsys):
+    (file := tmp_path / "file").touch()
+    assert commands.main(command.format(source=source, file=file).split()) == 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert line.format(file=file) in said and "Traceback" not in said
+
+
+def test_a_reader_that_has_enough_ends_a_command_without_a_traceback(source):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "realsr_hpc.commands", "score", f"input={source}", "metric=niqe"]
+    answer = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(writing)
+    assert "Traceback" not in answer.stderr and "BrokenPipe" not in answer.stderr, answer.stderr
