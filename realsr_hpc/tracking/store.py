@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from realsr_hpc.config.identity import flatten, signature
 from realsr_hpc.config.load import output_root
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import read_json, write_atomically
+from realsr_hpc.files import parse_json, read_json, write_atomically
 from realsr_hpc.locks import hold
 from realsr_hpc.tracking.database import MAKING_WAIT_S, SQLITE, client, move_artifacts
 from realsr_hpc.tracking.place import read_place
@@ -63,12 +63,17 @@ def prepare_run(config: RunConfig, run_dir: Path) -> str:
     """MLflow run id of `run_dir` in the recipe's store, created with its parameters and tags when there is none.
 
     Safe to call again: the bookmark in the folder, then the run's tag, are looked up first; a run that was deleted
-    there is restored. Any error of MLflow or of the server passes through.
+    there is restored, and has the recipe's description and tags where those changed. MLflow moves no run to another
+    experiment: where `tracking.experiment` changed, it is made again there. Any error of MLflow or of the server passes
+    through.
     """
     uri = tracking_uri(config)
     with hold(run_dir / "mlflow.lock", "opening the MLflow run", MAKING_WAIT_S):
         mlflow, known = client(uri), read_bookmark(run_dir)
-        if known and (run_id := _restored(mlflow, known["run_id"])):
+        run_id = _restored(mlflow, known["run_id"]) if known else None
+        left = run_id if run_id and known and _is_elsewhere(mlflow, run_id, known, config) else None
+        if known and run_id and not left:
+            _retell(mlflow, run_id, known, config, run_dir)
             if known["uri"] != uri:
                 _experiment(mlflow, config)  # the store was moved, and its artifacts with it
                 mlflow.set_tag(run_id, RUN_TAG, str(run_dir))
@@ -77,7 +82,11 @@ def prepare_run(config: RunConfig, run_dir: Path) -> str:
             run_id = _find_run(mlflow, experiment, run_dir)
             run_id = run_id or _create(mlflow, experiment, run_dir.name, _tags(config, run_dir))
             _log_params(mlflow, run_id, config)
-        if known != (bookmark := {"uri": uri, "run_id": run_id}):
+        if left:
+            mlflow.set_tag(left, "realsr_hpc.goes_on_in", f"experiment {config.tracking.experiment}, run {run_id}")
+            mlflow.set_terminated(left, status="KILLED")
+        told = {"experiment": config.tracking.experiment, "told": _told(config)}
+        if known != (bookmark := {"uri": uri, "run_id": run_id, **told}):
             write_atomically(run_dir / BOOKMARK_NAME, json.dumps(bookmark))
     return run_id
 
@@ -100,7 +109,7 @@ def prepare_sweep(config: RunConfig, sweep: str) -> str:
 
 
 def read_bookmark(run_dir: Path) -> dict[str, str] | None:
-    """`uri` and `run_id` of a run folder; None before it has an MLflow run."""
+    """`uri` and `run_id` of a run folder, and what of its recipe MLflow was told; None before it has an MLflow run."""
     known = read_json(run_dir / BOOKMARK_NAME, dict[str, str])
     return known if known and {"uri", "run_id"} <= known.keys() else None
 
@@ -133,6 +142,36 @@ def _restored(mlflow: MlflowClient, run_id: str) -> str | None:
     if mlflow.get_run(run_id).info.lifecycle_stage == "deleted":
         mlflow.restore_run(run_id)
     return run_id
+
+
+def _is_elsewhere(mlflow: MlflowClient, run_id: str, known: dict[str, str], config: RunConfig) -> bool:
+    """Whether the recipe named another experiment when the run was opened last; one renamed in MLflow is none."""
+    before = known.get("experiment")
+    if before is None:  # opened by an earlier version
+        before = mlflow.get_experiment(mlflow.get_run(run_id).info.experiment_id).name
+    return before != config.tracking.experiment
+
+
+def _told(config: RunConfig) -> str:
+    return json.dumps([config.tracking.description, config.tracking.tags])
+
+
+def _retell(mlflow: MlflowClient, run_id: str, known: dict[str, str], config: RunConfig, run_dir: Path) -> None:
+    """Description and tags of the recipe, where they changed since: what people wrote in MLflow stays."""
+    if known.get("told", _told(config)) == _told(config):
+        return
+    try:
+        description, tags = parse_json(known["told"].encode(), tuple[str, dict[str, str]])
+    except ValueError:  # a damaged bookmark: as if nothing had been told
+        description, tags = "", {}
+    new = {name: value for name, value in config.tracking.tags.items() if tags.get(name) != value}
+    if description != config.tracking.description:
+        new["mlflow.note.content"] = config.tracking.description or _describe(config, run_dir)
+    for name, value in new.items():
+        mlflow.set_tag(run_id, name, value)
+    there = mlflow.get_run(run_id).data.tags
+    for name in [name for name in tags if name not in config.tracking.tags and there.get(name) == tags[name]]:
+        mlflow.delete_tag(run_id, name)
 
 
 def _experiment(mlflow: MlflowClient, config: RunConfig) -> str:

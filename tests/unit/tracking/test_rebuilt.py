@@ -131,6 +131,47 @@ def test_another_store_gets_everything_and_the_first_nothing_twice(tmp_path):
     assert (read_bookmark(run_dir) or {})["uri"].endswith("/runs/mlflow.db")
 
 
+def change(run_dir: Path, **tracking) -> None:
+    """What `jobs resume=RUN tracking.field=value` writes, and the job's first delivery after it."""
+    config = recipe_of(run_dir)
+    changed = config.model_copy(update={"tracking": config.tracking.model_copy(update=tracking)})
+    (run_dir / "recipe.yaml").write_text(to_yaml(changed))
+    sync(run_dir)
+
+
+def test_another_experiment_gets_the_whole_run_and_the_first_says_where_it_goes_on(tmp_path):
+    run_dir = make_run(tmp_path / "runs")
+    first = read_bookmark(run_dir) or {}
+    mlflow = client(first["uri"])
+    change(run_dir, experiment="it's another")
+    everything_is_there_once(run_dir)
+    second = read_bookmark(run_dir) or {}
+    run = mlflow.get_run(second["run_id"])
+    assert mlflow.get_experiment(run.info.experiment_id).name == "it's another" and second["run_id"] != first["run_id"]
+    told = mlflow.get_run(first["run_id"]).data.tags["realsr_hpc.goes_on_in"]
+    assert told == f"experiment it's another, run {second['run_id']}"
+    mlflow.rename_experiment(run.info.experiment_id, "renamed in MLflow")
+    sync(run_dir)
+    assert (read_bookmark(run_dir) or {})["run_id"] == second["run_id"]
+
+
+def test_description_and_tags_follow_the_recipe_and_what_people_wrote_stays(tmp_path):
+    run_dir = make_run(tmp_path / "runs")
+    bookmark = read_bookmark(run_dir) or {}
+    mlflow, run_id = client(bookmark["uri"]), bookmark["run_id"]
+    change(run_dir, description="mine", tags={"a": "1", "b": "2"})
+    tags = mlflow.get_run(run_id).data.tags
+    assert (tags["mlflow.note.content"], tags["a"], tags["b"]) == ("mine", "1", "2")
+    mlflow.set_tag(run_id, "mlflow.note.content", "by hand")
+    change(run_dir, tags={"a": "3"})
+    tags = mlflow.get_run(run_id).data.tags
+    assert (tags["mlflow.note.content"], tags["a"], "b" in tags) == ("by hand", "3", False)
+    bookmark["told"] = "damaged"
+    (run_dir / "mlflow.json").write_text(json.dumps(bookmark))
+    change(run_dir, tags={"a": "4"})
+    assert mlflow.get_run(run_id).data.tags["a"] == "4"
+
+
 def open_store(root: Path, name: str) -> None:
     """In a process of its own, as two launchers."""
     config = RunConfig.model_validate({"name": name, "task": "grpo", "output_root": str(root)})
