@@ -25,7 +25,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.notify import notify
-from realsr_hpc.launch.requeue import exclude_this_node, requeue
+from realsr_hpc.launch.requeue import exclude, requeue, this_node
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
     RUN_LOCK,
@@ -50,6 +50,8 @@ from realsr_hpc.launch.verdict import (
     agree,
     count_requeue,
     requeue_was_asked,
+    tell_fit,
+    tell_unfit,
     wait_for_requeue,
 )
 from realsr_hpc.locks import LockRefused, hold
@@ -130,8 +132,9 @@ def _run_attempts(config: RunConfig, run_dir: Path, placement: Placement, stop: 
 
 def _attempt(config: RunConfig, run_dir: Path, placement: Placement, stop: StopFlag) -> Verdict:
     if faults := node_faults(config, run_dir):
-        unfit = Verdict(placement.node_rank, UNHEALTHY, f"node {os.uname().nodename}: {'; '.join(faults)}")
-        return agree(run_dir, placement, unfit, wait_s=0.0)
+        message = f"node {os.uname().nodename}: {'; '.join(faults)}"
+        return tell_unfit(run_dir, placement, Verdict(placement.node_rank, UNHEALTHY, message, unfit=(this_node(),)))
+    tell_fit(run_dir, placement)
     if placement.node_rank == 0 and (message := placement.port_fault()):
         return agree(run_dir, placement, Verdict(0, CRASHED, message), wait_s=0.0)
     if placement.node_rank == 0:
@@ -230,7 +233,7 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
         attempts = count_requeue(run_dir, placement.restarts)
         may_return = attempts <= config.cluster.max_requeues
         if may_return:
-            _send_back(run_dir, placement, code, message)
+            _send_back(run_dir, placement, verdict)
         requeue_was_asked(run_dir, placement)
         if may_return:
             return code
@@ -248,11 +251,12 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
     return code
 
 
-def _send_back(run_dir: Path, placement: Placement, code: int, message: str) -> None:
+def _send_back(run_dir: Path, placement: Placement, verdict: Verdict) -> None:
+    code, message = verdict.code, verdict.message
     _set_state(run_dir, "requeued", code, message)
     if requeue(placement.job_id):
-        if code == UNHEALTHY:
-            exclude_this_node(placement.job_id)
+        if verdict.unfit:
+            exclude(placement.job_id, verdict.unfit, run_dir / "logs" / "exclude.lock")
     else:
         state = "stopped" if code == STOPPED else "failed"
         _set_state(run_dir, state, code, f"{message} requeueing failed: launch it again to go on".strip())

@@ -1,4 +1,4 @@
-"""Asking Slurm for another attempt, for as long as it takes to answer, and keeping that away from an unfit node."""
+"""Asking Slurm for another attempt, for as long as it takes to answer, and keeping that away from unfit nodes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from realsr_hpc.locks import LockRefused, hold
 
 PATIENCE_S = 600.0
 """How long a controller that does not answer is asked again: a restart or a failover takes minutes."""
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
 CALL_S = 120.0
+LOCK_S = 30.0
 FINAL = ("invalid job id", "access/permission denied", "operation is presently disabled", "not requeueable")
 """Answers that asking again does not change."""
 OURS = ("pending", "completing")
@@ -38,24 +43,54 @@ def requeue(job_id: str, patience_s: float = PATIENCE_S, sleep: Callable[[float]
         waited, pause = waited + pause, min(2 * pause, LAST_PAUSE_S)
 
 
-def exclude_this_node(job_id: str) -> None:
-    """Keep the requeued job away from here. Slurm refuses that of a running job, and takes it once it was requeued:
-    then it is pending, and not started again before its processes here, this one among them, have ended."""
-    node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
-    shown = ""
-    for _ in range(20):
-        code, shown = _scontrol("show", "job", "--oneliner", job_id, lower=False)
-        if code == 0:
-            break
-    found = re.search(r"\bExcNodeList=(\S+)", shown)
-    before = "" if found is None or found[1] == "(null)" else f"{found[1]},"
-    for _ in range(20):
-        code, text = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={before}{node}")
-        if code == 0:  # a negative one: the SIGTERM of our own requeue ended the call
-            print(f"{node} is excluded from job {job_id}", flush=True)
+def this_node() -> str:
+    """This node's name as Slurm has it."""
+    return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+
+
+def exclude(job_id: str, nodes: Sequence[str], lock: Path) -> None:
+    """Keep the requeued job away from these nodes, and from those that were excluded before.
+
+    Slurm refuses that of a running job, and takes it once it was requeued: then it is pending, and not started again
+    before its processes, this one among them, have ended. Slurm takes whole lists alone, so that two nodes that add
+    themselves at once would each forget the other: `lock` lets them in one by one.
+    """
+    with ExitStack() as stack:
+        with suppress(LockRefused, OSError):  # better to exclude without a lock than not at all
+            stack.enter_context(hold(lock, f"excluding {', '.join(nodes)}", LOCK_S))
+        before = _asked(lambda: _excluded(job_id))
+        if before is None:
+            print(f"{', '.join(nodes)} not excluded from job {job_id}: scontrol show job does not answer", flush=True)
             return
+        listed = ",".join(dict.fromkeys([*filter(None, before.split(",")), *nodes]))
+        said = _asked(lambda: _update(job_id, listed))
+    print(said or f"{', '.join(nodes)} could not be excluded from job {job_id}", flush=True)
+
+
+def _excluded(job_id: str) -> str | None:
+    """The job's list, empty without one; None when Slurm does not tell."""
+    code, shown = _scontrol("show", "job", "--oneliner", job_id, lower=False)
+    if code != 0:
+        return None
+    found = re.search(r"\bExcNodeList=(\S+)", shown)
+    return "" if found is None or found[1] == "(null)" else found[1]
+
+
+def _update(job_id: str, listed: str) -> str | None:
+    code, text = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={listed}")
+    if code == 0:  # a negative one: the SIGTERM of our own requeue ended the call
+        return f"excluded from job {job_id}: {listed}"
+    print(f"exclude {listed}: {code} {text.strip()}", flush=True)
+    return None
+
+
+def _asked(question: Callable[[], str | None]) -> str | None:
+    """The first answer within some seconds."""
+    for _ in range(20):
+        if (answer := question()) is not None:
+            return answer
         time.sleep(0.25)
-    print(f"{node} could not be excluded from job {job_id}: {text.strip()}", flush=True)
+    return None
 
 
 def _scontrol(*words: str, lower: bool = True) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.environment import Placement
+from realsr_hpc.launch.health import SMI_TIMEOUT_S
 from realsr_hpc.launch.requeue import PATIENCE_S
 from realsr_hpc.tracking import read_progress
 
@@ -24,6 +25,8 @@ REFUSED: another job runs this folder."""
 REQUEUED = (UNHEALTHY, HUNG, CRASHED)
 """Ends that another attempt, perhaps on other nodes, can mend; a rank that raised would raise again."""
 AGREE_S = 20.0
+HEALTH_S = SMI_TIMEOUT_S + 10.0
+"""How long an unfit node waits until the others have looked at themselves, to exclude all that are unfit at once."""
 ASK_S = PATIENCE_S + 60.0
 """How long nodes wait for the one that asks Slurm to requeue the job."""
 _POLL_S = 0.1
@@ -44,6 +47,8 @@ class Verdict:
     """When the rank that decided it wrote its last words: the earlier of two failures is the cause."""
     all_present: bool = False
     """Every node of the attempt spoke, and none has left with its work done: they can go on together."""
+    unfit: tuple[str, ...] = ()
+    """Names of the nodes that are unfit, as Slurm has them; of one node's own verdict: itself."""
 
 
 def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AGREE_S) -> Verdict:
@@ -68,7 +73,32 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
         silent = sorted(set(range(placement.num_nodes)) - {verdict.node for verdict in verdicts})
         verdicts.append(Verdict(present, CRASHED, f"node {silent[0]} of the job is gone; {mine.message}"))
     cause = min(verdicts, key=lambda verdict: (_CAUSES.index(verdict.code), verdict.time_s))
-    return replace(cause, all_present=complete)
+    unfit = tuple(name for verdict in verdicts for name in verdict.unfit)
+    if cause.code == UNHEALTHY:
+        said = "; ".join(verdict.message for verdict in verdicts if verdict.code == UNHEALTHY)
+        cause = replace(cause, message=said)
+    return replace(cause, all_present=complete, unfit=unfit)
+
+
+def tell_unfit(run_dir: Path, placement: Placement, mine: Verdict) -> Verdict:
+    """The verdict of a node that is unfit, together with all others that are: each node looks at itself meanwhile."""
+    if placement.num_nodes == 1:
+        return agree(run_dir, placement, mine)
+    folder, deadline = _folder(run_dir, placement), time.time() + HEALTH_S
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"node-{mine.node}.json", json.dumps(asdict(mine)))
+    while time.time() < deadline and len(_spoken(folder)) + len([*folder.glob("fit-*")]) < placement.num_nodes:
+        time.sleep(_POLL_S)
+    return agree(run_dir, placement, mine, wait_s=0.0)
+
+
+def tell_fit(run_dir: Path, placement: Placement) -> None:
+    """This node has looked at itself and starts its ranks."""
+    if placement.num_nodes > 1:
+        with suppress(OSError):
+            _folder(run_dir, placement).mkdir(parents=True, exist_ok=True)
+            (_folder(run_dir, placement) / f"fit-{placement.node_rank}").touch()
 
 
 def _spoken(folder: Path) -> list[Verdict]:
