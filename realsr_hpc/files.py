@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import threading
@@ -104,24 +105,72 @@ def write_sums(folder: Path, leave_out: Collection[str] = ()) -> None:
     (folder / SUMS_FILE).write_text("".join(f"{sha256_of(path)}  {path.name}\n" for path in files), encoding="utf-8")
 
 
-def check_sums(folder: Path) -> None:
+def check_sums(folder: Path, largest_bytes: float = math.inf) -> None:
     """Compare a folder's files with its `SHA256SUMS`; without one there is nothing to compare.
+
+    largest_bytes: larger files are looked for, not read.
 
     Raises:
         ValueError: naming the first file that is missing or differs.
     """
-    listing = folder / SUMS_FILE
-    if not listing.is_file():
-        return
-    for line in listing.read_bytes().decode("utf-8", "replace").splitlines():
+    for line in _listed(folder):
         row = re.fullmatch(r"([0-9a-f]{64})  ([^/]+)", line)
         if row is None:
-            raise ValueError(f"{listing} is damaged; copy the folder again")
+            raise ValueError(f"{folder / SUMS_FILE} is damaged; copy the folder again")
         path = folder / row[2]
         if not path.is_file():
             raise ValueError(f"{path} is missing, which {SUMS_FILE} lists; copy the folder again")
-        if sha256_of(path) != row[1]:
-            raise ValueError(f"{path} is damaged: it differs from {SUMS_FILE}; copy it again")
+        if path.stat().st_size <= largest_bytes:
+            _compare(path, row[1])
+
+
+def check_listed(path: Path, largest_bytes: float = math.inf) -> None:
+    """Compare one file, unless it is larger, with the `SHA256SUMS` beside it that lists it. ValueError: it differs."""
+    for line in _listed(path.parent):
+        digest, _, name = line.partition("  ")
+        if name == path.name and path.stat().st_size <= largest_bytes:
+            _compare(path, digest)
+
+
+def _listed(folder: Path) -> list[str]:
+    listing = folder / SUMS_FILE
+    return listing.read_bytes().decode("utf-8", "replace").splitlines() if listing.is_file() else []
+
+
+def _compare(path: Path, digest: str) -> None:
+    if sha256_of(path) != digest:
+        raise ValueError(f"{path} is damaged: it differs from {SUMS_FILE}; copy it again")
+
+
+def checksum_of(path: Path) -> Path:
+    """`NAME.sha256`, which lies beside a file and lists it as `sha256sum` does."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+@contextmanager
+def with_checksum(path: Path) -> Iterator[Path]:
+    """As `replacing`, with `NAME.sha256` beside it; a kill in between leaves the file without one, never another's."""
+    checksum_of(path).unlink(missing_ok=True)
+    with replacing(path) as aside:
+        yield aside
+        digest = sha256_of(aside)
+    write_atomically(checksum_of(path), f"{digest}  {path.name}\n")
+
+
+def checksum_fault(path: Path) -> str | None:
+    """Why a file is not the one that its `NAME.sha256` lists; None where it is, or there is no such list."""
+    listing = checksum_of(path)
+    try:
+        words = listing.read_bytes().split()
+    except FileNotFoundError:
+        return None
+    if not words or re.fullmatch(rb"[0-9a-f]{64}", words[0]) is None:
+        return f"{listing} is damaged; copy it again, or remove it to go without"
+    if sha256_of(path).encode() != words[0]:
+        return (
+            f"{path} differs from {listing.name}; copy it again, or remove {listing.name} if it was changed on purpose"
+        )
+    return None
 
 
 def read_json(path: Path, kind: type[T]) -> T | None:

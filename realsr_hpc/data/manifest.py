@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.naming import as_text, from_text
 from realsr_hpc.data.storage import exists, photograph_sha256
-from realsr_hpc.files import replacing
+from realsr_hpc.files import checksum_fault, with_checksum
 from realsr_hpc.records import SceneText
 
 SCHEMA = pa.schema(
@@ -140,11 +140,14 @@ def read_manifest(path: Path | str) -> Manifest:
     """Read and check the table (not the photographs).
 
     Raises:
-        ValueError: if the file is damaged, a column is missing or of another type, or a key occurs twice.
+        ValueError: if the file is not that of its checksum or is damaged, a column is missing or of another type, or a
+            key occurs twice.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"manifest {path} does not exist; make one with tools/prepare_data.py")
+    if fault := checksum_fault(path):
+        raise ValueError(f"manifest: {fault}")
     rows, digest = _read_rows(path)
     if digest not in (None, _digest_of(rows)):
         raise ValueError(f"manifest {path} is damaged: its rows are not those that were written; make it again")
@@ -184,7 +187,7 @@ def _digest_of(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
-    """Write the table, aside and renamed; the same entries give the same rows in the same order.
+    """Write the table and its checksum beside it; the same entries give the same rows in the same order.
 
     Raises:
         ValueError: if a key occurs twice.
@@ -194,7 +197,7 @@ def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
     rows = [{**row, **{name: row[name] and as_text(row[name]) for name in _PATHS}} for row in rows]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     table = table.replace_schema_metadata({_DIGEST: _digest_of(table.to_pylist())})
-    with replacing(Path(path)) as aside:
+    with with_checksum(Path(path)) as aside:
         pq.write_table(table, aside, write_page_checksum=True)
 
 

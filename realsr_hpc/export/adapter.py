@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.export.folder import Aside, as_other_files, write_json
+from realsr_hpc.files import write_sums
 from realsr_hpc.model.lora import whole_tensors
 from realsr_hpc.model.policy import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, Policy
 
@@ -47,5 +48,6 @@ def export_adapter(policy: Policy, config: RunConfig, output: Path, dtype: torch
                     "init_lora_weights": True,
                 },
             )
+            write_sums(folder)
     if dist.is_initialized():
         dist.barrier()

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from realsr_hpc.files import check_listed
 from realsr_hpc.formats.found import Spec, finite
 from realsr_hpc.formats.pickles import read_pickle
 
@@ -65,6 +66,16 @@ def safetensors_specs(path: Path) -> dict[str, Spec]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy it again") from None
     return specs
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one safetensors file, finite, and its notes. ValueError where the file is damaged, or differs from
+    the `SHA256SUMS` beside it."""
+    check_listed(path)
+    tensors = TensorFiles([(path, safetensors_specs(path))])
+    with safe_open(path, framework="pt") as file:
+        notes = file.metadata() or {}
+    return {name: tensors.read(name) for name in tensors.specs}, notes
 
 
 def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:

@@ -15,7 +15,7 @@ from realsr_hpc.config.execution_checks import path_fault
 from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.follow import follow
-from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing
+from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing, unchecked_manifests
 from realsr_hpc.launch.report import print_plan, print_submissions
 from realsr_hpc.launch.submit import prepare, submit
 
@@ -137,6 +137,8 @@ def launch(
     """Submit, say what was submitted, and follow a single run."""
     refuse_what_cannot_fit(configs)
     refuse_what_is_missing(configs)
+    for note in unchecked_manifests(configs):
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     sweep = (options.sweep or _sweep_name(overrides)) if varied else ""
     submissions = submit(configs, sweep=sweep, varied=varied, fresh=options.fresh)
     print_submissions(submissions, console)
@@ -157,6 +159,8 @@ def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
         raise RecipeError(f"prepare: {run_dir}: holds one run, not a sweep of {len(configs)}")
     refuse_what_cannot_fit(configs)
     refuse_what_is_missing(configs)
+    for unchecked in unchecked_manifests(configs):
+        console.print(unchecked, style="yellow", markup=False, highlight=False, soft_wrap=True)
     note = prepare(configs[0], run_dir)
     console.print(f"prepared {run_dir}" + (f" ({note})" if note else ""), markup=False, highlight=False, soft_wrap=True)
     return 0

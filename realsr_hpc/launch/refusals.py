@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import Need, needs_of
+from realsr_hpc.files import check_listed, check_sums, checksum_fault, checksum_of
 from realsr_hpc.paths import resolve
 from realsr_hpc.plan import plan, way_to_fit
+
+READ_AT_LAUNCH_BYTES = 64 * 2**20
+"""Launching answers in about a second: larger files it only looks for."""
 
 
 def refuse_what_is_missing(configs: list[RunConfig]) -> None:
@@ -27,7 +31,7 @@ def refuse_what_is_missing(configs: list[RunConfig]) -> None:
     if absent:
         absent.append("tools/stage_weights.py recipe=NAME lists and checks what a recipe needs")
     else:
-        absent = sorted({fault for config in configs for fault in _manifest_faults(config)})
+        absent = sorted({fault for config in configs for fault in (*_manifest_faults(config), *_damage(config))})
     if absent:
         raise ValueError("\n".join(absent))
 
@@ -39,6 +43,9 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     path, data = resolve(config.data.manifest), config.data
+    if fault := checksum_fault(path):
+        yield f"data.manifest: {fault}"
+        return
     try:
         table = pq.read_table(path, columns=["split", "lq_path", "caption_final"], page_checksum_verification=True)
         splits = table["split"].unique().to_pylist()
@@ -57,6 +64,31 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
     if data.mode == "paired" and table["lq_path"].null_count:
         count = table["lq_path"].null_count
         yield f"data.mode: paired: {count} of {len(table)} photographs of {path} have no partner; take unpaired"
+
+
+def _damage(config: RunConfig) -> Iterator[str]:
+    """Start weights and tokenizers that differ from a `SHA256SUMS` beside them; large files the job compares."""
+    checks = {"text_tokenizer.path": (check_listed, config.text_tokenizer.path)}
+    if config.task != "tokenizer":
+        checks["image_tokenizer.weights"] = (check_listed, config.image_tokenizer.weights)
+        if config.model.weights:
+            checks["model.weights"] = (check_sums, config.model.weights)
+    for field, (check, named) in checks.items():
+        try:
+            check(resolve(named), READ_AT_LAUNCH_BYTES)
+        except (ValueError, OSError) as error:
+            yield f"{field}: {error}"
+
+
+def unchecked_manifests(configs: list[RunConfig]) -> list[str]:
+    """What the user should know of manifests without a checksum: they are taken as they are."""
+    paths = dict.fromkeys(resolve(config.data.manifest) for config in configs)
+    return [
+        f"data.manifest: {path} has no {checksum_of(path).name} beside it: damage to it would go unseen; "
+        "tools/prepare_data.py writes one"
+        for path in paths
+        if path.is_file() and not checksum_of(path).is_file()
+    ]
 
 
 def refuse_what_cannot_fit(configs: list[RunConfig]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors.torch import load_file
 
 from realsr_hpc.config.schema import LoRAConfig, RunConfig
+from realsr_hpc.files import check_sums, parse_json
+from realsr_hpc.formats.tensor_files import read_weights
 from realsr_hpc.model import lora
 from realsr_hpc.model.chunks import Policy, PolicyChunk, WeightShapes
 from realsr_hpc.model.fp8 import start_emulation
@@ -122,16 +123,22 @@ def read_adapters(folder: Path, ours: LoRAConfig) -> dict[str, torch.Tensor]:
     path = folder / PEFT_WEIGHTS
     if not path.is_file() or not (folder / PEFT_CONFIG).is_file():
         raise ValueError(f"model.lora.weights = {folder}: no {PEFT_WEIGHTS} with {PEFT_CONFIG}: name a PEFT folder")
-    theirs = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    try:
+        check_sums(folder)
+        theirs = parse_json((folder / PEFT_CONFIG).read_bytes(), dict[str, Any])
+        tensors, _ = read_weights(path)
+    except ValueError as error:
+        raise ValueError(f"model.lora.weights = {folder}: {error}") from None
     wanted = {"peft_type": "LORA", "r": ours.rank, "lora_alpha": ours.alpha, "bias": "none"}
     wanted |= dict.fromkeys(PEFT_VARIANTS)
-    differing = [f"{name} {theirs[name]!r}" for name, value in wanted.items() if (theirs.get(name) or None) != value]
+    differing = [
+        f"{name} {theirs.get(name)!r}" for name, value in wanted.items() if (theirs.get(name) or None) != value
+    ]
     if differing:
         raise ValueError(
             f"model.lora.weights = {folder}: {PEFT_CONFIG} has {', '.join(differing)}; set model.lora.rank and alpha "
             "to the adapter's; its variants of LoRA, if any, cannot be represented"
         )
-    tensors = load_file(path)
     return {
         name.removeprefix(PEFT_PREFIX).replace("model.language_model.", "model."): tensor
         for name, tensor in tensors.items()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import check_sums
 from realsr_hpc.formats import open_source
 from realsr_hpc.formats.fitting import policy_faults, refuse
 from realsr_hpc.model.chunks import Policy
@@ -16,9 +17,12 @@ from realsr_hpc.vlcot.vocabulary import build_vocabulary
 def load_start_weights(policy: Policy, folder: Path, config: RunConfig) -> None:
     """Fill the local chunks from `folder`, one tensor at a time.
 
-    ValueError naming every setting, tensor and size that is not the recipe's, or a tensor that is not finite.
+    ValueError naming every setting, tensor and size that is not the recipe's, a tensor that is not finite, or a file
+    that differs from the folder's `SHA256SUMS`.
     """
     try:
+        if policy.groups.is_main:  # the others read the same files
+            check_sums(folder)
         found = open_source(folder).policy
     except ValueError as error:
         raise ValueError(f"model.weights = {folder}: {error}") from None

@@ -9,6 +9,8 @@ need smaller ones, so the patch size belongs to the model.
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +44,18 @@ class NIQEModel:
 
     @classmethod
     def load(cls, path: Path) -> NIQEModel:
-        """Read what `save` wrote. Raises ValueError when the file is missing or of another shape."""
+        """Read what `save` wrote. Raises ValueError when the file is missing, damaged or of another shape."""
         if not path.is_file():
             raise ValueError(f"NIQE model {path} not found; make it with `python tools/fit_experts.py only=niqe`")
-        with np.load(path, allow_pickle=False) as held:
-            model = cls(held["mean"], held["covariance"], int(held["patch_px"]), int(held["stride_px"]))
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
+                model = cls(held["mean"], held["covariance"], int(held["patch_px"]), int(held["stride_px"]))
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"NIQE model {path} is damaged ({error}); make it with tools/fit_experts.py") from None
         if model.mean.shape != (NUM_FEATURES,) or model.covariance.shape != (NUM_FEATURES, NUM_FEATURES):
             raise ValueError(f"NIQE model {path} has mean {model.mean.shape}; it must be ({NUM_FEATURES},)")
+        if not (np.isfinite(model.mean).all() and np.isfinite(model.covariance).all()):
+            raise ValueError(f"NIQE model {path} holds NaN or infinite numbers; make it with tools/fit_experts.py")
         return model
 
 

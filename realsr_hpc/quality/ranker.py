@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from realsr_hpc.formats.tensor_files import read_weights
 from realsr_hpc.quality.batching import same_shapes
 
 _MIN_PX = 32
@@ -45,11 +46,15 @@ class Ranker(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Ranker:
-        """Read what `save` wrote. Raises ValueError when the file is missing."""
+        """Read what `save` wrote. Raises ValueError when the file is missing, damaged or no ranker's."""
         if not path.is_file():
             raise ValueError(f"ranker weights {path} not found; make them: `python tools/fit_experts.py only=ranker`")
         ranker = cls()
-        ranker.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
+        weights, _ = read_weights(path)
+        wanted = {name: value.shape for name, value in ranker.state_dict().items()}
+        if {name: value.shape for name, value in weights.items()} != wanted:
+            raise ValueError(f"ranker weights {path} are no ranker's of ours; make them with tools/fit_experts.py")
+        ranker.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         return ranker.eval()
 
     @torch.no_grad()

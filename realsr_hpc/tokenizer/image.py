@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from realsr_hpc.config.schema import ImageTokenizerConfig
 from realsr_hpc.files import replacing
+from realsr_hpc.formats.tensor_files import read_weights
 from realsr_hpc.paths import resolve
 
 FULL_PRECISION_LIMIT_BYTES = 6_000_000
@@ -357,7 +357,7 @@ def weights_path(config: ImageTokenizerConfig) -> Path:
 def load_image_tokenizer(config: ImageTokenizerConfig, device: torch.device | str) -> ImageTokenizer:
     """Frozen float32 tokenizer with the weights of `config.weights`.
 
-    Raises ValueError if the file is missing or was written for another architecture.
+    Raises ValueError if the file is missing, damaged or was written for another architecture.
     """
     path = weights_path(config)
     if not path.is_file():
@@ -365,11 +365,13 @@ def load_image_tokenizer(config: ImageTokenizerConfig, device: torch.device | st
             f"image_tokenizer.weights names {path}, which does not exist: give a file written by "
             "save_image_tokenizer, or train one with recipe=tokenizer_tiny"
         )
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        stored = (file.metadata() or {}).get("image_tokenizer")
-        if stored is not None:
-            _check_written_for(stored, config, path)
-        weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (not a dict)
+    try:
+        weights, notes = read_weights(path)
+    except ValueError as error:
+        raise ValueError(f"image_tokenizer.weights: {error}") from None
+    if "image_tokenizer" in notes:
+        _check_written_for(notes["image_tokenizer"], config, path)
+    weights = {name: value.to(device).float() for name, value in weights.items()}
     tokenizer = ImageTokenizer(config).to(device)
     expected = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
     faults = [k for k in expected.keys() | weights.keys() if k not in weights or weights[k].shape != expected.get(k)]

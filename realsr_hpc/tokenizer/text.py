@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from realsr_hpc.files import replacing
+from realsr_hpc.files import check_listed, replacing
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.whole_file import read_text_tree
 
@@ -35,6 +35,7 @@ class TextTokenizer:
                 f"text_tokenizer.path names {path}, which does not exist: give a tokenizer.json, or train one with "
                 "recipe=tokenizer_tiny"
             )
+        check_listed(path)
         try:
             self._tokenizer = Tokenizer.from_str(json.dumps(read_text_tree(path, text_first)))
         except Exception as error:  # tokenizers raises bare Exceptions

@@ -8,20 +8,24 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from realsr_hpc.config.load import RecipeError, compose
 from realsr_hpc.launch.command import main
+from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.manage import cancel, resume, rows
-from realsr_hpc.launch.requeue import exclude_this_node, requeue
+from realsr_hpc.launch.refusals import refuse_what_is_missing, unchecked_manifests
+from realsr_hpc.launch.requeue import exclude, requeue
 from realsr_hpc.launch.rundir import RUN_LOCK, Job, Status, current_status, make_private, write_job
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.script import setup_lines
 from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.submit import submit
-from realsr_hpc.launch.verdict import count_requeue
+from realsr_hpc.launch.verdict import UNHEALTHY, Verdict, count_requeue, tell_fit, tell_unfit
 from realsr_hpc.locks import LockRefused, hold, is_held
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import read_progress, sweep_tags
@@ -180,11 +184,60 @@ def test_requeueing_is_asked_for_until_slurm_answers(tmp_path, slurm):
     assert not requeue("7", sleep=pauses.append) and pauses == []
 
 
-def test_an_unfit_node_is_added_to_those_excluded_already(tmp_path, slurm, monkeypatch):
-    slurm(scontrol=f"echo $* >> {tmp_path}/asked; echo 'JobId=7 ExcNodeList=n3 NodeList=n1'")
-    monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    exclude_this_node("7")
-    assert (tmp_path / "asked").read_text().splitlines()[-1] == "update JobId=7 ExcNodeList=n3,n1"
+def test_unfit_nodes_that_exclude_themselves_at_once_forget_none(tmp_path, slurm):
+    (held := tmp_path / "held").write_text("n[7-8]")
+    slurm(
+        scontrol=f"""
+        if [ $1 = show ]; then echo "JobId=7 ExcNodeList=$(cat {held}) NodeList=n1"; sleep 0.2
+        else echo "${{3#ExcNodeList=}}" > {held}; fi"""
+    )
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda nodes: exclude("7", nodes, tmp_path / "lock"), [("n1", "n2"), ("n3",), ("n2", "n4")]))
+    listed = held.read_text().strip().split(",")
+    assert listed[0] == "n[7-8]" and sorted(listed[1:]) == ["n1", "n2", "n3", "n4"]
+
+
+def test_a_list_of_excluded_nodes_that_slurm_does_not_tell_is_not_replaced(tmp_path, slurm, monkeypatch, capsys):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    slurm(scontrol=f"echo $* >> {tmp_path}/asked; [ $1 != show ]")
+    exclude("7", ("n1",), tmp_path / "lock")
+    assert "update" not in (tmp_path / "asked").read_text() and "n1 not excluded from job 7" in capsys.readouterr().out
+
+
+def test_the_first_of_several_unfit_nodes_speaks_for_all(tmp_path):
+    placements = [Placement(rank, 4, 1, "127.0.0.1", 1, "7", 0) for rank in range(4)]
+    unfit = {rank: Verdict(rank, UNHEALTHY, f"node n{rank}: no GPU", unfit=(f"n{rank}",)) for rank in (1, 3)}
+
+    def look(rank):
+        time.sleep(0.1 * rank)
+        if rank in unfit:
+            return tell_unfit(tmp_path, placements[rank], unfit[rank])
+        return tell_fit(tmp_path, placements[rank])
+
+    with ThreadPoolExecutor(4) as pool:
+        agreed = [verdict for verdict in pool.map(look, range(4)) if verdict]
+    assert agreed[0] == agreed[1] and agreed[0].node == 1 and agreed[0].unfit == ("n1", "n3")
+    assert agreed[0].message == "node n1: no GPU; node n3: no GPU"
+
+
+def test_launching_compares_a_manifest_with_its_checksum_and_says_where_there_is_none(tmp_path, capsys):
+    bundled = project_root() / "recipes/assets/photographs/manifest.parquet"
+    manifest, beside = tmp_path / "manifest.parquet", tmp_path / "manifest.parquet.sha256"
+    manifest.write_bytes(bundled.read_bytes())
+    config = compose(["recipe=sft_tiny", f"data.manifest={manifest}", f"output_root={tmp_path / 'runs'}"])
+    assert f"has no {beside.name} beside it" in unchecked_manifests([config])[0]
+    refuse_what_is_missing([config])
+    beside.write_bytes(bundled.with_name(beside.name).read_bytes())
+    assert unchecked_manifests([config]) == []
+    refuse_what_is_missing([config])
+    for damage in (manifest.read_bytes()[:-1] + b"\0", b"", manifest.read_bytes()[:1000]):
+        manifest.write_bytes(damage)
+        launch = ["recipe=sft_tiny", f"data.manifest={manifest}", f"output_root={tmp_path / 'runs'}", "follow=false"]
+        assert main(launch) == 2 and not (tmp_path / "runs").exists()
+        assert f"data.manifest: {manifest} differs from {beside.name}; copy it again" in capsys.readouterr().out
+    beside.write_text("")
+    with pytest.raises(ValueError, match=re.escape(f"{beside} is damaged; copy it again, or remove it")):
+        refuse_what_is_missing([config])
 
 
 def test_a_snapshot_is_verified_repaired_and_private(tmp_path):

@@ -208,13 +208,16 @@ def test_an_output_that_cannot_be_written_is_said(tmp_path):
         prepare(tmp_path / "in", tmp_path / "file/out")
 
 
-def test_a_damaged_manifest_is_refused_whatever_is_damaged(tmp_path):
+@pytest.mark.parametrize("beside", [False, True], ids=["without checksum", "with checksum"])
+def test_a_damaged_manifest_is_refused_whatever_is_damaged(tmp_path, beside):
     for seed in range(3):
         save(tmp_path / f"in/{seed}.png", seed)
     path = prepare(tmp_path / "in", tmp_path / "out").manifest
     whole, entries = path.read_bytes(), read_manifest(path).entries
     random = np.random.default_rng(0)
     refused = 0
+    if not beside:
+        path.with_name("manifest.parquet.sha256").unlink()
     for number in range(60):
         damaged = bytearray(whole)
         if number % 3:
@@ -227,7 +230,9 @@ def test_a_damaged_manifest_is_refused_whatever_is_damaged(tmp_path):
         except ValueError as error:
             assert str(path) in str(error)
             refused += 1
-    assert refused > 30
+    assert refused == 60 if beside else refused > 30
+    path.write_bytes(whole)
+    assert read_manifest(path).entries == entries
 
 
 def test_a_caption_that_would_forge_a_trace_is_skipped_in_training(tmp_path):
