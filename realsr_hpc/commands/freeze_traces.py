@@ -32,16 +32,15 @@ def main(arguments: list[str]) -> int:
         from realsr_hpc.config.load import compose_one
 
         config = compose_one(overrides)
-        import torch
-
         from realsr_hpc.data.traces import freeze_traces
+        from realsr_hpc.parallel.backend import named_device
 
         count = freeze_traces(
             config,
             Path(str(given["output"])),
             samples,
             per_file,
-            device=torch.device(str(given["device"])),
+            device=named_device(str(given["device"])),
             shard=(int(k), int(n)),
             on_file=lambda done, total: print(f"\r{done} of {total} files", end="", file=sys.stderr, flush=True),
         )

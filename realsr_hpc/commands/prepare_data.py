@@ -15,6 +15,7 @@ shard=k/n              examine and describe every n-th photograph only, as task 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.degradation import Stream, generator
 from realsr_hpc.data.loader import LQLoader
-from realsr_hpc.files import replacing, sha256_of
+from realsr_hpc.files import parse_json, replacing, sha256_of
 from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
@@ -93,10 +93,17 @@ def trace_identity(config: RunConfig) -> dict[str, Any]:
         "vlcot": config.vlcot.model_dump(mode="json"),
         "degradation": config.degradation.model_dump(mode="json"),
         "windows": [config.data.mode, config.data.train_split, config.data.min_scene_fraction, config.data.hflip],
-        "photographs": sha256_of(resolve(config.data.manifest)),
-        "image_tokenizer": sha256_of(resolve(config.image_tokenizer.weights)),
-        "text_tokenizer": sha256_of(resolve(config.text_tokenizer.path)),
+        "photographs": _digest("data.manifest", config.data.manifest),
+        "image_tokenizer": _digest("image_tokenizer.weights", config.image_tokenizer.weights),
+        "text_tokenizer": _digest("text_tokenizer.path", config.text_tokenizer.path),
     }
+
+
+def _digest(field: str, named: str) -> str:
+    try:
+        return sha256_of(resolve(named))
+    except OSError as error:
+        raise ValueError(f"{field}: {resolve(named)} cannot be read ({error.strerror}); name another") from None
 
 
 class FrozenTraces:
@@ -181,8 +188,14 @@ class TraceLoader:
 
 
 def _identity_of(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["identity"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = parse_json((file.metadata() or {}).get("identity", "").encode(), dict[str, Any])
+            if {"tokens", "starts", "prompts"} <= set(file.keys()) and "seed" in found:
+                return found
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and make it with tools/freeze_traces.py") from None
+    raise ValueError(f"{path} is no file of tools/freeze_traces.py; name a folder of traces alone")
 
 
 def _require_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -36,6 +36,17 @@ def device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if on_cuda() else _CPU
 
 
+def named_device(name: str) -> torch.device:
+    """The device that a user names. ValueError: there is none of that name here."""
+    try:
+        where = torch.device(name)
+        torch.empty(0, device=where)
+        return where
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"device={name} is not to be had here ({told}); name cpu, or cuda on a GPU") from None
+
+
 def dist_backend() -> str:
     """Name of the collective library: `nccl` or `gloo`."""
     return "nccl" if on_cuda() else "gloo"

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from realsr_hpc.parallel.backend import named_device
 from realsr_hpc.prepare.notes import plain
 
 FULL_PX = 512
@@ -108,7 +109,11 @@ def _pipeline(task: str, field: str, folder: Path, device: str) -> Any:
         raise ValueError(f"{field}={folder} holds no config.json: give the folder of a transformers {task} model")
     from transformers import pipeline
 
+    where = named_device(device)
     try:
-        return pipeline(task, model=str(folder), device=device)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{field}={folder} does not load as a transformers {task} model: {error}") from error
+        return pipeline(task, model=str(folder), device=where)
+    except (
+        Exception
+    ) as error:  # what the parts of transformers trip over in a folder that is damaged or of another kind
+        told = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"{field}={folder} does not load as a transformers {task} model: {told}") from None

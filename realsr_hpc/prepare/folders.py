@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -242,7 +243,12 @@ def _examine_all(
 
 
 def _is_whole(row: Mapping[str, Any] | None) -> bool:
-    return row is not None and ("fault" in row or {"width", "height", "sha256", "look"} <= row.keys())
+    """Whether a row is one that `_examine` wrote; a journal may be damaged."""
+    if row is None or isinstance(row.get("fault"), str):
+        return row is not None
+    sizes, digests = [row.get(name) for name in ("width", "height")], [row.get(name) for name in ("sha256", "look")]
+    whole = all(isinstance(size, int) and size > 0 for size in sizes)
+    return whole and all(isinstance(digest, str) and re.fullmatch("[0-9a-f]+", digest) for digest in digests)
 
 
 def _examine(item: Item) -> dict[str, Any]:
@@ -302,10 +308,11 @@ def _described(
     todo = []
     for item in items:
         row = journal.get(item.name, _stamp(item))
-        if row is None:
-            todo.append(item)
+        texts = row.get("texts") if row else None
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            yield item.name, texts
         else:
-            yield item.name, row["texts"]
+            todo.append(item)
     for start in range(0, len(todo), _DESCRIBED_AT_ONCE):
         batch = [
             (item, image) for item in todo[start : start + _DESCRIBED_AT_ONCE] if (image := _decoded(item)) is not None

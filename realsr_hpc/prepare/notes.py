@@ -182,6 +182,8 @@ def _type_fault(name: str, value: Any) -> str | None:
         return f"{name} is {json.dumps(value)[:60]}; give {wanted}"
     if name not in ("path", "lq_path") and printable("".join(texts)) != "".join(texts):
         return f"{name} holds half of a character (a lone surrogate); write it again"
+    if name == "split" and not str(value).isprintable():
+        return f"split is {json.dumps(value)[:60]}; give a word such as train or heldout"
     return None
 
 

@@ -114,14 +114,16 @@ def _tar_items(tar: Path, prefix: str) -> tuple[list[Item], dict[str, str]]:
     """Members of one name up to the first dot of the file name belong together, as WebDataset has it."""
     notes: dict[str, Note] = {}
     remarks: dict[str, list[str]] = defaultdict(list)
-    photographs: list[tuple[str, Member]] = []
+    photographs: dict[str, tuple[str, Member]] = {}
     faults: dict[str, str] = {}
     try:
         for member in tar_members(tar):
             path = PurePosixPath(member.name)
             sample, ending = (path.parent / path.name.split(".")[0]).as_posix(), path.suffix.lower()
             if ending in SUFFIXES and sound_name(member.name.encode("utf-8", "replace").decode()):
-                photographs.append((sample, member))
+                if member.name in photographs:
+                    faults[f"{prefix}{member.name} (the first)"] = "name: the tar holds it again; the last counts"
+                photographs[member.name] = (sample, member)
             elif ending in SUFFIXES:
                 faults[prefix + member.name] = "name: '..', a leading '/' or a control character; re-pack the tar"
             elif ending in UNREAD_SUFFIXES:
@@ -135,7 +137,7 @@ def _tar_items(tar: Path, prefix: str) -> tuple[list[Item], dict[str, str]]:
         faults[prefix.rstrip("/") or tar.name] = f"tar: {error}"
     items = [
         Item(member.path, prefix + member.name, note=notes.get(sample, {}), remarks=tuple(remarks[sample]))
-        for sample, member in photographs
+        for sample, member in photographs.values()
     ]
     return items, faults
 

@@ -58,9 +58,18 @@ def test_another_seed_may_train_on_them_in_its_own_later_order(config, folder):
 
 
 def test_a_folder_with_a_gap_is_refused(config, folder, tmp_path):
-    for path in (sorted(folder.glob("*"))[0], sorted(folder.glob("*"))[2]):
+    for path in (sorted(folder.glob("traces-*"))[0], sorted(folder.glob("traces-*"))[2]):
         (tmp_path / path.name).symlink_to(path)
     with pytest.raises(ValueError, match=r"lacks files \[1\]"):
+        TraceLoader(config, tmp_path, 2)
+
+
+@pytest.mark.parametrize("damage", [b"", b"x" * 50, "cut"])
+def test_a_damaged_file_of_traces_is_named(config, folder, tmp_path, damage):
+    whole = sorted(folder.glob("traces-*"))[0]
+    path = tmp_path / whole.name
+    path.write_bytes(whole.read_bytes()[:-10] if damage == "cut" else damage)
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
         TraceLoader(config, tmp_path, 2)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from realsr_hpc.commands import prepare_data
 from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.manifest import read_manifest, verify
 from realsr_hpc.prepare.folders import PrepareOptions, PrepareReport, prepare
@@ -29,6 +30,7 @@ def told(report: PrepareReport) -> dict[str, str]:
         ({"tags": "house"}, 'tags is "house"; give a list of texts such as'),
         ({"tags": [1]}, "tags is [1]"),
         ({"split": 3}, "split is 3; give a text"),
+        ({"split": "a\nb"}, "give a word such as train or heldout"),
         ({"source": {}}, "source is {}; give a text"),
         ({"caption_final": ["f"]}, 'caption_final is ["f"]'),
         ({"caption_final": FORGED}, "could close a trace"),
@@ -271,3 +273,43 @@ def test_a_bad_second_page_and_noisy_decoders_are_one_line(tmp_path, compression
     assert "broken" in report.faults["pages.tif"] and "good" in [entry.key for entry in report.entries]
     assert capfd.readouterr() == ("", "")
     assert decode_image(tmp_path / "good.png").shape == (40, 60, 3)
+
+
+def test_the_command_names_what_it_leaves_out_and_damaged_journals_are_made_again(tmp_path, capsys):
+    save(tmp_path / "in/a.png")
+    (tmp_path / "in/broken.png").write_bytes(b"no image")
+    words = [f"source={tmp_path / 'in'}", f"output={tmp_path / 'out'}"]
+    assert prepare_data.main(words) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out: {'broken': 1}" in said and "broken.png: broken: of no image format" in said
+    whole = read_manifest(tmp_path / "out/manifest.parquet").entries
+    journal = tmp_path / "out/.prepare/examined.jsonl"
+    row = next(row for row in map(json.loads, filter(None, journal.read_text().splitlines())) if row["name"] == "a.png")
+    for damage in ({"look": "zz"}, {"width": "60"}, {"sha256": None}, {"height": -1}):
+        journal.write_text(json.dumps(row | damage) + "\nnull\n[1]\n")
+        assert prepare_data.main(words) == 1
+        assert read_manifest(tmp_path / "out/manifest.parquet").entries == whole
+
+
+def test_a_member_that_a_tar_holds_twice_is_its_last_and_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for seed in (0, 1):
+            content = save(tmp_path / "x.png", seed).read_bytes()
+            entry = tarfile.TarInfo("x.png")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    report = prepare(tmp_path / "a.tar", tmp_path / "out")
+    assert report.faults == {"x.png (the first)": "name: the tar holds it again; the last counts"}
+    manifest = read_manifest(tmp_path / "out/manifest.parquet")
+    assert (decode_image(manifest.path(manifest.entries[0])) == decode_image(tmp_path / "x.png")).all()
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{", '{"model_type": "no such"}'])
+def test_a_damaged_captioner_and_an_unknown_device_are_one_line(tmp_path, content, capsys):
+    save(tmp_path / "in/a.png")
+    (tmp_path / "config.json").write_text(content)
+    words = [f"source={tmp_path / 'in'}", f"output={tmp_path / 'out'}", f"captioner={tmp_path}"]
+    assert prepare_data.main(words) == 2
+    assert f"captioner={tmp_path} does not load as" in " ".join(capsys.readouterr().out.split())
+    assert prepare_data.main([*words, "device=foo"]) == 2
+    assert "device=foo is not to be had here" in " ".join(capsys.readouterr().out.split())
