@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
         needs = needs_of(compose_one(overrides))
         if actions["collect"]:
             collect(needs, Path(actions["collect"]), console)
-        states = {need: state(need) for need in needs}
+        states: dict[Need, State] = {need: state(need) for need in needs}
         show(states, console)
         faults = [f"{need.path}: {found}" for need, found in states.items() if found != "there"]
         if actions["check"]:

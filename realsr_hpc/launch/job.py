@@ -187,7 +187,9 @@ def watch(
     started = time.time()
     while True:
         codes = {rank: process.poll() for rank, process in ranks.items()}
-        failed = {rank: code for rank, code in codes.items() if code not in (None, DONE, STOPPED)}
+        failed: dict[int, int | None] = {
+            rank: code for rank, code in codes.items() if code not in (None, DONE, STOPPED)
+        }
         if failed:
             end_ranks(ranks)
             rank = _first_to_fail(run_dir, failed)

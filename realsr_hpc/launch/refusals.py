@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import Need, needs_of
@@ -57,7 +58,8 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
         name = getattr(data, field)
         if name not in splits:
             yield f"data.{field}: {name!r}: no photograph of {path} is in it; there are {', '.join(sorted(splits))}"
-    captioned = table.filter(pc.greater(pc.utf8_length(table["caption_final"]), 0))["split"].unique().to_pylist()
+    lengths = pc.call_function("utf8_length", [table["caption_final"]])
+    captioned = table.filter(pc.call_function("greater", [lengths, 0]))["split"].unique().to_pylist()
     if config.task == "sft" and config.sft.traces is None and data.train_split not in captioned:
         remedy = "write them with tools/prepare_data.py captions=FILE or captioner=DIR"
         yield f"data.train_split: {data.train_split!r}: no photograph of {path} has captions, to learn from; {remedy}"
@@ -68,7 +70,9 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
 
 def _damage(config: RunConfig) -> Iterator[str]:
     """Start weights and tokenizers that differ from a `SHA256SUMS` beside them; large files the job compares."""
-    checks = {"text_tokenizer.path": (check_listed, config.text_tokenizer.path)}
+    checks: dict[str, tuple[Callable[[Path, float], None], str]] = {
+        "text_tokenizer.path": (check_listed, config.text_tokenizer.path)
+    }
     if config.task != "tokenizer":
         checks["image_tokenizer.weights"] = (check_listed, config.image_tokenizer.weights)
         if config.model.weights:

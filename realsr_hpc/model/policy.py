@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def build_policy(
     if config.model.lora is not None:
         lora.attach(policy, config.model.lora, config.seed)
         if not meta:
-            policy.base = broadcast_object(base_name(config) if groups.is_main else None, dist.group.WORLD)
+            policy.base = broadcast_object(base_name(config) if groups.is_main else None, dist.group.WORLD)  # type: ignore
             if config.model.lora.weights is not None:
                 lora.load(policy, read_adapters(resolve(config.model.lora.weights), config.model.lora))
     if not trainable:
@@ -81,7 +82,7 @@ def _chunk(config: RunConfig, megatron: TransformerConfig, groups: Groups, padde
     last_index = config.parallel.virtual_pp - 1
     return PolicyChunk(
         config=megatron,
-        transformer_layer_spec=block_spec(
+        transformer_layer_spec=block_spec(  # type: ignore
             layout.layers_per_chunk(config.model, config.parallel), emulated_fp8=emulates_fp8(config.precision)
         ),
         vocab_size=padded,
@@ -90,7 +91,7 @@ def _chunk(config: RunConfig, megatron: TransformerConfig, groups: Groups, padde
         post_process=groups.is_last_stage and index == last_index,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        rotary_base=config.model.rope_theta,
+        rotary_base=config.model.rope_theta,  # type: ignore
         pg_collection=groups.pg_collection,
         vp_stage=index if last_index else None,
     )

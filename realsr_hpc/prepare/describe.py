@@ -111,7 +111,7 @@ def _pipeline(task: str, field: str, folder: Path, device: str) -> Any:
 
     where = named_device(device)
     try:
-        return pipeline(task, model=str(folder), device=where)
+        return pipeline(task, model=str(folder), device=where)  # type: ignore
     except (
         Exception
     ) as error:  # what the parts of transformers trip over in a folder that is damaged or of another kind

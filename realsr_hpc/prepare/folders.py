@@ -229,7 +229,8 @@ def _examine_all(
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """Rows by name, from the journal where it has them, and how many it had."""
     journal = Journal(output / ".prepare", "examined", options.shard)
-    rows = {item.name: row for item in items if _is_whole(row := journal.get(item.name, _stamp(item)))}
+    known = {item.name: journal.get(item.name, _stamp(item)) for item in items}
+    rows = {name: row for name, row in known.items() if row is not None and _is_whole(row)}
     todo = [item for item in items if item.name not in rows]
     reused = len(rows)
     on_photograph(reused, len(items))
@@ -242,10 +243,10 @@ def _examine_all(
     return rows, reused
 
 
-def _is_whole(row: Mapping[str, Any] | None) -> bool:
+def _is_whole(row: Mapping[str, Any]) -> bool:
     """Whether a row is one that `_examine` wrote; a journal may be damaged."""
-    if row is None or isinstance(row.get("fault"), str):
-        return row is not None
+    if isinstance(row.get("fault"), str):
+        return True
     sizes, digests = [row.get(name) for name in ("width", "height")], [row.get(name) for name in ("sha256", "look")]
     whole = all(isinstance(size, int) and size > 0 for size in sizes)
     return whole and all(isinstance(digest, str) and re.fullmatch("[0-9a-f]+", digest) for digest in digests)

@@ -136,7 +136,7 @@ def note_in_tar(content: bytes, ending: str) -> tuple[Note, list[str]]:
         faults.append("some of the three captions; give all of them or none")
     if caption_fault(texts.values()):
         faults.append("marks of a trace taken out of its captions")
-    return note | {name: plain(text) for name, text in texts.items() if plain(text)}, faults
+    return note | {name: plain(text) for name, text in texts.items() if text and plain(text)}, faults
 
 
 def plain(text: str) -> str:

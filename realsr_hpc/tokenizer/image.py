@@ -153,11 +153,11 @@ class Encoder(nn.Module):
             for a, b, attention in zip(widths[:-1], widths[1:], attended, strict=True)
         )
         for level in self.down[:-1]:
-            level.downsample = Downsample(level.channels)
+            level.downsample = Downsample(level.channels)  # type: ignore
         channels = self.down[-1].channels
-        self.mid = Middle(channels)
-        self.norm_out = _norm(channels)
-        self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+        self.mid = Middle(channels)  # type: ignore
+        self.norm_out = _norm(channels)  # type: ignore
+        self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)  # type: ignore
         self.gathers = False
         """The first layers only gather pixels (tokenizer/start.py), which is done without multiplying."""
 
@@ -185,7 +185,7 @@ class Encoder(nn.Module):
         widths = [3 * 4**depth for depth in range(len(self.down) - 1)]
         if any(level.block for level in self.down) or widths[-1] > self.conv_in.out_channels or len(self.down) < 2:
             return
-        layers = [self.conv_in, *(level.downsample.conv for level in self.down[:-2])]
+        layers = [self.conv_in, *(level.downsample.conv for level in self.down[:-2])]  # type: ignore
         wanted = [torch.zeros_like(layer.weight) for layer in layers]
         wanted[0][range(3), range(3), 1, 1] = 1.0
         for weight, width in zip(wanted[1:], widths, strict=False):
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
             Level(a, b, blocks, norm, attention) for a, b, attention in zip(inputs, widths, attended, strict=True)
         )
         for level in self.up[1:]:
-            level.upsample = Upsample(level.channels)
+            level.upsample = Upsample(level.channels)  # type: ignore
         self.norm_out = _norm(widths[0], norm)
         self.conv_out = nn.Conv2d(widths[0], 3 * self.output_shuffle**2, 3, padding=1)
         self.downsample = config.downsample
