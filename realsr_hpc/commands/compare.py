@@ -28,6 +28,10 @@ def main(arguments: list[str]) -> int:
         if bool(options["sweep"]) == bool(options["runs"]):
             raise ValueError("give either sweep=NAME or runs=a,b")
         root = Path(options["root"]).resolve()
+        if not options["uri"] and not (root / "mlflow.db").is_file():
+            raise ValueError(
+                f"root={root} has no mlflow.db: no run was launched there; name root=DIR or uri=MLFLOW_URI"
+            )
         mlflow = connect(options["uri"] or f"sqlite:///{root / 'mlflow.db'}")
         if options["sweep"]:
             runs = find_sweep(mlflow, options["experiment"], options["sweep"])

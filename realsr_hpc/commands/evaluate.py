@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
+
+if TYPE_CHECKING:
+    from realsr_hpc.evaluate.methods import Method
 
 DEFAULTS: dict[str, str | None] = {
     "run": None,
@@ -40,6 +44,8 @@ DEFAULTS: dict[str, str | None] = {
     **RESTORING,
 }
 Given = dict[str, str | None]
+TAKEN = ("input", "truth")
+"""Folders beside those of the methods in a report's `images/`."""
 
 
 def main(arguments: list[str]) -> int:
@@ -78,7 +84,11 @@ def _evaluate(given: Given, count: int, crop_px: int):
         run_dir = checkpoint.parent.parent if checkpoint else None
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     cases, remarks = _cases(given, config, count, upscale)
-    methods = {BICUBIC: Bicubic(upscale), **_others(given, config, checkpoint), **ours}
+    methods = {BICUBIC: Bicubic(upscale)}
+    for name, method in [*_others(given, config, checkpoint), *ours.items()]:
+        if name in methods or name in TAKEN:
+            raise ValueError(f"two methods, or a method and the set's own images, are called {name!r}; rename a folder")
+        methods[name] = method
     names = [name for name in (given["pyiqa"] or "").split(",") if name and name != "none"]
     metrics = Metrics(crop_px=crop_px, rewards=_rewards(config, step), pyiqa=names, weights_dir=given["weights_dir"])
     set_name = given["set"] or ""
@@ -124,24 +134,22 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     return method
 
 
-def _others(given: Given, config: RunConfig | None, checkpoint: Path | None) -> dict:
-    """Methods of `against=`, by name."""
+def _others(given: Given, config: RunConfig | None, checkpoint: Path | None) -> Iterator[tuple[str, Method]]:
+    """Methods of `against=`, each with its name."""
     from realsr_hpc.evaluate import FinishedImages
     from realsr_hpc.restore import find_model, with_sampling
 
-    methods = {}
     for name in (given["against"] or "").split(","):
         folder = Path(name)
         if name == "start":
             if config is not None and checkpoint is not None and config.model.weights is not None:
-                methods["start"] = _restores(given, config, None)
+                yield "start", _restores(given, config, None)
         elif (folder / "checkpoints").is_dir() or (folder / "config.json").is_file():
             kind = "run" if (folder / "checkpoints").is_dir() else "export"
             other, path, _ = find_model({kind: name})
-            methods[folder.name] = _restores(given, with_sampling(other, given), path)
+            yield folder.resolve().name, _restores(given, with_sampling(other, given), path)
         elif name not in ("", "none"):
-            methods[folder.name] = FinishedImages(folder)
-    return methods
+            yield folder.resolve().name, FinishedImages(folder)
 
 
 def _cases(given: Given, config: RunConfig | None, count: int, upscale: int):
@@ -184,4 +192,4 @@ def _world():
     from realsr_hpc.parallel.reduce import gather_objects
 
     groups = initialise(ParallelConfig(), 0)
-    return World(groups.world_rank, groups.world_size, lambda value: gather_objects(value, dist.group.WORLD))
+    return World(groups.world_rank, groups.world_size, lambda value: gather_objects(value, dist.group.WORLD))  # type: ignore

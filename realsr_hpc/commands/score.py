@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from realsr_hpc.config.arguments import read_with_overrides
+from realsr_hpc.files import printable
 
 DEFAULTS = {
     "input": None,
@@ -50,13 +51,15 @@ def find_files(source: Path, given: dict[str, str | None]) -> list[Path]:
     """The images. Raises ValueError without any, and where truth= or lq= lacks one of their names."""
     from realsr_hpc.restore.pictures import find_images
 
-    found, _ = find_images(source, source / ".none")
+    found, unread = find_images(source, source / ".none")
+    for name, why in unread.items():
+        print(printable(f"left out: {name}: {why}"), file=sys.stderr)
     files = [file for file in found if not file.name.endswith(".steps.jpg")]
     if not files:
         raise ValueError(f"input={source}: no images there")
     for field in ("truth", "lq"):
         folder = given[field]
-        missing = [file.name for file in files if folder is not None and not (Path(folder) / file.name).is_file()]
+        missing = [file.name for file in files if folder and not (Path(folder) / file.name).is_file()]
         if missing:
             raise ValueError(f"{field}={folder} has no {', '.join(missing[:3])}; the names must be those of input=")
     return files

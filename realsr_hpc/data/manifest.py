@@ -158,7 +158,8 @@ def read_manifest(path: Path | str) -> Manifest:
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     try:
-        table = pq.read_table(path, page_checksum_verification=True)
+        with path.open("rb") as stream:  # pyarrow opens no name that is not UTF-8
+            table = pq.read_table(stream, page_checksum_verification=True)
         present = [name for name in SCHEMA.names if name in table.column_names]
         absent = [name for name in SCHEMA.names if name not in present and name not in LATER]
         if absent:
@@ -197,8 +198,8 @@ def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
     rows = [{**row, **{name: row[name] and as_text(row[name]) for name in _PATHS}} for row in rows]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     table = table.replace_schema_metadata({_DIGEST: _digest_of(table.to_pylist())})
-    with with_checksum(Path(path)) as aside:
-        pq.write_table(table, aside, write_page_checksum=True)
+    with with_checksum(Path(path)) as aside, aside.open("wb") as stream:
+        pq.write_table(table, stream, write_page_checksum=True)
 
 
 def verify(manifest: Manifest, on_entry: Callable[[], None] = lambda: None) -> VerifyReport:

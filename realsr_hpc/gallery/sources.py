@@ -148,13 +148,13 @@ def _restored(folder: Path, path: Path) -> Entry | None:
         said = (tile["degradation"], tuple(tile["texts"]), tuple(tile["faults"]))
         # Beside the result where it is relative; whoever asks may be in another folder.
         source = path.parent / content.get("input", "")
+        inputs = {"input": source} if source.is_file() else {}
     except _DAMAGED as error:
         _tell(path, error)
         return None
     steps, count = path.with_suffix(".steps.jpg"), len(content["tiles"])
     images = {"final": path.with_suffix(".png")} | ({"steps": steps} if steps.is_file() else {})
     name = "restored" if count == 1 else f"restored in {count} tiles (words of the first)"
-    inputs = {"input": source} if source.is_file() else {}
     return Entry(folder.name, "restored", 0, printable(path.stem), inputs, (Result(name, images, *said),))
 
 

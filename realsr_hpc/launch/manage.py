@@ -145,7 +145,11 @@ def reconcile(root: Path) -> list[str]:
     for run_dir in list_runs(root):
         said, status = read_status(run_dir), current_status(run_dir)
         if said is not None and said.state in ALIVE and status is not None and status.state not in ALIVE:
-            set_state(run_dir, status.state, status.code, status.message, launch=said.launch)
+            try:
+                set_state(run_dir, status.state, status.code, status.message, launch=said.launch)
+            except OSError as error:  # somebody else's run, perhaps; the others are told
+                logger.warning("%s: its end is not written down (%s)", run_dir.name, error.strerror)
+                continue
             try:
                 set_status(run_dir, "KILLED")
             except Exception as error:  # tracking decides nothing; sync_tracking tells it again

@@ -48,7 +48,9 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
         yield f"data.manifest: {fault}"
         return
     try:
-        table = pq.read_table(path, columns=["split", "lq_path", "caption_final"], page_checksum_verification=True)
+        with path.open("rb") as stream:  # pyarrow opens no name that is not UTF-8
+            columns = ["split", "lq_path", "caption_final"]
+            table = pq.read_table(stream, columns=columns, page_checksum_verification=True)
         splits = table["split"].unique().to_pylist()
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
         told = str(error).splitlines()[0]

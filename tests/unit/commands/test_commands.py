@@ -64,12 +64,17 @@ def test_no_command_depends_on_the_locales_encoding(tmp_path):
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))}
     locale = plain | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (folder := tmp_path / "bilder-ü").mkdir()
+    os.mkdir(odd := os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    Image.effect_noise((96, 96), 60).convert("RGB").save(os.path.join(odd, os.fsdecode(b"\xe9.png")))
     Image.effect_noise((96, 96), 60).convert("RGB").save(folder / "é.png")  # of a flat one NIQE knows nothing
     note = "tracking.description=größer"
     for words in (
         ["launch", "recipe=grpo_tiny", note, "resolve=true"],
         ["launch", "recipe=grpo_tiny", note, "plan=true"],
         ["jobs", f"root={folder}"],
+        ["prepare-data", f"source={odd}", f"output={folder / 'prepared'}"],
+        ["score", f"input={odd}", "metric=stripes"],
+        ["make-scenes", f"output={odd}/scenes", "shapes=1", "signs=0", "heldout_signs=0", "photographs=1"],
         ["evaluate", f"images={folder}", "against=none", "set=unpaired", f"data={folder}", "pyiqa=none"],
     ):
         answer = subprocess.run(

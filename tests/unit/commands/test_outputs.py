@@ -105,3 +105,26 @@ def test_a_reader_that_has_enough_ends_a_command_without_a_traceback(source):
     answer = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
     os.close(writing)
     assert "Traceback" not in answer.stderr and "BrokenPipe" not in answer.stderr, answer.stderr
+
+
+def test_methods_of_one_name_are_refused_not_merged(source, tmp_path, capsys):
+    for folder in ("one/swinir", "two/swinir", "truth"):
+        (tmp_path / folder).mkdir(parents=True)
+        NOISE.save(tmp_path / folder / "a.png")
+    words = ["evaluate", "set=unpaired", f"data={source}", "pyiqa=none", f"output={tmp_path / 'out'}"]
+    same = [f"images={tmp_path / 'one/swinir'}", f"against={tmp_path / 'two/swinir'}"]
+    for given, name in ((same, "swinir"), ([f"images={tmp_path / 'truth'}", "against=none"], "truth")):
+        assert commands.main([*words, *given]) == 2
+        assert f"are called '{name}'; rename a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_comparing_where_nothing_ran_makes_no_database(tmp_path, capsys):
+    assert commands.main(["compare", "sweep=x", f"root={tmp_path}"]) == 2
+    assert "has no mlflow.db" in "".join(capsys.readouterr()) and not list(tmp_path.iterdir())
+
+
+def test_score_names_files_of_formats_that_are_not_read(source, capsys):
+    (source / "b.heic").touch()
+    assert commands.main(["score", f"input={source}", "metric=stripes"]) == 0
+    assert "b.heic: format: .heic is not read" in capsys.readouterr().err
