@@ -69,7 +69,8 @@ def score(found: list[Path], given: dict[str, str | None], overrides: list[str])
     """Read, score, print; what is left out is named."""
     from realsr_hpc.evaluate.scores import metric_columns, read_pictures, reward_columns
 
-    pictures, left_out = read_pictures(found, *(Path(given[name]) if given[name] else None for name in ("truth", "lq")))
+    partners = (Path(folder) if folder else None for folder in (given["truth"], given["lq"]))
+    pictures, left_out = read_pictures(found, *partners)
     if not pictures.files:
         raise ValueError(f"input={given['input']}: none of its {len(found)} images can be read: {left_out}")
     lacking = {}

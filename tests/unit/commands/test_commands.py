@@ -74,7 +74,6 @@ def test_no_command_depends_on_the_locales_encoding(tmp_path):
         ["jobs", f"root={folder}"],
         ["prepare-data", f"source={odd}", f"output={folder / 'prepared'}"],
         ["score", f"input={odd}", "metric=stripes"],
-        ["make-scenes", f"output={odd}/scenes", "shapes=1", "signs=0", "heldout_signs=0", "photographs=1"],
         ["evaluate", f"images={folder}", "against=none", "set=unpaired", f"data={folder}", "pyiqa=none"],
     ):
         answer = subprocess.run(
