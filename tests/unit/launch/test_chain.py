@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from realsr_hpc.commands.launch import chained, main
@@ -20,7 +14,6 @@ from realsr_hpc.config.load import RecipeError
 from realsr_hpc.launch.chain import Node, chain_nodes
 from realsr_hpc.paths import project_root
 from tests.slurm.conftest import SMALL
-from tests.slurm.watching import results, state_of, steps_done
 
 SMALL_RUN = [line for line in SMALL if not line.startswith(("recipe=", "cluster.kind", "model.weights"))]
 
@@ -154,64 +147,3 @@ def test_a_chain_on_this_machine_runs_what_is_missing_or_failed(undisturbed):
     assert (links["02-first.export"] / "output" / "config.json").exists()
     again = {name for name, link in links.items() if (link / "status.json").read_text() != states[name]}
     assert again == {"02-first.export", "03-second"}
-
-
-@pytest.mark.timeout(1800)
-def test_a_chain_of_which_each_stage_is_killed_once_ends_with_the_undisturbed_ones_bits(undisturbed, tmp_path):
-    words, calm = undisturbed
-    root = tmp_path / 'a "second" one\'s root'
-    command = [sys.executable, str(project_root() / "tools" / "launch.py"), *words, f"output_root={root}"]
-
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    links = once(lambda: list(root.glob("chains/*/chain.json")) and stages_of(root), launcher)
-    first, export, second = links.values()
-    once(lambda: steps_done(first) >= 2, launcher)
-    next(process for process in of_job(first) if "RANK" in process.environ()).kill()  # the run starts it again in place
-    assert steps_done(first) < 12
-    calls = once(lambda: descendants(launcher.pid, "export-hf", "export_hf"), launcher)
-    launcher.kill()  # what it waits for goes with it
-    launcher.wait()
-    psutil.wait_procs(calls, timeout=60)
-    assert state_of(first) == "done" and state_of(export) == "lost"
-
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    once(lambda: steps_done(second) >= 2, launcher)
-    job = of_job(second)
-    for process in job:  # the whole job at once, as when a machine goes down
-        process.kill()
-    assert launcher.wait() != 0 and state_of(second) == "lost" and 2 <= steps_done(second) < 12
-
-    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
-    for name, link in stages_of(calm).items():
-        assert state_of(links[name]) == "done"
-        assert results(links[name]) == results(link)
-        assert checksums(links[name]) == checksums(link) != {}
-
-
-def once(what, launcher: subprocess.Popen):
-    """What `what` gives when it gives something, while the launcher runs."""
-    while not (found := what()):
-        assert launcher.poll() is None, f"the launcher left with {launcher.returncode}"
-        time.sleep(0.02)
-    return found
-
-
-def of_job(run_dir: Path) -> list[psutil.Process]:
-    """A local run's processes, submitit's controller first."""
-    controller = psutil.Process(int(json.loads((run_dir / "job.json").read_text())["job_id"]))
-    return [controller, *controller.children(recursive=True)]
-
-
-def descendants(pid: int, *words: str) -> list[psutil.Process]:
-    """Processes below `pid` that were started with one of the words."""
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        with suppress(psutil.Error):
-            found += [process] if set(words) & set(process.cmdline()) else []
-    return found
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Of the weights that a stage left: its last checkpoint, or its export."""
-    paths = [*folder.glob("checkpoints/step-*12/*.distcp"), *folder.glob("output/*.safetensors")]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
