@@ -119,7 +119,7 @@ def small_parts(rule: Rule = rising, weight: dict[str, Any] | None = None, **sec
     text = TextTokenizer(resolve(config.text_tokenizer.path))
     codec = TraceCodec(config.vlcot, build_vocabulary(config.vlcot, 64, text.vocab_size), text, 16)
     torch.manual_seed(0)
-    tokens = TraceTokenizer(codec, ImageTokenizer(CODES).eval(), groups.device)
+    tokens = TraceTokenizer(codec, ImageTokenizer(CODES).eval().to(groups.device), groups.device)
     size = codec.vocabulary.size
     policy = build_policy(config, groups, size)
     reference = build_reference(config, policy)

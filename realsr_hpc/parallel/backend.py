@@ -1,9 +1,9 @@
-"""CPU or CUDA: the one place that asks.
+"""CPU, CUDA or another device: the one place that asks.
 
-Megatron-Core 0.16.1 is written for CUDA. On a machine without it, `prepare()` replaces the few `torch.cuda`
+Megatron-Core 0.16.1 is written for CUDA. Where we compute elsewhere, `prepare()` replaces the few `torch.cuda`
 functions that Megatron calls, and `vendor_calls()` rewrites its `device="cuda"` literals for as long as one of
-our calls into Megatron lasts (outside of it nothing is intercepted, so that own hot loops pay nothing). With
-CUDA present neither does anything. Two faults of Megatron's checkpoints of torch's Adam are mended here too.
+our calls into Megatron lasts (outside of it nothing is intercepted, so that own hot loops pay nothing). On
+CUDA neither does anything. Two faults of Megatron's checkpoints of torch's Adam are mended here too.
 """
 
 from __future__ import annotations
@@ -20,19 +20,31 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_named: torch.device | None = None
 _FACTORIES = {
     torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor, torch.arange,
     torch.empty_like, torch.zeros_like, torch.ones_like,
 }  # fmt: skip
 
 
+def compute_on(device: torch.device | None) -> None:
+    """Compute on this device, which is registered with torch, instead of the GPU or the CPU; None: on those again.
+
+    Call it before `groups.initialise`. On the CPU beside a GPU: before `prepare`, in a process that has not used CUDA.
+    """
+    global _named
+    _named = device
+
+
 def on_cuda() -> bool:
-    """True where a CUDA device is usable."""
-    return torch.cuda.is_available()
+    """True where this process computes on a GPU."""
+    return torch.cuda.is_available() if _named is None else _named.type == "cuda"
 
 
 def device(local_rank: int = 0) -> torch.device:
-    """The device of this process: its GPU, or the CPU."""
+    """The device of this process: the one named by `compute_on`, else its GPU, else the CPU."""
+    if _named is not None:
+        return _named
     return torch.device("cuda", local_rank) if on_cuda() else _CPU
 
 
@@ -73,9 +85,9 @@ def has_transformer_engine() -> bool:
 def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
     """`step` as a CUDA graph: a call replays it, reading and writing the memory it was captured with.
 
-    It is run a few times first, as capturing asks. On a CPU there are no graphs: `step` itself.
+    It is run a few times first, as capturing asks. Elsewhere there are no graphs: `step` itself.
     """
-    if where.type == "cpu":
+    if where.type != "cuda":
         return step
     current, beside = torch.cuda.current_stream(where), torch.cuda.Stream(where)
     beside.wait_stream(current)
@@ -94,6 +106,22 @@ def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
     return replay
 
 
+def synchronise(where: torch.device) -> None:
+    """Wait until a GPU has done what it was given; elsewhere everything is done at once."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+def peak_bytes(where: torch.device) -> int:
+    """The most that tensors took on a GPU since the process began; 0 elsewhere."""
+    return torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
+
+
+def name_of(where: torch.device) -> str:
+    """A GPU's product name; elsewhere the device's type."""
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+
+
 def work_seconds(where: torch.device) -> float:
     """A clock for comparing pieces of work: CPU time where the CPU computes, whatever else it does; else wall time."""
     return time.process_time() if where.type == "cpu" else time.perf_counter()
@@ -105,30 +133,30 @@ def _names_cuda(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("cuda")
 
 
-class _CudaLiteralsToCpu(TorchFunctionMode):
-    """`device="cuda"` -> CPU; `Tensor.cuda()` -> itself; `Tensor.type()` -> `torch.cuda.*Tensor`."""
+class _CudaLiteralsToOurs(TorchFunctionMode):
+    """`device="cuda"` -> our device; `Tensor.cuda()` -> `Tensor.to(it)`; `Tensor.type()` -> `torch.cuda.*Tensor`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FACTORIES:
-            kwargs = _on_cpu(kwargs)
+            kwargs = _on_ours(kwargs)
         elif func is torch.Tensor.cuda:
-            return args[0]
+            return args[0].to(device())
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
             name = func(*args)  # Megatron's optimizers compare with 'torch.cuda.FloatTensor'
-            return name if ".cuda." in name else name.replace("torch.", "torch.cuda.", 1)
+            return f"torch.cuda.{name.rpartition('.')[2]}"
         elif func is torch.Tensor.to:
-            kwargs = _on_cpu(kwargs)
-            args = tuple(_CPU if _names_cuda(arg) else arg for arg in args)
+            kwargs = _on_ours(kwargs)
+            args = tuple(device() if _names_cuda(arg) else arg for arg in args)
         return func(*args, **kwargs)
 
 
-def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _on_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
     changed = dict(kwargs)
     named = changed.get("device")
     # an integer device means a CUDA ordinal; bool is excluded by the type of the argument
     if named is not None and (isinstance(named, int) or _names_cuda(named)):
-        changed["device"] = _CPU
+        changed["device"] = device()
     if changed.get("pin_memory"):
         changed["pin_memory"] = False
     return changed
@@ -140,7 +168,7 @@ def vendor_calls() -> Iterator[None]:
     if on_cuda():
         yield
         return
-    with _CudaLiteralsToCpu(), warnings.catch_warnings():
+    with _CudaLiteralsToOurs(), warnings.catch_warnings():
         # what the vendor does passes through this module's mode, so its warnings come out under our name
         warnings.filterwarnings("ignore", module=__name__.replace(".", r"\."))
         yield
@@ -160,7 +188,7 @@ def _replace_cuda_functions() -> None:
     import megatron.core.tensor_parallel.random as vendor_random
 
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = device
     cuda.synchronize = lambda *args, **kwargs: None
     cuda.empty_cache = lambda: None
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
