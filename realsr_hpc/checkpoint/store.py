@@ -189,10 +189,17 @@ def _restore_random_states(path: Path, facts: dict[str, Any], policy: Policy, gr
     if facts["layout"] != layout(groups, policy):
         logger.warning("checkpoint %s was written on %s: unkeyed random states start anew", path, facts["layout"])
         return
-    states = torch.load(path / random_file(groups.world_rank), map_location="cpu", weights_only=True)
+    set_random_states(torch.load(path / random_file(groups.world_rank), map_location="cpu", weights_only=True))
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Take what `random_states` gave; the device's generators only where a device of the same kind gave them."""
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
+    if states["cuda"].shape != torch.cuda.get_rng_state().shape:  # a run goes on where another kind of device began it
+        logger.warning("the checkpoint is of another kind of device: its device's random states start anew")
+        return
     torch.cuda.set_rng_state(states["cuda"])
     get_cuda_rng_tracker().set_states(states["megatron"])
