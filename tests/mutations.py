@@ -28,6 +28,9 @@ EXPERIENCE, RUN, LOSS = "realsr_hpc/train/experience.py", "realsr_hpc/train/run.
 GRPO, BATCHES = "realsr_hpc/train/grpo.py", "realsr_hpc/train/batches.py"
 REPLACED = f"{STEP}groups_that_teach_nothing_are_replaced_by_the_next_images"
 HELD_OUT = f"{STEP}held_out_images_are_sampled_alike_at_every_step_and_unlike_training"
+DEVICE = "tests/second_device/test_second_device.py::test_"
+DECIDES = f"{DEVICE}a_step_decides_the_same"
+WHOLE_RUN = f"{DEVICE}a_run_its_resumption_its_evaluation_and_what_it_restores_are_the_same"
 BEST = f"{STEP}the_best_steps_keep_their_checkpoints"
 
 
@@ -147,6 +150,55 @@ MUTATIONS = (
         "_k3(difference)",
         "tests/unit/grpo/test_loss.py",
     ),
+    Mutation(
+        "device: places in the sampler's cache",
+        "realsr_hpc/rollout/cache.py",
+        "torch.arange(width, device=first.device)",
+        "torch.arange(width)",
+        DECIDES,
+    ),
+    Mutation(
+        "device: ranks of truncated logits",
+        "realsr_hpc/behaviour/distribution.py",
+        "torch.arange(values.shape[-1], device=values.device)",
+        "torch.arange(values.shape[-1])",
+        DECIDES,
+    ),
+    Mutation(
+        "device: places of branched rows",
+        "realsr_hpc/model/attention.py",
+        "torch.arange(row_tokens, device=device)",
+        "torch.arange(row_tokens)",
+        DECIDES,
+    ),
+    Mutation(
+        "device: codes that become rewarded and restored pixels",
+        "realsr_hpc/tokenizer/trace.py",
+        "self.image.decode(part.to(self.device))",
+        "self.image.decode(part)",
+        WHOLE_RUN,
+    ),
+    Mutation(
+        "device: restored pixels that NumPy reads",
+        "realsr_hpc/tokenizer/trace.py",
+        ".movedim(1, -1).cpu()",
+        ".movedim(1, -1)",
+        WHOLE_RUN,
+    ),
+    Mutation(
+        "device: a reference that stays in host memory",
+        "realsr_hpc/model/chunks.py",
+        'torch.device("cpu") if to_host else self.groups.device',
+        'torch.device("cpu")',
+        WHOLE_RUN,
+    ),
+    Mutation(
+        "device: responses of supervised training",
+        "realsr_hpc/train/sft_loss.py",
+        "dtype=torch.long, device=begun.device)",
+        "dtype=torch.long)",
+        f"{DEVICE}supervised_training_and_its_resumption_are_the_same",
+    ),
 )
 
 
@@ -158,6 +210,8 @@ def copied() -> Iterator[Path]:
         for name in ("realsr_hpc", "tests", "recipes"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "photographs"))
         shutil.copy(ROOT / "pyproject.toml", copy)
+        photographs = Path("recipes/assets/photographs")  # large, and nothing of it is changed
+        (copy / photographs).symlink_to(ROOT / photographs)
         yield copy
 
 
