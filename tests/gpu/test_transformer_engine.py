@@ -1,0 +1,39 @@
+"""Transformer Engine's layers hold what the local ones hold: names, shapes and keys in checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.launcher import run_ranks
+from tests.distributed.worlds import VOCAB, tiny_config
+
+pytestmark = pytest.mark.gpu
+Held = dict[str, tuple[Any, ...]]
+
+
+def what_a_policy_holds(transformer_engine: bool) -> tuple[Held, Held]:
+    """Of a policy on the meta device: shapes of its parameters; whole shapes and offsets of its sharded tensors."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from realsr_hpc.model.policy import build_policy
+    from realsr_hpc.parallel import backend
+    from realsr_hpc.parallel.groups import initialise
+
+    if transformer_engine:
+        assert backend.has_transformer_engine(), "the extra `gpu` is not installed"
+    else:
+        backend.has_transformer_engine = lambda: False  # type: ignore[assignment]  # this process is the test's own
+    config = tiny_config(precision={"params": "bf16"})
+    policy = build_policy(config, initialise(config.parallel, 0), VOCAB, meta=True)
+    [chunk] = policy.chunks
+    shapes = {name: tuple(parameter.shape) for name, parameter in chunk.named_parameters()}
+    parts = {name: part for name, part in chunk.sharded_state_dict().items() if isinstance(part, ShardedTensor)}
+    return shapes, {name: (part.key, part.global_shape, part.global_offset) for name, part in parts.items()}
+
+
+def test_names_shapes_and_sharded_keys_are_the_local_layers():
+    [local], [theirs] = run_ranks(1, what_a_policy_holds, False), run_ranks(1, what_a_policy_holds, True)
+    assert len(local[0]) > 20 and len(local[1]) > 20
+    assert theirs == local
