@@ -23,7 +23,15 @@ def on_both(function: Callable[..., Any], *arguments: Any, ranks: int = 1) -> tu
     for folder in [*near, *far]:
         if isinstance(folder, Path):
             folder.mkdir()
-    return run_ranks(ranks, function, *near), run_ranks(ranks, on_far, function, *far)
+    return run_ranks(ranks, on_near, function, *near), run_ranks(ranks, on_far, function, *far)
+
+
+def on_near(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` on the CPU, with the attention kernel that torch takes for the second device."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return function(*arguments)
 
 
 def on_far(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,8 +1,8 @@
 """The same code on a device that is not the host: the same numbers, and no tensor on the wrong side.
 
 What a GPU would refuse is refused here (tests/second_device/far.py), so these tests fail for a tensor that is made
-without its device. Kernels are the CPU's, but torch chooses another one of them for attention: floats agree to
-rounding, whole numbers are equal. Adam's epsilon is large, so that it does not blow rounding up.
+without its device. Kernels are the CPU's: floats agree to rounding, whole numbers are equal. Adam's epsilon is large,
+so that it does not blow rounding up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 
 from tests.second_device.cases import apart, on_both, one_step, train_and_use
 
-TOLERANCE, OF_BF16 = 1e-5, 3e-2
+TOLERANCE, OF_BF16 = 1e-5, 0.1
 SMOOTH = {"epsilon": 0.01}
 
 GUIDED = {
@@ -49,7 +49,7 @@ SMALL = [
     "model.ffn_hidden_size=48",
     "model.weights=null",
     "rollout.grammar=constrained",
-    "rollout.max_new_tokens=200",
+    "rollout.max_new_tokens=540",
     "rollout.lookahead=4",
     "checkpoint.every_steps=1",
     "optim.warmup_steps=0",
