@@ -50,10 +50,11 @@ def resume_path(root: Path, groups: Groups) -> Path | None:
 
     ValueError, on every rank, when there are checkpoints and none of them is whole.
     """
-    found = broadcast_object(manifest.candidates(root) if groups.is_main else None, dist.group.WORLD)
+    world: Any = dist.group.WORLD
+    found = broadcast_object(manifest.candidates(root) if groups.is_main else None, world)
     for folder in found:
         mine = next(manifest.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
-        wrong = [fault for fault in gather_objects(mine, dist.group.WORLD) if fault]
+        wrong = [fault for fault in gather_objects(mine, world) if fault]
         if not wrong:
             return folder
         if groups.is_main:
@@ -176,12 +177,13 @@ def random_file(rank: int) -> str:
 def random_states() -> dict[str, Any]:
     """Every generator of this process, as tensors, numbers and tuples: what `weights_only` loading takes."""
     kind, keys, *rest = np.random.get_state()
+    tracker: Any = get_cuda_rng_tracker()
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
-        "megatron": get_cuda_rng_tracker().get_states(),
+        "megatron": tracker.get_states(),
     }
 
 
@@ -202,4 +204,5 @@ def set_random_states(states: dict[str, Any]) -> None:
         logger.warning("the checkpoint is of another kind of device: its device's random states start anew")
         return
     torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["megatron"])
+    tracker: Any = get_cuda_rng_tracker()
+    tracker.set_states(states["megatron"])

@@ -173,11 +173,12 @@ def numbers(size: Size, target: Path) -> None:
     scored = [values for values in logprobs_of(policy, microbatches, allowed) if values is not None]
     optimiser = Optimiser(policy, config, total_steps=1)
     optimiser.backward(microbatches, loss_fn, outputs := [])
-    gradients = local_to_hf(policy, lambda parameter: parameter.main_grad)
+    part: Any = lambda parameter: parameter.main_grad  # noqa: E731  (Megatron's attribute)
+    gradients = local_to_hf(policy, part)
     arrays = {f"gradient/{name}": grad.float().cpu().numpy() for name, grad in gradients.items() if grad is not None}
     arrays["logprobs"] = torch.cat(scored).cpu().numpy()
     arrays["loss"] = np.array(sum(float(output["sft/loss/mean"]) for output in outputs))
-    np.savez(target, **arrays)
+    np.savez(target, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def parity(size: Size, folder: Path, on_cpu: Callable[[], None]) -> list[Figure]:
