@@ -22,7 +22,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from realsr_hpc.behaviour.distribution import guided, project, restricted, unpack_support
+from realsr_hpc.behaviour.distribution import guided, penalty_of, project, restricted, unpack_support
 
 
 class TokenScores(NamedTuple):
@@ -67,12 +67,17 @@ class _Inputs(NamedTuple):
             return logits
         return guided(logits, project(self.unconditional[rows], self.weight), self.cfg_scale[rows])
 
-    def behaviour(self, logits: Tensor, rows: slice, first_id: int) -> Tensor:
-        """Restricted and tempered logits of a chunk, [c, V/tp]."""
+    def masks(self, first_id: int, dtype: torch.dtype) -> Tensor:
+        """What is allowed on this shard, [M, V/tp]; where there is one mask, as the penalty that is faster to add."""
+        allowed = self.mask_table[:, first_id : first_id + len(self.weight)]
+        return penalty_of(allowed, dtype) if len(allowed) == 1 else allowed
+
+    def behaviour(self, logits: Tensor, rows: slice, masks: Tensor, first_id: int, *, overwrite: bool) -> Tensor:
+        """Restricted and tempered logits of a chunk, [c, V/tp]; overwrite: in the memory of `logits`."""
         stop = first_id + len(self.weight)
         support = None if self.support is None else unpack_support(self.support[rows], first_id, stop)
-        allowed = self.mask_table[:, first_id:stop][self.mask_ids[rows]]
-        return restricted(logits, allowed, self.temperature[rows], support)
+        allowed = masks if len(masks) == 1 else masks[self.mask_ids[rows]]
+        return restricted(logits, allowed, self.temperature[rows], support, overwrite=overwrite)
 
     def local_targets(self, rows: slice, first_id: int) -> tuple[Tensor, Tensor]:
         """Column of the target in this shard (0 where another shard owns it) [c, 1], and whether it is ours [c, 1]."""
@@ -89,10 +94,11 @@ class _Partial(NamedTuple):
     weighted: Tensor
 
 
-def _partial_softmax(values: Tensor, with_weighted: bool) -> _Partial:
+def _partial_softmax(values: Tensor, *, with_weighted: bool = False, overwrite: bool = False) -> _Partial:
     shift = values.amax(-1)
     # A shard with nothing allowed has shift -inf; its exponentials must be 0, not NaN.
-    exponential = (values - shift.clamp_min(torch.finfo(values.dtype).min)[:, None]).exp_()
+    finite = shift.clamp_min(torch.finfo(values.dtype).min)[:, None]
+    exponential = (values.sub_(finite) if overwrite else values - finite).exp_()
     weighted = torch.zeros_like(shift)
     if with_weighted:
         weighted = (exponential * values.masked_fill(values == -torch.inf, 0.0)).sum(-1)
@@ -125,15 +131,17 @@ class _Score(torch.autograd.Function):
     def forward(ctx, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         inputs = _Inputs(*tensors)  # type: ignore[arg-type]
         behaviour, raw, chosen = [], [], []
+        masks = inputs.masks(options.first_id, torch.promote_types(inputs.weight.dtype, torch.float32))
         for rows in _chunks(len(inputs.hidden), options.chunk_tokens):
             logits = inputs.logits(rows)  # [c, V/tp], the largest tensor; only sums over it [c] outlive the loop
             if options.with_logsumexp:
-                raw.append(_partial_softmax(logits, with_weighted=False))
-            values = inputs.behaviour(logits, rows, options.first_id)
-            behaviour.append(_partial_softmax(values, options.with_entropy))
+                raw.append(_partial_softmax(logits))
+            values = inputs.behaviour(logits, rows, masks, options.first_id, overwrite=True)
             column, ours = inputs.local_targets(rows, options.first_id)
             # The target's owner contributes its value, the other shards -inf: a maximum keeps -inf (not allowed) too.
             chosen.append(values.gather(-1, column).masked_fill(~ours, -torch.inf)[:, 0])
+            weighted = options.with_entropy
+            behaviour.append(_partial_softmax(values, with_weighted=weighted, overwrite=not weighted))
         shift, log_total, mean = _combine(_joined(behaviour), options.group)  # [n] each, over the whole vocabulary
         target = torch.cat(chosen)
         if options.group is not None:
@@ -144,24 +152,22 @@ class _Score(torch.autograd.Function):
             raw_shift, raw_log_total, _ = _combine(_joined(raw), options.group)
             logsumexp = raw_shift + raw_log_total
         ctx.options = options
-        ctx.save_for_backward(*tensors, shift + log_total, entropy, logsumexp)
+        ctx.save_for_backward(*tensors, masks, shift + log_total, entropy, logsumexp)
         # Difference first: a row with one allowed token has target = shift and log_total = 0, hence exactly 0.
         return (target - shift) - log_total, entropy, logsumexp
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, normaliser, entropy, logsumexp = ctx.saved_tensors
+        *tensors, masks, normaliser, entropy, logsumexp = ctx.saved_tensors
         inputs, options = _Inputs(*tensors), ctx.options
         grad_hidden = torch.empty_like(inputs.hidden)  # [n, H], this shard's part
         # Chunks are summed in at least float32: bf16 would lose all but the first.
         grad_weight = torch.zeros_like(inputs.weight, dtype=normaliser.dtype) if ctx.needs_input_grad[2] else None
         grad_unconditional = None if inputs.unconditional is None else torch.empty_like(inputs.unconditional)
         for rows in _chunks(len(inputs.hidden), options.chunk_tokens):
-            logits = inputs.logits(rows)
             grads = [grad[rows, None] for grad in grad_outputs]
-            grad_logits = _grad_logits(
-                inputs, options, rows, logits, grads, normaliser[rows, None], entropy[rows, None], logsumexp[rows, None]
-            )
+            saved = [column[rows, None] for column in (normaliser, entropy, logsumexp)]
+            grad_logits = _grad_logits(inputs, options, rows, masks, grads, saved)
             conditional = grad_logits  # [c, V/tp]
             if grad_unconditional is not None and inputs.unconditional is not None and inputs.cfg_scale is not None:
                 # guided = u + s (c - u): s of the gradient goes to c, 1 - s to u
@@ -188,23 +194,20 @@ def _add_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> N
 
 
 def _grad_logits(
-    inputs: _Inputs,
-    options: _Options,
-    rows: slice,
-    logits: Tensor,
-    grads: list[Tensor],
-    normaliser: Tensor,
-    entropy: Tensor,
-    logsumexp: Tensor,
+    inputs: _Inputs, options: _Options, rows: slice, masks: Tensor, grads: list[Tensor], saved: list[Tensor]
 ) -> Tensor:
-    """Gradient of a chunk's guided logits, [c, V/tp]; columns [c, 1] of the outputs' gradients and of saved numbers.
+    """Gradient of a chunk's guided logits, [c, V/tp].
 
-    With x = logits / T where allowed and p = softmax(x):
+    grads: columns [c, 1] of the gradients of log-probability, entropy and logsumexp; saved: of the softmax's
+    normaliser, and of entropy and logsumexp. With x = logits / T where allowed and p = softmax(x):
     d logprob / dx_j = [j = target] - p_j and d entropy / dx_j = -p_j (log p_j + entropy);
     d logsumexp / d logits = softmax(logits).
     """
     grad_logprob, grad_entropy, grad_logsumexp = grads
-    log_probability = inputs.behaviour(logits, rows, options.first_id).sub_(normaliser)
+    normaliser, entropy, logsumexp = saved
+    logits, kept = inputs.logits(rows), options.with_logsumexp
+    values = inputs.behaviour(logits, rows, masks, options.first_id, overwrite=not kept)
+    log_probability = values.sub_(normaliser)
     probability = log_probability.exp() if options.with_entropy else log_probability.exp_()
     grad = probability * -grad_logprob if options.with_entropy else probability.mul_(-grad_logprob)
     column, ours = inputs.local_targets(rows, options.first_id)
@@ -213,8 +216,8 @@ def _grad_logits(
         finite = log_probability.masked_fill_(log_probability == -torch.inf, 0.0)
         grad -= grad_entropy * probability * (finite + entropy)
     grad /= inputs.temperature[rows, None].to(grad.dtype)
-    if options.with_logsumexp:
-        grad += grad_logsumexp * (logits - logsumexp).exp()
+    if kept:
+        grad += logits.sub_(logsumexp).exp_().mul_(grad_logsumexp)
     return grad
 
 

@@ -11,7 +11,7 @@ import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.config.arguments import read_arguments, read_count, read_flag
 
 DEFAULTS: dict[str, str | None] = {
     "run": None,
@@ -30,15 +30,14 @@ def main(arguments: list[str]) -> int:
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
         limit, port = read_count(given, "limit", 1), read_count(given, "port")
-        if given["serve"] not in ("true", "false"):
-            raise ValueError(f"serve={given['serve']!r} is neither true nor false")
+        show = read_flag(given, "serve")
         output = Path(given["output"] or "").resolve()
         count = _write(given, limit, output)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{count} entries: {output} ({output.stat().st_size / 1e6:.1f} MB)")
-    if given["serve"] == "true":
+    if show:
         serve(output, port)
     return 0
 

@@ -10,7 +10,8 @@ again, it does only what is missing.
   colour=wavelet       give the result the input's colours: none, wavelet or adain
   temperature=0.7 text_temperature= image_top_k= text_top_k= top_p= cfg_scale=   the recipe's section `restore`
   overlap_px=8         by which tiles overlap, in input pixels
-  batch_size=64        tiles restored at once
+  steps=false          only the restored image: no rough and middle images, no NAME.steps.jpg
+  batch_size=64        tiles restored at once by each worker (a CPU core); else as many as pay and fit the free memory
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count
+from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count, read_flag
 
 DEFAULTS: dict[str, str | None] = {
     "run": None,
@@ -27,7 +28,8 @@ DEFAULTS: dict[str, str | None] = {
     "input": None,
     "output": None,
     "upscale": None,
-    "batch_size": "64",
+    "batch_size": None,
+    "steps": "true",
     **RESTORING,
 }
 
@@ -47,13 +49,16 @@ def main(arguments: list[str]) -> int:
 
 
 def _restore(given: dict[str, str | None]):
-    batch_size, upscale = read_count(given, "batch_size", 1), _upscale(given["upscale"])
+    batch_size = 0 if given["batch_size"] is None else read_count(given, "batch_size", 1)
+    steps, upscale = read_flag(given, "steps"), _upscale(given["upscale"])
     from realsr_hpc.restore import find_model, open_with_options, restore_folder, with_sampling
 
     config, checkpoint, name = find_model(given)
     config = with_sampling(config, given)
-    restorer, settings = open_with_options(given, config, checkpoint, name, upscale=upscale, batch_size=batch_size)
-    return restore_folder(restorer, Path(given["input"] or ""), Path(given["output"] or ""), settings)
+    restorer, settings = open_with_options(
+        given, config, checkpoint, name, upscale=upscale, batch_size=batch_size, steps=steps
+    )
+    return restore_folder(restorer, Path(given["input"] or ""), Path(given["output"] or ""), settings, steps=steps)
 
 
 def _upscale(text: str | None) -> float:

@@ -70,3 +70,11 @@ def read_count(arguments: Mapping[str, str | None], key: str, minimum: int = 0) 
     if number < minimum:
         raise ValueError(f"{key}={number} is below {minimum}; give {minimum} or more")
     return number
+
+
+def read_flag(arguments: Mapping[str, str | None], key: str) -> bool:
+    """True or false under `key`. Raises ValueError for anything else."""
+    value = arguments[key]
+    if value not in ("true", "false"):
+        raise ValueError(f"{key}={value!r} is neither true nor false; give one of them")
+    return value == "true"

@@ -8,19 +8,23 @@ CUDA neither does anything. Two faults of Megatron's checkpoints of torch's Adam
 
 from __future__ import annotations
 
+import os
 import queue
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _named: torch.device | None = None
+_CGROUP = Path("/sys/fs/cgroup")
 _FACTORIES = {
     torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor, torch.arange,
     torch.empty_like, torch.zeros_like, torch.ones_like,
@@ -120,6 +124,37 @@ def peak_bytes(where: torch.device) -> int:
 def name_of(where: torch.device) -> str:
     """A GPU's product name; elsewhere the device's type."""
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+
+
+def workers(where: torch.device) -> int:
+    """Independent pieces of work that are best done side by side, one thread each: a CPU's cores; a GPU takes one."""
+    return max(1, len(os.sched_getaffinity(0))) if where.type == "cpu" else 1
+
+
+def rows_at_once(where: torch.device) -> int:
+    """Rows of a decoding batch beyond which little is gained: a CPU's arithmetic is the limit early."""
+    return 32 if where.type == "cpu" else 256
+
+
+@contextmanager
+def one_thread_each() -> Iterator[Callable[[], None]]:
+    """Scope of threads that compute side by side; each calls what is yielded before it works."""
+    threads = torch.get_num_threads()
+    try:
+        yield lambda: torch.set_num_threads(1)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def free_bytes(where: torch.device) -> int:
+    """Memory of this device that is not taken: of all but GPUs, what the machine and this process' control group have left."""
+    if where.type == "cuda":
+        return torch.cuda.mem_get_info(where)[0]
+    free = psutil.virtual_memory().available
+    limit, used = (_CGROUP / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (most := limit.read_text(encoding="ascii").strip()).isdigit():
+        free = min(free, int(most) - int(used.read_text(encoding="ascii")))
+    return max(0, free)
 
 
 def work_seconds(where: torch.device) -> float:

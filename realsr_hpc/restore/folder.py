@@ -55,9 +55,15 @@ class _Work:
 
 
 def restore_folder(
-    restorer: Restorer, source: Path, output: Path, settings: RestoreSettings, *, show_progress: bool = True
+    restorer: Restorer,
+    source: Path,
+    output: Path,
+    settings: RestoreSettings,
+    *,
+    steps: bool = True,
+    show_progress: bool = True,
 ) -> RestoreReport:
-    """Restore every image of a folder (or one file) into `output`: NAME.png, NAME.json and NAME.steps.jpg.
+    """Restore every image of a folder (or one file) into `output`: NAME.png, NAME.json, with `steps` NAME.steps.jpg.
 
     Small images are restored together, a batch of tiles at once; each file is written as soon as it is done.
     Raises ValueError, before anything is written, when there is nothing to read, `output` is the inputs' own folder,
@@ -99,12 +105,14 @@ def _restore_missing(
             pixels = [work.picture.rgb for work in part]
             results = restore_images(restorer, pixels, settings, lambda count: progress.advance(task, count))
             for work, result in zip(part, results, strict=True):
-                _write(work, result, settings, report)
+                _write(work, result, settings, report, steps)
+                if show_progress and str(work.file) in report.done:
+                    progress.console.print(_said(work, result), markup=False, highlight=False)
     return report
 
 
 def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: RestoreReport) -> Iterator[list[_Work]]:
-    """Readable files, as many at a time as fill a batch of tiles."""
+    """Readable files, as many at a time as fill every worker's batch of tiles."""
     part: list[_Work] = []
     waiting = 0
     for file, target in missing.items():
@@ -115,19 +123,25 @@ def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: Restore
             continue
         part.append(_Work(file, target, picture))
         waiting += count_tiles(picture.rgb.shape[0], picture.rgb.shape[1], settings)
-        if waiting >= settings.batch_size:
+        if waiting >= settings.batch_size * settings.workers:
             yield part
             part, waiting = [], 0
     if part:
         yield part
 
 
-def _write(work: _Work, result: Blended, settings: RestoreSettings, report: RestoreReport) -> None:
+def _said(work: _Work, result: Blended) -> str:
+    """A line on what was done to a file."""
+    count, named = len(result.tiles), result.tiles[0]["degradation"] or "nothing well formed"
+    return printable(f"{work.target}: {count} tile{'s' if count > 1 else ''}, the first: {named}")
+
+
+def _write(work: _Work, result: Blended, settings: RestoreSettings, report: RestoreReport, steps: bool) -> None:
     """The image last, an older one gone before: where it exists, its reasoning does."""
     try:
         work.target.parent.mkdir(parents=True, exist_ok=True)
         work.target.unlink(missing_ok=True)
-        write_reasoning(work.file, work.target, work.picture.rgb, result, settings.source)
+        write_reasoning(work.file, work.target, work.picture.rgb, result, settings.source, steps)
         write_picture(result.image, work.picture, work.target)
     except OSError as error:
         report.failed[str(work.file)] = f"its result cannot be written ({error.strerror or error})"
@@ -157,7 +171,7 @@ def _is_done(file: Path, target: Path) -> bool:
 def _claim(output: Path, settings: RestoreSettings) -> None:
     """Note the settings in the folder; refuse a folder of other settings."""
     path = output / SETTINGS_FILE
-    wanted = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
+    wanted = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "workers")}
     if path.exists() and (held := _held(path)) != wanted:
         differing = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
         was = ", ".join(f"{name}={held.get(name)}" for name in differing)

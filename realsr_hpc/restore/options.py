@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from realsr_hpc.config.arguments import read_count
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.parallel import backend
 from realsr_hpc.restore.candidates import BestOf, build_chooser
-from realsr_hpc.restore.colour import COLOUR_FIXES
+from realsr_hpc.restore.colour import COLOUR_FIXES, ColourFix
 from realsr_hpc.restore.model import open_restorer
 from realsr_hpc.restore.tiles import Restorer, RestoreSettings
+
+MEMORY_SHARE = 0.5
+"""Of the free memory, for keys and values; the rest is for what decoding and images need beside them."""
 
 
 def open_with_options(
@@ -20,13 +25,15 @@ def open_with_options(
     name: str = "",
     *,
     upscale: float = 0.0,
-    batch_size: int = 64,
+    batch_size: int = 0,
+    steps: bool = True,
 ) -> tuple[Restorer, RestoreSettings]:
     """As candidates=, choose=, weights_dir=, colour= and overlap_px= say; ValueError for a wrong one, before it loads.
 
-    name, upscale, batch_size: for the settings (`RestoreSettings`).
+    name, upscale, batch_size: for the settings (`RestoreSettings`); batch_size 0: as many as pay and fit the
+    free memory. steps: rough and middle images are decoded too.
     """
-    colour = next((fix for fix in COLOUR_FIXES if fix == given["colour"]), None)
+    colour: ColourFix | None = next((fix for fix in COLOUR_FIXES if fix == given["colour"]), None)
     if colour is None:
         raise ValueError(f"colour={given['colour']!r} is none of {', '.join(COLOUR_FIXES)}; name one")
     count, choice = read_count(given, "candidates", 1), given["choose"] or ""
@@ -36,6 +43,13 @@ def open_with_options(
         source += f" best of {count} by {choice}"
         expert = build_chooser(choice, given["weights_dir"])
     tile_px = config.vlcot.image_sizes_px[-1] // factor
-    settings = RestoreSettings(source, tile_px, factor, upscale, read_count(given, "overlap_px"), colour, batch_size)
+    settings = RestoreSettings(source, tile_px, factor, upscale, read_count(given, "overlap_px"), colour)
     restorer = open_restorer(config, checkpoint)
+    restorer.with_steps = steps
+    device = restorer.policy.groups.device
+    workers = backend.workers(device)
+    tile_bytes = count * restorer.image_bytes()
+    fitting = int(MEMORY_SHARE * backend.free_bytes(device) / workers / tile_bytes)
+    batch_size = batch_size or max(1, min(backend.rows_at_once(device) // count, fitting))
+    settings = replace(settings, batch_size=batch_size, workers=workers)
     return (restorer if count == 1 else BestOf(restorer, count, expert)), settings

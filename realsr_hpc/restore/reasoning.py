@@ -21,8 +21,8 @@ _LINE_PX = 14
 _CHARACTER_PX = 6
 
 
-def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended, made_by: str) -> None:
-    """`target` is the restored image's path; lq: uint8 [h, w, 3].
+def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended, made_by: str, steps: bool) -> None:
+    """`target` is the restored image's path; lq: uint8 [h, w, 3]. steps: NAME.steps.jpg too.
 
     The input stands with its whole path and the digest of its content: who reads this may be elsewhere, and another
     file may by then have its name.
@@ -31,7 +31,8 @@ def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended,
     reasoning = {**told, "source": made_by, "tiles": result.tiles}
     # Escaped to ASCII: a file name may hold bytes that are no text.
     target.with_suffix(".json").write_text(json.dumps(reasoning, indent=1), encoding="ascii")
-    steps_picture(lq, result).save(target.with_suffix(".steps.jpg"), quality=90)
+    if steps:
+        steps_picture(lq, result).save(target.with_suffix(".steps.jpg"), quality=90)
 
 
 def read_reasoning(target: Path) -> dict[str, Any] | None:

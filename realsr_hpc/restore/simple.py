@@ -52,5 +52,7 @@ def load(path: str | Path, **options: str | int | float) -> Model:
         raise ValueError(f"{unknown[0]}: no option of restoring; there are upscale, {', '.join(RESTORING)}")
     given = RESTORING | {name: str(value) for name, value in options.items()}
     config, checkpoint, name = find_model({kind: str(folder)})
-    restorer, settings = open_with_options(given, with_sampling(config, given), checkpoint, name, upscale=upscale)
+    restorer, settings = open_with_options(
+        given, with_sampling(config, given), checkpoint, name, upscale=upscale, steps=False
+    )
     return Model(restorer, settings)

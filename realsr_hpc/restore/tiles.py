@@ -5,13 +5,16 @@ Left out: context from one tile to the next; tiles see only themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
+from realsr_hpc.parallel import backend
 from realsr_hpc.records import LQBatch, RestoredImage
 from realsr_hpc.restore.candidates import Chosen
 from realsr_hpc.restore.colour import ColourFix, fix_colour
@@ -38,7 +41,9 @@ class RestoreSettings:
     """By which neighbouring tiles overlap, in LQ pixels."""
     colour: ColourFix = "none"
     batch_size: int = 64
-    """Tiles restored at once, of several images where they are small."""
+    """Most tiles restored at once, of several images where they are small."""
+    workers: int = 1
+    """Batches restored side by side, each by a thread of its own."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap_px <= self.tile_px // 2:
@@ -72,17 +77,35 @@ def restore_images(
 ) -> list[Blended]:
     """Restore uint8 [h, w, 3] of any size; tiles of all of them share batches. `on_tiles`: told of every batch.
 
-    A tile's draws follow its number within its image, so they do not depend on what else is restored.
+    A tile's draws follow its number within its image, so they do not depend on what else is restored, nor on workers.
     """
     canvases = [_Canvas(image, settings) for image in images]
     work = [(canvas, number) for canvas in canvases for number in range(len(canvas.corners))]
-    for start in range(0, len(work), settings.batch_size):
-        part = work[start : start + settings.batch_size]
-        batch = _batch([canvas.tile(number) for canvas, number in part], [number for _, number in part])
-        for (canvas, number), restored in zip(part, restorer(batch), strict=True):
+    parts = [work[start:stop] for start, stop in itertools.pairwise(_bounds(len(work), settings))]
+    batches = (_batch([canvas.tile(n) for canvas, n in part], [n for _, n in part]) for part in parts)
+    for part, results in zip(parts, _restored(restorer, batches, settings.workers), strict=True):
+        for (canvas, number), restored in zip(part, results, strict=True):
             canvas.add(number, restored)
         on_tiles(len(part))
     return [canvas.finish() for canvas in canvases]
+
+
+def _bounds(count: int, settings: RestoreSettings) -> list[int]:
+    """Where batches begin and end: equally large ones, as many for each worker, none above `batch_size`."""
+    if not count:
+        return [0]
+    rounds = -(-count // (settings.batch_size * settings.workers))
+    batches = min(count, rounds * settings.workers)
+    return [count * number // batches for number in range(batches + 1)]
+
+
+def _restored(restorer: Restorer, batches: Iterator[LQBatch], workers: int) -> Iterator[list[RestoredImage]]:
+    """Results in the order of the batches."""
+    if workers == 1:
+        yield from map(restorer, batches)
+        return
+    with backend.one_thread_each() as prepare, ThreadPoolExecutor(workers, initializer=prepare) as pool:
+        yield from pool.map(restorer, batches)
 
 
 def count_tiles(height: int, width: int, settings: RestoreSettings) -> int:

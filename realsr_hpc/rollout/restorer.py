@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
+import numpy as np
+
+from realsr_hpc.config.derived import widest_lookahead
 from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.policy import Policy
@@ -15,13 +20,36 @@ FIRST_ID = 1 << 40
 
 
 class PolicyRestorer:
-    """Calls a policy on batches of LQ images; the same images and seed give the same result."""
+    """Calls a policy on batches of LQ images; the same images and seed give the same result.
+
+    Several threads may call it at once.
+    """
 
     def __init__(self, policy: Policy, tokens: TraceTokenizer, config: RunConfig, *, constrained: bool = True):
         """constrained: force a well-formed trace, whatever grammar the recipe trains with."""
-        self.tokens = tokens
-        grammar = Grammar(tokens.codec, "constrained" if constrained else config.rollout.grammar)
-        self.sampler = Sampler(policy, grammar, sampling(config), config.seed)
+        self.policy, self.tokens, self.seed = policy, tokens, config.seed
+        self.with_steps = True
+        """Rough and middle images are decoded too."""
+        self._grammar = Grammar(tokens.codec, "constrained" if constrained else config.rollout.grammar)
+        self._options = sampling(config)
+        self._of_thread = threading.local()
+
+    @property
+    def sampler(self) -> Sampler:
+        """This thread's: a sampler counts and measures what it does."""
+        if not hasattr(self._of_thread, "sampler"):
+            self._of_thread.sampler = Sampler(self.policy, self._grammar, self._options, self.seed)
+        return self._of_thread.sampler
+
+    def image_bytes(self) -> int:
+        """Keys and values of one image while it is restored."""
+        config, options, codec = self.policy.config, self._options, self.tokens.codec
+        prompt = len(codec.prompt(np.zeros([codec.side(codec.config.lq_size_px)] * 2, dtype=np.int64)))
+        streams = 2 if options.cfg_scale != 1.0 else 1
+        own = streams * (options.max_new_tokens + widest_lookahead(options))
+        head_dim = self.policy.shapes.head_dim
+        numbers = 2 * config.num_layers * self.policy.shapes.kv_heads * head_dim
+        return (prompt + own) * numbers * config.params_dtype.itemsize
 
     def __call__(self, batch: LQBatch) -> list[RestoredImage]:
         """One restored image each."""
@@ -30,12 +58,13 @@ class PolicyRestorer:
     def candidates(self, batch: LQBatch, count: int) -> list[list[RestoredImage]]:
         """`count` restored images each; their prompt is read once."""
         ids = [FIRST_ID + int(index) * count + member for index in batch.index for member in range(count)]
-        self.sampler.policy.eval()
+        self.policy.eval()
         groups = self.sampler.generate(self.tokens.prompts(batch.lq), count, ids)
         traces = [trace for group in groups for trace in self.tokens.codec.parse_group(group)]
-        stages = zip(
-            *(self.tokens.decode([trace.images[stage] for trace in traces]) for stage in range(3)), strict=True
-        )
+        none = [None] * len(traces)
+        shown = [stage == 2 or self.with_steps for stage in range(3)]
+        grids = [[trace.images[stage] for trace in traces] if shown[stage] else none for stage in range(3)]
+        stages = zip(*(self.tokens.decode(of_stage) for of_stage in grids), strict=True)
         restored = [RestoredImage(images[2], trace, images) for trace, images in zip(traces, stages, strict=True)]
         return [restored[start : start + count] for start in range(0, len(restored), count)]
 

@@ -1,4 +1,7 @@
 import json
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +52,31 @@ def test_tiles_blend_to_the_whole_image_whatever_its_size(size):
     np.testing.assert_array_equal(small.image, rgb[:1, :1].repeat(4, axis=0).repeat(4, axis=1))
     np.testing.assert_array_equal(result.stages["rough"], rgb)
     assert result.tiles[0]["texts"] == ["a", "b", "c"] and "middle" not in result.stages
+
+
+def test_workers_restore_the_same_and_share_the_tiles_evenly():
+    threads, sizes = set(), []
+
+    def seen(batch):
+        threads.add(threading.get_ident())
+        sizes.append(len(batch))
+        time.sleep(0.02)  # so that one thread cannot take all
+        return nearest(batch)
+
+    images = [noise(100, 57), noise(33, 32)]
+    alone = restore_images(nearest, images, SETTINGS)
+    shared = restore_images(seen, images, replace(SETTINGS, workers=2))
+    for one, other in zip(alone, shared, strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+        assert one.tiles == other.tiles
+    assert len(threads) == 2 and threading.get_ident() not in threads
+    assert len(sizes) % 2 == 0 and max(sizes) - min(sizes) <= 1 and max(sizes) <= SETTINGS.batch_size
+
+
+def test_without_steps_there_is_the_image_and_its_reasoning(tmp_path):
+    Image.fromarray(noise(20, 40)).save(tmp_path / "x.png")
+    restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", SETTINGS, steps=False, show_progress=False)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"x.png", "x.json", "restore.json"}
 
 
 @pytest.mark.parametrize("size", range(32, 200, 7))
