@@ -77,7 +77,8 @@ def restore_images(
 ) -> list[Blended]:
     """Restore uint8 [h, w, 3] of any size; tiles of all of them share batches. `on_tiles`: told of every batch.
 
-    A tile's draws follow its number within its image, so they do not depend on what else is restored, nor on workers.
+    A tile's draws follow its number within its image, so they do not depend on what else is restored, nor on workers;
+    rounding may (as look-ahead measures which pass pays), where numbers are bf16.
     """
     canvases = [_Canvas(image, settings) for image in images]
     work = [(canvas, number) for canvas in canvases for number in range(len(canvas.corners))]
