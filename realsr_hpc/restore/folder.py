@@ -82,7 +82,7 @@ def restore_folder(
             f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))} {told}".strip()
         )
     with sole_writer(output):
-        return _restore_missing(restorer, targets(files, root, output), unread, output, settings, show_progress)
+        return _restore_missing(restorer, targets(files, root, output), unread, output, settings, steps, show_progress)
 
 
 def _restore_missing(
@@ -91,6 +91,7 @@ def _restore_missing(
     unread: dict[str, str],
     output: Path,
     settings: RestoreSettings,
+    steps: bool,
     show_progress: bool,
 ) -> RestoreReport:
     done = {file for file, target in places.items() if _is_done(file, target)}
