@@ -147,7 +147,7 @@ def one_thread_each() -> Iterator[Callable[[], None]]:
 
 
 def free_bytes(where: torch.device) -> int:
-    """Memory of this device that is not taken: of all but GPUs, what the machine and this process' control group have left."""
+    """Memory that is not taken: a GPU's, else what the machine and this process' control group have left."""
     if where.type == "cuda":
         return torch.cuda.mem_get_info(where)[0]
     free = psutil.virtual_memory().available
