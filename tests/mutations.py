@@ -165,13 +165,6 @@ MUTATIONS = (
         DECIDES,
     ),
     Mutation(
-        "device: places of branched rows",
-        "realsr_hpc/model/attention.py",
-        "torch.arange(row_tokens, device=device)",
-        "torch.arange(row_tokens)",
-        DECIDES,
-    ),
-    Mutation(
         "device: codes that become rewarded and restored pixels",
         "realsr_hpc/tokenizer/trace.py",
         "self.image.decode(part.to(self.device))",
