@@ -76,7 +76,7 @@ def test_workers_restore_the_same_and_share_the_tiles_evenly():
 def test_without_steps_there_is_the_image_and_its_reasoning(tmp_path):
     Image.fromarray(noise(20, 40)).save(tmp_path / "x.png")
     restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", SETTINGS, steps=False, show_progress=False)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"x.png", "x.json", "restore.json"}
+    assert {path.name for path in (tmp_path / "out").glob("x.*")} == {"x.png", "x.json"}
 
 
 @pytest.mark.parametrize("size", range(32, 200, 7))
