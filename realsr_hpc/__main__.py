@@ -1,7 +1,7 @@
 """`python -m realsr_hpc RUN_DIR`: run what RUN_DIR/recipe.yaml says.
 
 Without RANK in the environment it is this node's supervisor, which starts one process a task and watches them; with
-RANK (set by that supervisor, or by torchrun) it is one of those processes. Submitting is `tools/launch.py`'s work.
+RANK (set by that supervisor, or by torchrun) it is one of those processes. Submitting is `realsr-hpc launch`'s work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from realsr_hpc.tracking.place import read_place, recipe_of
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done, 2 wrong usage or recipe, 85 stopped to be requeued, anything else failed."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m realsr_hpc RUN_DIR   (a run folder made by tools/launch.py)", file=sys.stderr)
+        print("usage: python -m realsr_hpc RUN_DIR   (a run folder made by realsr-hpc launch)", file=sys.stderr)
         return 2
     run_dir = Path(arguments[0]).resolve()
     try:

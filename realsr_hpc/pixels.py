@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """What blur, resize, noise, sharpening and JPEG do to the pixels of an image, on a CPU: OpenCV, SciPy, Pillow.
 
 The operators of Real-ESRGAN's degradation as PyTorch and BasicSR define them. The data room's graph calls them where

@@ -14,7 +14,8 @@ A group through one step, with G = 2 and a prompt of P = 4 tokens:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ ResizeMode = Literal["area", "bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class DegradationLabel:
-    """The five slots of the degradation text (PAPER section 1), true to the applied parameters."""
+    """The five slots of the degradation text (RealSR-R1), true to the applied parameters."""
 
     blur: Level
     resize1: Resize
@@ -105,18 +106,51 @@ class LQBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def row(self, number: int) -> LQBatch:
-        """One of the images as a batch of its own, B = 1."""
-        one = slice(number, number + 1)
-        return LQBatch(
-            self.lq[one],
-            None if self.gt is None else self.gt[one],
-            self.labels[one],
-            self.scenes[one],
-            self.keys[one],
-            self.index[one],
-            None if self.operators is None else self.operators[one],
-        )
+    def cases(self) -> list[Case]:
+        """Each image by itself: [B, 3, h, w] -> [h, w, 3]."""
+        lqs, gts = _hwc(self.lq), [None] * len(self) if self.gt is None else _hwc(self.gt)
+        operators = self.operators or (None,) * len(self)
+        rows = zip(self.keys, lqs, gts, self.labels, self.scenes, self.index.tolist(), operators, strict=True)
+        return [Case(*row) for row in rows]
+
+
+def _hwc(images: Tensor) -> list[np.ndarray]:
+    return list(images.cpu().permute(0, 2, 3, 1).numpy())  # views: nothing of a training batch is copied
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image to restore, with what is known of it; images are RGB uint8 [h, w, 3]."""
+
+    key: str
+    """The image's name in its manifest or test set; can be a file's name."""
+    lq: np.ndarray
+    gt: np.ndarray | None = None
+    label: DegradationLabel | None = None
+    scene: SceneText | None = None
+    index: int = 0
+    """Decides a model's draws, whatever batch and rank the case falls to."""
+    operators: Operators | None = None
+    """What made `lq` of `gt`, where it is known; siblings of a group share the object."""
+
+    def candidate(self, trace: ParsedTrace, image: np.ndarray | None) -> Candidate:
+        """The case with what was made of it."""
+        known = {item.name: getattr(self, item.name) for item in fields(Case)}
+        return Candidate(**known, trace=trace, image=image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate(Case):
+    """A case and one restored image of it, as rewards and metrics see it."""
+
+    trace: ParsedTrace
+    image: np.ndarray | None
+    """Final image, uint8 [H, W, 3]; None when the trace has none."""
+
+
+def lq_pixels(cases: Sequence[Case]) -> UInt8[Tensor, "B 3 h w"]:
+    """The LQ images of cases of one size, as a model takes them."""
+    return torch.from_numpy(np.stack([case.lq for case in cases])).permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -194,8 +228,8 @@ class GroupRewards:
 class ScoredGroup:
     """A group with what it restored and what it earned."""
 
-    source: LQBatch
-    """The image that all rollouts restore, B = 1."""
+    source: Case
+    """The image that all rollouts restore."""
     rollouts: RolloutGroup
     traces: tuple[ParsedTrace, ...]
     images: tuple[np.ndarray | None, ...]

@@ -23,8 +23,8 @@ from realsr_hpc.model.policy import build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.paths import resolve
-from realsr_hpc.records import LQBatch
-from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.records import Candidate, LQBatch
+from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.image import ImageTokenizer

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """Write docs/recipes.md from the schema: python tools/recipe_reference.py; check=true only says if it is current."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """The behaviour distribution: what a rollout was sampled from, and what the loss scores.
 
 A row of logits becomes a distribution in this order: guidance, mask of the grammar, truncation (top-k, entropy-adaptive
@@ -56,7 +57,7 @@ def project(hidden: Float[Tensor, "n H"], output_weight: Float[Tensor, "V H"]) -
 def guided(
     conditional: Float[Tensor, "n V"], unconditional: Float[Tensor, "n V"], scale: float | Float[Tensor, " n"]
 ) -> Float[Tensor, "n V"]:
-    """Classifier-free guidance u + s (c - u) (PAPER section 1); exactly the conditional logits where s = 1."""
+    """Classifier-free guidance u + s (c - u) (RealSR-R1); exactly the conditional logits where s = 1."""
     weight = torch.as_tensor(scale, dtype=conditional.dtype, device=conditional.device)
     return torch.lerp(unconditional, conditional, weight[:, None] if weight.ndim else weight)
 
@@ -85,7 +86,7 @@ def penalty_of(allowed: Bool[Tensor, "n V"], dtype: torch.dtype = torch.float32)
 
 
 def adaptive_top_k(entropy: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """k = round(1 + 1999 sigmoid(H - 5)) with the entropy H in nats clipped to [0, 10] (PAPER section 1)."""
+    """k = round(1 + 1999 sigmoid(H - 5)) with the entropy H in nats clipped to [0, 10] (RealSR-R1)."""
     return (1 + (ADAPTIVE_LIMIT - 1) * torch.sigmoid(entropy.clamp(0, 10) - 5)).round().long()
 
 

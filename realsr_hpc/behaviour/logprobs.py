@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Log-probabilities of given tokens under the behaviour distribution, over vocabulary shards, chunk by chunk.
 
 The loss of GRPO needs one number a token, and Megatron's way to it holds [tokens, vocabulary] in float32. Here the
@@ -15,7 +16,7 @@ over the group by the model, and that of the weight is local.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -128,7 +129,7 @@ class _Score(torch.autograd.Function):
     """(logprobs, entropy, logsumexp) of targets; logits are computed once forward and once backward."""
 
     @staticmethod
-    def forward(ctx, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         inputs = _Inputs(*tensors)  # type: ignore[arg-type]
         behaviour, raw, chosen = [], [], []
         masks = inputs.masks(options.first_id, torch.promote_types(inputs.weight.dtype, torch.float32))
@@ -157,7 +158,7 @@ class _Score(torch.autograd.Function):
         return (target - shift) - log_total, entropy, logsumexp
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, masks, normaliser, entropy, logsumexp = ctx.saved_tensors
         inputs, options = _Inputs(*tensors), ctx.options
         grad_hidden = torch.empty_like(inputs.hidden)  # [n, H], this shard's part

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """What the grammar allows, as tensors on the device: the sampler and the loss's scorer read the same table.
 
 The rules of the masks are the grammar's (vlcot/grammar.py). Here they meet the recipe's temperatures and guidance,

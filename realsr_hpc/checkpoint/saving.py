@@ -27,8 +27,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from realsr_hpc.checkpoint import manifest
-from realsr_hpc.checkpoint.store import (
+from realsr_hpc.checkpoint import integrity
+from realsr_hpc.checkpoint.loading import (
     STATE,
     Optimiser,
     counters,
@@ -73,7 +73,7 @@ def save(
     policy: Policy,
     optimiser: Optimiser | None,
     state: dict[str, Any],
-    keep: manifest.Keep,
+    keep: integrity.Keep,
     metric: float | None = None,
 ) -> Path:
     """Write the checkpoint of `step` under `root`, then drop those that `keep` does not name; all ranks together.
@@ -90,7 +90,7 @@ def save(
 class Saver:
     """The saves of one run, one at a time, before the caller goes on or behind it."""
 
-    def __init__(self, root: Path, keep: manifest.Keep, *, behind: bool) -> None:
+    def __init__(self, root: Path, keep: integrity.Keep, *, behind: bool) -> None:
         self.root, self.keep, self.behind = root, keep, behind
         self._saving: _Saving | None = None
         self._thread: threading.Thread | None = None
@@ -141,7 +141,7 @@ class _Saving:
         copy: bool,
     ) -> None:
         self._groups = policy.groups
-        self._root, self._aside, self._final = root, manifest.aside_of(root, step), manifest.folder_of(root, step)
+        self._root, self._aside, self._final = root, integrity.aside_of(root, step), integrity.folder_of(root, step)
         self._facts = {"step": step, "layout": layout(policy.groups, policy), "metric": metric, "base": policy.base}
         self._results: dict[int, Any] = {}
         self._files: dict[str, dict[str, Any]] = {}
@@ -213,7 +213,7 @@ class _Saving:
         for number, bucket in enumerate(self._buckets):
             self._results[number] = self._write_bucket(number, bucket)
             mine.append(Path(bucket[0]))
-        self._files = manifest.describe(self._aside, mine)
+        self._files = integrity.describe(self._aside, mine)
 
     def _write_bucket(self, number: int, bucket: Any) -> Any:
         results: queue.Queue[Any] = queue.Queue()
@@ -226,7 +226,7 @@ class _Saving:
             raise outcome
         return outcome
 
-    def complete(self, keep: manifest.Keep) -> Path:
+    def complete(self, keep: integrity.Keep) -> Path:
         """Metadata, manifest, name; all ranks together."""
         self._agree()
         if self._groups.is_main:
@@ -243,11 +243,11 @@ class _Saving:
         self._agree()
         return self._final
 
-    def _publish(self, written: dict[str, dict[str, Any]], keep: manifest.Keep) -> None:
+    def _publish(self, written: dict[str, dict[str, Any]], keep: integrity.Keep) -> None:
         named = {self._aside / name for name in written}
-        rest = [path for path in manifest.content(self._aside) if path not in named]
-        manifest.complete(self._aside, self._final, written | manifest.describe(self._aside, rest), self._facts)
+        rest = [path for path in integrity.content(self._aside) if path not in named]
+        integrity.complete(self._aside, self._final, written | integrity.describe(self._aside, rest), self._facts)
         try:
-            manifest.prune(self._root, keep)
+            integrity.prune(self._root, keep)
         except OSError as error:  # the checkpoint is there; the next one tries again
             logger.error("checkpoints of %s: older ones were not removed (%s)", self._root, error)

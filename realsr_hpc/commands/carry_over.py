@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_count, read_with_overrides
 
 DEFAULTS = {
@@ -47,7 +48,7 @@ def run(given: dict[str, str], num_images: int, overrides: list[str]) -> None:
     from realsr_hpc.tokenizer.trace import TraceTokenizer
 
     new = compose_one(overrides)
-    old = from_yaml(Path(given["policy"]) / "recipe.yaml")
+    old = from_yaml(Path(given["policy"]) / runfolder.RECIPE)
     tokenizers = {"image_tokenizer": "weights", "text_tokenizer": "path"}
     for section, field in tokenizers.items():
         if f"policy.{section}" in given:

@@ -53,7 +53,7 @@ def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str
     from realsr_hpc.data.loader import LQLoader
     from realsr_hpc.evaluate.cases import cases_of
     from realsr_hpc.evaluate.words import SLOTS
-    from realsr_hpc.tracking.pictures import image_grid
+    from realsr_hpc.tracking.drawing import image_grid
 
     loader = LQLoader(config, split, min(BATCH, count), shuffle=False)
     cases = []

@@ -6,9 +6,9 @@ each: launch, evaluate, restore, export, gallery. Overrides go to the recipe grp
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
+from realsr_hpc.artifacts import evaluation
 from realsr_hpc.config.arguments import read_with_overrides
 from realsr_hpc.config.load import compose
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import run_folder
 from realsr_hpc.paths import project_root, resolve
-from realsr_hpc.tracking.pictures import curves, image_grid
+from realsr_hpc.tracking.drawing import curves, image_grid
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.tracking.store import tracking_uri
 
@@ -111,23 +112,23 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
 
 def draw_story(report: Path, num_rows: int = 6) -> None:
     """`story.png`: a few images of an evaluation with what the policy said under each, signs before photographs."""
-    records = json.loads((report / "images.json").read_text(encoding="utf-8"))
-    signs = [record for record in records if record["word"]][: num_rows // 2]
-    chosen = signs + [record for record in records if not record["word"]][: num_rows - len(signs)]
-    methods = list(records[0]["methods"])
+    images = evaluation.read(report).images
+    signs = [image for image in images if image.word][: num_rows // 2]
+    chosen = signs + [image for image in images if not image.word][: num_rows - len(signs)]
+    methods = list(images[0].methods)
     rows, captions = [], []
-    for record in chosen:
-        spoken = [record["methods"][method] for method in methods]
-        files = [record["files"]["input"], *(item["files"].get("final") for item in spoken), record["files"]["truth"]]
+    for image in chosen:
+        spoken = [image.methods[method] for method in methods]
+        files = [image.files["input"], *(item.files.get("final") for item in spoken), image.files["truth"]]
         rows.append([None if file is None else np.asarray(Image.open(report / file)) for file in files])
-        said = [_said(item.get("degradation"), item.get("texts")) for item in spoken]
-        captions.append([_said(record["degradation"], None), *said, _said(None, record["captions"])])
+        said = [_said(item.degradation, item.texts) for item in spoken]
+        captions.append([_said(image.degradation, ()), *said, _said(None, image.captions or ())])
     image_grid(rows, ("input", *methods, "truth"), 192, captions).save(report / "story.png")
 
 
-def _said(degradation: str | None, texts: list[str | None] | None) -> str:
+def _said(degradation: str | None, texts: Sequence[str | None]) -> str:
     """The degradation's words and the rough text, as far as there are any."""
-    return "; ".join(part for part in (degradation, texts and texts[0]) if part)
+    return "; ".join(part for part in (degradation, texts[0] if texts else None) if part)
 
 
 def _series(steps: dict[int, dict[str, float]], name: str) -> tuple[list[int], list[float]]:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 
@@ -81,8 +82,8 @@ def _evaluate(given: Given, count: int, crop_px: int):
     else:
         config, checkpoint, ours, default = _model(given)
         upscale = config.vlcot.upscale
-        run_dir = checkpoint.parent.parent if checkpoint else None
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        run_dir = runfolder.run_of_checkpoint(checkpoint) if checkpoint else None
+        step = runfolder.step_of(checkpoint.resolve()) if checkpoint else 0
     cases, remarks = _cases(given, config, count, upscale)
     methods = {BICUBIC: Bicubic(upscale)}
     for name, method in [*_others(given, config, checkpoint), *ours.items()]:
@@ -103,18 +104,21 @@ def _model(given: Given):
 
     config, checkpoint, name = find_model(given)
     config = with_sampling(config, given)
-    default = checkpoint.parent.parent / "evaluation" / checkpoint.name if checkpoint else Path(name) / "evaluation"
+    default = (
+        runfolder.evaluations(runfolder.run_of_checkpoint(checkpoint)) / checkpoint.name
+        if checkpoint
+        else runfolder.evaluations(Path(name))
+    )
     return config, checkpoint, {"ours": _restores(given, config, checkpoint)}, default
 
 
 def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     """A method that restores with a policy: images of the model's own size whole, others in tiles."""
-    from realsr_hpc.evaluate.cases import Case, batch_of
     from realsr_hpc.evaluate.methods import finished
-    from realsr_hpc.records import RestoredImage
+    from realsr_hpc.records import Case, RestoredImage
     from realsr_hpc.restore import open_with_options, restore_images
     from realsr_hpc.restore.colour import fix_colour
-    from realsr_hpc.restore.pictures import resized
+    from realsr_hpc.restore.image_files import resized
 
     restorer, settings = open_with_options(given, config, checkpoint)
     tile_px, colour = settings.tile_px, settings.colour
@@ -123,7 +127,7 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
         if any(case.lq.shape[:2] != (tile_px, tile_px) for case in cases):
             blended = restore_images(restorer, [case.lq for case in cases], settings)
             return [finished(item.image) for item in blended]
-        restored = restorer(batch_of(list(cases)))
+        restored = restorer(cases)
         return [
             item
             if item.image is None
@@ -144,8 +148,8 @@ def _others(given: Given, config: RunConfig | None, checkpoint: Path | None) -> 
         if name == "start":
             if config is not None and checkpoint is not None and config.model.weights is not None:
                 yield "start", _restores(given, config, None)
-        elif (folder / "checkpoints").is_dir() or (folder / "config.json").is_file():
-            kind = "run" if (folder / "checkpoints").is_dir() else "export"
+        elif runfolder.checkpoints(folder).is_dir() or (folder / "config.json").is_file():
+            kind = "run" if runfolder.checkpoints(folder).is_dir() else "export"
             other, path, _ = find_model({kind: name})
             yield folder.resolve().name, _restores(given, with_sampling(other, given), path)
         elif name not in ("", "none"):

@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc.config.arguments import read_count, read_with_overrides
+from realsr_hpc.launch.console import print_submissions
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.manage import CANCEL_WAIT_S, cancel, reconcile, resume, rows
 from realsr_hpc.launch.prune import remove_snapshots, unused_snapshots
-from realsr_hpc.launch.report import print_submissions
-from realsr_hpc.launch.rundir import find_run, read_job
+from realsr_hpc.launch.rundir import read_job
 from realsr_hpc.launch.used import report
 from realsr_hpc.launch.watch import watch
+from realsr_hpc.runfolder import find_run
 
 OPTIONS = {
     "root": "runs",

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_count, read_with_overrides
 from realsr_hpc.config.derived import world_size
 from realsr_hpc.paths import code_root
@@ -33,10 +34,10 @@ def main(arguments: list[str]) -> int:
             raise ValueError("run=RUN_DIR and step=K are needed")
         run_dir, number = Path(given["run"]).resolve(), read_count(given, "step", 1)
         from realsr_hpc.train import replay
-        from realsr_hpc.train.kept_steps import folder_of, read_step
+        from realsr_hpc.train.kept_steps import read_step
 
         config, _ = replay.recipes(run_dir, overrides)
-        read_step(folder_of(run_dir, number))
+        read_step(runfolder.replay(run_dir, number))
         replay.starting_point(run_dir, number)
         if "WORLD_SIZE" not in os.environ and world_size(config) > 1:
             return _spread(arguments, world_size(config))
@@ -48,13 +49,12 @@ def main(arguments: list[str]) -> int:
 
 def _replay(run_dir: Path, number: int, overrides: list[str], output: str | None) -> int:
     from realsr_hpc.train import replay_report
-    from realsr_hpc.train.kept_steps import folder_of
     from realsr_hpc.train.replay import replay
 
     replayed = replay(run_dir, number, overrides)
     if int(os.environ.get("RANK", "0")) == 0:
         name = f"with-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}" if overrides else "again"
-        folder = Path(output) if output else folder_of(run_dir, number) / name
+        folder = Path(output) if output else runfolder.replay(run_dir, number) / name
         replay_report.write(replayed, overrides, folder)
         print(replay_report.table(replayed, overrides))
         print(f"{folder}: replay.md, replay.json, replay.png")

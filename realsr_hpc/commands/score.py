@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
 def find_files(source: Path, given: dict[str, str | None]) -> list[Path]:
     """The images. Raises ValueError without any, and where truth= or lq= lacks one of their names."""
-    from realsr_hpc.restore.pictures import find_images
+    from realsr_hpc.restore.image_files import find_images
 
     found, unread = find_images(source, source / ".none")
     for name, why in unread.items():

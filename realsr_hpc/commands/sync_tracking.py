@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from realsr_hpc.config.arguments import read_arguments
-from realsr_hpc.launch.rundir import ALIVE, current_status, find_run, list_runs
+from realsr_hpc.launch.rundir import ALIVE, current_status
+from realsr_hpc.runfolder import find_run, list_runs
 from realsr_hpc.tracking import set_status, sync
 
 ENDS = {"done": "FINISHED", "failed": "FAILED"}

@@ -4,10 +4,10 @@ A sweep is the MLflow parent run that the launcher made; its children are the ru
 to MLflow. `runs` finds them, `groups` puts seeds together, `pictures` draws, `report` writes.
 """
 
-from realsr_hpc.compare.groups import Estimate, Group, estimate, group_runs
-from realsr_hpc.compare.pictures import image_rows, plot_curves
-from realsr_hpc.compare.report import write_report
+from realsr_hpc.compare.figures import image_rows, plot_curves
+from realsr_hpc.compare.repetitions import Estimate, Group, estimate, group_runs
 from realsr_hpc.compare.runs import ComparedRun, Comparison, compare, connect, find_runs, find_sweep
+from realsr_hpc.compare.summary import write_report
 
 __all__ = [
     "ComparedRun",

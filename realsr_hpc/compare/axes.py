@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from realsr_hpc.compare.groups import Estimate, Group
+from realsr_hpc.compare.repetitions import Estimate, Group
 
 MAX_AXES = 6
 
@@ -80,7 +80,7 @@ def _parallel(figure: Figure, axes: Axes, rated: Rated, order: Order, metric: st
     shade = ScalarMappable(Normalize(min(means), max(means)), "viridis")
     for group, estimate in rated:
         heights = [_height(values, _value(group, key)) for key, values in order.items()]
-        axes.plot(range(len(order)), heights, color=shade.to_rgba(estimate.mean), linewidth=2, alpha=0.8)
+        axes.plot(range(len(order)), heights, color=shade.to_rgba(np.array(estimate.mean)), linewidth=2, alpha=0.8)
     for place, values in enumerate(order.values()):
         axes.axvline(place, color="grey", linewidth=0.8)
         for value in values:

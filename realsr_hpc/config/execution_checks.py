@@ -63,6 +63,14 @@ def sequence_parallel_needs_tensor_parallel(config: RunConfig) -> Iterator[str]:
         yield "parallel.sequence_parallel: true: needs parallel.tp >= 2; set it to false"
 
 
+LAYOUT_RULES: tuple[Rule, ...] = (
+    layers_divide_over_pipeline_stages,
+    tensor_parallel_divides_the_model,
+    sequence_parallel_needs_tensor_parallel,
+)
+"""What the parallel layout asks of the model, whoever chose it."""
+
+
 def world_size_divides_by_the_layout(config: RunConfig) -> Iterator[str]:
     """Data parallelism is what TP x PP leaves of the world."""
     world, block = world_size(config), config.parallel.tp * config.parallel.pp

@@ -53,7 +53,7 @@ class RolloutConfig(Section, tasks=POLICY):
     image_top_k: Annotated[int, Field(ge=0)] = 0
     """Sample image codes among the k likeliest; 0: off."""
     image_adaptive_top_k: bool = False
-    """k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (PAPER section 1)."""
+    """k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (RealSR-R1)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample among the likeliest tokens that hold this probability together; 1: off."""
     cfg_scale: NonNegative = 1.0
@@ -147,7 +147,7 @@ class SFTConfig(Section, tasks=("sft",)):
     batch_size: Count = 16
     """Traces an optimizer step, over all data-parallel ranks."""
     traces: str | None = None
-    """Folder of frozen traces (tools/freeze_traces.py) to train on; None: they are made of photographs in each step."""
+    """Folder of frozen traces (realsr-hpc freeze-traces) to train on; None: each step makes them of photographs."""
     z_loss: NonNegative = 1e-5
     """Weight of the squared log-partition function, which keeps logits from drifting."""
     perception_weight: Positive = 1.0

@@ -42,13 +42,13 @@ class TrackingConfig(Section, role="operation"):
     tags: dict[str, str] = {}
     """Tags of the run in MLflow."""
     rollouts_every_steps: Annotated[int, Field(ge=0)] = 8
-    """How often a few groups are kept whole for people to look at (tools/gallery.py); 0: never."""
+    """How often a few groups are kept whole for people to look at (realsr-hpc gallery); 0: never."""
     rollouts_groups: Count = 2
     """Groups kept each time, training and held-out ones."""
     notify: Annotated[str, Field(min_length=1)] | None = None
     """Shell command that gets one line of JSON on its input when the run starts, is requeued, stops, fails or ends."""
     replay_every_steps: Annotated[int, Field(ge=0)] = 0
-    """How often a GRPO step is kept whole, to be computed again (tools/replay.py); 0: never."""
+    """How often a GRPO step is kept whole, to be computed again (realsr-hpc replay); 0: never."""
 
 
 class ClusterConfig(Section, role="operation"):

@@ -35,11 +35,11 @@ INSTRUCTION = (
     "<middle_understand>...</middle_understand><middle_image>...</middle_image>"
     "<final_understand>...</final_understand><final_image>...</final_image>"
 )
-"""The released code's prompt (PAPER section 1)."""
+"""The released code's prompt (RealSR-R1)."""
 
 
 class VLCoTConfig(Section, tasks=POLICY):
-    """Shape of a trace: PAPER prompt, three texts, three images."""
+    """Shape of a trace: the paper's prompt, three texts, three images."""
 
     vocabulary: Literal["tiny", "chameleon_f16", "llamagen_f8"] = "tiny"
     """Token layout: `tiny` follows from the two tokenizers; `chameleon_f16` is Chameleon's, `llamagen_f8` adds a second
@@ -168,7 +168,7 @@ class LoRAConfig(Section, tasks=POLICY):
 
 
 class ModelConfig(Section, tasks=POLICY):
-    """Chameleon-shaped decoder (PAPER section 2)."""
+    """Decoder of Chameleon's shape."""
 
     num_layers: Count = 4
     """Transformer layers."""
@@ -277,7 +277,7 @@ class DataConfig(Section):
     """Manifest and loader."""
 
     manifest: str = "recipes/assets/photographs/manifest.parquet"
-    """Parquet manifest of photographs, as `tools/prepare_data.py` writes it."""
+    """Parquet manifest of photographs, as `realsr-hpc prepare-data` writes it."""
     train_split: str = "train"
     """Split of the manifest that is trained on."""
     heldout_split: str = "heldout"
@@ -306,7 +306,7 @@ VISIBLE_EDGES = ("blur_px", "noise_rms", "compression_rms")
 
 
 class DegradationConfig(Section, tasks=POLICY):
-    """Second-order degradation (PAPER section 3)."""
+    """Second-order degradation (Real-ESRGAN, Wang et al. 2021)."""
 
     preset: Literal["realesrgan", "seesr"] = "realesrgan"
     """Ranges that parameters are drawn from: Real-ESRGAN's x4plus training, or SeeSR's milder ones."""

@@ -94,7 +94,7 @@ class Need:
         return [self.path] if self.path.is_file() else []
 
 
-_CONVERTED = "; tools/import_weights.py makes it of them (docs/start.md)"
+_CONVERTED = "; realsr-hpc import-weights makes it of them (docs/start.md)"
 _RESEARCH = "Chameleon Research License: non-commercial research"
 PUBLIC: dict[str, tuple[str, str, str]] = {
     "chameleon_f16": (
@@ -114,9 +114,9 @@ PUBLIC: dict[str, tuple[str, str, str]] = {
 
 def needs_of(config: RunConfig) -> list[Need]:
     """Every file that the recipe reads beside code and photographs."""
-    own = "tools/launch.py recipe=tokenizer_tiny"
+    own = "realsr-hpc launch recipe=tokenizer_tiny"
     public = PUBLIC.get(config.vlcot.vocabulary)
-    policy, image, text = (part + _CONVERTED for part in public) if public else ("tools/export_hf.py", own, own)
+    policy, image, text = (part + _CONVERTED for part in public) if public else ("realsr-hpc export-hf", own, own)
     needs = [Need("text_tokenizer.path", resolve(config.text_tokenizer.path), text)]
     if config.task != "tokenizer":
         needs.append(Need("image_tokenizer.weights", resolve(config.image_tokenizer.weights), image))
@@ -134,7 +134,7 @@ def _of_reward(config: RunConfig, name: str) -> Iterator[Need]:
         case GenerationOptions() as options:
             own = {"ranker": "ranker.safetensors", "niqe": "niqe_pristine.npz"}[options.expert]
             path = resolve(options.weights or f"recipes/assets/tiny/{own}")
-            yield Need(f"rewards.terms.{name}", path, "tools/fit_experts.py")
+            yield Need(f"rewards.terms.{name}", path, "realsr-hpc fit-experts")
         case UnderstandingOptions(synonyms="wordnet") as options:
             for file in ("index.noun", "data.noun"):
                 path = resolve(options.wordnet_dir) / file

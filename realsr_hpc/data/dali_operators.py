@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """The operators of the degradation graph, twice: as DALI has them, for a GPU, and as calls of `realsr_hpc.pixels`.
 
 Both offer the same methods and read the same arrays (`graph_inputs.py`); a blur comes as (way, kernel, column), a

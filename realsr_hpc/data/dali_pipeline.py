@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 """What the drawn numbers do to pixels: one DALI graph for crop -> truth -> degraded image.
 
 Nothing is drawn here: kernels, noise and parameters come in with each sample, so a sample's bytes do not depend on

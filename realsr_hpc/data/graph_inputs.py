@@ -34,7 +34,7 @@ def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int, *, tables: bo
     """The arrays of one sample by the name of the graph's source, with the resizes' tables or without."""
     p = sample.parameters
     first, second = p.first, p.second
-    resizes = (
+    resizes: tuple[tuple[str, ResizeMode, int, int], ...] = (
         ("1", first.resize_mode, gt_px, first.side_px),
         ("2", second.resize_mode, first.side_px, second.side_px),
         ("3", p.final_resize_mode, second.side_px, lq_px),
@@ -47,7 +47,7 @@ def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int, *, tables: bo
         **kernel_inputs("3", p.final_sinc),
         "noise1": noise_field(sample.noise_rng, first),
         "noise2": noise_field(sample.noise_rng, second),
-        **{f"resize{number}": resize_row(*resize) for number, *resize in resizes},
+        **{f"resize{number}": resize_row(mode, source, side) for number, mode, source, side in resizes},
         "noising1": noise_row(first),
         "noising2": noise_row(second),
         "quality": np.array([first.jpeg_quality, second.jpeg_quality, int(p.jpeg_last)], np.int32),

@@ -15,7 +15,7 @@ from realsr_hpc.config.schema import DegradationConfig
 from realsr_hpc.data.applied import LEVELS, applied_words
 from realsr_hpc.data.degradation import PRESETS, DegradationParameters
 from realsr_hpc.data.visible import Edges, tercile_edges, visible
-from realsr_hpc.records import DegradationLabel, Operators
+from realsr_hpc.records import DegradationLabel, Level, Operators
 
 BRIGHTNESS_STRIDE = 4
 """Of a photograph's pixels every so many down and across tell its mean level."""
@@ -38,7 +38,8 @@ class Labeller:
             return applied_words(parameters, PRESETS[self._config.preset], self._config.severity_edges)
         brightness = float(photograph[::BRIGHTNESS_STRIDE, ::BRIGHTNESS_STRIDE].mean())
         seen = visible(parameters, operators, self._gt_px, self._lq_px, brightness)
-        blur, noise, compression = (
+        levels: list[Level] = [
             LEVELS[sum(value >= edge for edge in self._edges[name])] for name, value in asdict(seen).items()
-        )
+        ]
+        blur, noise, compression = levels
         return DegradationLabel(blur, parameters.first.resize, noise, compression, parameters.second.resize)

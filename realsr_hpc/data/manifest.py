@@ -145,7 +145,7 @@ def read_manifest(path: Path | str) -> Manifest:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"manifest {path} does not exist; make one with tools/prepare_data.py")
+        raise ValueError(f"manifest {path} does not exist; make one with realsr-hpc prepare-data")
     if fault := checksum_fault(path):
         raise ValueError(f"manifest: {fault}")
     rows, digest = _read_rows(path)
@@ -163,12 +163,12 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
         present = [name for name in SCHEMA.names if name in table.column_names]
         absent = [name for name in SCHEMA.names if name not in present and name not in LATER]
         if absent:
-            raise ValueError(f"manifest {path} lacks the columns {absent}; make it with tools/prepare_data.py")
+            raise ValueError(f"manifest {path} lacks the columns {absent}; make it with realsr-hpc prepare-data")
         metadata = table.schema.metadata or {}
         rows = table.select(present).cast(pa.schema([SCHEMA.field(name) for name in present])).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         told = str(error).splitlines()[0]
-        raise ValueError(f"manifest {path} is damaged ({told}); make it again with tools/prepare_data.py") from None
+        raise ValueError(f"manifest {path} is damaged ({told}); make it again with realsr-hpc prepare-data") from None
     digest = metadata.get(_DIGEST)
     return rows, None if digest is None else digest.decode("ascii", "replace")
 

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """What the operators of the degradation do to frequencies: blurs, resizes, JPEG. NumPy on arrays of a few numbers.
 
 A spectrum [8, 8] holds a quarter of a grid's band, at the middles of eight equal parts of 0..pi radians a pixel down

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """Where a photograph's bytes lie: a file, or a member of an uncompressed tar (WebDataset), read in place.
 
 A member is written as a path, `shard-0000.tar#name.jpg@offset+size`, so manifests and loaders treat both alike and any

@@ -112,7 +112,7 @@ class FrozenTraces:
     def __init__(self, folder: Path, config: RunConfig) -> None:
         paths = sorted(folder.glob("traces-*.safetensors"))
         if not paths:
-            raise ValueError(f"{folder} holds no traces; make them with tools/freeze_traces.py")
+            raise ValueError(f"{folder} holds no traces; make them with realsr-hpc freeze-traces")
         identity = trace_identity(config) | {"seed": _identity_of(paths[0])["seed"]}
         for path in paths:
             _require_same(path, _identity_of(path), identity)
@@ -142,9 +142,9 @@ class TraceLoader:
     def __init__(self, config: RunConfig, folder: Path, batch_size: int, *, dp_rank: int = 0, dp_size: int = 1) -> None:
         self.traces = FrozenTraces(folder, config)
         if self.traces.missing:
-            raise ValueError(f"{folder} lacks files {self.traces.missing}; write them with tools/freeze_traces.py")
+            raise ValueError(f"{folder} lacks files {self.traces.missing}; write them with realsr-hpc freeze-traces")
         if not len(self.traces):
-            raise ValueError(f"{folder} holds no trace: its photographs had no captions (tools/prepare_data.py)")
+            raise ValueError(f"{folder} holds no trace: its photographs had no captions (realsr-hpc prepare-data)")
         self._seed, self._batch_size, self._dp_rank, self._dp_size = config.seed, batch_size, dp_rank, dp_size
         self.position = 0
         """Index at which the next global batch starts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 _NUM_RESAMPLES = 2000
 
@@ -27,6 +28,9 @@ def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
     values = values[np.isfinite(values)]
     if not len(values):
         return Interval(float("nan"), float("nan"), float("nan"), 0)
-    draws = np.random.default_rng(seed).integers(0, len(values), (_NUM_RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high), len(values))
+    mean = float(values.mean())
+    if len(values) == 1:  # nothing to draw from
+        return Interval(mean, mean, mean, 1)
+    rng = np.random.default_rng(seed)
+    found = stats.bootstrap((values,), np.mean, n_resamples=_NUM_RESAMPLES, method="percentile", rng=rng)
+    return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high), len(values))

@@ -9,12 +9,12 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
+from realsr_hpc.artifacts import restoration
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.naming import matched, plain_stem
-from realsr_hpc.evaluate.cases import Case
 from realsr_hpc.evaluate.sets import images_below, names_of
 from realsr_hpc.files import printable
-from realsr_hpc.records import ParsedTrace, RestoredImage
+from realsr_hpc.records import Case, ParsedTrace, RestoredImage
 
 log = logging.getLogger(__name__)
 Method = Callable[[Sequence[Case]], list[RestoredImage]]
@@ -46,7 +46,7 @@ class FinishedImages:
         """ValueError when the folder holds no images."""
         self.folder = folder
         remarks: list[str] = []
-        found = [path for path in images_below(folder, remarks) if not path.name.endswith(".steps.jpg")]
+        found = [path for path in images_below(folder, remarks) if not restoration.is_steps(path)]
         if not found:
             raise ValueError(f"images={folder}: no images there; name the folder of the method's results")
         for remark in remarks:

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 
 from realsr_hpc.config.metrics import lower_is_better
-from realsr_hpc.evaluate.cases import Case
 from realsr_hpc.evaluate.methods import NO_TRACE
 from realsr_hpc.evaluate.words import TEXT_NOTES, text_scores
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.niqe import NIQEModel, niqe
 from realsr_hpc.quality.psnr_ssim import SSIM_MIN_PX, psnr_y, ssim_y
 from realsr_hpc.quality.pyiqa_scores import PyiqaScore, open_scores
-from realsr_hpc.records import RestoredImage
-from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.records import Case, RestoredImage
 from realsr_hpc.rewards.degradation import slot_matches
 from realsr_hpc.rewards.generation import NIQE_PATH
 from realsr_hpc.rewards.mixture import RewardMixture
@@ -126,10 +124,7 @@ class Metrics:
         """Reward terms; of a method without traces only those that look at the image. And why one has no value."""
         if self.rewards is None:
             return {}, {}
-        candidates = [
-            Candidate(item.trace, item.image, case.lq, case.gt, case.label, case.scene, case.operators)
-            for case, item in zip(cases, images, strict=True)
-        ]
+        candidates = [case.candidate(item.trace, item.image) for case, item in zip(cases, images, strict=True)]
         has_trace = any(item.trace is not NO_TRACE for item in images)
         scores: dict[str, np.ndarray] = {}
         faults: dict[str, str] = {}

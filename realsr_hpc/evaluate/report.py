@@ -12,30 +12,30 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from realsr_hpc.artifacts.evaluation import FINAL, INPUT, TRUTH, EvaluatedImage
 from realsr_hpc.evaluate.intervals import Interval, bootstrap
 from realsr_hpc.evaluate.methods import BICUBIC
 from realsr_hpc.evaluate.metrics import Metrics
 from realsr_hpc.evaluate.published import published_table
 from realsr_hpc.evaluate.words import Confusion, confusions
 from realsr_hpc.files import printable
-from realsr_hpc.tracking.pictures import image_grid
+from realsr_hpc.tracking.drawing import image_grid
 
 GRID_ROWS = 12
 
 
 @dataclass
 class EvaluationReport:
-    """Records of all images (see run.py) and what follows from them."""
+    """All images with what every method made of them, and what follows from that."""
 
     folder: Path
     set_name: str
     methods: tuple[str, ...]
-    records: list[dict[str, Any]]
+    images: list[EvaluatedImage]
     metrics: Metrics
     remarks: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -46,12 +46,12 @@ class EvaluationReport:
     @property
     def names(self) -> tuple[str, ...]:
         """Metrics of images, in the order met."""
-        rows = (entry["metrics"] for record in self.records for entry in record["methods"].values())
+        rows = (result.metrics for image in self.images for result in image.methods.values())
         return tuple(dict.fromkeys(name for row in rows for name in row))
 
     def values(self, method: str, metric: str) -> np.ndarray:
         """Values of all images, NaN where there is none."""
-        rows = (record["methods"][method]["metrics"] for record in self.records)
+        rows = (image.methods[method].metrics for image in self.images)
         return np.array([row.get(metric, np.nan) for row in rows], dtype=np.float64)
 
     def interval(self, method: str, metric: str) -> Interval:
@@ -64,8 +64,8 @@ class EvaluationReport:
 
     def confusions(self, method: str) -> list[Confusion]:
         """True against said, a slot each."""
-        said = [record["methods"][method].get("degradation") for record in self.records]
-        return confusions(said, [record["degradation"] for record in self.records])
+        said = [image.methods[method].degradation for image in self.images]
+        return confusions(said, [image.degradation for image in self.images])
 
     def add_set_scores(self, scores: Mapping[str, dict[str, float]]) -> None:
         """Scores of whole sets, by metric and method."""
@@ -82,17 +82,17 @@ class EvaluationReport:
         """Methods that name a degradation where it is known."""
         return [method for method in self.methods if np.isfinite(self.values(method, "slot_accuracy")).any()]
 
-    def worst(self, count: int = GRID_ROWS) -> list[dict[str, Any]]:
+    def worst(self, count: int = GRID_ROWS) -> list[EvaluatedImage]:
         """The last method's worst images: lowest PSNR, or highest NIQE without truths; missing ones first."""
         values = self.values(self.methods[-1], "psnr_y" if "psnr_y" in self.names else "niqe")
         order = np.argsort(np.nan_to_num(values if "psnr_y" in self.names else -values, nan=-np.inf), kind="stable")
-        return [self.records[place] for place in order[:count]]
+        return [self.images[place] for place in order[:count]]
 
     def markdown(self) -> str:
         """Everything that can be said in text."""
         counts = ", ".join(f"{method} {int(self.values(method, 'restored').sum())}" for method in self.methods)
         head = [
-            f"{self.set_name}: {len(self.records)} images; images given: {counts}. Mean [95 % bootstrap interval].",
+            f"{self.set_name}: {len(self.images)} images; images given: {counts}. Mean [95 % bootstrap interval].",
             *(f"- {remark}" for remark in self.remarks),
             *(f"- left out: {key}: {reason}" for key, reason in self.skipped.items()),
         ]
@@ -113,11 +113,11 @@ class EvaluationReport:
         with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["key", "method", *self.names], restval="nan")
             writer.writeheader()
-            for record in self.records:
-                for method, entry in record["methods"].items():
-                    writer.writerow({"key": record["key"], "method": method, **entry["metrics"]})
+            for image in self.images:
+                for method, result in image.methods.items():
+                    writer.writerow({"key": image.key, "method": method, **result.metrics})
         (self.folder / "metrics.md").write_text(self.markdown(), encoding="utf-8")
-        self._grid(self.records[:GRID_ROWS]).save(self.folder / "grid.png")
+        self._grid(self.images[:GRID_ROWS]).save(self.folder / "grid.png")
         self._grid(self.worst()).save(self.folder / "worst.png")
         if self.speakers():
             plot_confusions({name: self.confusions(name) for name in self.speakers()}, self.folder / "slots.png")
@@ -136,15 +136,15 @@ class EvaluationReport:
     def lacking(self) -> dict[tuple[str, str], list[str]]:
         """By metric and method: the images (and why) that it could not be computed of although they were given."""
         found: dict[tuple[str, str], list[str]] = {}
-        for record in self.records:
+        for image in self.images:
             for method in self.methods:
-                for metric, why in record["methods"][method].get("not_computed", {}).items():
-                    found.setdefault((metric, method), []).append(f"{record['key']} ({why})")
+                for metric, why in image.methods[method].not_computed.items():
+                    found.setdefault((metric, method), []).append(f"{image.key} ({why})")
         return found
 
     def _lacking(self) -> list[str]:
         return [
-            f"- {metric} of {method} is without {len(images)} of {len(self.records)} images, first {images[0]}"
+            f"- {metric} of {method} is without {len(images)} of {len(self.images)} images, first {images[0]}"
             for (metric, method), images in self.lacking.items()
         ]
 
@@ -181,17 +181,17 @@ class EvaluationReport:
         missing = [f"- not computed: `{name}`: {reason}" for name, reason in self.metrics.not_computed.items()]
         return lines + missing
 
-    def _grid(self, records: Sequence[dict[str, Any]]) -> Image.Image:
-        has_truth = any("truth" in record["files"] for record in records)
+    def _grid(self, images: Sequence[EvaluatedImage]) -> Image.Image:
+        has_truth = any(TRUTH in image.files for image in images)
         rows = [
             [
-                self._pixels(record["files"]["input"]),
-                *(self._pixels(record["methods"][method]["files"].get("final")) for method in self.methods),
-                *([self._pixels(record["files"].get("truth"))] if has_truth else []),
+                self._pixels(image.files[INPUT]),
+                *(self._pixels(image.methods[method].files.get(FINAL)) for method in self.methods),
+                *([self._pixels(image.files.get(TRUTH))] if has_truth else []),
             ]
-            for record in records
+            for image in images
         ]
-        return image_grid(rows, ("input", *self.methods, *(("truth",) if has_truth else ())))
+        return image_grid(rows, (INPUT, *self.methods, *((TRUTH,) if has_truth else ())))
 
     def _pixels(self, file: str | None) -> np.ndarray | None:
         if file is None:

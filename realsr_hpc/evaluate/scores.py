@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from realsr_hpc.artifacts import restoration
+from realsr_hpc.artifacts.stored import Damaged
 from realsr_hpc.config.learning import RewardTerm
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import read_manifest
@@ -19,8 +20,7 @@ from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
 from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
 from realsr_hpc.quality.ranker import Ranker
 from realsr_hpc.quality.stripes import stripe_share
-from realsr_hpc.records import ParsedTrace, SceneText
-from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.records import Candidate, ParsedTrace, SceneText
 from realsr_hpc.rewards.generation import NIQE_PATH, RANKER_PATH
 from realsr_hpc.rewards.mixture import build_reward, weight_at
 
@@ -90,16 +90,22 @@ def reward_columns(
 ) -> tuple[Columns, dict[str, str]]:
     """Scores by term and their weighted total, and what each term that is left out would need.
 
-    Texts are those that `tools/restore.py` wrote beside the images; captions and tags come from the manifest.
+    Texts are those that `realsr-hpc restore` wrote beside the images; captions and tags come from the manifest.
     """
     traces = [_read_trace(file) for file in pictures.files]
     scenes = _read_scenes(pictures.files, manifest)
     lacking = _lacking(terms, traces, scenes, pictures)
     nothing = [None] * len(pictures.files)
     candidates = [
-        Candidate(trace or NO_TRACE, image, small, truth, None, scene)
-        for trace, image, small, truth, scene in zip(
-            traces, pictures.images, pictures.lqs or pictures.images, pictures.truths or nothing, scenes, strict=True
+        Candidate(key=file.name, lq=small, gt=truth, scene=scene, trace=trace or NO_TRACE, image=image)
+        for file, trace, image, small, truth, scene in zip(
+            pictures.files,
+            traces,
+            pictures.images,
+            pictures.lqs or pictures.images,
+            pictures.truths or nothing,
+            scenes,
+            strict=True,
         )
     ]
     scored = {name: term for name, term in terms.items() if name not in lacking}
@@ -119,7 +125,7 @@ def _lacking(
     for name, term in terms.items():
         reference = term.options.get("reference", "lq")
         if term.kind in ("format", "degradation", "understanding") and not all(traces):
-            lacking[name] = "NAME.json of tools/restore.py beside each image"
+            lacking[name] = "NAME.json of realsr-hpc restore beside each image"
         elif term.kind == "degradation" or term.options.get("degradation") == "known":
             lacking[name] = "the degradation that was applied, which only training knows"
         elif term.kind == "understanding" and not all(scenes):
@@ -130,13 +136,14 @@ def _lacking(
 
 
 def _read_trace(file: Path) -> ParsedTrace | None:
-    """The first tile's trace as `tools/restore.py` told it; None without, or where another program's file is there."""
+    """The first tile's trace as `realsr-hpc restore` wrote it; None where there is none of ours."""
     try:
-        tile = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))["tiles"][0]
-        grids = (np.zeros((1, 1), np.int64),) * 3 if tile["well_formed"] else (None,) * 3
-        return ParsedTrace(tile["degradation"], tuple(tile["texts"]), grids, tuple(tile["faults"]))
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        tile = restoration.read(file).tiles[0]
+    except Damaged:
         return None
+    grid = np.zeros((1, 1), np.int64) if tile.well_formed else None
+    rough, middle, final = (*tile.texts, None, None, None)[:3]
+    return ParsedTrace(tile.degradation, (rough, middle, final), (grid, grid, grid), tile.faults)
 
 
 def _read_scenes(files: Sequence[Path], manifest: str | None) -> list[SceneText | None]:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES, BrokenImage, decode_image
 from realsr_hpc.data.naming import files_below, flat_names, matched, plain_stem, split_of
 from realsr_hpc.data.samples import fitted
-from realsr_hpc.evaluate.cases import Case
+from realsr_hpc.records import Case
 
 LQ_FOLDERS = ("lq", "lr", "test_lr", "lr_bicubic", "lq_x4", "lr_x4", "input", "low")
 GT_FOLDERS = ("gt", "hr", "test_hr", "hr_x4", "target", "high")

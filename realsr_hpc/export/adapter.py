@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.export.folder import Aside, as_other_files, write_json
+from realsr_hpc.export.weight_files import Aside, as_other_files, write_json
 from realsr_hpc.files import write_sums
 from realsr_hpc.model.lora import whole_tensors
 from realsr_hpc.model.policy import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, Policy

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realsr_hpc.export.folder import SINGLE, Aside, refuse_existing, weight_files
+from realsr_hpc.export.weight_files import SINGLE, Aside, refuse_existing, weight_files
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")

@@ -19,10 +19,10 @@ from torch import Tensor
 from realsr_hpc.config.load import from_yaml, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.export import hf_config
-from realsr_hpc.export.folder import SHARD_BYTES, Aside, write_json, write_weights
 from realsr_hpc.export.image_weights import encoder_tensors, image_shapes, read_image, save_decoder
 from realsr_hpc.export.outgoing import write_configs, write_shipped_code
 from realsr_hpc.export.text_files import combined, write_text_files
+from realsr_hpc.export.weight_files import SHARD_BYTES, Aside, write_json, write_weights
 from realsr_hpc.files import check_sums, write_sums
 from realsr_hpc.formats import Found, FoundImage, FoundPolicy, Rotary, open_image, open_source
 from realsr_hpc.formats.fitting import image_faults, policy_faults, refuse, whole

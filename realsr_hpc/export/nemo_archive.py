@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOptionalSubscript=false
 """A Hugging Face export <-> a `.nemo` archive, through nemo-toolkit's own SaveRestoreConnector (the extra `nemo`).
 
 The archive holds the recipe as NeMo's model_config.yaml, all small files of the export as NeMo artifacts, and the
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from realsr_hpc.config.identity import flatten
 from realsr_hpc.config.load import from_yaml
-from realsr_hpc.export.folder import INDEX, SHARD_BYTES, Aside, weight_files, write_weights
+from realsr_hpc.export.weight_files import INDEX, SHARD_BYTES, Aside, weight_files, write_weights
 from realsr_hpc.files import check_sums, replacing
 
 RECIPE = "recipe.yaml"

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from realsr_hpc import checkpoint
+from realsr_hpc import checkpoint, runfolder
 from realsr_hpc.config.load import from_yaml, to_yaml
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.export import hf_config
 from realsr_hpc.export.adapter import export_adapter
 from realsr_hpc.export.card import model_card
-from realsr_hpc.export.folder import SHARD_BYTES, Aside, refuse_existing, write_json, write_weights
 from realsr_hpc.export.image_weights import encoder_tensors, save_decoder
 from realsr_hpc.export.recipe import portable
 from realsr_hpc.export.text_files import combined, write_text_files
+from realsr_hpc.export.weight_files import SHARD_BYTES, Aside, refuse_existing, write_json, write_weights
 from realsr_hpc.files import write_sums
 from realsr_hpc.model import lora
 from realsr_hpc.model.hf_mapping import hf_names, hf_shape, hf_tensors
@@ -123,9 +123,9 @@ def export_run(
     wants (torchrun). ValueError when there is no checkpoint, or `output` exists.
     """
     refuse_existing(output)
-    config = from_yaml(run_dir / "recipe.yaml")
+    config = from_yaml(runfolder.recipe(run_dir))
     groups = initialise(layout_here(config), config.seed)
-    path = checkpoint_path or checkpoint.resume_path(run_dir / "checkpoints", groups)
+    path = checkpoint_path or checkpoint.resume_path(runfolder.checkpoints(run_dir), groups)
     if path is None:
         raise ValueError(f"run={run_dir} has no whole checkpoint under checkpoints/; let the run reach its first one")
     tokens = TraceTokenizer.load(config, groups.device)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from realsr_hpc.export.folder import write_json
+from realsr_hpc.export.weight_files import write_json
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
 _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -99,7 +99,8 @@ def _shard_files(folder: Path) -> list[Path]:
 def _params(folder: Path) -> dict[str, Any]:
     params = read_json(folder / "params.json")
     beside = folder / "consolidate_params.json"
-    nested = params.get("model") if isinstance(params.get("model"), dict) else {}
+    model = params.get("model")
+    nested = model if isinstance(model, dict) else {}
     return {**params, **nested, **(read_json(beside) if beside.is_file() else {})}
 
 

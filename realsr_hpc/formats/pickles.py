@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 """`.pth`, `.pt`, `.ckpt` and `.bin` are pickles: read as data, with a list of named classes, or refused by name.
 
 torch's `weights_only` unpickler rebuilds tensors and plain containers and executes nothing else. Left out: any way to

@@ -4,7 +4,7 @@
 can be opened from disk, mailed, or served; nothing is loaded from a network.
 """
 
+from realsr_hpc.gallery.entries import Entry, Result, read_evaluation, read_restored, read_run
 from realsr_hpc.gallery.page import render, write_page
-from realsr_hpc.gallery.sources import Entry, Result, read_evaluation, read_restored, read_run
 
 __all__ = ["Entry", "Result", "read_evaluation", "read_restored", "read_run", "render", "write_page"]

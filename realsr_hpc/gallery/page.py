@@ -14,7 +14,7 @@ from PIL import Image
 
 from realsr_hpc.data.decoding import BrokenImage, shown_rgb
 from realsr_hpc.files import printable, write_atomically
-from realsr_hpc.gallery.sources import STAGES, Entry, Result
+from realsr_hpc.gallery.entries import STAGES, Entry, Result
 
 log = logging.getLogger(__name__)
 TEMPLATE = "page.html.j2"

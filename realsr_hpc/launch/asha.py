@@ -219,7 +219,7 @@ class Halving:
         self.console.print(table)
         whole = len(self.seen) * rungs[-1]
         self._say(f"{self.space.metric}: {used} of {whole} steps, {used / max(whole, 1):.0%} of all runs' whole length")
-        self._say(f"compare: python tools/compare.py sweep={self.name}")
+        self._say(f"compare: realsr-hpc compare sweep={self.name}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

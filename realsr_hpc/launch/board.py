@@ -13,11 +13,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError
 from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
 from realsr_hpc.files import read_json
 from realsr_hpc.launch.feed import Feed
-from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, list_runs, read_job, slurm_queue
+from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, read_job, slurm_queue
 from realsr_hpc.tracking import read_progress, recipe_of, sweep_of
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -61,7 +62,7 @@ class Board:
 
     def refresh(self) -> list[Line]:
         """Look again: the queue once, of each run its state and its new events. What is alive stands on top."""
-        runs = list_runs(self.root)
+        runs = runfolder.list_runs(self.root)
         chains = dict(self._chains())
         known = {*runs, *(stage for stages in chains.values() for stage, *_ in stages)}
         slurm = any((job := read_job(folder)) and job.kind == "slurm" for folder in known)

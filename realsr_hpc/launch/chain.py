@@ -10,13 +10,14 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.chain import NAME, OF_COMMAND, OF_RUN, PLACEHOLDER, ChainConfig, StageConfig
 from realsr_hpc.config.load import GROUPS, RecipeError, compose_one, nearest, output_root, values_of, written
 from realsr_hpc.config.operation import ClusterConfig
@@ -47,7 +48,7 @@ class Node:
 
     def missing(self) -> list[str]:
         """Files and folders that a command reads, that no stage leaves, and that are not here."""
-        given = dict(argument.partition("=")[::2] for argument in self.arguments)
+        given = _pairs(self.arguments)
         own = [(key, given[key]) for key in READ_PATHS if key in given]
         absent = [(key, path) for key, path in own if not any(Path(path).is_relative_to(item) for item in self.after)]
         return [f"{self.stage}: {key}: {path} is not there" for key, path in absent if not Path(path).exists()]
@@ -132,8 +133,8 @@ class _Resolver:
         return f"{key}={value}" if key in GROUPS and isinstance(value, str) else f"{key}={written(value)}"
 
     def _command(self, name: str, stage: StageConfig) -> Node:
-        command, given = stage.command or "", dict(stage.set)
-        given |= dict(line.partition("=")[::2] for target, line in self.overrides if target == name)
+        command = stage.command or ""
+        given = dict(stage.set) | _pairs(line for target, line in self.overrides if target == name)
         after: dict[Path, None] = {}
         for key, value in given.items():
             if key == "output" or key not in self.valid[command]:
@@ -193,7 +194,7 @@ class _Resolver:
         if what in ("export", "best_export"):
             node = self._export(stage, what, node)
         after[node.folder] = None
-        return {"best": node.folder / "checkpoints" / "best", "run": node.folder}.get(what, node.output)
+        return {"best": runfolder.best_checkpoint(node.folder), "run": node.folder}.get(what, node.output)
 
     def _export(self, stage: str, what: str, node: Node) -> Node:
         """The export that nobody wrote down as a stage of its own."""
@@ -201,12 +202,17 @@ class _Resolver:
         if name not in self.nodes:
             given = {"run": str(node.folder)}
             if what == "best_export":
-                given["checkpoint"] = str(node.folder / "checkpoints" / "best")
+                given["checkpoint"] = str(runfolder.best_checkpoint(node.folder))
             self.nodes[name] = self._command_node(name, "export_hf", given, (node.folder,), {})
         return self.nodes[name]
 
     def _fault(self, where: str, said: str) -> RecipeError:
         return RecipeError("\n".join(f"chain {self.chain.name}: {where}: {line}" for line in said.splitlines()))
+
+
+def _pairs(lines: Iterable[str]) -> dict[str, str]:
+    """`KEY=VALUE` lines by key."""
+    return {key: value for key, _, value in (line.partition("=") for line in lines)}
 
 
 def _digest(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""`tools/launch.py chain=NAME`: plan a chain, run it here one stage after the other, or submit it to Slurm at once.
+"""`realsr-hpc launch chain=NAME`: plan a chain, run it here one stage after the other, or submit it to Slurm at once.
 
 Launched again it runs what is missing, has failed or has changed; a run that was stopped goes on from its checkpoint.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import RecipeError, output_root
 from realsr_hpc.config.schema import RunConfig
@@ -121,7 +122,7 @@ def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
         _say(f"{node.stage}: {node.folder.name}", console)
         if node.command:
             prepare_stage(node)
-            (node.folder / "job.json").unlink(missing_ok=True)  # of an attempt on Slurm
+            runfolder.job(node.folder).unlink(missing_ok=True)  # of an attempt on Slurm
             code = run_stage(node.folder)
         else:
             _start(node, parent)

@@ -1,4 +1,4 @@
-"""The command line of tools/launch.py: options of launching apart from overrides of the recipe."""
+"""The command line of realsr-hpc launch: options of launching apart from overrides of the recipe."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from realsr_hpc.config.checks import name_fault
 from realsr_hpc.config.execution_checks import path_fault
 from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.console import print_plan, print_submissions
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing, unchecked_manifests
-from realsr_hpc.launch.report import print_plan, print_submissions
 from realsr_hpc.launch.submit import prepare, submit
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunCo
     trials = options.trials or "16"
     if not trials.isdecimal() or int(trials) < 1:
         raise RecipeError(f"trials: {trials!r} is no number from 1 up")
-    from realsr_hpc.launch.sampler import sample
+    from realsr_hpc.launch.search import sample
 
     return sample(overrides, options.sweep or _sweep_name(overrides), int(trials))
 
@@ -145,7 +145,7 @@ def launch(
     if any(item.failed for item in submissions):
         return 1
     if sweep:
-        console.print(f"compare: python tools/compare.py sweep={sweep}", markup=False, highlight=False)
+        console.print(f"compare: realsr-hpc compare sweep={sweep}", markup=False, highlight=False)
     elif options.follow and (submissions[0].submitted or submissions[0].note.startswith("already r")):
         item = submissions[0]
         return follow(item.run_dir, console, slurm=item.config.cluster.kind == "slurm")

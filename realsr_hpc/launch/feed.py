@@ -6,7 +6,8 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-from realsr_hpc.tracking.spool import SPOOL_NAME, read_events
+from realsr_hpc import runfolder
+from realsr_hpc.tracking.spool import read_events
 
 SHOWN = ("rewards/total/mean", "sft/loss/mean", "tokenizer/loss/step")
 """What a run of each task is watched by, the first that it reports."""
@@ -17,7 +18,7 @@ class Feed:
     """Last values and recent history of one run's metrics; `read` takes in what is new in events.jsonl."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / SPOOL_NAME
+        self.path = runfolder.events(run_dir)
         self._begin()
 
     def _begin(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from realsr_hpc.launch.rundir import ALIVE, Status, current_status, rank_log
+from realsr_hpc.launch.rundir import ALIVE, Status, current_status
 from realsr_hpc.tracking import read_progress
 
 POLL_LOCAL_S = 0.5
@@ -29,7 +29,7 @@ def follow(run_dir: Path, console: Console, *, slurm: bool = False) -> int:
         except KeyboardInterrupt:
             status = None
     if status is None:
-        console.print(f"The run goes on. Follow it: python tools/jobs.py follow={run_dir.name}; end it: cancel=...")
+        console.print(f"The run goes on. Follow it: realsr-hpc jobs follow={run_dir.name}; end it: cancel=...")
         return 0
     console.print(f"{run_dir.name}: {status.state}" + (f"\n{status.message}" if status.message else ""), markup=False)
     return EXIT_CODES.get(status.state, status.code or 1)
@@ -51,8 +51,3 @@ def _wait(run_dir: Path, bar: Progress, task, poll_s: float) -> Status:
         if status.state not in ALIVE:
             return status
         time.sleep(poll_s)
-
-
-def log_paths(run_dir: Path) -> str:
-    """Where to read on."""
-    return str(rank_log(run_dir, 0))

@@ -28,7 +28,9 @@ def _count_gpus() -> int:
     """GPUs that answer nvidia-smi; a hung driver counts as none."""
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=False)
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=SMI_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.SubprocessError):
         return 0
     return sum(line.startswith("GPU-") for line in answer.stdout.splitlines())

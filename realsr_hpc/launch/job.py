@@ -21,6 +21,7 @@ from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
@@ -28,10 +29,8 @@ from realsr_hpc.launch.notify import notify
 from realsr_hpc.launch.requeue import exclude, requeue, this_node
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
-    RUN_LOCK,
     Job,
     State,
-    rank_log,
     read_job,
     write_job,
     write_status,
@@ -106,7 +105,7 @@ def _take(run_dir: Path, placement: Placement, stack: ExitStack) -> Verdict | No
     job = f"Slurm job {placement.job_id}" if placement.job_id else "local"
     for wait_s in (OTHER_JOB_WAIT_S, SAME_JOB_WAIT_S):
         try:
-            stack.enter_context(hold(run_dir / RUN_LOCK, job, wait_s))
+            stack.enter_context(hold(runfolder.lock(run_dir), job, wait_s))
             return None
         except LockRefused as error:
             same = placement.job_id and error.holder is not None and error.holder.what == job
@@ -162,7 +161,7 @@ def start_ranks(
     for local_rank in range(placement.tasks_per_node):
         extra = placement.rank_environment(config, local_rank)
         rank = int(extra["RANK"])
-        log = rank_log(run_dir, rank)
+        log = runfolder.rank_log(run_dir, rank)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {os.uname().nodename}\n".encode())
@@ -207,7 +206,8 @@ def watch(
             _signal(ranks, DUMP_SIGNAL)
             time.sleep(DUMP_S)
             end_ranks(ranks, signal.SIGABRT)
-            message = f"no step for {config.cluster.hang_limit_s} s: aborted; the stacks are in {run_dir / 'logs'}"
+            logs, limit_s = runfolder.logs(run_dir), config.cluster.hang_limit_s
+            message = f"no step for {limit_s} s: aborted; the stacks are in {logs}"
             return HUNG, message, time.time()
         time.sleep(POLL_S)
 
@@ -278,7 +278,7 @@ def _remember_job(run_dir: Path, placement: Placement) -> None:
     job = read_job(run_dir)
     if placement.job_id and (job is None or job.job_id != placement.job_id):
         launch = os.environ.get(LAUNCH_VARIABLE, "")
-        write_job(run_dir, Job("slurm", placement.job_id, "", str(rank_log(run_dir, 0)), launch, time.time()))
+        write_job(run_dir, Job("slurm", placement.job_id, "", str(runfolder.rank_log(run_dir, 0)), launch, time.time()))
 
 
 def _mark_failed(run_dir: Path) -> None:
@@ -296,7 +296,7 @@ def _signal(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals) -
 
 def _last_sign_of_life(run_dir: Path) -> float:
     """Seconds since the epoch of the last progress or event; 0 before the first."""
-    paths = (run_dir / "progress.json", run_dir / "events.jsonl")
+    paths = (runfolder.progress(run_dir), runfolder.events(run_dir))
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
@@ -306,11 +306,11 @@ def _first_to_fail(run_dir: Path, failed: dict[int, int | None]) -> int:
 
 
 def _last_written(run_dir: Path, rank: int) -> float:
-    return rank_log(run_dir, rank).stat().st_mtime
+    return runfolder.rank_log(run_dir, rank).stat().st_mtime
 
 
 def _last_words(run_dir: Path, rank: int, code: int) -> str:
-    log = rank_log(run_dir, rank)
+    log = runfolder.rank_log(run_dir, rank)
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     with log.open(encoding="utf-8", errors="replace") as file:
         lines = "".join(deque(file, maxlen=LAST_WORDS_LINES)).rstrip()

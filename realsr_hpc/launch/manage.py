@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.identity import may_change_on_resume
 from realsr_hpc.config.load import override
 from realsr_hpc.launch.rundir import (
@@ -18,8 +19,6 @@ from realsr_hpc.launch.rundir import (
     Queue,
     Status,
     current_status,
-    list_runs,
-    rank_log,
     read_job,
     read_status,
     slurm_queue,
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunRow:
-    """One line of `tools/jobs.py`; with `json=true` one object of its list."""
+    """One line of `realsr-hpc jobs`; with `json=true` one object of its list."""
 
     name: str
     state: str
@@ -65,7 +64,7 @@ class RunRow:
 
 def rows(root: Path) -> list[RunRow]:
     """All runs of an output root, oldest first; Slurm is asked once. A run that cannot be read hides no other."""
-    runs = list_runs(root)
+    runs = runfolder.list_runs(root)
     queue = slurm_queue() if any((job := read_job(run)) and job.kind == "slurm" for run in runs) else Queue({})
     return [_row(run, queue) for run in runs]
 
@@ -115,7 +114,9 @@ def _has_gone(run_dir: Path, job: Job, deadline: float) -> bool:
 def _scancel(*words: str) -> None:
     """ValueError with Slurm's words where it refuses."""
     try:
-        subprocess.run(["scancel", *words], check=True, capture_output=True, timeout=60, text=True)
+        subprocess.run(
+            ["scancel", *words], check=True, capture_output=True, timeout=60, encoding="utf-8", errors="replace"
+        )
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise ValueError(f"scancel {' '.join(words)}: {said.strip()}") from None
@@ -142,7 +143,7 @@ def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
 def reconcile(root: Path) -> list[str]:
     """Write down, here and in MLflow, the end of runs whose job ended without a word; their names."""
     ended = []
-    for run_dir in list_runs(root):
+    for run_dir in runfolder.list_runs(root):
         said, status = read_status(run_dir), current_status(run_dir)
         if said is not None and said.state in ALIVE and status is not None and status.state not in ALIVE:
             try:
@@ -173,5 +174,5 @@ def _row(run_dir: Path, queue: Queue) -> RunRow:
         total=progress.total if progress else None,
         job=f"{job.kind} {job.job_id}" if job else "-",
         message=status.message,
-        log=rank_log(run_dir, 0),
+        log=runfolder.rank_log(run_dir, 0),
     )

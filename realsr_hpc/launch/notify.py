@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, from_yaml
 from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.rundir import State
@@ -42,7 +43,7 @@ _counting = threading.Lock()
 def notify(run_dir: Path, state: State, code: int | None, message: str) -> None:
     """Tell of a state where the recipe names a command; waits, END_TIMEOUT_S at most, only when the job is leaving."""
     try:
-        command = from_yaml(run_dir / "recipe.yaml").tracking.notify if state in EVENTS else None
+        command = from_yaml(runfolder.recipe(run_dir)).tracking.notify if state in EVENTS else None
     except RecipeError:
         return
     if command is None:
@@ -77,7 +78,7 @@ def _tell(run_dir: Path, command: str, line: str, limit_s: float) -> None:
     if fault:
         print(f"tracking.notify: {fault}", file=sys.stderr, flush=True)
     with _counting, suppress(OSError):
-        path = run_dir / "notified.json"
+        path = runfolder.notified(run_dir)
         text = path.read_text(encoding="utf-8") if path.exists() else '{"told": 0, "failed": 0, "last_fault": ""}'
         counts = json.loads(text)
         counts["failed" if fault else "told"] += 1
@@ -87,7 +88,10 @@ def _tell(run_dir: Path, command: str, line: str, limit_s: float) -> None:
 def _run(run_dir: Path, command: str, line: str, limit_s: float) -> str:
     """Why it failed, or nothing. The line comes from a file: a command that reads nothing blocks nobody."""
     try:
-        with tempfile.TemporaryFile("w+") as source, (run_dir / "logs" / "notify.log").open("ab") as output:
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as source,
+            runfolder.notify_log(run_dir).open("ab") as output,
+        ):
             source.write(line)
             source.seek(0)
             process = subprocess.Popen(

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from realsr_hpc.launch.rundir import list_runs
+from realsr_hpc import runfolder
 from realsr_hpc.locks import hold
 
 USERS = ".users"
@@ -32,13 +32,13 @@ def link_code(run_dir: Path, code: Path) -> None:
     aside = run_dir / f".code.{os.getpid()}"
     aside.unlink(missing_ok=True)
     aside.symlink_to(code)
-    os.replace(aside, run_dir / "code")
+    os.replace(aside, runfolder.code(run_dir))
 
 
 def unused_snapshots(root: Path) -> list[Unused]:
     """Snapshots of an output root that no run's folder links to, and what launchers left half made."""
     folder = root / "code"
-    needed = {(run_dir / "code").resolve() for run_dir in _users(root, folder)}
+    needed = {runfolder.code(run_dir).resolve() for run_dir in _users(root, folder)}
     found = [path for path in folder.glob("*") if path.is_dir() and path.resolve() not in needed]
     return [Unused(path, _size(path)) for path in sorted(found)]
 
@@ -53,7 +53,7 @@ def remove_snapshots(root: Path) -> list[Unused]:
 
 
 def _users(root: Path, folder: Path) -> Iterator[Path]:
-    yield from list_runs(root)
+    yield from runfolder.list_runs(root)
     with suppress(OSError):
         text = (folder / USERS).read_text(encoding="utf-8", errors="surrogateescape")
         yield from (path for path in map(Path, text.splitlines()) if path.is_dir())

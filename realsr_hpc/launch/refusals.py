@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """What a submission is refused for: a job would find it out hours later."""
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ READ_AT_LAUNCH_BYTES = 64 * 2**20
 def refuse_what_is_missing(configs: list[RunConfig]) -> None:
     """ValueError that names every file the recipes read and this machine lacks, then what the manifests lack."""
     read = {need for config in configs for need in needs_of(config)}
-    read |= {Need("data.manifest", resolve(config.data.manifest), "tools/prepare_data.py") for config in configs}
+    read |= {Need("data.manifest", resolve(config.data.manifest), "realsr-hpc prepare-data") for config in configs}
     frozen = {config.sft.traces for config in configs if config.sft.traces}
-    read |= {Need("sft.traces", resolve(name), "tools/freeze_traces.py") for name in frozen}
+    read |= {Need("sft.traces", resolve(name), "realsr-hpc freeze-traces") for name in frozen}
     read |= {
         Need("cluster.environment_file", resolve(config.cluster.environment_file), "your site")
         for config in configs
@@ -30,7 +31,7 @@ def refuse_what_is_missing(configs: list[RunConfig]) -> None:
         f"{need.purpose}: {need.path} is not there; from: {need.origin}" for need in read if not need.files()
     )
     if absent:
-        absent.append("tools/stage_weights.py recipe=NAME lists and checks what a recipe needs")
+        absent.append("realsr-hpc stage-weights recipe=NAME lists and checks what a recipe needs")
     else:
         absent = sorted({fault for config in configs for fault in (*_manifest_faults(config), *_damage(config))})
     if absent:
@@ -54,7 +55,7 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
         splits = table["split"].unique().to_pylist()
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
         told = str(error).splitlines()[0]
-        yield f"data.manifest: {path}: no manifest, or a damaged one ({told}); make one with tools/prepare_data.py"
+        yield f"data.manifest: {path}: no manifest, or a damaged one ({told}); make one with realsr-hpc prepare-data"
         return
     for field in ("train_split", "heldout_split"):
         name = getattr(data, field)
@@ -63,7 +64,7 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
     lengths = pc.call_function("utf8_length", [table["caption_final"]])
     captioned = table.filter(pc.call_function("greater", [lengths, 0]))["split"].unique().to_pylist()
     if config.task == "sft" and config.sft.traces is None and data.train_split not in captioned:
-        remedy = "write them with tools/prepare_data.py captions=FILE or captioner=DIR"
+        remedy = "write them with realsr-hpc prepare-data captions=FILE or captioner=DIR"
         yield f"data.train_split: {data.train_split!r}: no photograph of {path} has captions, to learn from; {remedy}"
     if data.mode == "paired" and table["lq_path"].null_count:
         count = table["lq_path"].null_count

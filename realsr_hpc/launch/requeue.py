@@ -95,7 +95,9 @@ def _asked(question: Callable[[], str | None]) -> str | None:
 
 def _scontrol(*words: str, lower: bool = True) -> tuple[int, str]:
     try:
-        answer = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=False, timeout=CALL_S)
+        answer = subprocess.run(
+            ["scontrol", *words], capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=CALL_S
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return 1, str(error)
     text = answer.stdout + answer.stderr

@@ -1,10 +1,4 @@
-"""The folder of a run: where everything lies and what state it is in.
-
-OUTPUT_ROOT/<name>-<signature>/
-    recipe.yaml      the resolved recipe                 status.json   state, exit code and last words
-    job.json         which job runs it, and where        code          the snapshot it runs from (Slurm)
-    checkpoints/     logs/     events.jsonl     progress.json     mlflow.json
-"""
+"""A run's folder: which one it is, and what state the run in it has; `runfolder` names what lies in it."""
 
 from __future__ import annotations
 
@@ -17,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.identity import scheme, signature
 from realsr_hpc.config.load import SCHEME_LINE, RecipeError, from_yaml, output_root
 from realsr_hpc.config.schema import RunConfig
@@ -31,8 +26,6 @@ ENDED = (
     "TIMEOUT",
 )  # fmt: skip
 """Slurm's names for jobs that are over; it keeps them in its queue for some minutes (MinJobAge)."""
-RUN_LOCK = "run.lock"
-"""In the run folder, held by the supervisor of its first node: two jobs never run one folder."""
 LAUNCH_VARIABLE = "REALSR_HPC_LAUNCH"
 SLURM_QUIET_S = 60
 """A requeued or just submitted job may be missing from squeue for a moment."""
@@ -89,7 +82,7 @@ def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
 
 def _of_earlier_scheme(base: Path, config: RunConfig) -> Path | None:
     """This recipe's run, launched when signatures covered other fields; its recipe.yaml says the same today."""
-    for path in sorted(base.parent.glob(f"{glob.escape(config.name)}-*/recipe.yaml")):
+    for path in sorted(base.parent.glob(f"{glob.escape(config.name)}-*/{runfolder.RECIPE}")):
         try:
             with path.open(encoding="utf-8", errors="replace") as file:
                 current = file.readline().strip() == f"{SCHEME_LINE}{scheme()}"
@@ -112,32 +105,27 @@ def make_private(folder: Path) -> Path:
     return folder
 
 
-def rank_log(run_dir: Path, rank: int) -> Path:
-    """What a rank printed, all attempts one behind the other."""
-    return run_dir / "logs" / f"rank-{rank}.log"
-
-
 def write_status(
     run_dir: Path, state: State, code: int | None = None, message: str = "", launch: str | None = None
 ) -> None:
     """Replace the run's state, as the job of `launch` (None: the one that this process belongs to) sees it."""
     own = os.environ.get(LAUNCH_VARIABLE, "") if launch is None else launch
-    write_atomically(run_dir / "status.json", json.dumps(asdict(Status(state, code, message, time.time(), own))))
+    write_atomically(runfolder.status(run_dir), json.dumps(asdict(Status(state, code, message, time.time(), own))))
 
 
 def read_status(run_dir: Path) -> Status | None:
     """The state as last written; `current_status` also asks whether the job still lives."""
-    return read_json(run_dir / "status.json", Status)
+    return read_json(runfolder.status(run_dir), Status)
 
 
 def write_job(run_dir: Path, job: Job) -> None:
     """Remember the job."""
-    write_atomically(run_dir / "job.json", json.dumps(asdict(job)))
+    write_atomically(runfolder.job(run_dir), json.dumps(asdict(job)))
 
 
 def read_job(run_dir: Path) -> Job | None:
     """The job last submitted for the run."""
-    return read_json(run_dir / "job.json", Job)
+    return read_json(runfolder.job(run_dir), Job)
 
 
 def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
@@ -169,7 +157,7 @@ def _without_job(run_dir: Path, status: Status | None) -> Status | None:
     """A run whose job.json is missing or damaged; who runs it holds its lock."""
     if status is None or status.state not in ALIVE:
         return status
-    if holder := holder_of(run_dir / RUN_LOCK) if is_held(run_dir / RUN_LOCK) else None:
+    if holder := holder_of(runfolder.lock(run_dir)) if is_held(runfolder.lock(run_dir)) else None:
         return Status(status.state, None, f"run by {holder}", status.time_s)
     return Status("lost", None, "no job of it is known (job.json); launch it again to go on", status.time_s)
 
@@ -188,8 +176,8 @@ def _without_a_word(run_dir: Path, status: Status, job: Job, ended: str) -> Stat
 
 def saved_step(run_dir: Path) -> int | None:
     """Step of the newest checkpoint that was completed; None before the first. Its bytes are not read."""
-    steps = [path.parent.name.partition("-")[2] for path in run_dir.glob("checkpoints/step-*/manifest.json")]
-    return max((int(step) for step in steps if step.isdecimal()), default=None)
+    folders = [path.parent for path in runfolder.checkpoints(run_dir).glob("*/manifest.json")]
+    return max((runfolder.step_of(folder) for folder in folders if runfolder.is_step(folder)), default=None)
 
 
 def is_alive(job: Job, status: Status, queue: Queue) -> bool:
@@ -205,7 +193,9 @@ def slurm_queue() -> Queue:
     """This user's jobs, one call."""
     command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T %r"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return Queue({}, answered=False)
     lines = [(*line.split(maxsplit=2), "")[:3] for line in answer.splitlines() if len(line.split()) > 1]
@@ -214,25 +204,6 @@ def slurm_queue() -> Queue:
         ended={job: state for job, state, _ in lines if state in ENDED},
         reasons={job: reason.strip("() ") for job, state, reason in lines if state == "PENDING"},
     )
-
-
-def list_runs(root: Path) -> list[Path]:
-    """Run folders of an output root, oldest first."""
-    found = {path.parent: path.stat().st_mtime for path in root.glob("*/recipe.yaml") if path.is_file()}
-    return sorted(found, key=lambda path: found[path])
-
-
-def find_run(root: Path, name: str) -> Path:
-    """The run whose folder is `name`, begins with it, or is that path; ValueError names the candidates."""
-    if (Path(name) / "recipe.yaml").exists():
-        return Path(name).resolve()
-    runs = list_runs(root)
-    exact = [run for run in runs if run.name == name]
-    found = exact or [run for run in runs if run.name.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(run.name for run in (found or runs)) or "none"
-    raise ValueError(f"run {name!r}: {'several begin so' if found else 'unknown'} in {root}; there are: {names}")
 
 
 def _is_controller(pid: int) -> bool:

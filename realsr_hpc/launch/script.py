@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.load import output_root
 from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.schema import RunConfig
@@ -99,7 +100,7 @@ def sbatch_script(config: RunConfig, num_runs: int = 1) -> str:
     """The script that would be submitted, `map_count` runs as one array."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    folder = run_folder(config) / "logs" / "job"
+    folder = runfolder.job_logs(run_folder(config))
     setup = setup_lines(config.cluster, output_root(config) / "code" / "SNAPSHOT")
     return _make_sbatch_string(
         command=f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}",

@@ -19,11 +19,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.chain import Node
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
-    RUN_LOCK,
     Job,
     Queue,
     Status,
@@ -95,7 +95,7 @@ def run_stage(folder: Path) -> int:
     """
     words = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
     command, output = words["command"], folder / "output"
-    with hold(folder / RUN_LOCK, command):
+    with hold(runfolder.lock(folder), command):
         write_status(folder, "running")
         if command == "export_hf" and output.exists():  # of an attempt that was killed before it could say so
             shutil.rmtree(output)

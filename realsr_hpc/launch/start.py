@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.load import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.job import node_job
@@ -84,7 +85,9 @@ def max_array_size() -> int:
     """How many runs this Slurm takes as one array."""
     command = ["scontrol", "show", "config"]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+        shown = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         shown = ""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
@@ -98,7 +101,7 @@ def _submit_slurm(group: list[Submission], num_arrays: int = 1, after: Sequence[
     config = group[0].config
     code = take_snapshot([item.config for item in group])
     single = len(group) == 1
-    folder = group[0].run_dir / "logs" / "job" if single else make_private(output_root(config) / "arrays") / "%A"
+    folder = runfolder.job_logs(group[0].run_dir) if single else make_private(output_root(config) / "arrays") / "%A"
     executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=config.cluster.max_requeues)
     parameters = executor_parameters(config.cluster, config.name, setup_lines(config.cluster, code), after)
     parameters["array_parallelism"] = max(1, config.cluster.runs_at_once // num_arrays)
@@ -120,7 +123,7 @@ def _start_local(item: Submission, num_runs: int) -> None:
 
     cluster, launch = item.config.cluster, secrets.token_hex(8)
     gpus = list(range(cluster.gpus_per_node))
-    executor = submitit.LocalExecutor(folder=item.run_dir / "logs" / "job")
+    executor = submitit.LocalExecutor(folder=runfolder.job_logs(item.run_dir))
     executor.update_parameters(
         timeout_min=cluster.time_min * num_runs,
         signal_delay_s=cluster.signal_delay_s,
@@ -129,7 +132,7 @@ def _start_local(item: Submission, num_runs: int) -> None:
         gpus_per_node=len(gpus),
         visible_gpus=gpus,
     )
-    with _outliving_the_terminal(item.run_dir / "logs" / "controller.log"):
+    with _outliving_the_terminal(runfolder.controller_log(item.run_dir)):
         if num_runs == 1:
             job = executor.submit(node_job, item.run_dir, launch)
         else:

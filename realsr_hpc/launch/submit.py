@@ -14,12 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.identity import flatten
 from realsr_hpc.config.load import output_root, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import write_atomically
+from realsr_hpc.launch.console import plan_text
 from realsr_hpc.launch.prune import link_code
-from realsr_hpc.launch.report import plan_text
 from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private, read_job, run_folder, slurm_queue
 from realsr_hpc.launch.snapshot import code_version, environment, take_snapshot
 from realsr_hpc.launch.start import Submission, start_together
@@ -95,14 +96,14 @@ def _alone(roots: set[Path]) -> Iterator[None]:
 
 
 def _recipe_text(run_dir: Path) -> str | None:
-    path = run_dir / "recipe.yaml"
+    path = runfolder.recipe(run_dir)
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def _take_back(run_dir: Path, recipe: str | None) -> None:
     """After a refused submission: the run is resumed as it was, not with the overrides that were refused."""
     if recipe is not None:
-        write_atomically(run_dir / "recipe.yaml", recipe)
+        write_atomically(runfolder.recipe(run_dir), recipe)
     try:
         set_status(run_dir, "FAILED")
     except Exception as error:  # tracking never stops training
@@ -114,7 +115,7 @@ def prepare(config: RunConfig, run_dir: Path) -> str:
 
     What the user should know of tracking, if anything. ValueError when the folder holds a run already.
     """
-    if (run_dir / "recipe.yaml").exists():
+    if runfolder.recipe(run_dir).exists():
         raise ValueError(
             f"prepare: {run_dir} holds a run; RUN_DIR={run_dir} sbatch goes on with it, or name a new folder"
         )
@@ -145,7 +146,7 @@ def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) 
         if sweep:
             prepare_sweep(first, sweep)
     except Exception as error:  # tracking never stops training
-        note = f"MLflow is not reachable ({brief(error)}); tools/sync_tracking.py sends the events later"
+        note = f"MLflow is not reachable ({brief(error)}); realsr-hpc sync-tracking sends the events later"
     for item in pending:
         make_private(item.run_dir)
         values = flatten(item.config)
@@ -155,14 +156,14 @@ def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) 
         root = output_root(item.config)
         write_place(item.run_dir, Place(str(item.run_dir), str(root), str(project_root())))
         config = item.config.model_copy(update={"output_root": str(root)})
-        write_atomically(item.run_dir / "recipe.yaml", to_yaml(config))
-        write_atomically(item.run_dir / "plan.txt", plan_text(item.config))
-        write_atomically(item.run_dir / "environment.json", installed)
+        write_atomically(runfolder.recipe(item.run_dir), to_yaml(config))
+        write_atomically(runfolder.plan(item.run_dir), plan_text(item.config))
+        write_atomically(runfolder.environment(item.run_dir), installed)
     if not sweep and not note:
         try:
             prepare_run(first, pending[0].run_dir)
         except Exception as error:  # tracking never stops training
-            note = f"MLflow refused the run ({brief(error)}); tools/sync_tracking.py sends the events later"
+            note = f"MLflow refused the run ({brief(error)}); realsr-hpc sync-tracking sends the events later"
     return note
 
 

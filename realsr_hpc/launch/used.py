@@ -1,4 +1,4 @@
-"""`tools/jobs.py report=true`: what every run used beside what was planned, to see where the plan is wrong."""
+"""`realsr-hpc jobs report=true`: what every run used beside what was planned, to see where the plan is wrong."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, from_yaml
 from realsr_hpc.launch.board import number
 from realsr_hpc.launch.feed import Feed
-from realsr_hpc.launch.rundir import list_runs
 from realsr_hpc.plan import plan
 
 
@@ -18,11 +18,11 @@ def report(root: Path) -> Table:
     """Device-hours, step time and memory of the runs of an output root. Plans of time exist for GPUs alone."""
     found = Table("run", "device-hours", "planned", "step s", "planned", "memory GiB", "planned", box=None)
     found.title = "measured beside planned; a device is a GPU, or a process of a run without GPUs"
-    for run_dir in list_runs(root):
+    for run_dir in runfolder.list_runs(root):
         feed = Feed(run_dir)
         feed.read()
         try:
-            config = from_yaml(run_dir / "recipe.yaml")
+            config = from_yaml(runfolder.recipe(run_dir))
         except RecipeError:
             found.add_row(Text(run_dir.name), *["-"] * 6)  # of another version: nothing to hold it against
             continue

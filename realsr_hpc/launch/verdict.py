@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import SMI_TIMEOUT_S
@@ -123,7 +124,7 @@ def wait_for_requeue(run_dir: Path, placement: Placement) -> None:
 
 def _folder(run_dir: Path, placement: Placement) -> Path:
     """What the nodes of one attempt tell each other."""
-    return run_dir / "logs" / "verdicts" / f"{placement.job_id}-{placement.restarts}-{placement.attempt}"
+    return runfolder.verdicts(run_dir) / f"{placement.job_id}-{placement.restarts}-{placement.attempt}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def count_requeue(run_dir: Path, restarts: int) -> int:
 
     restarts: Slurm's own count, which bounds them when the folder's disk is full.
     """
-    path = run_dir / "requeues.json"
+    path = runfolder.requeues(run_dir)
     before = read_json(path, Requeues) or Requeues()
     progress = read_progress(run_dir)
     step = progress.step if progress else 0

@@ -1,4 +1,4 @@
-"""`tools/jobs.py watch=true`: the board on a terminal, refreshed every few seconds, with keys.
+"""`realsr-hpc jobs watch=true`: the board on a terminal, refreshed every few seconds, with keys.
 
 Up and down (or k and j) choose a run, f follows it, c cancels it, r resumes it, q leaves; leaving ends no run.
 """

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false
 """The policy: this process's chunks of one model, and what the rooms need to know of it.
 
 Its last stage returns the hidden states after the final norm, not logits: log-probabilities are computed from
@@ -130,11 +131,6 @@ class Policy:
         if not self.groups.is_last_stage:
             raise ValueError(f"output_weight is on the last pipeline stage; this is stage {self.groups.pp_rank}")
         return self.chunks[-1].output_layer.weight
-
-    @property
-    def vocab_offset(self) -> int:
-        """Vocabulary id of the first row of `output_weight`."""
-        return self.groups.tp_rank * (self.padded_vocab_size // self.groups.tp_size)
 
     def stage_of(self, layer: int) -> int:
         """Pipeline stage that holds a layer, counted from 0 over the whole model."""

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """FP8 products of the layers: switching them off and on, their numerics where there is no FP8 hardware, and rollouts.
 
 Transformer Engine's layers need a GPU. The emulated ones are Megatron's own with rounded operands: input and weight

@@ -1,3 +1,4 @@
+# pyright: reportOperatorIssue=false, reportReturnType=false
 """One table between Hugging Face's Chameleon and Megatron: names, shapes and cuts, both ways.
 
 Each row names one local parameter, the Hugging Face tensors it is made of, and how it is cut over tp. Reading goes

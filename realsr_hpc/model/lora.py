@@ -1,3 +1,4 @@
+# pyright: reportOperatorIssue=false, reportReturnType=false
 """Low-rank adapters on the policy's linear layers, cut over the layout as those are.
 
 LoRA (Hu et al., arXiv 2106.09685): y = W x + (alpha / rank) B A x with W frozen, A [rank, in] random, B [out, rank]

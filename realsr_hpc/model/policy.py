@@ -52,7 +52,7 @@ def build_policy(
     overwrites every weight (a checkpoint, an import), so none is drawn.
     ValueError naming the field when the layout cannot hold the model.
     """
-    layout.check(config.model, config.parallel)
+    layout.check(config)
     padded = layout.padded_vocab(vocab_size, groups.tp_size)
     megatron = transformer_config(config, groups)
     with backend.vendor_calls(), torch.device("meta") if meta else nullcontext():
@@ -68,7 +68,7 @@ def build_policy(
     if config.model.lora is not None:
         lora.attach(policy, config.model.lora, config.seed)
         if not meta:
-            policy.base = broadcast_object(base_name(config) if groups.is_main else None, dist.group.WORLD)  # type: ignore
+            policy.base = broadcast_object(base_name(config) if groups.is_main else None, dist.group.WORLD)  # pyright: ignore[reportArgumentType]
             if config.model.lora.weights is not None:
                 lora.load(policy, read_adapters(resolve(config.model.lora.weights), config.model.lora))
     if not trainable:
@@ -82,7 +82,7 @@ def _chunk(config: RunConfig, megatron: TransformerConfig, groups: Groups, padde
     last_index = config.parallel.virtual_pp - 1
     return PolicyChunk(
         config=megatron,
-        transformer_layer_spec=block_spec(  # type: ignore
+        transformer_layer_spec=block_spec(  # pyright: ignore[reportArgumentType]
             layout.layers_per_chunk(config.model, config.parallel), emulated_fp8=emulates_fp8(config.precision)
         ),
         vocab_size=padded,
@@ -91,7 +91,7 @@ def _chunk(config: RunConfig, megatron: TransformerConfig, groups: Groups, padde
         post_process=groups.is_last_stage and index == last_index,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
-        rotary_base=config.model.rope_theta,  # type: ignore
+        rotary_base=config.model.rope_theta,  # pyright: ignore[reportArgumentType]
         pg_collection=groups.pg_collection,
         vp_stage=index if last_index else None,
     )

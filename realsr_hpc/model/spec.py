@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """Chameleon as a Megatron layer spec: RMSNorm, rotary embeddings, SwiGLU, and a LayerNorm with bias per head on q, k.
 
 The same module names stand in every variant (input_layernorm, self_attention.linear_qkv, ...), with Transformer

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false
 """One optimizer update: data-parallel wrapping, forward and backward, clipping, AdamW.
 
 Gradients are sums over microbatches and data-parallel ranks of what the loss function returned; nothing averages
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from realsr_hpc.config.schema import OptimConfig, RunConfig
 from realsr_hpc.model.policy import Policy
-from realsr_hpc.optim.schedule import learning_rate
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, Outputs, run_pipeline
@@ -178,3 +178,18 @@ def _sum_gradients(
     """Megatron's reduction without its division by the number of tokens: the caller's loss has divided already."""
     del num_tokens
     finalize_model_grads(model, None, pg_collection, **arguments)
+
+
+def learning_rate(optim: OptimConfig, step: int, total_steps: int) -> float:
+    """Rate of update `step` (0-based) of `total_steps`: warm-up, then constant, linear or cosine decay to `min_lr`.
+
+    The first warm-up step is already above zero.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    decay_steps = max(1, total_steps - optim.warmup_steps)
+    progress = min(1.0, (step - optim.warmup_steps) / decay_steps)
+    remaining = 1.0 - progress if optim.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.min_lr + (optim.lr - optim.min_lr) * remaining

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """The process's place in the world: groups, sizes and ranks. Made once, then passed, never fetched."""
 
 from __future__ import annotations

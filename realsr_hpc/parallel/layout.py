@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from realsr_hpc.config.schema import ModelConfig, ParallelConfig
+from realsr_hpc.config.checks import heads_divide_the_hidden_size
+from realsr_hpc.config.execution_checks import LAYOUT_RULES
+from realsr_hpc.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,8 @@ def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Transformer layers of one model chunk (a stage holds `virtual_pp` chunks)."""
-    chunks = parallel.pp * parallel.virtual_pp
-    if model.num_layers % chunks:
-        raise ValueError(
-            f"model.num_layers = {model.num_layers} is not divisible by parallel.pp x parallel.virtual_pp = "
-            f"{parallel.pp} x {parallel.virtual_pp}: choose factors whose product divides it"
-        )
-    return model.num_layers // chunks
-
-
-def first_layer(model: ModelConfig, parallel: ParallelConfig, pp_rank: int, chunk: int = 0) -> int:
-    """Global index of the first layer of a stage's chunk. Chunks go round the stages, as interleaved 1F1B wants."""
-    return (chunk * parallel.pp + pp_rank) * layers_per_chunk(model, parallel)
+    """Transformer layers of one model chunk (a stage holds `virtual_pp` chunks); `check` has seen that they divide."""
+    return model.num_layers // (parallel.pp * parallel.virtual_pp)
 
 
 def kv_heads(model: ModelConfig) -> int:
@@ -59,44 +50,13 @@ def padded_vocab(vocab_size: int, tp_size: int) -> int:
     return rounded_up(vocab_size, tp_size)
 
 
-def check(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """ValueError naming field, value and remedy for a model that the layout cannot hold."""
-    layers_per_chunk(model, parallel)
-    _check_heads(model)
-    for name, value in (
-        ("model.num_heads", model.num_heads),
-        ("model.num_kv_heads", kv_heads(model)),
-        ("model.ffn_hidden_size", model.ffn_hidden_size),
-        ("model.hidden_size", model.hidden_size),
-    ):
-        if value % parallel.tp:
-            raise ValueError(
-                f"{name} = {value} is not divisible by parallel.tp = {parallel.tp}: choose a tp that divides it"
-            )
-    if parallel.virtual_pp > 1 and parallel.pp == 1:
-        raise ValueError(
-            f"parallel.virtual_pp = {parallel.virtual_pp} needs parallel.pp > 1: set virtual_pp to 1 or raise pp"
-        )
-    if parallel.sequence_parallel and parallel.tp == 1:
-        raise ValueError("parallel.sequence_parallel = true needs parallel.tp > 1: switch it off or raise tp")
+def check(config: RunConfig) -> None:
+    """ValueError with every fault of a recipe whose model its layout cannot hold.
 
-
-def _check_heads(model: ModelConfig) -> None:
-    if model.hidden_size % model.num_heads:
-        raise ValueError(
-            f"model.hidden_size = {model.hidden_size} is not divisible by model.num_heads = {model.num_heads}: "
-            "choose a number of heads that divides it"
-        )
-    if (model.hidden_size // model.num_heads) % 2:
-        raise ValueError(
-            f"model.hidden_size / model.num_heads = {model.hidden_size // model.num_heads} is odd and rotary "
-            "embeddings turn pairs: choose an even head size"
-        )
-    if model.num_heads % kv_heads(model):
-        raise ValueError(
-            f"model.num_kv_heads = {model.num_kv_heads} does not divide model.num_heads = {model.num_heads}: "
-            "choose a divisor"
-        )
+    The rules are those that a composed recipe has passed already; a layout that a program chose has not.
+    """
+    if faults := [fault for rule in (heads_divide_the_hidden_size, *LAYOUT_RULES) for fault in rule(config)]:
+        raise ValueError("\n".join(faults))
 
 
 def row_multiple(parallel: ParallelConfig) -> int:

@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Forward and backward over the pipeline stages, by Megatron's schedules.
 
 Losses are summed: over microbatches, and (by the optimizer's reduction) over data-parallel ranks. The caller's loss
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from realsr_hpc.parallel import backend
@@ -126,26 +126,3 @@ def _check(model: Pipelined, microbatches: list[Microbatch]) -> None:
             f"{len(microbatches)} microbatches do not go round pp = {model.groups.pp_size} stages: "
             "make their number a multiple of layout.microbatch_multiple"
         )
-
-
-def broadcast_outputs(outputs: list[Outputs], groups: Groups) -> list[Outputs]:
-    """The last stage's outputs on every pipeline stage, tensors on the device."""
-    if groups.pp_size == 1:
-        return outputs
-    source = dist.get_global_rank(groups.pp, groups.pp_size - 1)
-    box: list[Any] = [
-        [{name: (tuple(t.shape), t.dtype) for name, t in one.items()} for one in outputs]
-        if groups.is_last_stage
-        else None
-    ]
-    dist.broadcast_object_list(box, src=source, group=groups.pp)
-    if not groups.is_last_stage:
-        outputs = [
-            {name: torch.empty(shape, dtype=dtype, device=groups.device) for name, (shape, dtype) in one.items()}
-            for one in box[0]
-        ]
-    for one in outputs:
-        for name in sorted(one):
-            one[name] = one[name].contiguous()
-            dist.broadcast(one[name], src=source, group=groups.pp)
-    return outputs

@@ -9,23 +9,25 @@ import torch.distributed as dist
 
 from realsr_hpc.parallel.groups import Groups
 
+Group = dist.ProcessGroup | None
+"""None: all processes (`torch.distributed.group.WORLD` until it is initialised, and by its type)."""
 Reduction = Literal["sum", "mean", "max", "min"]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
 def reduce_floats(
-    values: dict[str, float], group: dist.ProcessGroup, device: torch.device, how: Reduction = "mean"
+    values: dict[str, float], group: Group, device: torch.device, how: Reduction = "mean"
 ) -> dict[str, float]:
     """Each value reduced over the group, in float64. Every rank passes the same keys; the order may differ."""
     names = sorted(values)
     packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(packed, _OPERATIONS[how], group=group)
     if how == "mean":
-        packed /= group.size()
+        packed /= dist.get_world_size(group)
     return dict(zip(names, packed.tolist(), strict=True))
 
 
-def reduce_float(value: float, group: dist.ProcessGroup, device: torch.device, how: Reduction = "sum") -> float:
+def reduce_float(value: float, group: Group, device: torch.device, how: Reduction = "sum") -> float:
     """One number reduced over the group, in float64."""
     return reduce_floats({"value": value}, group, device, how)["value"]
 
@@ -35,17 +37,17 @@ def broadcast_from_last_stage(value: Any, groups: Groups) -> Any:
     return broadcast_object(value, groups.pp, groups.pp_size - 1)
 
 
-def broadcast_object(value: Any, group: dist.ProcessGroup, source: int = 0) -> Any:
+def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
     """The object of the group's rank `source`, on every rank."""
-    if group.size() == 1:
+    if dist.get_world_size(group) == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=dist.get_global_rank(group, source), group=group)
+    dist.broadcast_object_list(box, src=source if group is None else dist.get_global_rank(group, source), group=group)
     return box[0]
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+def gather_objects(value: Any, group: Group) -> list[Any]:
     """Every rank's object, in rank order, on every rank."""
-    gathered: list[Any] = [None] * group.size()
+    gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

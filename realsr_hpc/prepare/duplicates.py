@@ -9,6 +9,8 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 _DUPLICATE_BITS = 3
 
@@ -29,13 +31,9 @@ def near_duplicates(hashes: Sequence[int]) -> list[tuple[int, ...]]:
     for place, value in enumerate(hashes):
         places[value].append(place)
     values = list(places)
-    parent = list(range(len(values)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
+    if not values:
+        return []
+    alike: list[tuple[int, int]] = []
     for shift in (0, 16, 32, 48):
         buckets: dict[int, list[int]] = defaultdict(list)
         for i, value in enumerate(values):
@@ -43,9 +41,10 @@ def near_duplicates(hashes: Sequence[int]) -> list[tuple[int, ...]]:
         for members in buckets.values():
             for i, j in combinations(members, 2):
                 if (values[i] ^ values[j]).bit_count() <= _DUPLICATE_BITS:
-                    low, high = sorted((root(i), root(j)))
-                    parent[high] = low
+                    alike.append((i, j))
+    rows, columns = np.array(alike, dtype=np.intp).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(alike), dtype=bool), (rows, columns)), shape=(len(values), len(values)))
     groups: dict[int, list[int]] = defaultdict(list)
-    for i, value in enumerate(values):
-        groups[root(i)] += places[value]
+    for value, group in zip(values, connected_components(graph, directed=False)[1].tolist(), strict=True):
+        groups[group] += places[value]
     return [tuple(sorted(group)) for group in groups.values() if len(group) > 1]

@@ -131,7 +131,7 @@ def note_in_tar(content: bytes, ending: str) -> tuple[Note, list[str]]:
             note[name] = raw[name]
     lone = note.pop("caption", None)
     given = {name: note.pop(name) for name in CAPTIONS if name in note}
-    texts = given if len(given) == len(CAPTIONS) else dict.fromkeys(CAPTIONS, lone) if lone else {}
+    texts: dict[str, Any] = given if len(given) == len(CAPTIONS) else {name: lone for name in CAPTIONS if lone}
     if given and not texts:
         faults.append("some of the three captions; give all of them or none")
     if caption_fault(texts.values()):

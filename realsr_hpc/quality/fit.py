@@ -1,4 +1,4 @@
-"""Fit and measure the generation experts on the bundled photographs: `python tools/fit_experts.py`.
+"""Fit and measure the generation experts on the bundled photographs: `realsr-hpc fit-experts`.
 
 The ranker learns from pairs: of two rungs of one ladder the lower severity must score higher by a margin that grows
 with the gap (RankIQA, Liu et al. 2017), with a weak pull of the score to 2 - 4 x severity that fixes its scale.

@@ -46,16 +46,16 @@ class NIQEModel:
     def load(cls, path: Path) -> NIQEModel:
         """Read what `save` wrote. Raises ValueError when the file is missing, damaged or of another shape."""
         if not path.is_file():
-            raise ValueError(f"NIQE model {path} not found; make it with `python tools/fit_experts.py only=niqe`")
+            raise ValueError(f"NIQE model {path} not found; make it with `realsr-hpc fit-experts only=niqe`")
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
                 model = cls(held["mean"], held["covariance"], int(held["patch_px"]), int(held["stride_px"]))
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"NIQE model {path} is damaged ({error}); make it with tools/fit_experts.py") from None
+            raise ValueError(f"NIQE model {path} is damaged ({error}); make it with realsr-hpc fit-experts") from None
         if model.mean.shape != (NUM_FEATURES,) or model.covariance.shape != (NUM_FEATURES, NUM_FEATURES):
             raise ValueError(f"NIQE model {path} has mean {model.mean.shape}; it must be ({NUM_FEATURES},)")
         if not (np.isfinite(model.mean).all() and np.isfinite(model.covariance).all()):
-            raise ValueError(f"NIQE model {path} holds NaN or infinite numbers; make it with tools/fit_experts.py")
+            raise ValueError(f"NIQE model {path} holds NaN or infinite numbers; make it with realsr-hpc fit-experts")
         return model
 
 

@@ -30,7 +30,7 @@ from realsr_hpc.files import sha256_of
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.batching import same_shapes
 
-_STAGING = "tools/stage_weights.py recipe=NAME collect=DIR"
+_STAGING = "realsr-hpc stage-weights recipe=NAME collect=DIR"
 _WEIGHT_SUFFIXES = {".pth", ".pt", ".mat", ".bin", ".npz", ".ckpt", ".safetensors"}
 _LIBRARIES: list[Any] = []
 """Operator declarations live as long as the objects that made them."""

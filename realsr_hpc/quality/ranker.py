@@ -1,6 +1,6 @@
 """The degradation ranker: a small CNN expert of ours that says how clean an image of about 128 px looks.
 
-Trained by `tools/fit_experts.py` on the bundled train photographs: of two versions of one crop the one degraded
+Trained by `realsr-hpc fit-experts` on the bundled train photographs: of two versions of one crop the one degraded
 less must score higher (margin ranking, after RankIQA, Liu et al. 2017). It sees luma and two chroma planes,
 high-passed so that content and exposure cannot stand in for quality. It scores any image of 32 px or more.
 """
@@ -48,7 +48,7 @@ class Ranker(nn.Module):
     def load(cls, path: Path) -> Ranker:
         """Read what `save` wrote. Raises ValueError when the file is missing, damaged or no ranker's."""
         if not path.is_file():
-            raise ValueError(f"ranker weights {path} not found; make them: `python tools/fit_experts.py only=ranker`")
+            raise ValueError(f"ranker weights {path} not found; make them: `realsr-hpc fit-experts only=ranker`")
         ranker = cls()
         weights, _ = read_weights(path)
         wanted = {name: value.shape for name, value in ranker.state_dict().items()}

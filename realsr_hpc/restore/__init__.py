@@ -7,9 +7,9 @@ the input's colours, `pictures` reads and writes what formats there are, `model`
 
 from realsr_hpc.restore.candidates import BestOf, Chosen
 from realsr_hpc.restore.folder import RestoreReport, restore_folder
-from realsr_hpc.restore.model import find_model, find_run, open_restorer, with_sampling
+from realsr_hpc.restore.image_files import Picture, find_images, read_picture
+from realsr_hpc.restore.model import find_checkpoint, find_model, open_restorer, with_sampling
 from realsr_hpc.restore.options import open_with_options
-from realsr_hpc.restore.pictures import Picture, find_images, read_picture
 from realsr_hpc.restore.simple import Model, Result, load
 from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, restore_images, tile_starts
 
@@ -24,8 +24,8 @@ __all__ = [
     "RestoreSettings",
     "Restorer",
     "find_images",
+    "find_checkpoint",
     "find_model",
-    "find_run",
     "load",
     "open_restorer",
     "open_with_options",

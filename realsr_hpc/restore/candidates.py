@@ -9,22 +9,21 @@ from typing import Protocol
 import numpy as np
 
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions
-from realsr_hpc.records import LQBatch, RestoredImage
-from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.records import Case, RestoredImage
 from realsr_hpc.rewards.fidelity import FidelityReward
 from realsr_hpc.rewards.generation import build_expert
 
 CHOICES = ("ranker", "niqe", "fidelity", "mean")
 """Experts that need nothing staged; besides them pyiqa:METRIC."""
-Expert = Callable[[Sequence[RestoredImage], np.ndarray], np.ndarray]
-"""Candidates and their LQ image [h, w, 3] -> scores, higher is better, NaN where impossible."""
+Expert = Callable[[Sequence[RestoredImage], Case], np.ndarray]
+"""Results and their case -> scores, higher is better, NaN where impossible."""
 
 
 class ManyRestorer(Protocol):
     """What gives several results of each input (`PolicyRestorer`)."""
 
-    def candidates(self, batch: LQBatch, count: int) -> list[list[RestoredImage]]:
-        """`count` results of each image."""
+    def candidates(self, cases: Sequence[Case], count: int) -> list[list[RestoredImage]]:
+        """`count` results of each case."""
         ...
 
 
@@ -44,21 +43,19 @@ class BestOf:
         """expert: of `build_chooser`; None: their mean."""
         self.restorer, self.count, self.expert = restorer, count, expert
 
-    def __call__(self, batch: LQBatch) -> list[RestoredImage]:
+    def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
         """One image each; candidates without an image are never chosen while another has one."""
-        lqs = batch.lq.permute(0, 2, 3, 1).numpy()
-        return [
-            self._choose(found, lq) for found, lq in zip(self.restorer.candidates(batch, self.count), lqs, strict=True)
-        ]
+        found = self.restorer.candidates(cases, self.count)
+        return [self._choose(candidates, case) for candidates, case in zip(found, cases, strict=True)]
 
-    def _choose(self, found: list[RestoredImage], lq: np.ndarray) -> RestoredImage:
+    def _choose(self, found: list[RestoredImage], case: Case) -> RestoredImage:
         given = [item for item in found if item.image is not None]
         if not given:
             return found[0]
         if self.expert is None:
             return _mean(given)
         scores = np.full(len(found), -np.inf)
-        scores[[item.image is not None for item in found]] = np.nan_to_num(self.expert(given, lq), nan=-np.inf)
+        scores[[item.image is not None for item in found]] = np.nan_to_num(self.expert(given, case), nan=-np.inf)
         best = int(scores.argmax())
         item = found[best]
         return Chosen(item.image, item.trace, item.stages, best, tuple(scores.tolist()))
@@ -73,7 +70,7 @@ def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
         return None
     if choice == "fidelity":
         reward = FidelityReward(FidelityOptions())
-        return lambda found, lq: reward.score([Candidate(item.trace, item.image, lq) for item in found])
+        return lambda found, case: reward.score([case.candidate(item.trace, item.image) for item in found])
     kind, _, metric = choice.partition(":")
     if kind == "pyiqa" and metric:
         options = GenerationOptions(expert="pyiqa", metrics=[metric], weights_dir=weights_dir)
@@ -82,7 +79,7 @@ def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
     else:
         raise ValueError(f"choose={choice!r} is none of {', '.join(CHOICES)}, pyiqa:METRIC; name one")
     expert = build_expert(options)
-    return lambda found, lq: expert([item.image for item in found if item.image is not None])
+    return lambda found, case: expert([item.image for item in found if item.image is not None])
 
 
 def _mean(given: list[RestoredImage]) -> RestoredImage:

@@ -14,14 +14,14 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from realsr_hpc.artifacts import restoration
+from realsr_hpc.artifacts.stored import Damaged
 from realsr_hpc.data.decoding import SUFFIXES, BrokenImage, opened
 from realsr_hpc.files import printable, sha256_of, write_atomically
 from realsr_hpc.locks import sole_writer
-from realsr_hpc.restore.pictures import Picture, find_images, read_picture, targets, write_picture
-from realsr_hpc.restore.reasoning import read_reasoning, write_reasoning
+from realsr_hpc.restore.image_files import Picture, find_images, read_picture, targets, write_picture
+from realsr_hpc.restore.reasoning import write_reasoning
 from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_tiles, restore_images
-
-SETTINGS_FILE = "restore.json"
 
 
 @dataclass
@@ -149,29 +149,29 @@ def _write(work: _Work, result: Blended, settings: RestoreSettings, report: Rest
         return
     report.done.append(str(work.file))
     report.num_tiles += len(result.tiles)
-    report.num_tiles_bicubic += sum(bool(record["bicubic"]) for record in result.tiles)
+    report.num_tiles_bicubic += sum(tile.bicubic for tile in result.tiles)
 
 
 def _is_done(file: Path, target: Path) -> bool:
     """ValueError where the result's place is taken by something else."""
     if not target.exists():
         return False
-    told = read_reasoning(target)
-    if told is None and not target.with_suffix(".json").exists():
+    if not restoration.record_file(target).exists():
         raise ValueError(f"{target} is no result of restoring (no {target.stem}.json): choose another output")
     try:
-        if told is None or told.get("input_sha256") == sha256_of(file):
-            return told is not None
-    except OSError:
-        return False  # reading it will say why
-    if told.get("input") != os.path.abspath(file):
-        raise ValueError(f"{target} is the result of {told.get('input')}, not of {file}: choose another output")
+        told = restoration.read(target)
+        if told.input_sha256 == sha256_of(file):
+            return True
+    except (Damaged, OSError):
+        return False  # of an unreadable input, reading it will say why
+    if told.input != os.path.abspath(file):
+        raise ValueError(f"{target} is the result of {told.input}, not of {file}: choose another output")
     return False
 
 
 def _claim(output: Path, settings: RestoreSettings) -> None:
     """Note the settings in the folder; refuse a folder of other settings."""
-    path = output / SETTINGS_FILE
+    path = output / restoration.SETTINGS_FILE
     wanted = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "workers")}
     if path.exists() and (held := _held(path)) != wanted:
         differing = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.learning import RestoreConfig
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
@@ -15,7 +16,7 @@ from realsr_hpc.files import check_sums
 from realsr_hpc.paths import resolve
 
 if TYPE_CHECKING:
-    from realsr_hpc.rollout.restorer import PolicyRestorer
+    from realsr_hpc.rollout.policy_restorer import PolicyRestorer
 
 
 def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRestorer:
@@ -30,7 +31,7 @@ def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRest
     from realsr_hpc import checkpoint
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.parallel.groups import initialise
-    from realsr_hpc.rollout.restorer import PolicyRestorer
+    from realsr_hpc.rollout.policy_restorer import PolicyRestorer
     from realsr_hpc.tokenizer.trace import TraceTokenizer
 
     precision = config.precision.model_copy(update={"fp8": "none", "rollout_fp8": False})
@@ -56,12 +57,12 @@ def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None,
     if named == ["export"]:
         folder = Path(given["export"] or "").resolve()
         return read_export(folder), None, str(folder)
-    config, path = find_run(given.get("run"), given.get("checkpoint"))
+    config, path = find_checkpoint(given.get("run"), given.get("checkpoint"))
     return config, path, str(path)
 
 
-def find_run(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig, Path]:
-    """Recipe and checkpoint folder of `run=RUN_DIR` (its newest checkpoint) or `checkpoint=RUN_DIR/checkpoints/STEP`.
+def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig, Path]:
+    """Recipe and checkpoint folder of `run=RUN` (its newest checkpoint) or `checkpoint=RUN_DIR/checkpoints/STEP`.
 
     Raises ValueError when neither or both are given, or there is no whole checkpoint.
     """
@@ -69,12 +70,12 @@ def find_run(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig,
         raise ValueError("give either run=RUN_DIR or checkpoint=RUN_DIR/checkpoints/step-N")
     if checkpoint_folder is not None:
         path = Path(checkpoint_folder).resolve()
-        return from_yaml(path.parent.parent / "recipe.yaml"), path
-    run_dir = Path(run or "").resolve()
-    config = from_yaml(run_dir / "recipe.yaml")
+        return from_yaml(runfolder.recipe(runfolder.run_of_checkpoint(path))), path
+    run_dir = runfolder.find_run(Path("runs").resolve(), run or "")
+    config = from_yaml(runfolder.recipe(run_dir))
     from realsr_hpc import checkpoint
 
-    newest = checkpoint.latest(run_dir / "checkpoints")
+    newest = checkpoint.latest(runfolder.checkpoints(run_dir))
     if newest is None:
         raise ValueError(f"run={run_dir} has no whole checkpoint under checkpoints/; let it reach its first one")
     return config, newest
@@ -86,7 +87,7 @@ def read_export(folder: Path) -> RunConfig:
     ValueError where one of its files is damaged (`SHA256SUMS`), or a file it needs is not here.
     """
     check_sums(folder)
-    config = from_yaml(folder / "recipe.yaml")
+    config = from_yaml(folder / runfolder.RECIPE)
     files = {
         "image_tokenizer.weights": config.image_tokenizer.weights,
         "text_tokenizer.path": config.text_tokenizer.path,
@@ -95,7 +96,7 @@ def read_export(folder: Path) -> RunConfig:
         if not resolve(file).is_file():
             raise ValueError(
                 f"export={folder}: {field} of its recipe, {file}, is not on this machine; unpack the export's own "
-                f"with python tools/import_weights.py source={folder} output=DIR, then give export=DIR"
+                f"with realsr-hpc import-weights source={folder} output=DIR, then give export=DIR"
             )
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": str(folder)})})
 

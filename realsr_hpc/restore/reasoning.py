@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from realsr_hpc.artifacts import restoration
+from realsr_hpc.artifacts.restoration import Restoration
 from realsr_hpc.files import sha256_of
-from realsr_hpc.restore.pictures import resized
+from realsr_hpc.restore.image_files import resized
 from realsr_hpc.restore.tiles import STAGES, Blended
 
 MAX_SIDE_PX = 512
@@ -27,21 +27,10 @@ def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended,
     The input stands with its whole path and the digest of its content: who reads this may be elsewhere, and another
     file may by then have its name.
     """
-    told = {"input": os.path.abspath(source), "input_sha256": sha256_of(source), "output": target.name}
-    reasoning = {**told, "source": made_by, "tiles": result.tiles}
-    # Escaped to ASCII: a file name may hold bytes that are no text.
-    target.with_suffix(".json").write_text(json.dumps(reasoning, indent=1), encoding="ascii")
+    told = Restoration(result.tiles, os.path.abspath(source), sha256_of(source), target.name, made_by)
+    restoration.write(target, told)
     if steps:
-        steps_picture(lq, result).save(target.with_suffix(".steps.jpg"), quality=90)
-
-
-def read_reasoning(target: Path) -> dict[str, Any] | None:
-    """What stands beside a result; None where nothing of ours does, or it is damaged."""
-    try:
-        told = json.loads(target.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return told if isinstance(told, dict) and "tiles" in told else None
+        steps_picture(lq, result).save(restoration.steps_file(target), quality=90)
 
 
 def steps_picture(lq: np.ndarray, result: Blended) -> Image.Image:
@@ -65,8 +54,7 @@ def steps_picture(lq: np.ndarray, result: Blended) -> Image.Image:
 
 def _words(result: Blended) -> list[str]:
     first = result.tiles[0]
-    texts = list(first["texts"])  # type: ignore[call-overload]
-    said = [first["degradation"], *texts]
+    said = [first.degradation, *first.texts]
     names = ("degradation", "rough", "middle", "final")
     of = f" (tile 1 of {len(result.tiles)})" if len(result.tiles) > 1 else ""
     return [f"{name}{of}: {text or 'nothing well formed'}" for name, text in zip(names, said, strict=True)]

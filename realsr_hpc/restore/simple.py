@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from realsr_hpc import runfolder
+from realsr_hpc.artifacts.restoration import RestoredTile
 from realsr_hpc.config.arguments import RESTORING
+from realsr_hpc.restore.image_files import read_picture
 from realsr_hpc.restore.model import find_model, with_sampling
 from realsr_hpc.restore.options import open_with_options
-from realsr_hpc.restore.pictures import read_picture
 from realsr_hpc.restore.tiles import Restorer, RestoreSettings, restore_images
 
 
@@ -21,8 +23,8 @@ class Result:
 
     image: Image.Image
     """RGB, the input's size times `upscale`."""
-    tiles: list[dict[str, object]]
-    """Of each tile: its corner, the degradation it named, its three texts, faults."""
+    tiles: tuple[RestoredTile, ...]
+    """What the policy said of each tile: the degradation it named, its three texts, faults."""
 
 
 class Model:
@@ -45,8 +47,8 @@ def load(path: str | Path, **options: str | int | float) -> Model:
     ValueError for a wrong one, and for a folder that holds none of the three.
     """
     folder = Path(path)
-    kind = "checkpoint" if folder.parent.name == "checkpoints" else "export"
-    kind = "run" if (folder / "checkpoints").is_dir() else kind
+    kind = "checkpoint" if runfolder.is_checkpoint(folder) else "export"
+    kind = "run" if runfolder.checkpoints(folder).is_dir() else kind
     upscale = float(options.pop("upscale", 0.0))
     if unknown := sorted(set(options) - set(RESTORING)):
         raise ValueError(f"{unknown[0]}: no option of restoring; there are upscale, {', '.join(RESTORING)}")

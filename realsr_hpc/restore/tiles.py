@@ -8,19 +8,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 
+from realsr_hpc.artifacts.restoration import RestoredTile
 from realsr_hpc.parallel import backend
-from realsr_hpc.records import LQBatch, RestoredImage
+from realsr_hpc.records import Case, RestoredImage
 from realsr_hpc.restore.candidates import Chosen
 from realsr_hpc.restore.colour import ColourFix, fix_colour
-from realsr_hpc.restore.pictures import resized
+from realsr_hpc.restore.image_files import resized
 
-Restorer = Callable[[LQBatch], list[RestoredImage]]
+Restorer = Callable[[Sequence[Case]], list[RestoredImage]]
 Stage = Literal["rough", "middle"]
 STAGES: tuple[Stage, Stage] = ("rough", "middle")
 
@@ -65,8 +65,8 @@ class Blended:
     """[round(h factor), round(w factor), 3]."""
     stages: dict[Stage, np.ndarray]
     """The tiles' rough and middle images blended alike, at their own size."""
-    tiles: list[dict[str, object]]
-    """Of each tile: corner, texts, faults, whether it had to be filled in bicubically."""
+    tiles: tuple[RestoredTile, ...]
+    """What the model said of each tile."""
 
 
 def restore_images(
@@ -83,7 +83,7 @@ def restore_images(
     canvases = [_Canvas(image, settings) for image in images]
     work = [(canvas, number) for canvas in canvases for number in range(len(canvas.corners))]
     parts = [work[start:stop] for start, stop in itertools.pairwise(_bounds(len(work), settings))]
-    batches = (_batch([canvas.tile(n) for canvas, n in part], [n for _, n in part]) for part in parts)
+    batches = ([Case(str(n), canvas.tile(n), index=n) for canvas, n in part] for part in parts)
     for part, results in zip(parts, _restored(restorer, batches, settings.workers), strict=True):
         for (canvas, number), restored in zip(part, results, strict=True):
             canvas.add(number, restored)
@@ -100,7 +100,7 @@ def _bounds(count: int, settings: RestoreSettings) -> list[int]:
     return [count * number // batches for number in range(batches + 1)]
 
 
-def _restored(restorer: Restorer, batches: Iterator[LQBatch], workers: int) -> Iterator[list[RestoredImage]]:
+def _restored(restorer: Restorer, batches: Iterator[list[Case]], workers: int) -> Iterator[list[RestoredImage]]:
     """Results in the order of the batches."""
     if workers == 1:
         yield from map(restorer, batches)
@@ -136,7 +136,7 @@ class _Canvas:
         self.corners = [(top, left) for top in tops for left in lefts]
         self.final = _Sum(self.padded.shape, settings, settings.model_upscale)
         self.stages: dict[Stage, _Sum] = {}
-        self.records: list[dict[str, object]] = []
+        self.tiles: list[RestoredTile] = []
 
     def tile(self, number: int) -> np.ndarray:
         """LQ pixels [tile, tile, 3]."""
@@ -155,7 +155,7 @@ class _Canvas:
                 scale = max(1, stage.shape[0] // self.settings.tile_px)
                 total = self.stages.setdefault(name, _Sum(self.padded.shape, self.settings, scale))
                 total.add(corner, resized(stage, *[scale * self.settings.tile_px] * 2))
-        self.records.append(_record(corner, restored))
+        self.tiles.append(_record(corner, restored))
 
     def finish(self) -> Blended:
         """Blended, cut to the image, with the colour fix, at the size asked for."""
@@ -165,7 +165,7 @@ class _Canvas:
         factor = self.settings.factor
         image = resized(large, max(1, round(height * factor)), max(1, round(width * factor)))
         stages: dict[Stage, np.ndarray] = {name: total.blended(height, width) for name, total in self.stages.items()}
-        return Blended(image, stages, self.records)
+        return Blended(image, stages, tuple(self.tiles))
 
 
 class _Sum:
@@ -198,24 +198,18 @@ class _Sum:
         return whole[: height * self.scale, : width * self.scale]
 
 
-def _batch(tiles: Sequence[np.ndarray], numbers: Sequence[int]) -> LQBatch:
-    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
-    unknown = (None,) * len(tiles)
-    return LQBatch(pixels, None, unknown, unknown, tuple(map(str, numbers)), torch.tensor(list(numbers)))
-
-
-def _record(corner: tuple[int, int], restored: RestoredImage) -> dict[str, object]:
+def _record(corner: tuple[int, int], restored: RestoredImage) -> RestoredTile:
     trace = restored.trace
-    record: dict[str, object] = {
-        "top": corner[0],
-        "left": corner[1],
-        "well_formed": trace.well_formed,
-        "bicubic": restored.image is None,
-        "degradation": trace.degradation,
-        "texts": list(trace.texts),
-        "faults": list(trace.faults),
-    }
-    if isinstance(restored, Chosen):
-        scores = [round(score, 4) if np.isfinite(score) else None for score in restored.scores]
-        record |= {"chosen": restored.chosen, "scores": scores}
-    return record
+    tile = RestoredTile(
+        top=corner[0],
+        left=corner[1],
+        well_formed=trace.well_formed,
+        bicubic=restored.image is None,
+        degradation=trace.degradation,
+        texts=trace.texts,
+        faults=trace.faults,
+    )
+    if not isinstance(restored, Chosen):
+        return tile
+    scores = tuple(round(score, 4) if np.isfinite(score) else float("nan") for score in restored.scores)
+    return replace(tile, chosen=restored.chosen, scores=scores)

@@ -10,28 +10,12 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from realsr_hpc.records import DegradationLabel, Operators, ParsedTrace, SceneText
+from realsr_hpc.records import Candidate
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One rollout as the rewards see it; images are RGB uint8 [H, W, 3]."""
-
-    trace: ParsedTrace
-    image: np.ndarray | None
-    """Decoded final image; None when the trace has none."""
-    lq: np.ndarray
-    gt: np.ndarray | None = None
-    label: DegradationLabel | None = None
-    scene: SceneText | None = None
-    operators: Operators | None = None
-    """What made `lq` of its truth; siblings of a group share the object."""
 
 
 class Reward(ABC):

@@ -14,8 +14,8 @@ from typing import cast
 import numpy as np
 
 from realsr_hpc.config.reward_options import DegradationOptions
-from realsr_hpc.records import DegradationLabel
-from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.records import Candidate, DegradationLabel
+from realsr_hpc.rewards.base import Reward
 
 _LEVELS = ("light", "medium", "heavy")
 Slots = tuple[str | None, str | None, str | None, str | None, str | None]

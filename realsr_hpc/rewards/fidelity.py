@@ -20,7 +20,8 @@ from torch import Tensor
 from realsr_hpc.config.reward_options import FidelityOptions
 from realsr_hpc.pixels import degraded
 from realsr_hpc.quality.psnr_ssim import downscale_area, gaussian_taps, psnr_db, ssim_y
-from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.records import Candidate
+from realsr_hpc.rewards.base import Reward
 
 
 class FidelityReward(Reward):

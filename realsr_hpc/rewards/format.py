@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from realsr_hpc.config.reward_options import FormatOptions
-from realsr_hpc.records import ParsedTrace
-from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.records import Candidate, ParsedTrace
+from realsr_hpc.rewards.base import Reward
 
 _MIN_WORDS_FOR_REPETITION = 8
 

@@ -18,7 +18,8 @@ from realsr_hpc.paths import resolve
 from realsr_hpc.quality.niqe import NIQEModel, niqe
 from realsr_hpc.quality.ranker import Ranker
 from realsr_hpc.quality.stripes import stripe_guard
-from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.records import Candidate
+from realsr_hpc.rewards.base import Reward
 
 NIQE_PATH = "recipes/assets/tiny/niqe_pristine.npz"
 RANKER_PATH = "recipes/assets/tiny/ranker.safetensors"

@@ -16,8 +16,8 @@ from realsr_hpc.config.reward_options import (
     UnderstandingOptions,
     read_options,
 )
-from realsr_hpc.records import GroupRewards
-from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.records import Candidate, GroupRewards
+from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.degradation import DegradationReward
 from realsr_hpc.rewards.fidelity import FidelityReward
 from realsr_hpc.rewards.format import FormatReward

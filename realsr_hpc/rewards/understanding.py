@@ -18,8 +18,8 @@ import numpy as np
 
 from realsr_hpc.config.reward_options import UnderstandingOptions
 from realsr_hpc.paths import resolve
-from realsr_hpc.records import SceneText
-from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.records import Candidate, SceneText
+from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.wordnet import WordNet
 
 _CHRF_ORDER = 6

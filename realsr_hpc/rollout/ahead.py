@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 """Guesses about the tokens to come, and which of them turn out right: exact look-ahead.
 
 A token is a function of its prefix and of its own noise (behaviour/draws.py). So W tokens can be fed at once: the last

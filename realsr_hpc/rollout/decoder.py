@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
 """KV-cached decoding on the live policy weights: no second copy, no refit, at any TP x PP.
 
 Megatron's own inference path calls the training modules token by token; this one reads the same parameters and does
@@ -6,7 +7,7 @@ in every run. Rows are prompts x rollouts, prompt by prompt and as many of each.
 from its own position on; tokens that the sampler does not keep are overwritten by the next pass.
 
 Classifier-free guidance adds a second stream of the same rows that sees only the current image block
-(PAPER section 1): its linears are batched with the first stream's. Rotary embeddings are relative, so that stream keeps
+(RealSR-R1): its linears are batched with the first stream's. Rotary embeddings are relative, so that stream keeps
 its positions.
 
 Steps can have fixed shapes (`FixedSteps`): then a CUDA graph replays them, and a step costs one launch.

@@ -34,7 +34,7 @@ from realsr_hpc.rollout.ahead import Ahead, Window
 from realsr_hpc.rollout.cache import Cache, Place
 from realsr_hpc.rollout.choice import Choice, Drawn
 from realsr_hpc.rollout.decoder import Decoder
-from realsr_hpc.rollout.record import Record
+from realsr_hpc.rollout.sampled import Record
 from realsr_hpc.rollout.width import Width
 from realsr_hpc.vlcot.automaton import END
 from realsr_hpc.vlcot.grammar import Grammar

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 """Start weights of a small tokenizer whose encoder has no residual blocks: principal components of patches.
 
 Without residual blocks the encoder's downsampling is linear. It gathers each patch exactly and projects it onto its

@@ -55,8 +55,8 @@ def _open(path: Path, uri: str) -> MlflowClient:
         except (SQLAlchemyError, MlflowException) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise ValueError(
-                f"{path} cannot be opened ({reason}); if it is damaged, move it away: tools/sync_tracking.py makes it "
-                "again from the runs' own events"
+                f"{path} cannot be opened ({reason}); if it is damaged, move it away: realsr-hpc sync-tracking "
+                "makes it again from the runs' own events"
             ) from error
     _opened.add((os.getpid(), uri))
     return opened

@@ -16,17 +16,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.tracking.database import client
 from realsr_hpc.tracking.place import moved_to
-from realsr_hpc.tracking.spool import SPOOL_NAME, Event, read_events
+from realsr_hpc.tracking.spool import Event, read_events
 from realsr_hpc.tracking.store import prepare_run, set_status, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-OFFSET_NAME = "delivered.json"
 METRICS_A_BATCH = 500
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
@@ -48,7 +48,7 @@ class Delivery:
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.config = config
         self.run_dir = run_dir
-        self._spool = run_dir / SPOOL_NAME
+        self._spool = runfolder.events(run_dir)
         self._noted = _read_offsets(run_dir)
         self._run_id = ""
         """MLflow's, while everything goes well; looked up anew after an error."""
@@ -95,7 +95,7 @@ class Delivery:
 
     def _note(self, offset: int, sending: int) -> None:
         noted = _Noted(offset, sending, self._run_id)
-        write_atomically(self.run_dir / OFFSET_NAME, json.dumps(asdict(noted)))
+        write_atomically(runfolder.delivered(self.run_dir), json.dumps(asdict(noted)))
         self._noted = noted
 
     def _send_metrics(self, mlflow, run_id: str, events: list[Event]) -> int:
@@ -164,7 +164,7 @@ def _without_truncated(events: list[Event]) -> list[Event]:
 
 
 def _read_offsets(run_dir: Path) -> _Noted:
-    return read_json(run_dir / OFFSET_NAME, _Noted) or _Noted()
+    return read_json(runfolder.delivered(run_dir), _Noted) or _Noted()
 
 
 def _size(path: Path) -> int:

@@ -7,11 +7,10 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.load import from_yaml, output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
-
-PLACE_NAME = "place.json"
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class Place:
 
 def write_place(run_dir: Path, place: Place) -> None:
     """Remember where a run is launched."""
-    write_atomically(run_dir / PLACE_NAME, json.dumps(asdict(place)))
+    write_atomically(runfolder.place(run_dir), json.dumps(asdict(place)))
 
 
 def read_place(run_dir: Path) -> Place | None:
     """Where the run was launched last; None when that is not known."""
-    return read_json(run_dir / PLACE_NAME, Place)
+    return read_json(runfolder.place(run_dir), Place)
 
 
 def moved_to(path: Path, run_dir: Path) -> Path:
@@ -46,7 +45,7 @@ def moved_to(path: Path, run_dir: Path) -> Path:
 
 def recipe_of(run_dir: Path) -> RunConfig:
     """A run's recipe, with the output root as it is now: it moves along with the run. RecipeError: none, or faulty."""
-    config = from_yaml(run_dir / "recipe.yaml")
+    config = from_yaml(runfolder.recipe(run_dir))
     return config.model_copy(update={"output_root": str(_root(config, run_dir))})
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from realsr_hpc import runfolder
+
 Event = dict[str, Any]
-SPOOL_NAME = "events.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk, a quota or a file that can take no more."""
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Spool:
     """Writer of one run's events; one process owns it."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / SPOOL_NAME
+        self.path = runfolder.events(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.is_new = not self.path.exists()
         _cut_torn_line(self.path)
@@ -88,7 +89,7 @@ def _event(line: bytes) -> Event | None:
 def metrics_by_step(run_dir: Path) -> dict[int, dict[str, float]]:
     """What holds of a run's metrics, truncations applied and the last value of a step kept, in step order."""
     steps: dict[int, dict[str, float]] = {}
-    for event, _ in read_events(run_dir / SPOOL_NAME):
+    for event, _ in read_events(runfolder.events(run_dir)):
         if event["kind"] == "truncate":
             steps = {step: metrics for step, metrics in steps.items() if step <= event["step"]}
         elif event["kind"] == "metrics":

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.identity import flatten, signature
 from realsr_hpc.config.load import output_root
 from realsr_hpc.config.schema import RunConfig
@@ -23,9 +24,6 @@ from realsr_hpc.tracking.place import read_place
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-BOOKMARK_NAME = "mlflow.json"
-"""In the run folder: which MLflow run it is."""
-LAUNCH_TAGS_NAME = "tags.json"
 PARAMS_A_BATCH = 100
 MAX_PARAM_CHARACTERS = 6000
 """MLflow's limit; what is longer is logged in parts, `key.1`, `key.2`, ..."""
@@ -42,7 +40,7 @@ def tracking_uri(config: RunConfig) -> str:
 
 def write_launch_tags(run_dir: Path, tags: dict[str, str]) -> None:
     """Tags that the launcher knows and the job will create the MLflow run with."""
-    write_atomically(run_dir / LAUNCH_TAGS_NAME, json.dumps(tags))
+    write_atomically(runfolder.launch_tags(run_dir), json.dumps(tags))
 
 
 def sweep_of(run_dir: Path) -> str:
@@ -56,7 +54,7 @@ def sweep_tags(run_dir: Path) -> dict[str, str]:
 
 
 def _launch_tags(run_dir: Path) -> dict[str, str]:
-    return read_json(run_dir / LAUNCH_TAGS_NAME, dict[str, str]) or {}
+    return read_json(runfolder.launch_tags(run_dir), dict[str, str]) or {}
 
 
 def prepare_run(config: RunConfig, run_dir: Path) -> str:
@@ -68,7 +66,7 @@ def prepare_run(config: RunConfig, run_dir: Path) -> str:
     through.
     """
     uri = tracking_uri(config)
-    with hold(run_dir / "mlflow.lock", "opening the MLflow run", MAKING_WAIT_S):
+    with hold(runfolder.mlflow_lock(run_dir), "opening the MLflow run", MAKING_WAIT_S):
         mlflow, known = client(uri), read_bookmark(run_dir)
         run_id = _restored(mlflow, known["run_id"]) if known else None
         left = run_id if run_id and known and _is_elsewhere(mlflow, run_id, known, config) else None
@@ -87,7 +85,7 @@ def prepare_run(config: RunConfig, run_dir: Path) -> str:
             mlflow.set_terminated(left, status="KILLED")
         told = {"experiment": config.tracking.experiment, "told": _told(config)}
         if known != (bookmark := {"uri": uri, "run_id": run_id, **told}):
-            write_atomically(run_dir / BOOKMARK_NAME, json.dumps(bookmark))
+            write_atomically(runfolder.mlflow(run_dir), json.dumps(bookmark))
     return run_id
 
 
@@ -103,14 +101,14 @@ def prepare_sweep(config: RunConfig, sweep: str) -> str:
     with hold(root / ".mlflow-sweeps.lock", f"opening sweep {sweep}", MAKING_WAIT_S):
         experiment = _experiment(mlflow, config)
         found = _find(mlflow, experiment, SWEEP_TAG, sweep, extra="tags.`realsr_hpc.kind` = 'sweep'")
-        note = config.tracking.description or f"Compare its runs: `python tools/compare.py sweep={sweep}`"
+        note = config.tracking.description or f"Compare its runs: `realsr-hpc compare sweep={sweep}`"
         tags = {SWEEP_TAG: sweep, "realsr_hpc.kind": "sweep", "mlflow.note.content": note}
         return found or _create(mlflow, experiment, sweep, tags)
 
 
 def read_bookmark(run_dir: Path) -> dict[str, str] | None:
     """`uri` and `run_id` of a run folder, and what of its recipe MLflow was told; None before it has an MLflow run."""
-    known = read_json(run_dir / BOOKMARK_NAME, dict[str, str])
+    known = read_json(runfolder.mlflow(run_dir), dict[str, str])
     return known if known and {"uri", "run_id"} <= known.keys() else None
 
 
@@ -249,8 +247,8 @@ def _describe(config: RunConfig, run_dir: Path) -> str:
     profile = f", profile {config.tracking.tags['profile']}" if "profile" in config.tracking.tags else ""
     return (
         f"Recipe `{config.name}` ({config.task}){profile}, seed {config.seed}; folder `{run_dir}`\n\n"
-        f"- images, words and rewards: `python tools/gallery.py run={run_dir}`\n"
-        f"- metrics: `python tools/evaluate.py run={run_dir}`"
+        f"- images, words and rewards: `realsr-hpc gallery run={run_dir}`\n"
+        f"- metrics: `realsr-hpc evaluate run={run_dir}`"
     )
 
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.tracking.database import client
@@ -20,8 +21,7 @@ from realsr_hpc.tracking.place import recipe_of
 from realsr_hpc.tracking.spool import Spool
 from realsr_hpc.tracking.store import read_bookmark, set_status, tracking_uri
 
-PROGRESS_NAME = "progress.json"
-LAUNCH_FILES = ("recipe.yaml", "plan.txt", "environment.json")
+LAUNCH_FILES = (runfolder.recipe, runfolder.plan, runfolder.environment)
 """What the launcher left in the run folder: logged once, as `launch/`."""
 INTERVAL_S = 2.0
 CLOSE_TIMEOUT_S = 60.0
@@ -42,7 +42,7 @@ class Tracker:
         """The tracker of `run_dir`; its MLflow run is found or created behind the caller."""
         tracker = cls(config, run_dir, writer=writer)
         if tracker._spool is not None and tracker._spool.is_new:
-            for path in (run_dir / name for name in LAUNCH_FILES):
+            for path in (file(run_dir) for file in LAUNCH_FILES):
                 if path.exists():
                     tracker.log_artifact(path, "launch")
         if tracker._thread is not None:
@@ -75,7 +75,7 @@ class Tracker:
         if self._spool is not None:
             state = Progress(step, total, text, _now_ms())
             try:
-                write_atomically(self.run_dir / PROGRESS_NAME, json.dumps(asdict(state)))
+                write_atomically(runfolder.progress(self.run_dir), json.dumps(asdict(state)))
             except OSError as error:  # a full disk: the next step may find room
                 logger.error("tracking: progress not written (%s)", error.strerror)
 
@@ -117,7 +117,7 @@ class Progress:
 
 def read_progress(run_dir: Path) -> Progress | None:
     """Where the run stands; None before its first step."""
-    return read_json(run_dir / PROGRESS_NAME, Progress)
+    return read_json(runfolder.progress(run_dir), Progress)
 
 
 def _now_ms() -> int:

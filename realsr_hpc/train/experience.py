@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from realsr_hpc.grpo.advantages import configured_advantages
 from realsr_hpc.parallel.reduce import reduce_float, reduce_floats
-from realsr_hpc.records import GroupRewards, LQBatch, ParsedTrace, RolloutGroup, ScoredGroup, StepReport
-from realsr_hpc.rewards.base import Candidate
-from realsr_hpc.rollout.restorer import FIRST_ID
+from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport
+from realsr_hpc.rollout.policy_restorer import FIRST_ID
 from realsr_hpc.train.parts import GRPOParts, clock
 from realsr_hpc.train.updates import teaches_nothing
 
@@ -75,9 +73,9 @@ def _scored(parts: GRPOParts, batch: LQBatch, groups: Sequence[RolloutGroup]) ->
     # the final images of all groups are decoded together, once
     decoded = iter(parts.tokens.decode([trace.images[2] for members in traces for trace in members]))
     images = [[next(decoded) for _ in members] for members in traces]
-    sources = [batch.row(number) for number in range(len(batch))]
+    sources = batch.cases()
     candidates = [
-        [_candidate(source, trace, image) for trace, image in zip(members, pictures, strict=True)]
+        [source.candidate(trace, image) for trace, image in zip(members, pictures, strict=True)]
         for source, members, pictures in zip(sources, traces, images, strict=True)
     ]
     rewards = parts.rewards.score_groups(candidates)
@@ -86,14 +84,6 @@ def _scored(parts: GRPOParts, batch: LQBatch, groups: Sequence[RolloutGroup]) ->
         ScoredGroup(source, group, tuple(members), tuple(pictures), earned, _advantages(parts, earned))
         for source, group, members, pictures, earned in rows
     ]
-
-
-def _candidate(source: LQBatch, trace: ParsedTrace, image: np.ndarray | None) -> Candidate:
-    """A rollout as the rewards see it; [1, 3, h, w] -> [h, w, 3]."""
-    lq = source.lq[0].movedim(0, -1).numpy()
-    gt = None if source.gt is None else source.gt[0].movedim(0, -1).numpy()
-    operators = source.operators[0] if source.operators else None
-    return Candidate(trace, image, lq, gt, source.labels[0], source.scenes[0], operators)
 
 
 def _advantages(parts: GRPOParts, rewards: GroupRewards) -> torch.Tensor | None:

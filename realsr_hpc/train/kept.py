@@ -1,24 +1,22 @@
-"""A few groups of rollouts as people look at them: images, words and rewards, `RUN_DIR/rollouts/step-N-KIND/`.
+"""A few groups of rollouts kept for people to look at (`artifacts.rollouts`): images, words and rewards.
 
-`rollouts.json` names the images beside it; a step done again after a resume replaces its folder's files.
+A step done again after a resume replaces its folder's files.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from realsr_hpc.files import write_atomically
+from realsr_hpc import runfolder
+from realsr_hpc.artifacts import rollouts
 from realsr_hpc.records import ScoredGroup, StepReport
 from realsr_hpc.train.run import TrainingRun
 
-ROLLOUTS_FOLDER = "rollouts"
-RECORD_NAME = "rollouts.json"
 IMAGE_NAMES = ("rough", "middle", "final")
 Pictures = Sequence[np.ndarray | None]
 """Of one rollout, in the order of `IMAGE_NAMES`; uint8 [H, W, 3]."""
@@ -40,49 +38,51 @@ def keep_rollouts(run: TrainingRun, kind: Literal["train", "heldout"], report: S
 
 
 def write_rollouts(
-    run_dir: Path, step: int, kind: str, groups: Sequence[ScoredGroup], pictures: Sequence[Sequence[Pictures]]
+    run_dir: Path,
+    step: int,
+    kind: Literal["train", "heldout"],
+    groups: Sequence[ScoredGroup],
+    pictures: Sequence[Sequence[Pictures]],
 ) -> Path:
     """Save `groups` with the pictures of their rollouts, [groups, G]; returns the folder."""
-    folder = run_dir / ROLLOUTS_FOLDER / f"step-{step:06d}-{kind}"
+    folder = runfolder.rollouts(run_dir, step, kind)
     folder.mkdir(parents=True, exist_ok=True)
     numbered = enumerate(zip(groups, pictures, strict=True))
-    records = [_group(folder, number, group, members) for number, (group, members) in numbered]
-    content = {"run": run_dir.name, "step": step, "kind": kind, "groups": records}
-    write_atomically(folder / RECORD_NAME, json.dumps(content, indent=1, ensure_ascii=False))
+    kept = tuple(_group(folder, number, group, members) for number, (group, members) in numbered)
+    rollouts.write(folder, rollouts.KeptRollouts(run_dir.name, step, kind, kept))
     return folder
 
 
-def _group(folder: Path, number: int, group: ScoredGroup, pictures: Sequence[Pictures]) -> dict[str, Any]:
+def _group(folder: Path, number: int, group: ScoredGroup, pictures: Sequence[Pictures]) -> rollouts.KeptGroup:
     source = group.source
-    label, scene = source.labels[0], source.scenes[0]
-    truth = {} if source.gt is None else {"truth": _save(source.gt[0], folder, f"{number}-truth")}
-    return {
-        "key": source.keys[0],
-        "degradation": None if label is None else label.phrase,
-        "captions": None if scene is None else list(scene.captions),
-        "weights": group.rewards.weights,
-        "files": {"input": _save(source.lq[0], folder, f"{number}-input"), **truth},
-        "rollouts": [
-            {
-                "degradation": trace.degradation,
-                "texts": list(trace.texts),
-                "faults": list(trace.faults),
-                "reward": float(group.rewards.total[member]),
-                "rewards": {name: float(values[member]) for name, values in group.rewards.breakdown.items()},
-                "advantage": None if group.advantages is None else float(group.advantages[member]),
-                "files": {
-                    name: _save(image, folder, f"{number}-{member}-{name}")
-                    for name, image in zip(IMAGE_NAMES, pictures[member], strict=True)
-                    if image is not None
-                },
-            }
-            for member, trace in enumerate(group.traces)
-        ],
-    }
+    label, scene = source.label, source.scene
+    truth = {} if source.gt is None else {"truth": _save(source.gt, folder, f"{number}-truth")}
+    members = range(len(group.traces))
+    return rollouts.KeptGroup(
+        key=source.key,
+        degradation=None if label is None else label.phrase,
+        captions=None if scene is None else scene.captions,
+        weights=group.rewards.weights,
+        files={"input": _save(source.lq, folder, f"{number}-input"), **truth},
+        rollouts=tuple(_rollout(folder, f"{number}-{i}", group, i, pictures[i]) for i in members),
+    )
 
 
-def _save(image: Any, folder: Path, name: str) -> str:
-    """uint8 [H, W, 3], or a tensor [3, H, W]; the file's name."""
-    pixels = image if isinstance(image, np.ndarray) else np.ascontiguousarray(image.movedim(0, -1).numpy())
-    Image.fromarray(pixels).save(folder / f"{name}.png")
+def _rollout(folder: Path, name: str, group: ScoredGroup, member: int, pictures: Pictures) -> rollouts.KeptRollout:
+    trace, advantages = group.traces[member], group.advantages
+    named = zip(IMAGE_NAMES, pictures, strict=True)
+    return rollouts.KeptRollout(
+        degradation=trace.degradation,
+        texts=trace.texts,
+        faults=trace.faults,
+        reward=float(group.rewards.total[member]),
+        rewards={term: float(values[member]) for term, values in group.rewards.breakdown.items()},
+        advantage=None if advantages is None else float(advantages[member]),
+        files={stage: _save(image, folder, f"{name}-{stage}") for stage, image in named if image is not None},
+    )
+
+
+def _save(image: np.ndarray, folder: Path, name: str) -> str:
+    """uint8 [H, W, 3]; the file's name."""
+    Image.fromarray(image).save(folder / f"{name}.png")
     return f"{name}.png"

@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realsr_hpc.files import write_atomically
+from realsr_hpc import runfolder
+from realsr_hpc.files import replacing, write_atomically
 from realsr_hpc.parallel.groups import Groups
-from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport
+from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport, lq_pixels
 from realsr_hpc.train.run import TrainingRun
 
-FOLDER = "replay"
 FORMAT = 1
 logger = logging.getLogger(__name__)
 
@@ -49,18 +49,13 @@ class KeptStep:
         return groups[len(groups) * dp_rank // dp_size : len(groups) * (dp_rank + 1) // dp_size]
 
 
-def folder_of(run_dir: Path, number: int) -> Path:
-    """Where a step is kept."""
-    return run_dir / FOLDER / f"step-{number:06d}"
-
-
 def keep_step(run: TrainingRun, report: StepReport) -> None:
     """Save the step that was just done, where `tracking.replay_every_steps` wants it."""
     every, groups = run.config.tracking.replay_every_steps, run.parts.groups
     if not every or report.step % every or groups.tp_rank or groups.pp_rank:
         return
     try:
-        write_step(folder_of(run.run_dir, report.step), report, groups)
+        write_step(runfolder.replay(run.run_dir, report.step), report, groups)
     except OSError as error:
         logger.error("step %d is not kept for a replay (%s); going on", report.step, error)
 
@@ -72,14 +67,9 @@ def write_step(folder: Path, report: StepReport, groups: Groups) -> None:
     facts = []
     for number, group in enumerate(report.groups):
         tensors |= {f"{number}.{name}": value.contiguous() for name, value in _tensors(group).items()}
-        facts.append({"key": group.source.keys[0], "weights": group.rewards.weights})
-    final = folder / f"dp-{groups.dp_rank}.safetensors"
-    aside = final.with_name(f".{final.name}.{os.getpid()}")
-    try:
+        facts.append({"key": group.source.key, "weights": group.rewards.weights})
+    with replacing(folder / f"dp-{groups.dp_rank}.safetensors") as aside:
         save_file(tensors, aside, metadata={"groups": json.dumps(facts)})
-        os.replace(aside, final)
-    finally:
-        aside.unlink(missing_ok=True)
     if groups.is_main:
         content = {"format": FORMAT, "step": report.step, "dp_size": groups.dp_size, "metrics": report.metrics}
         write_atomically(folder / "step.json", json.dumps(content, indent=1))
@@ -97,14 +87,14 @@ def read_step(folder: Path) -> KeptStep:
     return KeptStep(content["step"], content["metrics"], tuple(ranks))
 
 
-def kept_steps(run_dir: Path) -> list[int]:
-    """Numbers of the steps that are there."""
-    return sorted(int(path.parent.name.partition("-")[2]) for path in (run_dir / FOLDER).glob("step-*/step.json"))
-
-
 def _tensors(group: ScoredGroup) -> dict[str, Tensor]:
     rollouts = {field.name: getattr(group.rollouts, field.name) for field in fields(RolloutGroup)}
-    found = {**rollouts, "lq": group.source.lq, "index": group.source.index, "advantages": group.advantages}
+    found = {
+        **rollouts,
+        "lq": lq_pixels([group.source]),
+        "index": torch.tensor([group.source.index]),
+        "advantages": group.advantages,
+    }
     found |= {"total": group.rewards.total}
     found |= {f"rewards.{name}": values for name, values in group.rewards.breakdown.items()}
     return {name: value.cpu() for name, value in found.items() if value is not None}
@@ -121,7 +111,7 @@ def _group(file: Any, number: int, fact: dict[str, Any]) -> ScoredGroup:
     found = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     rollouts = RolloutGroup(**{field.name: found.get(field.name) for field in fields(RolloutGroup)})  # type: ignore[arg-type]
     breakdown = {name: found[f"rewards.{name}"] for name in fact["weights"]}
-    source = LQBatch(found["lq"], None, (None,), (None,), (fact["key"],), found["index"])
+    [source] = LQBatch(found["lq"], None, (None,), (None,), (fact["key"],), found["index"]).cases()
     rewards = GroupRewards(found["total"], breakdown, fact["weights"])
     return ScoredGroup(source, rollouts, (), (), rewards, found.get("advantages"))
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from realsr_hpc import checkpoint
-from realsr_hpc.checkpoint import manifest
+from realsr_hpc import checkpoint, runfolder
+from realsr_hpc.checkpoint import integrity
 from realsr_hpc.config.identity import may_change_on_resume
 from realsr_hpc.config.load import from_yaml, override
 from realsr_hpc.config.schema import RunConfig
@@ -24,7 +24,7 @@ from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.records import ScoredGroup
 from realsr_hpc.rewards.mixture import weight_at
 from realsr_hpc.train.grpo import learn
-from realsr_hpc.train.kept_steps import KeptStep, all_groups, folder_of, kept_steps, read_step
+from realsr_hpc.train.kept_steps import KeptStep, all_groups, read_step
 from realsr_hpc.train.parts import build_grpo_parts
 
 MAY_DIFFER = (
@@ -73,7 +73,7 @@ class Replay:
 
 def recipes(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:
     """The run's recipe on the overrides' layout, and with all of them. ValueError for one that a replay cannot take."""
-    config = from_yaml(run_dir / "recipe.yaml")
+    config = from_yaml(runfolder.recipe(run_dir))
     if config.task != "grpo":
         raise ValueError(f"run={run_dir}: its task is {config.task}; only steps of GRPO are kept and replayed")
     keys = {line: line.partition("=")[0] for line in overrides}
@@ -92,7 +92,7 @@ def recipes(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConf
 def replay(run_dir: Path, number: int, overrides: Sequence[str]) -> Replay:
     """Compute step `number` again; every rank of the layout calls it. ValueError where something is missing."""
     config, other = recipes(run_dir, overrides)
-    step = read_step(folder_of(run_dir, number))
+    step = read_step(runfolder.replay(run_dir, number))
     start = starting_point(run_dir, number)
     again, same = _outcome(run_dir, step, start, config, config)
     changed = None if other == config else _outcome(run_dir, step, start, config, other)[0]
@@ -106,8 +106,8 @@ def tolerance(config: RunConfig) -> float:
 
 def starting_point(run_dir: Path, number: int) -> Path | None:
     """The newest checkpoint before the step from which kept steps lead up to it; None: the run's start does."""
-    saved = {manifest.step_of(path): path for path in manifest.completed(run_dir / "checkpoints")}
-    kept = set(kept_steps(run_dir))
+    saved = {runfolder.step_of(path): path for path in integrity.completed(runfolder.checkpoints(run_dir))}
+    kept = set(runfolder.replay_steps(run_dir))
     for step in sorted({0, *saved}, reverse=True):
         if step < number and kept.issuperset(range(step + 1, number)):
             return saved.get(step)
@@ -129,14 +129,14 @@ def _outcome(
     if start is not None:
         done = checkpoint.load(start, built.policy, built.optimiser, groups)["step"]
     for number in range(done + 1, step.number):
-        before = read_step(folder_of(run_dir, number))
+        before = read_step(runfolder.replay(run_dir, number))
         learn(as_run, before.share(groups.dp_rank, groups.dp_size), number, {})
     parts = replace(built, config=other, reference=built.reference if other.grpo.kl_beta else None)
     weights = {name: weight_at(term, step.number) for name, term in other.rewards.terms.items()}
     everyone = [reweighted(group, weights, other) for group in all_groups(step)]
     mine = [reweighted(group, weights, other) for group in step.share(groups.dp_rank, groups.dp_size)]
     metrics = learn(parts, mine, step.number, {})
-    same = other.parallel == from_yaml(run_dir / "recipe.yaml").parallel and groups.dp_size == len(step.ranks)
+    same = other.parallel == from_yaml(runfolder.recipe(run_dir)).parallel and groups.dp_size == len(step.ranks)
     advantages = torch.cat([group.advantages for group in everyone if group.advantages is not None])
     return Outcome(metrics, shares(everyone, other), advantages), same
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from realsr_hpc import checkpoint
+from realsr_hpc import checkpoint, runfolder
 from realsr_hpc.config.metrics import best_is_highest, best_metric
 from realsr_hpc.parallel.reduce import reduce_floats
 from realsr_hpc.records import StepReport
@@ -37,10 +37,10 @@ class TrainingRun:
         self.tracker = Tracker.open(config, run_dir, writer=parts.groups.is_main)
         self.counters: dict[str, int] = {}
         """Saved with every checkpoint; changed in place, since the FP8 gate has the same dictionary."""
-        SkippedUpdates(run_dir / "skipped", parts.optimiser, config.optim.max_skipped_in_a_row)
+        SkippedUpdates(runfolder.skipped(run_dir), parts.optimiser, config.optim.max_skipped_in_a_row)
         keep = config.checkpoint
         self._keep = checkpoint.Keep(keep.keep_last, keep.keep_best, highest=best_is_highest(config))
-        self._saver = checkpoint.Saver(run_dir / "checkpoints", self._keep, behind=keep.async_save)
+        self._saver = checkpoint.Saver(runfolder.checkpoints(run_dir), self._keep, behind=keep.async_save)
         self._measured: float | None = None
         self._not_saved = 0
         """Checkpoints in a row that could not be written."""

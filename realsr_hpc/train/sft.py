@@ -1,4 +1,4 @@
-"""Cold start: supervised fine-tuning on true VLCoT traces (PAPER section 1).
+"""Cold start: supervised fine-tuning on true VLCoT traces (RealSR-R1).
 
 A step reads: batch of degraded images with labels and captions -> prompts and traces -> microbatches -> cross-entropy
 of the response tokens plus z-loss -> optimizer -> report. With `sft.traces` prompts and traces were made before, and a
@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.traces import TraceLoader
 from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
 from realsr_hpc.paths import resolve
 from realsr_hpc.records import LQBatch, StepReport, TrainingSequence
-from realsr_hpc.rollout.restorer import PolicyRestorer
+from realsr_hpc.rollout.policy_restorer import PolicyRestorer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from realsr_hpc.tracking.pictures import image_grid
+from realsr_hpc.tracking.drawing import image_grid
 from realsr_hpc.train.batches import plain_sequence
 from realsr_hpc.train.parts import Parts, build_parts
 from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
@@ -68,7 +69,7 @@ def _next_microbatches(parts: Parts, loader: LQLoader | TraceLoader) -> tuple[li
             return microbatches, num_tokens
     raise ValueError(
         f"data.train_split: {parts.config.data.train_split!r}: no photograph that could be read has captions; write "
-        "them with tools/prepare_data.py captions=FILE or captioner=DIR"
+        "them with realsr-hpc prepare-data captions=FILE or captioner=DIR"
     )
 
 
@@ -112,14 +113,12 @@ def heldout_loss(parts: Parts, batch: LQBatch) -> dict[str, float]:
 def _log_samples(run: TrainingRun, batch: LQBatch, step: int) -> None:
     """Restored held-out images of the current policy as a grid."""
     parts = run.parts
-    restored = PolicyRestorer(parts.policy, parts.tokens, parts.config)(batch)
+    cases = batch.cases()
+    restored = PolicyRestorer(parts.policy, parts.tokens, parts.config)(cases)
     if parts.groups.is_main:
-        path = run.run_dir / "samples" / f"step-{step:06d}.png"
+        path = runfolder.samples(run.run_dir, step)
         path.parent.mkdir(exist_ok=True)
-        rows = [
-            [lq.movedim(0, -1).numpy(), *item.stages, gt.movedim(0, -1).numpy()]
-            for lq, item, gt in zip(batch.lq, restored, batch.gt, strict=True)
-        ]
+        rows = [[case.lq, *item.stages, case.gt] for case, item in zip(cases, restored, strict=True)]
         image_grid(rows, ("input", "rough", "middle", "final", "truth")).save(path)
         run.tracker.log_artifact(path, "samples")
 

@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false
 """Train the small image tokenizer and text tokenizer from scratch; `main` reads in order.
 
 Plain PyTorch on one process: the tokenizer is small and trained once. No adversarial and no downloaded perceptual

@@ -57,7 +57,7 @@ class TokenizerImages:
             image = _crop(rng, self.photographs[rng.integers(len(self.photographs))], side)
         if rng.random() < self.config.degraded_share:
             image = _degrade(rng, image)
-        return _recolour(rng, np.rot90(np.asarray(image), rng.integers(4))[:, :: rng.choice((-1, 1))])
+        return _recolour(rng, np.rot90(np.asarray(image), int(rng.integers(4)))[:, :: rng.choice((-1, 1))])
 
 
 def _crop(rng: np.random.Generator, photograph: Image.Image, side: int) -> Image.Image:

@@ -35,7 +35,7 @@ class Automaton:
     """int64 [B]: state after that token."""
     vocabulary_size: int
 
-    def after(self, states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def after(self, states: np.ndarray | np.int64, tokens: np.ndarray | np.int64) -> np.ndarray:
         """States after one allowed token each; both int64 of one shape."""
         result = self.default[states]
         keys = states * self.vocabulary_size + tokens
@@ -68,4 +68,5 @@ class Builder:
         """All states so far."""
         keys = sorted(self._branches)
         columns = (self._masks, self._copies, self._default, keys, [self._branches[key] for key in keys])
-        return Automaton(*(np.array(column, dtype=np.int64) for column in columns), self._size)
+        masks, copies, default, branches, targets = (np.array(column, dtype=np.int64) for column in columns)
+        return Automaton(masks, copies, default, branches, targets, self._size)

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Which tokens may come next: a mask id at every position of a response.
 
 Two grammars. `constrained` walks the whole trace: tags, sizes, newlines and brackets are forced, the degradation is
@@ -156,7 +157,7 @@ class Grammar:
         self._states.lead(state, state, {vocabulary.end_turn: END})
         outside = self._row([*text, vocabulary.image_begin, vocabulary.end_turn])
         for _ in IMAGE_FIELDS:
-            bodies = {}
+            bodies: dict[int, int] = {}
             for size in self.codec.config.image_sizes_px:
                 token = vocabulary.size_token(size)
                 bodies[token] = self._literal([token], self._image_body(self.codec.side(size), state))

@@ -1,6 +1,7 @@
+# pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Build a VLCoT trace as tokens, and parse any tokens back.
 
-The response is plain text with seven tags and three image blocks (PAPER section 1):
+The response is plain text with seven tags and three image blocks (RealSR-R1):
 
     <degradation>B blur, R1, N noise, C compression, R2</degradation>
     <rough_understand>text</rough_understand><rough_image>IMG</rough_image>

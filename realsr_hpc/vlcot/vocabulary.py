@@ -1,6 +1,6 @@
 """Token ids in Chameleon's layout, for its own sizes and for a tiny one.
 
-Chameleon (PAPER section 2): `<s>` 0, `<pad>` 1, `</s>` 2, image codes from 4, then the reserved block that holds
+Chameleon: `<s>` 0, `<pad>` 1, `</s>` 2, image codes from 4, then the reserved block that holds
 end of image, begin of image (`<racm3:break>`), end of turn, `<image>`, newline and the size tokens, then text.
 Every special id keeps its distance from the end of the first image-code block, so that with 8192 codes the ids
 are Chameleon's own (8196, 8197, 8710, 8711, 8803, 8804 + n, text from 16384). The f = 8 variant adds a second

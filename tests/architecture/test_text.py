@@ -20,12 +20,16 @@ def unsaid(path: Path) -> Iterator[str]:
         called, owner = name.rpartition(".")[2], name.rpartition(".")[0]
         binary = any(isinstance(value, ast.Constant) and "b" in str(value.value) for value in node.args[:2])
         opened = called == "open" and not binary and owner not in OPENED_OTHERWISE
-        if called in ("read_text", "write_text") or opened:
+        locale = any(word.arg in ("text", "universal_newlines") for word in node.keywords) and owner == "subprocess"
+        temporary = called in ("TemporaryFile", "NamedTemporaryFile") and bool(node.args) and not binary
+        if called in ("read_text", "write_text") or opened or locale or temporary:
             yield f"{path}:{node.lineno} {ast.unparse(node)}"
 
 
 def test_every_text_file_is_opened_as_utf_8(tmp_path: Path) -> None:
-    (wrong := tmp_path / "wrong.py").write_text("Path('x').read_text()\nopen('x', 'w')\nopen('x', 'rb')\n")
-    assert len(list(unsaid(wrong))) == 2
+    (wrong := tmp_path / "wrong.py").write_text(
+        "Path('x').read_text()\nopen('x', 'w')\nopen('x', 'rb')\nsubprocess.run(['x'], text=True)\n"
+    )
+    assert len(list(unsaid(wrong))) == 3
     files = [path for folder in ("realsr_hpc", "tools") for path in (project_root() / folder).rglob("*.py")]
     assert [line for path in files for line in unsaid(path)] == []

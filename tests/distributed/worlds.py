@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from realsr_hpc.config.schema import ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, RunConfig
-from realsr_hpc.parallel.pipeline import Microbatch, Outputs, broadcast_outputs
+from realsr_hpc.parallel.pipeline import Microbatch, Outputs
 
 VOCAB, ROWS, LENGTH = 256, 8, 24
 
@@ -75,7 +75,8 @@ class ShardedLogprob(torch.autograd.Function):
 
 def loss_of(policy: Any) -> Any:
     """Summed next-token loss over the global number of tokens."""
-    groups, offset = policy.groups, policy.vocab_offset
+    groups = policy.groups
+    offset = groups.tp_rank * (policy.padded_vocab_size // groups.tp_size)
 
     def loss(hidden: Tensor, weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, Outputs]:
         target = microbatch.tokens[:, 1:]
@@ -117,6 +118,29 @@ def trained(policy: Any, part: Any = Tensor.detach) -> dict[str, np.ndarray]:
 
     whole = whole_tensors(policy, part) if policy.lora is not None else local_to_hf(policy, part).items()
     return {name: tensor.numpy() for name, tensor in whole if tensor is not None}
+
+
+def broadcast_outputs(outputs: list[Outputs], groups: Any) -> list[Outputs]:
+    """The last stage's outputs on every pipeline stage, tensors on the device."""
+    if groups.pp_size == 1:
+        return outputs
+    source = dist.get_global_rank(groups.pp, groups.pp_size - 1)
+    box: list[Any] = [
+        [{name: (tuple(t.shape), t.dtype) for name, t in one.items()} for one in outputs]
+        if groups.is_last_stage
+        else None
+    ]
+    dist.broadcast_object_list(box, src=source, group=groups.pp)
+    if not groups.is_last_stage:
+        outputs = [
+            {name: torch.empty(shape, dtype=dtype, device=groups.device) for name, (shape, dtype) in one.items()}
+            for one in box[0]
+        ]
+    for one in outputs:
+        for name in sorted(one):
+            one[name] = one[name].contiguous()
+            dist.broadcast(one[name], src=source, group=groups.pp)
+    return outputs
 
 
 def gradients(config: RunConfig, count: int, packed: bool) -> dict[str, Any]:

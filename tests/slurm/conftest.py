@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from realsr_hpc.config.load import compose
-from realsr_hpc.launch.rundir import list_runs
 from realsr_hpc.paths import project_root
+from realsr_hpc.runfolder import list_runs
 
 SMALL = [
     "recipe=sft_tiny",

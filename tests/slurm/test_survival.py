@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from realsr_hpc.checkpoint import manifest
+from realsr_hpc.checkpoint import integrity
 from realsr_hpc.compare import connect
 from realsr_hpc.launch.manage import cancel, resume
-from realsr_hpc.launch.rundir import current_status, make_private, rank_log, read_job, saved_step
+from realsr_hpc.launch.rundir import current_status, make_private, read_job, saved_step
 from realsr_hpc.launch.verdict import HUNG
 from realsr_hpc.paths import project_root
+from realsr_hpc.runfolder import rank_log
 from realsr_hpc.tracking import read_bookmark
 from tests.mlflow_server import running
 from tests.slurm.watching import log_of, results, state_of, steps_done, wait_for, wait_for_end
@@ -187,7 +188,7 @@ def a_node_failed(chaos: Chaos) -> None:
 def a_shard_truncated(chaos: Chaos) -> None:
     """The newest checkpoint loses its end, and every rank is killed: the one before it is used."""
     with frozen(chaos.run_dir) as pids:
-        newest = manifest.completed(chaos.run_dir / "checkpoints")[-1]
+        newest = integrity.completed(chaos.run_dir / "checkpoints")[-1]
         shard = chaos.dice.choice(sorted(newest.glob("*.distcp")))
         os.truncate(shard, shard.stat().st_size // 2)
         for pid in pids:
@@ -199,13 +200,13 @@ def the_disk_full(chaos: Chaos) -> None:
     """Somebody fills the checkpoints' disk: three attempts to save, then the end, with all older checkpoints whole."""
     filler = chaos.run_dir / "checkpoints" / "filler"
     with frozen(chaos.run_dir):
-        before = manifest.completed(chaos.run_dir / "checkpoints")
+        before = integrity.completed(chaos.run_dir / "checkpoints")
         fill(filler)
     wait_for(lambda: state_of(chaos.run_dir) == "failed", chaos.run_dir)
     assert os.strerror(errno.ENOSPC) in current_status(chaos.run_dir).message
     assert "going on: 2 of 3" in log_of(chaos.run_dir)
-    left = manifest.completed(chaos.run_dir / "checkpoints")
-    assert left[-1] >= before[-1] and not any(manifest.fault(folder) for folder in left)
+    left = integrity.completed(chaos.run_dir / "checkpoints")
+    assert left[-1] >= before[-1] and not any(integrity.fault(folder) for folder in left)
     filler.unlink()
     chaos.launch()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from realsr_hpc.launch.rundir import ALIVE, current_status, rank_log
+from realsr_hpc.launch.rundir import ALIVE, current_status
+from realsr_hpc.runfolder import rank_log
 from realsr_hpc.tracking import metrics_by_step, read_progress
 
 PATIENCE_S = 400

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportReturnType=false
 """The second-order degradation as others run it: OpenCV and NumPy an image at a time, PyTorch after BasicSR.
 
 Written for the comparison, from the published description, and given every advantage that changes no result: kernels at

@@ -12,7 +12,7 @@ take turns; the figures are medians of CPU time, so that a busy machine blurs th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import cv2
 import numpy as np
@@ -29,7 +29,7 @@ from realsr_hpc.data.graph_inputs import DegradationInput
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.data.samples import Geometry, Samples
-from realsr_hpc.paths import project_root
+from realsr_hpc.paths import project_root, resolve
 from tools.benchmarks._degraders import degrade_opencv, degrade_torch
 from tools.benchmarks._measure import alternately, show
 from tools.benchmarks._options import split_options
@@ -70,7 +70,7 @@ def degradation_alone(side: int, count: int, rounds: int, gpu: bool) -> None:
         ]
 
     ours = DegradationPipeline(count, side, UPSCALE, usm_sharpen_gt=False)
-    ways: dict[str, Callable[[], object]] = {
+    ways: dict[str, Callable[[], Iterable[np.ndarray]]] = {
         "ours (DALI)": lambda: ours.run(samples())[0],
         "OpenCV, NumPy": lambda: [degrade_opencv(sample, side // UPSCALE) for sample in samples()],
         "PyTorch (BasicSR)": lambda: [degrade_torch(sample, side // UPSCALE) for sample in samples()],

@@ -1,3 +1,4 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
 """What can be told of a degradation by looking: a small probe for every slot, by both kinds of labels.
 
     python tools/bench.py labels [lq_px=32] [images=1500] [heldout=500] [section.field=value ...]

@@ -17,8 +17,8 @@ from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.paths import project_root
 from realsr_hpc.quality.ladder import ladder
-from realsr_hpc.records import DegradationLabel, ParsedTrace
-from realsr_hpc.rewards.base import Candidate, Reward
+from realsr_hpc.records import Candidate, DegradationLabel, ParsedTrace
+from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.mixture import build_reward
 from tools.benchmarks._measure import alternately, show
 from tools.benchmarks._options import split_options
@@ -70,5 +70,7 @@ def some_candidates(count: int, side: int) -> list[Candidate]:
         scene = entry.scene
         assert scene is not None, "the bundled photographs are described"
         trace = ParsedTrace(LABEL.phrase, scene.captions, grids, ())  # type: ignore[arg-type]
-        candidates.append(Candidate(trace, image, low, truth, LABEL, scene))
+        candidates.append(
+            Candidate(key=entry.key, lq=low, gt=truth, label=LABEL, scene=scene, trace=trace, image=image)
+        )
     return candidates

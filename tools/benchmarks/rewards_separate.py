@@ -19,8 +19,7 @@ from PIL import Image
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.quality.ladder import ladder
-from realsr_hpc.records import ParsedTrace
-from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.records import Candidate, LQBatch, ParsedTrace
 from realsr_hpc.rewards.mixture import build_reward
 from tools.benchmarks._measure import show
 from tools.benchmarks._options import split_options
@@ -55,15 +54,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _true(batch) -> list[Candidate]:
-    grids = tuple(np.zeros((4, 4), np.int64) for _ in range(3))
+def _true(batch: LQBatch) -> list[Candidate]:
+    grid = np.zeros((4, 4), np.int64)
     found = []
-    for lq, gt, label, scene, operators in zip(
-        batch.lq, batch.gt, batch.labels, batch.scenes, batch.operators, strict=True
-    ):
-        low, truth = (image.permute(1, 2, 0).numpy() for image in (lq, gt))
-        trace = ParsedTrace(label.phrase, scene.captions, grids, ())
-        found.append(Candidate(trace, truth, low, truth, label, scene, operators))
+    for case in batch.cases():
+        assert case.label is not None and case.scene is not None, "the bundled photographs are described"
+        trace = ParsedTrace(case.label.phrase, case.scene.captions, (grid, grid, grid), ())
+        found.append(case.candidate(trace, case.gt))
     return found
 
 

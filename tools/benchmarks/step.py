@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.grpo.advantages import configured_advantages
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
-from realsr_hpc.records import GroupRewards, LQBatch, ParsedTrace, ScoredGroup
+from realsr_hpc.records import Case, GroupRewards, ParsedTrace, ScoredGroup
 from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
@@ -90,12 +91,11 @@ def our_step(config: RunConfig, policy: Policy, tokens: TraceTokenizer, prompts:
     optimiser, rewards = Optimiser(policy, config, total_steps=100), RewardMixture(config.rewards)
     parts = GRPOParts(config, policy.groups, tokens, policy, optimiser, reference, sampler, rewards)
     size = config.grpo.group_size
-    nothing = ParsedTrace(None, (None,) * 3, (None,) * 3, ())
+    nothing = ParsedTrace(None, (None, None, None), (None, None, None), ())
     total = torch.tensor(rewards_of(size))
     earned = GroupRewards(total, {"r": total}, {"r": 1.0})
     advantages = configured_advantages(earned.breakdown, earned.weights, config.grpo)
-    blank = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
-    source = LQBatch(blank, None, (None,), (None,), ("",), torch.zeros(1, dtype=torch.long))
+    source = Case("", np.zeros((1, 1, 3), np.uint8))
 
     def step() -> None:
         policy.eval()

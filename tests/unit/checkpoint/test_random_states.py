@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from realsr_hpc.checkpoint.store import random_states, set_random_states
+from realsr_hpc.checkpoint.loading import random_states, set_random_states
 from realsr_hpc.parallel import backend
 
 

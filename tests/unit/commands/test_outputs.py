@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from realsr_hpc import commands
-from realsr_hpc.export.folder import Aside
+from realsr_hpc.export.weight_files import Aside
 from realsr_hpc.locks import LockRefused, hold
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8))
@@ -67,7 +67,8 @@ def test_an_export_about_to_be_written_is_another_processs_and_a_killed_ones_res
     with pytest.raises(ValueError, match="exists; name a new folder"), Aside(output):
         pass
     program = (
-        f"import os, pathlib, realsr_hpc.export.folder as f; f.Aside(pathlib.Path({str(output) + '2'!r})).__enter__()"
+        "import os, pathlib; from realsr_hpc.export.weight_files import Aside; "
+        f"Aside(pathlib.Path({str(output) + '2'!r})).__enter__()"
     )
     subprocess.run([sys.executable, "-c", f"{program}.joinpath('half').touch(); os._exit(9)"], check=False)
     assert (tmp_path / ".export2.aside" / "half").exists()

@@ -12,12 +12,14 @@ import pytest
 from PIL import Image
 from scipy.stats import t as student
 
+from realsr_hpc.artifacts import rollouts
+from realsr_hpc.artifacts.rollouts import KeptGroup, KeptRollout, KeptRollouts
 from realsr_hpc.commands import compare as compare_command
 from realsr_hpc.compare import compare, connect, estimate, find_runs, find_sweep, group_runs, image_rows, write_report
 from realsr_hpc.compare.axes import plot_axes
-from realsr_hpc.compare.groups import Group
-from realsr_hpc.compare.report import evaluation_table, verdict
+from realsr_hpc.compare.repetitions import Group
 from realsr_hpc.compare.runs import ComparedRun, Comparison
+from realsr_hpc.compare.summary import evaluation_table, verdict
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking import prepare_sweep, sync, write_launch_tags
 from realsr_hpc.tracking.spool import Spool
@@ -64,8 +66,9 @@ def keep_images(run_dir, shade):
     folder.mkdir(parents=True)
     for name in ("i.png", "t.png", "f.png"):
         Image.fromarray(np.full((16, 16, 3), 50 * shade, np.uint8)).save(folder / name)
-    group = {"key": "cat", "files": {"input": "i.png", "truth": "t.png"}, "rollouts": [{"files": {"final": "f.png"}}]}
-    (folder / "rollouts.json").write_text(json.dumps({"groups": [group]}))
+    member = KeptRollout(None, (), (), 1.0, {}, None, {"final": "f.png"})
+    group = KeptGroup("cat", None, None, {}, {"input": "i.png", "truth": "t.png"}, (member,))
+    rollouts.write(folder, KeptRollouts(run_dir.name, 3, "heldout", (group,)))
 
 
 def test_a_sweep_is_its_children_and_the_best_has_the_highest_reward(store):

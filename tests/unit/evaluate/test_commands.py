@@ -12,6 +12,8 @@ from PIL import Image
 from skimage import data
 
 from realsr_hpc import checkpoint
+from realsr_hpc.artifacts import restoration
+from realsr_hpc.artifacts.restoration import Restoration, RestoredTile
 from realsr_hpc.config.learning import RewardsConfig, RewardTerm
 from realsr_hpc.config.load import compose_one, to_yaml
 from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig, VLCoTConfig
@@ -141,8 +143,8 @@ def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):
         (tmp_path / folder).mkdir()
     Image.fromarray(data.chelsea()[:128, :128]).save(tmp_path / "sr" / "chelsea.png")
     Image.fromarray(data.chelsea()[:128, :128]).resize((32, 32)).save(tmp_path / "lq" / "chelsea.png")
-    tile = {"well_formed": True, "degradation": "light blur", "texts": ["cat", "a cat.", "a cat sits."], "faults": []}
-    (tmp_path / "sr" / "chelsea.json").write_text(json.dumps({"tiles": [tile]}))
+    tile = RestoredTile(0, 0, True, False, "light blur", ("cat", "a cat.", "a cat sits."), ())
+    restoration.write(tmp_path / "sr" / "chelsea.png", Restoration((tile,)))
     manifest = "recipes/assets/photographs/manifest.parquet"
     arguments = [f"input={tmp_path / 'sr'}", f"lq={tmp_path / 'lq'}", f"manifest={manifest}"]
 

@@ -8,10 +8,10 @@ from PIL import Image
 from skimage import data
 
 from realsr_hpc.config.learning import RewardsConfig
-from realsr_hpc.evaluate import BICUBIC, Bicubic, Case, FinishedImages, Metrics, World, bootstrap, evaluate, open_set
+from realsr_hpc.evaluate import BICUBIC, Bicubic, FinishedImages, Metrics, World, bootstrap, evaluate, open_set
 from realsr_hpc.evaluate.published import published_table
 from realsr_hpc.quality.psnr_ssim import psnr_y
-from realsr_hpc.records import DegradationLabel, ParsedTrace, RestoredImage, SceneText
+from realsr_hpc.records import Case, DegradationLabel, ParsedTrace, RestoredImage, SceneText
 from realsr_hpc.rewards.mixture import RewardMixture
 
 torch.set_num_threads(1)
@@ -79,14 +79,14 @@ def test_files_say_the_same_as_the_report(report):
     assert "bicubic 3, ours 2" in text and "4 px of border left out" in text
     assert "- not computed: `lpips`" in text  # named, not silently absent
     assert "RealSR usually" not in text and "| RealSR-R1 | 22.89 |" in text
-    records = json.loads((report.folder / "images.json").read_text())
+    records = json.loads((report.folder / "images.json").read_text())["images"]
     assert (
         records[0]["methods"]["ours"]["texts"][0] == "a cat" and "final" not in records[2]["methods"]["ours"]["files"]
     )
     for name in ("grid.png", "worst.png", "slots.png"):
         with Image.open(report.folder / name) as picture:
             assert picture.width > 3 * 128
-    assert [record["key"] for record in report.worst(1)] == ["c"]
+    assert [image.key for image in report.worst(1)] == ["c"]
 
 
 def test_finished_images_of_another_method_score_alike(report, cases, tmp_path):
@@ -107,7 +107,7 @@ def test_ranks_share_the_cases_and_the_first_one_reports(cases, tmp_path):
     second = World(1, 2, gather)
     assert evaluate(METHODS, cases, tmp_path, metrics=metrics, world=second, batch_size=2) is None
     first = evaluate(METHODS, cases, tmp_path, metrics=metrics, world=World(0, 2, gather), batch_size=2)
-    assert [record["key"] for record in first.records] == ["a", "b", "c"]
+    assert [image.key for image in first.images] == ["a", "b", "c"]
 
 
 @pytest.fixture

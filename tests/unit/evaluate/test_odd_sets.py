@@ -94,5 +94,5 @@ def test_names_of_any_bytes_are_evaluated(tmp_path):
     os.rename(tmp_path / "in/x.png", tmp_path / "in" / os.fsdecode(b"k\xfc.png"))
     cases, _ = open_set("unpaired", tmp_path / "in", 4)
     report = evaluate({BICUBIC: Bicubic(4)}, cases, tmp_path / "out", metrics=Metrics(), set_name="mine")
-    (record,) = json.loads((tmp_path / "out/images.json").read_bytes())
+    (record,) = json.loads((tmp_path / "out/images.json").read_bytes())["images"]
     assert record["key"] == "k\\xfc" and report.markdown().encode("utf-8")

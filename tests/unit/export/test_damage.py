@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from realsr_hpc.export import Sources, import_weights
-from realsr_hpc.export.folder import weight_files
 from realsr_hpc.export.nemo_archive import refuse_foreign_files, unpack
+from realsr_hpc.export.weight_files import weight_files
 from realsr_hpc.files import SUMS_FILE, write_sums
 from realsr_hpc.restore import find_model
 

@@ -20,10 +20,10 @@ from realsr_hpc.config.load import from_yaml, to_yaml
 from realsr_hpc.config.operation import ClusterConfig, TrackingConfig
 from realsr_hpc.config.schema import DataConfig
 from realsr_hpc.export import Sources, export_policy, export_run, import_weights
-from realsr_hpc.export.folder import weight_files, write_weights
 from realsr_hpc.export.hf_config import code_name, special_tokens
 from realsr_hpc.export.incoming import IMAGE_FILE, TEXT_FILE
 from realsr_hpc.export.recipe import portable
+from realsr_hpc.export.weight_files import weight_files, write_weights
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.paths import project_root

@@ -7,11 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from realsr_hpc.records import LQBatch
-from realsr_hpc.rollout.restorer import PolicyRestorer
+from realsr_hpc.records import Case
+from realsr_hpc.rollout.policy_restorer import PolicyRestorer
 from tests.unit.export.test_export import shipped
 
 SCRIPT = """
@@ -41,10 +40,7 @@ assert not [name for name in sys.modules if name.startswith(("realsr_hpc.", "meg
 def ours(run, lq: np.ndarray, restore) -> np.ndarray:
     """What tools/restore.py makes of one tile."""
     config = run.config.model_copy(update={"restore": restore})
-    batch = LQBatch(
-        torch.from_numpy(lq).movedim(-1, 0)[None], None, (None,), (None,), ("x",), torch.zeros(1, dtype=torch.int64)
-    )
-    return PolicyRestorer(run.policy, run.tokens, config)(batch)[0].image
+    return PolicyRestorer(run.policy, run.tokens, config)([Case("x", lq)])[0].image
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.export.folder import weight_files
+from realsr_hpc.export.weight_files import weight_files
 from realsr_hpc.parallel.groups import shutdown
 from tests.distributed.launcher import run_ranks
 from tests.unit.export.test_tools import command

@@ -18,6 +18,7 @@ from realsr_hpc.commands import gallery
 from realsr_hpc.gallery import read_evaluation, read_run, render
 from realsr_hpc.paths import project_root
 from realsr_hpc.records import (
+    Case,
     DegradationLabel,
     GroupRewards,
     LQBatch,
@@ -34,7 +35,7 @@ LIGHT = DegradationLabel("light", "downsample", "medium", "light", "keep")
 SCENE = SceneText("a cat", "a striped cat", "a striped cat looking to the left", ("cat",))
 
 
-def group(source: LQBatch, phrase: str, rewards: list[float], final: np.ndarray, faults=()) -> ScoredGroup:
+def group(source: Case, phrase: str, rewards: list[float], final: np.ndarray, faults=()) -> ScoredGroup:
     """Rollouts of one image, with their rewards and a final image."""
     size = len(rewards)
     empty = torch.zeros(size, 1, dtype=torch.int64)
@@ -54,8 +55,8 @@ def run_dir(tmp_path_factory) -> Path:
     lq = gt[:, :, ::4, ::4].contiguous()
     batch = LQBatch(lq, gt, (HEAVY, LIGHT), (SCENE, None), ("cat", "coffee"), torch.arange(2))
     groups = [
-        group(batch.row(0), HEAVY.phrase, [0.2, 0.9, 0.4], images[0]),
-        group(batch.row(1), HEAVY.phrase, [0.1, 0.3, 0.2], images[1], ("x",)),
+        group(batch.cases()[0], HEAVY.phrase, [0.2, 0.9, 0.4], images[0]),
+        group(batch.cases()[1], HEAVY.phrase, [0.1, 0.3, 0.2], images[1], ("x",)),
     ]
     # of each rollout a rough and a final image, which are turned to grey the further the lower its reward
     pictures = [
@@ -140,3 +141,15 @@ def test_an_evaluations_total_weighs_its_rewards_as_the_recipe_does(tmp_path):
         (tmp_path / "images.json").write_text(json.dumps([item | weights]), encoding="utf-8")
         ours, malformed, bicubic = read_evaluation(tmp_path)[0].results
         assert ours.total == total and malformed.total is None and bicubic.total is None
+
+
+def test_a_damaged_record_and_one_of_a_newer_version_are_left_out_and_named(run_dir, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    newer, cut = sorted(copy.glob("rollouts/*/rollouts.json"))
+    newer.write_text(json.dumps(json.loads(newer.read_text()) | {"version": 2}), encoding="utf-8")
+    entries = read_run(copy)
+    assert [entry.step for entry in entries] == [16] and "written in version 2 of its format" in caplog.text
+    cut.write_text(cut.read_text()[:-9], encoding="utf-8")
+    with pytest.raises(ValueError, match="neither rollouts/"):
+        read_run(copy)

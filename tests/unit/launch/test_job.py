@@ -18,9 +18,9 @@ from realsr_hpc.config.load import compose
 from realsr_hpc.launch.environment import Placement, job_port, slurm_job_id
 from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.job import start_ranks, watch
-from realsr_hpc.launch.rundir import rank_log
 from realsr_hpc.launch.signals import StopFlag
 from realsr_hpc.launch.verdict import CRASHED, DONE, FAILED, HUNG, STOPPED, Verdict, agree, count_requeue
+from realsr_hpc.runfolder import rank_log
 
 PREAMBLE = (
     "import os, signal, sys, time; rank = int(os.environ['RANK']); "

@@ -18,7 +18,6 @@ from realsr_hpc.launch.rundir import (
     Job,
     Status,
     current_status,
-    find_run,
     make_private,
     read_status,
     run_folder,
@@ -29,6 +28,7 @@ from realsr_hpc.launch.script import sbatch_script
 from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.submit import submit
 from realsr_hpc.paths import CHECKOUT_VARIABLE, project_root
+from realsr_hpc.runfolder import find_run
 
 LAUNCH = [sys.executable, str(project_root() / "tools" / "launch.py")]
 

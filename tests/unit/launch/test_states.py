@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, compose
 from realsr_hpc.launch.command import main
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.manage import cancel, resume, rows
 from realsr_hpc.launch.refusals import refuse_what_is_missing, unchecked_manifests
 from realsr_hpc.launch.requeue import exclude, requeue
-from realsr_hpc.launch.rundir import RUN_LOCK, Job, Status, current_status, make_private, write_job
+from realsr_hpc.launch.rundir import Job, Status, current_status, make_private, write_job
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.script import setup_lines
 from realsr_hpc.launch.snapshot import take_snapshot
@@ -111,7 +112,9 @@ def test_a_second_supervisor_of_a_folder_leaves_it_as_it_is_and_names_the_first(
     from realsr_hpc.config.load import to_yaml
 
     (tmp_path / "recipe.yaml").write_text(to_yaml(config))
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path / RUN_LOCK], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, runfolder.lock(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     before = sorted(path.name for path in tmp_path.iterdir())
     second = subprocess.run(
@@ -124,7 +127,7 @@ def test_a_second_supervisor_of_a_folder_leaves_it_as_it_is_and_names_the_first(
     assert (current_status(tmp_path) or Status("lost")).state == "running"
     holder.kill()
     holder.wait()
-    assert not is_held(tmp_path / RUN_LOCK)  # a lock dies with its holder
+    assert not is_held(runfolder.lock(tmp_path))  # a lock dies with its holder
     assert (current_status(tmp_path) or Status("done")).state == "lost"
     holder.stdout.close()
 

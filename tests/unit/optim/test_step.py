@@ -10,8 +10,7 @@ from torch import Tensor
 
 from realsr_hpc.config.schema import ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, RunConfig
 from realsr_hpc.model.policy import build_policy
-from realsr_hpc.optim.schedule import learning_rate
-from realsr_hpc.optim.step import Optimiser, optimizer_arguments
+from realsr_hpc.optim.step import Optimiser, learning_rate, optimizer_arguments
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.parallel.pipeline import Microbatch

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from realsr_hpc.config.schema import ModelConfig, ParallelConfig
+from realsr_hpc.config.schema import ModelConfig, ParallelConfig, RunConfig
 from realsr_hpc.parallel import layout
 
 
@@ -20,37 +20,29 @@ def test_world_that_tp_and_pp_do_not_divide_is_refused() -> None:
         layout.layout_of(ParallelConfig(tp=2, pp=2), 6)
 
 
-def test_every_layer_is_in_exactly_one_chunk_and_chunks_go_round_the_stages() -> None:
-    model, parallel = ModelConfig(num_layers=12), ParallelConfig(pp=2, virtual_pp=3)
-    per_chunk = layout.layers_per_chunk(model, parallel)
-    starts = [[layout.first_layer(model, parallel, rank, chunk) for chunk in range(3)] for rank in range(2)]
-    assert starts == [[0, 4, 8], [2, 6, 10]]
-    covered = [first + i for stage in starts for first in stage for i in range(per_chunk)]
-    assert sorted(covered) == list(range(12))
-
-
 @pytest.mark.parametrize(
     ("model", "parallel", "message"),
     [
-        ({"num_layers": 5}, {"pp": 2}, r"model\.num_layers = 5 .* choose factors"),
-        ({"num_heads": 6, "hidden_size": 96}, {"tp": 4}, r"model\.num_heads = 6 .* parallel\.tp = 4"),
-        ({"num_kv_heads": 1}, {"tp": 2}, r"model\.num_kv_heads = 1"),
-        ({"num_kv_heads": 3}, {}, r"model\.num_kv_heads = 3 does not divide"),
-        ({"ffn_hidden_size": 99}, {"tp": 2}, r"model\.ffn_hidden_size = 99"),
-        ({"num_heads": 7}, {}, r"model\.hidden_size = 256 is not divisible"),
-        ({"hidden_size": 36, "num_heads": 4}, {}, r"is odd"),
-        ({}, {"virtual_pp": 2}, r"needs parallel\.pp > 1"),
-        ({}, {"sequence_parallel": True}, r"needs parallel\.tp > 1"),
+        ({"num_layers": 5}, {"pp": 2}, r"must divide model\.num_layers 5"),
+        ({"num_heads": 6, "hidden_size": 96}, {"tp": 4}, r"model\.num_heads: 6: must divide by parallel\.tp 4"),
+        ({"num_kv_heads": 1}, {"tp": 2}, r"model\.num_kv_heads: 1: must"),
+        ({"num_kv_heads": 3}, {}, r"model\.num_kv_heads: 3: must divide num_heads"),
+        ({"ffn_hidden_size": 99}, {"tp": 2}, r"model\.ffn_hidden_size: 99: must"),
+        ({"num_heads": 7}, {}, r"model\.num_heads: 7: hidden_size 256 must divide"),
+        ({"hidden_size": 36, "num_heads": 4}, {}, r"must divide by twice as many"),
+        ({}, {"virtual_pp": 2}, r"needs parallel\.pp >= 2"),
+        ({}, {"sequence_parallel": True}, r"needs parallel\.tp >= 2"),
     ],
 )
 def test_what_does_not_fit_is_named(model: dict[str, Any], parallel: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        layout.check(ModelConfig(**model), ParallelConfig(**parallel))
+        layout.check(RunConfig(name="x", task="grpo", model=ModelConfig(**model), parallel=ParallelConfig(**parallel)))
 
 
 def test_what_fits_passes() -> None:
     seven_b = ModelConfig(num_layers=32, hidden_size=4096, num_heads=32, ffn_hidden_size=11008)
-    layout.check(seven_b, ParallelConfig(tp=8, pp=4, virtual_pp=2, sequence_parallel=True))
+    parallel = ParallelConfig(tp=8, pp=4, virtual_pp=2, sequence_parallel=True)
+    layout.check(RunConfig(name="x", task="grpo", model=seven_b, parallel=parallel))
 
 
 @pytest.mark.parametrize(("vocab", "tp", "padded"), [(1030, 1, 1030), (1030, 4, 1032), (1032, 4, 1032), (1, 8, 8)])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.records import LQBatch, ParsedTrace, RestoredImage
+from realsr_hpc.records import Case, ParsedTrace, RestoredImage
 from realsr_hpc.restore import (
     BestOf,
     Chosen,
@@ -29,15 +29,15 @@ SETTINGS = RestoreSettings("here", tile_px=32, model_upscale=4, overlap_px=8, ba
 TRACE = ParsedTrace("light blur", ("a", "b", "c"), (None,) * 3, ())
 
 
-def nearest(batch: LQBatch) -> list[RestoredImage]:
+def nearest(cases: list[Case]) -> list[RestoredImage]:
     """Knows nothing of the tile's surroundings, so blending tiles must give the whole image's own upscale."""
-    lqs = batch.lq.permute(0, 2, 3, 1).numpy()
+    lqs = [case.lq for case in cases]
     images = [lq.repeat(4, axis=0).repeat(4, axis=1) for lq in lqs]
     return [RestoredImage(image, TRACE, (lq, None, image)) for lq, image in zip(lqs, images, strict=True)]
 
 
-def silent(batch: LQBatch) -> list[RestoredImage]:
-    return [RestoredImage(None, TRACE, (None,) * 3) for _ in range(len(batch))]
+def silent(cases: list[Case]) -> list[RestoredImage]:
+    return [RestoredImage(None, TRACE, (None,) * 3) for _ in cases]
 
 
 def noise(height, width, channels=3):
@@ -51,7 +51,7 @@ def test_tiles_blend_to_the_whole_image_whatever_its_size(size):
     np.testing.assert_array_equal(result.image, rgb.repeat(4, axis=0).repeat(4, axis=1))
     np.testing.assert_array_equal(small.image, rgb[:1, :1].repeat(4, axis=0).repeat(4, axis=1))
     np.testing.assert_array_equal(result.stages["rough"], rgb)
-    assert result.tiles[0]["texts"] == ["a", "b", "c"] and "middle" not in result.stages
+    assert result.tiles[0].texts == ("a", "b", "c") and "middle" not in result.stages
 
 
 def test_workers_restore_the_same_and_share_the_tiles_evenly():
@@ -87,8 +87,8 @@ def test_tiles_cover_a_side_with_their_overlap(size):
 
 
 def test_seams_fade_over_the_overlap():
-    def tinted(batch):
-        values = [40 if int(number) % 2 else 200 for number in batch.index]
+    def tinted(cases):
+        values = [40 if case.index % 2 else 200 for case in cases]
         return [RestoredImage(np.full((128, 128, 3), v, np.uint8), TRACE, (None,) * 3) for v in values]
 
     restored = restore_images(tinted, [noise(32, 56)], SETTINGS)[0].image
@@ -197,11 +197,11 @@ def test_the_result_has_the_size_asked_for(upscale, size, tmp_path):
 class Tints:
     """Candidate k is the input, k times 40 grey levels too bright; the second has no image."""
 
-    def candidates(self, batch: LQBatch, count: int) -> list[list[RestoredImage]]:
+    def candidates(self, cases: list[Case], count: int) -> list[list[RestoredImage]]:
         def tinted(image, member):
             return (image.image.astype(int) // 2 + 40 * member).clip(0, 255).astype(np.uint8)
 
-        rows = [[tinted(image, member) if member != 1 else None for member in range(count)] for image in nearest(batch)]
+        rows = [[tinted(image, member) if member != 1 else None for member in range(count)] for image in nearest(cases)]
         return [[RestoredImage(image, TRACE, (None, None, image)) for image in row] for row in rows]
 
 
@@ -209,7 +209,7 @@ def test_the_candidate_that_the_expert_likes_best_is_kept_and_said():
     dark = (noise(32, 32) // 2).astype(np.uint8)
     result = restore_images(BestOf(Tints(), 3, build_chooser("fidelity")), [dark], SETTINGS)[0]
     record = result.tiles[0]
-    assert record["chosen"] == 0 and record["scores"][0] > record["scores"][2] and record["scores"][1] is None
+    assert record.chosen == 0 and record.scores[0] > record.scores[2] and np.isnan(record.scores[1])
     mean = restore_images(BestOf(Tints(), 3, build_chooser("mean")), [dark], SETTINGS)[0].image
     expected = (dark.astype(int) // 2 + 40).repeat(4, axis=0).repeat(4, axis=1)
     np.testing.assert_array_equal(mean, expected)
@@ -217,9 +217,8 @@ def test_the_candidate_that_the_expert_likes_best_is_kept_and_said():
     assert isinstance(only, Chosen) and only.chosen == 0
 
 
-def _one(image: np.ndarray) -> LQBatch:
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    return LQBatch(pixels, None, (None,), (None,), ("x",), torch.zeros(1, dtype=torch.int64))
+def _one(image: np.ndarray) -> list[Case]:
+    return [Case("x", image)]
 
 
 def test_colour_fixes_keep_detail_and_take_the_colours_of_the_input():

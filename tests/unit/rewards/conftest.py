@@ -1,8 +1,7 @@
 import numpy as np
 import torch
 
-from realsr_hpc.records import DegradationLabel, ParsedTrace, SceneText
-from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.records import Candidate, DegradationLabel, ParsedTrace, SceneText
 
 torch.set_num_threads(1)
 LABEL = DegradationLabel("light", "downsample", "medium", "light", "upsample")
@@ -18,7 +17,7 @@ def make_trace(**changes) -> ParsedTrace:
 
 def make_candidate(image: np.ndarray | None, trace: ParsedTrace | None = None, **changes) -> Candidate:
     lq = np.zeros((32, 32, 3), np.uint8) if image is None else downscale(image, 4)
-    fields = {"trace": trace or make_trace(), "image": image, "lq": lq, "label": LABEL, "scene": SCENE}
+    fields = {"trace": trace or make_trace(), "image": image, "key": "x", "lq": lq, "label": LABEL, "scene": SCENE}
     return Candidate(**(fields | changes))
 
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import Tracker, metrics_by_step, prepare_run, read_bookmark, sync
 from realsr_hpc.tracking.database import client
-from realsr_hpc.tracking.delivery import OFFSET_NAME
-from realsr_hpc.tracking.spool import SPOOL_NAME, Spool, read_events
+from realsr_hpc.tracking.spool import Spool, read_events
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_a_kill_between_delivery_and_bookkeeping_doubles_nothing_also_when_the_r
     for step in (1, 2, 3):
         spool.append({"kind": "metrics", "step": step, "time_ms": step, "metrics": {"loss": float(step)}})
     sync(run_dir)
-    end = (run_dir / SPOOL_NAME).stat().st_size
-    (run_dir / OFFSET_NAME).write_text(json.dumps({"offset": 0, "sending": end}))
+    end = runfolder.events(run_dir).stat().st_size
+    (runfolder.delivered(run_dir)).write_text(json.dumps({"offset": 0, "sending": end}))
     spool.append({"kind": "truncate", "step": 1})
     for step in (2, 3, 4):
         spool.append({"kind": "metrics", "step": step, "time_ms": step + 10, "metrics": {"loss": float(step)}})
@@ -128,9 +128,9 @@ def test_a_torn_line_is_cut_off_and_the_rest_kept(tmp_path):
     spool = Spool(tmp_path)
     spool.append({"kind": "metrics", "step": 1, "time_ms": 1, "metrics": {"loss": 1.0}})
     spool.close()
-    with (tmp_path / SPOOL_NAME).open("ab") as file:
+    with (runfolder.events(tmp_path)).open("ab") as file:
         file.write(b'{"kind": "metr')
-    assert [event["step"] for event, _ in read_events(tmp_path / SPOOL_NAME)] == [1]
+    assert [event["step"] for event, _ in read_events(runfolder.events(tmp_path))] == [1]
     again = Spool(tmp_path)
     again.append({"kind": "metrics", "step": 2, "time_ms": 2, "metrics": {"loss": 2.0}})
     again.close()

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from realsr_hpc.records import StepReport
-from realsr_hpc.rewards.base import Candidate
+from realsr_hpc.records import Candidate, StepReport
 from realsr_hpc.train.experience import collect, held_out
 from realsr_hpc.train.grpo import step
 from realsr_hpc.train.run import TrainingRun
@@ -29,7 +28,7 @@ def dull(*numbers: int) -> Callable[[Sequence[Candidate]], list[float]]:
 
 
 def keys(groups) -> list[str]:
-    return [group.source.keys[0] for group in groups]
+    return [group.source.key for group in groups]
 
 
 def test_groups_that_teach_nothing_are_replaced_by_the_next_images():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from realsr_hpc.config.derived import widest_lookahead
 from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.policy import Policy
-from realsr_hpc.records import LQBatch, RestoredImage
+from realsr_hpc.records import Case, RestoredImage, lq_pixels
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.vlcot.grammar import Grammar
@@ -20,7 +21,7 @@ FIRST_ID = 1 << 40
 
 
 class PolicyRestorer:
-    """Calls a policy on batches of LQ images; the same images and seed give the same result.
+    """Calls a policy on LQ images of one size; the same images and seed give the same result.
 
     Several threads may call it at once.
     """
@@ -51,15 +52,15 @@ class PolicyRestorer:
         numbers = 2 * config.num_layers * self.policy.shapes.kv_heads * head_dim
         return (prompt + own) * numbers * config.params_dtype.itemsize
 
-    def __call__(self, batch: LQBatch) -> list[RestoredImage]:
+    def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
         """One restored image each."""
-        return [candidates[0] for candidates in self.candidates(batch, 1)]
+        return [candidates[0] for candidates in self.candidates(cases, 1)]
 
-    def candidates(self, batch: LQBatch, count: int) -> list[list[RestoredImage]]:
+    def candidates(self, cases: Sequence[Case], count: int) -> list[list[RestoredImage]]:
         """`count` restored images each; their prompt is read once."""
-        ids = [FIRST_ID + int(index) * count + member for index in batch.index for member in range(count)]
+        ids = [FIRST_ID + case.index * count + member for case in cases for member in range(count)]
         self.policy.eval()
-        groups = self.sampler.generate(self.tokens.prompts(batch.lq), count, ids)
+        groups = self.sampler.generate(self.tokens.prompts(lq_pixels(cases)), count, ids)
         traces = [trace for group in groups for trace in self.tokens.codec.parse_group(group)]
         none = [None] * len(traces)
         shown = [stage == 2 or self.with_steps for stage in range(3)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from PIL import Image
 
 from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES, opened, upright_8_bit
 from realsr_hpc.data.naming import distinct, files_below
+from realsr_hpc.files import replacing
 
 RESERVED = ("restore",)
 """Name whose NAME.json holds a folder's settings."""
@@ -72,9 +72,8 @@ def write_picture(pixels: np.ndarray, picture: Picture, target: Path) -> None:
         image = image.convert("L")
     if picture.alpha is not None:
         image.putalpha(Image.fromarray(picture.alpha).resize(image.size, Image.Resampling.BICUBIC))
-    aside = target.with_suffix(".partial")
-    image.save(aside, "PNG", icc_profile=picture.icc_profile)
-    os.replace(aside, target)
+    with replacing(target) as aside:
+        image.save(aside, "PNG", icc_profile=picture.icc_profile)
 
 
 def targets(files: Sequence[Path], root: Path, output: Path) -> Mapping[Path, Path]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from realsr_hpc.compare.groups import Group
+from realsr_hpc import runfolder
+from realsr_hpc.artifacts import evaluation, rollouts
+from realsr_hpc.artifacts.stored import Damaged
+from realsr_hpc.compare.repetitions import Group
 
 MAX_ROWS = 8
+Shown = dict[str, Path | None]
+"""Files by what they show: input, truth, final."""
+logger = logging.getLogger(__name__)
 
 
 def plot_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> int:
@@ -71,27 +76,37 @@ def image_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[np.ndarray
     return [], []
 
 
-def _evaluated(run_dir: Path | None) -> dict[str, dict[str, Path | None]]:
+def _evaluated(run_dir: Path | None) -> dict[str, Shown]:
     """Images by key of a run's newest evaluation on its held-out split."""
-    reports = sorted(run_dir.glob("evaluation/step-*/images.json")) if run_dir else []
-    if not reports:
-        return {}
-    folder = reports[-1].parent
-    return {item["key"]: _files(folder, item, item["methods"].get("ours", {})) for item in _read(reports[-1])}
+    folders = sorted(runfolder.evaluations(run_dir).glob(f"{runfolder.STEP}*")) if run_dir else []
+    for folder in reversed([folder for folder in folders if (folder / evaluation.FILE).is_file()]):
+        try:
+            images = evaluation.read(folder).images
+        except Damaged as error:
+            logger.warning("not shown: %s", error)
+            continue
+        return {
+            image.key: _shown(folder, image.files, image.methods["ours"].files)
+            for image in images
+            if "ours" in image.methods
+        }
+    return {}
 
 
-def _kept(run_dir: Path | None) -> dict[str, dict[str, Path | None]]:
+def _kept(run_dir: Path | None) -> dict[str, Shown]:
     """First rollout of each held-out group that training kept at its last step."""
-    records = sorted(run_dir.glob("rollouts/step-*-heldout/rollouts.json")) if run_dir else []
-    if not records:
-        return {}
-    folder = records[-1].parent
-    return {item["key"]: _files(folder, item, item["rollouts"][0]) for item in _read(records[-1])["groups"]}
+    for folder in reversed(runfolder.all_rollouts(run_dir, "heldout") if run_dir else []):
+        try:
+            groups = rollouts.read(folder).groups
+        except Damaged as error:
+            logger.warning("not shown: %s", error)
+            continue
+        return {group.key: _shown(folder, group.files, group.rollouts[0].files) for group in groups}
+    return {}
 
 
-def _files(folder: Path, item: dict[str, Any], made: dict[str, Any]) -> dict[str, Path | None]:
-    given, restored = item["files"], made.get("files", {})
-    names = {"input": given.get("input"), "truth": given.get("truth"), "final": restored.get("final")}
+def _shown(folder: Path, given: Mapping[str, str], made: Mapping[str, str]) -> Shown:
+    names = {"input": given.get("input"), "truth": given.get("truth"), "final": made.get("final")}
     return {kind: folder / name if name else None for kind, name in names.items()}
 
 
@@ -100,7 +115,3 @@ def _pixels(path: Path | None) -> np.ndarray | None:
         return None
     with Image.open(path) as picture:
         return np.array(picture.convert("RGB"))
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

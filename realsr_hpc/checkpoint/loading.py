@@ -1,3 +1,4 @@
+# pyright: reportOptionalMemberAccess=false
 """What a checkpoint holds, and loading it: Megatron's sharded state, each rank's random states, the run's own state.
 
 All ranks call `load` together. A checkpoint loads onto any tensor, pipeline and data-parallel layout; random states
@@ -20,7 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from realsr_hpc.checkpoint import manifest
+from realsr_hpc.checkpoint import integrity
 from realsr_hpc.checkpoint.pickles import refuse_code
 from realsr_hpc.model import lora
 from realsr_hpc.model.policy import Policy
@@ -51,16 +52,16 @@ def resume_path(root: Path, groups: Groups) -> Path | None:
     ValueError, on every rank, when there are checkpoints and none of them is whole.
     """
     world: Any = dist.group.WORLD
-    found = broadcast_object(manifest.candidates(root) if groups.is_main else None, world)
+    found = broadcast_object(integrity.candidates(root) if groups.is_main else None, world)
     for folder in found:
-        mine = next(manifest.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
+        mine = next(integrity.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
         wrong = [fault for fault in gather_objects(mine, world) if fault]
         if not wrong:
             return folder
         if groups.is_main:
-            manifest.reject(folder, wrong[0])
+            integrity.reject(folder, wrong[0])
     if found:
-        raise ValueError(manifest.none_is_whole(root, found))
+        raise ValueError(integrity.none_is_whole(root, found))
     return None
 
 
@@ -72,7 +73,7 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups
     optimiser None: weights only. ValueError when the folder is no complete checkpoint or has no optimizer state
     although one is wanted.
     """
-    facts = manifest.read(path)
+    facts = integrity.read(path)
     refuse_code(path)
     if facts.get("base") != policy.base:
         raise ValueError(

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from realsr_hpc.files import flush, parse_json, publish, sha256_of
+from realsr_hpc.runfolder import BEST, STEP, is_step, step_name, step_of
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-BEST = "best"
-"""Link to the best of the checkpoints that are kept for their metric."""
-_PREFIX, _ASIDE = "step-", ".tmp-"
+_ASIDE = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -46,17 +45,12 @@ class FileFacts:
 
 def folder_of(root: Path, step: int) -> Path:
     """Where the checkpoint of a step stands."""
-    return root / f"{_PREFIX}{step:06d}"
+    return root / step_name(step)
 
 
 def aside_of(root: Path, step: int) -> Path:
     """Where it is written first."""
-    return root / f"{_ASIDE}{_PREFIX}{step:06d}"
-
-
-def step_of(folder: Path) -> int:
-    """Step of a checkpoint folder."""
-    return int(folder.name.removeprefix(_PREFIX))
+    return root / f"{_ASIDE}{step_name(step)}"
 
 
 def content(folder: Path) -> list[Path]:
@@ -133,13 +127,13 @@ def _file_fault(path: Path, name: str, facts: FileFacts) -> str:
 
 def completed(root: Path) -> list[Path]:
     """Folders that bear a manifest, oldest step first; their bytes are not read."""
-    folders = (path for path in root.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit())
+    folders = (path for path in root.glob(f"{STEP}*") if is_step(path))
     return sorted((path for path in folders if (path / MANIFEST).is_file()), key=step_of)
 
 
 def candidates(root: Path) -> list[Path]:
     """Every folder that was a checkpoint once, its manifest lost or not, newest step first."""
-    folders = (path for path in root.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal())
+    folders = (path for path in root.glob(f"{STEP}*") if is_step(path))
     return sorted((path for path in folders if path.is_dir() and any(path.iterdir())), key=step_of, reverse=True)
 
 
@@ -193,7 +187,7 @@ def prune(root: Path, keep: Keep) -> None:
     """Remove what was left half-written, and every checkpoint that `keep` does not name; link the best one."""
     ranked = [folder for folder, _ in best(root, keep.best, highest=keep.highest)]
     stay = {*completed(root)[-keep.last :], *ranked}
-    for folder in [*(set(completed(root)) - stay), *root.glob(f"{_ASIDE}{_PREFIX}*")]:
+    for folder in [*(set(completed(root)) - stay), *root.glob(f"{_ASIDE}{STEP}*")]:
         shutil.rmtree(folder)
     if ranked:
         link = root / f".{BEST}.{os.getpid()}"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.launch.rundir import rank_log
 from realsr_hpc.launch.script import sbatch_script
+from realsr_hpc.launch.start import Submission
 from realsr_hpc.plan import Plan, plan
 from realsr_hpc.plan.tables import comparison, knob_table
 from realsr_hpc.tracking import tracking_uri
-
-if TYPE_CHECKING:
-    from realsr_hpc.launch.start import Submission
 
 PLAN_WIDTH = 120
 
@@ -57,7 +54,7 @@ def print_submissions(submissions: list[Submission], console: Console) -> None:
             "state": "submitted" if item.submitted else "not submitted",
             "note": item.note,
             "folder": str(item.run_dir),
-            "log": str(rank_log(item.run_dir, 0)),
+            "log": str(runfolder.rank_log(item.run_dir, 0)),
             "tracking": f"mlflow ui --backend-store-uri {tracking_uri(item.config)}",
         }
         for name, value in rows.items():

@@ -10,12 +10,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from realsr_hpc.compare.axes import plot_axes
-from realsr_hpc.compare.groups import Estimate, Group, group_runs
-from realsr_hpc.compare.pictures import image_rows, plot_curves
+from realsr_hpc.compare.figures import image_rows, plot_curves
+from realsr_hpc.compare.repetitions import Estimate, Group, group_runs
 from realsr_hpc.compare.runs import Comparison
 from realsr_hpc.config.metrics import lower_is_better
 from realsr_hpc.locks import sole_writer
-from realsr_hpc.tracking.pictures import image_grid
+from realsr_hpc.tracking.drawing import image_grid
 
 TEMPLATE = "report.html.j2"
 MAX_PANELS = 9

@@ -5,7 +5,6 @@ Images go to the folder as they are made, so nothing of a large set is held: `im
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,18 +15,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from realsr_hpc.evaluate.cases import Case
+from realsr_hpc.artifacts import evaluation
+from realsr_hpc.artifacts.evaluation import FINAL, INPUT, TRUTH, EvaluatedImage, Evaluation, MethodResult
 from realsr_hpc.evaluate.methods import BICUBIC, NO_TRACE, FinishedImages, Method
 from realsr_hpc.evaluate.metrics import FID, Metrics
 from realsr_hpc.evaluate.report import EvaluationReport
 from realsr_hpc.evaluate.sets import FolderSet
-from realsr_hpc.files import write_atomically
 from realsr_hpc.locks import sole_writer
-from realsr_hpc.records import RestoredImage
+from realsr_hpc.records import Case, ParsedTrace, RestoredImage
 
-INPUT, TRUTH = "input", "truth"
 STAGES = ("rough", "middle")
-RECORDS_FILE = "images.json"
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,10 @@ def evaluate(
         if isinstance(method, FinishedImages):
             method.expect(cases.keys() if isinstance(cases, FolderSet) else [case.key for case in cases])
     with sole_writer(folder) if world.rank == 0 else nullcontext():
-        return _evaluated(methods, cases, folder, metrics, set_name, remarks, world, batch_size)
+        return _over_ranks(methods, cases, folder, metrics, set_name, remarks, world, batch_size)
 
 
-def _evaluated(
+def _over_ranks(
     methods: Mapping[str, Method],
     cases: Sequence[Case],
     folder: Path,
@@ -78,27 +75,27 @@ def _evaluated(
     world: World,
     batch_size: int,
 ) -> EvaluationReport | None:
-    if world.rank == 0 and (folder / RECORDS_FILE).exists():
+    if world.rank == 0 and (folder / evaluation.FILE).exists():
         shutil.rmtree(folder / "images", ignore_errors=True)  # an earlier evaluation's: FID reads whole folders
     world.gather(None)
     batch_size = min(batch_size, -(-len(cases) // world.size))  # no rank idle for a small set
-    records: list[dict[str, Any]] = []
+    images: list[EvaluatedImage] = []
     skipped: dict[str, str] = {}
     for start in range(world.rank * batch_size, len(cases), world.size * batch_size):
         part = _read(cases, range(start, min(start + batch_size, len(cases))), skipped)
         if part:
-            records += _judge(methods, part, folder, metrics)
-    gathered = world.gather((records, skipped))
+            images += _judge(methods, part, folder, metrics)
+    gathered = world.gather((images, skipped))
     if world.rank:
         return None
-    records = sorted((item for part, _ in gathered for item in part), key=lambda item: item["index"])
+    images = sorted((item for part, _ in gathered for item in part), key=lambda item: item.index)
     skipped = {key: reason for _, part in gathered for key, reason in part.items()}
-    if not records:
+    if not images:
         raise ValueError(
             f"set={set_name}: none of its {len(cases)} images can be used: {dict(list(skipped.items())[:3])}"
         )
-    write_atomically(folder / RECORDS_FILE, json.dumps(_without_nan(records), indent=1))
-    report = EvaluationReport(folder, set_name, tuple(methods), records, metrics, tuple(remarks), skipped)
+    evaluation.write(folder, Evaluation(set_name, tuple(images)))
+    report = EvaluationReport(folder, set_name, tuple(methods), images, metrics, tuple(remarks), skipped)
     report.add_set_scores(_set_scores(methods, folder, metrics))
     report.write()
     return report
@@ -115,48 +112,47 @@ def _read(cases: Sequence[Case], places: range, skipped: dict[str, str]) -> list
     return part
 
 
-def _judge(methods: Mapping[str, Method], part: list[Case], folder: Path, metrics: Metrics) -> list[dict[str, Any]]:
-    """Records of a few cases: what is known of each, and what every method made of it."""
-    weights = metrics.rewards.weights if metrics.rewards else {}
-    records = [{**_record(case, folder), "weights": weights} for case in part]
+def _judge(methods: Mapping[str, Method], part: list[Case], folder: Path, metrics: Metrics) -> list[EvaluatedImage]:
+    """A few cases with what every method made of each."""
+    made: list[dict[str, MethodResult]] = [{} for _ in part]
     for name, method in methods.items():
         images = method(part)
         if len(images) != len(part):
             raise ValueError(f"method {name!r} returned {len(images)} images for {len(part)}; it must return one each")
-        for record, case, item, row in zip(records, part, images, metrics.score(part, images), strict=True):
+        for results, case, item, row in zip(made, part, images, metrics.score(part, images), strict=True):
             files = _save(item, name, case.key, folder)
-            record["methods"][name] = {"metrics": row.values, **_said(item), "files": files}
-            if row.not_computed:
-                record["methods"][name]["not_computed"] = row.not_computed
-    return records
+            said = {} if item.trace is NO_TRACE else _said(item.trace)
+            results[name] = MethodResult(row.values, files, not_computed=row.not_computed, **said)
+    weights = metrics.rewards.weights if metrics.rewards else {}
+    return [_evaluated(case, folder, results, weights) for case, results in zip(part, made, strict=True)]
 
 
-def _record(case: Case, folder: Path) -> dict[str, Any]:
+def _evaluated(
+    case: Case, folder: Path, methods: dict[str, MethodResult], weights: Mapping[str, float]
+) -> EvaluatedImage:
     files = {INPUT: save_png(case.lq, folder, INPUT, case.key)}
     if case.gt is not None:
         files[TRUTH] = save_png(case.gt, folder, TRUTH, case.key)
-    return {
-        "key": case.key,
-        "index": case.index,
-        "degradation": None if case.label is None else case.label.phrase,
-        "captions": None if case.scene is None else list(case.scene.captions),
-        "word": None if case.scene is None or not case.scene.word else case.scene.word,
-        "files": files,
-        "methods": {},
-    }
+    return EvaluatedImage(
+        key=case.key,
+        files=files,
+        methods=methods,
+        degradation=None if case.label is None else case.label.phrase,
+        captions=None if case.scene is None else case.scene.captions,
+        word=None if case.scene is None or not case.scene.word else case.scene.word,
+        weights=dict(weights),
+        index=case.index,
+    )
 
 
-def _said(item: RestoredImage) -> dict[str, Any]:
-    if item.trace is NO_TRACE:
-        return {}
-    trace = item.trace
-    return {"degradation": trace.degradation, "texts": list(trace.texts), "faults": list(trace.faults)}
+def _said(trace: ParsedTrace) -> dict[str, Any]:
+    return {"degradation": trace.degradation, "texts": trace.texts, "faults": trace.faults}
 
 
 def _save(item: RestoredImage, method: str, key: str, folder: Path) -> dict[str, str]:
     files = {}
     if item.image is not None:
-        files["final"] = save_png(item.image, folder, method, key)
+        files[FINAL] = save_png(item.image, folder, method, key)
     for name, stage in zip(STAGES, item.stages, strict=False):
         if stage is not None and item.trace is not NO_TRACE:
             files[name] = save_png(stage, folder, f"{method}-{name}", key)
@@ -169,15 +165,6 @@ def save_png(pixels: np.ndarray, folder: Path, method: str, key: str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
     return path.relative_to(folder).as_posix()
-
-
-def _without_nan(value: Any) -> Any:
-    """NaN as None: JSON has no word for it."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _set_scores(methods: Mapping[str, Method], folder: Path, metrics: Metrics) -> dict[str, dict[str, float]]:

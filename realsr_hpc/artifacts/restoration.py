@@ -1,0 +1,79 @@
+"""What stands beside a restored image NAME.png: NAME.json for programs, NAME.steps.jpg for people.
+
+A folder of restored images holds the settings that made them in restore.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from realsr_hpc.artifacts import stored
+from realsr_hpc.artifacts.stored import Number, Text
+
+SETTINGS_FILE = "restore.json"
+STEPS_SUFFIX = ".steps.jpg"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RestoredTile:
+    """What the model said of one tile."""
+
+    top: int
+    left: int
+    """Its corner in the input, px."""
+    well_formed: bool
+    bicubic: bool
+    """The model gave no image: filled in bicubically."""
+    degradation: Text | None
+    texts: tuple[Text | None, ...]
+    """Rough, middle, final; None where malformed."""
+    faults: tuple[Text, ...]
+    chosen: int | None = None
+    """Of several candidates: the number of the one taken, -1 for the mean of all."""
+    scores: tuple[Number, ...] = ()
+    """What the chooser gave each candidate; NaN for one without an image."""
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What NAME.json holds."""
+
+    tiles: tuple[RestoredTile, ...]
+    input: Text = ""
+    """Path of the input, relative to this file or absolute."""
+    input_sha256: Text = ""
+    """Digest of its content: another file may by now have its name."""
+    output: Text = ""
+    source: Text = ""
+    """What restored it, and how it sampled."""
+    version: int = VERSION
+
+
+def record_file(target: Path) -> Path:
+    """NAME.json of a restored image's NAME.png."""
+    return target.with_suffix(".json")
+
+
+def steps_file(target: Path) -> Path:
+    """NAME.steps.jpg of a restored image's NAME.png."""
+    return target.with_suffix(STEPS_SUFFIX)
+
+
+def is_steps(path: Path) -> bool:
+    """Whether an image is no result but the picture of its steps."""
+    return path.name.endswith(STEPS_SUFFIX)
+
+
+def write(target: Path, restoration: Restoration) -> None:
+    """The record of the restored image `target`."""
+    stored.write(record_file(target), restoration)
+
+
+def read(target: Path) -> Restoration:
+    """The record of the restored image `target`. Raises Damaged, also for another program's NAME.json."""
+    found = stored.read(record_file(target), Restoration, VERSION)
+    if not found.tiles:
+        raise stored.Damaged(f"{record_file(target)}: it lists no tiles")
+    return found

@@ -1,0 +1,76 @@
+"""A record as a JSON file: whole or not there, checked when it is read, NaN as null."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
+
+from realsr_hpc.files import printable, write_atomically
+
+T = TypeVar("T")
+
+
+class Damaged(ValueError):
+    """A file that is missing, cut, of another kind, or from a newer version of this program; the message names it."""
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be text")
+    return value
+
+
+Text = Annotated[str, PlainValidator(_text)]
+"""A string as it is; names of files may hold bytes that are no UTF-8."""
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A float; NaN is null in the file, since JSON has no word for it."""
+
+
+def write(path: Path, record: Any) -> None:
+    """Replace the file; `record` is a dataclass instance."""
+    # Escaped to ASCII: a file name may hold bytes that are no text.
+    write_atomically(path, json.dumps(_without_nan(dataclasses.asdict(record)), indent=1))
+
+
+def read(path: Path, kind: type[T], version: int) -> T:
+    """The record in a file. Raises Damaged."""
+    return checked(path, load(path), kind, version)
+
+
+def load(path: Path) -> Any:
+    """A file's JSON, not yet checked. Raises Damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{printable(path)}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def checked(path: Path, content: Any, kind: type[T], version: int) -> T:
+    """JSON as a record of at most `version`; unknown keys pass. Raises Damaged."""
+    written = content.get("version", version) if isinstance(content, dict) else version
+    if isinstance(written, int) and written > version:
+        raise Damaged(f"{printable(path)}: written in version {written} of its format, this program reads {version}")
+    try:
+        return _adapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        raise Damaged(f"{printable(path)}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

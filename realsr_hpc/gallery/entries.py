@@ -1,0 +1,157 @@
+"""What training, evaluating and restoring left on disk, as entries of one kind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import isnan
+from pathlib import Path
+
+from realsr_hpc import runfolder
+from realsr_hpc.artifacts import evaluation, restoration, rollouts
+from realsr_hpc.data.naming import files_below
+from realsr_hpc.files import printable
+
+log = logging.getLogger(__name__)
+STAGES = ("rough", "middle", "final")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One rollout of a group, one method of an evaluation, or the restored image."""
+
+    name: str
+    images: Mapping[str, Path]
+    """By stage: rough, middle, final; `steps` is a picture of all of them."""
+    degradation: str | None = None
+    texts: tuple[str | None, ...] = ()
+    faults: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    total: float | None = None
+    """Reward, where there is one."""
+    advantage: float | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One input with everything made of it."""
+
+    source: str
+    """The run, evaluation or folder it is of."""
+    kind: str
+    """rollouts, held-out, evaluation or restored."""
+    step: int
+    key: str
+    images: Mapping[str, Path]
+    """`input`, and `truth` where it is known."""
+    results: tuple[Result, ...]
+    degradation: str | None = None
+    """The true phrase."""
+    captions: tuple[str, ...] = ()
+
+
+def read_run(run_dir: Path) -> list[Entry]:
+    """Groups that training kept (tracking.rollouts_every_steps), and the run's evaluations.
+
+    ValueError when there are neither.
+    """
+    entries = [entry for folder in runfolder.all_rollouts(run_dir) for entry in _told(_rollouts, folder)]
+    evaluations = runfolder.evaluations(run_dir)
+    for path in sorted(evaluations.glob(f"**/{evaluation.FILE}")):
+        entries += read_evaluation(path.parent, f"{run_dir.name} {path.parent.relative_to(evaluations)}")
+    if not entries:
+        raise ValueError(
+            f"run={run_dir}: neither rollouts/ nor evaluation/ there; train with tracking.rollouts_every_steps "
+            "above 0, or run realsr-hpc evaluate"
+        )
+    return entries
+
+
+def read_evaluation(folder: Path, name: str = "") -> list[Entry]:
+    """Images of a report that `realsr-hpc evaluate` wrote. ValueError when it is none."""
+    if not (folder / evaluation.FILE).is_file():
+        raise ValueError(f"evaluation={folder} has no {evaluation.FILE}; name a folder that realsr-hpc evaluate wrote")
+    step = runfolder.step_of(folder) if runfolder.is_step(folder) else 0
+
+    def read(folder: Path) -> list[Entry]:
+        return [_evaluated(folder, name or folder.name, step, item) for item in evaluation.read(folder).images]
+
+    return _told(read, folder)
+
+
+def read_restored(folder: Path) -> list[Entry]:
+    """Images of a folder that `realsr-hpc restore` wrote. ValueError when it is none."""
+    settings = folder / restoration.SETTINGS_FILE
+    if not settings.is_file():
+        raise ValueError(f"restored={folder} has no {settings.name}; name a folder that realsr-hpc restore wrote")
+    files, _ = files_below(folder)
+    found = [path.with_suffix(".png") for path in files if path.suffix == ".json" and path != settings]
+    return [entry for path in found if path.is_file() for entry in _told(partial(_restored, folder), path)]
+
+
+def _rollouts(folder: Path) -> list[Entry]:
+    kept = rollouts.read(folder)
+    kind = "held-out" if kept.kind == "heldout" else "rollouts"
+    return [
+        Entry(
+            kept.run,
+            kind,
+            kept.step,
+            group.key,
+            _paths(folder, group.files),
+            tuple(_rollout(folder, number, item) for number, item in enumerate(group.rollouts, 1)),
+            group.degradation,
+            group.captions or (),
+        )
+        for group in kept.groups
+    ]
+
+
+def _rollout(folder: Path, number: int, item: rollouts.KeptRollout) -> Result:
+    return Result(
+        f"rollout {number}",
+        _paths(folder, item.files),
+        item.degradation,
+        item.texts,
+        item.faults,
+        item.rewards,
+        item.reward,
+        item.advantage,
+    )
+
+
+def _evaluated(folder: Path, name: str, step: int, item: evaluation.EvaluatedImage) -> Entry:
+    results = []
+    for method, made in item.methods.items():
+        numbers = {key: value for key, value in made.metrics.items() if not isnan(value) and key != "restored"}
+        said = (made.degradation, made.texts, made.faults)
+        results.append(Result(method, _paths(folder, made.files), *said, numbers, item.total(made)))
+    images, captions = _paths(folder, item.files), item.captions or ()
+    return Entry(name, "evaluation", step, item.key, images, tuple(results), item.degradation, captions)
+
+
+def _restored(folder: Path, image: Path) -> list[Entry]:
+    found = restoration.read(image)
+    tile, count = found.tiles[0], len(found.tiles)
+    # Beside the result where it is relative; whoever asks may be in another folder.
+    source, steps = image.parent / found.input, restoration.steps_file(image)
+    images = {"final": image} | ({"steps": steps} if steps.is_file() else {})
+    name = "restored" if count == 1 else f"restored in {count} tiles (words of the first)"
+    inputs = {"input": source} if source.is_file() else {}
+    result = Result(name, images, tile.degradation, tile.texts, tile.faults)
+    return [Entry(folder.name, "restored", 0, printable(image.stem), inputs, (result,))]
+
+
+def _told(read: Callable[[Path], list[Entry]], path: Path) -> list[Entry]:
+    """What a folder or file tells; nothing where it is damaged, which is logged."""
+    try:
+        return read(path)
+    except (OSError, ValueError) as error:  # Damaged, or a path in it that no file system takes
+        log.warning("left out: %s", error)
+        return []
+
+
+def _paths(folder: Path, files: Mapping[str, str]) -> dict[str, Path]:
+    return {name: folder / file for name, file in files.items() if (folder / file).is_file()}

@@ -1,0 +1,224 @@
+"""Every path inside a run's folder, and how a run is found by its name.
+
+OUTPUT_ROOT/<name>-<signature>/
+    recipe.yaml  plan.txt  environment.json  tags.json  place.json      the launcher, once
+    code                                                                link to the snapshot of the code (Slurm)
+    job.json  status.json  requeues.json  notified.json  run.lock       launch
+    progress.json  events.jsonl  delivered.json  mlflow.json            tracking
+    checkpoints/step-N/  checkpoints/best                               checkpoint
+    logs/rank-N.log  logs/controller.log  logs/job/  logs/verdicts/     launch
+    rollouts/step-N-KIND/  evaluation/step-N/                           artifacts: what people look at
+    replay/step-N/  skipped/  samples/                                  train
+
+Paths only: what a file holds is known to the module that writes and reads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+STEP = "step-"
+"""Beginning of every folder that belongs to a step."""
+RECIPE = "recipe.yaml"
+BEST = "best"
+
+
+def recipe(run_dir: Path) -> Path:
+    """The resolved recipe; a folder that has one is a run's."""
+    return run_dir / RECIPE
+
+
+def plan(run_dir: Path) -> Path:
+    """The plan as the launcher printed it."""
+    return run_dir / "plan.txt"
+
+
+def environment(run_dir: Path) -> Path:
+    """Versions of the installed packages."""
+    return run_dir / "environment.json"
+
+
+def launch_tags(run_dir: Path) -> Path:
+    """MLflow tags that the launcher knows."""
+    return run_dir / "tags.json"
+
+
+def place(run_dir: Path) -> Path:
+    """Where the run was launched."""
+    return run_dir / "place.json"
+
+
+def code(run_dir: Path) -> Path:
+    """Link to the snapshot of the code that the run executes."""
+    return run_dir / "code"
+
+
+def job(run_dir: Path) -> Path:
+    """Which job runs the folder."""
+    return run_dir / "job.json"
+
+
+def status(run_dir: Path) -> Path:
+    """State, exit code and last words."""
+    return run_dir / "status.json"
+
+
+def requeues(run_dir: Path) -> Path:
+    """Requeues since the last new step."""
+    return run_dir / "requeues.json"
+
+
+def notified(run_dir: Path) -> Path:
+    """Which events the recipe's command has been told of."""
+    return run_dir / "notified.json"
+
+
+def lock(run_dir: Path) -> Path:
+    """Held by the supervisor of the run's first node: two jobs never run one folder."""
+    return run_dir / "run.lock"
+
+
+def progress(run_dir: Path) -> Path:
+    """The last sign of life."""
+    return run_dir / "progress.json"
+
+
+def events(run_dir: Path) -> Path:
+    """Metrics and artifacts, append-only."""
+    return run_dir / "events.jsonl"
+
+
+def delivered(run_dir: Path) -> Path:
+    """How far the events have reached MLflow."""
+    return run_dir / "delivered.json"
+
+
+def mlflow(run_dir: Path) -> Path:
+    """Which MLflow run it is."""
+    return run_dir / "mlflow.json"
+
+
+def mlflow_lock(run_dir: Path) -> Path:
+    """Held while the MLflow run is opened."""
+    return run_dir / "mlflow.lock"
+
+
+def checkpoints(run_dir: Path) -> Path:
+    """Folder of the checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """Link to the best of the checkpoints that are kept for their metric."""
+    return checkpoints(run_dir) / BEST
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path:
+    """The run folder that RUN_DIR/checkpoints/step-N belongs to."""
+    return checkpoint.parent.parent
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a path is one of a run's checkpoints, by its place alone."""
+    return folder.parent.name == "checkpoints"
+
+
+def logs(run_dir: Path) -> Path:
+    """Folder of the logs."""
+    return run_dir / "logs"
+
+
+def rank_log(run_dir: Path, rank: int) -> Path:
+    """What a rank printed, all attempts one after the other."""
+    return logs(run_dir) / f"rank-{rank}.log"
+
+
+def job_logs(run_dir: Path) -> Path:
+    """submitit's folder: the supervisor's own output."""
+    return logs(run_dir) / "job"
+
+
+def controller_log(run_dir: Path) -> Path:
+    """Output of the process that starts a local job."""
+    return logs(run_dir) / "controller.log"
+
+
+def notify_log(run_dir: Path) -> Path:
+    """Output of the recipe's `tracking.notify` command."""
+    return logs(run_dir) / "notify.log"
+
+
+def verdicts(run_dir: Path) -> Path:
+    """What the nodes of an attempt tell each other about its end."""
+    return logs(run_dir) / "verdicts"
+
+
+def skipped(run_dir: Path) -> Path:
+    """Batches of updates that were skipped."""
+    return run_dir / "skipped"
+
+
+def samples(run_dir: Path, step: int) -> Path:
+    """Held-out images as the policy restores them after a step of SFT."""
+    return run_dir / "samples" / f"{step_name(step)}.png"
+
+
+def rollouts(run_dir: Path, step: int, kind: str) -> Path:
+    """Folder of the groups kept for people at one step; kind: train or heldout."""
+    return run_dir / "rollouts" / f"{step_name(step)}-{kind}"
+
+
+def all_rollouts(run_dir: Path, kind: str = "*") -> list[Path]:
+    """The folders of kept groups, oldest step first."""
+    return sorted((run_dir / "rollouts").glob(f"{STEP}*-{kind}"))
+
+
+def evaluations(run_dir: Path) -> Path:
+    """Parent of the evaluations: step-N/ on the held-out images, step-N/SET/ on a test set."""
+    return run_dir / "evaluation"
+
+
+def replay(run_dir: Path, step: int) -> Path:
+    """Folder of one step that is kept whole."""
+    return run_dir / "replay" / step_name(step)
+
+
+def replay_steps(run_dir: Path) -> list[int]:
+    """Steps that have such a folder, in order."""
+    return sorted(step_of(path) for path in (run_dir / "replay").glob(f"{STEP}*") if is_step(path))
+
+
+def step_name(step: int) -> str:
+    """`step-000010`: sorted by name is sorted by step, up to a million."""
+    return f"{STEP}{step:06d}"
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a folder is named as `step_name` names."""
+    number = folder.name.removeprefix(STEP)
+    return number != folder.name and number.isdecimal()
+
+
+def step_of(folder: Path) -> int:
+    """The step in a folder's name."""
+    return int(folder.name.removeprefix(STEP))
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Run folders of an output root, oldest first."""
+    found = {path.parent: path.stat().st_mtime for path in root.glob(f"*/{RECIPE}") if path.is_file()}
+    return sorted(found, key=lambda path: found[path])
+
+
+def find_run(root: Path, name: str) -> Path:
+    """The run whose folder is `name`, begins with it, or is that path; ValueError names the candidates."""
+    if recipe(Path(name)).exists():
+        return Path(name).resolve()
+    runs = list_runs(root)
+    exact = [run for run in runs if run.name == name]
+    found = exact or [run for run in runs if run.name.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(run.name for run in (found or runs)) or "none"
+    why = "several begin so" if found else f"no {RECIPE} there, and unknown"
+    raise ValueError(f"run {name!r}: {why} in {root}; there are: {names}")
