@@ -126,7 +126,7 @@ def test_a_set_is_read_in_its_layout_and_what_cannot_be_used_is_named(test_set, 
     found, remarks = open_set("realsr", test_set, 4)
     assert found.keys() == ["a", "b", "c"] and "usually has 100 images" in remarks[0]
     report = evaluate({BICUBIC: Bicubic(4)}, found, tmp_path / "out", metrics=Metrics(), remarks=remarks)
-    assert [record["key"] for record in report.records] == ["a"]
+    assert [image.key for image in report.images] == ["a"]
     assert "is not 4 x low quality" in report.skipped["b"] and "cannot be read" in report.skipped["c"]
 
 

@@ -63,7 +63,7 @@ def test_realsr_as_released_is_its_test_part_at_the_models_factor(tmp_path):
         "Test_4_Canon_001", "Train_4_Canon_001", "Test_4_Nikon_001", "Train_4_Nikon_001",
     ]  # fmt: skip
     report = evaluate({BICUBIC: Bicubic(4)}, cases, tmp_path / "out", metrics=Metrics(), set_name="realsr")
-    assert report.skipped == {} and len(report.records) == 2
+    assert report.skipped == {} and len(report.images) == 2
 
 
 def test_what_belongs_together_is_asked_before_work_begins(tmp_path):
