@@ -145,7 +145,7 @@ def test_without_truth_only_reference_free_metrics_remain(cases, tmp_path):
     blind = [Case(case.key, case.lq) for case in cases]
     report = evaluate({BICUBIC: Bicubic(4)}, blind, tmp_path, metrics=Metrics())
     assert report.names == ("restored", "niqe") and report.interval(BICUBIC, "niqe").num_images == 3
-    assert published_table("heldout") == [] and report.worst(1)[0]["key"] in "abc"
+    assert published_table("heldout") == [] and report.worst(1)[0].key in "abc"
 
 
 def test_what_does_not_fit_is_said(cases, tmp_path):
