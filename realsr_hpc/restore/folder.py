@@ -133,7 +133,7 @@ def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: Restore
 
 def _said(work: _Work, result: Blended) -> str:
     """A line on what was done to a file."""
-    count, named = len(result.tiles), result.tiles[0]["degradation"] or "nothing well formed"
+    count, named = len(result.tiles), result.tiles[0].degradation or "nothing well formed"
     return printable(f"{work.target}: {count} tile{'s' if count > 1 else ''}, the first: {named}")
 
 
