@@ -116,7 +116,13 @@ def _started(part: str, device: str, folder: Path) -> str:
     (folder / f"{part}.json").unlink(missing_ok=True)
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PART_S, env=environment, cwd=project_root()
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PART_S,
+            env=environment,
+            cwd=project_root(),
         )
     except subprocess.TimeoutExpired:
         return f"it took longer than {PART_S} s and was stopped"
