@@ -30,8 +30,9 @@ from realsr_hpc.plan.sizes import (
 GIB = 2**30
 FIXED_GIB = 2.5
 """CUDA context, cuBLAS and NCCL buffers, and the image tokenizer's weights on one GPU."""
-ENCODER_MAPS, DECODER_MAPS = (3.3, 6.0), (4.2, 6.0)
-"""Full-size feature maps that live together, without and with residual blocks."""
+ENCODER_MAPS, DECODER_MAPS = (4.3, 6.0), (4.0, 6.0)
+"""Feature maps of the finest level that live together, without and with residual blocks in the encoder; one without
+gathers pixels down to the level before its last."""
 SCORES = 2
 """Float32 numbers a pair of positions in the image tokenizer's attention, where no fused kernel takes its wide head."""
 DISTANCES = 3
@@ -184,10 +185,22 @@ def _images(config: RunConfig) -> float:
     if not grpo:
         encoded = max(encoded, _pixels(sizes.image_sizes_px[-1], count))
     decoded = _pixels(sizes.image_sizes_px[-1], count if grpo else 0)
-    maps = ENCODER_MAPS[blocks] * tokenizer.base_channels * encoded
+    gathered = 1 if blocks else 4 ** max(0, len(tokenizer.channel_multiplier) - 2)
+    maps = ENCODER_MAPS[blocks] * tokenizer.base_channels * tokenizer.channel_multiplier[0] / gathered * encoded
     distances = DISTANCES * tokenizer.codebook_size * encoded / tokenizer.downsample**2
-    restored = DECODER_MAPS[blocks] * tokenizer.decoder_base / tokenizer.decoder_output_shuffle**2 * decoded
-    return 4 * max(maps, distances, restored, *(_attention(config, pixels) for pixels in (encoded, decoded)))
+    return 4 * max(
+        maps, distances, _restored(config, decoded), *(_attention(config, pixels) for pixels in (encoded, decoded))
+    )
+
+
+def _restored(config: RunConfig, pixels: int) -> float:
+    """Numbers while so many pixels are decoded: maps of the finest level, latents, and one convolution's weights twice,
+    which a CPU's kernels reorder."""
+    tokenizer = config.image_tokenizer
+    width = tokenizer.decoder_base * tokenizer.decoder_multiplier[0]
+    maps = DECODER_MAPS[tokenizer.num_res_blocks > 0] * width / tokenizer.decoder_output_shuffle**2
+    latents = (tokenizer.latent_channels + tokenizer.embed_dim) / tokenizer.downsample**2
+    return pixels * (maps + latents) + (0 if config.cluster.gpus_per_node or not pixels else 2 * 9 * width**2)
 
 
 def _attention(config: RunConfig, pixels: int) -> float:
