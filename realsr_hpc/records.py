@@ -133,10 +133,10 @@ class Case:
     operators: Operators | None = None
     """What made `lq` of `gt`, where it is known; siblings of a group share the object."""
 
-    def candidate(self, trace: ParsedTrace, image: np.ndarray | None) -> Candidate:
+    def candidate(self, trace: ParsedTrace, image: np.ndarray | None, member: int = 0) -> Candidate:
         """The case with what was made of it."""
         known = {item.name: getattr(self, item.name) for item in fields(Case)}
-        return Candidate(**known, trace=trace, image=image)
+        return Candidate(**known, trace=trace, image=image, member=member)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +146,8 @@ class Candidate(Case):
     trace: ParsedTrace
     image: np.ndarray | None
     """Final image, uint8 [H, W, 3]; None when the trace has none."""
+    member: int = 0
+    """Place among the rollouts of its prompt."""
 
 
 def lq_pixels(cases: Sequence[Case]) -> UInt8[Tensor, "B 3 h w"]:

@@ -25,6 +25,7 @@ IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"
 """The vendors are imported before pytest starts."""
 STEP = "tests/unit/train/test_step.py::test_"
 EXPERIENCE, RUN, LOSS = "realsr_hpc/train/experience.py", "realsr_hpc/train/run.py", "realsr_hpc/grpo/loss.py"
+REWARDING = "realsr_hpc/train/rewarding.py"
 GRPO, BATCHES = "realsr_hpc/train/grpo.py", "realsr_hpc/train/batches.py"
 REPLACED = f"{STEP}groups_that_teach_nothing_are_replaced_by_the_next_images"
 HELD_OUT = f"{STEP}held_out_images_are_sampled_alike_at_every_step_and_unlike_training"
@@ -77,7 +78,7 @@ MUTATIONS = (
         "parts.config.grpo.group_size, ids",
         HELD_OUT,
     ),
-    Mutation("held-out: a group of one", EXPERIENCE, "len(rewards.total) == 1", "len(rewards.total) == 0", HELD_OUT),
+    Mutation("held-out: a group of one", REWARDING, "len(rewards.total) == 1", "len(rewards.total) == 0", HELD_OUT),
     Mutation(
         "ramp: weights never move",
         GRPO,

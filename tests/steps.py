@@ -36,7 +36,7 @@ from realsr_hpc.vlcot.sequence import TraceCodec
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
 Rule = Callable[[Sequence[Candidate]], Sequence[float]]
-"""Rollouts of a whole batch, group after group -> their rewards in [0, 1]."""
+"""Rollouts of a batch -> their rewards in [0, 1]; batches are cut and dealt out, so one by one."""
 TRACE = {"instruction": "restore <|image|>", "max_text_tokens": 3, "image_sizes_px": (32, 64, 96)}
 """Images of 2 x 2, 4 x 4 and 6 x 6 codes."""
 CODES = ImageTokenizerConfig(
@@ -89,8 +89,8 @@ def number_of(candidate: Candidate) -> int:
 
 
 def rising(candidates: Sequence[Candidate]) -> list[float]:
-    """Four rewards that differ, over and over."""
-    return [(0.1, 0.7, 0.3, 0.9)[number % 4] for number in range(len(candidates))]
+    """Four rewards that differ, for the rollouts of each prompt."""
+    return [(0.1, 0.7, 0.3, 0.9)[item.member % 4] for item in candidates]
 
 
 def small_parts(rule: Rule = rising, weight: dict[str, Any] | None = None, **sections: Any) -> GRPOParts:

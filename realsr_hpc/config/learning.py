@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from realsr_hpc.config.section import LAYOUT, POLICY, Count, NonNegative, Positive, Section
+from realsr_hpc.config.section import LAYOUT, OPERATION, POLICY, Count, NonNegative, Positive, Section
 
 
 class RewardTerm(Section):
@@ -37,6 +37,13 @@ class RewardsConfig(Section, tasks=("grpo",)):
     """Rewards by a name of your choice; each is reported as `rewards/NAME/mean`."""
     gate_malformed: bool = True
     """Image rewards of a malformed trace are the term's minimum."""
+    batch_size: Annotated[Count, LAYOUT] = 1
+    """Rollouts that are decoded to pixels and scored together: bounds the experts' memory. Batches are dealt out to the
+    TP x PP ranks of a replica, and are cut alike on every layout, so that a CPU gives the same bits on all of them."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], OPERATION] = "auto"
+    """Where networks that score live. auto: each rank's own device."""
+    offload: Annotated[bool, OPERATION] = False
+    """Keep these networks in host memory while they do not score."""
 
 
 class RolloutConfig(Section, tasks=POLICY):

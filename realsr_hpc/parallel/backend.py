@@ -63,6 +63,15 @@ def named_device(name: str) -> torch.device:
         raise ValueError(f"device={name} is not to be had here ({told}); name cpu, or cuda on a GPU") from None
 
 
+def chosen_device(name: str, choice: str, own: torch.device) -> torch.device:
+    """What the recipe's field `name` says: auto is this process's own device; ValueError for cuda without one."""
+    if choice == "auto" or choice == own.type:
+        return own
+    if choice == "cpu":
+        return _CPU
+    raise ValueError(f"{name}={choice}: this process computes on {own.type}; set {name}=auto, or give it a GPU")
+
+
 def dist_backend() -> str:
     """Name of the collective library: `nccl` or `gloo`."""
     return "nccl" if on_cuda() else "gloo"

@@ -32,6 +32,10 @@ class Groups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    replica: dist.ProcessGroup
+    """The ranks that hold one copy of the policy together: tp x pp."""
+    replica_rank: int
+    replica_size: int
     tp_rank: int
     tp_size: int
     pp_rank: int
@@ -150,6 +154,9 @@ def _groups(device: torch.device) -> Groups:
         tp=collection.tp,
         pp=collection.pp,
         dp=collection.dp,
+        replica=collection.mp,
+        replica_rank=collection.mp.rank(),
+        replica_size=collection.mp.size(),
         tp_rank=collection.tp.rank(),
         tp_size=collection.tp.size(),
         pp_rank=collection.pp.rank(),

@@ -106,3 +106,12 @@ def even_parts(count: int, most: int, multiple: int = 1) -> tuple[int, int]:
     """
     parts = math.ceil(max(1, math.ceil(count / most)) / multiple) * multiple
     return parts, max(1, math.ceil(count / parts))
+
+
+def batches_of_rank(count: int, batch_size: int, rank: int, size: int) -> list[range]:
+    """The batches of `count` items that one of `size` ranks works on: every size-th, from its own.
+
+    Batches are cut before they are dealt, so that each holds the same items whatever the number of ranks.
+    """
+    starts = range(0, count, batch_size)
+    return [range(start, min(start + batch_size, count)) for start in starts[rank::size]]

@@ -39,7 +39,7 @@ DISTANCES = 3
 """Float32 numbers a code and latent while the nearest code is sought."""
 IMAGE_BATCH_PIXELS = 2**21
 """Pixels that pass the image tokenizer at once; see tokenizer/trace.py."""
-SAMPLE_BYTES, CHOSEN_BYTES, DRAWN_AT_ONCE = 18, 40, 256
+SAMPLE_BYTES, CHOSEN_BYTES, DRAWN_AT_ONCE = 18, 32, 256
 """Of each logit that a token is drawn from, of each that is guided or truncated too, and of how many positions
 together; see rollout/choice.py."""
 

@@ -59,12 +59,12 @@ class NIQEModel:
         return model
 
 
-def niqe(images: Sequence[np.ndarray], model: NIQEModel) -> np.ndarray:
+def niqe(images: Sequence[np.ndarray], model: NIQEModel, device: torch.device | str = "cpu") -> np.ndarray:
     """NIQE of RGB uint8 images [H, W, 3], [n]; lower is better. NaN for images smaller than two patches."""
     scores = np.full(len(images), np.nan)
     for places, stack in same_shapes(images):
         if min(stack.shape[1:3]) >= 2 * model.patch_px:
-            features, _ = patch_features(luminance(stack), model.patch_px, model.stride_px)
+            features, _ = patch_features(luminance(stack).to(device), model.patch_px, model.stride_px)
             scores[places] = _distance(features, model)
     return scores
 
@@ -140,11 +140,12 @@ def fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _shape_of(ratio: Tensor) -> Tensor:
     """The candidate shape whose moment ratio is nearest (it grows with the shape); NaN: the first, as MATLAB."""
-    table = (2 * torch.lgamma(2 / _SHAPES) - torch.lgamma(1 / _SHAPES) - torch.lgamma(3 / _SHAPES)).exp()
+    shapes = _SHAPES.to(ratio.device)
+    table = (2 * torch.lgamma(2 / shapes) - torch.lgamma(1 / shapes) - torch.lgamma(3 / shapes)).exp()
     above = torch.searchsorted(table, ratio.nan_to_num(0.5).contiguous()).clamp(1, len(table) - 1)
     nearer_below = (ratio - table[above - 1]).abs() <= (table[above] - ratio).abs()
-    shape = _SHAPES[torch.where(nearer_below, above - 1, above)]
-    return torch.where(ratio.isnan(), _SHAPES[0], shape)
+    shape = shapes[torch.where(nearer_below, above - 1, above)]
+    return torch.where(ratio.isnan(), shapes[0], shape)
 
 
 def _features(patches: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ def _features(patches: Tensor) -> Tensor:
 
 def _distance(features: Tensor, model: NIQEModel) -> np.ndarray:
     """Distance [n] between the Gaussians of features [n, patches, 36] and of the model."""
-    mean, covariance = torch.from_numpy(model.mean), torch.from_numpy(model.covariance)
+    mean, covariance = (torch.from_numpy(part).to(features.device) for part in (model.mean, model.covariance))
     scores = []
     for patches in features.where(features.isfinite(), torch.nan):
         rows = patches[patches.isfinite().all(dim=1)]
@@ -195,7 +196,7 @@ def _separable(field: Tensor, taps: Tensor, stride: int, mode: str) -> Tensor:
     pad = (len(taps) - stride) // 2
     for dim in (1, 2):
         size = field.shape[dim]
-        places = torch.arange(-pad, size + pad)
+        places = torch.arange(-pad, size + pad, device=field.device)
         mirrored = torch.where(places < 0, -1 - places, torch.where(places >= size, 2 * size - 1 - places, places))
         places = mirrored if mode == "symmetric" else places.clamp(0, size - 1)
         padded = field.index_select(dim, places)

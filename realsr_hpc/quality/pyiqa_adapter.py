@@ -43,11 +43,18 @@ class PyiqaMetrics:
         self,
         names: Sequence[str],
         weights_dir: str | None = None,
-        device: str = "cpu",
+        device: torch.device | str = "cpu",
         mode: Literal["NR", "FR"] = "NR",
     ):
         load_pyiqa(weights_dir)
+        self.device = torch.device(device)
         self.metrics = [(*normalisation(name, mode), create_metric(name, device)) for name in names]
+
+    def to(self, device: torch.device) -> None:
+        """Score there from now on."""
+        self.device = device
+        for *_, metric in self.metrics:
+            metric.to(device)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None) -> np.ndarray:
@@ -57,6 +64,7 @@ class PyiqaMetrics:
             inputs = [_pixels(stack)]
             if references is not None:
                 inputs.append(_pixels(np.stack([references[place] for place in places])))
+            inputs = [pixels.to(self.device) for pixels in inputs]
             for low, high, lower_better, metric in self.metrics:
                 raw = metric(*inputs).double().reshape(-1).cpu().numpy()
                 unit = np.clip((raw - low) / (high - low), 0.0, 1.0)
@@ -149,7 +157,7 @@ def declare_torchvision_operators() -> None:
     _LIBRARIES.append(library)
 
 
-def create_metric(name: str, device: str) -> Any:
+def create_metric(name: str, device: torch.device | str) -> Any:
     """A metric of pyiqa's, its weights read and nothing downloaded; `load_pyiqa` must have run.
 
     Raises ValueError naming what it lacks.

@@ -63,8 +63,9 @@ class Ranker(nn.Module):
         scores = np.full(len(images), np.nan)
         for places, stack in same_shapes(images):
             if min(stack.shape[1:3]) >= _MIN_PX:
-                pixels = torch.from_numpy(np.array(stack)).permute(0, 3, 1, 2).float() / 255.0
-                scores[places] = torch.cat([self(part) for part in pixels.split(_BATCH)]).double().numpy()
+                pixels = torch.from_numpy(np.array(stack)).to(self.head.weight.device)  # [n, H, W, 3]
+                pixels = pixels.permute(0, 3, 1, 2).float() / 255.0
+                scores[places] = torch.cat([self(part) for part in pixels.split(_BATCH)]).double().cpu().numpy()
         return scores
 
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from realsr_hpc.records import Candidate
 
@@ -19,10 +20,18 @@ logger = logging.getLogger(__name__)
 
 
 class Reward(ABC):
-    """Base of every reward: write `compute`, state `range` and `needs_image`."""
+    """Base of every reward: write `compute`, state `range` and `needs_image`.
+
+    A candidate's score depends on that candidate alone: batches are dealt out to the ranks of a replica.
+    """
 
     range: tuple[float, float] = (0.0, 1.0)
     needs_image: bool = False
+    asks_others: bool = False
+    """Scores come from other processes: all candidates of a rank are asked for at once."""
+
+    def to(self, device: torch.device) -> None:  # noqa: B027  (most rewards have none)
+        """Move the reward's networks, where it has any."""
 
     @abstractmethod
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:

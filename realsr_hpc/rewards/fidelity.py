@@ -29,13 +29,18 @@ class FidelityReward(Reward):
 
     needs_image = True
 
-    def __init__(self, options: FidelityOptions):
+    def __init__(self, options: FidelityOptions, device: torch.device | str = "cpu"):
         self.options = options
         self.perceptual = None
         if options.metric == "pyiqa":
             from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
 
-            self.perceptual = PyiqaMetrics(options.metrics, options.weights_dir, mode="FR")
+            self.perceptual = PyiqaMetrics(options.metrics, options.weights_dir, device, mode="FR")
+
+    def to(self, device: torch.device) -> None:
+        """Move pyiqa's networks."""
+        if self.perceptual is not None:
+            self.perceptual.to(device)
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Scores [n] in [0, 1]; 0 where the truth, or the known degradation, is not there."""

@@ -9,9 +9,11 @@ What the expert says is multiplied by the stripe guard, unless the recipe turns 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
+import torch
 
 from realsr_hpc.config.reward_options import GenerationOptions
 from realsr_hpc.paths import resolve
@@ -25,7 +27,18 @@ NIQE_PATH = "recipes/assets/tiny/niqe_pristine.npz"
 RANKER_PATH = "recipes/assets/tiny/ranker.safetensors"
 NIQE_HALF = 6.0
 """NIQE distance that earns 1/2."""
-Expert = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+class Expert(Protocol):
+    """What rates images."""
+
+    def __call__(self, images: Sequence[np.ndarray], /) -> np.ndarray:
+        """Scores [n] in [0, 1]."""
+        ...
+
+    def to(self, device: torch.device, /) -> None:
+        """Score there from now on."""
+        ...
 
 
 class GenerationReward(Reward):
@@ -33,9 +46,13 @@ class GenerationReward(Reward):
 
     needs_image = True
 
-    def __init__(self, options: GenerationOptions):
+    def __init__(self, options: GenerationOptions, device: torch.device | str = "cpu"):
         self.options = options
-        self.expert = build_expert(options)
+        self.expert = build_expert(options, device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the expert."""
+        self.expert.to(device)
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Scores [n] in [0, 1]."""
@@ -44,17 +61,37 @@ class GenerationReward(Reward):
         return scores * stripe_guard(images, [item.gt for item in candidates]) if self.options.stripe_guard else scores
 
 
-def build_expert(options: GenerationOptions) -> Expert:
-    """Images (RGB uint8 [H, W, 3]) -> scores [n] in [0, 1], higher is better, NaN where impossible."""
+def build_expert(options: GenerationOptions, device: torch.device | str = "cpu") -> Expert:
+    """On its device: images (RGB uint8 [H, W, 3]) -> scores [n] in [0, 1], higher is better, NaN where impossible."""
     if options.expert == "pyiqa":
         from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
 
-        return PyiqaMetrics(options.metrics, options.weights_dir)
+        return PyiqaMetrics(options.metrics, options.weights_dir, device)
     if options.expert == "niqe":
-        model = NIQEModel.load(resolve(options.weights or NIQE_PATH))
-        return lambda images: niqe_to_unit(niqe(images, model))
-    ranker = Ranker.load(resolve(options.weights or RANKER_PATH))
-    return lambda images: 1.0 / (1.0 + np.exp(-ranker.score(images)))
+        return _Niqe(NIQEModel.load(resolve(options.weights or NIQE_PATH)), device)
+    return _Ranked(Ranker.load(resolve(options.weights or RANKER_PATH)).to(device))
+
+
+class _Niqe:
+    def __init__(self, model: NIQEModel, device: torch.device | str):
+        self.model, self.device = model, device
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return niqe_to_unit(niqe(images, self.model, self.device))
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+
+
+class _Ranked:
+    def __init__(self, ranker: Ranker):
+        self.ranker = ranker
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return 1.0 / (1.0 + np.exp(-self.ranker.score(images)))
+
+    def to(self, device: torch.device) -> None:
+        self.ranker.to(device)
 
 
 def niqe_to_unit(distance: np.ndarray) -> np.ndarray:

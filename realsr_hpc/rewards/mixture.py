@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from realsr_hpc.config.reward_options import (
     UnderstandingOptions,
     read_options,
 )
+from realsr_hpc.parallel.layout import batches_of_rank
 from realsr_hpc.records import Candidate, GroupRewards
 from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.degradation import DegradationReward
@@ -25,14 +28,42 @@ from realsr_hpc.rewards.generation import GenerationReward
 from realsr_hpc.rewards.understanding import UnderstandingReward
 
 
-class RewardMixture:
-    """Every term of a recipe, scored over whole batches of rollouts."""
+@dataclass(frozen=True)
+class TermScores:
+    """Of some rollouts, by term: unweighted scores, and where the term broke."""
 
-    def __init__(self, config: RewardsConfig):
+    breakdown: dict[str, np.ndarray]
+    """float64 [n], higher is better."""
+    failures: dict[str, np.ndarray]
+    """bool [n]."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[TermScores]) -> TermScores:
+        """One behind the other."""
+        names = parts[0].breakdown
+        return cls(
+            {name: np.concatenate([part.breakdown[name] for part in parts]) for name in names},
+            {name: np.concatenate([part.failures[name] for part in parts]) for name in names},
+        )
+
+    def taken(self, places: np.ndarray | slice) -> TermScores:
+        """Those at some places."""
+        return TermScores(
+            {name: column[places] for name, column in self.breakdown.items()},
+            {name: column[places] for name, column in self.failures.items()},
+        )
+
+
+class RewardMixture:
+    """Every term of a recipe, scored over batches of rollouts."""
+
+    def __init__(self, config: RewardsConfig, device: torch.device | str = "cpu"):
+        """device: where the terms' networks score; with `offload` they are in host memory between."""
         if not config.terms:
             raise ValueError("rewards.terms is empty; name at least one reward")
-        self.config = config
-        self.rewards = {name: build_reward(name, term) for name, term in config.terms.items()}
+        self.config, self.device = config, torch.device(device)
+        resting = torch.device("cpu") if config.offload else self.device
+        self.rewards = {name: build_reward(name, term, resting) for name, term in config.terms.items()}
         self.at_step(1)
 
     def at_step(self, step: int) -> None:
@@ -44,38 +75,47 @@ class RewardMixture:
         return self.score_groups([candidates])[0]
 
     def score_groups(self, groups: Sequence[Sequence[Candidate]]) -> list[GroupRewards]:
-        """Rewards of many groups, every term in one batch over the rollouts of all of them."""
-        breakdown, failures = self.score_terms([item for members in groups for item in members])
-        ends = np.cumsum([len(members) for members in groups])
-        starts = ends - [len(members) for members in groups]
-        return [
-            self._group(_slice(breakdown, start, end), _slice(failures, start, end))
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        """Rewards of many groups."""
+        candidates = [item for members in groups for item in members]
+        places = batches_of_rank(len(candidates), self.config.batch_size, 0, 1)
+        scores = self.score_batches([candidates[part.start : part.stop] for part in places])
+        return self.groups(scores, [len(members) for members in groups])
 
-    def score_terms(self, candidates: Sequence[Candidate]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Unweighted scores [n] by term, and on which items the term broke, bool [n]."""
+    def score_batches(self, batches: Sequence[Sequence[Candidate]]) -> TermScores:
+        """Scores of all candidates, batch after batch; a term that asks others passes all of them at once."""
+        together = [[item for batch in batches for item in batch]]
         breakdown, failures = {}, {}
         for name, reward in self.rewards.items():
-            scores, broken = reward.score_counted(candidates)
+            with self._at_work(reward):
+                scored = [reward.score_counted(part) for part in (together if reward.asks_others else batches)]
+            breakdown[name] = np.concatenate([np.zeros(0), *(scores for scores, _ in scored)])
+            failures[name] = np.concatenate([np.zeros(0, dtype=bool), *(broken for _, broken in scored)])
             if reward.needs_image and self.config.gate_malformed:
-                malformed = np.array([not item.trace.well_formed for item in candidates], dtype=bool)
-                scores = np.where(malformed, reward.range[0], scores)
-            breakdown[name], failures[name] = scores, broken
-        return breakdown, failures
+                malformed = np.array([not item.trace.well_formed for item in together[0]], dtype=bool)
+                breakdown[name] = np.where(malformed, reward.range[0], breakdown[name])
+        return TermScores(breakdown, failures)
 
-    def _group(self, breakdown: dict[str, np.ndarray], failures: dict[str, np.ndarray]) -> GroupRewards:
-        total = sum(self.weights[name] * scores for name, scores in breakdown.items())
+    def groups(self, scores: TermScores, sizes: Sequence[int]) -> list[GroupRewards]:
+        """Scores of rollouts, group after group, as each group's rewards under the weights of the step."""
+        ends = np.cumsum(sizes)
+        return [self._group(scores.taken(slice(end - size, end))) for end, size in zip(ends, sizes, strict=True)]
+
+    @contextmanager
+    def _at_work(self, reward: Reward) -> Iterator[None]:
+        if self.config.offload:
+            reward.to(self.device)
+        yield
+        if self.config.offload:
+            reward.to(torch.device("cpu"))
+
+    def _group(self, scores: TermScores) -> GroupRewards:
+        total = sum(self.weights[name] * column for name, column in scores.breakdown.items())
         return GroupRewards(
             total=torch.from_numpy(np.asarray(total)).float(),
-            breakdown={name: torch.from_numpy(scores.copy()).float() for name, scores in breakdown.items()},
+            breakdown={name: torch.from_numpy(column.copy()).float() for name, column in scores.breakdown.items()},
             weights=dict(self.weights),
-            failures={name: int(broken.sum()) for name, broken in failures.items()},
+            failures={name: int(broken.sum()) for name, broken in scores.failures.items()},
         )
-
-
-def _slice(values: dict[str, np.ndarray], start: int, end: int) -> dict[str, np.ndarray]:
-    return {name: column[start:end] for name, column in values.items()}
 
 
 def weight_at(term: RewardTerm, step: int) -> float:
@@ -86,7 +126,7 @@ def weight_at(term: RewardTerm, step: int) -> float:
     return float(np.interp(step, (first, last), (term.weight, term.final_weight)))
 
 
-def build_reward(name: str, term: RewardTerm) -> Reward:
+def build_reward(name: str, term: RewardTerm, device: torch.device | str = "cpu") -> Reward:
     """The reward of one recipe term. Raises ValueError naming the term and a wrong option."""
     match read_options(name, term):
         case FormatOptions() as options:
@@ -94,10 +134,10 @@ def build_reward(name: str, term: RewardTerm) -> Reward:
         case DegradationOptions() as options:
             return DegradationReward(options)
         case UnderstandingOptions() as options:
-            return UnderstandingReward(options)
+            return UnderstandingReward(options, device)
         case GenerationOptions() as options:
-            return GenerationReward(options)
+            return GenerationReward(options, device)
         case FidelityOptions() as options:
-            return FidelityReward(options)
+            return FidelityReward(options, device)
         case other:
             raise ValueError(f"rewards.terms.{name}: no reward reads {type(other).__name__}; add it in mixture.py")

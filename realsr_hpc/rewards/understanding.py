@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from realsr_hpc.config.reward_options import UnderstandingOptions
 from realsr_hpc.paths import resolve
@@ -29,14 +30,19 @@ _CHRF_BETA = 2.0
 class UnderstandingReward(Reward):
     """Weighted mean of the tag share, the caption similarity and, on signs, the word."""
 
-    def __init__(self, options: UnderstandingOptions):
+    def __init__(self, options: UnderstandingOptions, device: torch.device | str = "cpu"):
         self.options = options
         self._minilm = None
         self._wordnet = WordNet(resolve(options.wordnet_dir)) if options.synonyms == "wordnet" else None
         if "minilm" in (options.similarity, options.synonyms):
             from realsr_hpc.rewards.minilm import MiniLM
 
-            self._minilm = MiniLM()
+            self._minilm = MiniLM(device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the sentence embedder."""
+        if self._minilm is not None:
+            self._minilm.to(device)
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """Scores [n] in [0, 1]."""

@@ -7,11 +7,11 @@ from typing import Protocol
 
 import torch
 
-from realsr_hpc.grpo.advantages import configured_advantages
 from realsr_hpc.parallel.reduce import reduce_float, reduce_floats
-from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport
+from realsr_hpc.records import LQBatch, ScoredGroup, StepReport
 from realsr_hpc.rollout.policy_restorer import FIRST_ID
 from realsr_hpc.train.parts import GRPOParts, clock
+from realsr_hpc.train.rewarding import rewarded
 from realsr_hpc.train.updates import teaches_nothing
 
 
@@ -23,14 +23,14 @@ class BatchSource(Protocol):
         ...
 
 
-def collect(parts: GRPOParts, source: BatchSource) -> list[ScoredGroup]:
+def collect(parts: GRPOParts, source: BatchSource, seconds: dict[str, float] | None = None) -> list[ScoredGroup]:
     """This rank's groups of one step; with `zero_variance=resample`, groups that teach nothing are replaced.
 
-    Every rank takes the same number of rounds, so that their sources stay side by side.
+    Every rank takes the same number of rounds, so that their sources stay side by side. `seconds` gets the times of
+    rollouts and of rewards.
     """
-    grpo = parts.config.grpo
-    batch = source.next()
-    groups = rollout(parts, batch, grpo.group_size, batch.index.tolist())
+    grpo, seconds = parts.config.grpo, {} if seconds is None else seconds
+    batch, groups = _next_groups(parts, source, seconds)
     if grpo.zero_variance != "resample":
         return groups
     for _ in range(grpo.max_resample_rounds):
@@ -38,10 +38,15 @@ def collect(parts: GRPOParts, source: BatchSource) -> list[ScoredGroup]:
         missing = len(batch) - len(kept)
         if not reduce_float(float(missing), parts.groups.dp, parts.groups.device, "max"):
             break
-        extra = source.next()
-        groups = kept + rollout(parts, extra, grpo.group_size, extra.index.tolist())
+        groups = kept + _next_groups(parts, source, seconds)[1]
         groups = groups[: len(batch)]
     return groups
+
+
+def _next_groups(parts: GRPOParts, source: BatchSource, seconds: dict[str, float]) -> tuple[LQBatch, list[ScoredGroup]]:
+    with clock(seconds, "rollout"):
+        batch = source.next()
+    return batch, rollout(parts, batch, parts.config.grpo.group_size, batch.index.tolist(), seconds)
 
 
 def held_out(parts: GRPOParts, batch: LQBatch, step: int) -> StepReport:
@@ -49,7 +54,7 @@ def held_out(parts: GRPOParts, batch: LQBatch, step: int) -> StepReport:
     seconds: dict[str, float] = {}
     with clock(seconds, "heldout"):
         ids = [FIRST_ID + index for index in batch.index.tolist()]
-        groups = rollout(parts, batch, parts.config.grpo.heldout_rollouts, ids)
+        groups = rollout(parts, batch, parts.config.grpo.heldout_rollouts, ids, {})
         parts.sampler.counts.read()  # a step's counts are those of its training rollouts
         means = {f"heldout/{name}/mean": value for name, value in _reward_means(groups).items()}
         means["heldout/well_formed/mean"] = _well_formed(groups)
@@ -57,39 +62,19 @@ def held_out(parts: GRPOParts, batch: LQBatch, step: int) -> StepReport:
     return StepReport(step, means | parts.slowest(seconds), tuple(groups))
 
 
-def rollout(parts: GRPOParts, batch: LQBatch, group_size: int, sample_ids: Sequence[int]) -> list[ScoredGroup]:
-    """A group of `group_size` rollouts of each image, with rewards and advantages.
+def rollout(
+    parts: GRPOParts, batch: LQBatch, group_size: int, sample_ids: Sequence[int], seconds: dict[str, float]
+) -> list[ScoredGroup]:
+    """A group of `group_size` rollouts of each image, with rewards and advantages; `seconds` gets the times of both.
 
     The draws depend on the samples' ids (one an image) alone, not on the batch, the step or the rank.
     """
     ids = [sample * group_size + member for sample in sample_ids for member in range(group_size)]
     parts.policy.eval()
-    groups = parts.sampler.generate(parts.tokens.prompts(batch.lq), group_size, ids)
-    return _scored(parts, batch, groups)
-
-
-def _scored(parts: GRPOParts, batch: LQBatch, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-    traces = [parts.tokens.codec.parse_group(group) for group in groups]
-    # the final images of all groups are decoded together, once
-    decoded = iter(parts.tokens.decode([trace.images[2] for members in traces for trace in members]))
-    images = [[next(decoded) for _ in members] for members in traces]
-    sources = batch.cases()
-    candidates = [
-        [source.candidate(trace, image) for trace, image in zip(members, pictures, strict=True)]
-        for source, members, pictures in zip(sources, traces, images, strict=True)
-    ]
-    rewards = parts.rewards.score_groups(candidates)
-    rows = zip(sources, groups, traces, images, rewards, strict=True)
-    return [
-        ScoredGroup(source, group, tuple(members), tuple(pictures), earned, _advantages(parts, earned))
-        for source, group, members, pictures, earned in rows
-    ]
-
-
-def _advantages(parts: GRPOParts, rewards: GroupRewards) -> torch.Tensor | None:
-    if len(rewards.total) == 1:
-        return None
-    return configured_advantages(rewards.breakdown, rewards.weights, parts.config.grpo)
+    with clock(seconds, "rollout"):
+        groups = parts.sampler.generate(parts.tokens.prompts(batch.lq), group_size, ids)
+    with clock(seconds, "rewards"):
+        return rewarded(parts, batch, groups)
 
 
 def group_metrics(parts: GRPOParts, groups: Sequence[ScoredGroup], rollout_s: float) -> dict[str, float]:

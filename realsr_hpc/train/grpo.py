@@ -63,8 +63,7 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
     """One step, counted from 1: rollouts of the source's next images, and the updates on them."""
     seconds: dict[str, float] = {}
     parts.rewards.at_step(number)
-    with clock(seconds, "rollout"):
-        groups = collect(parts, source)
+    groups = collect(parts, source, seconds)
     metrics = group_metrics(parts, groups, seconds["time/rollout/s"]) | learn(parts, groups, number, seconds)
     return StepReport(number, metrics | parts.slowest(seconds), tuple(groups))
 

@@ -11,6 +11,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.lora import adapters_off
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
+from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import Microbatch, Outputs
 from realsr_hpc.parallel.reduce import broadcast_from_last_stage, gather_objects, reduce_float, reduce_floats
@@ -118,7 +119,9 @@ def build_grpo_parts(config: RunConfig) -> GRPOParts:
         parts.optimiser,
         build_reference(config, parts.policy),
         Sampler(parts.policy, Grammar(parts.tokens.codec, config.rollout.grammar), config.rollout, config.seed),
-        RewardMixture(config.rewards),
+        RewardMixture(
+            config.rewards, backend.chosen_device("rewards.device", config.rewards.device, parts.groups.device)
+        ),
     )
 
 
@@ -133,7 +136,8 @@ def build_reference(config: RunConfig, policy: Policy) -> Policy | None:
 
 @contextmanager
 def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the wall time of what is inside as `time/NAME/s`."""
+    """Add the wall time of what is inside to `time/NAME/s`."""
     start = time.perf_counter()
     yield
-    seconds[f"time/{name}/s"] = time.perf_counter() - start
+    key = f"time/{name}/s"
+    seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - start
