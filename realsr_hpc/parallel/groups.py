@@ -105,7 +105,7 @@ def shutdown() -> None:
 def _join(world_size: int) -> None:
     timeout = timedelta(minutes=COLLECTIVE_TIMEOUT_MIN)
     if world_size == 1:
-        dist.init_process_group(backend.dist_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend.dist_backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -120,11 +120,11 @@ def _join(world_size: int) -> None:
     dist.init_process_group(backend.dist_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def meeting_point(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:
+def meeting_point(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:  # pyright: ignore[reportPrivateImportUsage]
     """The store where ranks meet. It listens on `address` alone, the loopback of a one-node job: torch's own listens on
     every address of the node, and whoever reaches it may write to it."""
     if rank:
-        return dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+        return dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
     try:
         listener = socket.create_server((address, port), backlog=world_size)
     except OSError as error:
@@ -132,7 +132,7 @@ def meeting_point(address: str, port: int, rank: int, world_size: int, timeout: 
             raise
         logger.warning("%s is no address of this node (translated by a router?): the store listens on all", address)
         listener = socket.create_server(("", port), backlog=world_size)
-    return dist.TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())
+    return dist.TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _same_layout(parallel: ParallelConfig) -> bool:
