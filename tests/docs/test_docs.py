@@ -78,8 +78,8 @@ def test_small_commands_run(tmp_path, capsys):
     assert "no runs in" in capsys.readouterr().out
     made = ["shapes=1", "signs=1", "heldout_signs=0", "photographs=1"]
     assert tool("make_scenes").main([*made, f"output={tmp_path / 'scenes'}"]) == 0
-    names = {path.name for path in (tmp_path / "scenes").iterdir()}
-    assert names == {"shapes-00000.jpg", "train-sign-00000.jpg", "manifest.parquet"}
+    names = {path.name for path in (tmp_path / "scenes").iterdir() if not path.name.startswith(".")}
+    assert names == {"shapes-00000.jpg", "train-sign-00000.jpg", "manifest.parquet", "manifest.parquet.sha256"}
 
 
 def launch(words: list[str]) -> None:
