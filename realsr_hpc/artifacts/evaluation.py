@@ -29,6 +29,8 @@ class MethodResult:
     faults: tuple[Text, ...] = ()
     not_computed: dict[Text, Text] = field(default_factory=dict)
     """Why, by metric."""
+    further_draws: tuple[dict[Text, Number], ...] = ()
+    """Metrics of the same method's other draws of this image."""
 
     @property
     def well_formed(self) -> bool:

@@ -9,6 +9,7 @@ On several GPUs or cores: torchrun --nproc-per-node=N -m realsr_hpc.commands eva
                        drealsr, ost_val, div2k_val, reallq250, reallr200, or any folder as paired or unpaired
   pyiqa=lpips,dists,fid,niqe,musiq,maniqa-pipal,clipiqa,topiq_nr weights_dir=DIR     metrics that need staged weights
   crop_px=0            border left out of PSNR and SSIM
+  draws=1              how often each image is restored: with more, best, mean and worst of them and the worst tenth
   candidates= choose= colour= overlap_px= temperature= image_top_k= ...   as in realsr-hpc restore
 """
 
@@ -41,6 +42,7 @@ DEFAULTS: dict[str, str | None] = {
     "num_images": "16",
     "split": None,
     "crop_px": "0",
+    "draws": "1",
     "pyiqa": "lpips,dists,fid,niqe,musiq,maniqa-pipal,clipiqa,topiq_nr",
     **RESTORING,
 }
@@ -53,8 +55,7 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 1 written without some images or numbers, which are named, 2 nothing can be evaluated."""
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
-        count, crop_px = read_count(given, "num_images", 1), read_count(given, "crop_px")
-        report, run_dir, step = _evaluate(given, count, crop_px)
+        report, run_dir, step = _evaluate(given)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -71,10 +72,12 @@ def main(arguments: list[str]) -> int:
     return 1 if report.skipped or report.lacking else 0
 
 
-def _evaluate(given: Given, count: int, crop_px: int):
+def _evaluate(given: Given):
     from realsr_hpc.evaluate import BICUBIC, Bicubic, FinishedImages, Metrics, evaluate
 
     config, checkpoint, upscale = None, None, read_count(given, "upscale", 1)
+    count, draws = read_count(given, "num_images", 1), read_count(given, "draws", 1)
+    crop_px = read_count(given, "crop_px")
     if given["images"]:
         folder = Path(given["images"]).resolve()
         ours = {folder.name: FinishedImages(folder)}
@@ -94,7 +97,16 @@ def _evaluate(given: Given, count: int, crop_px: int):
     metrics = Metrics(crop_px=crop_px, rewards=_rewards(config, step), pyiqa=names, weights_dir=given["weights_dir"])
     set_name = given["set"] or ""
     output = Path(given["output"] or (default if set_name == "heldout" else default / set_name))
-    report = evaluate(methods, cases, output, metrics=metrics, set_name=set_name, remarks=remarks, world=_world())
+    report = evaluate(
+        methods,
+        cases,
+        output,
+        metrics=metrics,
+        set_name=set_name,
+        remarks=remarks,
+        world=_world(),
+        draws=draws,
+    )
     return report, run_dir, step
 
 

@@ -79,6 +79,10 @@ class FinishedImages:
             return None
 
 
+DETERMINISTIC = (Bicubic, FinishedImages)
+"""Methods that give the same image each time they are asked."""
+
+
 def finished(image: np.ndarray | None) -> RestoredImage:
     """An image without reasoning."""
     return RestoredImage(image, NO_TRACE, (None, None, None))

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from realsr_hpc.artifacts.evaluation import FINAL, INPUT, TRUTH, EvaluatedImage
+from realsr_hpc.evaluate.draws import over_draws
 from realsr_hpc.evaluate.intervals import Interval, bootstrap
 from realsr_hpc.evaluate.methods import BICUBIC
 from realsr_hpc.evaluate.metrics import Metrics
@@ -99,6 +100,7 @@ class EvaluationReport:
         sections = [
             head,
             self._table(),
+            self._draws(),
             self._lacking(),
             self._gains(),
             self._words(),
@@ -130,6 +132,30 @@ class EvaluationReport:
         for metric, row in self.set_scores.items():
             cells = [f"{row[method]:.3f}" for method in self.methods]
             lines.append(f"| {metric} {self._arrow(metric)} | " + " | ".join(cells) + " |")
+        return lines
+
+    def values_of_draws(self, method: str, metric: str) -> np.ndarray:
+        """Values [images, draws], NaN where there is none."""
+        results = [image.methods[method] for image in self.images]
+        rows = [(result.metrics, *result.further_draws) for result in results]
+        return np.array([[row.get(metric, np.nan) for row in draws] for draws in rows], dtype=np.float64)
+
+    def _draws(self) -> list[str]:
+        """Best, mean and worst of several draws an image, of methods that were asked for several."""
+        lines: list[str] = []
+        for method in self.methods:
+            count = 1 + len(self.images[0].methods[method].further_draws)
+            if count == 1:
+                continue
+            lines += [f"{method}, {count} draws an image: means over images of each image's best, mean and worst draw;"]
+            lines += ["the worst tenth: of the images, by their own mean.", ""]
+            lines += [f"| metric | best of {count} | mean | worst of {count} | worst tenth |", "|---|---|---|---|---|"]
+            for metric in self.names:
+                lower = self.metrics.lower_is_better(metric)
+                found = over_draws(self.values_of_draws(method, metric), lower_is_better=lower)
+                cells = f"{found.best} | {found.mean} | {found.worst} | {found.worst_tenth:.3f}"
+                lines.append(f"| {metric} {self._arrow(metric)} | {cells} |")
+            lines.append("")
         return lines
 
     @property

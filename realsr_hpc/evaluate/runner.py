@@ -17,7 +17,8 @@ from PIL import Image
 
 from realsr_hpc.artifacts import evaluation
 from realsr_hpc.artifacts.evaluation import FINAL, INPUT, TRUTH, EvaluatedImage, Evaluation, MethodResult
-from realsr_hpc.evaluate.methods import BICUBIC, NO_TRACE, FinishedImages, Method
+from realsr_hpc.evaluate.draws import redrawn
+from realsr_hpc.evaluate.methods import BICUBIC, DETERMINISTIC, NO_TRACE, FinishedImages, Method
 from realsr_hpc.evaluate.metrics import FID, Metrics
 from realsr_hpc.evaluate.report import EvaluationReport
 from realsr_hpc.evaluate.sets import FolderSet
@@ -49,8 +50,11 @@ def evaluate(
     remarks: Sequence[str] = (),
     world: World = ALONE,
     batch_size: int = 32,
+    draws: int = 1,
 ) -> EvaluationReport | None:
     """Score `methods` on `cases` and write `folder`; the report on rank 0, None on the others.
+
+    Methods that sample restore every case `draws` times; images and words kept are the first draw's.
 
     Bicubic has to be among the methods. A case that cannot be read is left out and named. Raises ValueError when a
     method returns another number of images than it was given, an image has not its truth's size, or another process
@@ -62,7 +66,7 @@ def evaluate(
         if isinstance(method, FinishedImages):
             method.expect(cases.keys() if isinstance(cases, FolderSet) else [case.key for case in cases])
     with sole_writer(folder) if world.rank == 0 else nullcontext():
-        return _over_ranks(methods, cases, folder, metrics, set_name, remarks, world, batch_size)
+        return _over_ranks(methods, cases, folder, metrics, set_name, remarks, world, batch_size, draws)
 
 
 def _over_ranks(
@@ -74,6 +78,7 @@ def _over_ranks(
     remarks: Sequence[str],
     world: World,
     batch_size: int,
+    draws: int,
 ) -> EvaluationReport | None:
     if world.rank == 0 and (folder / evaluation.FILE).exists():
         shutil.rmtree(folder / "images", ignore_errors=True)  # an earlier evaluation's: FID reads whole folders
@@ -84,7 +89,7 @@ def _over_ranks(
     for start in range(world.rank * batch_size, len(cases), world.size * batch_size):
         part = _read(cases, range(start, min(start + batch_size, len(cases))), skipped)
         if part:
-            images += _judge(methods, part, folder, metrics)
+            images += _judge(methods, part, folder, metrics, draws)
     gathered = world.gather((images, skipped))
     if world.rank:
         return None
@@ -112,19 +117,32 @@ def _read(cases: Sequence[Case], places: range, skipped: dict[str, str]) -> list
     return part
 
 
-def _judge(methods: Mapping[str, Method], part: list[Case], folder: Path, metrics: Metrics) -> list[EvaluatedImage]:
+def _judge(
+    methods: Mapping[str, Method], part: list[Case], folder: Path, metrics: Metrics, draws: int
+) -> list[EvaluatedImage]:
     """A few cases with what every method made of each."""
     made: list[dict[str, MethodResult]] = [{} for _ in part]
     for name, method in methods.items():
-        images = method(part)
-        if len(images) != len(part):
-            raise ValueError(f"method {name!r} returned {len(images)} images for {len(part)}; it must return one each")
-        for results, case, item, row in zip(made, part, images, metrics.score(part, images), strict=True):
+        images = _restored(name, method, part)
+        others = range(1, 1 if isinstance(method, DETERMINISTIC) else draws)
+        further = [metrics.score(part, _restored(name, method, redrawn(part, draw))) for draw in others]
+        rows = zip(metrics.score(part, images), *further, strict=True)
+        for results, case, item, (row, *more) in zip(made, part, images, rows, strict=True):
             files = _save(item, name, case.key, folder)
             said = {} if item.trace is NO_TRACE else _said(item.trace)
-            results[name] = MethodResult(row.values, files, not_computed=row.not_computed, **said)
+            drawn = tuple(other.values for other in more)
+            results[name] = MethodResult(
+                row.values, files, not_computed=row.not_computed, further_draws=drawn, **said
+            )
     weights = metrics.rewards.weights if metrics.rewards else {}
     return [_evaluated(case, folder, results, weights) for case, results in zip(part, made, strict=True)]
+
+
+def _restored(name: str, method: Method, part: list[Case]) -> list[RestoredImage]:
+    images = method(part)
+    if len(images) != len(part):
+        raise ValueError(f"method {name!r} returned {len(images)} images for {len(part)}; it must return one each")
+    return images
 
 
 def _evaluated(

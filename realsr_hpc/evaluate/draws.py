@@ -1,0 +1,53 @@
+"""Several draws of one image: what a user gets who keeps the best, who takes any, who is unlucky.
+
+One draw a method tells its mean. A generator can have a good mean and a bad tail, so each image may be restored `M`
+times with other draws: Best, Mean and Worst of M are means over images of each image's best, mean and worst value; the
+worst tenth is the mean over the tenth of the images whose own mean is worst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from realsr_hpc.evaluate.intervals import Interval, bootstrap
+from realsr_hpc.records import Case
+
+_DRAW_STRIDE = 1 << 24
+"""A case's index decides its draws; further draws take indices that no set is large enough to have."""
+
+
+@dataclass(frozen=True)
+class OverDraws:
+    """One metric of one method, over images and draws."""
+
+    best: Interval
+    mean: Interval
+    worst: Interval
+    worst_tenth: float
+
+
+def redrawn(cases: Sequence[Case], draw: int) -> list[Case]:
+    """The same cases for the draw of this number; 0 is the one that a single draw gives."""
+    return [replace(case, index=case.index + draw * _DRAW_STRIDE) for case in cases]
+
+
+def over_draws(values: np.ndarray, *, lower_is_better: bool) -> OverDraws:
+    """Of values [images, draws], NaN where an image or a number is missing; images without any value count nowhere."""
+    values = np.asarray(values, dtype=np.float64)
+    values = values[np.isfinite(values).any(axis=1)]
+    low, high = (np.nanmin(values, axis=1), np.nanmax(values, axis=1)) if len(values) else (np.empty(0), np.empty(0))
+    best, worst = (low, high) if lower_is_better else (high, low)
+    means = np.nanmean(values, axis=1) if len(values) else np.empty(0)
+    return OverDraws(bootstrap(best), bootstrap(means), bootstrap(worst), worst_tenth(means, lower_is_better))
+
+
+def worst_tenth(values: np.ndarray, lower_is_better: bool) -> float:
+    """Mean of the worst tenth of the finite values, at least of one; NaN without any."""
+    values = np.sort(values[np.isfinite(values)])
+    if not len(values):
+        return float("nan")
+    count = max(1, round(len(values) / 10))
+    return float((values[-count:] if lower_is_better else values[:count]).mean())
