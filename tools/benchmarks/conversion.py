@@ -1,96 +1,155 @@
-"""Peak memory of export and import: tools/export_hf.py and tools/import_weights.py on a model of random weights.
+"""A 7B folder made, imported, checkpointed, exported, opened and sampled: memory of each command, and equality.
 
-    python tools/bench.py conversion [hidden=1024] [layers=16] [shard_mb=100]
+    python tools/bench.py conversion [layers=2] [hidden=4096] [shard_mb=1000] [tokens=48] [folder=DIR]
 
-Each command is a process of its own; its peak of resident memory is the kernel's (files that are mapped while they are
-read included), less that of the same command on a model of next to no size. In bf16, by one process.
+layers=32 is the whole 7B: 7,013,158,912 parameters, 14 GB in bf16, of which up to four copies lie in `folder` (default:
+a temporary one) until the end. Each command is a process of its own; counted is what it allocates (`RssAnon` of it and
+its children, read every 10 ms), beside which the mapped files need no memory that the system could not take back. One
+import is killed half-way first. Then `tokens` tokens are drawn from the imported policy, and their log-probabilities
+compared with those of transformers' classes on the folder that was imported, in bf16 and in float32.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from tools.benchmarks import _conversion_steps as steps
 from tools.benchmarks._measure import show
 from tools.benchmarks._options import split_options
 
 ROOT = Path(__file__).resolve().parents[2]
-MIB = 2**20
+GB = 10**9
+POLL_S = 0.01
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one process took."""
+
+    wall_s: float
+    anonymous: int
+    """Bytes at the peak, mapped files left out."""
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 2 for wrong arguments."""
-    options, unknown = split_options(arguments, {"hidden": 1024, "layers": 16, "shard_mb": 100})
+    """Exit code 2 for wrong arguments, 1 when a killed import left something whole or the two models disagree."""
+    given = next((word for word in arguments if word.startswith("folder=")), "")
+    options, unknown = split_options(
+        [word for word in arguments if word != given], {"layers": 2, "hidden": 4096, "shard_mb": 1000, "tokens": 48}
+    )
     if unknown:
-        print(f"unknown argument {unknown[0]}; there are hidden, layers, shard_mb", file=sys.stderr)
+        print(f"unknown argument {unknown[0]}; there are layers, hidden, shard_mb, tokens, folder", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        base = peaks(Path(folder) / "base", 64, 1, options["shard_mb"])
-        large = peaks(Path(folder) / "large", options["hidden"], options["layers"], options["shard_mb"])
-        size = sum(path.stat().st_size for path in (Path(folder) / "large" / "export").glob("model*.safetensors"))
+    with tempfile.TemporaryDirectory(dir=given.partition("=")[2] or None) as folder:
+        return measure(Path(folder), options)
+
+
+def measure(folder: Path, options: dict[str, int]) -> int:
+    """Every command in turn, each on what the one before left."""
+    shape = steps.overrides(options["layers"], options["hidden"])
+    source, imported, run, export = (folder / name for name in ("source", "imported", "run", "export"))
+    words = [f"source={source}", f"output={imported}", f"image_tokenizer={folder / 'image.safetensors'}", *shape]
+    peaks = {"made": of_function(steps.make_source, source, shape, options["shard_mb"] * 10**6)}
+    size = weight_bytes(source)
+    killed = kill_half_way(words, folder, size)
+    peaks["import_weights"] = of_tool("import_weights", *words)
+    started = [*shape, *steps.starting_from(imported)]
+    peaks["opened, sampled"] = of_function(steps.sample, started, options["tokens"], folder / "drawn.pt")
+    peaks["transformers on the source"] = of_function(steps.compare, source, folder / "drawn.pt", folder / "said.pt")
+    peaks["opened, checkpointed"] = of_function(steps.make_run, run, started)
+    shutil.rmtree(source)
+    peaks["export_hf"] = of_tool("export_hf", f"run={run}", f"output={export}", f"shard_mb={options['shard_mb']}")
     rows = [
-        [
-            name,
-            f"{large[name] / MIB:.0f}",
-            f"{(large[name] - base[name]) / MIB:.0f}",
-            f"{(large[name] - base[name]) / size:.2f}",
-        ]
-        for name in large
+        [name, f"{p.wall_s:.0f}", f"{p.anonymous / GB:.2f}", f"{p.anonymous / size:.2f}"] for name, p in peaks.items()
     ]
-    title = f"a model of {size / MIB:.0f} MiB, shards of {options['shard_mb']} MB"
-    show(title, ["", "peak, MiB", "above an empty model's", "copies of the model"], rows)
-    return 0
+    title = (
+        f"{steps.parameters(shape):,} parameters, {size / GB:.2f} GB; a killed import: {killed or 'left nothing whole'}"
+    )
+    show(title, ["", "wall, s", "allocated at the peak, GB", "copies of the weights"], rows)
+    same = steps.same_weights(imported, export)
+    print(f"export of what was opened: {'every tensor' if same else 'NOT every tensor'} as imported, bit for bit")
+    return 0 if steps.report(folder / "said.pt") and same and not killed else 1
 
 
-def peaks(folder: Path, hidden: int, layers: int, shard_mb: int) -> dict[str, int]:
-    """Bytes that each command held at its peak."""
-    folder.mkdir()
-    run, export, imported = folder / "run", folder / "export", folder / "imported"
-    in_own_process(make_run, run, hidden, layers)
-    return {
-        "export_hf": peak_of("export_hf", f"run={run}", f"output={export}", f"shard_mb={shard_mb}"),
-        "import_weights": peak_of("import_weights", f"source={export}", f"output={imported}"),
-    }
+def weight_bytes(folder: Path) -> int:
+    """Of a folder's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
-def in_own_process(function: Callable[..., None], *arguments: object) -> None:
+def kill_half_way(words: list[str], folder: Path, size: int) -> str:
+    """What an import, killed when half is written, left that looks whole; empty: nothing."""
+    process = _started("import_weights", *words)
+    while process.poll() is None and _written(folder) < size / 2:
+        time.sleep(POLL_S)
+    process.kill()
+    process.wait()
+    hidden = list(folder.glob(".imported.*"))
+    whole = "it ended before half was written" if not hidden else ""
+    whole = "output is there" if (folder / "imported").exists() else whole
+    for path in hidden:
+        whole = whole or ("SHA256SUMS are there" if (path / "SHA256SUMS").exists() else "")
+        shutil.rmtree(path)
+    return whole
+
+
+def _written(folder: Path) -> int:
+    return sum(weight_bytes(path) for path in folder.glob(".imported.*"))
+
+
+def _started(tool: str, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, str(ROOT / "tools" / f"{tool}.py"), *words], cwd=ROOT)
+
+
+def of_tool(tool: str, *words: str) -> Peak:
+    """Run one of the project's commands, its progress bar shown."""
+    started = time.perf_counter()
+    process = _started(tool, *words)
+    peak = watched(process.pid, process.poll)
+    assert process.returncode == 0, f"{tool} ended with {process.returncode}"
+    return Peak(time.perf_counter() - started, peak)
+
+
+def of_function(function: Callable[..., None], *arguments: object) -> Peak:
     """Run it where its memory dies with it."""
+    started = time.perf_counter()
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
-    process.join()
+    assert process.pid is not None, "a started process has a number"
+    peak = watched(process.pid, lambda: process.exitcode)
     assert process.exitcode == 0, f"{function.__name__} ended with {process.exitcode}"
+    return Peak(time.perf_counter() - started, peak)
 
 
-def peak_of(tool: str, *arguments: str) -> int:
-    """Bytes of resident memory that a tool reached."""
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"{tool} ended with {process.returncode}"
-    return usage.ru_maxrss * 1024
+def watched(pid: int, ended: Callable[[], int | None]) -> int:
+    """Bytes of anonymous memory at the peak of a process and its children."""
+    peak = 0
+    while ended() is None:
+        peak = max(peak, _anonymous(pid))
+        time.sleep(POLL_S)
+    return peak
 
 
-def make_run(run: Path, hidden: int, layers: int) -> None:
-    """A run folder with a checkpoint of random weights."""
-    from realsr_hpc import checkpoint
-    from realsr_hpc.config.load import compose_one, to_yaml
-    from realsr_hpc.model.policy import build_policy
-    from realsr_hpc.parallel.groups import initialise
-    from realsr_hpc.tokenizer.trace import TraceTokenizer
+def _anonymous(pid: int) -> int:
+    """Shared memory counts: what a process hands to its children lies there. 0 for one that ended meanwhile."""
+    folder = Path("/proc") / str(pid)
+    try:
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        children = [int(child) for path in folder.glob("task/*/children") for child in path.read_text().split()]
+    except (OSError, ValueError):
+        return 0
+    own = sum(int(status.get(name, "0").split()[0]) for name in ("RssAnon", "RssShmem"))
+    return own * 1024 + sum(_anonymous(child) for child in children)
 
-    sizes = [f"model.hidden_size={hidden}", f"model.ffn_hidden_size={hidden * 11 // 4}", f"model.num_layers={layers}"]
-    fixed = ["recipe=grpo_tiny", "cluster.tasks_per_node=1", "model.weights=null", "precision.params=bf16"]
-    config = compose_one([*fixed, *sizes])
-    groups = initialise(config.parallel, config.seed)
-    size = TraceTokenizer.load(config, groups.device).codec.vocabulary.size
-    run.mkdir()
-    (run / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
-    state = {"step": 0, "data": {}, "counters": {}, "run_id": ""}
-    policy = build_policy(config, groups, size, trainable=False)
-    checkpoint.save(run / "checkpoints", 0, policy, None, state, checkpoint.Keep(last=1))
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.exit(main(sys.argv[1:]))
