@@ -112,16 +112,30 @@ PUBLIC: dict[str, tuple[str, str, str]] = {
 """Policy, image tokenizer and text tokenizer under their owners' names, with licences, by `vlcot.vocabulary`."""
 
 
+_SMALL = "realsr-hpc launch recipe=tokenizer_small; copy it from the run's folder (docs/weekend.md)"
+OWN: dict[str, str] = {
+    "weights/small/image_tokenizer.safetensors": _SMALL,
+    "weights/small/text_tokenizer.json": _SMALL,
+    "weights/small/policy_sft": "realsr-hpc launch recipe=sft_small, then "
+    "realsr-hpc export-hf run=RUN_DIR output=weights/small/policy_sft",
+}
+"""The commands that make what the small recipes name, which nobody publishes."""
+
+
 def needs_of(config: RunConfig) -> list[Need]:
     """Every file that the recipe reads beside code and photographs."""
+    if config.task == "tokenizer":  # makes its own
+        return []
     own = "realsr-hpc launch recipe=tokenizer_tiny"
     public = PUBLIC.get(config.vlcot.vocabulary)
-    policy, image, text = (part + _CONVERTED for part in public) if public else ("realsr-hpc export-hf", own, own)
-    needs = [Need("text_tokenizer.path", resolve(config.text_tokenizer.path), text)]
-    if config.task != "tokenizer":
-        needs.append(Need("image_tokenizer.weights", resolve(config.image_tokenizer.weights), image))
-    if config.model.weights:
-        needs.append(Need("model.weights", resolve(config.model.weights), policy))
+    exported = "realsr-hpc export-hf run=RUN_DIR output=DIR"
+    policy, image, text = (part + _CONVERTED for part in public) if public else (exported, own, own)
+    named = {
+        "text_tokenizer.path": (config.text_tokenizer.path, text),
+        "image_tokenizer.weights": (config.image_tokenizer.weights, image),
+        "model.weights": (config.model.weights, policy),
+    }
+    needs = [Need(field, resolve(path), OWN.get(path, origin)) for field, (path, origin) in named.items() if path]
     if config.task == "grpo":
         needs += [need for name in config.rewards.terms for need in _of_reward(config, name)]
     return list(dict.fromkeys(needs))

@@ -7,6 +7,7 @@ held-out signs apart, as are their words (lexicon.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,7 @@ class Sign:
     """Key of the photograph behind it; empty on a plain ground."""
 
 
-def make_sign(rng: np.random.Generator, side: int, grounds: list[Ground], heldout: bool = False) -> Sign:
+def make_sign(rng: np.random.Generator, side: int, grounds: Sequence[Ground], heldout: bool = False) -> Sign:
     """A square sign of `side` px: a quarter on plain grounds (all without `grounds`), the others on a photograph."""
     word = str(rng.choice(HELDOUT_WORDS if heldout else TRAINING_WORDS))
     font = str(rng.choice(HELDOUT_FONTS if heldout else TRAINING_FONTS))

@@ -16,7 +16,6 @@ from rich.table import Table
 from realsr_hpc import runfolder
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import RecipeError, output_root
-from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.chain import Node, Valid, chain_nodes, signature_of
 from realsr_hpc.launch.follow import follow
@@ -72,19 +71,11 @@ def _read(arguments: list[str]) -> tuple[dict[str, str], list[str], bool]:
 
 def _refuse(nodes: list[Node]) -> None:
     """What a job would find out hours later; what earlier stages will leave need not be there."""
-    promised = {str(node.folder) for node in nodes}
     runs = [node.config for node in nodes if not node.command]
     refuse_what_cannot_fit(runs)
     if absent := [line for node in nodes for line in node.missing()]:
         raise ValueError("\n".join(absent))
-    refuse_what_is_missing([_without_promised(config, promised) for config in runs])
-
-
-def _without_promised(config: RunConfig, promised: set[str]) -> RunConfig:
-    weights = config.model.weights
-    if weights is None or not any(Path(weights).is_relative_to(folder) for folder in promised):
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
+    refuse_what_is_missing(runs, promised=[node.folder for node in nodes])
 
 
 def _folder(name: str, nodes: list[Node]) -> Path:

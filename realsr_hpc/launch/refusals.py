@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
@@ -16,10 +16,13 @@ READ_AT_LAUNCH_BYTES = 64 * 2**20
 """Launching answers in about a second: larger files it only looks for."""
 
 
-def refuse_what_is_missing(configs: list[RunConfig]) -> None:
-    """ValueError that names every file the recipes read and this machine lacks, then what the manifests lack."""
+def refuse_what_is_missing(configs: list[RunConfig], promised: Collection[Path] = ()) -> None:
+    """ValueError that names every file the recipes read and this machine lacks, then what the manifests lack.
+
+    promised: folders that will be there by then, whatever is in them.
+    """
     read = {need for config in configs for need in needs_of(config)}
-    read |= {Need("data.manifest", resolve(config.data.manifest), "realsr-hpc prepare-data") for config in configs}
+    read |= {_manifest_need(config) for config in configs}
     frozen = {config.sft.traces for config in configs if config.sft.traces}
     read |= {Need("sft.traces", resolve(name), "realsr-hpc freeze-traces") for name in frozen}
     read |= {
@@ -28,7 +31,9 @@ def refuse_what_is_missing(configs: list[RunConfig]) -> None:
         if config.cluster.environment_file and config.cluster.kind == "slurm"
     }
     absent = sorted(
-        f"{need.purpose}: {need.path} is not there; from: {need.origin}" for need in read if not need.files()
+        f"{need.purpose}: {need.path} is not there; from: {need.origin}"
+        for need in read
+        if not need.files() and not any(need.path.is_relative_to(folder) for folder in promised)
     )
     if absent:
         absent.append("realsr-hpc stage-weights recipe=NAME lists and checks what a recipe needs")
@@ -36,6 +41,11 @@ def refuse_what_is_missing(configs: list[RunConfig]) -> None:
         absent = sorted({fault for config in configs for fault in (*_manifest_faults(config), *_damage(config))})
     if absent:
         raise ValueError("\n".join(absent))
+
+
+def _manifest_need(config: RunConfig) -> Need:
+    made = f"python tools/prepare_data.py source=DIR output={Path(config.data.manifest).parent}"
+    return Need("data.manifest", resolve(config.data.manifest), made)
 
 
 def _manifest_faults(config: RunConfig) -> Iterator[str]:

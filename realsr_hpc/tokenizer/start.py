@@ -60,8 +60,8 @@ def start_decoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
         inputs.append(functional.unfold(quantised, 3, padding=1).transpose(1, 2).flatten(0, 1))
         targets.append(functional.pixel_unshuffle(batch, factor).flatten(2).transpose(1, 2).flatten(0, 1))
     x, y = torch.cat(inputs), torch.cat(targets)
-    x = torch.cat([x, torch.ones(len(x), 1)], 1)
-    ridge = 1e-6 * len(x) * torch.eye(x.shape[1])
+    x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    ridge = 1e-6 * len(x) * torch.eye(x.shape[1], device=x.device)
     solution = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     width = tokenizer.config.embed_dim
     tokenizer.post_quant_conv.weight.zero_()

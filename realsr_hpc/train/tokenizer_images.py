@@ -7,8 +7,12 @@ first because it also encodes LQ images. The degradation here is a rough stand-i
 
 from __future__ import annotations
 
+import functools
 import io
+import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,34 +21,75 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
-from realsr_hpc.data.decoding import decode_image
+from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.data.shapes import dead_leaves
 from realsr_hpc.data.signs import Ground, make_sign
 from realsr_hpc.paths import resolve
 
+logger = logging.getLogger(__name__)
 CROP_DIVISORS = (1, 2, 2, 2, 4)
 """Crop sides of the steps, as divisors of `crop_px`; small crops come in larger batches, so steps cost the same."""
+DECODED = 256
+"""Photographs that stay decoded; of larger sets the others are read again."""
+HELDOUT = 64
+"""Most held-out scenes that are measured on."""
+
+
+class Photographs(Sequence[Image.Image]):
+    """RGB photographs of files, decoded when they are looked at; an unreadable one is named and the next one taken."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths, self._unreadable = paths, set[Path]()
+        self._decoded = functools.lru_cache(DECODED)(lambda path: Image.fromarray(decode_image(path)))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for number in range(index, index + len(self.paths)):
+            path = self.paths[number % len(self.paths)]
+            try:
+                return self._decoded(path)
+            except (BrokenImage, OSError) as error:
+                if path not in self._unreadable:
+                    self._unreadable.add(path)
+                    logger.warning("%s passed over (%d unreadable so far)", error, len(self._unreadable))
+        raise ValueError(f"data.manifest: none of {len(self.paths)} photographs can be read, first {self.paths[0]}")
+
+
+class Grounds(Sequence[Ground]):
+    """The same photographs, as grounds of signs."""
+
+    def __init__(self, photographs: Sequence[Image.Image]) -> None:
+        self.photographs = photographs
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def __getitem__(self, index: int) -> Ground:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Ground(self.photographs[index], "a photograph")
 
 
 class TokenizerImages:
-    """Batches float32 [B, 3, side, side] in [-1, 1] of a sequence of RGB photographs, uint8 [h, w, 3]."""
+    """Batches float32 [B, 3, side, side] in [-1, 1] of RGB photographs; made in `num_threads` threads."""
 
     def __init__(
-        self, photographs: Sequence[UInt8[np.ndarray, "h w 3"]], config: TokenizerTrainingConfig, seed: int
+        self, photographs: Sequence[Image.Image], config: TokenizerTrainingConfig, seed: int, num_threads: int = 1
     ) -> None:
         if not photographs:
             raise ValueError("data.train_split has no photograph: the tokenizer needs at least one")
-        self.photographs = [Image.fromarray(photograph) for photograph in photographs]
-        self.grounds = [Ground(photograph, "a photograph") for photograph in self.photographs]
+        self.photographs, self.grounds = photographs, Grounds(photographs)
         self.config, self.seed = config, seed
+        self.threads = ThreadPoolExecutor(num_threads)
 
     def batch(self, step: int) -> Float[Tensor, "B 3 side side"]:
         """The images of a step; `batch_size` counts images of `crop_px`."""
         rng = np.random.default_rng([self.seed, step])
         divisor = int(rng.choice(CROP_DIVISORS))
         side, size = self.config.crop_px // divisor, self.config.batch_size * divisor**2
-        images = np.stack([self._image(np.random.default_rng([self.seed, step, i]), side) for i in range(size)])
+        draws = [np.random.default_rng([self.seed, step, i]) for i in range(size)]
+        images = np.stack(list(self.threads.map(functools.partial(self._image, side=side), draws)))
         return torch.from_numpy(images).movedim(-1, 1).float() / 127.5 - 1.0
 
     def _image(self, rng: np.random.Generator, side: int) -> UInt8[np.ndarray, "side side 3"]:
@@ -93,17 +138,17 @@ def _recolour(rng: np.random.Generator, image: UInt8[np.ndarray, "s s 3"]) -> UI
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def photographs_of(config: RunConfig, split: str) -> list[UInt8[np.ndarray, "h w 3"]]:
+def photographs_of(config: RunConfig, split: str) -> Photographs:
     """The manifest's photographs of a split."""
     manifest = read_manifest(resolve(config.data.manifest)).split(split)
-    return [decode_image(manifest.path(entry)) for entry in manifest.entries]
+    return Photographs([manifest.path(entry) for entry in manifest.entries])
 
 
 def heldout_images(config: RunConfig) -> Float[Tensor, "B 3 S S"]:
-    """Whole held-out scenes (central squares) at `crop_px`, in [-1, 1]."""
+    """Whole held-out scenes (central squares) at `crop_px`, in [-1, 1]: the first HELDOUT of them."""
     size = config.tokenizer_training.crop_px
-    squares = []
-    for photograph in map(Image.fromarray, photographs_of(config, config.data.heldout_split)):
+    photographs, squares = photographs_of(config, config.data.heldout_split), []
+    for photograph in (photographs[index] for index in range(min(HELDOUT, len(photographs)))):
         side, (width, height) = min(photograph.size), photograph.size
         box = ((width - side) // 2, (height - side) // 2, (width + side) // 2, (height + side) // 2)
         square = photograph.resize((size, size), Image.Resampling.BICUBIC, box=box)

@@ -1,4 +1,4 @@
-"""The 7B recipes at full size: each rank of the layout builds its share without memory, and the shares add up."""
+"""The 7B and small recipes at full size: each rank builds its share without memory, and the shares add up."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from realsr_hpc.config.derived import VOCABULARY_SIZES, world_size
+from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.groups import initialise, shutdown
-from realsr_hpc.plan import parameter_count
+from realsr_hpc.plan import parameter_count, plan
+from realsr_hpc.plan.sizes import vocabulary_size
 
 PUBLISHED = {"chameleon_7b": 7_013_158_912, "chameleon_7b_f8": 7_080_267_776}
 SEVEN_B = ("sft_7b", "grpo_7b", "grpo_7b_paper")
@@ -47,7 +48,7 @@ def shutdown_if_started() -> None:
 
 def held(config: RunConfig, groups: Any) -> dict[str, tuple[bool, int]]:
     """Parameter -> (is it cut over tp, how many numbers this rank holds), the layers numbered over the whole model."""
-    policy = build_policy(config, groups, VOCABULARY_SIZES[config.vlcot.vocabulary], meta=True)
+    policy = build_policy(config, groups, vocabulary_size(config), meta=True)
     assert {parameter.device.type for parameter in policy.parameters()} == {"meta"}
     shares = {}
     for chunk in policy.chunks:
@@ -75,3 +76,14 @@ def test_ranks_of_the_layout_hold_exactly_the_published_model(recipe: str, model
         assert not whole.keys() & shares.keys()
         whole |= {name: count * parallel.tp if cut else count for name, (cut, count) in shares.items()}
     assert sum(whole.values()) == PUBLISHED[model] + OWN_NORMS
+
+
+@pytest.mark.parametrize("recipe", ["sft_small", "grpo_small"])
+def test_a_small_recipe_is_built_as_planned_and_fits_one_gpu_of_24_gb(recipe: str, as_rank: Any) -> None:
+    config = compose_one([f"recipe={recipe}"])
+    shares = held(config, as_rank(0, 1, config.parallel))
+    model = config.model
+    own_norms = model.num_layers * 2 * 2 * (model.num_heads - 1) * model.hidden_size // model.num_heads
+    assert sum(count for _, count in shares.values()) == parameter_count(config) + own_norms
+    assert 100e6 < parameter_count(config) < 350e6
+    assert plan(config).fits and config.cluster.gpu_memory_gib <= 24e9 / 2**30

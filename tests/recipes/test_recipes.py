@@ -20,6 +20,8 @@ NEEDED_WITH = {
     ("parallel", "tp4_pp2"): ["cluster.tasks_per_node=8"],
     ("cluster", "slurm"): ["grpo.prompts_per_step=8"],
     ("cluster", "local_gpu"): ["cluster.tasks_per_node=1"],
+    ("model", "small"): ["parallel.microbatch_tokens=9216", "rollout.max_new_tokens=1920"],
+    ("cluster", "local_gpu_24"): ["cluster.tasks_per_node=1"],
     ("cluster", "local_gpus"): ["grpo.prompts_per_step=8"],
 }
 

@@ -1,4 +1,4 @@
-"""Every 7B recipe with its model's and images' sizes cut, all other keys as shipped, trains two steps on the CPU."""
+"""7B and small recipes, model and image sizes cut, all other keys as shipped, train two steps on the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import RunConfig
@@ -41,8 +42,9 @@ SHORT = {
         "rollout.grammar=constrained",
     ],
 }
-LEVELS = {"chameleon_7b": "[1,1,1,1,1]", "chameleon_7b_f8": "[1,1,1,1]"}
-TOKENS = {"chameleon_7b": 96, "chameleon_7b_f8": 272}
+LEVELS = {"chameleon_7b": "[1,1,1,1,1]", "chameleon_7b_f8": "[1,1,1,1]", "small": "[1,1,1,1]"}
+TOKENS = {"chameleon_7b": 96, "chameleon_7b_f8": 272, "small": 272}
+DECODER = {"small": ["image_tokenizer.decoder_base_channels=32"]}
 """Of a rollout: three images and a little text. An untrained policy goes on to the last one, whatever their number."""
 LOSS = {"sft": "sft/loss/mean", "grpo": "rewards/total/mean"}
 
@@ -56,7 +58,35 @@ def cut(recipe: str, model: str, folder: Path, layout: list[str], root: Path) ->
         f"rollout.max_new_tokens={TOKENS[model]}",
         f"output_root={root}",
     ]
-    return compose_one([f"recipe={recipe}", f"model={model}", "cluster=local", *layout, *CUT, *own, *SHORT[task]])
+    return compose_one(
+        [
+            f"recipe={recipe}",
+            f"model={model}",
+            "cluster=local",
+            *layout,
+            *CUT,
+            *own,
+            *DECODER.get(model, []),
+            *SHORT[task],
+        ]
+    )
+
+
+def test_two_steps_of_the_small_tokenizer(tmp_path: Path) -> None:
+    """What it leaves is what the small policy's recipes name."""
+    from realsr_hpc.tokenizer.trace import TraceTokenizer
+    from realsr_hpc.tracking.spool import metrics_by_step
+    from realsr_hpc.train import tokenizer
+
+    sizes = ["tokenizer_training.num_steps=2", "tokenizer_training.start_batches=2", "tokenizer_training.crop_px=64"]
+    sizes += ["tokenizer_training.text_vocab_size=400", "image_tokenizer.codebook_size=64", "data=bundled"]
+    cut_short = [*sizes, "cluster=local", f"output_root={tmp_path}", "image_tokenizer.decoder_base_channels=32"]
+    assert tokenizer.main(compose_one(["recipe=tokenizer_small", *cut_short]), tmp_path) == 0
+    assert math.isfinite(metrics_by_step(tmp_path)[2]["tokenizer/loss/step"])
+    left = [f"image_tokenizer.weights={tmp_path / 'image_tokenizer.safetensors'}"]
+    left += [f"text_tokenizer.path={tmp_path / 'text_tokenizer.json'}", *cut_short]
+    traces = TraceTokenizer.load(compose_one(["recipe=sft_small", *left]), torch.device("cpu"))
+    assert traces.codec.vocabulary.num_text == 400 and traces.codec.vocabulary.num_codes == 64
 
 
 def two_steps(config: RunConfig, run_dir: Path) -> tuple[int, dict[int, dict[str, float]]]:
@@ -76,7 +106,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def folder_of(model: str) -> Path:
         if model not in made:
             made[model] = tmp_path_factory.mktemp(model)
-            run_ranks(1, make_tokenizers, cut("sft_7b", model, made[model], ONE, made[model]), made[model])
+            recipe = "sft_small" if model == "small" else "sft_7b"
+            run_ranks(1, make_tokenizers, cut(recipe, model, made[model], ONE, made[model]), made[model])
         return made[model]
 
     return folder_of
@@ -84,8 +115,6 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def make_tokenizers(config: RunConfig, folder: Path) -> None:
     """Random image tokenizer and a small text tokenizer: what a 7B recipe reads from `weights/`."""
-    import torch
-
     from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
     from realsr_hpc.tokenizer.text import train_text_tokenizer
     from realsr_hpc.vlcot.sequence import FIELDS
@@ -110,6 +139,8 @@ FOUR = ["parallel.tp=2", "cluster.tasks_per_node=4"]
         ("grpo_7b", "chameleon_7b_f8", ONE),
         ("grpo_7b_paper", "chameleon_7b", ONE),
         ("grpo_7b_paper", "chameleon_7b_f8", FOUR),
+        ("sft_small", "small", ONE),
+        ("grpo_small", "small", ONE),
     ],
 )
 def test_two_steps(recipe: str, model: str, layout: list[str], tokenizers: Any, tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def make_source(folder: Path, shape: list[str], shard_bytes: int) -> None:
 
     Random weights are drawn shard by shard. The image tokenizer and a small text vocabulary lie beside it.
     """
-    from realsr_hpc.export import hf_config
     from realsr_hpc.export.folder import write_weights
+
+    from realsr_hpc.export import hf_config
     from realsr_hpc.export.text_files import combined, write_text_files
     from realsr_hpc.model.chunks import WeightShapes
     from realsr_hpc.model.hf_mapping import hf_shapes

@@ -1,4 +1,4 @@
-"""The 7B on one to 128 nodes of eight H100, by the planner: layouts, growing batches, one batch on more GPUs."""
+"""By the planner: the 7B on one to 128 nodes of eight H100, and what runs on one or two GPUs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,29 @@ from realsr_hpc.plan.tables import comparison, markdown
 BASE = ["recipe=grpo_7b", "cluster=slurm_h100x8", "rollout.batch_size=64", "parallel.microbatch_tokens=8192"]
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 LAYOUTS = ((8, 1), (4, 2), (4, 1), (2, 2), (2, 1))
+TWO_OF_48_GB = "parallel=tp2 cluster.tasks_per_node=2 cluster.gpus_per_node=2 cluster.gpu_memory_gib=47".split()
+FEW = (
+    ["sft_small"],
+    ["grpo_small"],
+    ["sft_7b_lora"],
+    ["sft_7b_lora", *TWO_OF_48_GB],
+    ["grpo_7b_lora"],
+    ["grpo_7b_lora", *TWO_OF_48_GB],
+)
+"""Recipes with their overrides that one GPU, or two, are enough for."""
 TITLES = {
     "layouts": "32 prompts x 8 rollouts on one node: which layout",
     "growing": "TP 2, 8 prompts a data-parallel rank: nodes and batch grow together",
     "fixed": "TP 2, 512 prompts x 8 rollouts: more nodes, the same batch",
     "long": "The same layouts for the f = 8 variant (5,500 image tokens a trace)",
+    "few": "`sft_small`, `grpo_small`, then `sft_7b_lora` and `grpo_7b_lora` on one GPU and on two of 48 GB",
 }
 
 
 def recipes(table: str) -> list[RunConfig]:
     """The recipes of one table."""
+    if table == "few":
+        return [compose_one([f"recipe={recipe}", *words]) for recipe, *words in FEW]
     if table in ("layouts", "long"):
         longer = ["model=chameleon_7b_f8", "parallel.microbatch_tokens=10496", "rollout.batch_size=32"]
         extra = longer if table == "long" else []

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from realsr_hpc.config.schema import DataConfig, ImageTokenizerConfig, RunConfig, TokenizerTrainingConfig
 from realsr_hpc.data.shapes import dead_leaves
@@ -10,7 +11,7 @@ from realsr_hpc.tokenizer.image import load_image_tokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.train.tokenizer import TokenizerTraining, main
-from realsr_hpc.train.tokenizer_images import TokenizerImages
+from realsr_hpc.train.tokenizer_images import Photographs, TokenizerImages
 from realsr_hpc.train.tokenizer_measures import psnr_db
 
 IMAGE = ImageTokenizerConfig(codebook_size=64, latent_channels=32, decoder_base_channels=32)
@@ -33,7 +34,7 @@ def photographs() -> list[np.ndarray]:
 
 def images_of(config: RunConfig) -> TokenizerImages:
     """Their training images."""
-    pictures = [(255 * picture).astype(np.uint8) for picture in photographs()]
+    pictures = [Image.fromarray((255 * picture).astype(np.uint8)) for picture in photographs()]
     return TokenizerImages(pictures, config.tokenizer_training, config.seed)
 
 
@@ -53,13 +54,27 @@ def test_images_depend_on_seed_and_step_alone() -> None:
     """Two objects agree; steps differ; values stay in range."""
     config = recipe(10)
     first, second = images_of(config), images_of(config)
-    assert torch.equal(first.batch(7), second.batch(7))
+    threads = TokenizerImages(first.photographs, config.tokenizer_training, config.seed, num_threads=3)
+    assert torch.equal(first.batch(7), second.batch(7)) and torch.equal(first.batch(7), threads.batch(7))
     assert first.batch(3).abs().max() <= 1
     others = [first.batch(step) for step in range(8, 20)]
     assert not any(other.shape == first.batch(7).shape and torch.equal(other, first.batch(7)) for other in others)
     leaves = np.asarray(dead_leaves(np.random.default_rng(0), 64))
     assert leaves.shape == (64, 64, 3)
     assert leaves.std() > 10
+
+
+def test_photographs_are_decoded_when_needed_and_a_broken_one_is_passed_over(tmp_path, caplog) -> None:
+    """Named once, however often it is met; none that can be read is one error."""
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, picture in zip(paths[::2], photographs(), strict=True):
+        Image.fromarray((255 * picture).astype(np.uint8)).save(path)
+    paths[1].write_bytes(b"no image")
+    found = Photographs(paths)
+    assert np.array_equal(found[1], found[2]) and np.array_equal(found[1], Image.open(paths[2]))
+    assert [record.message.count("1.png") for record in caplog.records] == [1]
+    with pytest.raises(ValueError, match=r"none of 1 photographs can be read, first .*1\.png"):
+        Photographs(paths[1:2])[0]
 
 
 def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path) -> None:
