@@ -38,13 +38,14 @@ def refuse_what_is_missing(configs: list[RunConfig], promised: Collection[Path] 
     if absent:
         absent.append("realsr-hpc stage-weights recipe=NAME lists and checks what a recipe needs")
     else:
-        absent = sorted({fault for config in configs for fault in (*_manifest_faults(config), *_damage(config))})
+        faults = ((*_manifest_faults(config), *_damage(config, promised)) for config in configs)
+        absent = sorted({fault for found in faults for fault in found})
     if absent:
         raise ValueError("\n".join(absent))
 
 
 def _manifest_need(config: RunConfig) -> Need:
-    made = f"python tools/prepare_data.py source=DIR output={Path(config.data.manifest).parent}"
+    made = f"realsr-hpc prepare-data source=DIR output={Path(config.data.manifest).parent}"
     return Need("data.manifest", resolve(config.data.manifest), made)
 
 
@@ -81,7 +82,7 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
         yield f"data.mode: paired: {count} of {len(table)} photographs of {path} have no partner; take unpaired"
 
 
-def _damage(config: RunConfig) -> Iterator[str]:
+def _damage(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
     """Start weights and tokenizers that differ from a `SHA256SUMS` beside them; large files the job compares."""
     checks: dict[str, tuple[Callable[[Path, float], None], str]] = {
         "text_tokenizer.path": (check_listed, config.text_tokenizer.path)
@@ -91,6 +92,8 @@ def _damage(config: RunConfig) -> Iterator[str]:
         if config.model.weights:
             checks["model.weights"] = (check_sums, config.model.weights)
     for field, (check, named) in checks.items():
+        if any(resolve(named).is_relative_to(folder) for folder in promised):
+            continue  # an earlier stage writes it anew
         try:
             check(resolve(named), READ_AT_LAUNCH_BYTES)
         except (ValueError, OSError) as error:

@@ -25,6 +25,7 @@ from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.data.shapes import dead_leaves
 from realsr_hpc.data.signs import Ground, make_sign
+from realsr_hpc.files import printable
 from realsr_hpc.paths import resolve
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class Photographs(Sequence[Image.Image]):
             except (BrokenImage, OSError) as error:
                 if path not in self._unreadable:
                     self._unreadable.add(path)
-                    logger.warning("%s passed over (%d unreadable so far)", error, len(self._unreadable))
+                    count = len(self._unreadable)
+                    logger.warning("%s passed over: %s (%d unreadable so far)", printable(path), error, count)
         raise ValueError(f"data.manifest: none of {len(self.paths)} photographs can be read, first {self.paths[0]}")
 
 
