@@ -135,7 +135,8 @@ def needs_of(config: RunConfig) -> list[Need]:
         "image_tokenizer.weights": (config.image_tokenizer.weights, image),
         "model.weights": (config.model.weights, policy),
     }
-    needs = [Need(field, resolve(path), OWN.get(path, origin)) for field, (path, origin) in named.items() if path]
+    origins = {field: (path, OWN.get(path) or origin or "") for field, (path, origin) in named.items() if path}
+    needs = [Need(field, resolve(path), origin) for field, (path, origin) in origins.items()]
     if config.task == "grpo":
         needs += [need for name in config.rewards.terms for need in _of_reward(config, name)]
     return list(dict.fromkeys(needs))

@@ -59,7 +59,7 @@ def make_sign(rng: np.random.Generator, side: int, grounds: Sequence[Ground], he
     if plain:
         name, letters = _two_colours(rng)
         return Sign(_painted(rng, _flat(rng, name, side), mask, letters), sign_texts(word, letters, name, "plain"))
-    ground = grounds[rng.integers(len(grounds))]
+    ground = grounds[int(rng.integers(len(grounds)))]
     image = _window(rng, ground.photograph, side)
     letters = _readable_on(rng, image, mask)
     if letters is not None and rng.random() < 0.5:

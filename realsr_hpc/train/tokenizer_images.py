@@ -101,7 +101,7 @@ class TokenizerImages:
         elif kind < shapes + self.config.signs_share:
             image = make_sign(rng, side, self.grounds).image
         else:
-            image = _crop(rng, self.photographs[rng.integers(len(self.photographs))], side)
+            image = _crop(rng, self.photographs[int(rng.integers(len(self.photographs)))], side)
         if rng.random() < self.config.degraded_share:
             image = _degrade(rng, image)
         return _recolour(rng, np.rot90(np.asarray(image), int(rng.integers(4)))[:, :: rng.choice((-1, 1))])

@@ -42,10 +42,9 @@ def make_source(folder: Path, shape: list[str], shard_bytes: int) -> None:
 
     Random weights are drawn shard by shard. The image tokenizer and a small text vocabulary lie beside it.
     """
-    from realsr_hpc.export.folder import write_weights
-
     from realsr_hpc.export import hf_config
     from realsr_hpc.export.text_files import combined, write_text_files
+    from realsr_hpc.export.weight_files import write_weights
     from realsr_hpc.model.chunks import WeightShapes
     from realsr_hpc.model.hf_mapping import hf_shapes
     from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
@@ -142,7 +141,7 @@ def _transformers_model(source: Path) -> Any:
     config.num_key_value_heads = config.num_attention_heads  # its default is the 7B's
     config._attn_implementation = "eager"
     with torch.device("meta"):
-        model = ChameleonForConditionalGeneration(config).to(torch.bfloat16).eval()
+        model = ChameleonForConditionalGeneration(config).to(torch.bfloat16).eval()  # pyright: ignore[reportArgumentType]
     wanted = model.state_dict()
     tensors: dict[str, Tensor] = {}
     for path in sorted(source.glob("model*.safetensors")):
@@ -194,7 +193,7 @@ def make_run(run: Path, overriding: list[str]) -> None:
 
 def same_weights(first: Path, second: Path) -> bool:
     """Whether two folders hold the same tensors, bit for bit."""
-    from realsr_hpc.export.folder import weight_files
+    from realsr_hpc.export.weight_files import weight_files
 
     places = weight_files(first), weight_files(second)
     if places[0].keys() != places[1].keys():
