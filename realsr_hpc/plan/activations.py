@@ -89,10 +89,11 @@ def logit_bytes(config: RunConfig, *, gradient: bool) -> float:
 def _bytes_a_logit(config: RunConfig, *, gradient: bool) -> tuple[int, int]:
     """Of a chunk: all that is alive together (a logit, its mask, its exponential or gradient), and what is still there
     when the next chunk begins."""
-    alone, left = 8 if config.task == "sft" else 10, 2 + (2 if truncated(config) else 0) + (8 if guided(config) else 0)
+    alone, left = 6 + width(config), 2 + (2 if truncated(config) else 0) + (8 if guided(config) else 0)
     if gradient:
         alone += 16 if config.task == "grpo" and config.grpo.entropy_weight != 0.0 else 0
         alone += 4 if guided(config) else 0
+        alone += 2 if config.task == "sft" else 0  # for the z-loss
         left += 2 if width(config) == 2 else 0
     return alone, left
 

@@ -70,7 +70,7 @@ def test_model_survives_its_file(model, tmp_path):
     held = NIQEModel.load(tmp_path / "model.npz")
     assert (held.patch_px, held.stride_px) == (model.patch_px, model.stride_px)
     np.testing.assert_array_equal(held.covariance, model.covariance)
-    with pytest.raises(ValueError, match="fit_experts"):
+    with pytest.raises(ValueError, match="fit-experts"):
         NIQEModel.load(tmp_path / "none.npz")
 
 

@@ -36,7 +36,7 @@ def test_scores_do_not_depend_on_the_batch_and_survive_the_file(ranker, photogra
 
 
 def test_missing_weights_name_the_command(tmp_path):
-    with pytest.raises(ValueError, match="fit_experts"):
+    with pytest.raises(ValueError, match="fit-experts"):
         Ranker.load(tmp_path / "none.safetensors")
 
 

@@ -200,7 +200,7 @@ def test_a_damaged_database_is_named_with_its_remedy(tmp_path):
     config = recipe_of(run_dir)
     uri = f"sqlite:///{tmp_path / 'other.db'}"
     damaged = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
-    with pytest.raises(ValueError, match="other.db cannot be opened.*sync_tracking"):
+    with pytest.raises(ValueError, match="other.db cannot be opened.*sync-tracking"):
         prepare_run(damaged, run_dir)
 
 
