@@ -74,6 +74,7 @@ SFT = [
     "sft.heldout_traces=1",
     "sft.sample_every_steps=2",
     "optim.lr=0.00001",
+    "optim.min_lr=0.000001",
 ]
 
 
