@@ -142,8 +142,9 @@ def _anonymous(pid: int) -> int:
     """Shared memory counts: what a process hands to its children lies there. 0 for one that ended meanwhile."""
     folder = Path("/proc") / str(pid)
     try:
-        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        children = [int(child) for path in folder.glob("task/*/children") for child in path.read_text().split()]
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text(encoding="utf-8").splitlines())
+        listed = [path.read_text(encoding="utf-8") for path in folder.glob("task/*/children")]
+        children = [int(child) for line in listed for child in line.split()]
     except (OSError, ValueError):
         return 0
     own = sum(int(status.get(name, "0").split()[0]) for name in ("RssAnon", "RssShmem"))
