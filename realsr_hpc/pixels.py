@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportCallIssue=false
 """What blur, resize, noise, sharpening and JPEG do to the pixels of an image, on a CPU: OpenCV, SciPy, Pillow.
 
 The operators of Real-ESRGAN's degradation as PyTorch and BasicSR define them. The data room's graph calls them where
@@ -111,7 +110,7 @@ def noised(image: FloatImage, field: FloatImage, level: float, *, poisson: bool,
     """
     if not poisson:
         return cv2.scaleAdd(field, level, image)
-    value = np.clip(image @ np.float32(LUMA) if gray else image, 0.0, 255.0)
+    value = np.clip(image @ np.float32(LUMA) if gray else image, 0.0, 255.0)  # pyright: ignore[reportArgumentType]
     amplitude = np.sqrt(value * np.float32(255.0 / photons(float(value.min()), float(value.max()))))
     return cv2.scaleAdd((amplitude[..., None] if gray else amplitude) * field, level, image)
 
@@ -137,7 +136,7 @@ def usm_line() -> Float32[np.ndarray, "51"]:
 def to_bytes(image: FloatImage) -> UInt8[np.ndarray, "h w 3"]:
     """Clamped, rounded to the nearest, halves to even."""
     # One pass that saturates, where NumPy needs three.
-    return cv2.add(image, 0.0, dtype=cv2.CV_8U)
+    return cv2.add(image, 0.0, dtype=cv2.CV_8U)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def degraded(image: UInt8[np.ndarray, "H H 3"], operators: Operators) -> Float32[np.ndarray, "h h 3"]:

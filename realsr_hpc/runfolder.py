@@ -153,6 +153,11 @@ def verdicts(run_dir: Path) -> Path:
     return logs(run_dir) / "verdicts"
 
 
+def exclude_lock(run_dir: Path) -> Path:
+    """Held while a node adds the unfit ones to the job's list of excluded nodes."""
+    return logs(run_dir) / "exclude.lock"
+
+
 def skipped(run_dir: Path) -> Path:
     """Batches of updates that were skipped."""
     return run_dir / "skipped"

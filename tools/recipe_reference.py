@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """Write docs/recipes.md from the schema: python tools/recipe_reference.py; check=true only says if it is current."""
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def reference() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             parts.append(
-                f"\n## `{name}`\n\n{' '.join([_first_line(kind), *_read_by(kind)])}\n\n{_table(kind, f'{name}.')}"
+                f"\n## `{name}`\n\n{' '.join([_first_line(kind), *_read_by(kind)])}\n\n{_table(kind, f'{name}.')}"  # pyright: ignore[reportArgumentType]
             )
     parts.append(f"\n## `rewards.terms.NAME`\n\n{_first_line(learning.RewardTerm)}\n\n{_table(learning.RewardTerm)}")
     for kind, options in reward_options.OPTIONS.items():
@@ -107,7 +106,7 @@ def _docstrings(section: type[BaseModel]) -> dict[str, str]:
     for field, below in zip(body, body[1:], strict=False):
         is_note = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_note:
-            notes[field.target.id] = " ".join(str(below.value.value).split())
+            notes[field.target.id] = " ".join(str(below.value.value).split())  # pyright: ignore[reportAttributeAccessIssue]
     return notes
 
 

@@ -1,4 +1,3 @@
-# pyright: reportOptionalMemberAccess=false
 """What a checkpoint holds, and loading it: Megatron's sharded state, each rank's random states, the run's own state.
 
 All ranks call `load` together. A checkpoint loads onto any tensor, pipeline and data-parallel layout; random states

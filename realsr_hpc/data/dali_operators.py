@@ -1,4 +1,3 @@
-# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
 """The operators of the degradation graph, twice: as DALI has them, for a GPU, and as calls of `realsr_hpc.pixels`.
 
 Both offer the same methods and read the same arrays (`graph_inputs.py`); a blur comes as (way, kernel, column), a
@@ -184,14 +183,14 @@ class DALIOperators:
         line = pixels.usm_line()
         row, column = (types.Constant(axis, device=self._device) for axis in (line[None, :], line[:, None]))
         x = _to_float(x)
-        residual = x - _correlate(_correlate(x, row), column)
-        mask = fn.cast(dmath.abs(residual) > pixels.USM_THRESHOLD, dtype=types.FLOAT)
+        residual = x - _correlate(_correlate(x, row), column)  # pyright: ignore[reportOperatorIssue]
+        mask = fn.cast(dmath.abs(residual) > pixels.USM_THRESHOLD, dtype=types.FLOAT)  # pyright: ignore[reportAttributeAccessIssue]
         soft = _correlate(_correlate(fn.reshape(mask, layout="HWC"), row), column)
         return fn.reshape(x + soft * (_clamp(x + pixels.USM_AMOUNT * residual) - x), layout="HWC")
 
     def to_bytes(self, x):
         """Clamped and rounded: DALI's cast does both."""
-        return fn.reshape(fn.cast(x, dtype=types.UINT8), layout="HWC")
+        return fn.reshape(fn.cast(x, dtype=types.UINT8), layout="HWC")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _correlate(x, kernel):
@@ -200,7 +199,7 @@ def _correlate(x, kernel):
 
 def _gather_rows(x, index, weights, source, target, width):
     """[source, width, 3] -> [target, width, 3]: weighted sums of `count` source rows each."""
-    count = index.shape(dtype=types.INT32)[0]
+    count = index.shape(dtype=types.INT32)[0]  # pyright: ignore[reportAttributeAccessIssue]
     x = fn.reshape(x, shape=fn.stack(source, width * 3), layout="FC")
     x = fn.sequence_rearrange(x, new_order=fn.reshape(index, shape=[-1]))
     x = fn.reshape(x, shape=fn.stack(count, target, width * 3), layout="TFC") * weights
@@ -211,7 +210,7 @@ def _photons(value):
     """As `pixels.photons`, of the image."""
     highest = fn.reductions.max(value, axes=[0, 1, 2])
     lowest = fn.reductions.min(value, axes=[0, 1, 2])
-    span = dmath.floor(highest + 0.5) - dmath.floor(lowest + 0.5)
+    span = dmath.floor(highest + 0.5) - dmath.floor(lowest + 0.5)  # pyright: ignore[reportOperatorIssue]
     return dmath.fpow(2.0, dmath.ceil(dmath.log2(span + 1.0)))
 
 
@@ -220,4 +219,4 @@ def _clamp(x):
 
 
 def _to_float(x):
-    return fn.cast(x, dtype=types.FLOAT)
+    return fn.cast(x, dtype=types.FLOAT)  # pyright: ignore[reportAttributeAccessIssue]

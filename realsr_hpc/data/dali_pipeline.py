@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 """What the drawn numbers do to pixels: one DALI graph for crop -> truth -> degraded image.
 
 Nothing is drawn here: kernels, noise and parameters come in with each sample, so a sample's bytes do not depend on
@@ -21,7 +20,7 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 from jaxtyping import UInt8
-from nvidia.dali import pipeline_def
+from nvidia.dali import pipeline_def  # pyright: ignore[reportPrivateImportUsage]
 
 from realsr_hpc.data.dali_operators import DALIOperators, HostOperators
 from realsr_hpc.data.graph_inputs import DegradationInput, graph_inputs
@@ -85,12 +84,12 @@ def _remove_generated_sources() -> None:
             Path(str(module.__file__)).unlink(missing_ok=True)
 
 
-@pipeline_def(enable_conditionals=True)
+@pipeline_def(enable_conditionals=True)  # pyright: ignore[reportArgumentType]
 def _graph(operators, gt_size_px, usm_sharpen_gt):
     """Crop -> resize to the truth's size (antialiased) -> USM -> two stages -> the end; 8 bits out."""
     crop = operators.array("crop", "HWC")
     if operators.numbers("sides")[0] > 0:
-        gt = fn.resize(crop, size=[gt_size_px, gt_size_px], interp_type=types.INTERP_CUBIC, antialias=True)
+        gt = fn.resize(crop, size=[gt_size_px, gt_size_px], interp_type=types.INTERP_CUBIC, antialias=True)  # pyright: ignore[reportAttributeAccessIssue]
     else:
         gt = crop
     x = gt

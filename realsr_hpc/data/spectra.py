@@ -1,4 +1,3 @@
-# pyright: reportAttributeAccessIssue=false
 """What the operators of the degradation do to frequencies: blurs, resizes, JPEG. NumPy on arrays of a few numbers.
 
 A spectrum [8, 8] holds a quarter of a grid's band, at the middles of eight equal parts of 0..pi radians a pixel down
@@ -40,7 +39,7 @@ def kernel_power(kernel: Float32[np.ndarray, "n n"]) -> Float64[np.ndarray, "8 8
 
 def _gains(kernel: np.ndarray, waves: np.ndarray) -> np.ndarray:
     half = waves @ kernel
-    return np.stack([(half @ waves.T).real, (half @ waves.conj().T).real])
+    return np.stack([(half @ waves.T).real, (half @ waves.conj().T).real])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _waves(frequency: np.ndarray, size: int) -> np.ndarray:

@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false
 """Where a photograph's bytes lie: a file, or a member of an uncompressed tar (WebDataset), read in place.
 
 A member is written as a path, `shard-0000.tar#name.jpg@offset+size`, so manifests and loaders treat both alike and any
@@ -88,4 +87,4 @@ def stamp(path: Path) -> str:
 def photograph_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a photograph's bytes, which may be a member of a tar."""
     with open_bytes(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]

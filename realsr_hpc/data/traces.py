@@ -194,8 +194,8 @@ def _identity_of(path: Path) -> dict[str, Any]:
             if {"tokens", "starts", "prompts"} <= set(file.keys()) and "seed" in found:
                 return found
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and make it with tools/freeze_traces.py") from None
-    raise ValueError(f"{path} is no file of tools/freeze_traces.py; name a folder of traces alone")
+        raise ValueError(f"{path} is damaged ({error}); remove it, and make it with realsr-hpc freeze-traces") from None
+    raise ValueError(f"{path} is no file of realsr-hpc freeze-traces; name a folder of traces alone")
 
 
 def _require_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportOptionalSubscript=false
 """A Hugging Face export <-> a `.nemo` archive, through nemo-toolkit's own SaveRestoreConnector (the extra `nemo`).
 
 The archive holds the recipe as NeMo's model_config.yaml, all small files of the export as NeMo artifacts, and the
@@ -94,6 +93,8 @@ def refuse_foreign_files(archive: Path) -> None:
                 raise ValueError(f"its member {odd[0]!r} is a link, or lies outside")
             stream = tar.extractfile(members[CONFIG])
             config = yaml.safe_load(stream.read()) if stream else None
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds no fields")
         unknown = sorted(set(config) - _CONFIG_KEYS)
         if unknown:
             raise ValueError(f"{CONFIG} has {unknown[0]!r}, which no archive of ours has")

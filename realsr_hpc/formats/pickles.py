@@ -1,4 +1,3 @@
-# pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 """`.pth`, `.pt`, `.ckpt` and `.bin` are pickles: read as data, with a list of named classes, or refused by name.
 
 torch's `weights_only` unpickler rebuilds tensors and plain containers and executes nothing else. Left out: any way to
@@ -21,11 +20,11 @@ ALLOWED: tuple[Any, ...] = (
     argparse.Namespace,  # options of LlamaGen's trainer
     np.dtype,
     *_DTYPES,
-    np._core.multiarray.scalar,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # its name before NumPy 2
+    np._core.multiarray.scalar,  # pyright: ignore[reportAttributeAccessIssue]
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # its name before NumPy 2  # pyright: ignore[reportAttributeAccessIssue]
 )
 """What a file of weights may hold beside tensors and plain containers."""
-_REFUSED = torch.serialization.pickle.UnpicklingError
+_REFUSED = torch.serialization.pickle.UnpicklingError  # pyright: ignore[reportPrivateImportUsage]
 _NAMED = re.compile(r"(?:GLOBAL|Global|global|class)\W+([\w.]+)")
 
 

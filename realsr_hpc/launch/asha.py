@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, compose_each, output_root, override
 from realsr_hpc.config.metrics import num_steps
 from realsr_hpc.config.schema import RunConfig
@@ -162,7 +163,7 @@ class Halving:
             number = move.trial or 0
             config, step = self.configs[number], self.space.rungs[move.rung]
             folder = run_folder(config)
-            if (folder / "recipe.yaml").exists():  # with the layout that it was resumed on last, say
+            if runfolder.recipe(folder).exists():  # with the layout that it was resumed on last, say
                 config = recipe_of(folder)
             stop = "null" if step == num_steps(config) else str(step)
             folders.append((override(config, [f"checkpoint.stop_at_step={stop}"]), folder))

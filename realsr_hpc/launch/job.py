@@ -40,6 +40,7 @@ from realsr_hpc.launch.verdict import (
     CRASHED,
     DONE,
     FAILED,
+    HEALTH_S,
     HUNG,
     REFUSED,
     REQUEUED,
@@ -50,7 +51,6 @@ from realsr_hpc.launch.verdict import (
     count_requeue,
     requeue_was_asked,
     tell_fit,
-    tell_unfit,
     wait_for_requeue,
 )
 from realsr_hpc.locks import LockRefused, hold
@@ -132,7 +132,8 @@ def _run_attempts(config: RunConfig, run_dir: Path, placement: Placement, stop: 
 def _attempt(config: RunConfig, run_dir: Path, placement: Placement, stop: StopFlag) -> Verdict:
     if faults := node_faults(config, run_dir):
         message = f"node {os.uname().nodename}: {'; '.join(faults)}"
-        return tell_unfit(run_dir, placement, Verdict(placement.node_rank, UNHEALTHY, message, unfit=(this_node(),)))
+        unfit = Verdict(placement.node_rank, UNHEALTHY, message, unfit=(this_node(),))
+        return agree(run_dir, placement, unfit, wait_s=HEALTH_S)
     tell_fit(run_dir, placement)
     if placement.node_rank == 0 and (message := placement.port_fault()):
         return agree(run_dir, placement, Verdict(0, CRASHED, message), wait_s=0.0)
@@ -258,7 +259,7 @@ def _send_back(run_dir: Path, placement: Placement, verdict: Verdict) -> None:
     _set_state(run_dir, "requeued", code, message)
     if requeue(placement.job_id):
         if verdict.unfit:
-            exclude(placement.job_id, verdict.unfit, run_dir / "logs" / "exclude.lock")
+            exclude(placement.job_id, verdict.unfit, runfolder.exclude_lock(run_dir))
     else:
         state = "stopped" if code == STOPPED else "failed"
         _set_state(run_dir, state, code, f"{message} requeueing failed: launch it again to go on".strip())

@@ -1,4 +1,3 @@
-# pyright: reportAttributeAccessIssue=false
 """What a submission is refused for: a job would find it out hours later."""
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def unchecked_manifests(configs: list[RunConfig]) -> list[str]:
     paths = dict.fromkeys(resolve(config.data.manifest) for config in configs)
     return [
         f"data.manifest: {path} has no {checksum_of(path).name} beside it: damage to it would go unseen; "
-        "tools/prepare_data.py writes one"
+        "realsr-hpc prepare-data writes one"
         for path in paths
         if path.is_file() and not checksum_of(path).is_file()
     ]

@@ -37,6 +37,7 @@ from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import code_root, project_root
 
+STAGE_FILE = "stage.json"
 WROTE = {"evaluate": "metrics.csv", "export_hf": "config.json"}
 """What lies in a command's output when it has written all of it."""
 WORKED = {"evaluate": (0, 1), "export_hf": (0,)}
@@ -58,7 +59,7 @@ def prepare_stage(node: Node) -> None:
     make_private(node.folder.parent)
     make_private(node.folder)
     words = {"command": node.command, "arguments": list(node.arguments)}
-    write_atomically(node.folder / "stage.json", json.dumps(words, indent=1))
+    write_atomically(node.folder / STAGE_FILE, json.dumps(words, indent=1))
 
 
 def submit_stage(node: Node, after: Sequence[str]) -> str:
@@ -93,7 +94,7 @@ def run_stage(folder: Path) -> int:
 
     LockRefused, a ValueError, where another process runs it.
     """
-    words = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    words = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
     command, output = words["command"], folder / "output"
     with hold(runfolder.lock(folder), command):
         write_status(folder, "running")

@@ -65,9 +65,9 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
     if mine.code in (DONE, STOPPED):  # the ranks left together, by a collective decision
         return mine
     deadline = time.time() + wait_s
-    while len(verdicts := _spoken(folder)) < placement.num_nodes and time.time() < deadline:
+    while len(_heard(folder, mine)) < placement.num_nodes and time.time() < deadline:
         time.sleep(_POLL_S)
-    verdicts = verdicts or [mine]
+    verdicts = _spoken(folder) or [mine]
     complete = len(verdicts) == placement.num_nodes and not {DONE, STOPPED} & {verdict.code for verdict in verdicts}
     if len(verdicts) < placement.num_nodes:
         present = min(verdict.node for verdict in verdicts)
@@ -81,25 +81,20 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
     return replace(cause, all_present=complete, unfit=unfit)
 
 
-def tell_unfit(run_dir: Path, placement: Placement, mine: Verdict) -> Verdict:
-    """The verdict of a node that is unfit, together with all others that are: each node looks at itself meanwhile."""
-    if placement.num_nodes == 1:
-        return agree(run_dir, placement, mine)
-    folder, deadline = _folder(run_dir, placement), time.time() + HEALTH_S
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / f"node-{mine.node}.json", json.dumps(asdict(mine)))
-    while time.time() < deadline and len(_spoken(folder)) + len([*folder.glob("fit-*")]) < placement.num_nodes:
-        time.sleep(_POLL_S)
-    return agree(run_dir, placement, mine, wait_s=0.0)
-
-
 def tell_fit(run_dir: Path, placement: Placement) -> None:
     """This node has looked at itself and starts its ranks."""
     if placement.num_nodes > 1:
         with suppress(OSError):
             _folder(run_dir, placement).mkdir(parents=True, exist_ok=True)
             (_folder(run_dir, placement) / f"fit-{placement.node_rank}").touch()
+
+
+def _heard(folder: Path, mine: Verdict) -> set[int]:
+    """Nodes that need not be waited for: those that spoke; for an unfit node also those that found themselves fit."""
+    nodes = {verdict.node for verdict in _spoken(folder)}
+    if mine.code == UNHEALTHY:
+        nodes |= {int(path.name.removeprefix("fit-")) for path in folder.glob("fit-*")}
+    return nodes
 
 
 def _spoken(folder: Path) -> list[Verdict]:

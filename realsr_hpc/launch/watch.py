@@ -23,6 +23,7 @@ from realsr_hpc.launch.board import Board, Line, table, title
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.manage import cancel, resume
 from realsr_hpc.launch.rundir import read_job
+from realsr_hpc.launch.stage import STAGE_FILE
 
 REFRESH_S = 3.0
 LEAVE_S = 10.0
@@ -100,7 +101,7 @@ class _Screen:
                 thread = threading.Thread(target=self._cancel, args=(folder,), daemon=True)
                 thread.start()
                 self.cancelling.append(thread)
-            elif (folder / "stage.json").exists():
+            elif (folder / STAGE_FILE).exists():
                 self.word = f"{folder.name}: a command of a chain; launch the chain again, its output is in log.txt"
             elif key == "r":
                 self.word = f"{folder.name}: being resumed"

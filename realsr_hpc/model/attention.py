@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false
 """Who looks at whom: causal rows, packed segments, and rows of one prompt with several responses.
 
 Attention is torch's scaled_dot_product_attention everywhere: flash kernels on both CPU and CUDA, no dropout.
@@ -87,7 +86,7 @@ class BranchedRows:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         # copies: kept for the backward pass, views would keep whole rows
         begin = (x[:, :, :prompt].contiguous() for x in (q, k, v))
-        of_prompt = F.scaled_dot_product_attention(*begin, is_causal=True, enable_gqa=grouped)
+        of_prompt = F.scaled_dot_product_attention(*begin, is_causal=True, enable_gqa=grouped)  # pyright: ignore[reportArgumentType]
         keys, values = self._with_prompt(k), self._with_prompt(v)
         mask = causal_lower_right(self.branches.response, keys.shape[2])
         out = F.scaled_dot_product_attention(self._responses(q), keys, values, attn_mask=mask, enable_gqa=grouped)

@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportReturnType=false
 """The policy: this process's chunks of one model, and what the rooms need to know of it.
 
 Its last stage returns the hidden states after the final norm, not logits: log-probabilities are computed from
@@ -86,11 +85,11 @@ class PolicyChunk(GPTModel):
         back into the hidden states may be one tensor rank's share (from its vocabulary shard): it is summed over tp
         here.
         """
-        hidden, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=None)
+        hidden, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=None)  # pyright: ignore[reportArgumentType]
         mask, rows = None, None
         if branches is not None:
             rows = BranchedRows(branches, image_blocks)
-            rotary = rotary[rows.positions(tokens.shape[1], rotary.device)]
+            rotary = rotary[rows.positions(tokens.shape[1], rotary.device)]  # pyright: ignore[reportOptionalMemberAccess, reportOptionalSubscript]
         elif segment_ids is not None:
             mask = segment_mask(segment_ids)
         hidden = self.decoder(hidden_states=hidden, attention_mask=mask, attention_bias=rows, rotary_pos_emb=rotary)
@@ -130,7 +129,7 @@ class Policy:
         """Output rows of this tensor rank, [padded_vocab / tp, H]; only on the last stage."""
         if not self.groups.is_last_stage:
             raise ValueError(f"output_weight is on the last pipeline stage; this is stage {self.groups.pp_rank}")
-        return self.chunks[-1].output_layer.weight
+        return self.chunks[-1].output_layer.weight  # pyright: ignore[reportReturnType]
 
     def stage_of(self, layer: int) -> int:
         """Pipeline stage that holds a layer, counted from 0 over the whole model."""

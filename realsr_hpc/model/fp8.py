@@ -1,4 +1,3 @@
-# pyright: reportPrivateImportUsage=false
 """FP8 products of the layers: switching them off and on, their numerics where there is no FP8 hardware, and rollouts.
 
 Transformer Engine's layers need a GPU. The emulated ones are Megatron's own with rounded operands: input and weight
@@ -173,7 +172,7 @@ class Fp8Weight:
     def product(self, x: Tensor) -> Tensor:
         """x [n, in] -> [n, out] in x's format; x is rounded by rows as well. Sizes are multiples of 16."""
         values, scales = _by_rows(x)
-        return torch._scaled_mm(
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             values, self.values.t(), scale_a=scales, scale_b=self.scales.t().contiguous(), out_dtype=x.dtype
         )
 

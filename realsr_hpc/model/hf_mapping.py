@@ -1,4 +1,3 @@
-# pyright: reportOperatorIssue=false, reportReturnType=false
 """One table between Hugging Face's Chameleon and Megatron: names, shapes and cuts, both ways.
 
 Each row names one local parameter, the Hugging Face tensors it is made of, and how it is cut over tp. Reading goes
@@ -148,7 +147,7 @@ def _local_rows(policy: Policy) -> Iterator[tuple[Row, int, Tensor]]:
             yield EMBEDDING, 0, parameters[EMBEDDING.local]
         for index, layer in enumerate(chunk.decoder.layers):
             for row in LAYER:
-                yield row, layer.layer_number - 1, parameters[row.local.format(i=index)]
+                yield row, layer.layer_number - 1, parameters[row.local.format(i=index)]  # pyright: ignore[reportOperatorIssue, reportReturnType]
         if chunk.post_process:
             yield from ((row, 0, parameters[row.local]) for row in FINAL)
 

@@ -1,4 +1,3 @@
-# pyright: reportOperatorIssue=false, reportReturnType=false
 """Low-rank adapters on the policy's linear layers, cut over the layout as those are.
 
 LoRA (Hu et al., arXiv 2106.09685): y = W x + (alpha / rank) B A x with W frozen, A [rank, in] random, B [out, rank]
@@ -229,7 +228,7 @@ def adapted(policy: Policy) -> Iterator[tuple[int, Any, Adapters]]:
             for site in SITES:
                 linear: Any = layer.get_submodule(site.linear)
                 if (found := adapters_of(linear)) is not None:
-                    yield layer.layer_number - 1, linear, found
+                    yield layer.layer_number - 1, linear, found  # pyright: ignore[reportOperatorIssue, reportReturnType]
 
 
 def is_adapter(key: str) -> bool:

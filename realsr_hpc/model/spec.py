@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """Chameleon as a Megatron layer spec: RMSNorm, rotary embeddings, SwiGLU, and a LayerNorm with bias per head on q, k.
 
 The same module names stand in every variant (input_layernorm, self_attention.linear_qkv, ...), with Transformer
@@ -95,7 +94,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         device = "cpu" if config.use_cpu_initialization else "cuda"
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _parameter_device(device: str) -> torch.device:
@@ -157,7 +156,7 @@ def block_spec(
     elif transformer_engine:
         modules = _transformer_engine_modules()
     layer = _layer_spec(*modules)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules[0])
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules[0])  # pyright: ignore[reportArgumentType]
 
 
 def _torch_modules() -> tuple[Any, Any, Any]:
@@ -175,7 +174,7 @@ def _layer_spec(norm: Any, column: Any, row: Any) -> ModuleSpec:
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column, core_attention=SdpaAttention, linear_proj=row, q_layernorm=QNorm, k_layernorm=KNorm
+            linear_qkv=column, core_attention=SdpaAttention, linear_proj=row, q_layernorm=QNorm, k_layernorm=KNorm  # pyright: ignore[reportArgumentType]
         ),
     )
     return ModuleSpec(
@@ -183,9 +182,9 @@ def _layer_spec(norm: Any, column: Any, row: Any) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # pyright: ignore[reportArgumentType]
         ),
     )

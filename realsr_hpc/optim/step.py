@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false
 """One optimizer update: data-parallel wrapping, forward and backward, clipping, AdamW.
 
 Gradients are sums over microbatches and data-parallel ranks of what the loss function returned; nothing averages
@@ -63,7 +62,7 @@ class Optimiser:
                 DistributedDataParallel(policy.config, self._ddp_config(), chunk, disable_bucketing=index > 0)
                 for index, chunk in enumerate(policy.chunks)
             ]
-            self.vendor: Any = get_megatron_optimizer(self._optimizer_config(), self.chunks, _NO_DECAY)
+            self.vendor: Any = get_megatron_optimizer(self._optimizer_config(), self.chunks, _NO_DECAY)  # pyright: ignore[reportArgumentType]
 
     @property
     def groups(self) -> Groups:

@@ -136,8 +136,12 @@ def name_of(where: torch.device) -> str:
 
 
 def workers(where: torch.device) -> int:
-    """Independent pieces of work that are best done side by side, one thread each: a CPU's cores; a GPU takes one."""
-    return max(1, len(os.sched_getaffinity(0))) if where.type == "cpu" else 1
+    """Independent pieces of work that are best done side by side, one thread each: a GPU takes one.
+
+    Of a CPU's cores each of the processes that a launcher started on this machine takes its share.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // local) if where.type == "cpu" else 1
 
 
 def rows_at_once(where: torch.device) -> int:

@@ -1,4 +1,3 @@
-# pyright: reportPrivateImportUsage=false
 """The process's place in the world: groups, sizes and ranks. Made once, then passed, never fetched."""
 
 from __future__ import annotations

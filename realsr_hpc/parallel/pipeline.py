@@ -1,4 +1,3 @@
-# pyright: reportAttributeAccessIssue=false
 """Forward and backward over the pipeline stages, by Megatron's schedules.
 
 Losses are summed: over microbatches, and (by the optimizer's reduction) over data-parallel ranks. The caller's loss
@@ -100,7 +99,7 @@ def _forward_step(loss_fn: LossFunction) -> Callable[..., Any]:
         output = chunk(microbatch.tokens, microbatch.segment_ids, microbatch.branches, microbatch.image_blocks)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Outputs]:
-            value, outputs = loss_fn(hidden, unwrap_model(chunk).output_layer.weight, microbatch)
+            value, outputs = loss_fn(hidden, unwrap_model(chunk).output_layer.weight, microbatch)  # pyright: ignore[reportAttributeAccessIssue]
             # three values and calculate_per_token_loss: the schedule leaves the loss as it is
             return value, one_token.to(value.device), outputs
 

@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportCallIssue=false
 """Captions and tags by a model: any transformers image-to-text or image-classification model from a local folder.
 
 A caption is asked for three times, of the photograph at a quarter, half and the whole of `FULL_PX`: what is seen in the

@@ -27,8 +27,6 @@ class Reward(ABC):
 
     range: tuple[float, float] = (0.0, 1.0)
     needs_image: bool = False
-    asks_others: bool = False
-    """Scores come from other processes: all candidates of a rank are asked for at once."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027  (most rewards have none)
         """Move the reward's networks, where it has any."""

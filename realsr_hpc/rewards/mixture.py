@@ -82,16 +82,16 @@ class RewardMixture:
         return self.groups(scores, [len(members) for members in groups])
 
     def score_batches(self, batches: Sequence[Sequence[Candidate]]) -> TermScores:
-        """Scores of all candidates, batch after batch; a term that asks others passes all of them at once."""
-        together = [[item for batch in batches for item in batch]]
+        """Scores of all candidates, batch after batch."""
+        candidates = [item for batch in batches for item in batch]
         breakdown, failures = {}, {}
         for name, reward in self.rewards.items():
             with self._at_work(reward):
-                scored = [reward.score_counted(part) for part in (together if reward.asks_others else batches)]
+                scored = [reward.score_counted(batch) for batch in batches]
             breakdown[name] = np.concatenate([np.zeros(0), *(scores for scores, _ in scored)])
             failures[name] = np.concatenate([np.zeros(0, dtype=bool), *(broken for _, broken in scored)])
             if reward.needs_image and self.config.gate_malformed:
-                malformed = np.array([not item.trace.well_formed for item in together[0]], dtype=bool)
+                malformed = np.array([not item.trace.well_formed for item in candidates], dtype=bool)
                 breakdown[name] = np.where(malformed, reward.range[0], breakdown[name])
         return TermScores(breakdown, failures)
 
@@ -102,10 +102,14 @@ class RewardMixture:
 
     @contextmanager
     def _at_work(self, reward: Reward) -> Iterator[None]:
-        if self.config.offload:
-            reward.to(self.device)
-        yield
-        if self.config.offload:
+        """Scope in which a term's networks are on their device, if they rest in host memory."""
+        if not self.config.offload:
+            yield
+            return
+        reward.to(self.device)
+        try:
+            yield
+        finally:
             reward.to(torch.device("cpu"))
 
     def _group(self, scores: TermScores) -> GroupRewards:

@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 """Guesses about the tokens to come, and which of them turn out right: exact look-ahead.
 
 A token is a function of its prefix and of its own noise (behaviour/draws.py). So W tokens can be fed at once: the last
@@ -59,19 +58,19 @@ class Ahead:
 
     def alive(self, rows: Sequence[int]) -> np.ndarray:
         """bool [n]: which of these rows have tokens to come."""
-        rows = np.asarray(rows)
+        rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         return (self.state[rows] != END) & (self.count[rows] < self.limit)
 
     def window(self, rows: Sequence[int], width: int) -> Window:
         """What to feed these rows next; the first pass (nothing sampled yet) feeds nothing: its `fed` is padding."""
-        rows = np.asarray(rows)
+        rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         count, state = self.count[rows], self.state[rows]
         fed, states, starts = (np.empty((len(rows), width), dtype=np.int64) for _ in range(3))
         fed[:, 0] = self.tokens[rows, count - 1]
         start = self._start[rows]
         for step in range(width):
             if step:
-                fed[:, step] = self._guess(rows, count + step - 1, state)
+                fed[:, step] = self._guess(rows, count + step - 1, state)  # pyright: ignore[reportArgumentType]
                 state = self.grammar.automaton.after(state, fed[:, step])
             # A token that does not continue an image block starts the unconditional stream anew.
             start = np.where(self._continues[fed[:, step]], start, count + step - 1)
@@ -80,7 +79,7 @@ class Ahead:
 
     def accept(self, rows: Sequence[int], window: Window, drawn: np.ndarray) -> np.ndarray:
         """Keep the draws [n, W] whose prefix was right; bool [n, W] tells which. The others become guesses."""
-        rows = np.asarray(rows)
+        rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         width = drawn.shape[1]
         count = self.count[rows]
         offsets = np.arange(width)
@@ -88,11 +87,11 @@ class Ahead:
         final[:, 1:] = np.logical_and.accumulate(window.fed[:, 1:] == drawn[:, :-1], axis=1)
         final &= (window.states != END) & (count[:, None] + offsets < self.limit)
         number = final.sum(1)
-        self.tokens[rows[:, None], count[:, None] + offsets] = drawn
+        self.tokens[rows[:, None], count[:, None] + offsets] = drawn  # pyright: ignore[reportArgumentType, reportCallIssue]
         some = np.flatnonzero(number)
         last = number[some] - 1
-        self.state[rows[some]] = self.grammar.automaton.after(window.states[some, last], drawn[some, last])
-        self._start[rows[some]] = window.starts[some, last]
+        self.state[rows[some]] = self.grammar.automaton.after(window.states[some, last], drawn[some, last])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        self._start[rows[some]] = window.starts[some, last]  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._guessed[rows] = count + width
         self.count[rows] = count + number
         return final

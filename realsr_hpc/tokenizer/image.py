@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """Image tokenizer: a Chameleon-shaped VQ encoder and the decoder that transformers leaves out.
 
 Encoder and quantiser carry exactly the keys and shapes of transformers' `ChameleonVQVAE`; the decoder is

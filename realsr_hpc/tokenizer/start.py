@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 """Start weights of a small tokenizer whose encoder has no residual blocks: principal components of patches.
 
 Without residual blocks the encoder's downsampling is linear. It gathers each patch exactly and projects it onto its
@@ -36,17 +35,17 @@ def start_encoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
             f"and at least {GROUPS}"
         )
     _calm(tokenizer)
-    layers = [tokenizer.encoder.conv_in] + [level.downsample.conv for level in tokenizer.encoder.down[:-1]]
+    layers = [tokenizer.encoder.conv_in] + [level.downsample.conv for level in tokenizer.encoder.down[:-1]]  # pyright: ignore[reportAttributeAccessIssue]
     for layer in layers:
-        layer.weight.zero_()
-    layers[0].weight[range(3), range(3), 1, 1] = 1.0
+        layer.weight.zero_()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    layers[0].weight[range(3), range(3), 1, 1] = 1.0  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     width = 3
     for layer in layers[1:-1]:
         for out, (row, column, channel) in enumerate(places(width)):
-            layer.weight[out, channel, row, column] = 1.0
+            layer.weight[out, channel, row, column] = 1.0  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
         width *= 4
     tokenizer.encoder.recognise_gathering()
-    deviations = _project(tokenizer, layers[-1], width, images)
+    deviations = _project(tokenizer, layers[-1], width, images)  # pyright: ignore[reportArgumentType]
     _keep_strongest(tokenizer, deviations)
 
 
@@ -68,7 +67,7 @@ def start_decoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
     tokenizer.post_quant_conv.weight[range(width), range(width), 0, 0] = 1.0
     decoder.patch_out.weight.zero_()
     decoder.patch_out.weight[:, :width] = solution[:-1].T.unflatten(1, (width, 3, 3))
-    decoder.patch_out.bias.copy_(solution[-1])
+    decoder.patch_out.bias.copy_(solution[-1])  # pyright: ignore[reportOptionalMemberAccess]
     decoder.conv_out.weight.zero_()
 
 
@@ -83,9 +82,9 @@ def _project(
         scaled = vectors[:, component] / deviations[component]
         for value, (row, column, channel) in zip(scaled, places(width), strict=True):
             layer.weight[GROUP * component, channel, row, column] = value
-        layer.bias[GROUP * component] = -(mean @ scaled)
-    layer.weight[1::GROUP], layer.bias[1::GROUP] = -layer.weight[::GROUP], -layer.bias[::GROUP]
-    layer.bias[2::GROUP], layer.bias[3::GROUP] = CONSTANT, -CONSTANT
+        layer.bias[GROUP * component] = -(mean @ scaled)  # pyright: ignore[reportOptionalSubscript]
+    layer.weight[1::GROUP], layer.bias[1::GROUP] = -layer.weight[::GROUP], -layer.bias[::GROUP]  # pyright: ignore[reportOptionalSubscript]
+    layer.bias[2::GROUP], layer.bias[3::GROUP] = CONSTANT, -CONSTANT  # pyright: ignore[reportOptionalSubscript]
     return deviations
 
 
@@ -112,6 +111,6 @@ def _calm(tokenizer: ImageTokenizer) -> None:
     for name, layer in tokenizer.named_modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
             if name.endswith(("conv2", "proj_out")):
                 layer.weight.mul_(0.0 if name.startswith("encoder") else 0.3)

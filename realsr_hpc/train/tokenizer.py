@@ -1,4 +1,3 @@
-# pyright: reportCallIssue=false
 """Train the small image tokenizer and text tokenizer from scratch; `main` reads in order.
 
 Plain PyTorch in one process, on its GPU or the CPU: the tokenizer is small and trained once. No adversarial and no

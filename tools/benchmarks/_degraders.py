@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportReturnType=false
 """The second-order degradation as others run it: OpenCV and NumPy an image at a time, PyTorch after BasicSR.
 
 Written for the comparison, from the published description, and given every advantage that changes no result: kernels at
@@ -20,7 +19,7 @@ from realsr_hpc.data.graph_inputs import DegradationInput
 from realsr_hpc.data.kernels import KernelParameters, build_factors, build_kernel
 
 _OPENCV_MODES = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
-_LUMA = np.float32([0.2989, 0.587, 0.114])
+_LUMA = np.float32([0.2989, 0.587, 0.114])  # pyright: ignore[reportArgumentType]
 _KERNEL_PX = 21
 """Side that BasicSR pads every kernel to."""
 
@@ -72,7 +71,7 @@ def to_bytes(x: np.ndarray) -> np.ndarray:
 
 def _jpeg(x: np.ndarray, quality: int) -> np.ndarray:
     coded = cv2.imencode(".jpg", to_bytes(x), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return cv2.imdecode(coded, cv2.IMREAD_COLOR)
+    return cv2.imdecode(coded, cv2.IMREAD_COLOR)  # pyright: ignore[reportReturnType]
 
 
 def degrade_torch(sample: DegradationInput, lq_px: int) -> np.ndarray:

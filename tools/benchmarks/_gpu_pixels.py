@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import torch
 
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.data.dali_operators import DALIOperators
 from realsr_hpc.data.dali_pipeline import DegradationPipeline
-from realsr_hpc.data.decoding import decode_image
-from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
-from realsr_hpc.data.graph_inputs import DegradationInput
-from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.parallel import backend
-from realsr_hpc.paths import project_root
 from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.tokenizer.image import load_image_tokenizer
+from tools.benchmarks._degradation_inputs import UPSCALE, realesrgan_inputs
 from tools.benchmarks._gpu_models import Figure, Size, seconds_of
 from tools.benchmarks.rewards import some_candidates
-
-UPSCALE = 4
 
 
 def degradation(size: Size, side: int, count: int) -> list[Figure]:
     """The same crops and parameters by the host's operators and by the GPU's; without a GPU by DALI's on the CPU."""
-    manifest = read_manifest(project_root() / "recipes/assets/photographs/manifest.parquet")
-    crops = [_crop(decode_image(manifest.path(entry)), side) for entry in manifest.entries[:count]]
-    drawn = [
-        sample_degradation(generator(0, i, Stream.DEGRADATION), PRESETS["realesrgan"], side, UPSCALE)
-        for i in range(count)
-    ]
-
-    def samples() -> list[DegradationInput]:
-        return [
-            DegradationInput(crops[i % len(crops)], parameters, generator(0, i, Stream.NOISE))
-            for i, parameters in enumerate(drawn)
-        ]
-
+    samples = realesrgan_inputs(side, count)
     host = DegradationPipeline(count, side, UPSCALE, usm_sharpen_gt=False)
     where = {"device_id": 0} if backend.on_cuda() else {"operators": DALIOperators("cpu")}
     other = DegradationPipeline(count, side, UPSCALE, usm_sharpen_gt=False, **where)  # type: ignore[arg-type]
@@ -50,11 +31,6 @@ def degradation(size: Size, side: int, count: int) -> list[Figure]:
         Figure("images by the GPU", count / times[1], "/s"),
         Figure("GPU faster by", times[0] / times[1], "x", least=1.0 if backend.on_cuda() else None),
     ]
-
-
-def _crop(image: np.ndarray, side: int) -> np.ndarray:
-    shorter = min(image.shape[:2])
-    return cv2.resize(image[:shorter, :shorter], (side, side), interpolation=cv2.INTER_AREA)
 
 
 def rewards(size: Size, overrides: list[str], count: int) -> list[Figure]:

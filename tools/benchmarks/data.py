@@ -23,18 +23,18 @@ from torch.utils.data import DataLoader, Dataset
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.dali_pipeline import DegradationPipeline
-from realsr_hpc.data.decoding import decode_image
-from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
+from realsr_hpc.data.degradation import PRESETS, Stream, generator
 from realsr_hpc.data.graph_inputs import DegradationInput
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.data.samples import Geometry, Samples
-from realsr_hpc.paths import project_root, resolve
+from realsr_hpc.paths import resolve
+from tools.benchmarks._degradation_inputs import UPSCALE, realesrgan_inputs
 from tools.benchmarks._degraders import degrade_opencv, degrade_torch
 from tools.benchmarks._measure import alternately, show
 from tools.benchmarks._options import split_options
 
-UPSCALE, BATCH = 4, 16
+BATCH = 16
 IDLE_S = 1.5
 """Without work for so long, nothing is being made."""
 
@@ -56,19 +56,7 @@ def main(arguments: list[str]) -> int:
 
 def degradation_alone(side: int, count: int, rounds: int, gpu: bool) -> None:
     """First table."""
-    entries = read_manifest(project_root() / "recipes/assets/photographs/manifest.parquet")
-    crops = [_crop(decode_image(entries.path(entry)), side) for entry in entries.entries]
-    drawn = [
-        sample_degradation(generator(0, i, Stream.DEGRADATION), PRESETS["realesrgan"], side, UPSCALE)
-        for i in range(count)
-    ]
-
-    def samples() -> list[DegradationInput]:
-        return [
-            DegradationInput(crops[i % len(crops)], parameters, generator(0, i, Stream.NOISE))
-            for i, parameters in enumerate(drawn)
-        ]
-
+    samples = realesrgan_inputs(side, count)
     ours = DegradationPipeline(count, side, UPSCALE, usm_sharpen_gt=False)
     ways: dict[str, Callable[[], Iterable[np.ndarray]]] = {
         "ours (DALI)": lambda: ours.run(samples())[0],
@@ -97,11 +85,6 @@ def _on_gpu(samples: Callable, side: int, count: int, rounds: int, base: float) 
         graph.run(samples())
     each = (time.perf_counter() - started) / rounds / count
     return ["ours, GPU (wall)", f"{1000 * each:.2f}", f"{1 / each:.1f}", f"{each * count / base:.3f}", ""]
-
-
-def _crop(image: np.ndarray, side: int) -> np.ndarray:
-    shorter = min(image.shape[:2])
-    return cv2.resize(image[:shorter, :shorter], (side, side), interpolation=cv2.INTER_AREA)
 
 
 class DegradedPhotographs(Dataset):

@@ -1,4 +1,3 @@
-# pyright: reportArgumentType=false, reportCallIssue=false
 """What can be told of a degradation by looking: a small probe for every slot, by both kinds of labels.
 
     python tools/bench.py labels [lq_px=32] [images=1500] [heldout=500] [section.field=value ...]
@@ -117,7 +116,7 @@ def image_features(images: UInt8[np.ndarray, "B h h 3"]) -> Float32[np.ndarray, 
         phases = np.stack([line[..., phase::8].mean(-1) for phase in range(8)], -1)
         found.append(phases / (phases.mean(-1, keepdims=True) + 1e-3))
     blocks = planes[..., :side, :side].reshape(count, 3, side // 8, 8, side // 8, 8)
-    sizes = np.abs(dctn(blocks, axes=(3, 5), norm="ortho"))
+    sizes = np.abs(dctn(blocks, axes=(3, 5), norm="ortho"))  # pyright: ignore[reportArgumentType, reportCallIssue]
     found += [np.log(np.median(sizes, (2, 4)) + 0.1), (sizes < 0.6).mean((2, 4))]
     return np.concatenate([part.reshape(count, -1) for part in found], 1).astype(np.float32)
 

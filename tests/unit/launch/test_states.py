@@ -26,7 +26,7 @@ from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.script import setup_lines
 from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.submit import submit
-from realsr_hpc.launch.verdict import UNHEALTHY, Verdict, count_requeue, tell_fit, tell_unfit
+from realsr_hpc.launch.verdict import HEALTH_S, UNHEALTHY, Verdict, agree, count_requeue, tell_fit
 from realsr_hpc.locks import LockRefused, hold, is_held
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import read_progress, sweep_tags
@@ -214,7 +214,7 @@ def test_the_first_of_several_unfit_nodes_speaks_for_all(tmp_path):
     def look(rank):
         time.sleep(0.1 * rank)
         if rank in unfit:
-            return tell_unfit(tmp_path, placements[rank], unfit[rank])
+            return agree(tmp_path, placements[rank], unfit[rank], HEALTH_S)
         return tell_fit(tmp_path, placements[rank])
 
     with ThreadPoolExecutor(4) as pool:
