@@ -92,7 +92,7 @@ def kill_half_way(words: list[str], folder: Path, size: int) -> str:
         time.sleep(POLL_S)
     process.kill()
     process.wait()
-    hidden = list(folder.glob(".imported.*"))
+    hidden = [path for path in folder.glob(".imported.*") if path.is_dir()]  # the lock beside it stays
     whole = "it ended before half was written" if not hidden else ""
     whole = "output is there" if (folder / "imported").exists() else whole
     for path in hidden:
