@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -117,6 +118,25 @@ def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
         return result
 
     return replay
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(q k / sqrt(d) + bias) v and the softmax's log-sum-exp, by torch's fused kernel where it tells the latter.
+
+    Args:
+        q: [n, h, r, d]; keys, values: [n, h, T, d].
+        bias: [n, 1 or h, r, T] of q's type, added to the scores; of no query -inf alone.
+
+    Returns:
+        [n, h, r, d] of q's type, and [n, h, r], at least float32.
+    """
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=bias)
+    scores = ((q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)).float()
+    if bias is not None:
+        scores = scores + bias
+    lse = torch.logsumexp(scores, -1)
+    return (scores - lse[..., None]).exp().to(q.dtype) @ values, lse
 
 
 def synchronise(where: torch.device) -> None:

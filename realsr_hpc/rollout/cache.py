@@ -11,34 +11,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from realsr_hpc.parallel import backend
+
 
 class Place:
     """Where in the suffix the tokens of a pass stand: W of each of n rows, side by side."""
 
-    def __init__(self, first: int | Tensor, width: int, length: int, seen: int = 0, starts: Tensor | None = None):
+    def __init__(self, first: int | Tensor, width: int, length: int, starts: Tensor | None = None):
         """
         Args:
             first: position of each row's first token, int64 [n]; a number where all rows stand alike and W is 1.
             width: W.
             length: positions read: up to the last token of all rows, or more.
-            seen: leading positions that every token sees.
             starts: first position that each token of the unconditional stream sees, int64 [n, W].
         """
-        self.first, self.width, self.length, self.seen = first, width, length, seen
+        self.first, self.width, self.length = first, width, length
         self.hidden: Tensor | None = None
-        """bool [n, W, length - seen]: what a token does not see, because it stands behind it; None: it sees all."""
+        """bool [n, W, length]: positions that a token does not see, because they stand behind it; None: it sees all."""
         self.outside: Tensor | None = None
         """bool [n, W, length]: the same of the unconditional stream."""
-        after = None
+        self._biases: dict[bool, Tensor] = {}
         if isinstance(first, Tensor):
             self.rows = torch.arange(len(first), device=first.device)[:, None]
             self.positions = first[:, None] + torch.arange(width, device=first.device)
-            columns = torch.arange(length, device=first.device)
-            after = columns > self.positions[..., None]
-            self.hidden = after[..., seen:]
+            self.hidden = torch.arange(length, device=first.device) > self.positions[..., None]
         if starts is not None:
             before = torch.arange(length, device=starts.device) < starts[..., None]
-            self.outside = before if after is None else before | after
+            self.outside = before if self.hidden is None else before | self.hidden
 
     def write(self, cache: Tensor, x: Tensor) -> None:
         """x [n W, kv, d] into cache [n, kv, T, d]."""
@@ -47,6 +46,17 @@ class Place:
         else:
             cache[self.rows, :, self.positions] = x.unflatten(0, self.positions.shape)
 
+    def bias(self, unconditional: bool, q: Tensor) -> Tensor | None:
+        """What is added to the scores of queries q [n, kv, W h/kv, d]: 0 or -inf [n, 1, W h/kv, length]; None: nothing.
+
+        Of the same shapes in every layer, so it is made once a pass and stream.
+        """
+        hidden = self.outside if unconditional else self.hidden
+        if hidden is not None and unconditional not in self._biases:
+            repeated = hidden.repeat_interleave(q.shape[2] // self.width, 1)[:, None]
+            self._biases[unconditional] = q.new_zeros(repeated.shape).masked_fill_(repeated, float("-inf"))
+        return self._biases.get(unconditional)
+
 
 class Stream:
     """Keys and values of one stream of rows: shared prefix [P, kv, L, d] and own suffix [n, kv, T, d] a layer."""
@@ -54,8 +64,8 @@ class Stream:
     def __init__(self, num_layers: int, rows: int, kv_heads: int, max_tokens: int, head_dim: int, like: Tensor):
         shape = (num_layers, rows, kv_heads, max_tokens, head_dim)
         self.prefix: list[tuple[Tensor, Tensor]] = []
-        self.keys = like.new_empty(shape)
-        self.values = like.new_zeros(shape)  # what is not written yet is multiplied with zero: it must be finite
+        # Hidden positions that nothing was written to still enter the products: they must be finite.
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
     def keep(self, rows: Tensor, prompts: Tensor, length: int) -> None:
         """Go on with these rows of these prompts; `length` suffix positions are written."""
@@ -72,29 +82,21 @@ class Stream:
         at.write(self.values[layer], v)
         keys = self.keys[layer, :, :, : at.length]
         values = self.values[layer, :, :, : at.length]
-        shape = (len(keys), at.width, *q.shape[1:])
-        q = (q * q.shape[-1] ** -0.5).view(shape).transpose(1, 2).flatten(2, 3)  # [n, kv, W h/kv, d]
-        scores = (keys @ q.transpose(-1, -2)).transpose(-1, -2)
-        hidden = at.hidden if self.prefix else at.outside
-        if hidden is not None:
-            # [n, kv, W, h/kv, length]
-            part = scores.unflatten(2, (at.width, -1))[..., at.length - hidden.shape[-1] :]
-            part.masked_fill_(hidden[:, None, :, None], float("-inf"))
-        if not self.prefix:
-            out = torch.softmax(scores.float(), -1).to(q.dtype) @ values
-        else:
-            out = self._with_prefix(layer, q, scores, values)
+        q = q.unflatten(0, (len(keys), at.width)).transpose(1, 2).flatten(2, 3)  # [n, kv, W h/kv, d]
+        out, lse = backend.attention(q, keys, values, at.bias(not self.prefix, q))
+        if self.prefix:
+            out = self._with_prefix(layer, q, out, lse)
         return out.unflatten(2, (at.width, -1)).transpose(1, 2).flatten(0, 1)
 
-    def _with_prefix(self, layer: int, q: Tensor, scores: Tensor, values: Tensor) -> Tensor:
-        """Softmax over prefix and suffix together."""
-        prefix_keys, prefix_values = self.prefix[layer]
-        by_prompt = _by_prompt(q, prefix_keys.shape[0])
-        prefix_scores = _by_row(by_prompt @ prefix_keys.transpose(-1, -2), q)
-        weights = torch.softmax(torch.cat([prefix_scores, scores], -1).float(), -1).to(q.dtype)
-        split = prefix_scores.shape[-1]
-        from_prefix = _by_prompt(weights[..., :split], prefix_keys.shape[0]) @ prefix_values
-        return _by_row(from_prefix, q).add_(weights[..., split:] @ values)
+    def _with_prefix(self, layer: int, q: Tensor, own: Tensor, own_lse: Tensor) -> Tensor:
+        """Attention over prefix and suffix together, from that over the suffix alone and its log-sum-exp.
+
+        Both are weighted by their shares of the common softmax's denominator (Flash-Decoding, Dao et al. 2023).
+        """
+        keys, values = self.prefix[layer]
+        shared, lse = backend.attention(_by_prompt(q, len(keys)), keys, values)
+        share = torch.sigmoid(own_lse - _by_row(lse[..., None], q)[..., 0])  # of the suffix, [n, kv, W h/kv]
+        return torch.lerp(_by_row(shared, q), own, share[..., None].to(own.dtype))
 
 
 @dataclass

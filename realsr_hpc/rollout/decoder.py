@@ -176,9 +176,9 @@ class Decoder:
             return self._fixed(tokens, first, starts)
         width, low, high = tokens.shape[1], int(first.min()), int(first.max())
         if width == 1 and low == high:
-            return (yield from self.step_at(cache, tokens, Place(low, 1, low + 1, starts=starts)))
+            return (yield from self.step_at(cache, tokens, Place(low, 1, low + 1, starts)))
         where = torch.from_numpy(first).to(tokens.device)
-        return (yield from self.step_at(cache, tokens, Place(where, width, high + width, low + 1, starts)))
+        return (yield from self.step_at(cache, tokens, Place(where, width, high + width, starts)))
 
     def step_at(self, cache: Cache, tokens: Tensor, at: Place) -> Turns:
         """`step` at a place."""
@@ -319,7 +319,7 @@ class FixedSteps:
 
     def _step(self, width: int, length: int) -> Tensor:
         tokens, starts = self._inputs[width]
-        turns = self.decoder.step_at(self.cache, tokens, Place(self.first, width, length, 0, starts))
+        turns = self.decoder.step_at(self.cache, tokens, Place(self.first, width, length, starts))
         try:
             next(turns)
         except StopIteration as end:

@@ -143,7 +143,7 @@ class Sampler:
         cache = decoder.new_cache(prompts[:1], 1, count, self.masks.guided)
         yield from decoder.prefill(cache, prompts[:1])
         fed, first, starts = self._fed(window)
-        place = Place(torch.from_numpy(first).to(fed.device), count - 1, count - 1, starts=starts)
+        place = Place(torch.from_numpy(first).to(fed.device), count - 1, count - 1, starts)
         hidden = yield from decoder.step_at(cache, fed, place)
         if hidden is None:
             return
