@@ -132,6 +132,11 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = Non
     """
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, attn_mask=bias)
+    return plain_attention(q, keys, values, bias)
+
+
+def plain_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`attention` from its definition, on any device."""
     scores = ((q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias

@@ -27,9 +27,12 @@ def on_both(function: Callable[..., Any], *arguments: Any, ranks: int = 1) -> tu
 
 
 def on_near(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` on the CPU, with the attention kernel that torch takes for the second device."""
+    """`function(*arguments)` on the CPU, with the attention kernels that are taken for the second device."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    from realsr_hpc.parallel import backend
+
+    backend.attention = backend.plain_attention  # of this process alone
     with sdpa_kernel(SDPBackend.MATH):
         return function(*arguments)
 
