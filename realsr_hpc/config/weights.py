@@ -32,6 +32,12 @@ _CLIP_RN50 = (
     "https://openaipublic.azureedge.net/clip/models/"
     "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt",
 )
+_CLIP_VIT = (
+    "hub/clip/ViT-B-32.pt",
+    "https://openaipublic.azureedge.net/clip/models/"
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+)
+_ONE_ALIGN = ("huggingface/hub/models--q-future--one-align", "https://huggingface.co/q-future/one-align")
 _RESNET50 = ("huggingface/hub/models--timm--resnet50.a1_in1k", "https://huggingface.co/timm/resnet50.a1_in1k")
 _VIT = (
     "huggingface/hub/models--timm--vit_base_patch8_224.augreg2_in21k_ft_in1k",
@@ -65,6 +71,17 @@ PYIQA_FILES: dict[str, tuple[tuple[str, str], ...]] = {
     "lpips": (_head("LPIPS_v0.1_alex-df73285e.pth"), _backbone("alexnet-owt-7be5be79.pth")),
     "lpips-vgg": (_head("LPIPS_v0.1_vgg-a78928a0.pth"), _backbone("vgg16-397923af.pth")),
     "dists": (_head("DISTS_weights-f5e65c96.pth"), _backbone("vgg16-397923af.pth")),
+    "liqe": (_head("liqe_koniq.pt"), _CLIP_VIT),
+    "liqe_mix": (_head("liqe_mix.pt"), _CLIP_VIT),
+    "maclip": (_CLIP_RN50,),
+    "qualiclip": (_head("QualiCLIP.pth"), _CLIP_RN50),
+    "qualiclip+": (_head("QualiCLIP.pth"), _head("QualiCLIP+_koniq.pth"), _CLIP_RN50),
+    **{
+        f"qualiclip+-{data}": (_head("QualiCLIP.pth"), _head(f"QualiCLIP+_{data}.pth"), _CLIP_RN50)
+        for data in ("clive", "flive", "spaq")
+    },
+    **{name: (_head("afine.pth"), _CLIP_VIT) for name in ("afine_nr", "afine_fr", "afine_all", "afine_all_scale")},
+    **{name: (_ONE_ALIGN,) for name in ("qalign", "qalign_8bit", "qalign_4bit")},
     "niqe": (_head("niqe_modelparameters.mat"),),
     "brisque": (_head("brisque_svm_weights.pth"),),
     "ilniqe": (_head("ILNIQE_templateModel.mat"),),

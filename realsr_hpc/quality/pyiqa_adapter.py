@@ -16,9 +16,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +76,10 @@ class PyiqaMetrics:
 
 OPEN_RANGES = {"niqe": (0.0, 20.0), "ilniqe": (0.0, 100.0), "brisque": (0.0, 100.0), "piqe": (0.0, 100.0)}
 """Where pyiqa's table leaves an end open, the range that is used here, in the metric's own unit."""
+
+
+GPU_ALONE = frozenset({"maclip"})
+"""Metrics that pyiqa 0.1.15 moves to CUDA itself."""
 
 
 def _pixels(stack: np.ndarray) -> torch.Tensor:
@@ -164,8 +170,10 @@ def create_metric(name: str, device: torch.device | str) -> Any:
     """
     import pyiqa
 
+    if name in GPU_ALONE and not torch.cuda.is_available():
+        raise ValueError(f"pyiqa computes {name!r} on a GPU alone, and there is none; take another metric")
     try:
-        with no_downloads(name):
+        with no_downloads(name), _inside_the_folder():
             return pyiqa.create_metric(name, device=torch.device(device))
     except (OSError, RuntimeError, ImportError) as error:  # a backbone of the hub, other weights, another package
         files = " and ".join(path for path, _ in PYIQA_FILES.get(name, ())) or "what it says"
@@ -190,6 +198,25 @@ def no_downloads(name: str) -> Iterator[None]:
         yield
     finally:
         torch.hub.download_url_to_file, download_util.download_url_to_file, urllib.request.urlopen = held
+
+
+@contextmanager
+def _inside_the_folder() -> Iterator[None]:
+    """Let no metric read outside of the staged folder or write into it.
+
+    A-FINE looks for CLIP in the user's cache; LIQE stores features of its prompts beside the staged files, and would
+    unpickle what it finds there.
+    """
+    from pyiqa.archs import afine_arch, liqe_arch
+
+    held = afine_arch.load, liqe_arch.DEFAULT_CACHE_DIR
+    with tempfile.TemporaryDirectory() as scratch:
+        afine_arch.load = partial(held[0], download_root=str(Path(torch.hub.get_dir()) / "clip"))
+        liqe_arch.DEFAULT_CACHE_DIR = scratch
+        try:
+            yield
+        finally:
+            afine_arch.load, liqe_arch.DEFAULT_CACHE_DIR = held
 
 
 def _number(text: str) -> float | None:

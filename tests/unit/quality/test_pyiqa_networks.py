@@ -141,3 +141,53 @@ def test_clip_iqa_gives_the_value_of_the_staged_clip(staged, images, monkeypatch
         raw = network.eval()(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255).reshape(-1).numpy()
     np.testing.assert_allclose(metrics(images), raw, atol=1e-5)
     np.testing.assert_allclose(np.concatenate([metrics([image]) for image in images]), raw, atol=1e-5)
+
+
+def stage_vit(folder, monkeypatch):
+    """A CLIP of ViT-B/32's form, narrow; returns its weights."""
+    from clip.model import CLIP
+    from pyiqa.archs import clip_model
+
+    torch.manual_seed(2)
+    network = CLIP(32, 224, 1, 64, 32, 77, 49408, 64, 1, 1)
+    path = folder / PYIQA_FILES["liqe"][1][0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.jit.trace(network, (torch.zeros(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.int64))).save(str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(clip_model._MODELS, "ViT-B/32", f"https://example.org/{digest}/ViT-B-32.pt")
+    return network.state_dict()
+
+
+@pytest.mark.parametrize("name", ["liqe", "qualiclip"])
+def test_newer_metrics_on_clip_read_the_folder_alone_and_write_nothing_into_it(name, tmp_path, images, monkeypatch):
+    from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics, declare_torchvision_operators
+
+    declare_torchvision_operators()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no cache of the user's is asked
+    folder = tmp_path / "weights"
+    weights = (stage_vit if name == "liqe" else stage_clip)(folder, monkeypatch)
+
+    def with_head(change):
+        """Scores with a head that differs from the staged CLIP by `change`."""
+        head = folder / PYIQA_FILES[name][0][0]
+        head.parent.mkdir(parents=True, exist_ok=True)
+        stored = {f"clip_model.{key}": value + change * value.float().abs().mean() for key, value in weights.items()}
+        features = torch.randn(14, 1024, generator=torch.Generator().manual_seed(4))
+        torch.save({"params": stored} if name == "liqe" else stored | {"prompts_features": features}, head)
+        list_files(folder)
+        return PyiqaMetrics([name], str(folder))
+
+    metrics = with_head(0.0)
+    before = sorted(folder.rglob("*"))
+    scores = metrics(images)
+    np.testing.assert_allclose(np.concatenate([metrics([image]) for image in images]), scores, atol=1e-5)
+    assert sorted(folder.rglob("*")) == before and np.isfinite(scores).all()
+    assert np.abs(with_head(0.5)(images) - scores).max() > 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_metric_that_needs_a_gpu_says_so(staged):
+    from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
+
+    with pytest.raises(ValueError, match="maclip.* on a GPU alone"):
+        PyiqaMetrics(["maclip"], str(staged))
