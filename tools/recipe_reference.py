@@ -61,6 +61,8 @@ def reference() -> str:
     parts.append(f"\n## `rewards.terms.NAME`\n\n{_first_line(learning.RewardTerm)}\n\n{_table(learning.RewardTerm)}")
     for kind, options in reward_options.OPTIONS.items():
         parts.append(f"\n### Options of kind `{kind}`\n\n{_table(options)}")
+    elsewhere = _table(reward_options.HttpOptions)
+    parts.append(f"\n### Options of any kind with `expert: http` ([a judge beside the run](judge.md))\n\n{elsewhere}")
     return "\n".join(parts)
 
 

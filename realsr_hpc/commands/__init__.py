@@ -30,6 +30,7 @@ COMMANDS = {
     "carry-over": "a trained policy to the tokenizers of another recipe, as a start",
     "fit-experts": "make and measure the small quality experts of the generation reward",
     "score": "score a folder of images with metrics or rewards",
+    "serve-rewards": "serve a recipe's rewards to runs elsewhere",
     "evaluate": "metrics of a run, an export or finished images on a test set",
     "restore": "images in, images out, with the reasoning beside them",
     "replay": "a kept GRPO step computed again, also with another clip, weight or layout",

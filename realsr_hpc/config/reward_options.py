@@ -5,7 +5,9 @@ No torch here: `read_options` is called while launching as well as when the rewa
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -137,6 +139,61 @@ class FidelityOptions(Section):
         return self
 
 
+class HttpOptions(Section):
+    """A reward of any kind that another process computes (docs/judge.md): `expert: http` among its options."""
+
+    expert: Literal["http"] = "http"
+    """Says so."""
+    url: str
+    """Where rollouts are sent, such as http://127.0.0.1:8090/terms/generation."""
+    allow_remote: bool = False
+    """Needed where the URL names another machine: images, captions and texts are sent there."""
+    connect_timeout_s: Positive = 2.0
+    """Longest wait for a connection."""
+    read_timeout_s: Positive = 60.0
+    """Longest silence of the other process before its answer."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 3
+    """Further tries of a call that found nobody, was not answered, or got a status 429, 500, 502, 503 or 504."""
+    pause_s: Positive = 0.5
+    """The first retry follows at once, the later ones after 2, 4, 8 ... times this, at most 30 s."""
+    at_once: Count = 4
+    """Calls of one rank that are on their way together; each holds `rewards.batch_size` rollouts."""
+    token_env: str | None = None
+    """Environment variable with a secret that both sides know, sent as `Authorization: Bearer ...`."""
+
+    @model_validator(mode="after")
+    def the_url_leads_somewhere(self) -> Self:
+        """An http address without a password; on this machine, unless the recipe allows another."""
+        fault = _url_fault(self.url)
+        if fault:
+            raise ValueError(f"url={self.url!r}: {fault}; write it as http://127.0.0.1:8090/terms/generation")
+        host = urlsplit(self.url).hostname or ""
+        if not self.allow_remote and not _is_loopback(host):
+            raise ValueError(f"url={self.url!r}: sends images and texts to {host}; allow_remote=true if that is wanted")
+        return self
+
+
+def _url_fault(url: str) -> str:
+    """What is wrong with an address, else nothing."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return str(error)
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return "no http or https address of a host"
+    if parts.username or parts.password or parts.query or parts.fragment or not url.isprintable() or " " in url:
+        return "holds more than host, port and path (a secret goes into token_env)"
+    return ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 OPTIONS: dict[str, type[Section]] = {
     "format": FormatOptions,
     "degradation": DegradationOptions,
@@ -146,18 +203,30 @@ OPTIONS: dict[str, type[Section]] = {
 }
 
 
-def read_options(name: str, term: RewardTerm) -> Section:
-    """Options of the term called `name`, as the typed section of its kind.
+def is_elsewhere(term: RewardTerm) -> bool:
+    """Whether another process computes the term."""
+    return term.options.get("expert") == "http"
 
+
+def read_options(name: str, term: RewardTerm) -> Section:
+    """Options of the term called `name`, as the typed section of its kind, or as `HttpOptions` with expert=http.
+
+    With expert=http the kind's own options may stay, for the process that computes it; they are not read here.
     Raises ValueError naming every unknown or wrong option, its value and the valid names.
     """
-    section = OPTIONS[term.kind]
+    section, options = OPTIONS[term.kind], dict(term.options)
+    if is_elsewhere(term):
+        others = section.model_fields.keys() - HttpOptions.model_fields.keys()
+        section, options = HttpOptions, {key: value for key, value in options.items() if key not in others}
     try:
-        return section.model_validate(term.options)
+        return section.model_validate(options)
     except ValidationError as error:
         faults = "; ".join(
             f"{fault['loc'][0]}={fault['input']!r}: {fault['msg']}" if fault["loc"] else fault["msg"]
             for fault in error.errors()
         )
         valid = ", ".join(section.model_fields)
-        raise ValueError(f"rewards.terms.{name}.options (kind {term.kind}): {faults}. Valid options: {valid}") from None
+        more = "" if section is HttpOptions else "; expert=http of any kind asks another process (docs/judge.md)"
+        raise ValueError(
+            f"rewards.terms.{name}.options (kind {term.kind}): {faults}. Valid options: {valid}{more}"
+        ) from None

@@ -19,6 +19,10 @@ from realsr_hpc.records import Candidate
 logger = logging.getLogger(__name__)
 
 
+class NotAnswered(Exception):
+    """A process elsewhere gave no scores. Whoever raises it has logged why."""
+
+
 class Reward(ABC):
     """Base of every reward: write `compute`, state `range` and `needs_image`.
 
@@ -52,6 +56,10 @@ class Reward(ABC):
         scores[chosen] = np.clip(np.where(np.isfinite(raw), raw, low), low, high)
         return scores, broken
 
+    def score_batches(self, batches: Sequence[Sequence[Candidate]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`score_counted` of each batch."""
+        return [self.score_counted(batch) for batch in batches]
+
     def _compute_safely(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """One batch; when it raises, item by item, NaN where an item raises alone."""
         try:
@@ -59,6 +67,8 @@ class Reward(ABC):
             if scores.shape == (len(candidates),):
                 return scores
             raise ValueError(f"{type(self).__name__}.compute: shape {scores.shape} for {len(candidates)} candidates")
+        except NotAnswered:
+            pass
         except Exception:  # a reward must not stop a run of days; what broke is logged and counted
             logger.exception("%s broke on a batch of %d", type(self).__name__, len(candidates))
         if len(candidates) == 1:

@@ -15,6 +15,7 @@ from realsr_hpc.config.reward_options import (
     FidelityOptions,
     FormatOptions,
     GenerationOptions,
+    HttpOptions,
     UnderstandingOptions,
     read_options,
 )
@@ -25,7 +26,17 @@ from realsr_hpc.rewards.degradation import DegradationReward
 from realsr_hpc.rewards.fidelity import FidelityReward
 from realsr_hpc.rewards.format import FormatReward
 from realsr_hpc.rewards.generation import GenerationReward
+from realsr_hpc.rewards.http import HttpReward
 from realsr_hpc.rewards.understanding import UnderstandingReward
+
+KINDS: dict[str, type[Reward]] = {
+    "format": FormatReward,
+    "degradation": DegradationReward,
+    "understanding": UnderstandingReward,
+    "generation": GenerationReward,
+    "fidelity": FidelityReward,
+}
+"""What a kind of reward is, whoever computes it."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class RewardMixture:
         breakdown, failures = {}, {}
         for name, reward in self.rewards.items():
             with self._at_work(reward):
-                scored = [reward.score_counted(batch) for batch in batches]
+                scored = reward.score_batches(batches)
             breakdown[name] = np.concatenate([np.zeros(0), *(scores for scores, _ in scored)])
             failures[name] = np.concatenate([np.zeros(0, dtype=bool), *(broken for _, broken in scored)])
             if reward.needs_image and self.config.gate_malformed:
@@ -133,6 +144,8 @@ def weight_at(term: RewardTerm, step: int) -> float:
 def build_reward(name: str, term: RewardTerm, device: torch.device | str = "cpu") -> Reward:
     """The reward of one recipe term. Raises ValueError naming the term and a wrong option."""
     match read_options(name, term):
+        case HttpOptions() as options:
+            return HttpReward(name, options, needs_image=KINDS[term.kind].needs_image)
         case FormatOptions() as options:
             return FormatReward(options)
         case DegradationOptions() as options:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from realsr_hpc.config.reward_options import is_elsewhere
 from realsr_hpc.parallel.reduce import reduce_float, reduce_floats
 from realsr_hpc.records import LQBatch, ScoredGroup, StepReport
 from realsr_hpc.rollout.policy_restorer import FIRST_ID
@@ -90,6 +91,9 @@ def group_metrics(parts: GRPOParts, groups: Sequence[ScoredGroup], rollout_s: fl
         "rollout/tokens_per_s/mean": float(lengths.sum()) / rollout_s,
         "grpo/dropped_groups/mean": sum(teaches_nothing(group) for group in groups) / len(groups),
     }
+    for name, term in parts.config.rewards.terms.items():
+        if is_elsewhere(term):  # it can be away: its failures are seen apart
+            metrics[f"rewards/failures/{name}"] = float(sum(group.rewards.failures[name] for group in groups))
     return reduce_floats(metrics, parts.groups.dp, parts.groups.device)
 
 

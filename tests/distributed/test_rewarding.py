@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.distributed.launcher import run_ranks
+from tests.judge import judge
 
 GROUPS = (5, 3, 2)
 """Rollouts of each prompt: 10, which 4 ranks cannot share evenly."""
@@ -15,8 +17,8 @@ BREAKS = (1, 2)
 """Prompt and rollout on which one term breaks."""
 
 
-def scored(layout: dict[str, int], batch_size: int) -> dict[str, Any]:
-    """Rollouts written by hand, some cut off, scored by real terms and by one that counts and breaks once."""
+def scored(layout: dict[str, int], batch_size: int, url: str) -> dict[str, Any]:
+    """Rollouts written by hand, some cut off, scored by real terms, one that counts and breaks once, and a judge."""
     import torch
 
     from realsr_hpc.config.learning import RewardsConfig, RewardTerm
@@ -39,6 +41,7 @@ def scored(layout: dict[str, int], batch_size: int) -> dict[str, Any]:
             "told": RewardTerm(kind="format"),
             "niqe": RewardTerm(kind="generation", options={"expert": "niqe"}),
             "ranker": RewardTerm(kind="generation"),
+            "judge": RewardTerm(kind="format", options={"expert": "http", "url": url, "retries": 0}),
             "fidelity": RewardTerm(kind="fidelity", weight=1.0, final_weight=3.0, ramp_steps=(1, 3)),
         },
         batch_size=batch_size,
@@ -91,14 +94,27 @@ def group_of(codec: Any, size: int, number: int) -> Any:
     return RolloutGroup(torch.tensor([1]), padded, lengths, nothing, nothing.bool(), nothing.long())
 
 
+def answered(rollouts: list[dict[str, Any]]) -> tuple[int, bytes]:
+    """A score of every rollout's own; the judge fails on one."""
+    seen = [(int(item["key"]), item["member"]) for item in rollouts]
+    if BREAKS in seen:
+        return 500, b"this rollout breaks the judge"
+    return 200, json.dumps({"scores": [(0.1 + 3 * number + member) / 10 for number, member in seen]}).encode()
+
+
 @pytest.mark.parametrize(
     ("layout", "batch_size"),
     [({"tp": 2, "pp": 2}, 1), ({"pp": 4}, 3)],
     ids=["TP 2 x PP 2", "PP 4, batches, offloaded"],
 )
 def test_each_rollout_is_decoded_and_scored_once_and_all_ranks_know(layout: dict[str, int], batch_size: int) -> None:
-    [alone] = run_ranks(1, scored, {}, batch_size)
-    ranks = run_ranks(4, scored, layout, batch_size)
+    with judge(answered) as (url, asked):
+        [alone] = run_ranks(1, scored, {}, batch_size, url)
+        asked_alone = list(asked)
+        ranks = run_ranks(4, scored, layout, batch_size, url)
+    again = 0 if batch_size == 1 else batch_size  # of a batch that is refused each rollout is asked for by itself
+    assert len(asked_alone) == sum(GROUPS) + again and sorted(asked[len(asked_alone) :]) == sorted(asked_alone)
+    assert [failed["judge"] for failed in alone["failures"]] == [0, 1, 0]
     rollouts = [(prompt, member) for prompt, size in enumerate(GROUPS) for member in range(size)]
     called = sorted(call for rank in ranks for call in rank["calls"])
     assert called == sorted(alone["calls"]) == [rollout for rollout in rollouts if rollout != BREAKS]
