@@ -6,6 +6,8 @@ RANK (set by that supervisor, or by torchrun) it is one of those processes. Subm
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -47,6 +49,10 @@ def run_rank(config: RunConfig, run_dir: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
     train = import_module(f"realsr_hpc.train.{config.task}")
+    # A million objects of imported modules live to the end. Megatron collects garbage at every checkpoint, and Python
+    # several times while it leaves: frozen, they are passed over, which saves half a second there and seconds here.
+    gc.freeze()
+    atexit.register(gc.freeze)
     code = train.main(config, run_dir, stop)
     stop.retire()
     return code

@@ -7,15 +7,16 @@
 #
 # Settings: SLURM_ROOT (state and logs, default .slurm-dev), NODES=2, CPUS=4 and GPUS=0 (pretended ones) a node,
 # PORT=26800, GRACE=0 (seconds between the warning and the end of a preempted job), KILLWAIT=30 (seconds between SIGTERM
-# and SIGKILL), ACCOUNTING=0 (1: slurmdbd on a MariaDB of its own, so that sacct answers).
+# and SIGKILL), ACCOUNTING=0 (1: slurmdbd on a MariaDB of its own, so that sacct answers), PARTITION=normal (name of the
+# default partition), MAXARRAY=10001 (Slurm's MaxArraySize).
 # Needs Debian's packages slurmctld, slurmd, slurm-client and munge (with ACCOUNTING=1 also slurmdbd and mariadb-server);
 # they are named, not installed, when missing. Everything listens on 127.0.0.1 only.
-# Partitions: normal (default), and preemptible, whose jobs normal preempts and requeues.
+# Partitions: PARTITION, and preemptible, whose jobs it preempts and requeues.
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")/.." && pwd)
 ROOT=${SLURM_ROOT:-$HERE/.slurm-dev}
 NODES=${NODES:-2} CPUS=${CPUS:-4} GPUS=${GPUS:-0} PORT=${PORT:-26800} GRACE=${GRACE:-0}
-KILLWAIT=${KILLWAIT:-30} ACCOUNTING=${ACCOUNTING:-0}
+KILLWAIT=${KILLWAIT:-30} ACCOUNTING=${ACCOUNTING:-0} PARTITION=${PARTITION:-normal} MAXARRAY=${MAXARRAY:-10001}
 export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$ROOT/etc/slurm.conf
 
 missing() {
@@ -85,12 +86,12 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0,sched_min_interval=0
 PriorityType=priority/basic
-MaxArraySize=10001
+MaxArraySize=$MAXARRAY
 FirstJobId=$(($(date +%s) % 60000000 + 1))
 $accounting
 JobAcctGatherType=jobacct_gather/none
 NodeName=n[1-$NODES] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((PORT + 11))-$((PORT + 10 + NODES))] CPUs=$CPUS RealMemory=$memory $gres State=UNKNOWN
-PartitionName=normal Nodes=ALL Default=YES MaxTime=UNLIMITED PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=$PARTITION Nodes=ALL Default=YES MaxTime=UNLIMITED PriorityTier=10 PreemptMode=OFF State=UP
 PartitionName=preemptible Nodes=ALL MaxTime=UNLIMITED PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE State=UP
 CONF
 }
@@ -144,7 +145,7 @@ up() {
     local i
     for i in $(seq 1 "$NODES"); do slurmd -c -N "n$i"; done
     for i in $(seq 300); do
-        [ "$(sinfo -h -N -p normal -t idle -o %N 2>/dev/null | wc -l)" = "$NODES" ] && break
+        [ "$(sinfo -h -N -p "$PARTITION" -t idle -o %N 2>/dev/null | wc -l)" = "$NODES" ] && break
         [ "$i" -lt 300 ] || { echo "the nodes did not come up; see $ROOT/log" >&2; exit 1; }
         sleep .1
     done
@@ -179,5 +180,5 @@ case ${1:-} in
     up) up ;;
     down) down ;;
     status) sinfo -N -o '%N %P %T %c %G' && squeue ;;
-    *) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database before the first run, to copy into an output root: making its tables takes many seconds."""
+    from realsr_hpc.tracking.database import client
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    client(f"sqlite:///{path}")
+    return path

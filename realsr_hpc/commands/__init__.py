@@ -6,8 +6,10 @@ imports what is heavy inside its functions: help is immediate, and submitting a 
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import difflib
+import gc
 import importlib
 import io
 import locale
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code, or 2 for one that does not exist."""
     if arguments is None:
         _use_utf8()
+        atexit.register(gc.freeze)  # leaving, Python would look through all that was imported: seconds
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())

@@ -2,7 +2,8 @@
 
 Loss, gradient norm, ratios and the share of every reward in the advantages, from the weights before step K: the
 checkpoint of step K - 1, or an earlier one with the kept steps between (tracking.replay_every_steps keeps them). On the
-run's layout every number is the reported one bit for bit; on another (parallel.tp=2) within a stated tolerance.
+step's layout, which a resume may have changed since, every number is the reported one bit for bit; on another
+(parallel.tp=2) within a stated tolerance.
 
   grpo.FIELD=VALUE                  what acts after the rewards: clip_low, clip_high, kl_beta, advantage, ...
   rewards.terms.NAME.weight=VALUE   another weight; 0: without it
@@ -34,10 +35,8 @@ def main(arguments: list[str]) -> int:
             raise ValueError("run=RUN_DIR and step=K are needed")
         run_dir, number = Path(given["run"]).resolve(), read_count(given, "step", 1)
         from realsr_hpc.train import replay
-        from realsr_hpc.train.kept_steps import read_step
 
-        config, _ = replay.recipes(run_dir, overrides)
-        read_step(runfolder.replay(run_dir, number))
+        _, config, _ = replay.recipes(run_dir, number, overrides)
         replay.starting_point(run_dir, number)
         if "WORLD_SIZE" not in os.environ and world_size(config) > 1:
             return _spread(arguments, world_size(config))

@@ -1,6 +1,6 @@
 """Steps that are kept whole, to be computed again: `RUN_DIR/replay/step-N/`. This module owns the format.
 
-    step.json                 step, layout, metrics of the step's updates as they were reported
+    step.json                 step, the layout it was computed on, metrics of its updates as they were reported
     dp-0.safetensors, ...     the groups of one data-parallel rank: `0.prompt`, `0.tokens`, `0.rewards.NAME`, ... of its
                               first group; the file's metadata hold weights and image names
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from realsr_hpc import runfolder
+from realsr_hpc.config.schema import ParallelConfig
 from realsr_hpc.files import replacing, write_atomically
 from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport, lq_pixels
@@ -40,6 +41,8 @@ class KeptStep:
     """All that the step reported."""
     ranks: tuple[tuple[ScoredGroup, ...], ...]
     """Groups of each data-parallel rank; without their traces and decoded images."""
+    parallel: ParallelConfig | None
+    """What it was computed on, which a resume since then may have changed; None: a step of an earlier version."""
 
     def share(self, dp_rank: int, dp_size: int) -> list[ScoredGroup]:
         """Groups of one data-parallel rank: its own on the layout they were kept on, else an equal part of all."""
@@ -55,12 +58,12 @@ def keep_step(run: TrainingRun, report: StepReport) -> None:
     if not every or report.step % every or groups.tp_rank or groups.pp_rank:
         return
     try:
-        write_step(runfolder.replay(run.run_dir, report.step), report, groups)
+        write_step(runfolder.replay(run.run_dir, report.step), report, groups, run.config.parallel)
     except OSError as error:
         logger.error("step %d is not kept for a replay (%s); going on", report.step, error)
 
 
-def write_step(folder: Path, report: StepReport, groups: Groups) -> None:
+def write_step(folder: Path, report: StepReport, groups: Groups, parallel: ParallelConfig) -> None:
     """This data-parallel rank's groups, and on the main rank what was reported."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
@@ -72,6 +75,7 @@ def write_step(folder: Path, report: StepReport, groups: Groups) -> None:
         save_file(tensors, aside, metadata={"groups": json.dumps(facts)})
     if groups.is_main:
         content = {"format": FORMAT, "step": report.step, "dp_size": groups.dp_size, "metrics": report.metrics}
+        content["parallel"] = parallel.model_dump(mode="json")
         write_atomically(folder / "step.json", json.dumps(content, indent=1))
 
 
@@ -84,7 +88,9 @@ def read_step(folder: Path) -> KeptStep:
         ranks = [_read(folder / f"dp-{rank}.safetensors") for rank in range(content["dp_size"])]
     except OSError as error:
         raise ValueError(f"step={folder} is not kept whole ({error}); tracking.replay_every_steps keeps them") from None
-    return KeptStep(content["step"], content["metrics"], tuple(ranks))
+    parallel = content.get("parallel")
+    layout = None if parallel is None else ParallelConfig.model_validate(parallel)
+    return KeptStep(content["step"], content["metrics"], tuple(ranks), layout)
 
 
 def _tensors(group: ScoredGroup) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 The weights before step K come from the checkpoint of step K - 1, or from an earlier one (or the run's start) and the
 kept steps between, whose updates are done again. Everything after the rollouts is then what training calls:
-`grpo.learn`. On the layout of the run every number is the run's bit for bit; on another one within `tolerance`. Left
+`grpo.learn`. A step is computed on the layout that it was kept on, also when the run was resumed on another one since:
+then every number is the run's bit for bit. On another layout it is so within `tolerance`. Left
 out: sampling again, and what a change of an earlier step would have led to.
 """
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from realsr_hpc import checkpoint, runfolder
 from realsr_hpc.checkpoint import integrity
+from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.identity import may_change_on_resume
-from realsr_hpc.config.load import from_yaml, override
+from realsr_hpc.config.load import from_yaml, override, written
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.records import ScoredGroup
@@ -71,8 +73,11 @@ class Replay:
         return abs(value - reported) <= self.tolerance * max(abs(reported), abs(value), 1e-3)
 
 
-def recipes(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConfig]:
-    """The run's recipe on the overrides' layout, and with all of them. ValueError for one that a replay cannot take."""
+def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptStep, RunConfig, RunConfig]:
+    """A kept step; the run's recipe on the overrides' layout, else on the step's; and with all overrides.
+
+    ValueError where the step is not there, and for an override that a replay cannot take.
+    """
     config = from_yaml(runfolder.recipe(run_dir))
     if config.task != "grpo":
         raise ValueError(f"run={run_dir}: its task is {config.task}; only steps of GRPO are kept and replayed")
@@ -86,13 +91,26 @@ def recipes(run_dir: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunConf
     for line, key in keys.items():
         if key not in allowed | elsewhere:
             raise ValueError(f"{line}: a replay may change parallel.*, cluster.*, {', '.join(sorted(allowed))}")
-    return override(config, layout), override(config, list(overrides))
+    step = read_step(runfolder.replay(run_dir, number))
+    config = _on_layout_of(step, config)
+    return step, override(config, layout), override(config, list(overrides))
+
+
+def _on_layout_of(step: KeptStep, config: RunConfig) -> RunConfig:
+    """The recipe as it was when the step was computed, on as many processes."""
+    if step.parallel is None:
+        return config
+    lines = [f"parallel.{name}={written(value)}" for name, value in step.parallel.model_dump(mode="json").items()]
+    processes, tasks = step.parallel.tp * step.parallel.pp * len(step.ranks), config.cluster.tasks_per_node
+    if processes != world_size(config):
+        nodes, tasks = (1, processes) if processes % tasks else (processes // tasks, tasks)
+        lines += [f"cluster.nodes={nodes}", f"cluster.tasks_per_node={tasks}"]
+    return override(config, lines)
 
 
 def replay(run_dir: Path, number: int, overrides: Sequence[str]) -> Replay:
     """Compute step `number` again; every rank of the layout calls it. ValueError where something is missing."""
-    config, other = recipes(run_dir, overrides)
-    step = read_step(runfolder.replay(run_dir, number))
+    step, config, other = recipes(run_dir, number, overrides)
     start = starting_point(run_dir, number)
     again, same = _outcome(run_dir, step, start, config, config)
     changed = None if other == config else _outcome(run_dir, step, start, config, other)[0]
@@ -121,22 +139,24 @@ def starting_point(run_dir: Path, number: int) -> Path | None:
 def _outcome(
     run_dir: Path, step: KeptStep, start: Path | None, config: RunConfig, other: RunConfig
 ) -> tuple[Outcome, bool]:
-    """Updates of the step under `other`, from the weights that `config` led to; whether this is the run's layout."""
+    """Updates of the step under `other`, from the weights that `config` led to; whether all was on the run's layout."""
     beta = max(config.grpo.kl_beta, other.grpo.kl_beta)
     built = build_grpo_parts(config.model_copy(update={"grpo": config.grpo.model_copy(update={"kl_beta": beta})}))
     as_run = replace(built, config=config, reference=built.reference if config.grpo.kl_beta else None)
-    groups, done = built.groups, 0
+    groups, done, steps = built.groups, 0, [step]
     if start is not None:
         done = checkpoint.load(start, built.policy, built.optimiser, groups)["step"]
     for number in range(done + 1, step.number):
         before = read_step(runfolder.replay(run_dir, number))
+        steps.append(before)
         learn(as_run, before.share(groups.dp_rank, groups.dp_size), number, {})
     parts = replace(built, config=other, reference=built.reference if other.grpo.kl_beta else None)
     weights = {name: weight_at(term, step.number) for name, term in other.rewards.terms.items()}
     everyone = [reweighted(group, weights, other) for group in all_groups(step)]
     mine = [reweighted(group, weights, other) for group in step.share(groups.dp_rank, groups.dp_size)]
     metrics = learn(parts, mine, step.number, {})
-    same = other.parallel == from_yaml(runfolder.recipe(run_dir)).parallel and groups.dp_size == len(step.ranks)
+    unsaid = from_yaml(runfolder.recipe(run_dir)).parallel
+    same = {((kept.parallel or unsaid), len(kept.ranks)) for kept in steps} == {(other.parallel, groups.dp_size)}
     advantages = torch.cat([group.advantages for group in everyone if group.advantages is not None])
     return Outcome(metrics, shares(everyone, other), advantages), same
 

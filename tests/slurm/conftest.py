@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from realsr_hpc.commands.launch import main
 from realsr_hpc.config.load import compose
 from realsr_hpc.paths import project_root
 from realsr_hpc.runfolder import list_runs
@@ -26,10 +27,11 @@ SMALL = [
     "vlcot.text_slots=null",
     "model.weights=null",
     "model.num_layers=2",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=96",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
     "sft.batch_size=2",
     "sft.heldout_every_steps=100000",
+    "sft.heldout_traces=2",
     "sft.sample_every_steps=0",
     "optim.warmup_steps=0",
 ]
@@ -37,12 +39,15 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two nodes of four processors, stopped afterwards by their process ids."""
+    """Two nodes of four processors, stopped afterwards by their process ids.
+
+    A site unlike most: no accounting, its own name for the default partition, arrays of 50 jobs at most.
+    """
     script = project_root() / "slurm" / "dev_cluster.sh"
     # KILLWAIT: on a machine that does much else a step and its checkpoint take their time
     settings = {
         "SLURM_ROOT": str(tmp_path_factory.mktemp("slurm")), "PORT": str(10000 + 20 * (os.getpid() % 450)),
-        "NODES": "2", "GPUS": "0", "KILLWAIT": "60",
+        "NODES": "2", "GPUS": "0", "KILLWAIT": "60", "PARTITION": "everyday", "MAXARRAY": "50",
     }  # fmt: skip
     environment = {**os.environ, **settings}
     up = subprocess.run([script, "up"], env=environment, capture_output=True, text=True, check=False)
@@ -71,14 +76,15 @@ def image_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch(cluster: None, image_tokenizer: Path) -> Callable[..., list[Path]]:
-    """tools/launch.py with the small recipe into an output root; the folders of all its runs."""
+def launch(cluster: None, image_tokenizer: Path, store: Path) -> Callable[..., list[Path]]:
+    """What tools/launch.py does, with the small recipe into an output root; the folders of all its runs."""
 
     def run(root: Path, *arguments: str) -> list[Path]:
+        root.mkdir(parents=True, exist_ok=True)
+        if not (root / "mlflow.db").exists():
+            shutil.copy(store, root / "mlflow.db")
         places = [f"output_root={root}", f"image_tokenizer.weights={image_tokenizer}", "follow=false"]
-        command = [sys.executable, str(project_root() / "tools" / "launch.py"), *SMALL, *places, *arguments]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        assert answer.returncode == 0, answer.stdout + answer.stderr
+        assert main([*SMALL, *places, *arguments]) == 0
         return list_runs(root)
 
     return run

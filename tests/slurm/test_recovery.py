@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,8 @@ from tests.slurm.test_survival import ranks_of
 from tests.slurm.watching import log_of, results, state_of, steps_done, wait_for, wait_for_end
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
-STEPS = 40
-ONE_NODE = ("cluster.nodes=1", f"sft.num_steps={STEPS}", "checkpoint.every_steps=4")
+STEPS = 24
+ONE_NODE = ("cluster.nodes=1", f"sft.num_steps={STEPS}", "checkpoint.every_steps=2")
 N1_HAS_NO_DISK = (
     "import os, shutil\n"
     "if os.environ.get('SLURMD_NODENAME') == 'n1':\n"
@@ -48,12 +49,12 @@ def test_an_unfit_node_is_left_killed_ranks_start_in_place_and_a_killed_supervis
     (tmp_path / "site.sh").write_text(f"export PYTHONPATH={tmp_path}\n")
     site = (f"cluster.environment_file={tmp_path / 'site.sh'}", "cluster.max_requeues=2")
     [run_dir] = launch(root, *ONE_NODE, *site)
-    wait_for(lambda: state_of(run_dir) == "running" and steps_done(run_dir) >= 5, run_dir)
+    wait_for(lambda: state_of(run_dir) == "running" and steps_done(run_dir) >= 3, run_dir)
     facts = shown(run_dir)
     assert (facts["ExcNodeList"], facts["NodeList"], facts["Restarts"]) == ("n1", "n2", "1")
     os.kill(ranks_of(run_dir)[0], signal.SIGKILL)
     wait_for(lambda: log_of(run_dir).count("--- 20") == 2, run_dir)
-    wait_for(lambda: steps_done(run_dir) >= 9, run_dir)
+    wait_for(lambda: steps_done(run_dir) >= 6, run_dir)
     assert shown(run_dir)["Restarts"] == "1" and "resumed from" in log_of(run_dir)
     os.kill(supervisor_of(run_dir), signal.SIGKILL)
     assert wait_for_end(run_dir) == "done", log_of(run_dir)
@@ -61,7 +62,8 @@ def test_an_unfit_node_is_left_killed_ranks_start_in_place_and_a_killed_supervis
     assert not list(tmp_path.rglob("X")) and not (project_root() / "X").exists()
 
 
-def test_what_sbatch_refuses_can_be_launched_again_and_a_folder_is_run_by_one_job(cluster, launch, tmp_path):
+def test_what_sbatch_refuses_can_be_launched_again_and_a_folder_is_run_by_one_job(launch, store, tmp_path):
+    shutil.copy(store, tmp_path / "mlflow.db")
     command = [sys.executable, project_root() / "tools" / "launch.py", *SMALL, *ONE_NODE, f"output_root={tmp_path}"]
     weights = "image_tokenizer.weights=recipes/assets/tiny/image_tokenizer.safetensors"
     wrong = [*command, "data=bundled", "cluster.partition=nowhere", "follow=false", weights]
@@ -85,7 +87,7 @@ def test_what_sbatch_refuses_can_be_launched_again_and_a_folder_is_run_by_one_jo
 
 def test_a_controller_that_is_away_is_asked_again(launch, tmp_path):
     [run_dir] = launch(tmp_path, *ONE_NODE, "cluster.restarts_in_place=0")
-    wait_for(lambda: state_of(run_dir) == "running" and steps_done(run_dir) >= 5, run_dir)
+    wait_for(lambda: state_of(run_dir) == "running" and steps_done(run_dir) >= 3, run_dir)
     place = Path(os.environ["SLURM_CONF"]).parent.parent / "run" / "slurmctld.pid"
     controller = int(place.read_text())
     os.kill(controller, signal.SIGTERM)
@@ -93,7 +95,7 @@ def test_a_controller_that_is_away_is_asked_again(launch, tmp_path):
     try:
         os.kill(ranks_of(run_dir)[0], signal.SIGKILL)
         wait_for(lambda: (read_status(run_dir) or pytest.fail("no status")).state == "requeued", run_dir)
-        time.sleep(5)
+        time.sleep(3)
     finally:
         subprocess.run(["slurmctld", "-i"], check=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"})
     assert wait_for_end(run_dir) == "done", log_of(run_dir)

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
 
+from realsr_hpc import runfolder
 from realsr_hpc.compare import connect, find_sweep
 from realsr_hpc.config.load import compose
 from realsr_hpc.launch.rundir import read_job, read_status
@@ -55,6 +57,23 @@ def test_a_sweep_is_one_array_on_one_node_under_one_parent_and_only_the_missing_
     shutil.rmtree(site)
     found = subprocess.run(["grep", "--recursive", "never-written-down", tmp_path], capture_output=True, text=True)
     assert found.returncode == 1, found.stdout
+
+
+def test_a_sweep_of_60_is_two_arrays_where_slurm_takes_50_and_the_last_run_of_the_second_trains(launch, tmp_path):
+    runs = launch(
+        tmp_path / 'sixty "seeds"', "-m", "cluster.nodes=1", "cluster.extra_sbatch={hold: true}", "sft.num_steps=1",
+        "seed=range(60)", "sweep=sixty",
+    )  # fmt: skip
+    jobs = {read_job(run).job_id: run for run in runs}
+    arrays = Counter(job.partition("_")[0] for job in jobs)
+    [large, small] = sorted(arrays, key=arrays.__getitem__, reverse=True)
+    assert set(jobs) == {f"{large}_{task}" for task in range(50)} | {f"{small}_{task}" for task in range(10)}
+    last = jobs[f"{small}_9"]
+    subprocess.run(["scontrol", "release", f"{small}_9"], check=True)
+    assert wait_for_end(last) == "done" and steps_done(last) == 1, log_of(last)
+    subprocess.run(["scancel", large, small], check=True)
+    assert {wait_for_end(run) for run in runs if run != last} == {"stopped"}
+    assert [run for run in runs if runfolder.progress(run).exists()] == [last]
 
 
 def test_a_faulty_job_tells_why_and_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(launch, tmp_path):

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from realsr_hpc import runfolder
 from realsr_hpc.commands.jobs import main
-from realsr_hpc.config.load import compose_one, to_yaml
+from realsr_hpc.commands.launch import main as launch
+from realsr_hpc.config.load import compose_one, to_yaml, written
 from realsr_hpc.launch.board import Board, sparkline
 from realsr_hpc.launch.feed import Feed
-from realsr_hpc.launch.rundir import Job, write_job, write_status
+from realsr_hpc.launch.manage import cancel
+from realsr_hpc.launch.rundir import Job, current_status, write_job, write_status
 from realsr_hpc.paths import project_root
-from realsr_hpc.tracking import write_launch_tags
+from realsr_hpc.tracking import read_progress, write_launch_tags
 from realsr_hpc.tracking.spool import Spool
+from tests.slurm.conftest import SMALL
 
+SMALL_RUN = [line for line in SMALL if "cluster.kind" not in line]
 RECIPE = to_yaml(compose_one(["recipe=grpo_tiny"]))
 
 
@@ -126,17 +132,52 @@ def test_chains_are_trees_and_sweeps_show_their_best(tmp_path):
 def test_the_board_in_a_terminal_loses_no_key_cancels_and_leaves(tmp_path):
     for number in range(4):
         write_status(make_run(tmp_path, number), "done")
-    child, terminal = pty.fork()
-    if child == 0:  # what runs in the terminal
-        os.environ.update(TERM="xterm", COLUMNS="160", LINES="30")
-        command = [sys.executable, str(project_root() / "tools" / "jobs.py"), f"root={tmp_path}", "watch=true"]
-        os.execv(command[0], command)
+    child, terminal = board_in_a_terminal(tmp_path)
     wait_for(terminal, b"4 runs, 0 alive")
     os.write(terminal, b"j\x1b[Bjkjc")  # in one go, an arrow among them: down, down, down, up, down
     assert b"run's 003 is done" in wait_for(terminal, b"nothing to cancel")
     os.write(terminal, b"\x1b[Acq")  # q waits behind c
     assert b"run's 002 is done" in wait_for(terminal, b"nothing to cancel", until_closed=True)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.timeout(900)
+def test_the_boards_keys_cancel_resume_and_follow_a_run(tmp_path, image_tokenizer, store):
+    (root := tmp_path / 'it\'s a "root"').mkdir()
+    shutil.copy(store, root / "mlflow.db")
+    places = [f"output_root={written(str(root))}", f"image_tokenizer.weights={image_tokenizer}", "follow=false"]
+    assert launch([*SMALL_RUN, *places, "sft.num_steps=3000", "checkpoint.every_steps=3000"]) == 0
+    [run_dir] = runfolder.list_runs(root)
+    child, terminal = board_in_a_terminal(root)
+    try:
+        wait_for(terminal, b"step 2")
+        os.write(terminal, b"c")
+        wait_for(terminal, b"stopped with a checkpoint")
+        stopped = read_progress(run_dir).step
+        os.write(terminal, b"r")
+        wait_for(terminal, b"submitted")
+        wait_for(terminal, f"{stopped + 1}/3000".encode())
+        os.write(terminal, b"f")
+        wait_for(terminal, b"running")
+        os.write(terminal, b"\x03")  # leaves the run alone
+        wait_for(terminal, b"The run goes on")
+        wait_for(terminal, b"1 alive")
+        os.write(terminal, b"cq")
+        wait_for(terminal, b"", until_closed=True)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        cancel(run_dir)
+    assert current_status(run_dir).state == "stopped" and read_progress(run_dir).step > stopped
+
+
+def board_in_a_terminal(root):
+    """Process id of the board, and its terminal's other end."""
+    child, terminal = pty.fork()
+    if child == 0:  # what runs in the terminal
+        os.environ.update(TERM="xterm", COLUMNS="200", LINES="30")
+        command = [sys.executable, str(project_root() / "tools" / "jobs.py"), f"root={root}", "watch=true"]
+        os.execv(command[0], command)
+    return child, terminal
 
 
 def wait_for(terminal, text, patience_s=300, *, until_closed=False):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
 
+from realsr_hpc import runfolder
 from realsr_hpc.commands.launch import chained, main
 from realsr_hpc.config.chain import read_chain
-from realsr_hpc.config.load import RecipeError
+from realsr_hpc.config.load import RecipeError, written
 from realsr_hpc.launch.chain import Node, chain_nodes
+from realsr_hpc.locks import hold
 from realsr_hpc.paths import project_root
 from tests.slurm.conftest import SMALL
 
@@ -99,28 +101,9 @@ def test_faults_name_stage_and_field_before_anything_is_written(stages, said, ch
 SMALL_CHAIN = """
 name: small
 stages:
-  first: {recipe: sft_tiny, set: {model.weights: null, sft.num_steps: 12, checkpoint.every_steps: 1}}
-  second:
-    recipe: sft_tiny
-    set: {name: second-run, model.weights: "{first.export}", sft.num_steps: 12, checkpoint.every_steps: 1}
+  first: {recipe: sft_tiny, set: {model.weights: null, sft.num_steps: 1}}
+  second: {recipe: sft_tiny, set: {name: second-run, model.weights: "{first.export}", sft.num_steps: 1}}
 """
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, image_tokenizer) -> Iterator[tuple[list[str], Path]]:
-    """A small chain that has run here: its words without the output root, and the root."""
-    folder, root = tmp_path_factory.mktemp("recipes"), tmp_path_factory.mktemp("chain") / "it's a root"
-    (folder / "chains").mkdir()
-    for path in (project_root() / "recipes").iterdir():
-        if path.name != "chains":
-            (folder / path.name).symlink_to(path)
-    (folder / "chains" / "small.yaml").write_text(SMALL_CHAIN)
-    words = ["chain=small", f"image_tokenizer.weights={image_tokenizer}", *SMALL_RUN]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REALSR_HPC_RECIPES", str(folder))
-        assert main([*words, f"output_root={root}", "plan=true"]) == 0 and not root.exists()
-        assert main([*words, f"output_root={root}"]) == 0
-        yield words, root
 
 
 def stages_of(root: Path) -> dict[str, Path]:
@@ -128,22 +111,38 @@ def stages_of(root: Path) -> dict[str, Path]:
     return {path.name: path.resolve() for path in sorted(folder.iterdir()) if path.is_symlink()}
 
 
-@pytest.mark.timeout(1800)
-def test_a_chain_on_this_machine_runs_what_is_missing_or_failed(undisturbed):
-    words, root = undisturbed
+@pytest.mark.timeout(900)
+def test_a_chain_on_this_machine_runs_what_is_missing(chains, tmp_path, image_tokenizer, store, capsys):
+    (chains / "small.yaml").write_text(SMALL_CHAIN)
+    root = tmp_path / 'it\'s a "root"'
+    lines = [*SMALL_RUN, f"output_root={written(str(root))}", f"image_tokenizer.weights={image_tokenizer}"]
+    words = ["chain=small", *lines]
+    assert main([*words, "plan=true"]) == 0 and not root.exists()
+    root.mkdir()
+    shutil.copy(store, root / "mlflow.db")
+    export = nodes(*lines, chain="small")["first.export"].folder
+    export.mkdir(parents=True)
+    with hold(runfolder.lock(export), "somebody else"):
+        assert main(words) == 2  # it comes to the export and no further
+    assert "somebody else" in capsys.readouterr().out
     links = stages_of(root)
-    assert list(links) == ["01-first", "02-first.export", "03-second"]
-    assert (links["02-first.export"] / "output" / "config.json").exists()
-    states = {name: (link / "status.json").read_text() for name, link in links.items()}
-    assert {json.loads(text)["state"] for text in states.values()} == {"done"}
+    assert list(links) == ["01-first", "02-first.export", "03-second"] and links["02-first.export"] == export
+    first = (links["01-first"] / "status.json").read_text()
+    assert json.loads(first)["state"] == "done" and not links["03-second"].exists()
 
-    assert main([*words, f"output_root={root}"]) == 0
+    assert main(words) == 0
+    states = {name: (link / "status.json").read_text() for name, link in links.items()}
+    assert states["01-first"] == first and {json.loads(text)["state"] for text in states.values()} == {"done"}
+    assert main(words) == 0
     assert {name: (link / "status.json").read_text() for name, link in links.items()} == states
 
-    (links["02-first.export"] / "output" / "config.json").unlink()  # what a command wrote is gone; a run failed
+    (export / "output" / "config.json").unlink()  # what a command wrote is gone; a run failed
     failed = json.loads(states["03-second"]) | {"state": "failed", "code": 1}
     (links["03-second"] / "status.json").write_text(json.dumps(failed))
-    assert main([*words, f"output_root={root}"]) == 0
-    assert (links["02-first.export"] / "output" / "config.json").exists()
-    again = {name for name, link in links.items() if (link / "status.json").read_text() != states[name]}
-    assert again == {"02-first.export", "03-second"}
+    capsys.readouterr()
+    assert main([*words, "plan=true"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[1]: line for line in shown if len(line) > 5 and line[1] in ("first", "first.export", "second")}
+    assert [next(word for word in ("done", "lost", "failed") if word in row) for row in rows.values()] == [
+        "done", "lost", "failed",
+    ]  # fmt: skip

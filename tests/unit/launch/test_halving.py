@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,24 +142,22 @@ def test_a_grid_is_tried_once_each_and_intervals_are_drawn(tmp_path):
 
 
 @pytest.mark.timeout(1800)
-def test_a_sweep_whose_launcher_is_killed_goes_on_and_its_survivor_was_never_paused(tmp_path, image_tokenizer):
-    root = tmp_path / "it's a root"
-    words = [*SMALL_RUN, "-m", "sft.num_steps=4", "sft.heldout_every_steps=1", "sft.heldout_traces=2"]
-    words += [f"output_root={root}", f"image_tokenizer.weights={image_tokenizer}", "cluster.array_parallelism=2"]
-    words += [
-        "vlcot.instruction='it\\'s \"<|image|>\"'",
-        "optim.lr=1e-9,3e-3",
-        "optim.min_lr=0",
-        "sampler=asha",
-        "rungs=1",
-        "keep=2",
-        "sweep=rates",
-    ]
-    command = [sys.executable, str(project_root() / "tools" / "launch.py"), *words]
+def test_a_sweep_whose_launcher_is_killed_goes_on_and_its_survivor_was_never_paused(
+    tmp_path, image_tokenizer, store, monkeypatch, capsys
+):
+    root, alone = tmp_path / "it's a root", tmp_path / "alone"
+    for place in (root, alone):
+        place.mkdir()
+        shutil.copy(store, place / "mlflow.db")
+    run = [*SMALL_RUN, "sft.num_steps=4", "sft.heldout_every_steps=1", f"image_tokenizer.weights={image_tokenizer}"]
+    run += ["vlcot.instruction='it\\'s \"<|image|>\"'", "optim.min_lr=0"]
+    words = [*run, "-m", f"output_root={root}", "cluster.array_parallelism=2", "optim.lr=1e-9,3e-3"]
+    words += ["sampler=asha", "rungs=1", "keep=2", "sweep=rates"]
     configs = {config.optim.lr: config for config in choose(*read_arguments(words))}
     folders = {rate: run_folder(config) for rate, config in configs.items()}
     state = root / "sweeps" / "rates" / "asha.json"
 
+    command = [sys.executable, str(project_root() / "tools" / "launch.py"), *words]
     launcher = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
     while not state.exists() or len(json.loads(state.read_text())["trials"]) < 2:
         assert launcher.poll() is None
@@ -166,17 +165,15 @@ def test_a_sweep_whose_launcher_is_killed_goes_on_and_its_survivor_was_never_pau
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
 
-    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "160"})
-    assert answer.returncode == 0, answer.stdout + answer.stderr
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(words) == 0
     states = {rate: status.state for rate, path in folders.items() if (status := current_status(path))}
     assert states == {3e-3: "done", 1e-9: "stopped"}
     assert {rate: max(metrics_by_step(path)) for rate, path in folders.items()} == {3e-3: 4, 1e-9: 1}
-    assert "5 of 8 steps, 62%" in answer.stdout
+    assert "5 of 8 steps, 62%" in capsys.readouterr().out
 
-    alone = [word for word in words if not word.startswith(("-m", "optim.lr", "sampler", "rungs", "keep", "sweep"))]
-    undisturbed = [*alone, f"output_root={tmp_path / 'alone'}", "optim.lr=3e-3"]
-    assert main([word for word in undisturbed if word != f"output_root={root}"]) == 0
-    [run_dir] = (path.parent for path in (tmp_path / "alone").glob("*/recipe.yaml"))
+    assert main([*run, f"output_root={alone}", "optim.lr=3e-3"]) == 0
+    [run_dir] = (path.parent for path in alone.glob("*/recipe.yaml"))
     assert results(run_dir) == results(folders[3e-3])
     assert weights(run_dir) == weights(folders[3e-3]) != {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from realsr_hpc.commands.replay import main
 from realsr_hpc.config.learning import GRPOConfig
-from realsr_hpc.config.load import compose_one, to_yaml
+from realsr_hpc.config.load import compose_one, from_yaml, override, to_yaml
 from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.paths import project_root
 from realsr_hpc.train import grpo
@@ -73,6 +74,15 @@ def test_another_layout_agrees_within_its_tolerance(run_dir, tmp_path):
     found = json.loads((tmp_path / "replay.json").read_text())
     assert not found["same_layout"] and found["again"]["metrics"] != found["reported"]
     assert found["again"]["metrics"]["grpo/loss/mean"] == pytest.approx(found["reported"]["grpo/loss/mean"], rel=1e-3)
+
+
+def test_after_a_resume_on_another_layout_a_step_is_replayed_on_its_own(run_dir, tmp_path):
+    resumed = tmp_path / 'the "other" one'
+    shutil.copytree(run_dir, resumed)
+    now = override(from_yaml(run_dir / "recipe.yaml"), ["parallel.tp=2", "cluster.tasks_per_node=2"])
+    (resumed / "recipe.yaml").write_text(to_yaml(now))  # as jobs.py resume=RUN parallel.tp=2 leaves it
+    found = replayed(resumed, 3)
+    assert found["same_layout"] and found["again"]["metrics"] == found["reported"]
 
 
 @pytest.mark.parametrize(
