@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -38,11 +39,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database before the first run, to copy into an output root: making its tables takes many seconds."""
-    from realsr_hpc.tracking.database import client
+@pytest.fixture(scope="session", autouse=True)
+def copied_stores(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """MLflow's database is made once (tests/stores.py)."""
+    os.environ["REALSR_HPC_TEST_STORE"] = str(tmp_path_factory.mktemp("store") / "mlflow.db")
+    os.environ.update(MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", GIT_PYTHON_REFRESH="quiet")
+    importlib.import_module("tests.stores")
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    client(f"sqlite:///{path}")
-    return path
+
+@pytest.fixture
+def store(copied_stores: None) -> Path:
+    """MLflow's database before the first run, to copy into the output root of a command that a test starts."""
+    from tests.stores import first_made
+
+    return first_made()

@@ -1,4 +1,4 @@
-"""Runs a function on gloo ranks, forked from a server that has imported torch and Megatron and nothing else.
+"""Runs a function on gloo ranks, forked from a server that has imported torch, Megatron and MLflow and nothing else.
 
 The server is a fresh process: a rank never inherits a process group, threads or patches of the test session, and a
 world starts in a fraction of a second.
@@ -16,7 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 RANK_TIMEOUT_S = 300
-_IMPORTED_BY_SERVER = ["pytest", "realsr_hpc.model.policy", "realsr_hpc.optim.step", "realsr_hpc.checkpoint"]
+_IMPORTED_BY_SERVER = [
+    "pytest", "realsr_hpc.model.policy", "realsr_hpc.optim.step", "realsr_hpc.checkpoint",
+    "tests.stores", "mlflow.store.tracking.sqlalchemy_store",
+]  # fmt: skip
 
 
 def free_port() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,13 +75,10 @@ def image_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch(cluster: None, image_tokenizer: Path, store: Path) -> Callable[..., list[Path]]:
+def launch(cluster: None, image_tokenizer: Path) -> Callable[..., list[Path]]:
     """What tools/launch.py does, with the small recipe into an output root; the folders of all its runs."""
 
     def run(root: Path, *arguments: str) -> list[Path]:
-        root.mkdir(parents=True, exist_ok=True)
-        if not (root / "mlflow.db").exists():
-            shutil.copy(store, root / "mlflow.db")
         places = [f"output_root={root}", f"image_tokenizer.weights={image_tokenizer}", "follow=false"]
         assert main([*SMALL, *places, *arguments]) == 0
         return list_runs(root)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 from collections import Counter
@@ -34,7 +33,7 @@ RUN = [line for line in SMALL if not line.startswith(("recipe=", "model.weights"
 
 
 @pytest.fixture
-def launch_chain(cluster, image_tokenizer, store, tmp_path, monkeypatch):
+def launch_chain(cluster, image_tokenizer, tmp_path, monkeypatch):
     """A function of an output root that launches the chain there; its stages by name."""
     recipes = tmp_path / "recipes"
     (recipes / "chains").mkdir(parents=True)
@@ -45,9 +44,6 @@ def launch_chain(cluster, image_tokenizer, store, tmp_path, monkeypatch):
     monkeypatch.setenv("REALSR_HPC_RECIPES", str(recipes))
 
     def launch(root: Path) -> dict[str, Path]:
-        root.mkdir(exist_ok=True)
-        if not (root / "mlflow.db").exists():
-            shutil.copy(store, root / "mlflow.db")
         notify = f"""tracking.notify={written(f'cat >> "{root}/what it said"')}"""
         assert (
             main(["chain=small", f"output_root={root}", f"image_tokenizer.weights={image_tokenizer}", notify, *RUN])

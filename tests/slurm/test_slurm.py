@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 from realsr_hpc import runfolder
 from realsr_hpc.compare import connect, find_sweep
 from realsr_hpc.config.load import compose
-from realsr_hpc.launch.rundir import read_job, read_status
+from realsr_hpc.launch.rundir import read_job, read_status, write_status
 from realsr_hpc.paths import project_root
 from tests.slurm.watching import log_of, steps_done, wait_for_end
 
@@ -42,7 +41,7 @@ def test_a_sweep_is_one_array_on_one_node_under_one_parent_and_only_the_missing_
     assert len(runs) == 2 and len(ids) == 1
     assert {wait_for_end(run) for run in runs} == {"done"}
     before = {run: (run / "job.json").read_text() for run in runs}
-    (runs[1] / "status.json").write_text(json.dumps({"state": "failed", "code": 1, "message": "", "time_s": 0.0}))
+    write_status(runs[1], "failed", 1, launch=read_job(runs[1]).launch)
     assert launch(tmp_path, *sweep, "seed=0,1") != []
     assert (runs[0] / "job.json").read_text() == before[runs[0]]
     assert (runs[1] / "job.json").read_text() != before[runs[1]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -142,9 +141,8 @@ def test_the_board_in_a_terminal_loses_no_key_cancels_and_leaves(tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_the_boards_keys_cancel_resume_and_follow_a_run(tmp_path, image_tokenizer, store):
-    (root := tmp_path / 'it\'s a "root"').mkdir()
-    shutil.copy(store, root / "mlflow.db")
+def test_the_boards_keys_cancel_resume_and_follow_a_run(tmp_path, image_tokenizer):
+    root = tmp_path / 'a "root"'
     places = [f"output_root={written(str(root))}", f"image_tokenizer.weights={image_tokenizer}", "follow=false"]
     assert launch([*SMALL_RUN, *places, "sft.num_steps=3000", "checkpoint.every_steps=3000"]) == 0
     [run_dir] = runfolder.list_runs(root)

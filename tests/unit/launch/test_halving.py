@@ -146,9 +146,8 @@ def test_a_sweep_whose_launcher_is_killed_goes_on_and_its_survivor_was_never_pau
     tmp_path, image_tokenizer, store, monkeypatch, capsys
 ):
     root, alone = tmp_path / "it's a root", tmp_path / "alone"
-    for place in (root, alone):
-        place.mkdir()
-        shutil.copy(store, place / "mlflow.db")
+    root.mkdir()
+    shutil.copy(store, root / "mlflow.db")
     run = [*SMALL_RUN, "sft.num_steps=4", "sft.heldout_every_steps=1", f"image_tokenizer.weights={image_tokenizer}"]
     run += ["vlcot.instruction='it\\'s \"<|image|>\"'", "optim.min_lr=0"]
     words = [*run, "-m", f"output_root={root}", "cluster.array_parallelism=2", "optim.lr=1e-9,3e-3"]
