@@ -81,8 +81,11 @@ def test_after_a_resume_on_another_layout_a_step_is_replayed_on_its_own(run_dir,
     shutil.copytree(run_dir, resumed)
     now = override(from_yaml(run_dir / "recipe.yaml"), ["parallel.tp=2", "cluster.tasks_per_node=2"])
     (resumed / "recipe.yaml").write_text(to_yaml(now))  # as jobs.py resume=RUN parallel.tp=2 leaves it
-    found = replayed(resumed, 3)
-    assert found["same_layout"] and found["again"]["metrics"] == found["reported"]
+    found = replayed(resumed, 3, "grpo.advantage=mean")
+    again, other = found["again"], found["other"]
+    assert found["same_layout"] and again["metrics"] == found["reported"]
+    assert other["advantages"] != again["advantages"]
+    assert other["metrics"]["optim/grad_norm/step"] != again["metrics"]["optim/grad_norm/step"]
 
 
 @pytest.mark.parametrize(
