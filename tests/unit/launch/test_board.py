@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import sys
 import time
 from pathlib import Path
@@ -148,15 +149,16 @@ def test_the_boards_keys_cancel_resume_and_follow_a_run(tmp_path, image_tokenize
     [run_dir] = runfolder.list_runs(root)
     child, terminal = board_in_a_terminal(root)
     try:
-        wait_for(terminal, b"step 2")
+        wait_until(terminal, lambda: read_progress(run_dir) and read_progress(run_dir).step >= 2)
+        wait_for(terminal, b"/3000")
         os.write(terminal, b"c")
         wait_for(terminal, b"stopped with a checkpoint")
         stopped = read_progress(run_dir).step
         os.write(terminal, b"r")
         wait_for(terminal, b"submitted")
-        wait_for(terminal, f"{stopped + 1}/3000".encode())
+        wait_until(terminal, lambda: read_progress(run_dir).step > stopped)
         os.write(terminal, b"f")
-        wait_for(terminal, b"running")
+        wait_for(terminal, b"0:00:0")  # the bar of whoever follows a run counts the time
         os.write(terminal, b"\x03")  # leaves the run alone
         wait_for(terminal, b"The run goes on")
         wait_for(terminal, b"1 alive")
@@ -176,6 +178,15 @@ def board_in_a_terminal(root):
         command = [sys.executable, str(project_root() / "tools" / "jobs.py"), f"root={root}", "watch=true"]
         os.execv(command[0], command)
     return child, terminal
+
+
+def wait_until(terminal, holds, patience_s=300):
+    """Look at the terminal, which would be full otherwise, until something holds."""
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.2)[0]:
+            os.read(terminal, 65536)
 
 
 def wait_for(terminal, text, patience_s=300, *, until_closed=False):

@@ -111,7 +111,8 @@ def stages_of(root: Path) -> dict[str, Path]:
 
 
 @pytest.mark.timeout(900)
-def test_a_chain_on_this_machine_runs_what_is_missing(chains, tmp_path, image_tokenizer, capsys):
+def test_a_chain_on_this_machine_runs_what_is_missing(chains, tmp_path, image_tokenizer, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     (chains / "small.yaml").write_text(SMALL_CHAIN)
     root = tmp_path / "it's a root"
     lines = [*SMALL_RUN, f"output_root={written(str(root))}", f"image_tokenizer.weights={image_tokenizer}"]
