@@ -7,6 +7,7 @@ generators keyed by run seed and sample, whatever the layout; they are kept for 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import random
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -84,6 +86,8 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups
         raise ValueError(f"checkpoint {path} holds weights only: pass optimiser=None, or name a training checkpoint")
     with backend.vendor_calls():
         wanted = sharded_state(policy, optimiser, loading=True)
+        for name, _ in _named_chunks(policy):
+            wanted[name] = {key: _merged_in_place(value) for key, value in wanted[name].items()}
         loaded = _read(wanted, path)
         _take_model(policy, loaded)
         if optimiser is not None:
@@ -109,6 +113,27 @@ def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
             "recipe of another shape; name one of the same model section"
         )
     return loaded
+
+
+def _merged_in_place(value: Any) -> Any:
+    """A parameter whose parts are stored apart (SwiGLU's two projections), which loading fills where they lie in it.
+
+    Megatron joins them in a tensor of their own before the parameter takes it, and holds those of all layers at once:
+    0.4 copies of a model's weights. Parts that lie elsewhere are joined as Megatron does.
+    """
+    if not isinstance(value, ShardedTensorFactory):
+        return value
+    whole, join = value.data.detach(), value.merge_fn
+
+    def merge(parts: Any) -> Any:
+        start = whole.data_ptr()
+        for part in parts:
+            if not part.is_contiguous() or part.data_ptr() != start:
+                return join(parts)
+            start += part.nbytes
+        return whole if start == whole.data_ptr() + whole.nbytes else join(parts)
+
+    return dataclasses.replace(value, merge_fn=merge)
 
 
 def sharded_state(policy: Policy, optimiser: Optimiser | None, loading: bool) -> dict[str, Any]:

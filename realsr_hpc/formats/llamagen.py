@@ -16,6 +16,7 @@ from realsr_hpc.formats.vqgan import SETTINGS
 
 NAME = "LlamaGen VQ (vq_ds*.pt)"
 _UNDER = ("model", "ema", "state_dict")
+"""Its own scripts take "model" for the codes that policies are trained on, and "ema", if there, for reconstructions."""
 _USAGE = "quantize.codebook_used"
 _MIDDLE = ("block_1", "attn_1", "block_2")
 
@@ -56,8 +57,11 @@ def open_llamagen(place: Place, rotary: Rotary | None) -> Found:
         "normalised_codes": _normalised(place.content),
         "attention": "lowest" if attended else "middle",
     }
-    left = (f"{_USAGE} (a record of training)",) if _USAGE in tensors else ()
-    return Found(NAME, image=FoundImage(NAME, place.path, files.specs, files.read, settings, (), left))
+    left = [f"{_USAGE} (a record of training)"] if _USAGE in tensors else []
+    content = place.content if isinstance(place.content, Mapping) else {}
+    states = [key for key in _UNDER if isinstance(content.get(key), Mapping)]
+    left += [f"{key} (another state of the same tensors; {states[0]} is read)" for key in states[1:]]
+    return Found(NAME, image=FoundImage(NAME, place.path, files.specs, files.read, settings, (), tuple(left)))
 
 
 def _normalised(content: Any) -> bool:

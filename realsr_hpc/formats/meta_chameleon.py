@@ -251,7 +251,8 @@ class _Tree:
     def faults(self) -> list[str]:
         """Tensors of the files that nothing is made of."""
         used = {kept for names, _ in self.table.values() for kept in names} | {"rope.freqs"}
-        return [f"tensor {name} (no place for it)" for name in sorted(self.shards[0].specs.keys() - used)]
+        given = {name for shard in self.shards for name in shard.specs}
+        return [f"tensor {name} (no place for it)" for name in sorted(given - used)]
 
     def read(self, name: str, order: Rotary) -> Tensor:
         """One of Hugging Face's tensors; its shards alone are touched."""

@@ -35,6 +35,9 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "pruned_heads": ({}, None),
     "partial_rotary_factor": (1.0, None),
+    **dict.fromkeys(("rope_interleave", "rope_interleaved", "rotary_interleaved"), (False, None)),
+    **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm", "qk_normalization"), (True, None)),
+    **dict.fromkeys(("use_rope", "is_causal", "causal"), (True, None)),
 }
 """The only values our forward pass computes."""
 WITHOUT_EFFECT = frozenset(
@@ -86,13 +89,20 @@ def _rotary_faults(settings: Mapping[str, Any]) -> list[str]:
         others = {name: value for name, value in others.items() if (name, value) != ("partial_rotary_factor", 1.0)}
         if kind != "default" or any(value is not None for value in others.values()):
             faults.append(f"{key} {dict(given)!r} (ours: plain rotary embeddings, not scaled)")
+    if len(set(thetas := _thetas(settings))) > 1:
+        faults.append(f"rope_theta {' and '.join(map(str, thetas))} (given twice; which of them holds is not known)")
     return faults
+
+
+def _thetas(settings: Mapping[str, Any]) -> list[Any]:
+    """Every `rope_theta` that is given; releases of transformers from 5 on write it into `rope_parameters`."""
+    places = [settings, settings.get("rope_parameters"), settings.get("rope_scaling")]
+    found = [place.get("rope_theta") for place in places if isinstance(place, Mapping)]
+    return [theta for theta in found if theta is not None]
 
 
 def sizes_of(settings: Mapping[str, Any]) -> dict[str, float]:
     """The sizes under config.json's names, those that are missing by their defaults; without default left out."""
-    nested = (settings.get("rope_parameters") or {}, settings.get("rope_scaling") or {})
-    theta = next((part["rope_theta"] for part in nested if isinstance(part, Mapping) and "rope_theta" in part), None)
-    given = {**settings, "rope_theta": settings.get("rope_theta", theta)}
+    given = {**settings, "rope_theta": next(iter(_thetas(settings)), None)}
     sizes = {key: default if given.get(key) is None else given[key] for key, default in SIZES.items()}
     return {key: value for key, value in sizes.items() if value is not None}

@@ -17,7 +17,18 @@ from realsr_hpc.formats.tensor_files import TensorFiles, state_of
 
 NAME = "taming VQGAN (vqgan.ckpt)"
 _UNDER = ("state_dict",)
-_FIXED = {"double_z": False, "attn_resolutions": [], "in_channels": 3, "out_ch": 3, "remap": None}
+_FIXED = {
+    "double_z": False,
+    "attn_resolutions": [],
+    "in_channels": 3,
+    "out_ch": 3,
+    "remap": None,
+    "resamp_with_conv": True,
+    "give_pre_end": False,
+    "tanh_out": False,
+    "use_linear_attn": False,
+    "attn_type": "vanilla",
+}
 SETTINGS = {
     "normalised_codes": False,
     "attention": "middle",

@@ -18,7 +18,7 @@ from realsr_hpc.model.chunks import WeightShapes
 from realsr_hpc.model.hf_mapping import hf_shapes
 from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from tests.unit.formats.layouts import FFN, HEADS, HIDDEN, LAYERS, layout, recipe, whole_names, write_tokenizer
+from tests.unit.formats.layouts import HEADS, HIDDEN, layout, recipe, whole_names, write_tokenizer
 
 TOKENS = torch.randint(50, 900, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -26,8 +26,11 @@ TOKENS = torch.randint(50, 900, (2, 12), generator=torch.Generator().manual_seed
 def stock_model(config: Any, vocab: int = 1024) -> Any:
     """transformers' own class, its weights spread so that every one of them matters."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS}
-    heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "rms_norm_eps": 1e-5}
+    shape = config.model
+    sizes = {"hidden_size": shape.hidden_size, "intermediate_size": shape.ffn_hidden_size}
+    sizes |= {"num_hidden_layers": shape.num_layers, "rope_theta": shape.rope_theta}
+    heads = {"num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads or shape.num_heads}
+    heads |= {"rms_norm_eps": shape.norm_epsilon}
     names = {name: token for name, token in whole_names(config).items() if name.startswith(("IMG", "<"))}
     model = ChameleonForConditionalGeneration(
         ChameleonConfig(
@@ -49,13 +52,15 @@ def state_of(model: Any) -> dict[str, torch.Tensor]:
     return {name.replace("model.language_model.", "model."): value for name, value in model.state_dict().items()}
 
 
-def write_folder(folder: Path, model: Any, state: dict[str, torch.Tensor], bins: int = 0, **settings: Any) -> Path:
+def write_folder(
+    folder: Path, model: Any, state: dict[str, torch.Tensor], bins: int = 0, config: Any = None, **settings: Any
+) -> Path:
     """config.json, tokenizer.json and the state as one safetensors file, or as so many `.bin` with an index."""
     model.config.save_pretrained(folder)
     kept = json.loads((folder / "config.json").read_text())
     changed = {k: v for k, v in {**kept, **settings}.items() if v != "absent"}
     (folder / "config.json").write_text(json.dumps(changed))
-    write_tokenizer(folder / "tokenizer.json", whole_names(recipe()))
+    write_tokenizer(folder / "tokenizer.json", whole_names(config or recipe()))
     if not bins:
         save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
         return folder
@@ -84,6 +89,22 @@ def test_logits_are_transformers_and_every_tensor_is_kept_bit_by_bit(bins, setti
     assert list(written) == sorted(state)
     assert all(torch.equal(written[name], state[name]) for name in state)
     assert (their_logits(model) - logits_of(tmp_path / "out", config, TOKENS, 1024)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(("hidden", "heads", "kv_heads", "theta"), [(96, 6, 2, 500000.0), (56, 7, 1, 10000.0)])
+def test_other_widths_grouped_queries_and_rotary_bases(hidden, heads, kv_heads, theta, tmp_path, logits_of):
+    sizes = [f"model.hidden_size={hidden}", f"model.num_heads={heads}", f"model.num_kv_heads={kv_heads}"]
+    sizes += ["model.ffn_hidden_size=100", "model.num_layers=3", f"model.rope_theta={theta}"]
+    config = recipe(*sizes, "model.norm_epsilon=1e-6", "image_tokenizer.codebook_size=200")
+    vocab = layout(config).size
+    model = stock_model(config, vocab)
+    state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
+    source = write_folder(tmp_path / "source", model, state, bins=2, config=config)
+    import_weights(Sources(source), tmp_path / "out", config)
+    theirs, ours = their_logits(model), logits_of(tmp_path / "out", config, TOKENS, vocab)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+    wrong = import_weights(Sources(source, rotary="interleaved"), tmp_path / "wrong", config)
+    assert (logits_of(wrong.output, config, TOKENS, vocab) - theirs).abs().max() > 0.05
 
 
 def test_shared_norms_are_given_to_all_heads_so_that_transformers_loads_the_folder(model, tmp_path):
@@ -130,6 +151,8 @@ def test_an_encoder_of_another_tokenizer_is_refused(model, tmp_path):
 FOREIGN = {
     "rope_scaling": {"type": "linear", "factor": 2.0},
     "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+    "rope_parameters partial_rotary_factor": {"rope_type": "default", "partial_rotary_factor": 0.5},
+    "rope_parameters rope_theta": {"rope_type": "default", "rope_theta": 500000.0},
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-3,
     "attention_bias": True,
@@ -142,6 +165,10 @@ FOREIGN = {
     "head_dim": 16,
     "partial_rotary_factor": 0.5,
     "attn_logit_softcapping": 30.0,
+    "final_logit_softcapping": 30.0,
+    "use_qk_norm": False,
+    "rope_interleaved": True,
+    "layer_types": ["sliding_attention", "full_attention"],
     "model_type": "llama",
     "num_key_value_heads": 2,
 }
@@ -150,10 +177,11 @@ FOREIGN = {
 @pytest.mark.parametrize("key", FOREIGN)
 def test_a_setting_that_decides_the_forward_pass_is_refused_at_both_doors(key, model, tmp_path, logits_of):
     state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
-    source = write_folder(tmp_path / "source", model, state, **{key: FOREIGN[key]})
-    with pytest.raises(ValueError, match=key):
+    source = write_folder(tmp_path / "source", model, state, **{key.split()[0]: FOREIGN[key]})
+    named = key.split()[-1]
+    with pytest.raises(ValueError, match=named):
         import_weights(Sources(source), tmp_path / "out", recipe())
-    with pytest.raises(ValueError, match=f"model.weights = .*{key}"):
+    with pytest.raises(ValueError, match=f"model.weights = .*{named}"):
         logits_of(source, recipe(), TOKENS, 1024)
     assert not (tmp_path / "out").exists()
 

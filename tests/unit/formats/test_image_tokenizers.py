@@ -38,7 +38,9 @@ def save(kind: str, path, state) -> None:
             torch.save({"model": with_usage}, path)
         case "trainer":
             options = argparse.Namespace(codebook_l2_norm=True, lr=1e-4, vq_model="VQ-8")
-            torch.save({"ema": with_usage, "optimizer": {"state": {}}, "steps": 3, "args": options}, path)
+            other = {name: value + 1 for name, value in state.items()}
+            kept = {"model": with_usage, "ema": other, "optimizer": {"state": {}}, "steps": 3}
+            torch.save({**kept, "args": options}, path)
         case "state_dict":
             torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=False)
 
@@ -58,6 +60,7 @@ def test_every_tensor_of_llamagens_files_is_kept_bit_by_bit(kind, tmp_path):
     save(kind, tmp_path / "vq.pt", state)
     done = import_weights(Sources(tmp_path / "vq.pt"), tmp_path / "out", recipe(*LLAMAGEN))
     assert "LlamaGen" in done.recognised[0] and f"{sum(v.numel() for v in state.values()):,}" in done.recognised[0]
+    assert (kind == "trainer") == any("ema (another state" in line for line in done.recognised)
     tokenizer = load_image_tokenizer(recipe(*LLAMAGEN, *done.overrides).image_tokenizer, "cpu")
     written = tokenizer.state_dict()
     assert len(written) == len(state)

@@ -114,3 +114,7 @@ def test_a_tensor_without_a_place_is_refused_by_name(tmp_path):
     tree = write_tree(tmp_path / "tree", [shard], recipe())
     with pytest.raises(ValueError, match=r"tensor layers\.0\.attention\.wq\.bias \(no place for it\)"):
         import_weights(Sources(tree), tmp_path / "out", recipe())
+    shards = meta_state(parts=2)
+    shards[1]["layers.1.adapter.weight"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"tensor layers\.1\.adapter\.weight \(no place for it\)"):
+        import_weights(Sources(write_tree(tmp_path / "two", shards, recipe())), tmp_path / "out", recipe())
