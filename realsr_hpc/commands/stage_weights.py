@@ -1,6 +1,7 @@
 """What a recipe needs beside the code, whether it is there, and how to carry it to a cluster without a network.
 
 realsr-hpc stage-weights recipe=NAME [override ...]        what, where it must lie, its state, where it comes from
+    ... downloads=DIR   public weights below DIR that fit the recipe, and the command that converts each
     ... collect=DIR     copy files found by name below DIR (say, your downloads) to their places; list their checksums
     ... pack=FILE.tar   check all, then pack it with its SHA256SUMS; unpack with `tar -xf FILE.tar` in the project
     ... check=FILE      compare with such a SHA256SUMS
@@ -20,12 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc.config.arguments import read_with_overrides
+from realsr_hpc.config.downloads import IMAGE_FILES, starts
+from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import SUMS, Need, State, needs_of, read_listing, read_sums, state
 from realsr_hpc.files import printable, publish, replacing, sha256_of, writable_folder, write_atomically
 from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import project_root
 
-ACTIONS = {"collect": "", "pack": "", "check": ""}
+ACTIONS = {"downloads": "", "collect": "", "pack": "", "check": ""}
 
 
 def main(arguments: list[str]) -> int:
@@ -37,11 +40,14 @@ def main(arguments: list[str]) -> int:
             raise ValueError("recipe=NAME is needed")
         from realsr_hpc.config.load import compose_one
 
-        needs = needs_of(compose_one(overrides))
+        config = compose_one(overrides)
+        needs = needs_of(config)
         if actions["collect"]:
             collect(needs, Path(actions["collect"]), console)
         states: dict[Need, State] = {need: state(need) for need in needs}
         show(states, console)
+        if actions["downloads"]:
+            show_downloads(Path(actions["downloads"]), config, console)
         faults = [f"{need.path}: {found}" for need, found in states.items() if found != "there"]
         if actions["check"]:
             faults += differing(Path(actions["check"]))
@@ -65,6 +71,20 @@ def show(states: dict[Need, State], console: Console) -> None:
         size = sum(path.stat().st_size for path in need.files()) / 1e6
         table.add_row(need.purpose, shown(need.path), f"{size:.1f}" if size else "", found, need.origin)
     console.print(table)
+
+
+def show_downloads(folder: Path, config: RunConfig, console: Console) -> None:
+    """The starts that were found, one command each. ValueError for no folder, or a recipe of nobody's vocabulary."""
+    if config.vlcot.vocabulary not in IMAGE_FILES:
+        raise ValueError(f"downloads={folder}: {config.name} starts from no public weights; leave it out")
+    found = starts(folder, config)
+    if not found:
+        console.print(f"{folder}: no policy of vocabulary {config.vlcot.vocabulary} below it", markup=False)
+    for start in found:
+        lacking = f"; {start.missing} is not there" if start.missing else ""
+        console.print(printable(f"{start.policy}: {start.kind}{lacking}"), markup=False, highlight=False)
+        if not start.missing:
+            console.print(printable(start.command(config)), markup=False, highlight=False)
 
 
 def shown(path: Path) -> str:

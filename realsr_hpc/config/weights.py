@@ -17,7 +17,7 @@ from typing import Literal
 
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions, UnderstandingOptions, read_options
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import sha256_of
+from realsr_hpc.files import check_listed, check_sums, sha256_of
 from realsr_hpc.paths import resolve
 
 SUMS = "SHA256SUMS"
@@ -111,7 +111,7 @@ class Need:
         return [self.path] if self.path.is_file() else []
 
 
-_CONVERTED = "; realsr-hpc import-weights makes it of them (docs/start.md)"
+_CONVERTED = "; import-weights makes it of them: downloads=DIR lists what is there, and the commands (docs/start.md)"
 _RESEARCH = "Chameleon Research License: non-commercial research"
 PUBLIC: dict[str, tuple[str, str, str]] = {
     "chameleon_f16": (
@@ -204,10 +204,17 @@ def read_listing(path: Path) -> dict[str, str]:
 
 
 def state(need: Need) -> State:
-    """Whether it is there and its bytes are those listed (or, by the habit of such names, those its name says)."""
+    """Whether it is there and its bytes are those listed (or, by the habit of such names, those its name says).
+
+    A folder of weights, or a file of one, is compared with the `SHA256SUMS` that its import or export wrote.
+    """
     files = need.files()
     if not files:
         return "missing"
+    try:
+        (check_sums if need.path.is_dir() else check_listed)(need.path)
+    except ValueError:
+        return "differs"
     sums = read_sums(need.weights_dir) if need.weights_dir else {}
     for path in files:
         named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)

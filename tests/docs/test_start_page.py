@@ -6,10 +6,12 @@ of it differs.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 from realsr_hpc import paths
 from realsr_hpc.commands import import_weights, launch, stage_weights
 from realsr_hpc.config.load import compose_one
-from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.schema import RunConfig, VLCoTConfig
 from realsr_hpc.config.weights import needs_of, state
 from realsr_hpc.export.hf_config import special_tokens
 from realsr_hpc.export.text_files import combined
@@ -82,14 +84,21 @@ def project(tmp_path, monkeypatch) -> Path:
     return root
 
 
-def text_tree(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """A tokenizer file with the names of all codes and control tokens, its text learnt from a line."""
+@functools.cache
+def text_file(layout: VLCoTConfig, num_codes: int) -> str:
+    """A tokenizer's file with the names of all codes and control tokens, its text learnt from a line."""
     tags = [f"<{name}>" for name in FIELDS] + [f"</{name}>" for name in FIELDS]
-    train_text_tokenizer(["a lion on a rock under the sky"] * 3, 320, folder / "small.json", tags)
-    text = json.loads((folder / "small.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        train_text_tokenizer(["a lion on a rock under the sky"] * 3, 320, Path(folder) / "text.json", tags)
+        text = json.loads((Path(folder) / "text.json").read_text(encoding="utf-8"))
     count = len(text["model"]["vocab"]) + len(text["added_tokens"])
-    vocabulary = build_vocabulary(config.vlcot, config.image_tokenizer.codebook_size, count)
-    return combined(text, special_tokens(vocabulary), vocabulary)
+    vocabulary = build_vocabulary(layout, num_codes, count)
+    return json.dumps(combined(text, special_tokens(vocabulary), vocabulary))
+
+
+def write_text(path: Path, config: RunConfig) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text_file(config.vlcot, config.image_tokenizer.codebook_size), encoding="utf-8")
 
 
 def write(path: Path, tree: dict[str, Any]) -> None:
@@ -99,7 +108,7 @@ def write(path: Path, tree: dict[str, Any]) -> None:
 
 def tokenizers(folder: Path, config: RunConfig) -> None:
     """`tokenizer/` of Meta's release."""
-    write(folder / "tokenizer" / "text_tokenizer.json", text_tree(config, folder))
+    write_text(folder / "tokenizer" / "text_tokenizer.json", config)
     torch.save({"state_dict": ImageTokenizer(config.image_tokenizer).state_dict()}, folder / "tokenizer" / "vqgan.ckpt")
     settings = {"embed_dim": 6, "n_embed": 8192, "ddconfig": {"double_z": False, "attn_resolutions": []}}
     (folder / "tokenizer" / "vqgan.yaml").write_text(yaml.safe_dump({"model": {"params": settings}}))
@@ -117,7 +126,7 @@ def hugging_face(folder: Path, config: RunConfig, vocab: int, **inside: torch.Te
     sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "vocab_size": vocab}
     settings = {"model_type": "chameleon", "num_attention_heads": HEADS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
     write(folder / "config.json", {**sizes, **settings, "swin_norm": False, "mask_image_logits": False})
-    write(folder / "tokenizer.json", text_tree(config, folder))
+    write_text(folder / "tokenizer.json", config)
     tensors = {}
     for name, shape in hf_shapes(WeightShapes.of(config.model, vocab)).items():
         rows = 1 if name.split(".")[-2] in ("q_norm", "k_norm") else shape[0]
@@ -171,42 +180,43 @@ def test_the_page_has_each_start() -> None:
 
 @pytest.mark.parametrize("command", IMPORTS)
 def test_a_start_is_followed_from_downloads_to_plans(command: str, project: Path, capsys: Any) -> None:
+    """And what was imported of the first is trained for two steps."""
+    from realsr_hpc.train import sft
+
     given = dict(word.split("=", 1) for word in words(command))
     config = compose_one([f"recipe={given['recipe']}"])
     download(given, config)
     named = [need for need in needs_of(config) if not need.purpose.startswith("rewards")]
     assert [state(need) for need in named] == ["missing"] * 3
+    assert stage_weights.main([f"recipe={given['recipe']}", "downloads=downloads"]) == 1
+    assert command in capsys.readouterr().out.splitlines(), "what is listed for downloads is what the page says"
     assert import_weights.main(words(command)) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "parameters" in said and "missing" not in said
     assert said.rstrip().endswith("start from it with recipe=NAME"), "the recipe names all that was written"
     assert [state(need) for need in named] == ["there"] * 3
+    weights = Path(given["output"]) / "model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert [state(need) for need in named] == ["there", "there", "differs"]
+    weights.write_bytes(kept)
     launches = [line for line in LAUNCHES if compose_one(words(line)[:1]).model.weights == given["output"]]
     assert any(given["recipe"] in line for line in launches)
     for line in launches:
         assert launch.main(list(dict.fromkeys([*words(line), "plan=true"]))) == 0
         assert "Nothing was submitted." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("start", ["downloads/chameleon", "downloads/PURE"])
-def test_what_was_imported_is_trained_for_two_steps(start: str, project: Path, capsys: Any) -> None:
-    from realsr_hpc.train import sft
-
-    line = next(line for line in IMPORTS if f"source={start} " in line)
-    given = dict(word.split("=", 1) for word in words(line))
-    download(given, compose_one([f"recipe={given['recipe']}"]))
-    assert import_weights.main(words(line)) == 0, capsys.readouterr().err
-    recipe = ["recipe=sft_7b", f"model={Path(given['output']).name}"]
-    assert sft.main(compose_one([*recipe, *TWO_STEPS]), project / "run") == 0
-    steps = metrics_by_step(project / "run")
-    assert all(steps[step]["sft/loss/mean"] > 0 for step in (1, 2))
-    assert steps[2]["optim/grad_norm/step"] > 0
+    if given["source"] == "downloads/chameleon":
+        assert sft.main(compose_one(["recipe=sft_7b", *TWO_STEPS]), project / "run") == 0
+        steps = metrics_by_step(project / "run")
+        assert all(steps[step]["sft/loss/mean"] > 0 for step in (1, 2)) and steps[2]["optim/grad_norm/step"] > 0
 
 
 def test_other_words_of_the_page(project: Path, capsys: Any) -> None:
     """Another output prints what to type; a text tokenizer may be named; what is needed is listed beforehand."""
     page = (CHECKOUT / "docs" / "start.md").read_text(encoding="utf-8")
+    Path("downloads").mkdir()
     listed = [line for line in COMMANDS if "stage_weights.py" in line]
+    assert stage_weights.main(["recipe=grpo_7b", "downloads=nowhere"]) == 2
     assert listed and all(stage_weights.main(words(line)) == 1 for line in listed)
     said = " ".join(capsys.readouterr().out.split())
     assert "missing" in said and "Chameleon Research License" in said
@@ -214,8 +224,11 @@ def test_other_words_of_the_page(project: Path, capsys: Any) -> None:
     given = dict(word.split("=", 1) for word in words(line))
     download(given, compose_one([f"recipe={given['recipe']}"]))
     (Path(given["source"]) / "tokenizer.json").unlink()
+    assert stage_weights.main([f"recipe={given['recipe']}", "downloads=downloads"]) == 1
     (word,) = re.findall(r"`(text_tokenizer=downloads\S+)`", page)
-    assert import_weights.main([*words(line), word, "output=elsewhere"]) == 0, capsys.readouterr().err
+    assert word in capsys.readouterr().out
+    elsewhere = [given_word for given_word in words(line) if not given_word.startswith("output=")]
+    assert import_weights.main([*elsewhere, word, "output=elsewhere"]) == 0, capsys.readouterr().err
     overrides = capsys.readouterr().out.rpartition("recipe=NAME ")[2].split()
     assert {word.partition("=")[0] for word in overrides} == set(re.findall(r"([a-z_]+\.[a-z]+)=DIR", page))
     assert launch.main(["recipe=sft_7b", *overrides, "plan=true"]) == 0

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -41,10 +42,12 @@ class Run:
     weights: dict[str, torch.Tensor]
 
 
-def make_config(folder: Path, params: str = "fp32", normalised: bool = False) -> RunConfig:
+def make_config(
+    folder: Path, params: str = "fp32", normalised: bool = False, attention: Literal["middle", "lowest"] = "middle"
+) -> RunConfig:
     image = ImageTokenizerConfig(
         weights=str(folder / "image.safetensors"), codebook_size=40, latent_channels=16, base_channels=32,
-        normalised_codes=normalised,
+        normalised_codes=normalised, attention=attention,
     )  # fmt: skip
     model = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, init_std=0.2)
     return RunConfig(

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from realsr_hpc.records import Case
@@ -62,6 +63,40 @@ def test_it_restores_as_our_own_command_by_name_and_after_saving(run, lq, tmp_pa
         with Image.open(tmp_path / f"{name}.png") as image:
             # The same tokens; the decoders' float32 may round a pixel otherwise.
             assert np.abs(np.asarray(image).astype(int) - wanted).max() <= 1, name
+
+
+IMAGE_SCRIPT = """
+import torch
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+model, report = AutoModelForCausalLM.from_pretrained("export", trust_remote_code=True, output_loading_info=True)
+processor = AutoProcessor.from_pretrained("export", trust_remote_code=True)
+assert not any(report.values()), report
+pictures = torch.load("pictures.pt")
+decoder = model.load_decoder(processor.source)
+pixels = decoder(torch.load("codes.pt"))
+torch.save({"tokens": model.eval().get_image_tokens(pictures / 127.5 - 1), "pixels": pixels,
+            "prompt": processor.prompt(model, pictures)}, "theirs.pt")
+"""
+
+
+def test_llamagens_image_tokenizer_is_loaded_in_a_fresh_process_and_computes_the_same(make_run, tmp_path):
+    """Attention behind each block of the lowest level, codes as unit vectors: `model=chameleon_7b_f8`'s kind."""
+    made = make_run(tmp_path / "made", normalised=True, attention="lowest")
+    assert any(".attn." in name and ".mid." not in name for name in made.tokens.image.state_dict())
+    pictures = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = made.tokens.image.encode(pictures / 127.5 - 1)
+    assert len(codes.unique()) > 3
+    shutil.copytree(made.export, tmp_path / "export")
+    torch.save(pictures, tmp_path / "pictures.pt")
+    torch.save(codes, tmp_path / "codes.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", IMAGE_SCRIPT], cwd=tmp_path, env=environment, check=True)
+    theirs = torch.load(tmp_path / "theirs.pt")
+    vocabulary = made.tokens.codec.vocabulary
+    assert theirs["tokens"].flatten().tolist() == [vocabulary.code_to_id(code) for code in codes.flatten().tolist()]
+    assert torch.equal(theirs["prompt"], made.tokens.prompts(pictures))
+    torch.testing.assert_close(theirs["pixels"], made.tokens.image.decode(codes), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
