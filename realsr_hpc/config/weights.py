@@ -8,6 +8,7 @@ File names and addresses: pyiqa 0.1.15 (`default_model_urls`), torchvision and O
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -173,6 +174,18 @@ def _of_reward(config: RunConfig, name: str) -> Iterator[Need]:
                 yield Need(f"rewards.terms.{name}", path, "WordNet 3; Debian: wordnet-base")
 
 
+def missing_shards(folder: Path) -> list[str]:
+    """Files that the index of a Hugging Face folder names and that are not there; [] without a readable index."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            try:
+                named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+                return sorted({str(name) for name in named if not (folder / str(name)).is_file()})
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return []  # whoever reads the weights says so
+    return []
+
+
 def pyiqa_needs(purpose: str, metrics: list[str], weights_dir: str | None) -> list[Need]:
     """Files of some pyiqa metrics; one that is not in the table needs whatever its folder lists."""
     folder = resolve(weights_dir or WEIGHTS_DIR)
@@ -214,6 +227,8 @@ def state(need: Need) -> State:
     try:
         (check_sums if need.path.is_dir() else check_listed)(need.path)
     except ValueError:
+        return "differs"
+    if missing_shards(need.path):
         return "differs"
     sums = read_sums(need.weights_dir) if need.weights_dir else {}
     for path in files:

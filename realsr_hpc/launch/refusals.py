@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.config.weights import Need, needs_of
+from realsr_hpc.config.weights import Need, missing_shards, needs_of
 from realsr_hpc.files import check_listed, check_sums, checksum_fault, checksum_of
 from realsr_hpc.paths import resolve
 from realsr_hpc.plan import plan, way_to_fit
@@ -97,6 +97,9 @@ def _damage(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
             check(resolve(named), READ_AT_LAUNCH_BYTES)
         except (ValueError, OSError) as error:
             yield f"{field}: {error}"
+            continue
+        if field == "model.weights" and (shards := missing_shards(resolve(named))):
+            yield f"{field}: {resolve(named)}: its index names {', '.join(shards)}, not there; copy the missing shards"
 
 
 def unchecked_manifests(configs: list[RunConfig]) -> list[str]:
