@@ -53,7 +53,7 @@ def test_pyiqas_files_are_collected_listed_and_their_faults_named(tool, tmp_path
 
 
 def test_a_metric_out_of_the_table_and_wrong_usage_are_named(tool, tmp_path, capsys):
-    assert "liqe" not in PYIQA_FILES
-    assert [need.path.name for need in pyiqa_needs("x", ["liqe"], str(tmp_path))] == ["SHA256SUMS"]
+    assert "nrqm" not in PYIQA_FILES
+    assert [need.path.name for need in pyiqa_needs("x", ["nrqm"], str(tmp_path))] == ["SHA256SUMS"]
     assert tool.main([]) == 2 and "recipe=NAME is needed" in capsys.readouterr().out
     assert tool.main(["recipe=grpo_tiny", "collect=/nowhere"]) == 2
