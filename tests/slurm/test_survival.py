@@ -65,7 +65,7 @@ def test_chaos_changes_nothing(undisturbed, launch, tmp_path, monkeypatch):
     run_dir = make_private(tmp_path / undisturbed.name)
     with running(tmp_path / "mlflow") as mlflow_server, small_disk(run_dir / "checkpoints") as mounted:
         arguments = (
-            *RECIPE, "cluster.partition=preemptible", f"cluster.hang_limit_s={max(60, 3 * start_s(undisturbed))}",
+            *RECIPE, "cluster.partition=preemptible", f"cluster.hang_limit_s={max(60, 2 * start_s(undisturbed))}",
             f"tracking.uri={mlflow_server.uri}",
         )  # fmt: skip
         chaos = Chaos(run_dir, tmp_path, random.Random(SEED), lambda: launch(tmp_path, *arguments))
