@@ -36,14 +36,14 @@ class RewardsConfig(Section, tasks=("grpo",)):
     }
     """Rewards by a name of your choice; each is reported as `rewards/NAME/mean`."""
     gate_malformed: bool = True
-    """Image rewards of a malformed trace are the term's minimum."""
+    """Give a malformed trace the minimum of each reward that looks at its image."""
     batch_size: Annotated[Count, LAYOUT] = 1
-    """Rollouts that are decoded to pixels and scored together: bounds the experts' memory. Batches are dealt out to the
-    TP x PP ranks of a replica, and are cut alike on every layout, so that a CPU gives the same bits on all of them."""
+    """Rollouts that are decoded to pixels and scored together: bounds the experts' memory. Batches are distributed over
+    the TP x PP ranks of a replica and do not depend on the layout: on a CPU the scores are bitwise equal on all."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OPERATION] = "auto"
-    """Where networks that score live. auto: each rank's own device."""
+    """Device of the reward networks. auto: each rank's own device."""
     offload: Annotated[bool, OPERATION] = False
-    """Keep these networks in host memory while they do not score."""
+    """Keep the reward networks in host memory while they are not scoring."""
 
 
 class RolloutConfig(Section, tasks=POLICY):
@@ -60,7 +60,7 @@ class RolloutConfig(Section, tasks=POLICY):
     image_top_k: Annotated[int, Field(ge=0)] = 0
     """Sample image codes among the k likeliest; 0: off."""
     image_adaptive_top_k: bool = False
-    """k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (RealSR-R1)."""
+    """Sample image codes with k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (RealSR-R1)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample among the likeliest tokens that hold this probability together; 1: off."""
     cfg_scale: NonNegative = 1.0
@@ -70,16 +70,16 @@ class RolloutConfig(Section, tasks=POLICY):
     batch_size: Count = 64
     """Rollouts decoded at once on one data-parallel rank."""
     lookahead: Annotated[Annotated[int, Field(ge=1, le=64)] | Literal["auto"], LAYOUT] = "auto"
-    """Tokens a row that one pass checks: the same tokens come out, in fewer passes. auto: what is fastest."""
+    """Tokens per row verified in one forward pass; the sampled tokens are the same. auto: the fastest width."""
 
 
 class RestoreConfig(Section, role="operation"):
     """What restoring and evaluating sample from; training has `rollout`. Does not decide a run's result."""
 
     temperature: Positive = 0.8
-    """Of image codes; lower is calmer: rollouts explore, a result should not (docs/looking.md has measured values)."""
+    """Divides the logits of image codes; lower than in training, where rollouts explore (values: docs/looking.md)."""
     text_temperature: Positive | None = None
-    """None: as `temperature`."""
+    """Divides the logits of text; None: as `temperature`."""
     image_top_k: Annotated[int, Field(ge=0)] = 0
     """Sample image codes among the k likeliest; 0: off."""
     text_top_k: Annotated[int, Field(ge=0)] = 0
@@ -87,7 +87,7 @@ class RestoreConfig(Section, role="operation"):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sample among the likeliest tokens that hold this probability together; 1: off."""
     cfg_scale: NonNegative | None = None
-    """None: as the rollouts'."""
+    """Classifier-free guidance on image tokens; None: as `rollout.cfg_scale`."""
 
 
 class GRPOConfig(Section, tasks=("grpo",)):
@@ -96,7 +96,7 @@ class GRPOConfig(Section, tasks=("grpo",)):
     num_steps: Count = 30
     """Rounds of sampling, scoring and updating."""
     prompts_per_step: Count = 4
-    """LQ images a step, over all data-parallel ranks."""
+    """LQ images per step, over all data-parallel ranks."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """Rollouts of each prompt; advantages are relative to their group."""
     updates_per_step: Count = 1
@@ -106,35 +106,35 @@ class GRPOConfig(Section, tasks=("grpo",)):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token estimator of that divergence (Schulman's k1, k2, k3)."""
     clip_low: Positive | None = 0.2
-    """Ratios below 1 - clip_low stop contributing to the gradient."""
+    """Lower clip: ratios below 1 - clip_low stop contributing to the gradient where the advantage is negative."""
     clip_high: Positive | None = 0.2
-    """None on both: no clipping (the paper's released code)."""
+    """Upper clip: ratios above 1 + clip_high, where it is positive. None on both: no clipping (the paper's code)."""
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
     """Bound on the loss of negative advantages (dual-clip PPO); None: off."""
     aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
     """How token losses are averaged: over all tokens (DAPO), within each rollout first (GRPO), or over a fixed length
     (Dr.GRPO)."""
     importance: Literal["token", "sequence"] = "token"
-    """sequence: GSPO's length-normalised sequence ratio."""
+    """Importance ratio of each token (GRPO), or of the whole sequence, length-normalised (GSPO)."""
     advantage: Literal["mean_std", "mean", "leave_one_out"] = "mean_std"
     """Centre rewards in their group and divide by its standard deviation, only centre them, or subtract the mean of the
     others."""
     unbiased_std: bool = True
-    """Divide by n - 1 in that standard deviation."""
+    """Divide by n - 1 in the group's standard deviation; false: by n."""
     advantage_epsilon: Positive = 1e-4
-    """Added to that standard deviation."""
+    """Added to the group's standard deviation before dividing by it."""
     normalise_each_reward: bool = True
     """Each reward is normalised in its group before weighting (GDPO)."""
     zero_variance: Literal["drop", "resample", "keep"] = "drop"
     """Groups whose rewards are all equal: leave them out, sample other prompts instead, or keep them (advantage 0)."""
     max_resample_rounds: Count = 2
-    """Rounds of new prompts with zero_variance=resample; what is missing then is left out."""
+    """Rounds of new prompts with zero_variance=resample; groups still missing after them are left out."""
     entropy_weight: float = 0.0
     """Weight of an entropy bonus; negative: a penalty."""
     mismatch_cap: Positive | None = None
     """Truncated importance sampling: cap of exp(policy - rollout log-prob); None: off."""
     mismatch_bounds: tuple[Positive, Positive] | None = None
-    """Tokens whose exp(policy - rollout log-prob) lies outside take no part in the policy loss; None: off."""
+    """Tokens whose exp(policy - rollout log-prob) lies outside are masked out of the policy loss; None: off."""
     mismatch_kl_gate: Positive | None = 1e-3
     """Stop the run when the mean KL(rollout || policy) of the first update exceeds this, nats a token. In bf16 it grows
     with the layers: 8e-5 at 2 and 8e-4 at 32 layers of a small random policy (docs/behaviour.md)."""
@@ -152,16 +152,16 @@ class SFTConfig(Section, tasks=("sft",)):
     num_steps: Count = 2000
     """Optimizer updates."""
     batch_size: Count = 16
-    """Traces an optimizer step, over all data-parallel ranks."""
+    """Traces per optimizer update, over all data-parallel ranks."""
     traces: str | None = None
-    """Folder of frozen traces (realsr-hpc freeze-traces) to train on; None: each step makes them of photographs."""
+    """Folder of frozen traces (realsr-hpc freeze-traces) to train on; None: made from photographs at each step."""
     z_loss: NonNegative = 1e-5
     """Weight of the squared log-partition function, which keeps logits from drifting."""
     perception_weight: Positive = 1.0
     """Weight in the loss of a token before the first image (degradation and rough text), where others have 1: these few
     tokens are read off the input, the codes of the images are hundreds."""
     packing: bool = True
-    """Put several traces into one row of the token budget; false: one a row."""
+    """Pack several traces into one row up to the token budget; false: one trace per row."""
     heldout_every_steps: Count = 200
     """Updates between measurements of the held-out loss; 0: never."""
     heldout_traces: Count = 32

@@ -21,13 +21,13 @@ class CheckpointConfig(Section, role="operation"):
     best_metric: str | None = None
     """None: heldout/total/mean (grpo), heldout/loss/mean (sft), heldout/psnr_db/mean (tokenizer)."""
     best_is: Literal["highest", "lowest"] | None = None
-    """None: as the metric declares; given, it must agree."""
+    """Direction of `best_metric`; None: as the metric declares. A given value must agree with it."""
     async_save: bool = False
     """Files are written behind the next steps; costs a copy of the shards in host memory."""
     stop_at_step: Count | None = None
-    """The run leaves after this step with a checkpoint, to be resumed; None: it goes on to its end."""
+    """Stop after this step with a checkpoint, to be resumed later; None: run to the last step."""
     max_failed_in_a_row: Count = 3
-    """So many checkpoints in a row that could not be written (a full disk) end the run; before, it trains on."""
+    """Fail the run after this many consecutive checkpoints that could not be written (a full disk)."""
 
 
 class TrackingConfig(Section, role="operation"):
@@ -42,13 +42,13 @@ class TrackingConfig(Section, role="operation"):
     tags: dict[str, str] = {}
     """Tags of the run in MLflow."""
     rollouts_every_steps: Annotated[int, Field(ge=0)] = 8
-    """How often a few groups are kept whole for people to look at (realsr-hpc gallery); 0: never."""
+    """Steps between those that keep a few groups for inspection (realsr-hpc gallery); 0: never."""
     rollouts_groups: Count = 2
     """Groups kept each time, training and held-out ones."""
     notify: Annotated[str, Field(min_length=1)] | None = None
     """Shell command that gets one line of JSON on its input when the run starts, is requeued, stops, fails or ends."""
     replay_every_steps: Annotated[int, Field(ge=0)] = 0
-    """How often a GRPO step is kept whole, to be computed again (realsr-hpc replay); 0: never."""
+    """Steps between GRPO steps that are recorded completely for replay (realsr-hpc replay); 0: never."""
 
 
 class ClusterConfig(Section, role="operation"):
@@ -65,15 +65,15 @@ class ClusterConfig(Section, role="operation"):
     cpus_per_task: Count = 1
     """Processor cores a process."""
     gpu_memory_gib: Positive | None = None
-    """Memory of a GPU, which the plan is held against; None: not checked."""
+    """Memory of one GPU; a plan that needs more is refused. None: not checked."""
     memory_gib: Positive | None = None
-    """Host memory asked of Slurm for a node; None: the site's default."""
+    """Host memory per node to request from Slurm; None: the site's default."""
     time_min: Count = 60
-    """Time limit of a job; a run goes on in the next one."""
+    """Time limit of a job in minutes; a longer run continues in the next job."""
     partition: str | None = None
     """Slurm partition; None: the site's default. Several: `a,b`."""
     account: str | None = None
-    """Slurm account that pays; None: your default one."""
+    """Slurm account to charge; None: your default account."""
     qos: str | None = None
     """Slurm quality of service."""
     constraint: str | None = None
@@ -89,7 +89,7 @@ class ClusterConfig(Section, role="operation"):
     signal_delay_s: Count = 120
     """Seconds before the time limit at which the job is told to save and requeue."""
     max_requeues: Annotated[int, Field(ge=0)] = 5
-    """Requeues in a row without a new step; a run that gets on is requeued without limit."""
+    """Requeues in a row without a new step; a run that makes progress is requeued without limit."""
     restarts_in_place: Annotated[int, Field(ge=0)] = 1
     """Restarts of killed ranks inside the allocation, in a row without a new step, before the job is requeued."""
     hang_limit_s: Count = 1800

@@ -34,15 +34,15 @@ class DegradationOptions(Section):
     neighbour: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Credit of a level one step off (light for medium); 0: the paper's plain match."""
     blur_weight: NonNegative = 1.0
-    """Share of a slot in the whole; the five are divided by their sum. The paper: all alike."""
+    """Weight of this slot; the five weights are normalised by their sum. The paper weights all slots equally."""
     resize1_weight: NonNegative = 0.0
     """0: no probe reads the first resize from the LQ image (docs/rewards.md)."""
     noise_weight: NonNegative = 1.0
-    """As `blur_weight`."""
+    """Share of this slot, as `blur_weight`."""
     compression_weight: NonNegative = 1.0
-    """As `blur_weight`."""
+    """Share of this slot, as `blur_weight`."""
     resize2_weight: NonNegative = 1.0
-    """As `blur_weight`."""
+    """Share of this slot, as `blur_weight`."""
 
     @property
     def slot_weights(self) -> tuple[float, ...]:
@@ -94,7 +94,7 @@ class GenerationOptions(Section):
     weights_dir: str | None = None
     """Folder of staged pyiqa weights with its SHA256SUMS, None: weights/iqa; only with expert=pyiqa."""
     stripe_guard: bool = True
-    """Images of stripes and grids earn less, down to nothing (rewards/stripes.py)."""
+    """Reduce the reward of images that show stripes and grids, down to 0 (quality/stripes.py)."""
 
     @model_validator(mode="after")
     def metrics_are_pyiqas(self) -> Self:
@@ -108,7 +108,7 @@ class FidelityOptions(Section):
     """Reward `fidelity`."""
 
     reference: Literal["lq", "gt"] = "lq"
-    """What the final image is held against."""
+    """Image that the final image is compared with."""
     degradation: Literal["downscale", "known"] = "downscale"
     """What the final image undergoes before it is compared with the LQ image: area averaging to its size, or the blurs,
     resizes and JPEGs that made this LQ image of its truth. known scores 0 where they are not recorded."""
@@ -121,9 +121,9 @@ class FidelityOptions(Section):
     smooth_px: Annotated[float, Field(ge=0.0)] = 1.0
     """Gaussian sigma over both images before comparing with the LQ image, in LQ pixels; 0: none."""
     psnr_low: float = 10.0
-    """PSNR in dB that earns 0."""
+    """PSNR in dB at or below which the reward is 0."""
     psnr_high: Positive = 40.0
-    """PSNR in dB that earns 1."""
+    """PSNR in dB at or above which the reward is 1."""
 
     @model_validator(mode="after")
     def options_belong_together(self) -> Self:
@@ -143,7 +143,7 @@ class HttpOptions(Section):
     """A reward of any kind that another process computes (docs/judge.md): `expert: http` among its options."""
 
     expert: Literal["http"] = "http"
-    """Says so."""
+    """The reward is computed by another process, over HTTP."""
     url: str
     """Where rollouts are sent, such as http://127.0.0.1:8090/terms/generation."""
     allow_remote: bool = False

@@ -80,13 +80,13 @@ class ImageTokenizerConfig(Section):
     num_res_blocks: Annotated[int, Field(ge=0)] = 0
     """Residual blocks an encoder level (the decoder has one more); 0 is the cheapest, and needs multipliers of 1."""
     decoder_base_channels: Count | None = 64
-    """None: as the encoder."""
+    """Decoder channels at full resolution, before `decoder_channel_multiplier`; None: as the encoder."""
     decoder_norm: bool = False
     """Group normalisation in the decoder (taming); without it a narrow decoder keeps brightness and colour."""
     decoder_patch_out: bool = True
     """The decoder adds to a linear reading of each latent's patch; false: taming's."""
     decoder_channel_multiplier: tuple[Count, ...] | None = (2, 2)
-    """From the finest level down; None: as the encoder."""
+    """Channels of each decoder level over `decoder_base_channels`, finest first; None: as the encoder."""
     decoder_output_shuffle: Count = 4
     """The decoder ends at 1/s of the image size and emits s x s sub-pixels; 1: taming's full-size last level."""
     normalised_codes: bool = False
@@ -119,11 +119,11 @@ class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     num_steps: Count = 6000
     """Optimizer updates."""
     batch_size: Count = 16
-    """Images an update."""
+    """Images per optimizer update."""
     crop_px: Count = 128
     """Side of the training crops."""
     lr: Positive = 1e-3
-    """Peak learning rate; it falls to 2 % of it along a cosine."""
+    """Peak learning rate; it decays to 2 % of the peak on a cosine schedule."""
     warmup_steps: int = 100
     """Updates over which the learning rate rises from 0."""
     commitment_weight: NonNegative = 0.25
@@ -238,7 +238,7 @@ class PrecisionConfig(Section, tasks=POLICY):
     fp8_gate_logprob: Positive = 0.1
     """Largest mean |log-prob(FP8) - log-prob(bf16)| on a fixed batch, nats a token."""
     fp8_gate_every_steps: Annotated[int, Field(ge=0)] = 50
-    """The gate is asked before the first step and then this often; 0: only before."""
+    """Steps between checks of the gate, after the one before the first step; 0: only that one."""
     fp8_gate_action: Literal["bf16", "stop"] = "bf16"
     """What a closed gate does: go on in bf16 from there, or stop the run."""
 
@@ -251,7 +251,7 @@ class OptimConfig(Section, tasks=POLICY):
     min_lr: NonNegative = 0.0
     """Learning rate at the end of a cosine or linear schedule."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Course of the learning rate after the warm-up."""
+    """Shape of the learning-rate schedule after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Updates over which the learning rate rises linearly from 0."""
     weight_decay: NonNegative = 0.0
@@ -265,7 +265,7 @@ class OptimConfig(Section, tasks=POLICY):
     clip_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
     max_skipped_in_a_row: Count = 5
-    """Stop the run after so many updates in a row whose gradient was not finite; each is skipped, its batch kept."""
+    """Stop the run after this many consecutive non-finite gradients; each update is skipped and its batch kept."""
     cpu_offload: bool = False
     """Adam's states and arithmetic in host memory (Megatron's hybrid optimizer); slower by two copies a step."""
     main_params: Literal["fp32", "bf16"] = "fp32"
@@ -313,7 +313,7 @@ class DegradationConfig(Section, tasks=POLICY):
     usm_sharpen_gt: bool = True
     """Sharpen truths with an unsharp mask, as Real-ESRGAN does."""
     labels: Literal["visible", "applied"] = "visible"
-    """What the degradation's words are true of: what is left to see in the LQ image, or the numbers that were drawn."""
+    """What the labels describe: the damage still visible in the LQ image, or the parameters that were drawn."""
     severity_edges: dict[str, tuple[float, float]] = {}
     """Overrides of the light|medium|heavy edges by name; default: visible: terciles of what the preset gives at the
     recipe's sizes; applied: terciles of each range."""
@@ -327,7 +327,7 @@ class RunConfig(Section):
     task: Task
     """Which training loop runs; it decides which sections are read."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of every random stream: data order, crops, degradations, initial weights, sampling."""
+    """Seed of every random stream: data order, crops, degradations, initial weights, sampling."""
     output_root: Annotated[str, OPERATION] = "runs"
     """Folder of all runs; relative paths start at the project."""
     vlcot: VLCoTConfig = VLCoTConfig()
