@@ -2,8 +2,7 @@
 
 Tags: share of the tags that stand in the rough text as whole words, singular or plural; with `synonyms` also by another
 word of the same WordNet sense, or by words whose embeddings are near. Similarity of each text with the caption of its
-own stage: chrF
-(Popovic 2015; the chrF2 of sacrebleu, character 1..6-grams, beta 2, no weights to load) or the cosine of
+own stage: sacrebleu's chrF2 (Popovic 2015: character 1- to 6-grams, beta 2) or the cosine of
 MiniLM sentence embeddings. Without tags or captions the term is 0 for every rollout of the group. Where the image shows
 a word that is known exactly (made signs), a part of the score is whether the rough text reads it.
 """
@@ -11,11 +10,11 @@ a word that is known exactly (made signs), a part of the score is whether the ro
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from sacrebleu.metrics.chrf import CHRF
 
 from realsr_hpc.config.reward_options import UnderstandingOptions
 from realsr_hpc.paths import resolve
@@ -23,8 +22,7 @@ from realsr_hpc.records import Candidate, SceneText
 from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.wordnet import WordNet
 
-_CHRF_ORDER = 6
-_CHRF_BETA = 2.0
+_CHRF = CHRF(char_order=6, word_order=0, beta=2)
 
 
 class UnderstandingReward(Reward):
@@ -135,24 +133,8 @@ def _phrases(text: str) -> list[str]:
 
 
 def chrf(text: str, reference: str) -> float:
-    """chrF2 of one text in [0, 1]: F-beta of the mean precision and recall over orders both texts have."""
-    hypothesis, truth = "".join(text.split()), "".join(reference.split())
-    rates = []
-    for order in range(1, _CHRF_ORDER + 1):
-        ours, theirs = _ngrams(hypothesis, order), _ngrams(truth, order)
-        if ours and theirs:
-            hits = (ours & theirs).total()
-            rates.append((hits / ours.total(), hits / theirs.total()))
-    if not rates:
-        return 0.0
-    precision, recall = np.mean(rates, axis=0)
-    weight = _CHRF_BETA**2
-    below = weight * precision + recall
-    return float((1 + weight) * precision * recall / below) if below > 0 else 0.0
-
-
-def _ngrams(text: str, order: int) -> Counter[str]:
-    return Counter(text[i : i + order] for i in range(len(text) - order + 1))
+    """chrF2 of one text in [0, 1] (sacrebleu's sentence score, which is in percent)."""
+    return _CHRF.sentence_score(text, [reference]).score / 100
 
 
 def _words(text: str) -> list[str]:
