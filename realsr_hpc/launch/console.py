@@ -93,16 +93,34 @@ def _facts_table(estimate: Plan, config: RunConfig) -> Table:
     }
     if estimate.memory.host:
         rows["host memory"] = f"{estimate.memory.host:.1f} GiB a process, offloaded"
+    if told := _rewards(estimate, config):
+        rows["rewards"] = told
     if config.cluster.gpus_per_node:
         sent = estimate.traffic
         rows["a step"] = (
-            f"{estimate.rollout_s:.1f} s rollout + {estimate.training_s:.1f} s training + "
-            f"{estimate.communication_s:.1f} s communication, if none of it is hidden"
+            f"{estimate.rollout_s:.1f} s rollout + {estimate.rewards_s:.1f} s rewards + "
+            f"{estimate.training_s:.1f} s training + {estimate.communication_s:.1f} s communication, "
+            "if none of it is hidden"
         )
         rows["a GPU sends"] = f"{sent.tp:.0f} GB over tp, {sent.pp:.1f} over pp, {sent.dp:.1f} over dp a step"
-        counted = f"{estimate.steps} steps ({estimate.device}; rewards and data not counted)"
+        counted = f"{estimate.steps} steps ({estimate.device}; data not counted)"
         rows["GPU-hours"] = f"{estimate.gpu_hours:,.0f} for {counted}"
     table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _rewards(estimate: Plan, config: RunConfig) -> str:
+    """Where the rewards are computed, what their networks hold, and what of them is not counted."""
+    if config.task != "grpo":
+        return ""
+    experts, wanted = estimate.rewards, config.rewards
+    where = "in host memory" if wanted.device == "cpu" or not config.cluster.gpus_per_node else "on the GPU"
+    where += ", in host memory between" if wanted.offload and where == "on the GPU" else ""
+    told = [f"{experts.weight_bytes / 2**20:.0f} MiB of networks {where}, {wanted.batch_size} rollout(s) at once"]
+    if experts.elsewhere:
+        told.append(f"another process computes {', '.join(experts.elsewhere)}")
+    if experts.unknown:
+        told.append(f"NOT counted, size unknown: {', '.join(experts.unknown)}")
+    return "; ".join(told)

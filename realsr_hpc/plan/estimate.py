@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.plan.experts import Rewards, rewards_of
 from realsr_hpc.plan.memory import Memory, memory
 from realsr_hpc.plan.seconds import (
     Device,
@@ -17,6 +18,7 @@ from realsr_hpc.plan.seconds import (
     bubble,
     communication_seconds,
     device_of,
+    rewards_seconds,
     rollout_seconds,
     traffic,
     training_seconds,
@@ -42,6 +44,9 @@ class Plan:
     sequences: int
     """Of one update, over all ranks."""
     rollout_s: float
+    rewards_s: float
+    """Scoring the rollouts; 0 for terms that another process computes."""
+    rewards: Rewards
     training_s: float
     """Arithmetic and idling of one step."""
     communication_s: float
@@ -69,8 +74,8 @@ class Plan:
 
     @property
     def step_s(self) -> float:
-        """Rollouts, training and its communication."""
-        return self.rollout_s + self.training_s + self.communication_s
+        """Rollouts, rewards, training and its communication."""
+        return self.rollout_s + self.rewards_s + self.training_s + self.communication_s
 
     @property
     def tokens_per_gpu_s(self) -> float:
@@ -108,6 +113,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Plan:
         response_tokens=response,
         sequences=sequences_per_update(config),
         rollout_s=rollout_seconds(config, device, dp),
+        rewards_s=rewards_seconds(config, device),
+        rewards=rewards_of(config),
         training_s=training_seconds(config, device, dp) if learns else 0.0,
         communication_s=communication_seconds(config, device, dp) if learns else 0.0,
         traffic=traffic(config, dp) if learns else Traffic(0.0, 0.0, 0.0),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from realsr_hpc.config.derived import pass_tokens, widest_lookahead
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.activations import first_stage, gather_buffer, last_stage, scoring
+from realsr_hpc.plan.experts import final_pixels, on_the_device, rewards_of
 from realsr_hpc.plan.sizes import (
     adapter_parameters,
     dp_size,
@@ -51,7 +52,7 @@ class Memory:
     resident: dict[str, float]
     """What a run holds all the time."""
     phases: dict[str, dict[str, float]]
-    """What each phase of a step adds: rollout, images, score, update."""
+    """What each phase of a step adds: rollout, images, rewards, score, update."""
     host: float
     """What one process keeps in host memory because a recipe offloads it."""
 
@@ -76,6 +77,7 @@ def memory(config: RunConfig) -> Memory:
     }
     if config.task == "grpo":
         phases["rollout"] = _rollout(config)
+        phases["rewards"] = _scoring_images(config)
         offloaded = has_second_model(config) and config.parallel.reference_offload
         weights = stage_parameters(config) * width(config) if offloaded else 0.0
         # joined microbatches hold a copy of their own
@@ -96,10 +98,11 @@ def _resident(config: RunConfig) -> dict[str, float]:
         * optimizer_bytes(config)[0]
         / (dp_size(config) if config.parallel.distributed_optimizer else 1),
         "reference": shard * width(config) if kept else 0.0,
+        "rewards' networks": _networks(config) if on_the_device(config) and not config.rewards.offload else 0.0,
     }
     fixed = FIXED_GIB if config.cluster.gpus_per_node else 0.0
     buffers = fixed + gather_buffer(config) / GIB
-    terms = {name: size for name, size in terms.items() if size or name != "adapters"}
+    terms = {name: size for name, size in terms.items() if size or name not in ("adapters", "rewards' networks")}
     return {**{name: size / GIB for name, size in terms.items()}, "context and buffers": buffers}
 
 
@@ -117,9 +120,30 @@ def optimizer_bytes(config: RunConfig) -> tuple[int, int]:
 def _host(config: RunConfig) -> float:
     shard = stage_parameters(config)
     reference = shard * width(config) if has_second_model(config) and config.parallel.reference_offload else 0.0
-    return reference + trained_parameters(config) * optimizer_bytes(config)[1] / (
-        dp_size(config) if config.parallel.distributed_optimizer else 1
+    on_host = config.cluster.gpus_per_node and (config.rewards.offload or not on_the_device(config))
+    experts = _networks(config) if on_host else 0.0
+    return (
+        reference
+        + experts
+        + trained_parameters(config)
+        * optimizer_bytes(config)[1]
+        / (dp_size(config) if config.parallel.distributed_optimizer else 1)
     )
+
+
+def _networks(config: RunConfig) -> float:
+    return rewards_of(config).weight_bytes
+
+
+def _scoring_images(config: RunConfig) -> dict[str, float]:
+    """Of one batch of final images; the terms take turns, and so do offloaded networks."""
+    if not on_the_device(config):
+        return {}
+    experts, offloaded = rewards_of(config), config.rewards.offload and config.cluster.gpus_per_node
+    return {
+        "networks": experts.largest_weight_bytes if offloaded else 0.0,
+        "networks at work": config.rewards.batch_size * experts.bytes_at_work(final_pixels(config)),
+    }
 
 
 def _rows(config: RunConfig) -> tuple[int, int]:
@@ -184,7 +208,8 @@ def _images(config: RunConfig) -> float:
     encoded = _pixels(sizes.lq_size_px, max(1, count // config.grpo.group_size) if grpo else count)
     if not grpo:
         encoded = max(encoded, _pixels(sizes.image_sizes_px[-1], count))
-    decoded = _pixels(sizes.image_sizes_px[-1], count if grpo else 0)
+    at_once = min(config.rewards.batch_size, count)  # as they are scored; see train/rewarding.py
+    decoded = _pixels(sizes.image_sizes_px[-1], at_once if grpo else 0)
     gathered = 1 if blocks else 4 ** max(0, len(tokenizer.channel_multiplier) - 2)
     maps = ENCODER_MAPS[blocks] * tokenizer.base_channels * tokenizer.channel_multiplier[0] / gathered * encoded
     distances = DISTANCES * tokenizer.codebook_size * encoded / tokenizer.downsample**2

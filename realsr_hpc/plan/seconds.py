@@ -1,7 +1,7 @@
 """Time and traffic of a step from a roofline: stated shares of the device's peaks, nothing overlapped.
 
-Left out: rewards, image tokenizer, loader, checkpoint. What is sent is counted exactly; how long it takes follows from
-the links' usable rates in `Device`.
+Left out: image tokenizer, loader, checkpoint, rewards that another process computes. What is sent is counted exactly;
+how long it takes follows from the links' usable rates in `Device`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from realsr_hpc.config.derived import pass_tokens, world_size
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.plan.experts import final_pixels, on_the_device, rewards_of, rollouts_of_a_rank
 from realsr_hpc.plan.memory import kv_cache_bytes
 from realsr_hpc.plan.sizes import (
     has_reference,
@@ -39,6 +40,12 @@ class Device:
     decoding_share: float = 0.45
     """Of `bandwidth_tb_s` while decoding."""
     fp8_speedup: float = 1.25
+    fp32_tflops: float = 67.0
+    """The rewards' networks compute in float32, without tensor cores."""
+    experts_share: float = 0.30
+    """Of `fp32_tflops` in their products."""
+    core_gflops: float = 10.0
+    """Of one core of the host, where they score there (rewards.device=cpu)."""
     nvlink_gb_s: float = 360.0
     """Usable by one GPU, one direction, inside a node (80 % of 450)."""
     network_gb_s: float = 40.0
@@ -130,6 +137,14 @@ def rollout_seconds(config: RunConfig, device: Device, dp: int) -> float:
     widths = auto if config.rollout.lookahead == "auto" else [widest]
     token_s = min(_pass_seconds(config, device, rows * width) / tokens_per_pass(width) for width in widths)
     return batches * response * token_s
+
+
+def rewards_seconds(config: RunConfig, device: Device) -> float:
+    """One step's scoring on the busiest rank: arithmetic of the networks, and what one core of the host does."""
+    experts, pixels = rewards_of(config), final_pixels(config)
+    rate = device.fp32_tflops * 1e12 * device.experts_share if on_the_device(config) else device.core_gflops * 1e9
+    image_s = experts.flops(pixels) / rate + experts.host_s(pixels)
+    return rollouts_of_a_rank(config) * image_s
 
 
 def _pass_seconds(config: RunConfig, device: Device, tokens: int) -> float:

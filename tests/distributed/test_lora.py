@@ -78,7 +78,7 @@ def test_merged_weights_are_the_adapted_model_and_without_adapters_it_is_the_sta
     assert np.abs(found["added"] - found["off"]).max() > 0.1
 
 
-@pytest.mark.parametrize("second", [(1, {}), (2, {"tp": 2}), (2, {"pp": 2, "distributed_optimizer": True})])
+@pytest.mark.parametrize("second", [(1, {}), (4, {"tp": 2}), (2, {"pp": 2, "virtual_pp": 2})])
 def test_a_resumed_run_ends_as_if_undisturbed(second: tuple[int, dict[str, Any]], tmp_path: Path) -> None:
     config = config_of(LORA, {"distributed_optimizer": True}, optim=OPTIM)
     whole = run_ranks(1, train, config, tmp_path / "whole", STEPS, None, False)[0]

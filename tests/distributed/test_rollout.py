@@ -156,6 +156,12 @@ def test_adapters_sample_what_they_score(adapted):
     assert single["tokens"] != run_ranks(1, one_update, {}, TRUNCATED)[0]["tokens"]
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2_vpp2", "tp2_pp2"])
+WITH_ADAPTERS = {
+    **{name: LAYOUTS[name] for name in ("tp2_sp", "pp2_vpp2", "tp2_pp2")},
+    "dp2_tp2": ({"tp": 2, "distributed_optimizer": True}, 4, 3),
+}
+
+
+@pytest.mark.parametrize("layout", WITH_ADAPTERS)
 def test_adapters_at_any_layout_equal_one_process(adapted, layout):
-    check(adapted, *LAYOUTS[layout], microbatch_tokens=900, adapted=True)
+    check(adapted, *WITH_ADAPTERS[layout], microbatch_tokens=900, adapted=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from realsr_hpc.config.derived import pass_tokens
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.model.lora import adapters_off
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.groups import Groups, initialise
@@ -29,6 +30,7 @@ from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
 from realsr_hpc.plan.memory import GIB, Memory, kv_cache_bytes, memory
 from realsr_hpc.plan.sizes import guided, has_reference, sequence_tokens, sequences_of_a_rank, truncated
 from realsr_hpc.records import GRPOBatch, LossTokens, RolloutTokens, TrainingGroup, TrainingSequence
+from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
@@ -39,6 +41,7 @@ from realsr_hpc.train.sft_loss import cross_entropy
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._allocations import Allocations
 from tools.benchmarks._measure import show
+from tools.benchmarks.rewards import some_candidates
 
 MIB = 2**20
 SMALL = [
@@ -56,12 +59,16 @@ GRPO = ["recipe=grpo_tiny", *SMALL, "grpo.prompts_per_step=2", "grpo.group_size=
 SFT = ["recipe=sft_tiny", *SMALL, "sft.batch_size=6", "parallel.microbatch_tokens=3072"]
 BF16 = "precision.params=bf16"
 GUIDED = ["rollout.cfg_scale=0.8", "rollout.image_adaptive_top_k=true", "rollout.text_top_k=1"]
+LORA = ["model.lora={rank: 16, alpha: 32}"]
 VARIANTS: dict[str, list[str]] = {
     "GRPO, float32": GRPO,
     "GRPO, bf16": [*GRPO, BF16],
     "GRPO, MLPs recomputed": [*GRPO, "parallel.recompute=selective"],
     "GRPO, all recomputed, bf16": [*GRPO, BF16, "parallel.recompute=full"],
     "GRPO, guided, adaptive top-k": [*GRPO, *GUIDED, "grpo.kl_beta=0"],
+    "GRPO, LoRA, bf16": [*GRPO, BF16, *LORA],
+    "GRPO, LoRA, all recomputed, bf16": [*GRPO, BF16, *LORA, "parallel.recompute=full"],
+    "SFT, LoRA, bf16": [*SFT, BF16, *LORA, "sft.packing=false", "parallel.recompute=full"],
     "SFT, packed rows": SFT,
     "SFT, packed rows, all recomputed": [*SFT, "parallel.recompute=full"],
 }
@@ -105,7 +112,7 @@ def compare(config: RunConfig) -> dict[str, Term]:
     scored = has_reference(config)
     scoring = run.score() if scored else 0.0  # the loss needs its result
     terms = {
-        "weights": Term(plan.resident["weights"] * GIB, run.weights),
+        "weights": Term((plan.resident["weights"] + plan.resident.get("adapters", 0.0)) * GIB, run.weights),
         "gradients": Term(plan.resident["gradients (fp32)"] * GIB, run.gradients),
         "optimizer": Term(plan.resident["optimizer"] * GIB, run.optimizer()),
         "peak of images": Term(_phase(plan, "images"), run.images()),
@@ -118,6 +125,10 @@ def compare(config: RunConfig) -> dict[str, Term]:
         cache, peak = run.rollout()
         terms["KV cache"] = Term(kv_cache_bytes(config), cache)
         terms["peak of rollouts"] = Term(_phase(plan, "rollout"), peak)
+    if config.task == "grpo":
+        networks, peak = run.rewards()
+        terms["rewards' networks"] = Term(plan.resident["rewards' networks"] * GIB, networks)
+        terms["peak of rewards"] = Term(_phase(plan, "rewards"), peak)
     if scored:
         terms["peak of scoring"] = Term(_phase(plan, "score"), scoring)
     return terms
@@ -139,7 +150,7 @@ class _Run:
         self.optimiser = Optimiser(self.policy, config, total_steps=10)
         parameters: list[Any] = list(self.policy.parameters())
         self.weights = _sizes(parameters)
-        self.gradients = _sizes([parameter.main_grad for parameter in parameters])
+        self.gradients = _sizes([parameter.main_grad for parameter in parameters if parameter.requires_grad])
         self.sampler = Sampler(self.policy, Grammar(self.codec, config.rollout.grammar), config.rollout, config.seed)
         with Allocations() as seen:
             self.microbatches = self._collated()
@@ -216,7 +227,11 @@ class _Run:
     def score(self) -> float:
         """Peak of the reference's log-probabilities, once the buffers that stay are there."""
         allowed, at_once = self.sampler.masks.allowed, self.config.parallel.scoring_microbatches
-        score = lambda: logprobs_of(self.policy, self.microbatches, allowed, at_once=at_once)  # noqa: E731
+
+        def score() -> list[Tensor | None]:
+            with adapters_off(self.policy):
+                return logprobs_of(self.policy, self.microbatches, allowed, at_once=at_once)
+
         pairs = zip(self.microbatches, score(), strict=True)
         peak = self._collated_bytes + _least(score).peak
         self.microbatches = [with_columns(microbatch, reference_logprobs=values) for microbatch, values in pairs]
@@ -232,8 +247,16 @@ class _Run:
             self.tokens.encode(images, sizes.lq_size_px if is_grpo else final)
         side = self.codec.side(final)
         with Allocations() as decoding:
-            self.tokens.decode([np.zeros((side, side), int)] * count if is_grpo else [])
+            self.tokens.decode([np.zeros((side, side), int)] * self.config.rewards.batch_size if is_grpo else [])
         return max(encoding.peak, decoding.peak)
+
+    def rewards(self) -> tuple[float, float]:
+        """The networks that score, and the peak of scoring one batch of final images."""
+        settings = self.config.rewards
+        with Allocations() as built:
+            mixture = RewardMixture(settings)
+        batch = some_candidates(settings.batch_size, self.config.vlcot.image_sizes_px[-1])
+        return built.rise, _least(lambda: mixture.score_batches([batch])).peak
 
     @torch.no_grad()
     def rollout(self) -> tuple[float, float]:

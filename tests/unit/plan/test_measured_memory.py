@@ -22,7 +22,7 @@ def terms(variants: list[str], more: list[str]) -> list[Terms]:
 
 
 def test_each_term_is_what_one_process_allocates() -> None:
-    variants = {"GRPO, bf16": 9, "GRPO, guided, adaptive top-k": 8, "SFT, packed rows, all recomputed": 6}
+    variants = {"GRPO, bf16": 11, "GRPO, guided, adaptive top-k": 10, "SFT, packed rows, all recomputed": 6}
     [seen] = run_ranks(1, terms, list(variants), [])
     for (variant, count), one in zip(variants.items(), seen, strict=True):
         assert len(one) == count
@@ -30,7 +30,16 @@ def test_each_term_is_what_one_process_allocates() -> None:
             assert planned == pytest.approx(measured, rel=0.1), (variant, name)
 
 
-@pytest.mark.parametrize(("layout", "count"), [(CUT, 9), (STAGES, 6)], ids=["TP 2", "PP 2"])
+def test_with_adapters_each_term_is_within_5_percent() -> None:
+    variants = {"GRPO, LoRA, bf16": 11, "GRPO, LoRA, all recomputed, bf16": 11, "SFT, LoRA, bf16": 6}
+    [seen] = run_ranks(1, terms, list(variants), [])
+    for (variant, count), one in zip(variants.items(), seen, strict=True):
+        assert len(one) == count
+        for name, (planned, measured) in one.items():
+            assert planned == pytest.approx(measured, rel=0.05), (variant, name)
+
+
+@pytest.mark.parametrize(("layout", "count"), [(CUT, 11), (STAGES, 8)], ids=["TP 2", "PP 2"])
 def test_the_plan_is_that_of_the_fullest_of_two_ranks(layout: list[str], count: int) -> None:
     ranks = [seen[0] for seen in run_ranks(2, terms, ["GRPO, float32"], layout)]
     assert len(ranks[0]) == count

@@ -33,7 +33,7 @@ def test_memory_of_weights_follows_from_their_number():
 def test_the_peak_is_what_stays_and_the_largest_phase_alone():
     estimate = plan(compose(["recipe=grpo_7b"]))
     phases = {name: sum(terms.values()) for name, terms in estimate.memory.phases.items()}
-    assert set(phases) == {"rollout", "images", "score", "update"}
+    assert set(phases) == {"rollout", "images", "rewards", "score", "update"}
     assert estimate.total_gib == pytest.approx(sum(estimate.memory.resident.values()) + max(phases.values()))
     assert estimate.total_gib == pytest.approx(sum(estimate.memory_gib.values()))
 

@@ -1,0 +1,148 @@
+"""What the rewards' networks need: memory while they wait and while they score, arithmetic, and work on the host.
+
+Sizes were measured on the CPU, of pyiqa's networks with random weights (0.1.15.post2; images of 128 to 512 px) and of
+ours: weights, the most that was allocated while one image was scored, and multiply-adds counted twice. Memory and
+arithmetic are linear in the image's pixels, but for what is cut out of every image in one number and size.
+`tools/bench.py memory` and tests/unit/plan/test_experts.py measure again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from realsr_hpc.config.reward_options import (
+    FidelityOptions,
+    GenerationOptions,
+    HttpOptions,
+    UnderstandingOptions,
+    read_options,
+)
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.plan.sizes import dp_size, sequences_per_update
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One network, or measure, that scores an image."""
+
+    weight_bytes: float = 0.0
+    px_bytes: float = 0.0
+    """Allocated while it scores, for each pixel of the image."""
+    image_bytes: float = 0.0
+    """The same for each image, whatever its size."""
+    px_flops: float = 0.0
+    image_flops: float = 0.0
+    host_px_s: float = 0.0
+    """Seconds of one core for each pixel, for what never runs on a GPU."""
+
+    def bytes_at_work(self, pixels: int) -> float:
+        """While an image of so many pixels is scored, weights apart."""
+        return self.px_bytes * pixels + self.image_bytes
+
+    def flops(self, pixels: int) -> float:
+        """Of one image."""
+        return self.px_flops * pixels + self.image_flops
+
+
+RANKER = Expert(weight_bytes=420e3, px_bytes=107.0, px_flops=3402.0)
+NIQE = Expert(px_bytes=69.0, px_flops=9.0)
+STRIPE_GUARD = Expert(host_px_s=0.25e-6)
+PSNR = Expert(px_bytes=26.0, px_flops=12.0, host_px_s=0.05e-6)
+SSIM = Expert(px_bytes=163.0, px_flops=207.0, host_px_s=0.4e-6)
+MINILM = Expert(weight_bytes=91e6)
+PYIQA = {
+    "topiq_nr": Expert(181.0e6, px_bytes=530.0, image_bytes=4.1e6, px_flops=282e3),
+    "musiq": Expert(108.5e6, px_bytes=252.0, image_bytes=49.9e6, px_flops=80e3, image_flops=14.0e9),
+    "maniqa": Expert(543.2e6, image_bytes=20 * 114.0e6, image_flops=20 * 280.1e9),  # 20 crops of any image
+    "clipiqa": Expert(408.0e6, px_bytes=224.0, px_flops=243e3, image_flops=11.7e9),
+    "topiq_fr": Expert(144.4e6, px_bytes=838.0, image_bytes=2.5e6, px_flops=378e3),
+}
+"""By pyiqa's names without what follows a hyphen."""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The experts of a recipe by term, and what is not known of them."""
+
+    terms: dict[str, tuple[Expert, ...]]
+    unknown: tuple[str, ...]
+    """pyiqa's metrics whose size nobody measured: counted as nothing."""
+    elsewhere: tuple[str, ...]
+    """Terms that another process computes."""
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of all terms."""
+        return sum(sum(one.weight_bytes for one in experts) for experts in self.terms.values())
+
+    @property
+    def largest_weight_bytes(self) -> float:
+        """Of the term with most: offloaded ones take turns."""
+        return max((sum(one.weight_bytes for one in experts) for experts in self.terms.values()), default=0.0)
+
+    def bytes_at_work(self, pixels: int) -> float:
+        """Of the expert that needs most for an image; they take turns."""
+        return max((one.bytes_at_work(pixels) for one in self._all()), default=0.0)
+
+    def flops(self, pixels: int) -> float:
+        """Of one image and all experts."""
+        return sum(one.flops(pixels) for one in self._all())
+
+    def host_s(self, pixels: int) -> float:
+        """Of one image on one core."""
+        return sum(one.host_px_s for one in self._all()) * pixels
+
+    def _all(self) -> Iterator[Expert]:
+        for experts in self.terms.values():
+            yield from experts
+
+
+def rewards_of(config: RunConfig) -> Rewards:
+    """The experts that a GRPO recipe scores with; none for other tasks."""
+    if config.task != "grpo":
+        return Rewards({}, (), ())
+    terms: dict[str, tuple[Expert, ...]] = {}
+    unknown: list[str] = []
+    elsewhere: list[str] = []
+    for name, term in config.rewards.terms.items():
+        match read_options(name, term):
+            case GenerationOptions() as options:
+                guard = (STRIPE_GUARD,) if options.stripe_guard else ()
+                own = {"ranker": RANKER, "niqe": NIQE}
+                experts = [own[options.expert]] if options.expert != "pyiqa" else _pyiqa(options.metrics, unknown)
+                terms[name] = (*experts, *guard)
+            case FidelityOptions(metric="pyiqa") as options:
+                terms[name] = tuple(_pyiqa(options.metrics, unknown))
+            case FidelityOptions() as options:
+                terms[name] = (SSIM if options.metric == "ssim" else PSNR,)
+            case UnderstandingOptions() as options:
+                terms[name] = (MINILM,) if "minilm" in (options.similarity, options.synonyms) else ()
+            case HttpOptions():
+                elsewhere.append(name)
+            case _:
+                terms[name] = ()
+    return Rewards(terms, tuple(unknown), tuple(elsewhere))
+
+
+def _pyiqa(metrics: list[str], unknown: list[str]) -> list[Expert]:
+    known = {metric: PYIQA.get(metric.partition("-")[0]) for metric in metrics}
+    unknown += [metric for metric, expert in known.items() if expert is None]
+    return [expert for expert in known.values() if expert is not None]
+
+
+def final_pixels(config: RunConfig) -> int:
+    """Of a final image."""
+    return config.vlcot.image_sizes_px[-1] ** 2
+
+
+def on_the_device(config: RunConfig) -> bool:
+    """Whether the networks compute where the policy does."""
+    return config.rewards.device != "cpu" or config.cluster.gpus_per_node == 0
+
+
+def rollouts_of_a_rank(config: RunConfig) -> int:
+    """Rollouts of a step that the busiest rank decodes to pixels and scores: batches are dealt out in a replica."""
+    rollouts, size = math.ceil(sequences_per_update(config) / dp_size(config)), config.rewards.batch_size
+    return size * math.ceil(math.ceil(rollouts / size) / (config.parallel.tp * config.parallel.pp))
