@@ -183,12 +183,13 @@ def attach(policy: Policy, lora: LoRAConfig, seed: int) -> None:
             chunk.embedding.register_forward_hook(_ask_for_gradient)
         for layer in chunk.decoder.layers:
             for site in SITES:
+                linear: Any = layer.get_submodule(site.linear)
+                linear.register_forward_hook(_order_gradient)
                 if not set(site.projections) & set(lora.targets):
                     continue
-                linear: Any = layer.get_submodule(site.linear)
                 adapters = Adapters(site, linear, lora, policy)
                 linear.add_module(NAME, adapters)
-                linear.register_forward_hook(_add)
+                linear.register_forward_hook(_add, prepend=True)
                 _shard_with(linear, adapters)
     policy.lora = lora
     for name, parameter in parameters(policy):
@@ -198,6 +199,28 @@ def attach(policy: Policy, lora: LoRAConfig, seed: int) -> None:
 
 def _ask_for_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
     return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+
+class _OrderedGradient(torch.autograd.Function):
+    """Changes nothing; the gradient's numbers go on in the order of its shape.
+
+    A frozen layer multiplies the gradient [S, b, out] of its output with its weight [out, in]. Where the gradient lies
+    in memory otherwise (the policy's output is transposed), torch takes that for S products, each with a copy of the
+    weight: hundreds of times an activation, and slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return grad_outputs[0].contiguous().view(-1).view(grad_outputs[0].shape)  # strides of axes of size 1 count, too
+
+
+def _order_gradient(linear: Any, arguments: Any, output: Any) -> Any:
+    product, bias = output
+    return (_OrderedGradient.apply(product), bias) if torch.is_grad_enabled() else output
 
 
 def _add(linear: Any, arguments: tuple[Tensor, ...], output: Any) -> Any:

@@ -103,7 +103,10 @@ def _kept(config: RunConfig, in_flight: float) -> float:
     model, parallel, shape = config.model, config.parallel, microbatch_shape(config)
     inputs = shape.tokens * model.hidden_size * width(config) / _shared(config)
     layer = inputs if parallel.recompute == "full" else layer_bytes(config, parallel.recompute)
-    return in_flight * model.num_layers / parallel.pp * layer
+    # branched rows have angles of their own, which layers that are computed again keep together
+    angles = 4 * shape.row_tokens * model.hidden_size / model.num_heads if shape.branches.count > 1 else 0.0
+    angles = angles if parallel.recompute == "full" else 0.0
+    return in_flight * (model.num_layers / parallel.pp * layer + angles)
 
 
 def _again(config: RunConfig) -> float:
@@ -120,8 +123,9 @@ def layer_bytes(config: RunConfig, recompute: str) -> float:
     model, tp, shape = config.model, config.parallel.tp, microbatch_shape(config)
     kv = (model.num_kv_heads or model.num_heads) / model.num_heads
     norms = 2 * _norm_bytes(config) * model.hidden_size
-    # q, k, v; normalised q, k; rotated q, k; the output
-    attention = ((1 + 2 * kv) + (1 + kv) + (1 + kv) + 1) * model.hidden_size
+    # q, k, v; normalised q, k, which frozen weights do not need; rotated q, k; the output
+    normalised = 0 if model.lora else 1 + kv
+    attention = ((1 + 2 * kv) + normalised + (1 + kv) + 1) * model.hidden_size
     # gate and up, silu(gate), up once more (Megatron adds an offset of 0), the product; "selective": all again
     feed_forward = 5 * model.ffn_hidden_size if recompute == "none" else 0
     tokens = shape.tokens * (norms / _shared(config) + width(config) * (attention + feed_forward) / tp)
@@ -155,8 +159,11 @@ def _of_branches(config: RunConfig) -> float:
 
 
 def _norm_bytes(config: RunConfig) -> int:
-    """Bytes a number that an RMSNorm keeps: input and output; on a CPU torch's keeps float32 input and quotient."""
-    return 2 * width(config) if config.cluster.gpus_per_node else 8 + width(config)
+    """Bytes a number that an RMSNorm keeps: input and output; on a CPU torch's keeps float32 input and quotient, which
+    a frozen weight does not need."""
+    if config.cluster.gpus_per_node:
+        return 2 * width(config)
+    return (4 if config.model.lora else 8) + width(config)
 
 
 def _shared(config: RunConfig) -> int:
