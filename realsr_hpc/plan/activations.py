@@ -122,16 +122,25 @@ def layer_bytes(config: RunConfig, recompute: str) -> float:
     """What one layer keeps of a microbatch for its backward pass; attention keeps no scores (fused)."""
     model, tp, shape = config.model, config.parallel.tp, microbatch_shape(config)
     kv = (model.num_kv_heads or model.num_heads) / model.num_heads
-    norms = 2 * _norm_bytes(config) * model.hidden_size
+    read, product = _read_again(config)
+    norms = (2 * (_norm_bytes(config) - width(config)) + read * width(config)) * model.hidden_size
     # q, k, v; normalised q, k, which frozen weights do not need; rotated q, k; the output
     normalised = 0 if model.lora else 1 + kv
     attention = ((1 + 2 * kv) + normalised + (1 + kv) + 1) * model.hidden_size
     # gate and up, silu(gate), up once more (Megatron adds an offset of 0), the product; "selective": all again
-    feed_forward = 5 * model.ffn_hidden_size if recompute == "none" else 0
+    feed_forward = (4 + product) * model.ffn_hidden_size if recompute == "none" else 0
     tokens = shape.tokens * (norms / _shared(config) + width(config) * (attention + feed_forward) / tp)
     lora = config.model.lora
     inner = 0 if lora is None else shape.tokens * lora.rank * len(lora.targets)  # A x, which B's gradient is made of
     return tokens + width(config) * (_of_branches(config) + _rotary(config) + inner)
+
+
+def _read_again(config: RunConfig) -> tuple[int, int]:
+    """Of the outputs of a layer's two norms, and of the MLP's product, those that gradients of trained weights need."""
+    lora = config.model.lora
+    targets = {"q_proj", "gate_proj", "down_proj"} if lora is None else set(lora.targets)
+    readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+    return sum(not targets.isdisjoint(names) for names in readers), int("down_proj" in targets)
 
 
 def _rotary(config: RunConfig) -> float:

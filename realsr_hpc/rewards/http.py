@@ -22,6 +22,7 @@ from realsr_hpc.rewards.base import NotAnswered, Reward
 from realsr_hpc.rewards.exchange import scores_of, sent
 
 logger = logging.getLogger(__name__)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line a retry, beside ours a call
 
 RETRIED = (429, 500, 502, 503, 504)
 PATIENCE = 8
