@@ -27,7 +27,8 @@ TITLES = {
     "growing": "TP 2, 8 prompts a data-parallel rank: nodes and batch grow together",
     "fixed": "TP 2, 512 prompts x 8 rollouts: more nodes, the same batch",
     "long": "The same layouts for the f = 8 variant (5,500 image tokens a trace)",
-    "few": "`sft_small`, `grpo_small`, then `sft_7b_lora` and `grpo_7b_lora rewards=paper` on one GPU and on two of 48 GB",
+    "few": "`sft_small`, `grpo_small`, then `sft_7b_lora` and `grpo_7b_lora rewards=paper` on one GPU and on two "
+    "of 48 GB",
 }
 
 
