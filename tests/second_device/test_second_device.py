@@ -65,7 +65,6 @@ GRPO = [
     "grpo.heldout_every_steps=2",
     "grpo.heldout_prompts=1",
     "parallel.reference_offload=true",
-    "+rewards.terms.natural={kind: generation, options: {expert: niqe}}",
 ]
 SFT = [
     "recipe=sft_tiny",
