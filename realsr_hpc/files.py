@@ -134,7 +134,12 @@ def check_listed(path: Path, largest_bytes: float = math.inf) -> None:
 
 def _listed(folder: Path) -> list[str]:
     listing = folder / SUMS_FILE
-    return listing.read_bytes().decode("utf-8", "replace").splitlines() if listing.is_file() else []
+    if not listing.is_file():
+        return []
+    lines = listing.read_bytes().decode("utf-8", "replace").splitlines()
+    if not lines:
+        raise ValueError(f"{listing} is empty; copy the folder again, or remove it to go without")
+    return lines
 
 
 def _compare(path: Path, digest: str) -> None:

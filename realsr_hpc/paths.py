@@ -44,6 +44,14 @@ def recipe_folders() -> list[Path]:
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` filled in. ValueError: there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: this machine knows no such user; write the folder out") from None
+
+
 def resolve(path: str | Path) -> Path:
     """An absolute path as it is (`~` expanded), a relative one from the project root.
 
@@ -51,7 +59,7 @@ def resolve(path: str | Path) -> Path:
     the checkout it was launched from. What lies only among the files that come with the code (`recipes/assets/...`) is
     found there.
     """
-    named = Path(path).expanduser()
+    named = expanded(path)
     roots = [project_root(), *map(Path, filter(None, [os.environ.get(CHECKOUT_VARIABLE)])), shipped_root()]
     found = next((root / named for root in roots if (root / named).exists()), roots[0] / named)
     return found.resolve()

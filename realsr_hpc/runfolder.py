@@ -5,6 +5,7 @@ OUTPUT_ROOT/<name>-<signature>/
     code                                                                link to the snapshot of the code (Slurm)
     job.json  status.json  requeues.json  notified.json  run.lock       launch
     progress.json  events.jsonl  delivered.json  mlflow.json            tracking
+    results.jsonl  results_sent.json                                    tracking, for evaluations
     checkpoints/step-N/  checkpoints/best                               checkpoint
     logs/rank-N.log  logs/controller.log  logs/job/  logs/verdicts/     launch
     rollouts/step-N-KIND/  evaluation/step-N/                           artifacts: what people look at
@@ -91,6 +92,21 @@ def events(run_dir: Path) -> Path:
 def delivered(run_dir: Path) -> Path:
     """How far the events have reached MLflow."""
     return run_dir / "delivered.json"
+
+
+def results(run_dir: Path) -> Path:
+    """Numbers and files of the run's evaluations, append-only."""
+    return run_dir / "results.jsonl"
+
+
+def results_sent(run_dir: Path) -> Path:
+    """How far those have reached MLflow."""
+    return run_dir / "results_sent.json"
+
+
+def results_lock(run_dir: Path) -> Path:
+    """Held while they are written or sent: evaluations may run side by side."""
+    return run_dir / "results.lock"
 
 
 def mlflow(run_dir: Path) -> Path:

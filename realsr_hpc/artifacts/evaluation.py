@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from realsr_hpc.artifacts import stored
-from realsr_hpc.artifacts.stored import Number, Text
+from realsr_hpc.artifacts.stored import Inside, Number, Text, Whole
 
 FILE = "images.json"
 VERSION = 1
@@ -20,7 +20,7 @@ class MethodResult:
 
     metrics: dict[Text, Number]
     """NaN where one could not be computed."""
-    files: dict[Text, Text] = field(default_factory=dict)
+    files: dict[Text, Inside] = field(default_factory=dict)
     """Images by stage (rough, middle, final), as paths from the folder; without an image, none."""
     degradation: Text | None = None
     """As the model named it."""
@@ -43,7 +43,7 @@ class EvaluatedImage:
     """An image with what every method made of it."""
 
     key: Text
-    files: dict[Text, Text]
+    files: dict[Text, Inside]
     """`input`, and `truth` where it is known, as paths from the folder."""
     methods: dict[Text, MethodResult]
     degradation: Text | None = None
@@ -53,7 +53,7 @@ class EvaluatedImage:
     """The word that the image shows, where it is known."""
     weights: dict[Text, Number] = field(default_factory=dict)
     """Of the recipe's reward terms; empty without rewards."""
-    index: int = 0
+    index: Whole = 0
 
     def total(self, result: MethodResult) -> float | None:
         """The weighted reward of a result. None without rewards, and of a malformed trace.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc.artifacts import stored
-from realsr_hpc.artifacts.stored import Number, Text
+from realsr_hpc.artifacts.stored import Flag, Number, Text, Whole
 
 SETTINGS_FILE = "restore.json"
 STEPS_SUFFIX = ".steps.jpg"
@@ -20,17 +20,17 @@ VERSION = 1
 class RestoredTile:
     """What the model said of one tile."""
 
-    top: int
-    left: int
+    top: Whole
+    left: Whole
     """Its corner in the input, px."""
-    well_formed: bool
-    bicubic: bool
+    well_formed: Flag
+    bicubic: Flag
     """The model gave no image: filled in bicubically."""
     degradation: Text | None
     texts: tuple[Text | None, ...]
     """Rough, middle, final; None where malformed."""
     faults: tuple[Text, ...]
-    chosen: int | None = None
+    chosen: Whole | None = None
     """Of several candidates: the number of the one taken, -1 for the mean of all."""
     scores: tuple[Number, ...] = ()
     """What the chooser gave each candidate; NaN for one without an image."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from realsr_hpc.artifacts import stored
-from realsr_hpc.artifacts.stored import Number, Text
+from realsr_hpc.artifacts.stored import Inside, Number, Text, Whole
 
 FILE = "rollouts.json"
 VERSION = 1
@@ -25,8 +25,8 @@ class KeptRollout:
     """Weighted total."""
     rewards: dict[Text, Number]
     """Unweighted, by term."""
-    advantage: float | None
-    files: dict[Text, Text]
+    advantage: Number | None
+    files: dict[Text, Inside]
     """Images by stage (rough, middle, final), as paths from the folder."""
 
 
@@ -41,7 +41,7 @@ class KeptGroup:
     captions: tuple[Text, ...] | None
     weights: dict[Text, Number]
     """Of the reward terms at this step."""
-    files: dict[Text, Text]
+    files: dict[Text, Inside]
     """`input`, and `truth` where it is known."""
     rollouts: tuple[KeptRollout, ...]
 
@@ -51,7 +51,7 @@ class KeptRollouts:
     """What rollouts.json holds."""
 
     run: Text
-    step: int
+    step: Whole
     kind: Literal["train", "heldout"]
     groups: tuple[KeptGroup, ...]
     version: int = VERSION

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, PlainValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, PlainValidator, Strict, TypeAdapter, ValidationError
 
 from realsr_hpc.files import printable, write_atomically
 
@@ -26,10 +26,33 @@ def _text(value: object) -> str:
     return value
 
 
+def _number(value: object) -> object:
+    if isinstance(value, bool | str):  # pydantic would make numbers of both
+        raise ValueError("must be a number")
+    return math.nan if value is None else value
+
+
+def _whole(value: object) -> object:
+    if isinstance(value, bool | str | float):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _inside(value: object) -> str:
+    path = PurePosixPath(_text(value))
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("must be a path inside the folder")
+    return str(value)
+
+
 Text = Annotated[str, PlainValidator(_text)]
 """A string as it is; names of files may hold bytes that are no UTF-8."""
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+Number = Annotated[float, BeforeValidator(_number)]
 """A float; NaN is null in the file, since JSON has no word for it."""
+Whole = Annotated[int, BeforeValidator(_whole)]
+Flag = Annotated[bool, Strict()]
+Inside = Annotated[str, PlainValidator(_inside)]
+"""A file of the record's own folder: one that came from elsewhere names no file of this machine."""
 
 
 def write(path: Path, record: Any) -> None:

@@ -137,6 +137,17 @@ def candidates(root: Path) -> list[Path]:
     return sorted((path for path in folders if path.is_dir() and any(path.iterdir())), key=step_of, reverse=True)
 
 
+def refuse_damaged(folder: Path) -> None:
+    """ValueError unless a checkpoint is whole, every byte of it read."""
+    if wrong := fault(folder):
+        raise ValueError(damaged(folder, wrong))
+
+
+def damaged(folder: Path, wrong: str) -> str:
+    """What to say of a checkpoint that was asked for by name."""
+    return wrong if str(folder) in wrong else f"checkpoint {folder}: {wrong}; name another one, or copy it again"
+
+
 def reject(folder: Path, wrong: str) -> None:
     """Say loudly that a checkpoint is passed over."""
     logger.error("checkpoint %s rejected: %s; trying the one before", folder, wrong)

@@ -55,15 +55,25 @@ def resume_path(root: Path, groups: Groups) -> Path | None:
     world: Any = dist.group.WORLD
     found = broadcast_object(integrity.candidates(root) if groups.is_main else None, world)
     for folder in found:
-        mine = next(integrity.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
-        wrong = [fault for fault in gather_objects(mine, world) if fault]
-        if not wrong:
+        wrong = _fault(folder, groups)
+        if wrong is None:
             return folder
         if groups.is_main:
-            integrity.reject(folder, wrong[0])
+            integrity.reject(folder, wrong)
     if found:
         raise ValueError(integrity.none_is_whole(root, found))
     return None
+
+
+def refuse_damaged(folder: Path, groups: Groups) -> None:
+    """ValueError, on every rank, unless a checkpoint is whole; each rank reads and hashes its share of the files."""
+    if wrong := _fault(folder, groups):
+        raise ValueError(integrity.damaged(folder, wrong))
+
+
+def _fault(folder: Path, groups: Groups) -> str | None:
+    mine = next(integrity.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
+    return next(filter(None, gather_objects(mine, dist.group.WORLD)), None)
 
 
 def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups) -> dict[str, Any]:

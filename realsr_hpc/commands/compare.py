@@ -12,7 +12,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from realsr_hpc.compare import Comparison, compare, connect, find_runs, find_sweep, group_runs, write_report
+from realsr_hpc.compare import (
+    Comparison,
+    compare,
+    connect,
+    find_runs,
+    find_sweep,
+    group_runs,
+    readable,
+    refuse_unknown_metric,
+    write_report,
+)
 from realsr_hpc.config.arguments import read_arguments
 
 OPTIONS = {
@@ -32,12 +42,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(
                 f"root={root} has no mlflow.db: no run was launched there; name root=DIR or uri=MLFLOW_URI"
             )
-        mlflow = connect(options["uri"] or f"sqlite:///{root / 'mlflow.db'}")
-        if options["sweep"]:
-            runs = find_sweep(mlflow, options["experiment"], options["sweep"])
-        else:
-            runs = find_runs(mlflow, options["experiment"], options["runs"].split(","))
-        comparison = compare(runs, options["metric"], mlflow)
+        comparison = read(options, options["uri"] or f"sqlite:///{root / 'mlflow.db'}")
         default = root / "compare" / (options["sweep"] or options["runs"].replace(",", "-vs-"))
         output = Path(options["output"] or default)
         files = write_report(comparison, output, options["sweep"] or options["runs"])
@@ -47,6 +52,20 @@ def main(arguments: list[str]) -> int:
     show(comparison, console)
     console.print(f"{output}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
     return 0
+
+
+def read(options: dict[str, str], uri: str) -> Comparison:
+    """The runs that are named, from the store. ValueError: it does not answer, or they or the metric are unknown."""
+    mlflow = connect(uri)
+    with readable(uri):
+        if options["sweep"]:
+            runs = find_sweep(mlflow, options["experiment"], options["sweep"])
+        else:
+            runs = find_runs(mlflow, options["experiment"], options["runs"].split(","))
+        comparison = compare(runs, options["metric"], mlflow)
+    if options["metric"]:
+        refuse_unknown_metric(comparison)
+    return comparison
 
 
 def show(comparison: Comparison, console: Console) -> None:

@@ -23,7 +23,7 @@ SHOWN, SHOWN_A_ROW, BATCH = 32, 4, 16
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 written, 2 wrong usage."""
+    """Exit code: 0 written, 1 written without some photographs, which are named, 2 wrong usage."""
     try:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
         if not given["output"]:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     for key, reason in skipped.items():
         print(f"left out: {key}: {reason}", file=sys.stderr)
     print(f"{output}: {count} pairs, labels.csv, grid.png")
-    return 0
+    return 1 if skipped else 0
 
 
 def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str, str]:

@@ -13,7 +13,6 @@ output holds start weights, no training state: start from it with model.weights=
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from realsr_hpc.config.arguments import read_with_overrides
 
@@ -42,8 +41,9 @@ def _import(given: dict[str, str | None], overrides: list[str]) -> None:
 
     from realsr_hpc.config.load import compose_one
     from realsr_hpc.export import Sources, import_weights
+    from realsr_hpc.paths import expanded
 
-    paths = {name: Path(value).expanduser() for name, value in given.items() if value and name != "rotary"}
+    paths = {name: expanded(value) for name, value in given.items() if value and name != "rotary"}
     output = paths.pop("output")
     config = compose_one(overrides) if overrides else None
     bar = Progress(BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True))

@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from realsr_hpc.config.arguments import read_count, read_with_overrides
+from realsr_hpc.config.arguments import read_count, read_flag, read_with_overrides
 from realsr_hpc.launch.console import print_submissions
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.manage import CANCEL_WAIT_S, cancel, reconcile, resume, rows
@@ -35,13 +35,14 @@ OPTIONS = {
     "wait_s": f"{CANCEL_WAIT_S:.0f}",
     "resume": "",
     "follow": "",
-    "reconcile": "",
-    "json": "",
-    "prune": "",
-    "yes": "",
-    "watch": "",
-    "report": "",
+    "reconcile": "false",
+    "json": "false",
+    "prune": "false",
+    "yes": "false",
+    "watch": "false",
+    "report": "false",
 }
+FLAGS = ("reconcile", "json", "prune", "yes", "watch", "report")
 GIB = 2**30
 
 
@@ -52,7 +53,10 @@ def main(arguments: list[str]) -> int:
         options, overrides = read_with_overrides(arguments, OPTIONS, __doc__, sections_only=True)
         if overrides and not options["resume"]:
             raise ValueError(f"{overrides[0]}: an override goes with resume=RUN")
+        flags = {key: read_flag(options, key) for key in FLAGS}
         root = Path(options["root"]).resolve()
+        if options["root"] != OPTIONS["root"] and not root.is_dir():
+            raise ValueError(f"root={root}: no such folder; name the output_root of your runs")
         if options["cancel"]:
             wait_s = read_count(options, "wait_s")
             console.print(cancel(find_run(root, options["cancel"]), wait_s), markup=False, soft_wrap=True)
@@ -65,16 +69,16 @@ def main(arguments: list[str]) -> int:
             job = read_job(run_dir)
             return follow(run_dir, console, slurm=job is not None and job.kind == "slurm")
         else:
-            if options["reconcile"]:
+            if flags["reconcile"]:
                 console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}", markup=False)
-            if options["watch"]:
+            if flags["watch"]:
                 return watch(root, console)
-            if options["report"]:
+            if flags["report"]:
                 console.print(report(root))
                 return 0
-            if options["prune"]:
-                prune(root, console, remove=bool(options["yes"]))
-            elif options["json"]:
+            if flags["prune"]:
+                prune(root, console, remove=flags["yes"])
+            elif flags["json"]:
                 print(json.dumps([asdict(row) for row in rows(root)], default=str, indent=1))
             else:
                 show(root, console)

@@ -21,6 +21,8 @@ def main(arguments: list[str]) -> int:
     try:
         options = read_arguments(arguments, {"root": "runs", "run": ""}, __doc__)
         root = Path(options["root"]).resolve()
+        if options["root"] != "runs" and not root.is_dir():
+            raise ValueError(f"root={root}: no such folder; name the output_root of your runs")
         runs = [find_run(root, options["run"])] if options["run"] else list_runs(root)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -6,7 +6,16 @@ to MLflow. `runs` finds them, `groups` puts seeds together, `pictures` draws, `r
 
 from realsr_hpc.compare.figures import image_rows, plot_curves
 from realsr_hpc.compare.repetitions import Estimate, Group, estimate, group_runs
-from realsr_hpc.compare.runs import ComparedRun, Comparison, compare, connect, find_runs, find_sweep
+from realsr_hpc.compare.runs import (
+    ComparedRun,
+    Comparison,
+    compare,
+    connect,
+    find_runs,
+    find_sweep,
+    readable,
+    refuse_unknown_metric,
+)
 from realsr_hpc.compare.summary import write_report
 
 __all__ = [
@@ -22,5 +31,7 @@ __all__ = [
     "group_runs",
     "image_rows",
     "plot_curves",
+    "readable",
+    "refuse_unknown_metric",
     "write_report",
 ]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
-import os
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realsr_hpc.config.identity import decides
 from realsr_hpc.config.metrics import TASK_METRIC, is_measured, lower_is_better
+from realsr_hpc.tracking.database import SQLITE, client
+from realsr_hpc.tracking.delivery import brief
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -92,19 +96,40 @@ class Comparison:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client that reports to nobody."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    from mlflow import MlflowClient
+    """A client that reports to nobody and makes no database. ValueError: there is none at `uri`, or a damaged one."""
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise ValueError(f"uri={uri}: no such file; name the store that the runs were launched with")
+    with readable(uri):
+        return client(uri)
 
-    return MlflowClient(tracking_uri=uri)
+
+@contextmanager
+def readable(uri: str) -> Iterator[None]:
+    """What MLflow or its database raises inside becomes a ValueError in one line."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        raise ValueError(
+            f"uri={uri}: MLflow does not answer ({brief(error)}); start its server, or name another store"
+        ) from None
+
+
+def refuse_unknown_metric(comparison: Comparison) -> None:
+    """ValueError, with the nearest keys, for a metric that none of the runs has although they have others."""
+    keys = sorted({key for run in comparison.runs for key in run.metrics})
+    if keys and comparison.metric not in keys:
+        close = difflib.get_close_matches(comparison.metric, keys, n=3, cutoff=0.3) or comparison.columns()[:3]
+        raise ValueError(f"metric={comparison.metric}: no run has it; the nearest are: {', '.join(close or keys[:3])}")
 
 
 def find_sweep(mlflow: MlflowClient, experiment: str, sweep: str) -> list[Run]:
     """Children of a sweep's parent run; ValueError names the sweeps there are."""
     ids = _experiments(mlflow, experiment)
     parents = mlflow.search_runs(ids, filter_string="tags.`realsr_hpc.kind` = 'sweep'", max_results=MAX_RUNS)
-    by_name = {run.data.tags[SWEEP_TAG]: run.info.run_id for run in parents}
+    by_name = {run.data.tags.get(SWEEP_TAG, ""): run.info.run_id for run in parents}
     if sweep not in by_name:
         raise ValueError(f"sweep {sweep!r}: unknown; there are: {', '.join(sorted(by_name)) or 'none'}")
     condition = f"tags.`{PARENT_TAG}` = '{by_name[sweep]}'"

@@ -14,10 +14,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from realsr_hpc.config.load import RecipeError, nearest, yaml_file, yaml_names
+from realsr_hpc.config.load import RecipeError, nearest, read_yaml, yaml_file, yaml_names
 from realsr_hpc.config.operation import ClusterConfig
 
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"
@@ -75,11 +74,7 @@ def read_chain(name: str) -> ChainConfig:
         names = yaml_names("chains")
         raise RecipeError(f"chain: no {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    try:
-        return ChainConfig.model_validate(tree)
+        return ChainConfig.model_validate(read_yaml(path))
     except ValidationError as error:
         raise RecipeError("\n".join(f"chain {name}: {_explain(item)}" for item in error.errors())) from None
 

@@ -16,6 +16,8 @@ from realsr_hpc.paths import resolve
 Rule = Callable[[RunConfig], Iterator[str]]
 
 _SECRET_KEY = re.compile(r"(^|[&;#])[^=&;]*(passw|pwd|secret|token|api_?key|credential)[^=&;]*=", re.IGNORECASE)
+_STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
+"""Schemes of MLflow's stores; a database's may bear a driver, `postgresql+psycopg2`."""
 _UNFIT_IN_PATHS = {
     ":": "PYTHONPATH",
     "%": "Slurm's file names",
@@ -174,6 +176,22 @@ def a_tracking_uri_holds_no_password(config: RunConfig) -> Iterator[str]:
         )
 
 
+def a_tracking_uri_is_an_address(config: RunConfig) -> Iterator[str]:
+    """A relative one would be another store for the launcher than for the job, which starts in another folder."""
+    uri = config.tracking.uri
+    if not uri or uri == "databricks":
+        return
+    scheme, _, rest = uri.partition(":")
+    kind = scheme.partition("+")[0]
+    if kind not in _STORES or (kind in ("http", "https") and not re.match(r"//[^/?#]", rest)):
+        yield (
+            f"tracking.uri: {uri!r}: no address of an MLflow store ({', '.join(_STORES)}); write "
+            "http://HOST:PORT or sqlite:////ABSOLUTE/PATH.db, or null for a database in output_root"
+        )
+    elif (kind == "sqlite" and not rest.startswith("////")) or (kind == "file" and not rest.startswith("/")):
+        yield f"tracking.uri: {uri!r}: a relative path; write it out, {kind}:{'//' * (kind == 'sqlite')}//ABSOLUTE/PATH"
+
+
 def path_fault(path: Path) -> str:
     """Why runs cannot live in this folder, else nothing: its path is read by Slurm, Python's path and MLflow too."""
     text = str(path)
@@ -223,6 +241,7 @@ EXECUTION_RULES: tuple[Rule, ...] = (
     a_local_run_has_one_node,
     a_checkpoint_can_be_taken_before_time_is_up,
     a_tracking_uri_holds_no_password,
+    a_tracking_uri_is_an_address,
     an_output_root_can_be_written_anywhere,
     slurm_options_are_single_lines,
 )

@@ -30,11 +30,14 @@ from pydantic import BaseModel, ValidationError
 from realsr_hpc.config.checks import faults
 from realsr_hpc.config.identity import scheme
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.paths import project_root, recipe_folders
+from realsr_hpc.paths import expanded, project_root, recipe_folders
 
 GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
 SCHEME_LINE = "# fields that the signature covers: "
 """First line of a resolved recipe, before `identity.scheme`."""
+_CUT_LINE = "# cut off where the last line is not `# end`\n"
+_LAST_LINE = "# end\n"
+"""Half a YAML file is YAML: its other half would be the schema's defaults."""
 
 
 class RecipeError(ValueError):
@@ -59,7 +62,7 @@ def yaml_file(name: str) -> Path | None:
 
 def output_root(config: RunConfig) -> Path:
     """Absolute folder of all runs of this recipe's owner."""
-    return (project_root() / Path(config.output_root).expanduser()).resolve()
+    return (project_root() / expanded(config.output_root)).resolve()
 
 
 def compose(overrides: list[str], *, multirun: bool = False) -> RunConfig | list[RunConfig]:
@@ -120,10 +123,7 @@ def read_axes(name: str) -> list[str]:
     if (path := yaml_file(f"sweeps/{name}")) is None:
         names = yaml_names("sweeps")
         raise RecipeError(f"axes: no {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
-    try:
-        axes = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    axes = read_yaml(path)
     if not isinstance(axes, dict) or not axes:
         raise RecipeError(f"{path}: holds no axes; write lines such as `grpo.kl_beta: [0, 0.01]`")
     if empty := [str(key) for key, value in axes.items() if value == []]:
@@ -174,20 +174,40 @@ def validate(tree: Any, *, source: str) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The resolved recipe; `from_yaml` reads it back to an equal RunConfig."""
     tree = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
-    return f"{SCHEME_LINE}{scheme()}\n{tree}"
+    return f"{SCHEME_LINE}{scheme()}\n{_CUT_LINE}{tree}{_LAST_LINE}"
 
 
 def from_yaml(path: Path) -> RunConfig:
     """A resolved recipe; RecipeError where it is missing or faulty."""
+    return validate(read_yaml(path, "launch the run again to write it"), source=str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: the first would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's. ConstructorError: a key is there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else "")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, remedy: str = "name another file") -> Any:
+    """A YAML file's tree. RecipeError where it cannot be read, is cut, or is no YAML."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if _CUT_LINE in text and not text.endswith(_LAST_LINE):
+            raise RecipeError(f"{path}: cut off; copy it again, or {remedy}")
+        return yaml.load(text, _Loader)
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); launch the run again to write it") from None
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 ({error.reason}); launch the run again to write it") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
-    return validate(tree, source=str(path))
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason}); {remedy}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())[:200]}); {remedy}") from None
 
 
 def override(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -306,26 +326,30 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
     return line
 
 
-def _groups_of(recipe: str) -> set[str]:
+def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
     """Groups in the recipe's defaults list, those of the recipes it extends included."""
     path = yaml_file(recipe)
     if path is None:
         raise RecipeError(f"recipe {recipe}: not found in {', '.join(map(str, recipe_folders()))}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if recipe in extended_by:
+        raise RecipeError(f"recipe {recipe}: extends itself ({' -> '.join((*extended_by, recipe))}); break the circle")
+    tree = read_yaml(path) or {}
+    listed = tree.get("defaults", []) if isinstance(tree, dict) else None
+    if not isinstance(listed, list):
+        raise RecipeError(f"{path}: no recipe: write sections, and `defaults` as a list of recipes and groups")
     groups: set[str] = set()
-    for entry in (tree or {}).get("defaults", []):
+    for entry in listed:
         if isinstance(entry, dict):
             groups.update(str(key).removeprefix("override ").lstrip("/") for key in entry)
         elif entry != "_self_":
-            groups |= _groups_of(str(entry).lstrip("/"))
+            groups |= _groups_of(str(entry).lstrip("/"), (*extended_by, recipe))
     return groups
 
 
 def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
+    if not path:
+        return f"holds no sections, but {item['input']!r:.60}; copy it again, or launch the run again to write it"
     if item["type"] == "extra_forbidden":
         names = list(_fields_at(item["loc"][:-1]))
         hint = nearest(str(item["loc"][-1]), names) or f"; valid here: {', '.join(names)}"
@@ -335,7 +359,8 @@ def _explain(item: Any) -> str:
     if item["type"] == "literal_error":
         options = [part.strip().strip("'") for part in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{path}: {item['input']!r} is none of {', '.join(options)}{nearest(str(item['input']), options)}"
-    return f"{path}: {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    said = item["msg"].removeprefix("Value error, ")
+    return f"{path}: {item['input']!r}: {said[0].lower()}{said[1:]}"
 
 
 def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:

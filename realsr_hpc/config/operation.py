@@ -35,7 +35,7 @@ class TrackingConfig(Section, role="operation"):
 
     uri: str | None = None
     """None: sqlite in the output root."""
-    experiment: str = "realsr_hpc"
+    experiment: Annotated[str, Field(min_length=1)] = "realsr_hpc"
     """MLflow experiment that the runs belong to."""
     description: str = ""
     """Free text for the run's page in MLflow."""

@@ -101,6 +101,9 @@ class GenerationOptions(Section):
         """Metrics are named for pyiqa, and only for it."""
         if (self.expert == "pyiqa") != bool(self.metrics):
             raise ValueError(f"expert={self.expert} with metrics={self.metrics}: name metrics with expert=pyiqa only")
+        unread = "weights" if self.expert == "pyiqa" else "weights_dir"
+        if getattr(self, unread) is not None:
+            raise ValueError(f"{unread}={getattr(self, unread)}: expert={self.expert} does not read it; leave it out")
         return self
 
 
@@ -130,6 +133,8 @@ class FidelityOptions(Section):
         """pyiqa compares with the truth; PSNR's ends are in order."""
         if (self.metric == "pyiqa") != bool(self.metrics):
             raise ValueError(f"metric={self.metric} with metrics={self.metrics}: name metrics with metric=pyiqa only")
+        if self.metric != "pyiqa" and self.weights_dir is not None:
+            raise ValueError(f"weights_dir={self.weights_dir}: metric={self.metric} does not read it; leave it out")
         if self.metric == "pyiqa" and self.reference != "gt":
             raise ValueError("metric=pyiqa compares at full size: set reference=gt")
         if self.degradation == "known" and self.reference != "lq":

@@ -326,7 +326,7 @@ class RunConfig(Section):
     """First part of the run folder's name, and the run's name in MLflow."""
     task: Task
     """Which training loop runs; it decides which sections are read."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of every random stream: data order, crops, degradations, initial weights, sampling."""
     output_root: Annotated[str, OPERATION] = "runs"
     """Folder of all runs; relative paths start at the project."""

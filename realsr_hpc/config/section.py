@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -37,8 +39,13 @@ def read_by(*tasks: Task) -> Mark:
     return Mark(tasks=frozenset(tasks))
 
 
+LARGEST = 1e15
+"""No count, size, rate or seed of a run is larger; beyond, integers leave what tensors, seeds and floats hold."""
+
+
 class Section(BaseModel):
-    """Base of every section: unknown keys, NaN and infinities are errors; numbers may stand where text is asked for.
+    """Base of every section: unknown keys, NaN, infinities and huge numbers are errors, and so is true for a number;
+    numbers may stand where text is asked for.
 
     `class GRPOConfig(Section, tasks=("grpo",))` marks all fields of a section, `field: Annotated[int, OPERATION]` one.
     `identity.py` reads the marks.
@@ -50,3 +57,32 @@ class Section(BaseModel):
     def __init_subclass__(cls, role: Role = "decides", tasks: tuple[Task, ...] = get_args(Task), **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls.mark = Mark(role, frozenset(tasks))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would make 1 of true."""
+        kinds = _kinds(cls, info.field_name or "")
+        if any(issubclass(kind, BaseModel) for kind in kinds):  # sections judge their own fields
+            return value
+        for item in _plain_values(value):
+            if isinstance(item, bool) and bool not in kinds:
+                raise ValueError("true and false are switches; give a value")
+            if isinstance(item, int | float) and LARGEST < abs(item) < math.inf:
+                raise ValueError(f"larger than any run needs; give one up to {LARGEST:.0e}")
+        return value
+
+
+def _plain_values(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [inner for item in value for inner in _plain_values(item)] if isinstance(value, list | tuple) else [value]
+
+
+@cache
+def _kinds(section: type[Section], field: str) -> frozenset[type]:
+    """The classes in a field's annotation."""
+    parts = [section.model_fields[field].annotation]
+    for part in parts:
+        parts.extend(get_args(part))
+    return frozenset(part for part in parts if isinstance(part, type))

@@ -152,8 +152,11 @@ def needs_of(config: RunConfig) -> list[Need]:
         "text_tokenizer.path": (config.text_tokenizer.path, text),
         "image_tokenizer.weights": (config.image_tokenizer.weights, image),
         "model.weights": (config.model.weights, policy),
+        "model.lora.weights": (config.model.lora.weights if config.model.lora else None, f"{exported} form=peft"),
     }
-    origins = {field: (path, OWN.get(path) or origin or "") for field, (path, origin) in named.items() if path}
+    origins = {
+        field: (path, OWN.get(path) or origin or "") for field, (path, origin) in named.items() if path is not None
+    }
     needs = [Need(field, resolve(path), origin) for field, (path, origin) in origins.items()]
     if config.task == "grpo":
         needs += [need for name in config.rewards.terms for need in _of_reward(config, name)]

@@ -123,11 +123,15 @@ def export_run(
     wants (torchrun). ValueError when there is no checkpoint, or `output` exists.
     """
     refuse_existing(output)
+    if checkpoint_path is not None and not runfolder.is_checkpoint(checkpoint_path.resolve()):
+        raise ValueError(f"checkpoint={checkpoint_path}: no RUN_DIR/checkpoints/step-N; name one of a run's")
     config = from_yaml(runfolder.recipe(run_dir))
     groups = initialise(layout_here(config), config.seed)
     path = checkpoint_path or checkpoint.resume_path(runfolder.checkpoints(run_dir), groups)
     if path is None:
         raise ValueError(f"run={run_dir} has no whole checkpoint under checkpoints/; let the run reach its first one")
+    if checkpoint_path is not None:
+        checkpoint.refuse_damaged(checkpoint_path, groups)
     tokens = TraceTokenizer.load(config, groups.device)
     policy = empty_policy(config, groups, tokens.codec.vocabulary.size)
     state = checkpoint.load(path, policy, None, groups)

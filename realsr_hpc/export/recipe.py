@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.paths import project_root
+from realsr_hpc.paths import expanded, project_root
 
 _SIZES = ("kind", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "gpu_memory_gib", "time_min")
 """Of the cluster section, what describes the machine; the rest names accounts, partitions and files of one site."""
@@ -33,7 +31,7 @@ def portable(config: RunConfig) -> RunConfig:
 
 
 def _short(path: str) -> str:
-    absolute = Path(path).expanduser()
+    absolute = expanded(path)
     if not absolute.is_absolute():
         return path
     root = project_root()

@@ -12,7 +12,7 @@ from pathlib import Path
 from realsr_hpc import runfolder
 from realsr_hpc.artifacts import evaluation, restoration, rollouts
 from realsr_hpc.data.naming import files_below
-from realsr_hpc.files import printable
+from realsr_hpc.files import printable, sha256_of
 
 log = logging.getLogger(__name__)
 STAGES = ("rough", "middle", "final")
@@ -139,7 +139,8 @@ def _restored(folder: Path, image: Path) -> list[Entry]:
     source, steps = image.parent / found.input, restoration.steps_file(image)
     images = {"final": image} | ({"steps": steps} if steps.is_file() else {})
     name = "restored" if count == 1 else f"restored in {count} tiles (words of the first)"
-    inputs = {"input": source} if source.is_file() else {}
+    is_same = source.is_file() and found.input_sha256 in ("", sha256_of(source))  # else another has its name by now
+    inputs = {"input": source} if is_same else {}
     result = Result(name, images, tile.degradation, tile.texts, tile.faults)
     return [Entry(folder.name, "restored", 0, printable(image.stem), inputs, (result,))]
 
@@ -154,4 +155,7 @@ def _told(read: Callable[[Path], list[Entry]], path: Path) -> list[Entry]:
 
 
 def _paths(folder: Path, files: Mapping[str, str]) -> dict[str, Path]:
-    return {name: folder / file for name, file in files.items() if (folder / file).is_file()}
+    """Of the folder's own files; a link out of it is none."""
+    inside = folder.resolve()
+    found = {name: folder / file for name, file in files.items()}
+    return {name: path for name, path in found.items() if path.is_file() and path.resolve().is_relative_to(inside)}

@@ -178,6 +178,8 @@ class _Resolver:
             return {item: self._filled(name, key, inner, after) for item, inner in value.items()}
         if not isinstance(value, str):
             return value
+        if cut := re.search(rf"\{{{NAME}\.[a-z_]*", PLACEHOLDER.sub("", value)):
+            raise self._fault(name, f"{key}: {cut[0]}: no placeholder; write {{STAGE.WHAT}}, closed")
         return PLACEHOLDER.sub(lambda found: str(self._place(name, key, found, after)), value)
 
     def _place(self, name: str, key: str, found: re.Match[str], after: dict[Path, None]) -> Path:

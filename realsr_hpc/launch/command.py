@@ -94,8 +94,8 @@ def main(arguments: list[str]) -> int:
 def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunConfig]:
     """The recipes to run: one, every combination of a sweep, or those that the sampler draws."""
     if options.sampler == "all":
-        if given := [name for name in ("rungs", "keep") if getattr(options, name)]:
-            raise RecipeError(f"{given[0]}: goes with sampler=asha")
+        if given := [name for name in ("rungs", "keep", "trials") if getattr(options, name)]:
+            raise RecipeError(f"{given[0]}: goes with sampler=asha{' or optuna' * (given[0] == 'trials')}")
         composed = compose(overrides, multirun=multirun)
         return composed if isinstance(composed, list) else [composed]
     if options.sampler == "asha":

@@ -8,6 +8,7 @@ from pathlib import Path
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import Need, missing_shards, needs_of
 from realsr_hpc.files import check_listed, check_sums, checksum_fault, checksum_of
+from realsr_hpc.launch.unfit import unfit_files
 from realsr_hpc.paths import resolve
 from realsr_hpc.plan import plan, way_to_fit
 
@@ -37,7 +38,9 @@ def refuse_what_is_missing(configs: list[RunConfig], promised: Collection[Path] 
     if absent:
         absent.append("realsr-hpc stage-weights recipe=NAME lists and checks what a recipe needs")
     else:
-        faults = ((*_manifest_faults(config), *_damage(config, promised)) for config in configs)
+        faults = (
+            (*_manifest_faults(config), *_unfit(config, promised), *_damage(config, promised)) for config in configs
+        )
         absent = sorted({fault for found in faults for fault in found})
     if absent:
         raise ValueError("\n".join(absent))
@@ -79,6 +82,14 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
     if data.mode == "paired" and table["lq_path"].null_count:
         count = table["lq_path"].null_count
         yield f"data.mode: paired: {count} of {len(table)} photographs of {path} have no partner; take unpaired"
+
+
+def _unfit(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
+    return (
+        fault
+        for path, fault in unfit_files(config)
+        if not any(path.is_relative_to(folder) for folder in promised)  # an earlier stage writes it anew
+    )
 
 
 def _damage(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:

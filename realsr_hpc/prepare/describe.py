@@ -7,6 +7,7 @@ before training on them.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from realsr_hpc.files import printable, sha256_of
 from realsr_hpc.parallel.backend import named_device
 from realsr_hpc.prepare.notes import plain
 
@@ -44,8 +46,8 @@ class Captioner:
     """Rough, middle and final captions of photographs."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.name = f"{folder.resolve().name}-{FULL_PX}"
         self._pipe = _pipeline("image-to-text", "captioner", folder, device)
+        self.name = f"{_name(folder)}-{FULL_PX}"
 
     def __call__(self, images: Pictures) -> list[Captions]:
         """The three captions of each image."""
@@ -65,8 +67,8 @@ class ClassTagger:
     """Tags of photographs: the likeliest classes of a model, their first synonym."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.name = folder.resolve().name
         self._pipe = _pipeline("image-classification", "tagger", folder, device)
+        self.name = _name(folder)
 
     def __call__(self, images: Pictures) -> list[tuple[str, ...]]:
         """Up to five tags of each image, the likeliest first."""
@@ -102,6 +104,14 @@ def _reduced(image: UInt8[np.ndarray, "H W 3"], shorter_px: int) -> Image.Image:
         return picture
     width, height = (max(1, round(side * scale)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _name(folder: Path) -> str:
+    """Of a model, by its folder's name and what lies in it: what one model said is never taken for another's."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        whole.update(f"{path.name}\0{sha256_of(path)}\n".encode("utf-8", "surrogateescape"))
+    return f"{printable(folder.resolve().name)}-{whole.hexdigest()[:12]}"
 
 
 def _pipeline(task: str, field: str, folder: Path, device: str) -> Any:

@@ -64,13 +64,19 @@ def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None,
 def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig, Path]:
     """Recipe and checkpoint folder of `run=RUN` (its newest checkpoint) or `checkpoint=RUN_DIR/checkpoints/STEP`.
 
-    Raises ValueError when neither or both are given, or there is no whole checkpoint.
+    Raises ValueError when neither or both are given, there is no whole checkpoint, or the one named is damaged.
     """
     if (run is None) == (checkpoint_folder is None):
         raise ValueError("give either run=RUN_DIR or checkpoint=RUN_DIR/checkpoints/step-N")
     if checkpoint_folder is not None:
         path = Path(checkpoint_folder).resolve()
-        return from_yaml(runfolder.recipe(runfolder.run_of_checkpoint(path))), path
+        if not (path.is_dir() and runfolder.is_checkpoint(path)):
+            raise ValueError(f"checkpoint={checkpoint_folder}: no RUN_DIR/checkpoints/step-N; name one of a run's")
+        config = from_yaml(runfolder.recipe(runfolder.run_of_checkpoint(path)))
+        from realsr_hpc.checkpoint import integrity
+
+        integrity.refuse_damaged(path)
+        return config, path
     run_dir = runfolder.find_run(Path("runs").resolve(), run or "")
     config = from_yaml(runfolder.recipe(run_dir))
     from realsr_hpc import checkpoint
@@ -86,6 +92,8 @@ def read_export(folder: Path) -> RunConfig:
 
     ValueError where one of its files is damaged (`SHA256SUMS`), or a file it needs is not here.
     """
+    if not (folder / runfolder.RECIPE).is_file():
+        raise ValueError(f"export={folder} has no {runfolder.RECIPE}; name a folder that realsr-hpc export-hf wrote")
     check_sums(folder)
     config = from_yaml(folder / runfolder.RECIPE)
     files = {

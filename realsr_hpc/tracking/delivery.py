@@ -21,13 +21,13 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.tracking.database import client
 from realsr_hpc.tracking.place import moved_to
+from realsr_hpc.tracking.results import METRICS_A_BATCH, send_results
 from realsr_hpc.tracking.spool import Event, read_events
 from realsr_hpc.tracking.store import prepare_run, set_status, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-METRICS_A_BATCH = 500
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 logger = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ class Delivery:
         self._run_id = ""
         """MLflow's, while everything goes well; looked up anew after an error."""
         self._arrived: set[tuple[str, int]] = set()
+        self.num_results = 0
+        """Numbers and files of evaluations sent so far."""
 
     def open(self) -> str:
         """MLflow run id of this run in the recipe's store, created if need be."""
@@ -65,6 +67,7 @@ class Delivery:
             events = [event for event, end in read_events(self._spool) if end <= self._noted.offset]
             self._arrived = {(key, event["step"]) for event in events for key in event.get("metrics", ())}
         self._run_id = run_id
+        self.num_results += send_results(client(tracking_uri(self.config)), run_id, self.run_dir)
         return run_id
 
     def send_pending(self) -> int:

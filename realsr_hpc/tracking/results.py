@@ -1,35 +1,112 @@
-"""Numbers and files that come after a run: an evaluation's, into the run's own MLflow entry."""
+"""Numbers and files that come after a run: an evaluation's, into the run's own MLflow entry.
+
+They are kept in `results.jsonl` of the run's folder first, a JSON object a line: the spool has one writer, which may
+still be training. So a store that was away, or another one that the run moves to, gets them from there. MLflow ignores
+a metric with the same key, step, time and value, and times come from the file: nothing is doubled by sending again.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from realsr_hpc.tracking.database import client
-from realsr_hpc.tracking.delivery import METRICS_A_BATCH, brief
-from realsr_hpc.tracking.place import recipe_of
+from realsr_hpc import runfolder
+from realsr_hpc.files import parse_json, read_json, write_atomically
+from realsr_hpc.locks import hold
+from realsr_hpc.tracking.database import MAKING_WAIT_S, client
+from realsr_hpc.tracking.place import moved_to, recipe_of
 from realsr_hpc.tracking.store import prepare_run, read_bookmark, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+METRICS_A_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Results:
+    """One evaluation's, a line of the file."""
+
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+    files: tuple[str, ...]
+    """Absolute, as they were then."""
+    folder: str
+    """Of the artifacts in MLflow."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """How many bytes of the file an MLflow run has."""
+
+    run_id: str
+    size: int
 
 
 def log_results(run_dir: Path, step: int, metrics: Mapping[str, float], files: Sequence[Path], folder: str) -> str:
-    """Add metrics and files to the MLflow run of `run_dir`; why it could not be, else nothing.
+    """Keep metrics and files beside the run and add them to its MLflow run; why it could not be, else nothing.
 
-    Not through the spool: that has one writer, which may still be training.
+    What MLflow did not take now, it gets with the run's next attempt or from `realsr-hpc sync-tracking`.
     """
-    if read_bookmark(run_dir) is None:
-        return f"{run_dir} has no MLflow run"
+    paths = tuple(str(file.resolve()) for file in files)
+    found = Results(step, int(time.time() * 1000), {key: float(value) for key, value in metrics.items()}, paths, folder)
     try:
-        from mlflow.entities import Metric
-
+        with hold(runfolder.results_lock(run_dir), "keeping results", MAKING_WAIT_S):
+            _append(runfolder.results(run_dir), found)
+        if read_bookmark(run_dir) is None:
+            return f"{run_dir} has no MLflow run"
         config = recipe_of(run_dir)
         run_id = prepare_run(config, run_dir)
-        mlflow, now = client(tracking_uri(config)), int(time.time() * 1000)
-        values = [Metric(key, value, now, step) for key, value in metrics.items()]
-        for start in range(0, len(values), METRICS_A_BATCH):
-            mlflow.log_batch(run_id, metrics=values[start : start + METRICS_A_BATCH])
-        for file in files:
-            mlflow.log_artifact(run_id, str(file), folder)
+        send_results(client(tracking_uri(config)), run_id, run_dir)
     except Exception as error:  # tracking never stops what is tracked
-        return f"MLflow is not reachable ({brief(error)})"
+        lines = str(error).strip().splitlines()
+        return f"MLflow is not reachable ({type(error).__name__}: {lines[0][:160] if lines else ''})"
     return ""
+
+
+def send_results(mlflow: MlflowClient, run_id: str, run_dir: Path) -> int:
+    """Send what the MLflow run `run_id` has not got yet; numbers and files sent. Errors of MLflow pass through."""
+    path, note = runfolder.results(run_dir), runfolder.results_sent(run_dir)
+    if not path.exists():
+        return 0
+    with hold(runfolder.results_lock(run_dir), "sending results", MAKING_WAIT_S):
+        sent, content = read_json(note, _Sent), path.read_bytes()
+        done = sent.size if sent is not None and sent.run_id == run_id and sent.size <= len(content) else 0
+        count = sum(_send(mlflow, run_id, run_dir, item) for item in _read(content[done:]))
+        if done != len(content):
+            write_atomically(note, json.dumps(asdict(_Sent(run_id, len(content)))))
+    return count
+
+
+def _send(mlflow: MlflowClient, run_id: str, run_dir: Path, found: Results) -> int:
+    from mlflow.entities import Metric
+
+    values = [Metric(key, value, found.time_ms, found.step) for key, value in found.metrics.items()]
+    for start in range(0, len(values), METRICS_A_BATCH):
+        mlflow.log_batch(run_id, metrics=values[start : start + METRICS_A_BATCH])
+    here = [path for name in found.files if (path := moved_to(Path(name), run_dir)).is_file()]
+    for path in here:
+        mlflow.log_artifact(run_id, str(path), found.folder)
+    return len(values) + len(here)
+
+
+def _append(path: Path, found: Results) -> None:
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
+    with path.open("ab") as file:
+        file.write(b"\n" * torn + json.dumps(asdict(found)).encode() + b"\n")
+
+
+def _read(content: bytes) -> list[Results]:
+    """Whole lines; one that is none, as a kill leaves it, is passed over."""
+    found = []
+    for line in content.splitlines():
+        try:
+            found.append(parse_json(line, Results))
+        except ValueError:
+            continue
+    return found

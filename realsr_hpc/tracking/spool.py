@@ -19,6 +19,11 @@ from realsr_hpc import runfolder
 Event = dict[str, Any]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk, a quota or a file that can take no more."""
+_KINDS: dict[str, dict[str, type]] = {
+    "metrics": {"step": int, "time_ms": int, "metrics": dict},
+    "truncate": {"step": int},
+    "artifact": {"path": str, "folder": str},
+}
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +66,7 @@ class Spool:
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
     """Whole events from byte `offset` on, each with the offset behind it; a torn last line is left alone."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as file:
         file.seek(offset)
@@ -80,8 +85,9 @@ def _event(line: bytes) -> Event | None:
     """One event; None for a line that is none, as a disk that lost power leaves."""
     try:
         event = json.loads(line)
-        known = {"metrics": ("step", "time_ms", "metrics"), "truncate": ("step",), "artifact": ("path", "folder")}
-        return event if all(key in event for key in known[event["kind"]]) else None
+        whole = all(type(event[key]) is kind for key, kind in _KINDS[event["kind"]].items())
+        values = event["metrics"].values() if event["kind"] == "metrics" and whole else ()
+        return event if whole and all(type(value) in (float, int) for value in values) else None
     except (ValueError, TypeError, KeyError):
         return None
 

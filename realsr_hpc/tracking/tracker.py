@@ -102,7 +102,8 @@ def sync(run_dir: Path) -> int:
 
     Raises RecipeError without a recipe.yaml; errors of MLflow pass through.
     """
-    return Delivery(recipe_of(run_dir), run_dir).send_pending()
+    delivery = Delivery(recipe_of(run_dir), run_dir)
+    return delivery.send_pending() + delivery.num_results
 
 
 @dataclass(frozen=True)

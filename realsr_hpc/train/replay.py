@@ -145,6 +145,7 @@ def _outcome(
     as_run = replace(built, config=config, reference=built.reference if config.grpo.kl_beta else None)
     groups, done, steps = built.groups, 0, [step]
     if start is not None:
+        checkpoint.refuse_damaged(start, groups)
         done = checkpoint.load(start, built.policy, built.optimiser, groups)["step"]
     for number in range(done + 1, step.number):
         before = read_step(runfolder.replay(run_dir, number))

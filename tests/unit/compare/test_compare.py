@@ -184,3 +184,23 @@ def test_a_loss_is_best_at_its_lowest_and_a_diverged_run_never():
     assert comparison.best is not None and comparison.best.name == "b"
     said = verdict(comparison, group_runs(comparison))
     assert said.startswith("Best by heldout/loss/mean (lower is better): lr=b, 1.5") and "2 run(s) diverged" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("sweep=betas metric=heldout/total/maen", "metric=heldout/total/maen: no run has it; the nearest are: heldout"),
+        ("sweep=betas experiment=nope", "tracking.experiment 'nope': MLflow has none of that name"),
+        ("sweep=betas uri=sqlite:///{damaged}", "cannot be opened"),
+        ("sweep=betas uri=sqlite:///{root}/none.db", "no such file"),
+        ("sweep=betas uri=nope://x", "MLflow does not answer"),
+        ("sweep=betas uri=http://127.0.0.1:9", "MLflow does not answer"),
+    ],
+)
+def test_a_store_or_metric_that_is_not_there_is_one_line(words, said, store, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (damaged := tmp_path / "mlflow.db").write_bytes((root / "mlflow.db").read_bytes()[:5000])
+    given = words.format(root=root, damaged=damaged).split()
+    assert compare_command.main([*given, f"root={root}", f"output={tmp_path / 'out'}"]) == 2
+    shown = capsys.readouterr().out
+    assert said in shown and shown.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -54,6 +54,7 @@ BREACHES = {
     "sft_learns_from_degraded_photographs": ["task=sft", "data.mode=paired"],
     "warm_up_ends_before_the_run": ["optim.warmup_steps=100000"],
     "the_best_checkpoint_is_measured": ["checkpoint.keep_best=1", "grpo.heldout_every_steps=0"],
+    "a_tracking_uri_is_an_address": ["tracking.uri=sqlite:///mlflow.db"],
     "a_tracking_uri_holds_no_password": ["tracking.uri='postgresql://me:secret@db/mlflow'"],
 }
 

@@ -97,9 +97,49 @@ def test_a_broken_recipe_file_is_a_recipe_error(tmp_path):
     path = tmp_path / "recipe.yaml"
     with pytest.raises(RecipeError, match="cannot be read"):
         from_yaml(path)
-    path.write_text("name: [")
-    with pytest.raises(RecipeError, match="not YAML"):
-        from_yaml(path)
+    whole = to_yaml(compose(["recipe=grpo_tiny"]))
+    cut = whole[: whole.index("\nmodel:") + 1]  # still YAML, with the schema's defaults for the rest
+    for content, said in {
+        "name: [": "not YAML",
+        "[" * 3000: "not YAML",
+        "name: a\nname: b": "'name' is given twice",
+        "": "holds no sections",
+        "[1]": "holds no sections",
+        cut: "cut off",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(RecipeError, match=said) as refused:
+            from_yaml(path)
+        assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("word", "mine.yaml: no recipe"),
+        ("defaults: 3", "mine.yaml: no recipe"),
+        ("defaults: [mine]", "extends itself (mine -> mine)"),
+        ("defaults: [nowhere]", "recipe nowhere: not found"),
+    ],
+)
+def test_a_recipe_that_is_none_is_named(text, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("REALSR_HPC_RECIPES", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError) as refused:
+        compose(["recipe=mine"])
+    assert said in str(refused.value)
+
+
+def test_an_option_that_nothing_reads_is_refused():
+    assert "expert=ranker does not read it" in fault("rewards.terms.generation.options.weights_dir=x")
+
+
+@pytest.mark.parametrize(
+    "field", ["seed", "grpo.num_steps", "cluster.nodes", "optim.lr", "rewards.terms.format.weight"]
+)
+@pytest.mark.parametrize(("value", "said"), [("true", "are switches"), ("1e16", "larger than any run needs")])
+def test_a_number_is_no_switch_and_not_huge(field, value, said):
+    assert f"{field}: " in fault(f"{field}={value}") and said in fault(f"{field}={value}")
 
 
 def test_the_signature_follows_the_result_and_nothing_else():
@@ -155,7 +195,7 @@ def test_axes_are_written_as_overrides_that_compose(text, tmp_path, monkeypatch)
     assert len(compose(["recipe=grpo_tiny", *AXES[text]], multirun=True)) in (2, 3)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "word", "seed: []", "a: ["])
+@pytest.mark.parametrize("text", ["", "[1, 2]", "word", "seed: []", "a: [", "seed: [1]\nseed: [2]"])
 def test_axes_that_are_none_are_refused_by_file(text, tmp_path, monkeypatch):
     monkeypatch.setenv("REALSR_HPC_RECIPES", str(tmp_path))
     (tmp_path / "sweeps").mkdir()

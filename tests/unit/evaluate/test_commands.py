@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from dataclasses import astuple
 from pathlib import Path
 
@@ -80,6 +81,28 @@ def test_evaluate_writes_its_report_beside_the_checkpoint(run_dir, capsys):
     assert "reward_fidelity" in text and "not computed: `topiq_nr`" in text
 
 
+@pytest.mark.parametrize("damage", ["flip", "empty", "gone", "no manifest"])
+def test_a_checkpoint_that_is_named_is_compared_with_its_checksums(damage, run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir, copy := tmp_path / "run")
+    folder = copy / "checkpoints/step-000003"
+    file = folder / ("manifest.json" if damage == "no manifest" else ".metadata")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "flip" else b"")
+    if damage in ("gone", "no manifest"):
+        file.unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    output = [f"checkpoint={folder}", f"output={tmp_path / 'out'}"]
+    for name, words in {
+        "restore": [f"input={tmp_path / 'a.png'}"],
+        "evaluate": ["num_images=1"],
+        "export_hf": [f"run={copy}"],
+    }.items():
+        assert command(name)([*output, *words]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"checkpoint {folder}") and file.name in told and told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_takes_finished_images_and_a_set_of_any_size(run_dir, tmp_path, capsys):
     for name, size in (("lq", 40), ("gt", 160), ("other", 160)):
         (tmp_path / name).mkdir()
@@ -136,6 +159,18 @@ def test_degraded_photographs_are_the_recipes_and_a_test_set(tmp_path, capsys):
     assert command("evaluate")([f"images={tmp_path / 'set/gt'}", f"data={tmp_path / 'set'}", "set=paired"]) == 0
     assert "bicubic 2, gt 2" in capsys.readouterr().out
     assert command("degrade")(arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_degrading_ends_with_1_where_a_photograph_was_left_out(tmp_path, capsys):
+    (tmp_path / "in" / "heldout").mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        Image.fromarray(data.chelsea()[:160, :160]).save(tmp_path / "in" / "heldout" / f"{name}.png")
+    assert command("prepare_data")([f"source={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "num_threads=1"]) == 0
+    (tmp_path / "in" / "heldout" / "b.png").write_bytes(b"")
+    words = ["recipe=grpo_tiny", f"data.manifest={tmp_path / 'out/manifest.parquet'}", f"output={tmp_path / 'set'}"]
+    assert command("degrade")([*words, "images=3", "data.num_threads=1"]) == 1
+    told = capsys.readouterr()
+    assert "left out: " in told.err and "b.png" in told.err and "3 pairs" in told.out
 
 
 def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):

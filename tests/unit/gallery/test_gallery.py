@@ -12,10 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage import data
 
+from realsr_hpc.artifacts import restoration
+from realsr_hpc.artifacts.restoration import Restoration, RestoredTile
 from realsr_hpc.commands import gallery
-from realsr_hpc.gallery import read_evaluation, read_run, render
+from realsr_hpc.files import sha256_of
+from realsr_hpc.gallery import read_evaluation, read_restored, read_run, render
 from realsr_hpc.paths import project_root
 from realsr_hpc.records import (
     Case,
@@ -153,3 +157,37 @@ def test_a_damaged_record_and_one_of_a_newer_version_are_left_out_and_named(run_
     cut.write_text(cut.read_text()[:-9], encoding="utf-8")
     with pytest.raises(ValueError, match="neither rollouts/"):
         read_run(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reward": "much"}, {"reward": "0.5"}, {"reward": True}, {"advantage": "1"}, {"texts": "abc"}, {"texts": [3]},
+        {"rewards": [1]}, {"rewards": {"a": "1"}}, {"faults": None}, {"files": {"final": 3}}, {"degradation": 1},
+        {"files": {"final": "/etc/hostname"}}, {"files": {"final": "../../step-000016-heldout/0-input.png"}},
+    ],
+)  # fmt: skip
+def test_values_of_other_types_and_files_of_elsewhere_are_left_out_and_named(change, run_dir, tmp_path, caplog):
+    shutil.copytree(run_dir, copy := tmp_path / "copy")
+    path, _ = sorted(copy.glob("rollouts/*/rollouts.json"))
+    kept = json.loads(path.read_text())
+    kept["groups"][0]["rollouts"][0] |= change
+    path.write_text(json.dumps(kept), encoding="utf-8")
+    assert [entry.step for entry in read_run(copy)] == [16]
+    assert f"groups.0.rollouts.0.{next(iter(change))}" in caplog.text
+
+
+def test_a_link_out_of_the_folder_and_a_replaced_input_are_not_shown(run_dir, tmp_path):
+    shutil.copytree(run_dir, copy := tmp_path / "copy")
+    folder, _ = sorted(copy.glob("rollouts/*"))
+    (folder / "0-input.png").unlink()
+    (folder / "0-input.png").symlink_to(run_dir / folder.relative_to(copy) / "0-input.png")
+    assert set(read_run(copy)[0].images) == {"truth"}
+    (restored := tmp_path / "restored").mkdir()
+    (restored / "restore.json").write_text("{}")
+    for name in ("input", "a"):
+        Image.fromarray(data.chelsea()[:32, :32]).save(restored / f"{name}.png")
+    tile = RestoredTile(0, 0, True, False, None, (), ())
+    for digest, shown in ((sha256_of(restored / "input.png"), {"input"}), ("0" * 64, set())):
+        restoration.write(restored / "a.png", Restoration((tile,), "input.png", digest))
+        assert set(read_restored(restored)[0].images) == shown

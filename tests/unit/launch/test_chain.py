@@ -86,6 +86,7 @@ def test_the_papers_chain_takes_the_best_and_runs_commands_on_one_gpu():
         ),
         ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {checkpoint: '{a.best}'}}}", "checkpoint.keep_best to 1"),
         ("{}", "stages: "),
+        ("{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.run'}}}", "run: {a.run: no placeholder"),
     ],
 )
 def test_faults_name_stage_and_field_before_anything_is_written(stages, said, chains, tmp_path, capsys):

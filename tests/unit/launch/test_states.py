@@ -323,6 +323,16 @@ def test_the_batch_script_asks_for_a_killed_supervisor_alone(tmp_path, slurm, co
         ("tracking.uri='http://host:5000/?password=x'", "tracking.uri: holds a password"),
         ("tracking.uri='postgresql://me:x@host/db'", "tracking.uri: holds a password"),
         ("cluster.environment_file=nowhere.sh", "cluster.environment_file: "),
+        ("output_root=~nobody-of-that-name/runs", "no such user"),
+        ("tracking.uri=runs/mlflow", "tracking.uri: 'runs/mlflow': no address"),
+        ("tracking.uri=http://", "tracking.uri: 'http://': no address"),
+        ("tracking.experiment=''", "tracking.experiment: "),
+        ("image_tokenizer.weights=recipes", "image_tokenizer.weights: "),
+        ("image_tokenizer.weights=''", "is a folder; name a file"),
+        ("text_tokenizer.path=pyproject.toml", "is of no kind that is read there"),
+        ("model.weights=''", "holds no weights"),
+        ("model.lora={rank: 4, weights: nowhere}", "model.lora.weights: "),
+        ("trials=3", "trials: goes with sampler="),
     ],
 )
 def test_what_no_script_or_search_can_hold_is_refused_before_anything_is_written(tmp_path, capsys, override, said):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -213,12 +214,15 @@ def test_models_describe_what_has_no_captions_once(tmp_path, models):
     for entry in first.entries[1:]:
         assert set(entry.tags) <= {"tabby", "sea shore"} and entry.tags
         assert not any(mark in text for text in entry.scene.captions for mark in "<>\n")
-    rows = (tmp_path / "out" / ".prepare" / "captions-captioner-512.jsonl").read_text().split("\n")
+    [journal] = (tmp_path / "out" / ".prepare").glob("captions-captioner-*.jsonl")
+    rows = journal.read_text().split("\n")
     assert sum(bool(row) for row in rows) == 2
     assert prepare(tmp_path / "photos", tmp_path / "out", options).entries == first.entries
-    assert len((tmp_path / "out" / ".prepare" / "captions-captioner-512.jsonl").read_text().split()) == len(
-        " ".join(rows).split()
-    )
+    assert len(journal.read_text().split()) == len(" ".join(rows).split())
+    other = shutil.copytree(models / "captioner", tmp_path / "other" / "captioner")
+    assert Captioner(other).name == options.captioner.name  # the same model, wherever it lies
+    (other / "generation_config.json").write_text((other / "generation_config.json").read_text() + " ")
+    assert Captioner(other).name != options.captioner.name  # what one said is never taken for another's
     with pytest.raises(ValueError, match="captioner=.* holds no config.json"):
         Captioner(tmp_path)
 

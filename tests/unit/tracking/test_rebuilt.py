@@ -14,6 +14,7 @@ from realsr_hpc.config.load import to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.tracking import Place, Tracker, prepare_run, prepare_sweep, read_bookmark, recipe_of, sync, write_place
 from realsr_hpc.tracking.database import client
+from realsr_hpc.tracking.results import log_results
 from realsr_hpc.tracking.store import PARENT_TAG, SWEEP_TAG, prepare_store, quoted, write_launch_tags
 
 EXPECTED = [(step, step / 2) for step in range(1, 5)]
@@ -226,3 +227,24 @@ def test_names_are_searched_for_as_they_are():
     with pytest.raises(ValueError, match="both kinds"):
         quoted('it\'s "b"')
     assert json.loads(json.dumps(quoted("plain"))) == "'plain'"
+
+
+def test_an_evaluations_numbers_follow_the_run_to_another_store(tmp_path):
+    run_dir = make_run(tmp_path / "runs")
+    (report := run_dir / "evaluation").mkdir()
+    (report / "metrics.md").write_text("seen")
+    for step in (2, 4):
+        assert log_results(run_dir, step, {"psnr_y": step / 4}, [report / "metrics.md"], "evaluation/x") == ""
+    with (run_dir / "results.jsonl").open("ab") as file:
+        file.write(b'{"step": 9, "metr')  # killed
+    (tmp_path / "B").mkdir()
+    run_dir = run_dir.rename(tmp_path / "B" / "run")
+    assert sync(run_dir) == len(EXPECTED) + 2 + 4
+    assert sync(run_dir) == 0 and log_results(run_dir, 6, {"psnr_y": 1.5}, [], "evaluation/x") == ""
+    bookmark = read_bookmark(run_dir) or {}
+    mlflow = client(bookmark["uri"])
+    points = mlflow.get_metric_history(bookmark["run_id"], "psnr_y")
+    assert sorted((point.step, point.value) for point in points) == [(2, 0.5), (4, 1.0), (6, 1.5)]
+    assert [file.path for file in mlflow.list_artifacts(bookmark["run_id"], "evaluation/x")] == [
+        "evaluation/x/metrics.md"
+    ]

@@ -1,0 +1,104 @@
+"""What can be told of weights without reading their numbers: files that are cut, empty or of another kind.
+
+Standard library alone, headers and small files: launching answers in about a second and never imports torch. That the
+numbers are finite and the tensors the recipe's, the job checks where it reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.weights import SUMS, needs_of
+
+LARGEST_HEADER_BYTES = 100 * 2**20
+"""As the safetensors library has it."""
+LARGEST_JSON_BYTES = 64 * 2**20
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+FOLDERS = ("model.weights", "model.lora.weights")
+ENDINGS = (*WEIGHTS, ".npz", ".json", ".noun")
+
+
+def unfit_files(config: RunConfig) -> Iterator[tuple[Path, str]]:
+    """Path and fault, with the recipe's field, of the files that a recipe names and that cannot be what it needs."""
+    for need in needs_of(config):
+        if need.weights_dir is None and (fault := _fault(need.purpose, need.path)):
+            yield need.path, f"{need.purpose}: {fault}; from: {need.origin}"
+
+
+def _fault(field: str, path: Path) -> str:
+    if path.is_dir():
+        return _folder_fault(path) if field in FOLDERS else f"{path} is a folder; name a file"
+    try:
+        if path.suffix not in ENDINGS and path.name != SUMS:
+            return f"{path} is of no kind that is read there ({', '.join(f'*{ending}' for ending in ENDINGS)})"
+        return _file_fault(path)
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})"
+
+
+def _folder_fault(folder: Path) -> str:
+    patterns = ("*", "*/*", "*/*/*")  # as deep as Meta's tree
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    if not any(path.suffix in WEIGHTS for path in found):
+        return f"{folder} holds no weights ({', '.join(f'*{ending}' for ending in WEIGHTS)})"
+    direct = [path for path in found if path.parent == folder and path.suffix in (".json", *WEIGHTS)]
+    try:
+        return next(filter(None, map(_file_fault, direct)), "") or _index_fault(folder)
+    except OSError as error:
+        return f"{folder}: {error.filename} cannot be read ({error.strerror})"
+
+
+def _file_fault(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return f"{path} is empty; copy it again"
+    if path.suffix == ".safetensors":
+        return _safetensors_fault(path)
+    if path.suffix == ".npz" and not zipfile.is_zipfile(path):
+        return f"{path} is cut or no npz file; copy it again"
+    if path.suffix == ".json" and path.stat().st_size <= LARGEST_JSON_BYTES and not isinstance(_json(path), dict):
+        return f"{path} is cut or no JSON object; copy it again"
+    return ""
+
+
+def _safetensors_fault(path: Path) -> str:
+    """The header says how long the file is."""
+    size, damaged = path.stat().st_size, f"{path} is cut or no safetensors file; copy it again"
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(LARGEST_HEADER_BYTES, size - 8):
+            return damaged
+        header = _parsed(stream.read(length))
+    if not isinstance(header, dict):
+        return damaged
+    try:
+        ends = [item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"]
+        return "" if 8 + length + max(ends, default=0) == size else damaged
+    except (KeyError, TypeError, IndexError):
+        return damaged
+
+
+def _index_fault(folder: Path) -> str:
+    for index in sorted(folder.glob("*.index.json")):
+        places = (_json(index) or {}).get("weight_map")
+        if not isinstance(places, dict):
+            return f"{index} is no index of weights; copy it again"
+        missing = sorted({str(name) for name in places.values() if not (folder / str(name)).is_file()})
+        if missing:
+            return f"{folder}: {index.name} names {', '.join(missing[:3])}, not there; copy the missing shards"
+    return ""
+
+
+def _json(path: Path) -> dict | None:
+    found = _parsed(path.read_bytes())
+    return found if isinstance(found, dict) else None
+
+
+def _parsed(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
