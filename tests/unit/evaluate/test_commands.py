@@ -162,13 +162,13 @@ def test_degraded_photographs_are_the_recipes_and_a_test_set(tmp_path, capsys):
 
 
 def test_degrading_ends_with_1_where_a_photograph_was_left_out(tmp_path, capsys):
-    (tmp_path / "in" / "heldout").mkdir(parents=True)
+    (tmp_path / "in").mkdir()
     for name in ("a", "b", "c"):
-        Image.fromarray(data.chelsea()[:160, :160]).save(tmp_path / "in" / "heldout" / f"{name}.png")
+        Image.fromarray(data.chelsea()[:160, :160]).save(tmp_path / "in" / f"{name}.png")
     assert command("prepare_data")([f"source={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "num_threads=1"]) == 0
-    (tmp_path / "in" / "heldout" / "b.png").write_bytes(b"")
+    (tmp_path / "in" / "b.png").write_bytes(b"")
     words = ["recipe=grpo_tiny", f"data.manifest={tmp_path / 'out/manifest.parquet'}", f"output={tmp_path / 'set'}"]
-    assert command("degrade")([*words, "images=3", "data.num_threads=1"]) == 1
+    assert command("degrade")([*words, "images=3", "split=train", "data.num_threads=1"]) == 1
     told = capsys.readouterr()
     assert "left out: " in told.err and "b.png" in told.err and "3 pairs" in told.out
 
