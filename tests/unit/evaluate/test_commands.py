@@ -170,7 +170,7 @@ def test_degrading_ends_with_1_where_a_photograph_was_left_out(tmp_path, capsys)
     words = ["recipe=grpo_tiny", f"data.manifest={tmp_path / 'out/manifest.parquet'}", f"output={tmp_path / 'set'}"]
     assert command("degrade")([*words, "images=3", "split=train", "data.num_threads=1"]) == 1
     told = capsys.readouterr()
-    assert "left out: " in told.err and "b.png" in told.err and "3 pairs" in told.out
+    assert "left out: b: broken" in told.err and "3 pairs" in told.out
 
 
 def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):
