@@ -6,6 +6,7 @@ nobody reads one with `json.loads` alone: `read_json` says once which file is da
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import math
@@ -51,6 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
     `path` holds the old content or the new, never a part of it, whenever this process or the machine dies; once the
     block has ended, it is the new. What was written aside is removed if the block raises.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or pipe, which would be gone
+        raise OSError(errno.EINVAL, "no regular file, and none is put in its place", str(path))
     # Another host on the same file system may have our process id.
     aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     try:

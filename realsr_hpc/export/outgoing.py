@@ -123,8 +123,6 @@ def export_run(
     wants (torchrun). ValueError when there is no checkpoint, or `output` exists.
     """
     refuse_existing(output)
-    if checkpoint_path is not None and not runfolder.is_checkpoint(checkpoint_path.resolve()):
-        raise ValueError(f"checkpoint={checkpoint_path}: no RUN_DIR/checkpoints/step-N; name one of a run's")
     config = from_yaml(runfolder.recipe(run_dir))
     groups = initialise(layout_here(config), config.seed)
     path = checkpoint_path or checkpoint.resume_path(runfolder.checkpoints(run_dir), groups)

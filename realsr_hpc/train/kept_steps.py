@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.schema import ParallelConfig
-from realsr_hpc.files import replacing, write_atomically
+from realsr_hpc.files import parse_json, replacing, write_atomically
 from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport, lq_pixels
 from realsr_hpc.train.run import TrainingRun
@@ -50,6 +50,16 @@ class KeptStep:
             return list(self.ranks[dp_rank])
         groups = [group for rank in self.ranks for group in rank]
         return groups[len(groups) * dp_rank // dp_size : len(groups) * (dp_rank + 1) // dp_size]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What step.json holds."""
+
+    format: int
+    step: int
+    dp_size: int
+    metrics: dict[str, float]
 
 
 def keep_step(run: TrainingRun, report: StepReport) -> None:
@@ -82,15 +92,18 @@ def write_step(folder: Path, report: StepReport, groups: Groups, parallel: Paral
 def read_step(folder: Path) -> KeptStep:
     """A kept step. ValueError where it is not whole, or of another format."""
     try:
-        content = json.loads((folder / "step.json").read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"step={folder}: format {content['format']}, this version reads {FORMAT}")
-        ranks = [_read(folder / f"dp-{rank}.safetensors") for rank in range(content["dp_size"])]
+        content = parse_json((folder / "step.json").read_bytes(), _Stored)
+        if content.format != FORMAT:
+            raise ValueError(f"format {content.format}, this version reads {FORMAT}")
+        if content.dp_size < 1 or not folder.name.endswith(runfolder.step_name(content.step)):
+            raise ValueError(f"step.json tells of step {content.step} on {content.dp_size} ranks")
+        ranks = [_read(folder / f"dp-{rank}.safetensors") for rank in range(content.dp_size)]
     except OSError as error:
         raise ValueError(f"step={folder} is not kept whole ({error}); tracking.replay_every_steps keeps them") from None
-    parallel = content.get("parallel")
-    layout = None if parallel is None else ParallelConfig.model_validate(parallel)
-    return KeptStep(content["step"], content["metrics"], tuple(ranks), layout)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        told = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"step={folder} is damaged ({told}); copy it again, or name another step") from None
+    return KeptStep(content.step, content.metrics, tuple(ranks))
 
 
 def _tensors(group: ScoredGroup) -> dict[str, Tensor]:

@@ -38,3 +38,10 @@ def test_a_block_that_raises_leaves_the_old_content_and_nothing_else(tmp_path):
 def test_a_name_that_is_no_utf_8_is_written_as_it_came(tmp_path):
     files.write_atomically(tmp_path / "a", os.fsdecode(b"caf\xe9"))
     assert (tmp_path / "a").read_bytes() == b"caf\xe9"
+
+
+def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(OSError, match="no regular file"):
+        files.write_atomically(pipe, "x")
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]

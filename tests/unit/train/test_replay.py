@@ -17,6 +17,7 @@ from realsr_hpc.config.load import compose_one, from_yaml, override, to_yaml
 from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.paths import project_root
 from realsr_hpc.train import grpo
+from realsr_hpc.train.kept_steps import read_step
 from tests.distributed.test_training import GRPO, SMALL
 
 RUN = [*GRPO, *SMALL, "cluster.tasks_per_node=1", "grpo.num_steps=3", "grpo.heldout_every_steps=0"]
@@ -112,3 +113,31 @@ def test_the_rewards_contributions_are_the_advantage(kind, each):
     parts = contributions(breakdown, weights, config)
     whole = configured_advantages(breakdown, weights, config)
     torch.testing.assert_close(sum(parts.values()).float(), whole, rtol=1e-5, atol=1e-6)
+
+
+WHOLE = {"format": 1, "step": 8, "dp_size": 1, "metrics": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "it is empty"),
+        ("[]", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        ('{"format": 1}', "step: Field required"),
+        (json.dumps(WHOLE | {"format": 2}), "format 2, this version reads 1"),
+        (json.dumps(WHOLE | {"dp_size": -1}), "on -1 ranks"),
+        (json.dumps(WHOLE | {"step": 9}), "step.json tells of step 9"),
+        (json.dumps(WHOLE | {"metrics": {"a": "x"}}), "metrics.a: "),
+        (json.dumps(WHOLE), "is damaged"),  # its groups are no safetensors file
+        (json.dumps(WHOLE | {"dp_size": 2}), "is damaged"),
+    ],
+)
+def test_a_damaged_kept_step_is_named(content, said, tmp_path):
+    (folder := tmp_path / "step-000008").mkdir()
+    (folder / "step.json").write_text(content)
+    (folder / "dp-0.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError) as refused:
+        read_step(folder)
+    told = str(refused.value)
+    assert f"step={folder}" in told and said in told and "\n" not in told
