@@ -60,6 +60,7 @@ class _Stored:
     step: int
     dp_size: int
     metrics: dict[str, float]
+    parallel: ParallelConfig | None = None
 
 
 def keep_step(run: TrainingRun, report: StepReport) -> None:
@@ -103,7 +104,7 @@ def read_step(folder: Path) -> KeptStep:
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         told = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"step={folder} is damaged ({told}); copy it again, or name another step") from None
-    return KeptStep(content.step, content.metrics, tuple(ranks))
+    return KeptStep(content.step, content.metrics, tuple(ranks), content.parallel)
 
 
 def _tensors(group: ScoredGroup) -> dict[str, Tensor]:
