@@ -76,13 +76,15 @@ def test_a_sweep_of_60_is_two_arrays_where_slurm_takes_50_and_the_last_run_of_th
 
 
 def test_a_faulty_job_tells_why_and_updates_that_are_not_finite_are_skipped_kept_and_end_the_run(launch, tmp_path):
-    [faulty] = launch(tmp_path / "faulty", "cluster.nodes=1", "sft.num_steps=2", "text_tokenizer.path=README.md")
+    other = tmp_path / "other.json"
+    other.write_text('{"of": "another kind"}')  # JSON, as launching looks for: what it lacks is seen in the job
+    [faulty] = launch(tmp_path / "faulty", "cluster.nodes=1", "sft.num_steps=2", f"text_tokenizer.path={other}")
     [wild] = launch(
-        tmp_path / "wild", "cluster.nodes=1", "sft.num_steps=9", "optim.lr=1e30", "optim.min_lr=1e30",
+        tmp_path / "wild", "cluster.nodes=1", "sft.num_steps=9", "optim.lr=1e15", "optim.min_lr=1e15",
         "optim.max_skipped_in_a_row=2",
     )  # fmt: skip
     assert wait_for_end(faulty) == "failed"
-    assert "README.md, which is no tokenizer.json" in read_status(faulty).message
+    assert "other.json, which is no tokenizer.json" in read_status(faulty).message
     assert f"{(faulty / 'code').resolve()}/realsr_hpc/train/sft.py" in read_status(faulty).message  # not the checkout's
     assert wait_for_end(wild) == "failed"
     assert "optim.max_skipped_in_a_row: 2" in read_status(wild).message
