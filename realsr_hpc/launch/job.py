@@ -49,8 +49,10 @@ from realsr_hpc.launch.verdict import (
     Verdict,
     agree,
     count_requeue,
+    is_told_hung,
     requeue_was_asked,
     tell_fit,
+    tell_hung,
     wait_for_requeue,
 )
 from realsr_hpc.locks import LockRefused, hold
@@ -62,7 +64,7 @@ POLL_S = 0.2
 END_GRACE_S = 10.0
 """How long ranks get between SIGTERM and SIGKILL when another one failed."""
 DUMP_S = 5.0
-"""How much later than this one another node may notice the same hang."""
+"""How long the other nodes get to hear of a hang and have their ranks' stacks written."""
 LAST_WORDS_LINES = 25
 OTHER_JOB_WAIT_S = 5.0
 SAME_JOB_WAIT_S = 180.0
@@ -141,7 +143,7 @@ def _attempt(config: RunConfig, run_dir: Path, placement: Placement, stop: StopF
         _remember_job(run_dir, placement)
         _set_state(run_dir, "running")
     ranks = start_ranks(config, run_dir, placement)
-    code, message, time_s = watch(ranks, config, run_dir, stop)
+    code, message, time_s = watch(ranks, config, run_dir, placement, stop)
     return agree(run_dir, placement, Verdict(placement.node_rank, code, message, time_s))
 
 
@@ -180,7 +182,7 @@ def start_ranks(
 
 
 def watch(
-    ranks: dict[int, subprocess.Popen[bytes]], config: RunConfig, run_dir: Path, stop: StopFlag
+    ranks: dict[int, subprocess.Popen[bytes]], config: RunConfig, run_dir: Path, placement: Placement, stop: StopFlag
 ) -> tuple[int, str, float]:
     """Until all ranks have ended: exit code, last words, and when they were written."""
     forwarded = False
@@ -202,8 +204,10 @@ def watch(
             forwarded = True
             if 0 in ranks:
                 _set_state(run_dir, "stopping")
-        if time.time() - max(started, _last_sign_of_life(run_dir)) > config.cluster.hang_limit_s:
+        silent_s = time.time() - max(started, _last_sign_of_life(run_dir))
+        if silent_s > config.cluster.hang_limit_s or is_told_hung(run_dir, placement):
             # All stacks before the first end: a rank that loses its partner raises, and its stack is gone.
+            tell_hung(run_dir, placement)
             _signal(ranks, DUMP_SIGNAL)
             time.sleep(DUMP_S)
             end_ranks(ranks, signal.SIGABRT)

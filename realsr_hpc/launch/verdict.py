@@ -89,6 +89,19 @@ def tell_fit(run_dir: Path, placement: Placement) -> None:
             (_folder(run_dir, placement) / f"fit-{placement.node_rank}").touch()
 
 
+def tell_hung(run_dir: Path, placement: Placement) -> None:
+    """This node sees no step for too long. Nodes that started later would see it later, after their ranks have gone."""
+    if placement.num_nodes > 1:
+        with suppress(OSError):
+            _folder(run_dir, placement).mkdir(parents=True, exist_ok=True)
+            (_folder(run_dir, placement) / "hung").touch()
+
+
+def is_told_hung(run_dir: Path, placement: Placement) -> bool:
+    """Whether a node of this attempt has seen a hang."""
+    return placement.num_nodes > 1 and (_folder(run_dir, placement) / "hung").exists()
+
+
 def _heard(folder: Path, mine: Verdict) -> set[int]:
     """Nodes that need not be waited for: those that spoke; for an unfit node also those that found themselves fit."""
     nodes = {verdict.node for verdict in _spoken(folder)}

@@ -51,7 +51,7 @@ def run(tmp_path, body: str, *overrides: str, tasks: int = 2, stop: StopFlag | N
     config = compose(["recipe=grpo_tiny", f"cluster.tasks_per_node={tasks}", *overrides])
     placement = Placement.find(config, {})
     ranks = start_ranks(config, tmp_path, placement, [sys.executable, "-c", PREAMBLE + body])
-    code, message, _ = watch(ranks, config, tmp_path, stop or StopFlag())
+    code, message, _ = watch(ranks, config, tmp_path, placement, stop or StopFlag())
     assert all(process.poll() is not None for process in ranks.values()), "a rank outlived its job"
     return code, message
 
@@ -138,6 +138,29 @@ def test_a_hang_is_aborted_with_its_stack_in_the_log(tmp_path):
     for rank in (0, 1):
         assert "most recent call first" in rank_log(tmp_path, rank).read_text()
         assert "in stuck_here" in rank_log(tmp_path, rank).read_text()
+
+
+def test_a_node_that_would_see_a_hang_later_hears_of_it_and_leaves_its_stacks_too(tmp_path):
+    """Nodes that did not start together: the first to see it must not take the other's ranks with it unheard."""
+    recipe = ["recipe=grpo_tiny", "cluster.tasks_per_node=1"]
+    configs = {node: compose([*recipe, f"cluster.hang_limit_s={limit}"]) for node, limit in enumerate((5, 600))}
+    body = "from realsr_hpc.launch.signals import StopFlag; StopFlag.install()\nwhile True: time.sleep(600)"
+    verdicts = {}
+
+    def node(number: int) -> None:
+        config = configs[number]
+        placement = replace(Placement.find(config, {}), num_nodes=2, node_rank=number, job_id="7", master_port=1)
+        ranks = start_ranks(config, tmp_path, placement, [sys.executable, "-c", PREAMBLE + body])
+        verdicts[number] = watch(ranks, config, tmp_path, placement, StopFlag())[0]
+
+    nodes = [threading.Thread(target=node, args=(number,)) for number in configs]
+    for thread in nodes:
+        thread.start()
+    for thread in nodes:
+        thread.join(60)
+    assert verdicts == {0: HUNG, 1: HUNG}
+    for rank in configs:
+        assert "most recent call first" in rank_log(tmp_path, rank).read_text()
 
 
 def test_progress_keeps_the_watchdog_quiet(tmp_path):
