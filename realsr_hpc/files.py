@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import math
 import os
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 _said: set[tuple[Path, str]] = set()
 
 SUMS_FILE = "SHA256SUMS"
+LARGEST_HEADER_BYTES = 100 * 2**20
+"""Of a safetensors file, as its library has it."""
 
 
 def flush(path: Path) -> None:
@@ -76,6 +79,27 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def json_object(content: bytes) -> dict[str, Any] | None:
+    """A JSON object of somebody else's form; None: it is none, or cut."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any] | None, int]:
+    """What a safetensors file says of its tensors, by name, and where their numbers begin; None: it is cut or none.
+
+    Without the library: launching reads it, and imports no vendor that it can do without.
+    """
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(LARGEST_HEADER_BYTES, path.stat().st_size - 8):
+            return None, 0
+        return json_object(stream.read(length)), 8 + length
 
 
 def writable_folder(path: Path, field: str) -> Path:

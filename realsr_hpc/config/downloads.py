@@ -7,19 +7,19 @@ that it can be listed, with the command that converts it, on a machine without t
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import json_object, safetensors_header
 
 IMAGE_FILES = {"chameleon_f16": "vqgan.ckpt", "llamagen_f8": "vq_ds8_c2i.pt"}
 """File of the image tokenizer, by `vlcot.vocabulary`."""
 TEXT_FILE = "text_tokenizer.json"
 _VOCABULARY = {65536: "chameleon_f16", 73728: "llamagen_f8"}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_DECODER = '"model.vqmodel.decoder.'
+_DECODER = "model.vqmodel.decoder."
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,8 @@ def _has_decoder(folder: Path) -> bool:
     """Whether the weights' index, or the header of one safetensors file, names an image decoder."""
     for name in _WEIGHTS[1::2]:
         if (folder / name).is_file():
-            return _DECODER in (folder / name).read_text(encoding="utf-8", errors="replace")
-    if not (folder / _WEIGHTS[0]).is_file():
-        return False
-    with (folder / _WEIGHTS[0]).open("rb") as stream:
-        size = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))[0]
-        return _DECODER.encode() in stream.read(min(size, 2**26))
+            index = json_object((folder / name).read_bytes()) or {}
+            return any(str(key).startswith(_DECODER) for key in index.get("weight_map") or {})
+    whole = folder / _WEIGHTS[0]
+    header = safetensors_header(whole)[0] if whole.is_file() else None
+    return any(key.startswith(_DECODER) for key in header or {})

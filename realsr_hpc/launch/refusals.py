@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.config.weights import Need, missing_shards, needs_of
+from realsr_hpc.config.weights import Need, needs_of
 from realsr_hpc.files import check_listed, check_sums, checksum_fault, checksum_of
-from realsr_hpc.launch.unfit import unfit_files
+from realsr_hpc.launch.damaged_files import damaged_files
 from realsr_hpc.paths import resolve
 from realsr_hpc.plan import plan, way_to_fit
 
@@ -39,7 +39,8 @@ def refuse_what_is_missing(configs: list[RunConfig], promised: Collection[Path] 
         absent.append("realsr-hpc stage-weights recipe=NAME lists and checks what a recipe needs")
     else:
         faults = (
-            (*_manifest_faults(config), *_unfit(config, promised), *_damage(config, promised)) for config in configs
+            (*_manifest_faults(config), *_damaged(config, promised), *_differing(config, promised))
+            for config in configs
         )
         absent = sorted({fault for found in faults for fault in found})
     if absent:
@@ -84,15 +85,15 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
         yield f"data.mode: paired: {count} of {len(table)} photographs of {path} have no partner; take unpaired"
 
 
-def _unfit(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
+def _damaged(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
     return (
         fault
-        for path, fault in unfit_files(config)
+        for path, fault in damaged_files(config)
         if not any(path.is_relative_to(folder) for folder in promised)  # an earlier stage writes it anew
     )
 
 
-def _damage(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
+def _differing(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
     """Start weights and tokenizers that differ from a `SHA256SUMS` beside them; large files the job compares."""
     checks: dict[str, tuple[Callable[[Path, float], None], str]] = {
         "text_tokenizer.path": (check_listed, config.text_tokenizer.path)
@@ -108,9 +109,6 @@ def _damage(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
             check(resolve(named), READ_AT_LAUNCH_BYTES)
         except (ValueError, OSError) as error:
             yield f"{field}: {error}"
-            continue
-        if field == "model.weights" and (shards := missing_shards(resolve(named))):
-            yield f"{field}: {resolve(named)}: its index names {', '.join(shards)}, not there; copy the missing shards"
 
 
 def unchecked_manifests(configs: list[RunConfig]) -> list[str]:

@@ -6,23 +6,21 @@ numbers are finite and the tensors the recipe's, the job checks where it reads t
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.config.weights import SUMS, needs_of
+from realsr_hpc.config.weights import SUMS, missing_shards, needs_of
+from realsr_hpc.files import json_object, safetensors_header
 
-LARGEST_HEADER_BYTES = 100 * 2**20
-"""As the safetensors library has it."""
 LARGEST_JSON_BYTES = 64 * 2**20
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 FOLDERS = ("model.weights", "model.lora.weights")
 ENDINGS = (*WEIGHTS, ".npz", ".json", ".noun")
 
 
-def unfit_files(config: RunConfig) -> Iterator[tuple[Path, str]]:
+def damaged_files(config: RunConfig) -> Iterator[tuple[Path, str]]:
     """Path and fault, with the recipe's field, of the files that a recipe names and that cannot be what it needs."""
     for need in needs_of(config):
         if need.weights_dir is None and (fault := _fault(need.purpose, need.path)):
@@ -59,46 +57,26 @@ def _file_fault(path: Path) -> str:
         return _safetensors_fault(path)
     if path.suffix == ".npz" and not zipfile.is_zipfile(path):
         return f"{path} is cut or no npz file; copy it again"
-    if path.suffix == ".json" and path.stat().st_size <= LARGEST_JSON_BYTES and not isinstance(_json(path), dict):
+    if path.suffix == ".json" and path.stat().st_size <= LARGEST_JSON_BYTES and json_object(path.read_bytes()) is None:
         return f"{path} is cut or no JSON object; copy it again"
     return ""
 
 
 def _safetensors_fault(path: Path) -> str:
     """The header says how long the file is."""
-    size, damaged = path.stat().st_size, f"{path} is cut or no safetensors file; copy it again"
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > min(LARGEST_HEADER_BYTES, size - 8):
-            return damaged
-        header = _parsed(stream.read(length))
-    if not isinstance(header, dict):
-        return damaged
+    damaged = f"{path} is cut or no safetensors file; copy it again"
+    header, start = safetensors_header(path)
     try:
-        ends = [item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"]
-        return "" if 8 + length + max(ends, default=0) == size else damaged
+        ends = [item["data_offsets"][1] for name, item in (header or {}).items() if name != "__metadata__"]
+        whole = header is not None and start + max(ends, default=0) == path.stat().st_size
     except (KeyError, TypeError, IndexError):
         return damaged
+    return "" if whole else damaged
 
 
 def _index_fault(folder: Path) -> str:
     for index in sorted(folder.glob("*.index.json")):
-        places = (_json(index) or {}).get("weight_map")
-        if not isinstance(places, dict):
+        if not isinstance((json_object(index.read_bytes()) or {}).get("weight_map"), dict):
             return f"{index} is no index of weights; copy it again"
-        missing = sorted({str(name) for name in places.values() if not (folder / str(name)).is_file()})
-        if missing:
-            return f"{folder}: {index.name} names {', '.join(missing[:3])}, not there; copy the missing shards"
-    return ""
-
-
-def _json(path: Path) -> dict | None:
-    found = _parsed(path.read_bytes())
-    return found if isinstance(found, dict) else None
-
-
-def _parsed(content: bytes) -> object:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
+    shards = ", ".join(missing_shards(folder)[:3])
+    return f"{folder}: its index names {shards}, not there; copy the missing shards" if shards else ""
