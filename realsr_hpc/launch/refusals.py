@@ -74,7 +74,10 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
     for field in ("train_split", "heldout_split"):
         name = getattr(data, field)
         if name not in splits:
-            yield f"data.{field}: {name!r}: no photograph of {path} is in it; there are {', '.join(sorted(splits))}"
+            yield (
+                f"data.{field}: {name!r}: no photograph of {path} is in it; there are {', '.join(sorted(splits))}: "
+                "name one, or prepare the data with another heldout_fraction"
+            )
     lengths = pc.call_function("utf8_length", [table["caption_final"]])
     captioned = table.filter(pc.call_function("greater", [lengths, 0]))["split"].unique().to_pylist()
     if config.task == "sft" and config.sft.traces is None and data.train_split not in captioned:
