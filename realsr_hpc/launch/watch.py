@@ -49,6 +49,8 @@ def watch(root: Path, console: Console) -> int:
     finally:
         for thread in screen.cancelling:
             thread.join(LEAVE_S)  # its signal is sent by then; the rest is the run's own work
+        if screen.word:  # what became of the last key; leaving may have come before the board could show it
+            console.print(screen.word, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

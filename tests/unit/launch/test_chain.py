@@ -112,7 +112,7 @@ def stages_of(root: Path) -> dict[str, Path]:
 
 
 @pytest.mark.timeout(900)
-def test_a_chain_on_this_machine_runs_what_is_missing(chains, tmp_path, image_tokenizer, capsys, monkeypatch):
+def test_a_chain_on_this_machine_runs_what_is_missing_or_failed(chains, tmp_path, image_tokenizer, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     (chains / "small.yaml").write_text(SMALL_CHAIN)
     root = tmp_path / "it's a root"
@@ -145,3 +145,7 @@ def test_a_chain_on_this_machine_runs_what_is_missing(chains, tmp_path, image_to
     assert [next(word for word in ("done", "lost", "failed") if word in row) for row in rows.values()] == [
         "done", "lost", "failed",
     ]  # fmt: skip
+    assert main(words) == 0
+    assert (export / "output" / "config.json").exists()
+    again = {name for name, link in links.items() if (link / "status.json").read_text() != states[name]}
+    assert again == {"02-first.export", "03-second"}
