@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-# One process has all tests on Slurm, and waits for it much of the time: three keep two cores busy.
-PYTEST_ARGS ?= --numprocesses=3 --dist=loadgroup --no-loadscope-reorder
+# Two processes have the tests on Slurm, and wait for it much of the time: four keep two cores busy.
+PYTEST_ARGS ?= --numprocesses=4 --dist=loadgroup --no-loadscope-reorder
 
 PIP = $(VENV)/bin/python -m pip --no-input --disable-pip-version-check --quiet --quiet
 REQUIREMENTS = pyproject.toml constraints.txt

@@ -30,9 +30,12 @@ def pytest_report_header() -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)  # what waits longest starts first
     workers = config.pluginmanager.hasplugin("xdist")
-    for item in items if workers else []:  # a worker takes whole files; the one Slurm of this machine is one worker's
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.get_closest_marker("slurm") else str(item.path)))
+    for item in items if workers else []:  # a worker takes whole files, or all tests of one of its own Slurms
+        slurm = item.get_closest_marker("slurm")
+        group = f"slurm {slurm.kwargs.get('cluster', 'first')}" if slurm else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     left_out = [item for item in items if any(item.get_closest_marker(marker) and absent(marker) for marker in NEEDS)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

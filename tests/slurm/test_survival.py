@@ -30,7 +30,7 @@ from realsr_hpc.tracking import read_bookmark
 from tests.mlflow_server import running
 from tests.slurm.watching import log_of, results, state_of, steps_done, wait_for, wait_for_end
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slurm(cluster="both nodes"), pytest.mark.timeout(1500)]
 STEPS = 48
 SEED = 20
 DISK_MIB = 64
