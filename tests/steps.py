@@ -21,7 +21,7 @@ from realsr_hpc.config.schema import (
 )
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.optim.step import Optimiser
-from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.parallel.process_groups import initialise
 from realsr_hpc.paths import resolve
 from realsr_hpc.records import Candidate, LQBatch
 from realsr_hpc.rewards.base import Reward

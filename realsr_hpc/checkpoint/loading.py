@@ -27,7 +27,7 @@ from realsr_hpc.checkpoint.pickles import refuse_code
 from realsr_hpc.model import lora
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel import backend
-from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.parallel.reduce import broadcast_object, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Optimiser(Protocol):
     num_skipped: int
 
 
-def resume_path(root: Path, groups: Groups) -> Path | None:
+def resume_path(root: Path, groups: ProcessGroups) -> Path | None:
     """The newest whole checkpoint, the same answer on every rank; each rank reads and hashes its share of the files.
 
     ValueError, on every rank, when there are checkpoints and none of them is whole.
@@ -65,18 +65,18 @@ def resume_path(root: Path, groups: Groups) -> Path | None:
     return None
 
 
-def refuse_damaged(folder: Path, groups: Groups) -> None:
+def refuse_damaged(folder: Path, groups: ProcessGroups) -> None:
     """ValueError, on every rank, unless a checkpoint is whole; each rank reads and hashes its share of the files."""
     if wrong := _fault(folder, groups):
         raise ValueError(integrity.damaged(folder, wrong))
 
 
-def _fault(folder: Path, groups: Groups) -> str | None:
+def _fault(folder: Path, groups: ProcessGroups) -> str | None:
     mine = next(integrity.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
     return next(filter(None, gather_objects(mine, dist.group.WORLD)), None)
 
 
-def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Groups) -> dict[str, Any]:
+def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: ProcessGroups) -> dict[str, Any]:
     """Fill policy and optimizer from a checkpoint of any layout; returns the run's state given to `save`.
 
     A checkpoint that holds more than data (`pickles.refuse_code`) is refused before anything of it is loaded.
@@ -198,7 +198,7 @@ def counters(optimiser: Optimiser) -> dict[str, int]:
     return {"updates": optimiser.num_updates, "skipped": optimiser.num_skipped}
 
 
-def layout(groups: Groups, policy: Policy) -> dict[str, int]:
+def layout(groups: ProcessGroups, policy: Policy) -> dict[str, int]:
     """The sizes that decide which rank holds what."""
     sizes = {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
     return sizes | {"virtual_pp": len(policy.chunks)}
@@ -222,7 +222,7 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def _restore_random_states(path: Path, facts: dict[str, Any], policy: Policy, groups: Groups) -> None:
+def _restore_random_states(path: Path, facts: dict[str, Any], policy: Policy, groups: ProcessGroups) -> None:
     if facts["layout"] != layout(groups, policy):
         logger.warning("checkpoint %s was written on %s: unkeyed random states start anew", path, facts["layout"])
         return

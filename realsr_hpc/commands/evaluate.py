@@ -204,7 +204,7 @@ def _world():
         return World()
     import torch.distributed as dist
 
-    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.process_groups import initialise
     from realsr_hpc.parallel.reduce import gather_objects
 
     groups = initialise(ParallelConfig(), 0)

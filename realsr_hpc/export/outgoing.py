@@ -26,7 +26,7 @@ from realsr_hpc.files import write_sums
 from realsr_hpc.model import lora
 from realsr_hpc.model.hf_mapping import hf_names, hf_shape, hf_tensors
 from realsr_hpc.model.policy import Policy, build_policy
-from realsr_hpc.parallel.groups import Groups, initialise
+from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tokenizer.whole_file import read_text_tree
@@ -148,7 +148,7 @@ def layout_here(config: RunConfig) -> ParallelConfig:
     return config.parallel if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
 
 
-def empty_policy(config: RunConfig, groups: Groups, vocab_size: int) -> Policy:
+def empty_policy(config: RunConfig, groups: ProcessGroups, vocab_size: int) -> Policy:
     """A policy to be filled from a checkpoint, in the layout of this world; no FP8.
 
     Start weights are read only where adapters stand on them: their checkpoints do not hold those.

@@ -18,10 +18,10 @@ from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import RecipeError, output_root
 from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.chain import Node, Valid, chain_nodes, signature_of
+from realsr_hpc.launch.chain_stage import prepare_stage, run_stage, stage_status, submit_stage
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing
 from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, make_private, read_job, slurm_queue
-from realsr_hpc.launch.stage import prepare_stage, run_stage, stage_status, submit_stage
 from realsr_hpc.launch.submit import submit_into
 from realsr_hpc.plan import plan
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.live import Live
 
 from realsr_hpc.launch.board import Board, Line, table, title
+from realsr_hpc.launch.chain_stage import STAGE_FILE
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.manage import cancel, resume
 from realsr_hpc.launch.rundir import read_job
-from realsr_hpc.launch.stage import STAGE_FILE
 
 REFRESH_S = 3.0
 LEAVE_S = 10.0

@@ -20,8 +20,8 @@ from torch import Tensor
 from realsr_hpc.config.schema import LoRAConfig, ModelConfig
 from realsr_hpc.model.attention import BranchedRows, segment_mask
 from realsr_hpc.parallel import layout
-from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.parallel.layout import kv_heads
+from realsr_hpc.parallel.process_groups import ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Policy:
     chunks: list[PolicyChunk]
     """One, or `virtual_pp` of them in pipeline order."""
     config: TransformerConfig
-    groups: Groups
+    groups: ProcessGroups
     shapes: WeightShapes
     vocab_size: int
     """Rows that mean something; `padded_vocab_size` rows are held over all tensor ranks."""

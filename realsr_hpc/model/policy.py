@@ -22,7 +22,7 @@ from realsr_hpc.model.precision import emulates_fp8, rollout_fp8_layers
 from realsr_hpc.model.spec import block_spec, transformer_config
 from realsr_hpc.model.start import load_start_weights
 from realsr_hpc.parallel import backend, layout
-from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.parallel.reduce import broadcast_object
 from realsr_hpc.paths import resolve
 
@@ -38,7 +38,7 @@ PEFT_VARIANTS = (
 
 def build_policy(
     config: RunConfig,
-    groups: Groups,
+    groups: ProcessGroups,
     vocab_size: int,
     *,
     trainable: bool = True,
@@ -78,7 +78,9 @@ def build_policy(
     return policy
 
 
-def _chunk(config: RunConfig, megatron: TransformerConfig, groups: Groups, padded: int, index: int) -> PolicyChunk:
+def _chunk(
+    config: RunConfig, megatron: TransformerConfig, groups: ProcessGroups, padded: int, index: int
+) -> PolicyChunk:
     last_index = config.parallel.virtual_pp - 1
     return PolicyChunk(
         config=megatron,

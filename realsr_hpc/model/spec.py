@@ -31,13 +31,13 @@ from realsr_hpc.model.attention import SdpaAttention
 from realsr_hpc.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from realsr_hpc.model.precision import precision_arguments
 from realsr_hpc.parallel import backend
-from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.parallel.layout import kv_heads
+from realsr_hpc.parallel.process_groups import ProcessGroups
 
 HEAD_NORM_EPSILON = 1e-5
 
 
-def transformer_config(config: RunConfig, groups: Groups) -> TransformerConfig:
+def transformer_config(config: RunConfig, groups: ProcessGroups) -> TransformerConfig:
     """Megatron's configuration of the model under the layout of `groups`."""
     model, parallel = config.model, config.parallel
     virtual = parallel.virtual_pp if parallel.virtual_pp > 1 else None

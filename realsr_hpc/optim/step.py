@@ -19,8 +19,8 @@ from torch import Tensor
 from realsr_hpc.config.schema import OptimConfig, RunConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel import backend
-from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, Outputs, run_pipeline
+from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.parallel.reduce import reduce_float
 
 # norms and their biases do not decay; by name, as the weights of q and k norms have two dimensions
@@ -65,7 +65,7 @@ class Optimiser:
             self.vendor: Any = get_megatron_optimizer(self._optimizer_config(), self.chunks, _NO_DECAY)  # pyright: ignore[reportArgumentType]
 
     @property
-    def groups(self) -> Groups:
+    def groups(self) -> ProcessGroups:
         """Process groups of the policy."""
         return self.policy.groups
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from realsr_hpc.parallel import backend
-from realsr_hpc.parallel.groups import Groups
 from realsr_hpc.parallel.layout import Branches
+from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.records import LossTokens
 
 
@@ -51,7 +51,7 @@ class Pipelined(Protocol):
         ...
 
     @property
-    def groups(self) -> Groups:
+    def groups(self) -> ProcessGroups:
         """Process groups."""
         ...
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.parallel.process_groups import ProcessGroups
 
 Group = dist.ProcessGroup | None
 """None: all processes (`torch.distributed.group.WORLD` until it is initialised, and by its type)."""
@@ -32,7 +32,7 @@ def reduce_float(value: float, group: Group, device: torch.device, how: Reductio
     return reduce_floats({"value": value}, group, device, how)["value"]
 
 
-def broadcast_from_last_stage(value: Any, groups: Groups) -> Any:
+def broadcast_from_last_stage(value: Any, groups: ProcessGroups) -> Any:
     """The last pipeline stage's object, on every stage (pickled: for small things)."""
     return broadcast_object(value, groups.pp, groups.pp_size - 1)
 

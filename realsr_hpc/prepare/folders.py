@@ -31,7 +31,7 @@ from realsr_hpc.prepare.describe import Captioner, ClassTagger, tags_of_captions
 from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
 from realsr_hpc.prepare.journal import Journal
 from realsr_hpc.prepare.notes import CAPTIONS, Note, Notes, WrongNote, note_beside, read_notes
-from realsr_hpc.prepare.sources import Item, find_items, folder_splits
+from realsr_hpc.prepare.scan import Item, find_items, folder_splits
 
 _DESCRIBED_AT_ONCE = 8
 

@@ -30,7 +30,7 @@ def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRest
     # Megatron takes seconds to import: not for who only reads pictures.
     from realsr_hpc import checkpoint
     from realsr_hpc.model.policy import build_policy
-    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.process_groups import initialise
     from realsr_hpc.rollout.policy_restorer import PolicyRestorer
     from realsr_hpc.tokenizer.trace import TraceTokenizer
 

@@ -20,7 +20,7 @@ from realsr_hpc.parallel.layout import microbatch_multiple
 from realsr_hpc.parallel.pipeline import Microbatch
 from realsr_hpc.records import ScoredGroup, StepReport
 from realsr_hpc.train.experience import BatchSource, collect, group_metrics, held_out
-from realsr_hpc.train.kept import keep_rollouts
+from realsr_hpc.train.kept_rollouts import keep_rollouts
 from realsr_hpc.train.kept_steps import keep_step
 from realsr_hpc.train.objective import check_exactness, objective
 from realsr_hpc.train.parts import GRPOParts, build_grpo_parts, clock

@@ -24,7 +24,7 @@ from torch import Tensor
 from realsr_hpc import runfolder
 from realsr_hpc.config.schema import ParallelConfig
 from realsr_hpc.files import parse_json, replacing, write_atomically
-from realsr_hpc.parallel.groups import Groups
+from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport, lq_pixels
 from realsr_hpc.train.run import TrainingRun
 
@@ -74,7 +74,7 @@ def keep_step(run: TrainingRun, report: StepReport) -> None:
         logger.error("step %d is not kept for a replay (%s); going on", report.step, error)
 
 
-def write_step(folder: Path, report: StepReport, groups: Groups, parallel: ParallelConfig) -> None:
+def write_step(folder: Path, report: StepReport, groups: ProcessGroups, parallel: ParallelConfig) -> None:
     """This data-parallel rank's groups, and on the main rank what was reported."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

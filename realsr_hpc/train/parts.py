@@ -12,8 +12,8 @@ from realsr_hpc.model.lora import adapters_off
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel import backend
-from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import Microbatch, Outputs
+from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 from realsr_hpc.parallel.reduce import broadcast_from_last_stage, gather_objects, reduce_float, reduce_floats
 from realsr_hpc.records import TrainingGroup, TrainingSequence
 from realsr_hpc.rewards.mixture import RewardMixture
@@ -29,7 +29,7 @@ class Parts:
     """Of every training loop: process groups, tokenizers, the policy and its optimizer."""
 
     config: RunConfig
-    groups: Groups
+    groups: ProcessGroups
     tokens: TraceTokenizer
     policy: Policy
     optimiser: Optimiser

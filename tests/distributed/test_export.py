@@ -32,7 +32,7 @@ def make_run(folder: Path, wide: ParallelConfig) -> None:
     from realsr_hpc.config.load import to_yaml
     from realsr_hpc.export import export_run
     from realsr_hpc.model.policy import build_policy
-    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.process_groups import initialise
     from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
     from realsr_hpc.tokenizer.text import train_text_tokenizer
     from realsr_hpc.tokenizer.trace import TraceTokenizer

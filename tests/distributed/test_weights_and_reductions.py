@@ -13,7 +13,7 @@ from tests.distributed.worlds import VOCAB, largest_difference, tiny_config
 def gathered(config: Any, vocab_size: int) -> dict[str, Any]:
     from realsr_hpc.model.hf_mapping import local_to_hf
     from realsr_hpc.model.policy import build_policy
-    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.process_groups import initialise
 
     policy = build_policy(config, initialise(config.parallel, config.seed), vocab_size)
     return {name: tensor.numpy() for name, tensor in local_to_hf(policy).items()}
@@ -33,7 +33,7 @@ def reductions() -> list[Any]:
     import torch.distributed as dist
 
     from realsr_hpc.parallel import reduce
-    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.process_groups import initialise
 
     groups = initialise(tiny_config({"pp": 2}).parallel, 0)
     rank, world, device = float(groups.world_rank), dist.group.WORLD, groups.device

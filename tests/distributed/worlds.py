@@ -91,7 +91,7 @@ def start(config: RunConfig) -> Any:
     """Groups and a policy on this rank."""
     from realsr_hpc.model import lora
     from realsr_hpc.model.policy import build_policy
-    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.process_groups import initialise
 
     groups = initialise(config.parallel, config.seed)
     policy = build_policy(config, groups, VOCAB)

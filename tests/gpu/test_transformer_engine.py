@@ -25,7 +25,7 @@ def what_a_policy_holds(transformer_engine: bool) -> tuple[Held, Held]:
 
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.parallel import backend
-    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.process_groups import initialise
 
     if transformer_engine:
         assert backend.has_transformer_engine(), "the extra `gpu` is not installed"

@@ -13,7 +13,7 @@ from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.groups import initialise, shutdown
+from realsr_hpc.parallel.process_groups import initialise, shutdown
 from realsr_hpc.plan import parameter_count, plan
 from realsr_hpc.plan.sizes import vocabulary_size
 

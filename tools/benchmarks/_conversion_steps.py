@@ -86,7 +86,7 @@ def _drawn(name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _opened(overriding: list[str], tokens: int | None = None) -> tuple[RunConfig, Any, Any]:
     from realsr_hpc.model.policy import build_policy
-    from realsr_hpc.parallel.groups import initialise
+    from realsr_hpc.parallel.process_groups import initialise
     from realsr_hpc.tokenizer.trace import TraceTokenizer
 
     config = compose_one([*overriding, "rollout.lookahead=1"])

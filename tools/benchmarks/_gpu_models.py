@@ -29,8 +29,8 @@ from realsr_hpc.model.hf_mapping import local_to_hf
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel import backend
-from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
+from realsr_hpc.parallel.process_groups import initialise
 from realsr_hpc.plan.seconds import H100, H200
 from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.train.batches import collate, plain_sequence

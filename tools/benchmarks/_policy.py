@@ -13,7 +13,7 @@ from torch import Tensor
 from realsr_hpc.config.load import RecipeError, compose
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.policy import Policy, build_policy
-from realsr_hpc.parallel.groups import Groups, initialise
+from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 
@@ -29,7 +29,7 @@ def compose_or_none(overrides: list[str], tokens: int) -> RunConfig | None:
     return config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_new_tokens": tokens})})
 
 
-def our_policy(config: RunConfig) -> tuple[Groups, TraceTokenizer, Policy]:
+def our_policy(config: RunConfig) -> tuple[ProcessGroups, TraceTokenizer, Policy]:
     """Groups of one process on one core, tokenizers, and the trainable policy."""
     torch.set_num_threads(1)
     groups = initialise(config.parallel, config.seed)

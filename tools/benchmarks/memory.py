@@ -25,8 +25,8 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.model.lora import adapters_off
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
-from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
+from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 from realsr_hpc.plan.memory import GIB, Memory, kv_cache_bytes, memory
 from realsr_hpc.plan.sizes import guided, has_reference, sequence_tokens, sequences_of_a_rank, truncated
 from realsr_hpc.records import GRPOBatch, LossTokens, RolloutTokens, TrainingGroup, TrainingSequence
@@ -143,7 +143,7 @@ class _Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.groups: Groups = initialise(config.parallel, config.seed)
+        self.groups: ProcessGroups = initialise(config.parallel, config.seed)
         self.tokens = TraceTokenizer.load(config, self.groups.device)
         self.codec = self.tokens.codec
         self.policy: Policy = build_policy(config, self.groups, self.codec.vocabulary.size)

@@ -9,7 +9,7 @@ import torch
 from realsr_hpc import checkpoint
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.groups import initialise, shutdown
+from realsr_hpc.parallel.process_groups import initialise, shutdown
 from tools.benchmarks._allocations import Allocations
 
 

@@ -20,7 +20,7 @@ from realsr_hpc.config.load import compose_one, to_yaml
 from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig, VLCoTConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.groups import initialise, shutdown
+from realsr_hpc.parallel.process_groups import initialise, shutdown
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 

@@ -19,7 +19,7 @@ from realsr_hpc.config.schema import (
 from realsr_hpc.export import export_run
 from realsr_hpc.model.hf_mapping import local_to_hf
 from realsr_hpc.model.policy import Policy, build_policy
-from realsr_hpc.parallel.groups import initialise, shutdown
+from realsr_hpc.parallel.process_groups import initialise, shutdown
 from realsr_hpc.quality.pyiqa_adapter import declare_torchvision_operators
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.text import train_text_tokenizer

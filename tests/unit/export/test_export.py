@@ -25,7 +25,7 @@ from realsr_hpc.export.incoming import IMAGE_FILE, TEXT_FILE
 from realsr_hpc.export.recipe import portable
 from realsr_hpc.export.weight_files import weight_files, write_weights
 from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.parallel.process_groups import initialise
 from realsr_hpc.paths import project_root
 from realsr_hpc.tokenizer.image import load_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.export.weight_files import weight_files
-from realsr_hpc.parallel.groups import shutdown
+from realsr_hpc.parallel.process_groups import shutdown
 from tests.distributed.launcher import run_ranks
 from tests.unit.export.test_tools import command
 
@@ -105,8 +105,8 @@ def our_logits(recipe: list[str], start: Path, layout: dict[str, Any]) -> np.nda
     """Of a policy started from the imported folder; [vocabulary shard] on ranks of the last stage, else empty."""
     from realsr_hpc.config.schema import ParallelConfig
     from realsr_hpc.model.policy import build_policy
-    from realsr_hpc.parallel.groups import initialise
     from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
+    from realsr_hpc.parallel.process_groups import initialise
 
     config = compose_one([*recipe, f"model.weights={start}"])
     config = config.model_copy(update={"parallel": ParallelConfig(**layout)})

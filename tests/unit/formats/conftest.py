@@ -11,7 +11,7 @@ from torch import Tensor
 
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.groups import initialise, shutdown
+from realsr_hpc.parallel.process_groups import initialise, shutdown
 from realsr_hpc.quality.pyiqa_adapter import declare_torchvision_operators
 
 torch.set_num_threads(1)

@@ -31,7 +31,7 @@ from realsr_hpc.records import (
     SceneText,
     ScoredGroup,
 )
-from realsr_hpc.train.kept import write_rollouts
+from realsr_hpc.train.kept_rollouts import write_rollouts
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HEAVY = DegradationLabel("heavy", "keep", "medium", "light", "upsample")

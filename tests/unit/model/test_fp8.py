@@ -13,8 +13,8 @@ from realsr_hpc.model.fp8 import Fp8Weight, rounded, rounded_by_blocks, stop_fp8
 from realsr_hpc.model.hf_mapping import local_to_hf
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
-from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
+from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 from realsr_hpc.rollout.decoder import Decoder
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -23,12 +23,12 @@ MODEL = ModelConfig(num_layers=3, hidden_size=32, num_heads=4, ffn_hidden_size=4
 
 
 @pytest.fixture(scope="module")
-def groups() -> Groups:
+def groups() -> ProcessGroups:
     torch.set_num_threads(1)
     return initialise(ParallelConfig(), seed=0)
 
 
-def policy_of(groups: Groups, fp8: Any, **precision: Any) -> Policy:
+def policy_of(groups: ProcessGroups, fp8: Any, **precision: Any) -> Policy:
     wanted = PrecisionConfig(fp8=fp8, fp8_backend="emulated", **precision)
     return build_policy(RunConfig(name="t", task="sft", model=MODEL, precision=wanted), groups, 64)
 
@@ -78,7 +78,7 @@ def test_blocks_do_not_share_an_outlier() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_moves_the_numbers_a_little_and_switched_off_nothing(groups: Groups, recipe: str) -> None:
+def test_a_recipe_moves_the_numbers_a_little_and_switched_off_nothing(groups: ProcessGroups, recipe: str) -> None:
     plain, fp8 = policy_of(groups, "none"), policy_of(groups, recipe)
     exact, moved = hidden_of(plain), hidden_of(fp8)
     difference = (moved - exact).abs().max()
@@ -92,7 +92,7 @@ def test_a_recipe_moves_the_numbers_a_little_and_switched_off_nothing(groups: Gr
     assert torch.equal(hidden_of(fp8), exact)
 
 
-def test_the_ends_stay_in_bf16_where_the_recipe_can(groups: Groups) -> None:
+def test_the_ends_stay_in_bf16_where_the_recipe_can(groups: ProcessGroups) -> None:
     def rounds(policy: Policy) -> list[bool]:
         return [layer.mlp.linear_fc1.fp8 is not None for layer in policy.chunks[0].decoder.layers]
 
@@ -103,7 +103,7 @@ def test_the_ends_stay_in_bf16_where_the_recipe_can(groups: Groups) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_training_follows_that_without_fp8(groups: Groups, recipe: str, recompute: Any) -> None:
+def test_training_follows_that_without_fp8(groups: ProcessGroups, recipe: str, recompute: Any) -> None:
     def train(fp8: str) -> tuple[list[float], Policy]:
         config = RunConfig(
             name="t",
@@ -145,7 +145,7 @@ def test_a_weight_in_fp8_multiplies_as_its_rounded_rows_do() -> None:
     assert fp8.product(x.bfloat16()).dtype is torch.bfloat16
 
 
-def test_rollouts_multiply_in_fp8_where_the_recipe_says(groups: Groups) -> None:
+def test_rollouts_multiply_in_fp8_where_the_recipe_says(groups: ProcessGroups) -> None:
     """Training's forward stays exact; the decoder moves a little, more so with its ends in FP8 as well."""
 
     def first_logits(policy: Policy) -> Tensor:

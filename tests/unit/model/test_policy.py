@@ -16,8 +16,8 @@ from realsr_hpc.model.attention import segment_mask
 from realsr_hpc.model.hf_mapping import hf_names, hf_to_local, local_to_hf
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.model.spec import block_spec
-from realsr_hpc.parallel.groups import Groups, initialise
 from realsr_hpc.parallel.pipeline import Microbatch, run_pipeline
+from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 
 VOCAB = 256
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, init_std=0.15)
@@ -25,7 +25,7 @@ CONFIG = RunConfig(name="t", task="grpo", model=MODEL)
 
 
 @pytest.fixture(scope="module")
-def groups() -> Groups:
+def groups() -> ProcessGroups:
     torch.set_num_threads(1)
     return initialise(ParallelConfig(), seed=0)
 
@@ -76,7 +76,7 @@ def some_tokens(rows: int, length: int) -> Tensor:
     return torch.randint(50, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def test_logits_equal_those_of_transformers(groups: Groups, chameleon: Any, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(groups: ProcessGroups, chameleon: Any, tmp_path: Path) -> None:
     chameleon.save_pretrained(tmp_path)
     policy = build_policy(CONFIG, groups, VOCAB, trainable=False)
     hf_to_local(open_source(tmp_path).policy.read, policy)
@@ -93,7 +93,7 @@ def test_logits_equal_those_of_transformers(groups: Groups, chameleon: Any, tmp_
     assert all(torch.equal(tensor, saved[name]) for name, tensor in exported.items())
 
 
-def test_shared_head_norms_are_spread_and_wrong_shapes_named(groups: Groups) -> None:
+def test_shared_head_norms_are_spread_and_wrong_shapes_named(groups: ProcessGroups) -> None:
     policy = build_policy(CONFIG, groups, VOCAB)
     weights = local_to_hf(policy)
     name, shared = "model.layers.1.self_attn.q_norm.weight", torch.randn(1, 8)
@@ -103,7 +103,7 @@ def test_shared_head_norms_are_spread_and_wrong_shapes_named(groups: Groups) -> 
         hf_to_local((weights | {name: torch.randn(2, 8)}).__getitem__, policy)
 
 
-def test_packed_rows_equal_separate_rows(groups: Groups) -> None:
+def test_packed_rows_equal_separate_rows(groups: ProcessGroups) -> None:
     """Positions do not start anew in a packed row; rotary embeddings see only differences."""
     policy = build_policy(CONFIG, groups, VOCAB, trainable=False)
     tokens = some_tokens(1, 20)
@@ -119,7 +119,7 @@ def test_segment_mask_by_hand() -> None:
     assert mask == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
-def test_random_weights_follow_the_seed(groups: Groups) -> None:
+def test_random_weights_follow_the_seed(groups: ProcessGroups) -> None:
     first, again = (build_policy(CONFIG, groups, VOCAB).output_weight for _ in range(2))
     other = build_policy(CONFIG.model_copy(update={"seed": 1}), groups, VOCAB).output_weight
     assert torch.equal(first, again)
@@ -127,7 +127,7 @@ def test_random_weights_follow_the_seed(groups: Groups) -> None:
     assert abs(first.std().item() - MODEL.init_std) < 0.01
 
 
-def test_frozen_policy_offloads_and_a_trained_one_refuses(groups: Groups) -> None:
+def test_frozen_policy_offloads_and_a_trained_one_refuses(groups: ProcessGroups) -> None:
     frozen = build_policy(CONFIG, groups, VOCAB, trainable=False)
     assert not any(p.requires_grad for p in frozen.parameters())
     frozen.offload(to_host=True)
@@ -138,14 +138,14 @@ def test_frozen_policy_offloads_and_a_trained_one_refuses(groups: Groups) -> Non
         build_policy(CONFIG, groups, VOCAB).offload(to_host=True)
 
 
-def test_full_size_builds_on_the_meta_device(groups: Groups) -> None:
+def test_full_size_builds_on_the_meta_device(groups: ProcessGroups) -> None:
     model = ModelConfig(num_layers=32, hidden_size=4096, num_heads=32, ffn_hidden_size=11008)
     policy = build_policy(CONFIG.model_copy(update={"model": model}), groups, 65536, meta=True)
     assert {p.device.type for p in policy.parameters()} == {"meta"}
     assert sum(p.numel() for p in policy.parameters()) == 7_013_158_912 + 32 * 4 * 31 * 128
 
 
-def test_names_the_decode_loop_reads(groups: Groups) -> None:
+def test_names_the_decode_loop_reads(groups: ProcessGroups) -> None:
     chunk = build_policy(CONFIG, groups, VOCAB).chunks[0]
     layer = chunk.decoder.layers[0]
     head_dim = MODEL.hidden_size // MODEL.num_heads
@@ -175,7 +175,9 @@ def test_transformer_engine_spec_keeps_every_module_name() -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"), [([], "is empty"), ([(1, 8), (1, 9)], r"several shapes \[\(1, 8\), \(1, 9\)\]: pad them")]
 )
-def test_microbatches_that_do_not_fit_are_refused(groups: Groups, shapes: list[tuple[int, int]], message: str) -> None:
+def test_microbatches_that_do_not_fit_are_refused(
+    groups: ProcessGroups, shapes: list[tuple[int, int]], message: str
+) -> None:
     policy = build_policy(CONFIG, groups, VOCAB, trainable=False)
     batches = [Microbatch(some_tokens(*shape)) for shape in shapes]
     with pytest.raises(ValueError, match=message):

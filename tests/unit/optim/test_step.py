@@ -12,8 +12,8 @@ from realsr_hpc.config.schema import ModelConfig, OptimConfig, ParallelConfig, P
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.optim.step import Optimiser, learning_rate, optimizer_arguments
 from realsr_hpc.parallel import backend
-from realsr_hpc.parallel.groups import initialise
 from realsr_hpc.parallel.pipeline import Microbatch
+from realsr_hpc.parallel.process_groups import initialise
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, num_heads=2, ffn_hidden_size=24)
 

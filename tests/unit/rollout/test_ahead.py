@@ -10,7 +10,7 @@ import torch
 
 from realsr_hpc.config.schema import ModelConfig, ParallelConfig, RolloutConfig, RunConfig, VLCoTConfig
 from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.parallel.process_groups import initialise
 from realsr_hpc.paths import resolve
 from realsr_hpc.records import RolloutGroup
 from realsr_hpc.rollout.sampler import Sampler

@@ -9,7 +9,7 @@ import torch
 from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.config.schema import ModelConfig, RunConfig, VLCoTConfig
 from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.groups import initialise
+from realsr_hpc.parallel.process_groups import initialise
 from realsr_hpc.paths import resolve
 from realsr_hpc.rollout import sampler as room
 from realsr_hpc.rollout.decoder import Cache

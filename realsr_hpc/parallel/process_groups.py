@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """Tensor (tp), pipeline (pp) and data (dp) groups of this process, with their sizes and its rank in each."""
 
     tp: dist.ProcessGroup
@@ -63,7 +63,7 @@ class Groups:
         return self.world_rank == 0
 
 
-def initialise(parallel: ParallelConfig, seed: int) -> Groups:
+def initialise(parallel: ParallelConfig, seed: int) -> ProcessGroups:
     """Join the world and build the groups.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without them it is a world of one process.
@@ -145,11 +145,11 @@ def _same_layout(parallel: ParallelConfig) -> bool:
     )
 
 
-def _groups(device: torch.device) -> Groups:
+def _groups(device: torch.device) -> ProcessGroups:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    return Groups(
+    return ProcessGroups(
         tp=collection.tp,
         pp=collection.pp,
         dp=collection.dp,
