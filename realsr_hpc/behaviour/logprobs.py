@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from realsr_hpc.behaviour.distribution import guided, penalty_of, project, restricted, unpack_support
+from realsr_hpc.config.derived import LOGIT_CHUNK_TOKENS
 
 
 class TokenScores(NamedTuple):
@@ -249,7 +250,7 @@ def behaviour_scores(
     unconditional_hidden: Float[Tensor, "n H"] | None = None,
     cfg_scale: Float[Tensor, " n"] | None = None,
     tp_group: dist.ProcessGroup | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = LOGIT_CHUNK_TOKENS,
     with_entropy: bool = False,
     with_logsumexp: bool = False,
 ) -> TokenScores:

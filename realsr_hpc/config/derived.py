@@ -1,4 +1,4 @@
-"""Numbers that follow from a recipe; rules and planner share them."""
+"""Numbers that follow from a recipe, and sizes of work done at once: rules, rooms and the planner share them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ VOCABULARY_SIZES = {"chameleon_f16": 65536, "llamagen_f8": 73728}
 """Padded vocabulary of the 7B layouts; the tiny one follows from its two tokenizers."""
 
 AUTO_WIDEST, AUTO_TOKENS = 32, 512
-"""`rollout.lookahead=auto` tries passes of at most so many tokens a row, and of so many together."""
+"""`rollout.lookahead=auto` tries passes of at most this many tokens per row, and this many tokens in total."""
+
+LOGIT_CHUNK_TOKENS = 1024
+"""Tokens whose logits are in memory at once when a loss is scored (behaviour/logprobs.py)."""
+
+DRAWN_AT_ONCE = 256
+"""Positions whose logits are in memory at once when tokens are drawn (rollout/choice.py)."""
+
+PIXELS_AT_ONCE = 2**21
+"""Pixels in one pass of the image tokenizer, 8 images of 512 px: a step's 64 would need tens of GiB."""
 
 
 def world_size(config: RunConfig) -> int:

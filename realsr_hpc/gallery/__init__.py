@@ -1,6 +1,6 @@
 """One static HTML file to look at results with: rollouts of training, an evaluation, a folder of restored images.
 
-`sources` reads what the other rooms wrote, `page` renders it with Jinja2. The file holds everything it shows, so it
+`entries` reads what the other rooms wrote, `page` renders it with Jinja2. The file holds everything it shows, so it
 can be opened from disk, mailed, or served; nothing is loaded from a network.
 """
 

@@ -6,74 +6,71 @@ behaviour/logprobs.py for logits. `tools/bench.py memory` compares it with what 
 
 from __future__ import annotations
 
+from realsr_hpc.config.derived import LOGIT_CHUNK_TOKENS
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.parallel.layout import kv_heads
 from realsr_hpc.plan.sizes import (
+    MicrobatchShape,
     guided,
     has_reference,
-    loss_tokens_of_a_row,
-    microbatch_shape,
     scored_at_once,
     truncated,
     vocabulary_size,
     width,
 )
 
-LOGIT_CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once; see behaviour/logprobs.py."""
 
-
-def first_stage(config: RunConfig) -> dict[str, float]:
+def first_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
     """What an update adds on the first pipeline stage at its peak: it holds the most microbatches, and no logits."""
     return {
-        "activations": _kept(config, _in_flight(config)),
-        "one layer's backward pass": _again(config),
-        "attention masks": _masks(config, _in_flight(config)),
+        "activations": _kept(config, shape, _in_flight(config, shape)),
+        "one layer's backward pass": _again(config, shape),
+        "attention masks": _masks(config, shape, _in_flight(config, shape)),
     }
 
 
-def last_stage(config: RunConfig) -> dict[str, float]:
+def last_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
     """What an update adds on the last stage: logits of a chunk, and later a layer that is computed again."""
-    parallel, shape = config.parallel, microbatch_shape(config)
+    parallel = config.parallel
     in_flight = ((parallel.virtual_pp - 1) * parallel.pp + 1) / parallel.virtual_pp
     # the final norm's input, and its output gathered over tp
     norm = (_norm_bytes(config) - width(config)) / _shared(config) + width(config)
     ends = shape.tokens * config.model.hidden_size * norm
     kept = {
-        "activations": _kept(config, in_flight) + ends,
-        "attention masks": _masks(config, in_flight),
+        "activations": _kept(config, shape, in_flight) + ends,
+        "attention masks": _masks(config, shape, in_flight),
     }
-    logits, again = logit_bytes(config, gradient=True), _again(config)
+    logits, again = logit_bytes(config, shape, gradient=True), _again(config, shape)
     return kept | ({"logits of a chunk": logits} if logits > again else {"one layer's backward pass": again})
 
 
-def scoring(config: RunConfig) -> dict[str, float]:
+def scoring(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
     """What log-probabilities without gradient need: one layer of several microbatches, or their logits."""
-    shape = microbatch_shape(config)
-    tokens = shape.tokens * scored_at_once(config)
+    tokens = shape.tokens * scored_at_once(config, shape)
     hidden, ffn, parts = config.model.hidden_size, config.model.ffn_hidden_size, config.parallel.tp
     # the layer's input, residuals and norm; gate and up, silu(gate), up once more, their product
     layer = tokens * width(config) * (4 * hidden / _shared(config) + 5 * ffn / parts)
-    masks = _mask_entries(config) * scored_at_once(config) * (1 + width(config))
-    logits = logit_bytes(config, gradient=False) + 2 * tokens * hidden * width(config)
+    masks = _mask_entries(config, shape) * scored_at_once(config, shape) * (1 + width(config))
+    logits = logit_bytes(config, shape, gradient=False) + 2 * tokens * hidden * width(config)
     return {"activations": max(layer + masks, logits)}
 
 
-def gather_buffer(config: RunConfig) -> float:
+def gather_buffer(config: RunConfig, shape: MicrobatchShape) -> float:
     """Megatron's buffer for inputs gathered over tp, under sequence parallelism: it stays, as large as ever needed."""
     if not config.parallel.sequence_parallel:
         return 0.0
     scores = has_reference(config) or (config.task == "grpo" and config.grpo.updates_per_step > 1)
-    tokens = microbatch_shape(config).tokens * (scored_at_once(config) if scores else 1)
+    tokens = shape.tokens * (scored_at_once(config, shape) if scores else 1)
     return tokens * config.model.hidden_size * width(config)
 
 
-def logit_bytes(config: RunConfig, *, gradient: bool) -> float:
+def logit_bytes(config: RunConfig, shape: MicrobatchShape, *, gradient: bool) -> float:
     """Of the largest chunk, and of the output weight's gradient while it is summed."""
-    shape, hidden = microbatch_shape(config), config.model.hidden_size
+    hidden = config.model.hidden_size
     shard = vocabulary_size(config) / config.parallel.tp
     streams = 2 if guided(config) else 1
-    at_once = 1 if gradient else scored_at_once(config)
-    scored = shape.rows // streams * loss_tokens_of_a_row(config) * at_once
+    at_once = 1 if gradient else scored_at_once(config, shape)
+    scored = shape.rows // streams * shape.loss_tokens_of_a_row * at_once
     first = min(LOGIT_CHUNK_TOKENS, scored)
     second = min(LOGIT_CHUNK_TOKENS, scored - first)
     alone, left = _bytes_a_logit(config, gradient=gradient)
@@ -98,30 +95,30 @@ def _bytes_a_logit(config: RunConfig, *, gradient: bool) -> tuple[int, int]:
     return alone, left
 
 
-def _kept(config: RunConfig, in_flight: float) -> float:
+def _kept(config: RunConfig, shape: MicrobatchShape, in_flight: float) -> float:
     """Kept by a stage's layers for their backward passes, of `in_flight` microbatches."""
-    model, parallel, shape = config.model, config.parallel, microbatch_shape(config)
+    model, parallel = config.model, config.parallel
     inputs = shape.tokens * model.hidden_size * width(config) / _shared(config)
-    layer = inputs if parallel.recompute == "full" else layer_bytes(config, parallel.recompute)
+    layer = inputs if parallel.recompute == "full" else layer_bytes(config, shape, parallel.recompute)
     # branched rows have angles of their own, which layers that are computed again keep together
     angles = 4 * shape.row_tokens * model.hidden_size / model.num_heads if shape.branches.count > 1 else 0.0
     angles = angles if parallel.recompute == "full" else 0.0
     return in_flight * (model.num_layers / parallel.pp * layer + angles)
 
 
-def _again(config: RunConfig) -> float:
+def _again(config: RunConfig, shape: MicrobatchShape) -> float:
     """What one layer's backward pass adds: what is computed again for it, and gradients on their way."""
-    model, shape = config.model, microbatch_shape(config)
-    kept = 0.0 if config.parallel.recompute == "full" else layer_bytes(config, config.parallel.recompute)
-    again = layer_bytes(config, "none") - kept
+    model = config.model
+    kept = 0.0 if config.parallel.recompute == "full" else layer_bytes(config, shape, config.parallel.recompute)
+    again = layer_bytes(config, shape, "none") - kept
     gradients = width(config) * (2 * model.hidden_size + model.ffn_hidden_size / config.parallel.tp)
     return again + shape.tokens * gradients
 
 
-def layer_bytes(config: RunConfig, recompute: str) -> float:
+def layer_bytes(config: RunConfig, shape: MicrobatchShape, recompute: str) -> float:
     """What one layer keeps of a microbatch for its backward pass; attention keeps no scores (fused)."""
-    model, tp, shape = config.model, config.parallel.tp, microbatch_shape(config)
-    kv = (model.num_kv_heads or model.num_heads) / model.num_heads
+    model, tp = config.model, config.parallel.tp
+    kv = kv_heads(model) / model.num_heads
     read, product = _read_again(config)
     norms = (2 * (_norm_bytes(config) - width(config)) + read * width(config)) * model.hidden_size
     # q, k, v; normalised q, k, which frozen weights do not need; rotated q, k; the output
@@ -132,7 +129,7 @@ def layer_bytes(config: RunConfig, recompute: str) -> float:
     tokens = shape.tokens * (norms / _shared(config) + width(config) * (attention + feed_forward) / tp)
     lora = config.model.lora
     inner = 0 if lora is None else shape.tokens * lora.rank * len(lora.targets)  # A x, which B's gradient is made of
-    return tokens + width(config) * (_of_branches(config) + _rotary(config) + inner)
+    return tokens + width(config) * (_of_branches(config, shape) + _rotary(config, shape) + inner)
 
 
 def _read_again(config: RunConfig) -> tuple[int, int]:
@@ -143,17 +140,17 @@ def _read_again(config: RunConfig) -> tuple[int, int]:
     return sum(not targets.isdisjoint(names) for names in readers), int("down_proj" in targets)
 
 
-def _rotary(config: RunConfig) -> float:
+def _rotary(config: RunConfig, shape: MicrobatchShape) -> float:
     """Numbers in the cosines and sines of queries and of keys, which each layer keeps; rows share them."""
     model = config.model
-    return 4 * microbatch_shape(config).row_tokens * model.hidden_size / model.num_heads
+    return 4 * shape.row_tokens * model.hidden_size / model.num_heads
 
 
-def _of_branches(config: RunConfig) -> float:
+def _of_branches(config: RunConfig, shape: MicrobatchShape) -> float:
     """Numbers that attention of branched rows keeps beyond that of plain ones (model/attention.py)."""
-    model, shape, streams = config.model, microbatch_shape(config), 2 if guided(config) else 1
+    model, streams = config.model, 2 if guided(config) else 1
     prompt, response, count = shape.branches.prompt, shape.branches.response, shape.branches.count
-    kv = (model.num_kv_heads or model.num_heads) / model.num_heads
+    kv = kv_heads(model) / model.num_heads
     rows, kept, mask = shape.rows / streams, 0.0, 0.0
     if count > 1:
         # q and v of the prompt; k and v of each response with the prompt before them, where k alone would be kept
@@ -180,22 +177,21 @@ def _shared(config: RunConfig) -> int:
     return config.parallel.tp if config.parallel.sequence_parallel else 1
 
 
-def _in_flight(config: RunConfig) -> float:
+def _in_flight(config: RunConfig, shape: MicrobatchShape) -> float:
     """Microbatches whose activations the first stage holds (1F1B: as many as there are stages)."""
     pp, virtual = config.parallel.pp, config.parallel.virtual_pp
     interleaving = 1 + (pp - 1) / (pp * virtual) if virtual > 1 else 1.0
-    return max(1, min(pp, microbatch_shape(config).count)) * interleaving
+    return max(1, min(pp, shape.count)) * interleaving
 
 
-def _mask_entries(config: RunConfig) -> float:
+def _mask_entries(config: RunConfig, shape: MicrobatchShape) -> float:
     """Pairs of tokens in the masks of a microbatch: of packed rows whole ones, with guidance those of the responses."""
-    shape = microbatch_shape(config)
     if guided(config):
         return shape.rows / 2 * shape.branches.count * shape.branches.response**2
     return shape.rows * shape.row_tokens**2 if config.task == "sft" and config.sft.packing else 0.0
 
 
-def _masks(config: RunConfig, in_flight: float) -> float:
+def _masks(config: RunConfig, shape: MicrobatchShape, in_flight: float) -> float:
     """Masks, which attention turns into numbers and keeps, layer by layer."""
     layers = 1.0 if config.parallel.recompute == "full" else config.model.num_layers / config.parallel.pp * in_flight
-    return _mask_entries(config) * (1 + layers * width(config))
+    return _mask_entries(config, shape) * (1 + layers * width(config))

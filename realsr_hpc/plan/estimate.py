@@ -98,14 +98,15 @@ def plan(config: RunConfig, device: Device | None = None) -> Plan:
     parallel, world = config.parallel, world_size(config)
     dp = world // (parallel.tp * parallel.pp)
     prompt, response = sequence_tokens(config)
-    learns = config.task != "tokenizer"
-    count = microbatch_shape(config).count if learns else 0
+    shape = microbatch_shape(config) if config.task != "tokenizer" else None
+    count = shape.count if shape else 0
+    sent = traffic(config, shape, dp) if shape else Traffic(0.0, 0.0, 0.0)
     return Plan(
         device=device.name,
         parameters=parameter_count(config),
         world_size=world,
         dp=dp,
-        memory=memory(config) if learns else Memory({}, {}, 0.0),
+        memory=memory(config, shape) if shape else Memory({}, {}, 0.0),
         limit_gib=config.cluster.gpu_memory_gib,
         microbatches=count,
         bubble=bubble(parallel.pp, parallel.virtual_pp, count) if count else 0.0,
@@ -115,8 +116,8 @@ def plan(config: RunConfig, device: Device | None = None) -> Plan:
         rollout_s=rollout_seconds(config, device, dp),
         rewards_s=rewards_seconds(config, device),
         rewards=rewards_of(config),
-        training_s=training_seconds(config, device, dp) if learns else 0.0,
-        communication_s=communication_seconds(config, device, dp) if learns else 0.0,
-        traffic=traffic(config, dp) if learns else Traffic(0.0, 0.0, 0.0),
+        training_s=training_seconds(config, shape, device, dp) if shape else 0.0,
+        communication_s=communication_seconds(config, sent, device, dp),
+        traffic=sent,
         steps={"grpo": config.grpo.num_steps, "sft": config.sft.num_steps}.get(config.task, 0),
     )

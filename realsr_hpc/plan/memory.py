@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from realsr_hpc.config.derived import pass_tokens, widest_lookahead
+from realsr_hpc.config.derived import DRAWN_AT_ONCE, PIXELS_AT_ONCE, pass_tokens, widest_lookahead
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.parallel.layout import kv_heads
 from realsr_hpc.plan.activations import first_stage, gather_buffer, last_stage, scoring
 from realsr_hpc.plan.experts import final_pixels, on_the_device, rewards_of
 from realsr_hpc.plan.sizes import (
+    MicrobatchShape,
     adapter_parameters,
     dp_size,
     guided,
     has_second_model,
-    loss_tokens_of_a_row,
     sequence_tokens,
     sequences_of_a_rank,
     stage_layers,
@@ -38,11 +39,8 @@ SCORES = 2
 """Float32 numbers a pair of positions in the image tokenizer's attention, where no fused kernel takes its wide head."""
 DISTANCES = 3
 """Float32 numbers a code and latent while the nearest code is sought."""
-IMAGE_BATCH_PIXELS = 2**21
-"""Pixels that pass the image tokenizer at once; see tokenizer/trace.py."""
-SAMPLE_BYTES, CHOSEN_BYTES, DRAWN_AT_ONCE = 18, 32, 256
-"""Of each logit that a token is drawn from, of each that is guided or truncated too, and of how many positions
-together; see rollout/choice.py."""
+SAMPLE_BYTES, CHOSEN_BYTES = 18, 32
+"""Per logit that a token is drawn from, and per logit that is also guided or truncated; see rollout/choice.py."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,12 @@ class Memory:
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
 
-def memory(config: RunConfig) -> Memory:
-    """All terms of a GRPO or SFT recipe."""
-    supports = _supports(config)
-    ends = [last_stage(config)] if config.parallel.pp == 1 else [first_stage(config), last_stage(config)]
+def memory(config: RunConfig, shape: MicrobatchShape) -> Memory:
+    """All terms of a GRPO or SFT recipe, whose microbatches have this shape (`microbatch_shape`)."""
+    supports = _supports(config, shape)
+    ends = [last_stage(config, shape)]
+    if config.parallel.pp > 1:
+        ends.insert(0, first_stage(config, shape))
     phases = {
         "update": max(ends, key=lambda terms: sum(terms.values())) | {"allowed tokens": supports},
         "images": {"image tokenizer's maps": _images(config)},
@@ -81,12 +81,12 @@ def memory(config: RunConfig) -> Memory:
         offloaded = has_second_model(config) and config.parallel.reference_offload
         weights = stage_parameters(config) * width(config) if offloaded else 0.0
         # joined microbatches hold a copy of their own
-        phases["score"] = {"reference": weights, **scoring(config), "allowed tokens": 2 * supports}
+        phases["score"] = {"reference": weights, **scoring(config, shape), "allowed tokens": 2 * supports}
     in_gib = {phase: {name: size / GIB for name, size in terms.items() if size} for phase, terms in phases.items()}
-    return Memory(_resident(config), in_gib, _host(config) / GIB)
+    return Memory(_resident(config, shape), in_gib, _host(config) / GIB)
 
 
-def _resident(config: RunConfig) -> dict[str, float]:
+def _resident(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
     shard = stage_parameters(config)
     kept = has_second_model(config) and not config.parallel.reference_offload
     trained = trained_parameters(config)
@@ -101,7 +101,7 @@ def _resident(config: RunConfig) -> dict[str, float]:
         "rewards' networks": _networks(config) if on_the_device(config) and not config.rewards.offload else 0.0,
     }
     fixed = FIXED_GIB if config.cluster.gpus_per_node else 0.0
-    buffers = fixed + gather_buffer(config) / GIB
+    buffers = fixed + gather_buffer(config, shape) / GIB
     terms = {name: size for name, size in terms.items() if size or name not in ("adapters", "rewards' networks")}
     return {**{name: size / GIB for name, size in terms.items()}, "context and buffers": buffers}
 
@@ -159,8 +159,8 @@ def kv_cache_bytes(config: RunConfig) -> float:
         return 0.0
     model, parallel = config.model, config.parallel
     head_dim = model.hidden_size // model.num_heads
-    kv_heads = (model.num_kv_heads or model.num_heads) / parallel.tp
-    per_token = 2 * kv_heads * head_dim * width(config) * model.num_layers / parallel.pp
+    heads = kv_heads(model) / parallel.tp
+    per_token = 2 * heads * head_dim * width(config) * model.num_layers / parallel.pp
     prompts, rollouts = _rows(config)
     prompt, _ = sequence_tokens(config)
     # the unconditional context is the response's images alone, but its room is that of a response
@@ -173,7 +173,7 @@ def _rollout(config: RunConfig) -> dict[str, float]:
     model, tp = config.model, config.parallel.tp
     prompts, rollouts = _rows(config)
     streams = 2 if guided(config) else 1
-    kv = (model.num_kv_heads or model.num_heads) / model.num_heads
+    kv = kv_heads(model) / model.num_heads
     # two residuals and a norm; q, k, v, normalised q, k, the output; gate and up, silu(gate), the product
     attention = ((1 + 2 * kv) + (1 + kv) + 1) * model.hidden_size
     tokens = max(1, prompts // config.parallel.pp) * sequence_tokens(config)[0]  # its batches take turns
@@ -190,14 +190,14 @@ def _rollout(config: RunConfig) -> dict[str, float]:
     }
 
 
-def _supports(config: RunConfig) -> float:
+def _supports(config: RunConfig, shape: MicrobatchShape) -> float:
     """What truncation allowed at each loss token of a step, a bit a token of the vocabulary, until it is learnt from.
 
     While rollouts are sampled it is collected in host memory.
     """
     if not truncated(config):
         return 0.0
-    return sequences_of_a_rank(config) * loss_tokens_of_a_row(config) * vocabulary_size(config) / 8
+    return sequences_of_a_rank(config) * shape.loss_tokens_of_a_row * vocabulary_size(config) / 8
 
 
 def _images(config: RunConfig) -> float:
@@ -238,4 +238,4 @@ def _attention(config: RunConfig, pixels: int) -> float:
 
 def _pixels(side_px: int, count: int) -> int:
     """That pass the image tokenizer at once."""
-    return min(count, max(1, IMAGE_BATCH_PIXELS // side_px**2)) * side_px**2
+    return min(count, max(1, PIXELS_AT_ONCE // side_px**2)) * side_px**2

@@ -14,9 +14,9 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.experts import final_pixels, on_the_device, rewards_of, rollouts_of_a_rank
 from realsr_hpc.plan.memory import kv_cache_bytes
 from realsr_hpc.plan.sizes import (
+    MicrobatchShape,
     has_reference,
     layer_size,
-    microbatch_shape,
     parameter_count,
     sequence_tokens,
     sequences_per_update,
@@ -78,18 +78,18 @@ def bubble(pp: int, virtual_pp: int, count: int) -> float:
     return (pp - 1) / (virtual_pp * count + pp - 1)
 
 
-def training_seconds(config: RunConfig, device: Device, dp: int) -> float:
+def training_seconds(config: RunConfig, shape: MicrobatchShape, device: Device, dp: int) -> float:
     """One step's arithmetic: forward and backward of every update, the reference's forward, recomputation; and idling.
 
     With several updates a step the policy's own log-probabilities are computed once more before the first.
     """
-    model, shape = config.model, microbatch_shape(config)
+    model = config.model
     matrices = parameter_count(config) - vocabulary_size(config) * model.hidden_size
     # causal: half of the pairs of a sequence
     prompt, response, count = shape.branches.prompt, shape.branches.response, shape.branches.count
     pairs = prompt**2 / 2 + count * response * (prompt + response / 2)
     attention = 4 * model.num_layers * model.hidden_size * pairs * shape.in_a_row
-    forward = _rows_of_a_step(config) * dp * (2 * matrices * shape.row_tokens + attention)
+    forward = _rows_of_a_step(config, shape) * dp * (2 * matrices * shape.row_tokens + attention)
     # every update sees its own share of the rollouts
     # a backward pass makes gradients of inputs and of weights; adapters' own products are small
     passes = (3.0 if model.lora is None else 2.0) + _computed_again(config) + has_reference(config)
@@ -97,13 +97,12 @@ def training_seconds(config: RunConfig, device: Device, dp: int) -> float:
     rate = device.bf16_tflops * 1e12 * device.training_share * world_size(config)
     if config.precision.fp8 != "none":
         rate *= device.fp8_speedup
-    idle = bubble(config.parallel.pp, config.parallel.virtual_pp, microbatch_shape(config).count)
+    idle = bubble(config.parallel.pp, config.parallel.virtual_pp, shape.count)
     return forward * passes / rate / (1 - idle)
 
 
-def _rows_of_a_step(config: RunConfig) -> int:
+def _rows_of_a_step(config: RunConfig, shape: MicrobatchShape) -> int:
     """Rows of all updates on one data-parallel rank, blank ones included."""
-    shape = microbatch_shape(config)
     return shape.rows * shape.count * (config.grpo.updates_per_step if config.task == "grpo" else 1)
 
 
@@ -162,10 +161,10 @@ def _pass_seconds(config: RunConfig, device: Device, tokens: int) -> float:
     return pass_s
 
 
-def traffic(config: RunConfig, dp: int) -> Traffic:
+def traffic(config: RunConfig, shape: MicrobatchShape, dp: int) -> Traffic:
     """What one GPU sends in the training of a step. Decoding sends little, but often: see `rollout_seconds`."""
     parallel, model = config.parallel, config.model
-    hidden = _rows_of_a_step(config) * microbatch_shape(config).row_tokens * model.hidden_size * width(config)
+    hidden = _rows_of_a_step(config, shape) * shape.row_tokens * model.hidden_size * width(config)
     ring = (parallel.tp - 1) / parallel.tp
     # a sum over tp is a reduce-scatter and an all-gather; two a layer forward, two backward; under sequence
     # parallelism the gathered inputs are gathered once more for the weights' gradients
@@ -179,9 +178,8 @@ def traffic(config: RunConfig, dp: int) -> Traffic:
     return Traffic(over_tp / GB, over_pp / GB, over_dp / GB)
 
 
-def communication_seconds(config: RunConfig, device: Device, dp: int) -> float:
-    """Time of `traffic`, nothing hidden behind arithmetic: an axis is as fast as the slowest link it spans."""
-    sent = traffic(config, dp)
+def communication_seconds(config: RunConfig, sent: Traffic, device: Device, dp: int) -> float:
+    """Time to send this traffic, with none of it overlapped: an axis is as fast as the slowest link it spans."""
     parallel = config.parallel
     per_node = max(1, config.cluster.tasks_per_node)
     spans = {"tp": parallel.tp, "dp": parallel.tp * dp, "pp": world_size(config)}

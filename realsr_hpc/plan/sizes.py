@@ -11,6 +11,7 @@ from realsr_hpc.parallel.layout import (
     Branches,
     even_parts,
     fitting_branches,
+    kv_heads,
     microbatch_multiple,
     rounded_up,
     row_multiple,
@@ -42,6 +43,11 @@ class MicrobatchShape:
         """How often a row holds `branches`: several times where sequences are packed."""
         return self.row_tokens // self.branches.tokens
 
+    @property
+    def loss_tokens_of_a_row(self) -> int:
+        """Tokens of a row that need a log-probability: those of its responses."""
+        return self.in_a_row * self.branches.count * self.branches.response
+
 
 def vocabulary_size(config: RunConfig) -> int:
     """Rows of the embedding."""
@@ -62,7 +68,7 @@ def layer_size(config: RunConfig) -> int:
     """Parameters of one layer."""
     model = config.model
     head_dim = model.hidden_size // model.num_heads
-    kv_size = (model.num_kv_heads or model.num_heads) * head_dim
+    kv_size = kv_heads(model) * head_dim
     attention = 2 * model.hidden_size**2 + 2 * model.hidden_size * kv_size + 4 * head_dim
     return attention + 3 * model.hidden_size * model.ffn_hidden_size + 2 * model.hidden_size
 
@@ -86,7 +92,7 @@ def adapter_parameters(config: RunConfig) -> float:
     if lora is None:
         return 0.0
     hidden, ffn, head_dim = model.hidden_size, model.ffn_hidden_size, model.hidden_size // model.num_heads
-    kv_size = (model.num_kv_heads or model.num_heads) * head_dim
+    kv_size = kv_heads(model) * head_dim
     cut = {"q_proj": hidden, "k_proj": kv_size, "v_proj": kv_size, "o_proj": hidden}
     cut |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), ffn)
     numbers = sum(hidden + cut[name] / tp for name in lora.targets)  # the other side is as wide as the residual stream
@@ -146,16 +152,10 @@ def microbatch_shape(config: RunConfig) -> MicrobatchShape:
     return MicrobatchShape(together * streams, row_tokens, count, shared)
 
 
-def scored_at_once(config: RunConfig) -> int:
-    """Microbatches of one pass without gradient."""
-    count, multiple = microbatch_shape(config).count, microbatch_multiple(config.parallel)
-    return even_parts(count, config.parallel.scoring_microbatches, multiple)[1]
-
-
-def loss_tokens_of_a_row(config: RunConfig) -> int:
-    """Tokens of a row whose log-probability is wanted: its responses."""
-    shape = microbatch_shape(config)
-    return shape.in_a_row * shape.branches.count * shape.branches.response
+def scored_at_once(config: RunConfig, shape: MicrobatchShape) -> int:
+    """Microbatches in one pass without gradient."""
+    multiple = microbatch_multiple(config.parallel)
+    return even_parts(shape.count, config.parallel.scoring_microbatches, multiple)[1]
 
 
 def truncated(config: RunConfig) -> bool:

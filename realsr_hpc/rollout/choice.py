@@ -15,11 +15,9 @@ from torch import Tensor
 
 from realsr_hpc.behaviour.distribution import Truncation, guided, sample, truncated_support
 from realsr_hpc.behaviour.masks import MaskTable
+from realsr_hpc.config.derived import DRAWN_AT_ONCE
 from realsr_hpc.config.learning import RolloutConfig
 from realsr_hpc.rollout.decoder import Decoder
-
-DRAWN_AT_ONCE = 256
-"""Positions whose logits are in memory together."""
 
 
 @dataclass

@@ -10,15 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from realsr_hpc.config.derived import PIXELS_AT_ONCE
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.records import DegradationLabel, LQBatch, SceneText
 from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.vlcot.sequence import Trace, TraceCodec
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
-
-PIXELS_AT_ONCE = 2**21
-"""Pixels that pass the image tokenizer together, 8 images of 512 px: a step's 64 would need tens of GiB."""
 
 
 class TraceTokenizer:

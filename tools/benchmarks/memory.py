@@ -28,7 +28,14 @@ from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch
 from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 from realsr_hpc.plan.memory import GIB, Memory, kv_cache_bytes, memory
-from realsr_hpc.plan.sizes import guided, has_reference, sequence_tokens, sequences_of_a_rank, truncated
+from realsr_hpc.plan.sizes import (
+    guided,
+    has_reference,
+    microbatch_shape,
+    sequence_tokens,
+    sequences_of_a_rank,
+    truncated,
+)
 from realsr_hpc.records import GRPOBatch, LossTokens, RolloutTokens, TrainingGroup, TrainingSequence
 from realsr_hpc.rewards.mixture import RewardMixture
 from realsr_hpc.rollout.decoder import Decoder
@@ -108,7 +115,7 @@ def main(arguments: list[str]) -> int:
 
 def compare(config: RunConfig) -> dict[str, Term]:
     """Every term that a run on the CPU can show; with several processes each calls it, and sees its own stage."""
-    plan, run, parallel = memory(config), _Run(config), config.parallel
+    plan, run, parallel = memory(config, microbatch_shape(config)), _Run(config), config.parallel
     scored = has_reference(config)
     scoring = run.score() if scored else 0.0  # the loss needs its result
     terms = {
