@@ -1,6 +1,6 @@
 """`python -m realsr_hpc RUN_DIR`: run what RUN_DIR/recipe.yaml says.
 
-Without RANK in the environment it is this node's supervisor, which starts one process a task and watches them; with
+Without RANK in the environment it is this node's supervisor, which starts one process per task and watches them; with
 RANK (set by that supervisor, or by torchrun) it is one of those processes. Submitting is `realsr-hpc launch`'s work.
 """
 

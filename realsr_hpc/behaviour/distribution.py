@@ -134,7 +134,7 @@ def sample(
     *,
     first: int = 0,
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """One token a row and its log-probability under the behaviour distribution (exactly 0 where one is left).
+    """One token per row and its log-probability under the behaviour distribution (exactly 0 where one is left).
 
     The token with the largest sum of logit and Gumbel noise, which is a draw from softmax (Gumbel 1954; Maddison et al.
     2014). The noise belongs to the row's key and the token (`draws.py`), whatever the row is batched with. Logits are

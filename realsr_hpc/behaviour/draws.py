@@ -1,11 +1,11 @@
-"""Noise of the draws: a function of the run's seed, the rollout's number, the position and the token, of nothing else.
+"""The noise behind every draw: a function of the run's seed, the rollout's number, the position and the token alone.
 
-So a token can be drawn again at any time and in any batch, and two nearby rows of logits mostly choose the same token,
-because each token keeps its noise. Look-ahead decoding (rollout/) rests on both.
+Therefore a token can be drawn again at any time and in any batch. Because each token keeps its noise, two similar rows
+of logits usually choose the same token. Look-ahead decoding (rollout/) relies on both properties.
 
-A rollout has one key of 64 bits a position, from NumPy's Philox generator (Salmon et al. 2011). A token's noise is the
-key hashed with its number: three rounds of multiply and xor-shift with the constants of Wellons' `triple32`, which his
-search found to have the least bias (nullprogram.com/blog/2018/07/31).
+Each position of a rollout has a 64-bit key from NumPy's Philox generator (Salmon et al. 2011). A token's noise is the
+key hashed with the token's id: three rounds of multiply and xor-shift with the constants of Wellons' `triple32`, which
+his search found to have the least bias (nullprogram.com/blog/2018/07/31).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Log-probabilities of given tokens under the behaviour distribution, over vocabulary shards, chunk by chunk.
 
-The loss of GRPO needs one number a token, and Megatron's way to it holds [tokens, vocabulary] in float32. Here the
-forward pass keeps three numbers a token and the backward pass computes the logits of one chunk again: peak memory is
+The loss of GRPO needs one number per token, and Megatron's way to it holds [tokens, vocabulary] in float32. Here the
+forward pass keeps three numbers per token and the backward pass computes the logits of one chunk again: peak memory is
 chunk_tokens x vocabulary shard, whatever the number of tokens.
 
 Supervised fine-tuning is the same function with a mask table whose single row is all True and temperature 1; its z-loss
@@ -235,7 +235,7 @@ def _check(inputs: _Inputs, group_size: int) -> None:
     for name in ("targets", "mask_ids", "temperature", "support", "unconditional", "cfg_scale"):
         value = getattr(inputs, name)
         if value is not None and len(value) != num_tokens:
-            raise ValueError(f"{name} has {len(value)} rows, hidden has {num_tokens}; pass one a token")
+            raise ValueError(f"{name} has {len(value)} rows, hidden has {num_tokens}; pass one per token")
 
 
 def behaviour_scores(

@@ -1,7 +1,7 @@
 """Compare runs from MLflow: `realsr-hpc compare sweep=NAME` or `runs=a,b` [metric=KEY] [output=DIR].
 
 Runs that differ in their seed alone become one row with an interval. Written to output= (default ROOT/compare/NAME):
-comparison.md and .html (tables, cost, differing recipe keys, pictures), comparison.csv (a line a run), curves.png, and
+comparison.md and .html (tables, cost, differing recipe keys, pictures), comparison.csv (one line a run), curves.png, and
 grid.png: the same inputs restored by each, from the runs' evaluations or the held-out rollouts that training kept.
 Options: root=DIR (output root, default runs/), uri=MLFLOW_URI, experiment=NAME.
 """
@@ -69,7 +69,7 @@ def read(options: dict[str, str], uri: str) -> Comparison:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """A line a group, and the best run in words."""
+    """A line per group, and the best run in words."""
     metrics = comparison.columns()[:6]
     table = Table("runs", "n", "finished", *metrics)
     for group in group_runs(comparison):

@@ -101,7 +101,7 @@ def prune(root: Path, console: Console, *, remove: bool) -> None:
 
 
 def show(root: Path, console: Console) -> None:
-    """One line a run."""
+    """One line per run."""
     table = Table("run", "state", "step", "job", box=None)
     table.add_column("log", overflow="fold")
     for column in table.columns[:-1]:

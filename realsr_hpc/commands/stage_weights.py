@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 
 def show(states: dict[Need, State], console: Console) -> None:
-    """One row a file or folder."""
+    """One row per file or folder."""
     table = Table("needed by", "must lie at", "size, MB", "state", "comes from")
     for column in table.columns:
         column.overflow = "fold"  # paths and addresses are there to be copied

@@ -52,7 +52,7 @@ class ComparedRun:
 
     @property
     def num_processes(self) -> int:
-        """Processes, one a GPU on a GPU machine."""
+        """Processes, one per GPU on a GPU machine."""
         return int(self.params.get("cluster.nodes", 1)) * int(self.params.get("cluster.tasks_per_node", 1))
 
 
@@ -85,7 +85,7 @@ class Comparison:
         return sorted(keys, key=lambda key: (key != self.metric, order[f"{key.split('/')[0]}/"], key))
 
     def write_csv(self, path: Path) -> None:
-        """One line a run: state, differing recipe keys, metrics."""
+        """One line per run: state, differing recipe keys, metrics."""
         columns = self.columns()
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

@@ -133,7 +133,7 @@ def _marked(gain: Estimate) -> str:
 def cost_table(groups: Sequence[Group]) -> Table:
     """Process-hours and tokens, where the runs measured them."""
     rows = [
-        ["process-hours a run", *(str(group.process_hours()) for group in groups)],
+        ["process-hours per run", *(str(group.process_hours()) for group in groups)],
         ["tokens sampled a run", *(str(group.rollout_tokens()) for group in groups)],
         ["runs", *(str(len(group.runs)) for group in groups)],
         ["finished", *(str(sum(run.status == "FINISHED" for run in group.runs)) for group in groups)],

@@ -43,7 +43,7 @@ def trace_image_tokens(config: RunConfig) -> int:
 
 
 def widest_lookahead(config: RolloutConfig) -> int:
-    """Most tokens a row that one pass of decoding feeds; the cache has room for as many behind the last."""
+    """Most tokens per row that one pass of decoding feeds; the cache has room for as many behind the last."""
     return AUTO_WIDEST if config.lookahead == "auto" else config.lookahead
 
 

@@ -136,8 +136,8 @@ class GRPOConfig(Section, tasks=("grpo",)):
     mismatch_bounds: tuple[Positive, Positive] | None = None
     """Tokens whose exp(policy - rollout log-prob) lies outside are masked out of the policy loss; None: off."""
     mismatch_kl_gate: Positive | None = 1e-3
-    """Stop the run when the mean KL(rollout || policy) of the first update exceeds this, nats a token. In bf16 it grows
-    with the layers: 8e-5 at 2 and 8e-4 at 32 layers of a small random policy (docs/behaviour.md)."""
+    """Stop the run when the mean KL(rollout || policy) of the first update exceeds this, nats per token. In bf16 it
+    grows with depth: 8e-5 at 2 and 8e-4 at 32 layers of a small random policy (docs/behaviour.md)."""
     heldout_every_steps: Annotated[int, Field(ge=0)] = 0
     """Steps between measurements on held-out images; 0: never."""
     heldout_prompts: Count = 16

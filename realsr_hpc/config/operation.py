@@ -59,7 +59,7 @@ class ClusterConfig(Section, role="operation"):
     nodes: Annotated[Count, LAYOUT] = 1
     """Machines of a run."""
     tasks_per_node: Annotated[Count, LAYOUT] = 1
-    """One task a GPU (or CPU process): world size = nodes x tasks_per_node."""
+    """One task per GPU (or CPU process): world size = nodes x tasks_per_node."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
     """0: the run computes on CPUs."""
     cpus_per_task: Count = 1

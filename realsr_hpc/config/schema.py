@@ -232,11 +232,11 @@ class PrecisionConfig(Section, tasks=POLICY):
     fp8_backend: Literal["transformer_engine", "emulated"] = "transformer_engine"
     """emulated: operands are rounded to FP8 and multiplied in bf16. The same numerics, no speed, on any machine."""
     rollout_fp8: bool = False
-    """Rollouts multiply FP8 copies of the weights (one scale a row), whatever training does."""
+    """Rollouts multiply FP8 copies of the weights (one scale per row), whatever training does."""
     first_last_layers_bf16: bool = True
     """Keep the first and the last layer out of FP8."""
     fp8_gate_logprob: Positive = 0.1
-    """Largest mean |log-prob(FP8) - log-prob(bf16)| on a fixed batch, nats a token."""
+    """Largest mean |log-prob(FP8) - log-prob(bf16)| on a fixed batch, nats per token."""
     fp8_gate_every_steps: Annotated[int, Field(ge=0)] = 50
     """Steps between checks of the gate, after the one before the first step; 0: only that one."""
     fp8_gate_action: Literal["bf16", "stop"] = "bf16"
@@ -270,7 +270,7 @@ class OptimConfig(Section, tasks=POLICY):
     """Adam's states and arithmetic in host memory (Megatron's hybrid optimizer); slower by two copies a step."""
     main_params: Literal["fp32", "bf16"] = "fp32"
     """bf16: main weights as the bf16 weights plus their 16-bit remainders (no bit is lost), Adam's moments in bf16:
-    6 instead of 12 bytes a parameter. Needs Transformer Engine's optimizer."""
+    6 instead of 12 bytes per parameter. Needs Transformer Engine's optimizer."""
 
 
 class DataConfig(Section):

@@ -1,7 +1,7 @@
 """What an evaluation found, for people and programs.
 
 metrics.md       tables with intervals, gains, words, the published table, what was not computed
-metrics.csv      a line an image and method
+metrics.csv      a line per image and method
 grid.png         the first images: input, every method, truth        worst.png   the last method's worst
 slots.png        degradation words, true against said                images.json, images/   everything behind it
 """
@@ -141,13 +141,13 @@ class EvaluationReport:
         return np.array([[row.get(metric, np.nan) for row in draws] for draws in rows], dtype=np.float64)
 
     def _draws(self) -> list[str]:
-        """Best, mean and worst of several draws an image, of methods that were asked for several."""
+        """Best, mean and worst of several draws per image, of methods that were asked for several."""
         lines: list[str] = []
         for method in self.methods:
             count = 1 + len(self.images[0].methods[method].further_draws)
             if count == 1:
                 continue
-            lines += [f"{method}, {count} draws an image: means over images of each image's best, mean and worst draw;"]
+            lines += [f"{method}, {count} draws per image: means over images of an image's best, mean and worst draw;"]
             lines += ["the worst tenth: of the images, by their own mean.", ""]
             lines += [f"| metric | best of {count} | mean | worst of {count} | worst tenth |", "|---|---|---|---|---|"]
             for metric in self.names:
@@ -227,7 +227,7 @@ class EvaluationReport:
 
 
 def plot_confusions(tables: Mapping[str, Sequence[Confusion]], path: Path) -> None:
-    """A row a method, a square a slot; colour: share of the true word's cases."""
+    """One row per method, one square per slot; colour: share of the cases with that true word."""
     from matplotlib.figure import Figure
 
     from realsr_hpc.evaluate.words import NOTHING, slot_words

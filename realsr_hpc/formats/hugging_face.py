@@ -1,6 +1,6 @@
 """A Hugging Face folder of Chameleon's shape: facebook's, Lumina-mGPT's, PURE's, Anole's, safetensors or `.bin`.
 
-config.json may lack `num_key_value_heads`, q and k norms may be [head_dim], [1, head_dim] or one a head. An image
+config.json may lack `num_key_value_heads`, q and k norms may be [head_dim], [1, head_dim] or one per head. An image
 tokenizer inside (`model.vqmodel.*`) is transformers' encoder alone, or whole where a decoder was added to it.
 """
 

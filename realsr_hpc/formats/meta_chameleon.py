@@ -216,7 +216,7 @@ class _Tree:
         return lambda parts, order: torch.cat([part.chunk(2)[number] for part in parts])
 
     def _head_norm(self, heads: int) -> Callable[[list[Tensor], Rotary], Tensor]:
-        """[heads, width] of each shard's one norm for its heads (or of norms that are already one a head)."""
+        """[heads, width] of each shard's one norm for its heads (or of norms that are already one per head)."""
 
         def merge(parts: list[Tensor], order: Rotary) -> Tensor:
             rows = torch.cat([part.reshape(-1, self.width) for part in parts])

@@ -57,12 +57,12 @@ class Mismatch:
 
     @property
     def mean_abs(self) -> Float[Tensor, ""]:
-        """Mean |policy - rollout| log-probability, nats a token."""
+        """Mean |policy - rollout| log-probability, nats per token."""
         return self.abs_sum / self.num_tokens.clamp_min(1)
 
     @property
     def kl(self) -> Float[Tensor, ""]:
-        """Mean KL(rollout || policy), nats a token: the metric `rollout/mismatch_kl`."""
+        """Mean KL(rollout || policy), nats per token: the metric `rollout/mismatch_kl`."""
         return self.kl_sum / self.num_tokens.clamp_min(1)
 
 
@@ -126,7 +126,7 @@ def _surrogate(
 def importance_ratio(
     log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], importance: str
 ) -> tuple[Float[Tensor, "N T"], Bool[Tensor, "N T"]]:
-    """exp(policy - old), one a token, or GSPO's one a rollout, (pi / pi_old)^(1/|y|), repeated over its tokens.
+    """exp(policy - old), one per token, or GSPO's one per rollout, (pi / pi_old)^(1/|y|), repeated over its tokens.
 
     GSPO: arXiv 2507.18071, eq. 7. With aggregation "sequence" the loss is then exactly its eq. 5. Second: where the
     exponent was clamped; there the gradient is 0.

@@ -88,11 +88,11 @@ def _facts_table(estimate: Plan, config: RunConfig) -> Table:
         "parameters": f"{estimate.parameters:,}",
         "layout": layout,
         "tokens a sequence": f"{estimate.prompt_tokens} prompt + {estimate.response_tokens} response",
-        "microbatches a rank": str(estimate.microbatches),
+        "microbatches per rank": str(estimate.microbatches),
         "pipeline bubble": f"{estimate.bubble:.1%} of a training pass",
     }
     if estimate.memory.host:
-        rows["host memory"] = f"{estimate.memory.host:.1f} GiB a process, offloaded"
+        rows["host memory"] = f"{estimate.memory.host:.1f} GiB per process, offloaded"
     if told := _rewards(estimate, config):
         rows["rewards"] = told
     if config.cluster.gpus_per_node:

@@ -155,7 +155,7 @@ def _last_step(run_dir: Path) -> int:
 def start_ranks(
     config: RunConfig, run_dir: Path, placement: Placement, command: list[str] | None = None
 ) -> dict[int, subprocess.Popen[bytes]]:
-    """One process a task, by global rank; each dies with this supervisor and prints to its own log.
+    """One process per task, by global rank; each dies with this supervisor and prints to its own log.
 
     `command` is what a rank runs; None: this run's training.
     """

@@ -132,7 +132,7 @@ def refuse_what_cannot_fit(configs: list[RunConfig]) -> None:
         if estimate.fits is False:
             raise ValueError(
                 f"cluster.gpu_memory_gib: {config.cluster.gpu_memory_gib}: {config.name} needs "
-                f"{estimate.total_gib:.0f} GiB a GPU; {_remedy(config)} (null for gpu_memory_gib: submit anyway)"
+                f"{estimate.total_gib:.0f} GiB per GPU; {_remedy(config)} (null for gpu_memory_gib: submit anyway)"
             )
 
 

@@ -58,7 +58,7 @@ def segment_mask(segment_ids: Tensor) -> Tensor:
 class BranchedRows:
     """Rows of one prompt and several responses, each of which sees the prompt and itself.
 
-    A group's prompt is computed once and not once a rollout. With guidance the second half of the rows are the
+    A group's prompt is computed once and not once per rollout. With guidance the second half of the rows are the
     unconditional twins, in which a response's token sees its own image block alone.
     """
 

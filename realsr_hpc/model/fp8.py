@@ -5,8 +5,8 @@ take the values that FP8 can hold, under the scales of the chosen recipe, and ar
 gradients that come back are rounded the same way. So everything but speed can be tried on any machine: what FP8 does
 to log-probabilities, the parity gate, the scales in checkpoints.
 
-Scales: tensorwise, one a tensor from its own largest value; blockwise, powers of two, one for 128 inputs of a token
-and for 128 x 128 of a weight; delayed, one a tensor from the largest value of the pass before (Megatron's default
+Scales: tensorwise, one per tensor from its own largest value; blockwise, powers of two, one for 128 inputs of a token
+and for 128 x 128 of a weight; delayed, one per tensor from the largest value of the pass before (Megatron's default
 history of one), which is state and travels in checkpoints as Transformer Engine's does.
 """
 
@@ -157,7 +157,7 @@ class Fp8RowParallelLinear(_Fp8Layer, RowParallelLinear):
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """A matrix in E4M3 with a scale a row, for rollouts: half the bytes that a decode step reads."""
+    """A matrix in E4M3 with a scale per row, for rollouts: half the bytes that a decode step reads."""
 
     values: Tensor
     """float8_e4m3fn [out, in]."""

@@ -2,7 +2,7 @@
 
 Each row names one local parameter, the Hugging Face tensors it is made of, and how it is cut over tp. Reading goes
 straight into the local shard; writing gathers one parameter at a time to world rank 0. Random initial weights pass
-through the same table (one generator a tensor, by name), so that they do not depend on the layout.
+through the same table (one generator per tensor, by name), so that they do not depend on the layout.
 
 Shared q and k norms ([head_dim] or [1, head_dim], as Meta's and Lumina's weights have them) are spread over the
 heads. The image tokenizer's weights (`model.vqmodel.*`) are no part of this table.

@@ -325,7 +325,7 @@ def _part(whole: Tensor, name: str, policy: Policy) -> Tensor:
 
 
 def _draw(name: str, parameter: Tensor, policy: Policy, seed: int) -> Tensor:
-    """A whole A as PEFT draws it (uniform within 1 / sqrt(in)), one generator a tensor."""
+    """A whole A as PEFT draws it (uniform within 1 / sqrt(in)), one generator per tensor."""
     shape = whole_shape(name, policy)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -36,7 +36,7 @@ ENCODER_MAPS, DECODER_MAPS = (4.3, 6.0), (4.0, 6.0)
 """Feature maps of the finest level that live together, without and with residual blocks in the encoder; one without
 gathers pixels down to the level before its last."""
 SCORES = 2
-"""Float32 numbers a pair of positions in the image tokenizer's attention, where no fused kernel takes its wide head."""
+"""Float32 numbers per pair of positions in the image tokenizer's attention: no fused kernel accepts its wide head."""
 DISTANCES = 3
 """Float32 numbers a code and latent while the nearest code is sought."""
 SAMPLE_BYTES, CHOSEN_BYTES = 18, 32
@@ -191,7 +191,7 @@ def _rollout(config: RunConfig) -> dict[str, float]:
 
 
 def _supports(config: RunConfig, shape: MicrobatchShape) -> float:
-    """What truncation allowed at each loss token of a step, a bit a token of the vocabulary, until it is learnt from.
+    """What truncation allowed at each loss token of a step, a bit per token of the vocabulary, until it is learnt from.
 
     While rollouts are sampled it is collected in host memory.
     """

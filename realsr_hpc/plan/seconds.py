@@ -114,7 +114,7 @@ def _computed_again(config: RunConfig) -> float:
 
 
 def tokens_per_pass(width: int) -> float:
-    """Tokens that a pass over `width` tokens a row keeps: what the small policy keeps at temperature 1.
+    """Tokens that a pass over `width` tokens per row keeps: what the small policy keeps at temperature 1.
 
     Measured at widths 2, 4, 8 and 16: 1.37, 1.88, 2.36 and 3.21 (docs/benchmarks.md); no other policy was measured.
     """

@@ -133,7 +133,7 @@ def sequences_of_a_rank(config: RunConfig) -> int:
 
 
 def microbatch_shape(config: RunConfig) -> MicrobatchShape:
-    """As train/batches.py cuts them: a prompt with some of its rollouts a row; in SFT a sequence, or as many as fit."""
+    """As train/batches.py builds them: per row a prompt with some of its rollouts, or in SFT one or more sequences."""
     prompt, response = sequence_tokens(config)
     parallel, sequences = config.parallel, sequences_of_a_rank(config)
     streams, shared = 2 if guided(config) else 1, Branches(prompt, response, 1)

@@ -16,7 +16,7 @@ MOST_KNOBS = 8
 def knob_table(config: RunConfig) -> Table:
     """Single changes that save memory, what each leaves and costs; the caption says which to make to fit."""
     now = plan(config)
-    table = Table("change", "peak, GiB", "fits", "time a step", title="Which knob to turn", title_justify="left")
+    table = Table("change", "peak, GiB", "fits", "time per step", title="Which knob to turn", title_justify="left")
     for knob in knobs(config)[:MOST_KNOBS]:
         per_gpu = knob.plan.step_s * knob.plan.world_size / (now.step_s * now.world_size) - 1.0
         fits = {True: "yes", False: "no", None: "?"}[knob.plan.fits]
@@ -28,7 +28,7 @@ def knob_table(config: RunConfig) -> Table:
 
 
 def side_by_side(configs: Sequence[RunConfig]) -> list[list[str]]:
-    """A row a recipe, `HEADINGS` above: layout, memory, time and traffic, efficiency against the first."""
+    """A row per recipe, `HEADINGS` above: layout, memory, time and traffic, efficiency against the first."""
     rows, first = [], plan(configs[0]).tokens_per_gpu_s
     for config in configs:
         estimate, parallel = plan(config), config.parallel

@@ -20,7 +20,7 @@ from realsr_hpc.vlcot.automaton import END
 from realsr_hpc.vlcot.grammar import Grammar
 
 WIDEST = 64
-"""Most tokens a row in one pass."""
+"""Most tokens per row in one pass."""
 
 
 @dataclass(frozen=True)

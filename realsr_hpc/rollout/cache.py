@@ -1,7 +1,8 @@
-"""Keys and values of rollouts while they are decoded, and attention over them.
+"""Keys and values of rollouts during decoding, and attention over them.
 
-A group shares its prompt: prefix keys and values are stored once a prompt and its queries meet them in one product. The
-unconditional stream of guided rollouts has no prefix; what stands before the current image block is hidden from it.
+A group shares its prompt: the prefix's keys and values are stored once per prompt, and all queries of the group are
+multiplied with them in one product. The unconditional stream of guided rollouts has no prefix and does not see tokens
+before its current image block.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Place:
     def bias(self, unconditional: bool, q: Tensor) -> Tensor | None:
         """What is added to the scores of queries q [n, kv, W h/kv, d]: 0 or -inf [n, 1, W h/kv, length]; None: nothing.
 
-        Of the same shapes in every layer, so it is made once a pass and stream.
+        Of the same shapes in every layer, so it is made once per pass and stream.
         """
         hidden = self.outside if unconditional else self.hidden
         if hidden is not None and unconditional not in self._biases:
@@ -77,7 +78,7 @@ class Stream:
             self.prefix = [(keys[prompts], values[prompts]) for keys, values in self.prefix]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, at: Place) -> Tensor:
-        """Attention of W tokens a row: q [n W, kv, h/kv, d], k and v [n W, kv, d] -> [n W, kv, h/kv, d]."""
+        """Attention of W tokens per row: q [n W, kv, h/kv, d], k and v [n W, kv, d] -> [n W, kv, h/kv, d]."""
         at.write(self.keys[layer], k)
         at.write(self.values[layer], v)
         keys = self.keys[layer, :, :, : at.length]

@@ -1,4 +1,4 @@
-"""Draw the tokens of a window: hidden states to logits, truncation, one draw and its log-probability a position.
+"""Draw the tokens of a window: hidden states to logits, truncation, one draw and its log-probability per position.
 
 Only positions that have a choice meet the output layer. Image codes, most of a response, meet its image columns alone,
 and text only the conditional stream: it is never guided.

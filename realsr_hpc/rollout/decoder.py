@@ -3,7 +3,7 @@
 
 Megatron's own inference path calls the training modules token by token; this one reads the same parameters and does
 only what a decode step needs. Its equality with the training forward is a test, and `rollout/mismatch_kl` watches it
-in every run. Rows are prompts x rollouts, prompt by prompt and as many of each. A pass takes W tokens a row, each row
+in every run. Rows are prompts x rollouts, prompt by prompt and as many of each. A pass takes W tokens per row, each row
 from its own position on; tokens that the sampler does not keep are overwritten by the next pass.
 
 Classifier-free guidance adds a second stream of the same rows that sees only the current image block
@@ -166,7 +166,7 @@ class Decoder:
         first: Int[np.ndarray, " n"],
         starts: Int[Tensor, "n W"] | None = None,
     ) -> Turns:
-        """Feed W tokens a row from response position `first` on; hidden states [streams, n, W, H].
+        """Feed W tokens per row from response position `first` on; hidden states [streams, n, W, H].
 
         starts: with guidance, the first response position that each token of the unconditional stream sees.
         """

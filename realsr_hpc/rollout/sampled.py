@@ -54,7 +54,7 @@ class Record:
         mask_ids: Int[Tensor, " m"],
         forced: Bool[Tensor, " m"] | None,
     ) -> None:
-        """Final tokens, one a row and position; None: another pipeline stage knows it."""
+        """Final tokens, one per row and position; None: another pipeline stage knows it."""
         self.tokens[rows, positions] = tokens
         self.mask_ids[rows, positions] = mask_ids
         if logprobs is not None and forced is not None:
@@ -73,7 +73,7 @@ class Record:
         self.support[rows, positions] = packed
 
     def groups(self, prompts: Int[Tensor, "P L"], group_size: int) -> list[RolloutGroup]:
-        """One group a prompt, on the CPU, as long as its longest rollout."""
+        """One group per prompt, on the CPU, as long as its longest rollout."""
         stacked = (self.tokens, self.logprobs, self.mask_ids, self.forced)
         columns, lengths = [column.cpu() for column in stacked], self.lengths.cpu()
         groups = []

@@ -62,11 +62,11 @@ class Sampler:
         rollout_ids: Sequence[int],
         progress: Callable[[int], None] = lambda rollouts: None,
     ) -> list[RolloutGroup]:
-        """One group a prompt. Prompts are of equal length (one instruction, one LQ size).
+        """One group per prompt. Prompts are of equal length (one instruction, one LQ size).
 
         Args:
             prompts: token ids.
-            group_size: rollouts a prompt.
+            group_size: rollouts per prompt.
             rollout_ids: global number of every rollout [P * group_size]; with the seed it decides the draws.
             progress: told the number of rollouts finished so far.
         """

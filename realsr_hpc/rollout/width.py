@@ -1,4 +1,4 @@
-"""How many tokens a row each pass looks ahead: as recipes say, or what accepts most tokens a second.
+"""How many tokens per row each pass looks ahead: as recipes say, or what accepts most tokens per second.
 
 With `auto` the first passes try widths 1, 2, 4, ... while they pay; later passes take the best and now and then measure
 a neighbour again, as the cost of a pass grows with the cache and guesses are better in some images than in others. What
@@ -22,7 +22,7 @@ WORSE = 0.7
 
 @dataclass
 class _Seen:
-    """What one width brought: running mean of accepted tokens a row, and what a pass takes."""
+    """What one width brought: running mean of accepted tokens per row, and what a pass takes."""
 
     passes: int = 0
     accepted: float = 0.0
@@ -81,7 +81,7 @@ class Width:
         return widths[min(max(place, 0), len(widths) - 1)]
 
     def saw(self, rows: int, images: bool, width: int, accepted: float, seconds: float) -> None:
-        """A pass of this width kept `accepted` tokens a row."""
+        """A pass of this width kept `accepted` tokens per row."""
         if self.fixed is None:
             situation = self._situation(rows, images)
             situation.passes += 1

@@ -1,10 +1,15 @@
-"""Training sequences to the equal-shaped microbatches of a pipeline pass.
+"""Collate training sequences into the equal-shaped microbatches of a pipeline pass.
 
-A microbatch is a few rows of `row_tokens` tokens. A row holds one sequence, or several one after another (packing:
-attention stays inside a segment; rotary embeddings are relative, so positions need no reset), or one prompt and several
-of its responses (branches: what they have in common is computed once). What the loss needs travels beside the tokens in
-compact form, one entry a loss token. With classifier-free guidance each branched row has a twin, where a token sees its
-own image block alone: the unconditional stream, scored in the same pass.
+A microbatch has a few rows of `row_tokens` tokens. A row holds one of:
+
+    [sequence | padding]                               plain
+    [sequence | sequence | ... | padding]              packed: attention stays within a segment; rotary embeddings are
+                                                       relative, so positions need no reset
+    [prompt | response 0 | response 1 | ... | padding] branched: the prompt that the responses share is computed once
+
+The inputs of the loss travel beside the tokens in compact form, one entry per loss token. With classifier-free guidance
+each branched row has a twin in which a token sees only its own image block: the unconditional stream, scored in the
+same pass.
 """
 
 from __future__ import annotations

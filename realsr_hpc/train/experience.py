@@ -68,7 +68,7 @@ def rollout(
 ) -> list[ScoredGroup]:
     """A group of `group_size` rollouts of each image, with rewards and advantages; `seconds` gets the times of both.
 
-    The draws depend on the samples' ids (one an image) alone, not on the batch, the step or the rank.
+    The draws depend on the samples' ids (one per image) alone, not on the batch, the step or the rank.
     """
     ids = [sample * group_size + member for sample in sample_ids for member in range(group_size)]
     parts.policy.eval()

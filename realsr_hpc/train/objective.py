@@ -58,7 +58,7 @@ def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> No
     gate, drift = config.grpo.mismatch_kl_gate, first.get("rollout/mismatch_kl", 0.0)
     if gate is not None and not drift <= gate:
         raise RuntimeError(
-            f"step {step}: KL(rollout || policy) is {drift:.3g} nats a token, above grpo.mismatch_kl_gate={gate}: "
+            f"step {step}: KL(rollout || policy) is {drift:.3g} nats per token, above grpo.mismatch_kl_gate={gate}: "
             "sampler and scorer disagree; lower rollout precision, or raise the gate if this drift is known"
         )
     ratio = first.get("grpo/ratio/mean", 1.0)
@@ -70,7 +70,7 @@ def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> No
 
 
 def rounding(config: RunConfig) -> float:
-    """KL in nats a token that number formats alone can put between two scorings with the same weights."""
+    """KL in nats per token that number formats alone can put between two scorings with the same weights."""
     if config.precision.fp8 != "none":
         return 1e-2  # the reference's scales come from other batches
     return {"fp32": 1e-5, "bf16": 1e-3}[config.precision.params]

@@ -65,7 +65,7 @@ class ParityGate:
         return self._ask(step) if every and step and step % every == 0 else {}
 
     def difference(self) -> float:
-        """Mean |log-prob(FP8) - log-prob(bf16)| in nats a token, the same on every rank; inf if one is not finite."""
+        """Mean |log-prob(FP8) - log-prob(bf16)| in nats per token, the same on every rank; inf if one is not finite."""
         fp8 = self._logprobs()
         with without_fp8(self.parts.policy):
             bf16 = self._logprobs()
@@ -79,7 +79,7 @@ class ParityGate:
         metrics = {"fp8/logprob_difference/mean": difference, "fp8/on/step": 1.0}
         if difference <= limit:
             return metrics
-        found = f"step {step}: FP8 moves log-probabilities by {difference:.3g} nats a token"
+        found = f"step {step}: FP8 moves log-probabilities by {difference:.3g} nats per token"
         if self.precision.fp8_gate_action == "stop":
             raise RuntimeError(
                 f"{found}, above precision.fp8_gate_logprob={limit}: set precision.fp8=none (or another recipe of "

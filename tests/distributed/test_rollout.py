@@ -133,7 +133,7 @@ BUDGETS = [("plain", 1, 1), ("plain", 400, 2), ("truncated", 1, 1), ("truncated"
 
 @pytest.mark.parametrize(("case", "microbatch_tokens", "rollouts_a_row"), BUDGETS, indirect=["case"])
 def test_sharing_prompts_and_microbatches_change_nothing(case, microbatch_tokens, rollouts_a_row):
-    """Compared with four rollouts a row, or two of the guided ones."""
+    """Compared with four rollouts per row, or two of the guided ones."""
     results = check(case, {}, 1, microbatch_tokens=microbatch_tokens)
     assert results[0]["rollouts_a_row"] == rollouts_a_row
 

@@ -66,7 +66,7 @@ def train(overrides: list[str], run_dir: Path, stop_after: int | None) -> tuple[
     run_dir.mkdir(exist_ok=True)
     code = loop.main(config, run_dir, lambda: next(boundaries) == stop_after)
     steps = metrics_by_step(run_dir)
-    # How many tokens a pass checks changes the rounding of the sampler's own log-probabilities, nothing they decide.
+    # How many tokens per pass checks changes the rounding of the sampler's own log-probabilities, nothing they decide.
     timed = ("time/", "rollout/tokens_per_", "rollout/passes", "rollout/mismatch", "system/")
     return code, {s: {k: v for k, v in m.items() if not k.startswith(timed)} for s, m in steps.items()}
 

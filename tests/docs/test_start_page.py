@@ -121,7 +121,7 @@ def meta_tree(folder: Path, config: RunConfig) -> None:
 
 
 def hugging_face(folder: Path, config: RunConfig, vocab: int, **inside: torch.Tensor) -> dict[str, torch.Tensor]:
-    """config.json as Lumina-mGPT's, tokenizer.json, and tensors with one q and one k norm a layer."""
+    """config.json as Lumina-mGPT's, tokenizer.json, and tensors with one q and one k norm per layer."""
     folder.mkdir(parents=True)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "vocab_size": vocab}
     settings = {"model_type": "chameleon", "num_attention_heads": HEADS, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}

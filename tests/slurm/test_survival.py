@@ -104,7 +104,7 @@ def start_s(run_dir: Path) -> int:
 
 
 def everything_arrived_once(run_dir: Path, expected: dict[int, dict[str, float]]) -> None:
-    """MLflow's history of every metric: the undisturbed run's values, one a step; its status: finished."""
+    """MLflow's history of every metric: the undisturbed run's values, one per step; its status: finished."""
     bookmark = read_bookmark(run_dir)
     mlflow = connect(bookmark["uri"])
     run = mlflow.get_run(bookmark["run_id"])

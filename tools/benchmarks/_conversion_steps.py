@@ -38,7 +38,7 @@ def parameters(shape: list[str]) -> int:
 
 
 def make_source(folder: Path, shape: list[str], shard_bytes: int) -> None:
-    """A Hugging Face folder as Lumina-mGPT's: one q and one k norm a layer, no num_key_value_heads, no image tokenizer.
+    """A Hugging Face folder as Lumina-mGPT's: one q and one k norm per layer, no num_key_value_heads, no VQ weights.
 
     Random weights are drawn shard by shard. The image tokenizer and a small text vocabulary lie beside it.
     """

@@ -235,7 +235,7 @@ def training(size: Size, fp8: bool) -> list[Figure]:
 
 
 def decoding(size: Size) -> list[Figure]:
-    """Steps of one token a rollout, logits included, against the bytes that each must read."""
+    """Steps of one token per rollout, logits included, against the bytes that each must read."""
     config = recipe(size, size.decode_layers)
     policy = policy_of(config, size, trainable=False)
     reached, figures = bandwidth_gb_s(size), []

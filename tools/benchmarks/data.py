@@ -1,4 +1,4 @@
-"""Degraded images a second, on one core: ours in DALI, OpenCV and NumPy, PyTorch after BasicSR, a DataLoader.
+"""Degraded images per second, on one core: ours in DALI, OpenCV and NumPy, PyTorch after BasicSR, a DataLoader.
 
     python tools/bench.py data [side=512] [images=16] [rounds=5] [loader=32] [gpu=0]
 
@@ -73,7 +73,7 @@ def degradation_alone(side: int, count: int, rounds: int, gpu: bool) -> None:
         rows.append([name, f"{1000 * each:.1f}", f"{1 / each:.1f}", f"{timing.median_cpu_s / base:.2f}", f"{away:.2f}"])
     if gpu:
         rows.append(_on_gpu(samples, side, count, rounds, base))
-    columns = ("degradation", "CPU ms an image", "images/s a core", "time / ours", "mean difference of 255")
+    columns = ("degradation", "CPU ms per image", "images/s per core", "time / ours", "mean difference of 255")
     show(f"Degradation alone, {count} crops of {side} px", columns, rows)
 
 
@@ -132,7 +132,8 @@ def files_to_batches(side: int, count: int, rounds: int) -> None:
         [name, f"{1000 * value:.1f}", f"{1 / value:.1f}", f"{value / each['ours (LQLoader)']:.2f}"]
         for name, value in each.items()
     ]
-    show(f"Files to batches of {BATCH}, {side} px", ("way", "CPU ms an image", "images/s a core", "time / ours"), rows)
+    columns = ("way", "CPU ms per image", "images/s per core", "time / ours")
+    show(f"Files to batches of {BATCH}, {side} px", columns, rows)
 
 
 def _usual_loader(config: RunConfig, count: int) -> DataLoader:

@@ -1,4 +1,4 @@
-"""Look-ahead: tokens a pass and tokens a second at several widths, on held-out pictures, one core.
+"""Look-ahead: tokens per pass and tokens per second at several widths, on held-out pictures, one core.
 
     python tools/bench.py lookahead [prompts=2] [group=8] [tokens=520] [rounds=1] [section.field=value]
 

@@ -1,4 +1,4 @@
-"""Rollouts: tokens a second of our sampler and of transformers' generate, same weights, same batch, one core.
+"""Rollouts: tokens per second of our sampler and of transformers' generate, same weights, same batch, one core.
 
     python tools/bench.py rollout [group=8] [prompts=2] [prompt_tokens=0] [tokens=400] [rounds=3] [section.field=value]
 

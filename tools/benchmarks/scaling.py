@@ -1,8 +1,8 @@
-"""How rollouts scale: tokens a second over group size 1..32 and over sequences of 256..4096 tokens, as a plot.
+"""How rollouts scale: tokens per second over group size 1..32 and over sequences of 256..4096 tokens, as a plot.
 
     python tools/bench.py scaling [tokens=64] [rounds=2] [section.field=value ...]
 
-Ours and transformers' generate sample `tokens` tokens a rollout from the same weights on one core; the rest of a
+Ours and transformers' generate sample `tokens` tokens per rollout from the same weights on one core; the rest of a
 sequence is prompt. Group sizes are measured behind the recipe's own prompt, lengths at group 8. Writes
 docs/pictures/rollout_scaling.png.
 """

@@ -123,7 +123,7 @@ def test_the_report_holds_every_run_and_group(store, tmp_path):
     assert [float(row["rewards/total/mean"]) for row in rows] == [0.9, 0.8, 0.4, 0.3]
     text = (tmp_path / "out/comparison.md").read_text()
     assert "Best by rewards/total/mean (higher is better): kl_beta=0.0, 0.85 [" in text
-    assert "| grpo.kl_beta | 0.0 | 0.04 |" in text and "| process-hours a run | 1.5 [" in text
+    assert "| grpo.kl_beta | 0.0 | 0.04 |" in text and "| process-hours per run | 1.5 [" in text
     with Image.open(tmp_path / "out/grid.png") as grid:
         assert grid.width > 4 * 128  # input, two groups, truth
     page = (tmp_path / "out/comparison.html").read_text()

@@ -39,7 +39,7 @@ def test_a_report_of_several_draws_restores_each_image_anew(tmp_path) -> None:
     values = report.values_of_draws("ours", "psnr_y")
     assert (np.diff(values, axis=1) < -5).all()  # twice the error is 6 dB
     np.testing.assert_array_equal(report.values("ours", "psnr_y"), values[:, 0])
-    assert "ours, 3 draws an image" in (text := report.markdown()) and "bicubic, 3 draws" not in text
+    assert "ours, 3 draws per image" in (text := report.markdown()) and "bicubic, 3 draws" not in text
     again = evaluation.read(tmp_path / "out")
     assert [len(image.methods["ours"].further_draws) for image in again.images] == [2, 2]
 

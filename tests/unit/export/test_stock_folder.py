@@ -86,7 +86,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def share_head_norms(source: Path, model: Any) -> None:
-    """One q and one k norm a layer, kept as [1, head_dim]: how Lumina's weights are."""
+    """One q and one k norm per layer, kept as [1, head_dim]: how Lumina's weights are."""
     for name, parameter in model.named_parameters():
         if any(norm in name for norm in HEAD_NORMS):
             parameter.data.copy_(parameter[:1].expand_as(parameter).clone())
@@ -119,7 +119,7 @@ def our_logits(recipe: list[str], start: Path, layout: dict[str, Any]) -> np.nda
     return outputs[0]["logits"].numpy() if outputs else np.empty((*TOKENS.shape, 0), np.float32)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["a norm a head", "one norm for all heads"])
+@pytest.mark.parametrize("shared", [False, True], ids=["a norm per head", "one norm for all heads"])
 def test_a_stock_folder_computes_the_same_on_any_layout_and_keeps_every_bit(
     stock: Any, shared: bool, tmp_path: Path
 ) -> None:

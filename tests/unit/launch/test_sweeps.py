@@ -51,7 +51,7 @@ def test_optuna_learns_from_finished_runs_and_proposes_missing_ones_again(tmp_pa
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, capsys):
     assert main(["recipe=grpo_7b", f"output_root={tmp_path / 'runs'}", "cluster.gpu_memory_gib=8"]) == 2
     shown = capsys.readouterr().out
-    assert "cluster.gpu_memory_gib: 8" in shown and "GiB a GPU" in shown
+    assert "cluster.gpu_memory_gib: 8" in shown and "GiB per GPU" in shown
     assert not (tmp_path / "runs").exists()
 
 

@@ -47,7 +47,7 @@ def test_optimizer_options_cost_what_they_hold():
     one = plan(compose(["recipe=grpo_7b"]))
     assert plain.dp == 2 * one.dp
     assert plain.memory_gib["optimizer"] == pytest.approx(one.memory_gib["optimizer"] / 2)
-    # bytes a parameter beside the 2 of its weight, over two data-parallel ranks
+    # bytes per parameter beside the 2 of its weight, over two data-parallel ranks
     assert plain.memory_gib["optimizer"] == pytest.approx(12 / 2 / 2 * weights)
     assert lean.memory_gib["optimizer"] == pytest.approx(6 / 2 / 2 * weights)
     assert offloaded.memory_gib["optimizer"] == pytest.approx(4 / 2 / 2 * weights)
