@@ -5,8 +5,8 @@ A row of logits becomes a distribution in this order: guidance, mask of the gram
 top-k, top-p), temperature, softmax. `restricted` is the one place that masks and tempers; the sampler here and the
 scorer in `logprobs.py` both call it, so that the two cannot drift apart.
 
-Left out: how a mask is chosen (vlcot/grammar.py), and the key-value cache (rollout/). Truncation needs the whole
-vocabulary of a row; the scorer never truncates, it is handed the survivors bit-packed.
+Elsewhere: how a mask is chosen (vlcot/grammar.py) and the key-value cache (rollout/). Truncation needs a row's whole
+vocabulary, so only the sampler truncates; the scorer receives the surviving tokens bit-packed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Truncation:
     top_p: float = 1.0
     """Smallest set of the most probable tokens whose tempered probability reaches this; 1: all."""
     adaptive: bool = False
-    """k from the entropy, see `adaptive_top_k`; takes the place of `top_k`."""
+    """Choose k from the entropy (see `adaptive_top_k`) instead of `top_k`."""
 
     @property
     def active(self) -> bool:
@@ -40,7 +40,7 @@ class Truncation:
         return self.adaptive or self.top_k > 0 or self.top_p < 1.0
 
     def candidates(self, vocabulary_size: int) -> int:
-        """Upper bound of the survivors of one row, known without looking at the logits."""
+        """Upper bound on the survivors of one row, independent of the logits."""
         bound = ADAPTIVE_LIMIT if self.adaptive else self.top_k
         return min(bound, vocabulary_size) if bound else vocabulary_size
 
@@ -48,7 +48,7 @@ class Truncation:
 def project(hidden: Float[Tensor, "n H"], output_weight: Float[Tensor, "V H"]) -> Float[Tensor, "n V"]:
     """Logits of the output layer: the product in the inputs' format, then at least float32.
 
-    Sampler and scorer both come through here: in bf16 the product is rounded the same way on both sides.
+    Sampler and scorer both call this, so in bf16 the product is rounded the same way on both sides.
     """
     logits = hidden @ output_weight.t()
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
@@ -57,7 +57,7 @@ def project(hidden: Float[Tensor, "n H"], output_weight: Float[Tensor, "V H"]) -
 def guided(
     conditional: Float[Tensor, "n V"], unconditional: Float[Tensor, "n V"], scale: float | Float[Tensor, " n"]
 ) -> Float[Tensor, "n V"]:
-    """Classifier-free guidance u + s (c - u) (RealSR-R1); exactly the conditional logits where s = 1."""
+    """Classifier-free guidance u + s (c - u) (RealSR-R1); exactly the conditional logits if s = 1."""
     weight = torch.as_tensor(scale, dtype=conditional.dtype, device=conditional.device)
     return torch.lerp(unconditional, conditional, weight[:, None] if weight.ndim else weight)
 
@@ -72,7 +72,7 @@ def restricted(
 ) -> Float[Tensor, "n V"]:
     """logits / T where allowed and surviving, -inf elsewhere. The only definition of masking and tempering.
 
-    allowed: a mask, or its `penalty_of`, which is faster. overwrite: the result takes the memory of `logits`.
+    allowed: a mask, or its `penalty_of`, which is faster. overwrite: write the result into the memory of `logits`.
     """
     divisor = temperature[:, None].to(logits.dtype)
     values = logits.div_(divisor) if overwrite else logits / divisor
@@ -81,7 +81,7 @@ def restricted(
 
 
 def penalty_of(allowed: Bool[Tensor, "n V"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "n V"]:
-    """0 where allowed, -inf elsewhere: a CPU adds this in a fifth of the time that filling by a mask takes."""
+    """0 where allowed, -inf elsewhere: on a CPU, adding this takes a fifth of the time of filling by a mask."""
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
 
@@ -134,11 +134,12 @@ def sample(
     *,
     first: int = 0,
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """One token per row and its log-probability under the behaviour distribution (exactly 0 where one is left).
+    """One token per row and its log-probability under the behaviour distribution (exactly 0 if only one is allowed).
 
-    The token with the largest sum of logit and Gumbel noise, which is a draw from softmax (Gumbel 1954; Maddison et al.
-    2014). The noise belongs to the row's key and the token (`draws.py`), whatever the row is batched with. Logits are
-    the guided ones of the tokens [first, first + V); every allowed token must be among them.
+    Takes the token with the largest sum of logit and Gumbel noise, which is a draw from the softmax (Gumbel 1954;
+    Maddison et al. 2014). The noise is a function of the row's key and the token (`draws.py`), so it does not depend on
+    what the row is batched with. Logits are guided and cover the tokens [first, first + V), which must include every
+    allowed token.
     """
     values = restricted(logits, allowed, temperature, support)
     columns = (values + gumbel(keys, first, first + values.shape[-1])).argmax(-1)
@@ -154,7 +155,7 @@ def pack_support(support: Bool[Tensor, "n V"]) -> UInt8[Tensor, "n K"]:
 
 
 def unpack_support(packed: UInt8[Tensor, "n K"], start: int, stop: int) -> Bool[Tensor, "n width"]:
-    """Survivors of the vocabulary range [start, stop), width = stop - start; it need not lie on bytes."""
+    """Survivors of the vocabulary range [start, stop), width = stop - start; it need not be byte-aligned."""
     if not 0 <= start <= stop <= 8 * packed.shape[-1]:
         raise ValueError(
             f"support range [{start}, {stop}) does not fit {packed.shape[-1]} packed bytes; "

@@ -1,16 +1,16 @@
 # pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Log-probabilities of given tokens under the behaviour distribution, over vocabulary shards, chunk by chunk.
 
-The loss of GRPO needs one number per token, and Megatron's way to it holds [tokens, vocabulary] in float32. Here the
-forward pass keeps three numbers per token and the backward pass computes the logits of one chunk again: peak memory is
+GRPO's loss needs one number per token, but Megatron's cross-entropy holds [tokens, vocabulary] in float32. Here the
+forward pass keeps three numbers per token and the backward pass recomputes the logits chunk by chunk: peak memory is
 chunk_tokens x vocabulary shard, whatever the number of tokens.
 
 Supervised fine-tuning is the same function with a mask table whose single row is all True and temperature 1; its z-loss
 is the square of `logsumexp`, that of the logits before mask and temperature.
 
 Under tensor parallelism the vocabulary is split over `tp_group` in rank order. Every rank must hold the same targets
-and receive the same gradient of the result; the gradient of `hidden` that comes back is this shard's part, to be summed
-over the group by the model, and that of the weight is local.
+and receive the same gradient of the result. The returned gradient of `hidden` is this shard's part, which the model sums
+over the group; the gradient of the weight is local.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Inputs(NamedTuple):
         return guided(logits, project(self.unconditional[rows], self.weight), self.cfg_scale[rows])
 
     def masks(self, first_id: int, dtype: torch.dtype) -> Tensor:
-        """What is allowed on this shard, [M, V/tp]; where there is one mask, as the penalty that is faster to add."""
+        """What is allowed on this shard, [M, V/tp]; a single mask is returned as a penalty, which is faster to add."""
         allowed = self.mask_table[:, first_id : first_id + len(self.weight)]
         return penalty_of(allowed, dtype) if len(allowed) == 1 else allowed
 
@@ -186,7 +186,7 @@ class _Score(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total += grad_logits^T hidden; in place where the formats agree, so that no second [V/tp, H] is made."""
+    """total += grad_logits^T hidden; in place if the dtypes agree, so that no second [V/tp, H] is allocated."""
     if total is None:
         return
     if total.dtype == hidden.dtype:
@@ -254,10 +254,10 @@ def behaviour_scores(
     with_entropy: bool = False,
     with_logsumexp: bool = False,
 ) -> TokenScores:
-    """Log-probability, and where asked entropy and logsumexp, of each target; gradients to hidden states and weight.
+    """Log-probability (and on request entropy and logsumexp) of each target; differentiable in hidden states and weight.
 
-    `hidden` is what enters the output layer, whole on every rank of `tp_group`; `output_weight` its vocabulary shard.
-    A target that its mask or support excludes has log-probability -inf. float32 or better inside, whatever comes in.
+    `hidden` is the output layer's input, whole on every rank of `tp_group`; `output_weight` is its vocabulary shard. A
+    target that its mask or support excludes has log-probability -inf. Computes in float32 or better for any input.
     """
     parts = 1 if tp_group is None else dist.get_world_size(tp_group)
     rank = 0 if tp_group is None else dist.get_rank(tp_group)

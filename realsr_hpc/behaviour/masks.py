@@ -1,8 +1,8 @@
 # pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-"""What the grammar allows, as tensors on the device: the sampler and the loss's scorer read the same table.
+"""The grammar's masks as tensors on the device: the sampler and the loss's scorer read the same table.
 
-The rules of the masks are the grammar's (vlcot/grammar.py). Here they meet the recipe's temperatures and guidance,
-which depend on the mask alone, and the vocabulary as the model holds it, padded.
+The grammar (vlcot/grammar.py) defines the masks. This table adds the recipe's temperature and guidance of each mask and
+pads the vocabulary to the size that the model holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from realsr_hpc.vlcot.grammar import Grammar
 
 
 class MaskTable:
-    """A grammar's M masks over V tokens (`padded_vocab_size`), with what depends on the mask alone.
+    """A grammar's M masks over V tokens (`padded_vocab_size`), with the sampling options of each mask.
 
     Example: `table.allowed[mask_ids]` are the tokens [n, V] that may stand at n positions, drawn at the temperatures
     `table.temperature[mask_ids]` [n].

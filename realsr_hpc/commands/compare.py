@@ -1,8 +1,8 @@
 """Compare runs from MLflow: `realsr-hpc compare sweep=NAME` or `runs=a,b` [metric=KEY] [output=DIR].
 
 Runs that differ in their seed alone become one row with an interval. Written to output= (default ROOT/compare/NAME):
-comparison.md and .html (tables, cost, differing recipe keys, pictures), comparison.csv (one line a run), curves.png, and
-grid.png: the same inputs restored by each, from the runs' evaluations or the held-out rollouts that training kept.
+comparison.md and .html (tables, cost, differing recipe keys, pictures), comparison.csv (one line per run), curves.png,
+and grid.png: the same inputs restored by each run, from its evaluation or from the held-out rollouts that training kept.
 Options: root=DIR (output root, default runs/), uri=MLFLOW_URI, experiment=NAME.
 """
 

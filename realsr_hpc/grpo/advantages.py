@@ -1,4 +1,4 @@
-"""Group-relative advantages. The last dim is the group, the ones before are prompts; nothing crosses groups.
+"""Group-relative advantages. The last dim is the group, the dims before it are prompts; groups never mix.
 
 Computed in float64 and returned in the dtype of the rewards, so that a group of equal rewards gives exactly 0.
 """
@@ -54,10 +54,10 @@ def mixed_advantages(
 ) -> Float[Tensor, "*prompts G"]:
     """Advantage of several rewards.
 
-    normalise_each: the weighted sum of each reward's own group advantages, so that none drowns the others by its scale
+    normalise_each: the weighted sum of each reward's own group advantages, so that no reward dominates by its scale
     (GDPO, arXiv 2601.05242, without its last normalisation over the batch, which would make a rollout's advantage
-    depend on other prompts). Otherwise: the group advantage of the weighted sum, as GRPO has it. Raises ValueError
-    where the names differ.
+    depend on other prompts). Otherwise: the group advantage of the weighted sum, as in GRPO. Raises ValueError if
+    rewards and weights have different names.
     """
     if not breakdown or set(breakdown) != set(weights):
         raise ValueError(
@@ -90,9 +90,9 @@ def configured_advantages(
 def contributions(
     breakdown: Mapping[str, Float[Tensor, "*prompts G"]], weights: Mapping[str, float], config: GRPOConfig
 ) -> dict[str, Float[Tensor, "*prompts G"]]:
-    """What each reward adds to `configured_advantages`, float64; their sum is the advantage, but for rounding.
+    """What each reward contributes to `configured_advantages`, float64; up to rounding, they sum to the advantage.
 
-    Without normalise_each_reward the divisor is that of the whole: a reward's own part of the centred sum.
+    Without normalise_each_reward all rewards share one divisor, that of the weighted sum.
     """
     exact = {name: weights[name] * values.double() for name, values in breakdown.items()}
     if config.normalise_each_reward:
@@ -111,9 +111,9 @@ def contributions(
 
 
 def zero_variance(values: Float[Tensor, "*prompts G"], tolerance: float = 1e-6) -> Bool[Tensor, "*prompts"]:
-    """Groups that teach nothing: largest and smallest value differ by no more than the tolerance.
+    """Groups without a learning signal: their largest and smallest values differ by no more than the tolerance.
 
-    Of rewards, as DAPO's dynamic sampling asks (arXiv 2503.14476, eq. 11), or of mixed advantages, where terms may
-    cancel in the sum but not one by one.
+    The values are rewards, as in DAPO's dynamic sampling (arXiv 2503.14476, eq. 11), or mixed advantages, which differ
+    from the summed rewards when terms cancel in the sum but not individually.
     """
     return values.amax(-1) - values.amin(-1) <= tolerance

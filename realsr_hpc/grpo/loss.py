@@ -1,13 +1,13 @@
-"""The policy loss: one microbatch's part of a mean over the whole update.
+"""The policy loss: one microbatch's share of a mean over the whole update.
 
-Counts of the whole update come as arguments, so loss and gradient are plain sums over microbatches and ranks: any split
-of the rollouts gives the same. A rollout is never split.
+Token and rollout counts of the whole update are arguments, so loss and gradient are plain sums over microbatches and
+ranks: every way of splitting the rollouts gives the same result. A single rollout is never split.
 
 Three policies meet here. The *policy* is being trained; the *old* policy is the same at the start of the step (ratio
 and clipping are against it); the *rollout* log-probabilities are what the sampler reported for the old policy, and
 differ from it by numerics only. The reference is frozen. All are log-probabilities of the same behaviour distribution.
 
-Left out: critics, learned rewards, losses over tokens that the grammar forced.
+Not implemented: critics, learned rewards, losses over tokens that the grammar forced.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GlobalCounts:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A microbatch's contribution: sum over microbatches and ranks for the update's value."""
+    """A microbatch's contribution; the update's value is the sum over microbatches and ranks."""
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Float[Tensor, ""]]
@@ -47,7 +47,7 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How far the trainer's log-probabilities stand from the sampler's; sums, to be reduced over ranks."""
+    """How far the trainer's log-probabilities are from the sampler's; sums, to be reduced over ranks."""
 
     num_tokens: Float[Tensor, ""]
     abs_sum: Float[Tensor, ""]
@@ -126,10 +126,10 @@ def _surrogate(
 def importance_ratio(
     log_ratio: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], importance: str
 ) -> tuple[Float[Tensor, "N T"], Bool[Tensor, "N T"]]:
-    """exp(policy - old), one per token, or GSPO's one per rollout, (pi / pi_old)^(1/|y|), repeated over its tokens.
+    """exp(policy - old) per token, or GSPO's ratio per rollout, (pi / pi_old)^(1/|y|), repeated over its tokens.
 
-    GSPO: arXiv 2507.18071, eq. 7. With aggregation "sequence" the loss is then exactly its eq. 5. Second: where the
-    exponent was clamped; there the gradient is 0.
+    GSPO: arXiv 2507.18071, eq. 7. With aggregation "sequence" the loss is then exactly its eq. 5. The second result
+    marks where the exponent was clamped; the gradient is 0 there.
     """
     if importance == "sequence":
         length = mask.sum(-1, keepdim=True).clamp_min(1)
@@ -140,10 +140,10 @@ def importance_ratio(
 def clipped_objective(
     ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N 1"], config: GRPOConfig
 ) -> tuple[Float[Tensor, "N T"], Bool[Tensor, "N T"]]:
-    """min(r A, clip(r, 1 - low, 1 + high) A), and where clipping took the gradient away.
+    """min(r A, clip(r, 1 - low, 1 + high) A), and where clipping removed the gradient.
 
-    One epsilon on both sides: PPO, GRPO. high > low: DAPO's clip-higher (arXiv 2503.14476, eq. 10). None: that side is
-    free. dual_clip c: for A < 0 not below c A (arXiv 1912.09729, eq. 5).
+    low = high: PPO, GRPO. high > low: DAPO's clip-higher (arXiv 2503.14476, eq. 10). None: no clipping on that side.
+    dual_clip c: for A < 0 the objective is at least c A (arXiv 1912.09729, eq. 5).
     """
     free = ratio * advantage
     objective = free
@@ -163,11 +163,12 @@ def mismatch_weight(
     cap: float | None = None,
     bounds: tuple[float, float] | None = None,
 ) -> Float[Tensor, "N T"]:
-    """What corrects for a sampler that computes other numbers than the trainer; k = pi_old / pi_rollout, no gradient.
+    """Weight that corrects for numerical differences between sampler and trainer; k = pi_old / pi_rollout, no gradient.
 
     cap: truncated importance sampling, min(k, cap) (Yao et al. 2025, "Your efficient RL framework secretly brings you
-    off-policy RL training"). bounds: a token whose k lies outside [low, high] teaches nothing; with a cap from `high`
-    up this is IcePop's k inside and 0 outside (Ling team 2025, arXiv 2510.18855). A masked token still counts.
+    off-policy RL training"). bounds: a token whose k is outside [low, high] gets weight 0; with a cap of at least
+    `high` this is IcePop, k inside and 0 outside (Ling team 2025, arXiv 2510.18855). A masked token still counts in the
+    denominator.
     """
     k = (old_logprobs - rollout_logprobs).detach().exp()
     weight = torch.ones_like(k) if cap is None else k.clamp_max(cap)
@@ -200,7 +201,7 @@ def _k3(difference: Tensor) -> Tensor:
 def aggregate(
     values: Float[Tensor, "N T"], mask: Bool[Tensor, "N T"], counts: GlobalCounts, aggregation: str
 ) -> Float[Tensor, ""]:
-    """This microbatch's part of the mean over the update.
+    """This microbatch's share of the mean over the update.
 
     token: over all its tokens, DAPO (arXiv 2503.14476, eq. 8, with the update in place of one group). sequence: over
     rollouts of the mean over their tokens, GRPO (arXiv 2402.03300, eq. 3). dr_grpo: sum over tokens, divided by
@@ -219,7 +220,7 @@ def mismatch(
     policy_logprobs: Float[Tensor, "*shape"],
     mask: Bool[Tensor, "*shape"],
 ) -> Mismatch:
-    """Sampler against trainer on the same tokens and weights; KL(rollout || policy) by k3, never clamped."""
+    """Compare sampler and trainer on the same tokens and weights; KL(rollout || policy) by k3, never clamped."""
     rollout = _masked(rollout_logprobs, mask).detach()
     policy = _masked(policy_logprobs, mask).detach()
     difference = (policy - rollout).abs()

@@ -61,7 +61,7 @@ def collate(
 
     Args:
         sequences: may be none.
-        parallel: a microbatch holds at most its `microbatch_tokens`, padding included; a longer row stands alone.
+        parallel: a microbatch holds at most `microbatch_tokens`, padding included; a longer row is alone in its own.
         packing: fill rows with several sequences instead of padding.
         pad: token id of padding.
         device: where the tensors go.

@@ -1,4 +1,4 @@
-"""Rollouts with rewards and advantages: of the next images to learn from, and of the fixed held-out images."""
+"""Rollouts with rewards and advantages, of the next training images and of the fixed held-out images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from realsr_hpc.train.updates import teaches_nothing
 
 
 class BatchSource(Protocol):
-    """Where a step takes its images from: `data.loader.LQLoader`."""
+    """Source of a step's images: `data.loader.LQLoader`."""
 
     def next(self) -> LQBatch:
         """The next images of this rank; every call gives as many."""
@@ -27,8 +27,8 @@ class BatchSource(Protocol):
 def collect(parts: GRPOParts, source: BatchSource, seconds: dict[str, float] | None = None) -> list[ScoredGroup]:
     """This rank's groups of one step; with `zero_variance=resample`, groups that teach nothing are replaced.
 
-    Every rank takes the same number of rounds, so that their sources stay side by side. `seconds` gets the times of
-    rollouts and of rewards.
+    Every rank takes the same number of rounds, so that the ranks' loaders stay in step. The times of rollouts and rewards
+    are added to `seconds`.
     """
     grpo, seconds = parts.config.grpo, {} if seconds is None else seconds
     batch, groups = _next_groups(parts, source, seconds)
@@ -66,9 +66,9 @@ def held_out(parts: GRPOParts, batch: LQBatch, step: int) -> StepReport:
 def rollout(
     parts: GRPOParts, batch: LQBatch, group_size: int, sample_ids: Sequence[int], seconds: dict[str, float]
 ) -> list[ScoredGroup]:
-    """A group of `group_size` rollouts of each image, with rewards and advantages; `seconds` gets the times of both.
+    """A group of `group_size` rollouts of each image, with rewards and advantages; adds the times to `seconds`.
 
-    The draws depend on the samples' ids (one per image) alone, not on the batch, the step or the rank.
+    The draws depend only on the samples' ids (one per image), not on the batch, the step or the rank.
     """
     ids = [sample * group_size + member for sample in sample_ids for member in range(group_size)]
     parts.policy.eval()

@@ -60,7 +60,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
 
 
 def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
-    """One step, counted from 1: rollouts of the source's next images, and the updates on them."""
+    """Step `number`, counted from 1: sample rollouts of the source's next images and update the policy on them."""
     seconds: dict[str, float] = {}
     parts.rewards.at_step(number)
     groups = collect(parts, source, seconds)
@@ -69,7 +69,7 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
 
 
 def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds: dict[str, float]) -> dict[str, float]:
-    """The step's updates on this rank's scored groups, and what they report; a replay calls the same."""
+    """Update the policy on this rank's scored groups; returns the step's report. Replays call this, too."""
     metrics: dict[str, float] = {}
     batches = grpo_batches(parts, groups, parts.sampler.masks)
     collated = [parts.group_microbatches(batch.groups) for batch in batches]

@@ -1,6 +1,6 @@
-"""A few groups of rollouts kept for people to look at (`artifacts.rollouts`): images, words and rewards.
+"""Saves a few groups of rollouts for people to look at (`artifacts.rollouts`): images, words and rewards.
 
-A step done again after a resume replaces its folder's files.
+A step that is repeated after a resume overwrites its files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def keep_rollouts(run: TrainingRun, kind: Literal["train", "heldout"], report: S
         return
     groups = report.groups[: tracking.rollouts_groups]
     traces = [trace for group in groups for trace in group.traces]
-    # the final images were decoded for the rewards; the earlier ones nobody has needed yet
+    # the final images were decoded for the rewards; the rough and middle ones have not been needed so far
     rough, middle = (tokens.decode([trace.images[number] for trace in traces]) for number in range(2))
     final = [image for group in groups for image in group.images]
     pictures = iter(zip(rough, middle, final, strict=True))

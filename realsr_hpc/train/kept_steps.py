@@ -1,10 +1,10 @@
-"""Steps that are kept whole, to be computed again: `RUN_DIR/replay/step-N/`. This module owns the format.
+"""Saves whole steps so that they can be replayed: `RUN_DIR/replay/step-N/`. This module owns the format.
 
     step.json                 step, the layout it was computed on, metrics of its updates as they were reported
     dp-0.safetensors, ...     the groups of one data-parallel rank: `0.prompt`, `0.tokens`, `0.rewards.NAME`, ... of its
                               first group; the file's metadata hold weights and image names
 
-A step done again after a resume replaces its files. A disk that is full costs the kept step, never the run.
+A step that is repeated after a resume overwrites its files. A full disk loses the saved step but never stops the run.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class KeptStep:
-    """One step as it was."""
+    """One saved step."""
 
     number: int
     metrics: dict[str, float]
-    """All that the step reported."""
+    """All metrics that the step reported."""
     ranks: tuple[tuple[ScoredGroup, ...], ...]
     """Groups of each data-parallel rank; without their traces and decoded images."""
     parallel: ParallelConfig | None
-    """What it was computed on, which a resume since then may have changed; None: a step of an earlier version."""
+    """The layout it was computed on, which a later resume may have changed; None: saved by an earlier version."""
 
     def share(self, dp_rank: int, dp_size: int) -> list[ScoredGroup]:
-        """Groups of one data-parallel rank: its own on the layout they were kept on, else an equal part of all."""
+        """Groups of one data-parallel rank: its own on the original layout, otherwise an equal share of all."""
         if dp_size == len(self.ranks):
             return list(self.ranks[dp_rank])
         groups = [group for rank in self.ranks for group in rank]
@@ -64,7 +64,7 @@ class _Stored:
 
 
 def keep_step(run: TrainingRun, report: StepReport) -> None:
-    """Save the step that was just done, where `tracking.replay_every_steps` wants it."""
+    """Save the step that was just done if `tracking.replay_every_steps` asks for it."""
     every, groups = run.config.tracking.replay_every_steps, run.parts.groups
     if not every or report.step % every or groups.tp_rank or groups.pp_rank:
         return
@@ -75,7 +75,7 @@ def keep_step(run: TrainingRun, report: StepReport) -> None:
 
 
 def write_step(folder: Path, report: StepReport, groups: ProcessGroups, parallel: ParallelConfig) -> None:
-    """This data-parallel rank's groups, and on the main rank what was reported."""
+    """Write this data-parallel rank's groups, and on the main rank the report."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     facts = []
@@ -91,7 +91,7 @@ def write_step(folder: Path, report: StepReport, groups: ProcessGroups, parallel
 
 
 def read_step(folder: Path) -> KeptStep:
-    """A kept step. ValueError where it is not whole, or of another format."""
+    """Read a saved step. ValueError if it is incomplete or of another format."""
     try:
         content = parse_json((folder / "step.json").read_bytes(), _Stored)
         if content.format != FORMAT:

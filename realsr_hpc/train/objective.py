@@ -1,4 +1,4 @@
-"""GRPO's loss as the pipeline calls it, and what its first value of a step must be."""
+"""GRPO's loss as the pipeline calls it, and the checks on the first update of a step."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def _rows(rollouts: RolloutTokens, values: Tensor | None) -> Tensor | None:
 
 
 def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> None:
-    """Stop a run whose sampler and trainer disagree, or whose updates do not start at ratio 1, the first also at KL 0.
+    """Stop a run whose sampler and trainer disagree, or whose first update does not start at ratio 1 (and KL 0 in step 1).
 
-    `first` holds the metrics of the step's first update. Every number here is an invariant of the method; going on
-    would train on noise (PEERS: the mismatch grows).
+    `first` holds the metrics of the step's first update. These numbers are invariants of the method: if one is violated,
+    further training would learn from noise.
     """
     gate, drift = config.grpo.mismatch_kl_gate, first.get("rollout/mismatch_kl", 0.0)
     if gate is not None and not drift <= gate:
@@ -70,7 +70,7 @@ def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> No
 
 
 def rounding(config: RunConfig) -> float:
-    """KL in nats per token that number formats alone can put between two scorings with the same weights."""
+    """KL in nats per token that rounding alone can cause between two scorings with the same weights."""
     if config.precision.fp8 != "none":
         return 1e-2  # the reference's scales come from other batches
     return {"fp32": 1e-5, "bf16": 1e-3}[config.precision.params]

@@ -1,8 +1,8 @@
 """The FP8 parity gate: do FP8 products still give the log-probabilities of bf16?
 
-The policy's live weights score the same few traces twice, with FP8 products and without. Where the mean difference
-exceeds `precision.fp8_gate_logprob` the gate closes: the run goes on in bf16 from there, also after it is resumed, or
-stops. Rollouts in FP8 have a gate of their own, `grpo.mismatch_kl_gate`, asked at every step.
+The policy's live weights score the same few traces with and without FP8 products. If the mean difference exceeds
+`precision.fp8_gate_logprob`, the run either continues in bf16 from there on, even after a resume, or stops. FP8 rollouts
+have a gate of their own, `grpo.mismatch_kl_gate`, which is checked at every step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NUM_IMAGES = 2
 """Held-out images whose prompts and true traces are scored; thousands of tokens at 7B."""
 STOPPED = "fp8_stopped_at_step"
-"""Counter in the checkpoint: FP8 was given up after this step."""
+"""Counter in the checkpoint: FP8 was switched off after this step."""
 
 
 class ParityGate:
@@ -45,20 +45,20 @@ class ParityGate:
         self._allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, parts.groups.device)
 
     def watch(self, reference: Policy) -> None:
-        """A frozen copy of the policy: it gives up FP8 together with the policy, so that their numerics stay alike."""
+        """Also switch FP8 off in this frozen copy of the policy when the policy falls back, to keep numerics equal."""
         self._policies.append(reference)
         if STOPPED in self.counters:
             stop_fp8(reference)
 
     def start(self, step: int) -> None:
-        """Before the first step after `step`: bf16 if the run had fallen back, else the question."""
+        """Call before the first step after `step`: stays in bf16 if the run had fallen back, otherwise measures."""
         if STOPPED in self.counters:
             self._stop_fp8()
             return
         logger.info("FP8 against bf16: %s", self._ask(step))
 
     def metrics(self, step: int) -> dict[str, float]:
-        """What the gate says of a step; {} where it is not asked."""
+        """The gate's metrics at a step; {} if it is not due."""
         every = self.precision.fp8_gate_every_steps
         if STOPPED in self.counters:
             return {"fp8/on/step": 0.0}

@@ -1,4 +1,4 @@
-"""What a training step works with on this rank, built once and passed: nothing here writes to disk or is reported."""
+"""The objects that a training step works with on this rank, built once and passed on. Writes and reports nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from realsr_hpc.vlcot.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Parts:
-    """Of every training loop: process groups, tokenizers, the policy and its optimizer."""
+    """Parts of every training loop: process groups, tokenizers, the policy and its optimizer."""
 
     config: RunConfig
     groups: ProcessGroups
@@ -40,7 +40,7 @@ class Parts:
         return self.tokens.codec.vocabulary
 
     def per_rank(self, count: int, field: str) -> int:
-        """Share of one data-parallel rank; ValueError when `count` does not divide."""
+        """One data-parallel rank's share of `count`; ValueError if it does not divide evenly."""
         if count % self.groups.dp_size:
             raise ValueError(
                 f"{field} is {count}, which {self.groups.dp_size} data-parallel ranks cannot share evenly: "
@@ -49,12 +49,12 @@ class Parts:
         return count // self.groups.dp_size
 
     def microbatches(self, sequences: Sequence[TrainingSequence], *, packing: bool) -> list[Microbatch]:
-        """Collated for this layout; at least one, also for no sequences."""
+        """Microbatches for this layout; at least one, even without sequences."""
         parallel, pad = self.config.parallel, self.vocabulary.pad
         return collate(sequences, parallel, packing=packing, pad=pad, device=self.groups.device)
 
     def group_microbatches(self, groups: Sequence[TrainingGroup]) -> list[Microbatch]:
-        """The same for rollouts, which share their group's prompt."""
+        """Microbatches of rollouts, which share their group's prompt."""
         return collate_groups(groups, self.config.parallel, pad=self.vocabulary.pad, device=self.groups.device)
 
     def count(self, local: int) -> int:
@@ -73,13 +73,13 @@ class Parts:
         return {name: sum(part.get(name, 0.0) for part in named) for name in names}
 
     def slowest(self, seconds: dict[str, float]) -> dict[str, float]:
-        """Of each measured time the longest of the data-parallel ranks."""
+        """The maximum of each measured time over the data-parallel ranks."""
         return reduce_floats(seconds, self.groups.dp, self.groups.device, "max")
 
 
 @dataclass(frozen=True)
 class GRPOParts(Parts):
-    """Of GRPO: also the frozen reference, the sampler on the live policy, and the rewards."""
+    """Parts of GRPO: also the frozen reference, the sampler on the live policy, and the rewards."""
 
     reference: Policy | None
     """None without a KL term; with low-rank adapters the policy itself, which is the reference with them off."""
@@ -88,7 +88,7 @@ class GRPOParts(Parts):
 
     @contextmanager
     def as_reference(self) -> Iterator[Policy | None]:
-        """The frozen reference, on its device within."""
+        """Context with the frozen reference on its device."""
         if self.reference is self.policy:
             with adapters_off(self.policy):
                 yield self.policy
@@ -101,7 +101,7 @@ class GRPOParts(Parts):
 
 
 def build_parts(config: RunConfig, num_updates: int) -> Parts:
-    """From a recipe. num_updates: optimizer updates of the whole run, the end of the learning rate's decay."""
+    """Build from a recipe. num_updates: optimizer updates of the whole run, at which the learning-rate decay ends."""
     groups = initialise(config.parallel, config.seed)
     tokens = TraceTokenizer.load(config, groups.device)
     policy = build_policy(config, groups, tokens.codec.vocabulary.size)
@@ -109,7 +109,7 @@ def build_parts(config: RunConfig, num_updates: int) -> Parts:
 
 
 def build_grpo_parts(config: RunConfig) -> GRPOParts:
-    """From a recipe."""
+    """Build from a recipe."""
     parts = build_parts(config, config.grpo.num_steps * config.grpo.updates_per_step)
     return GRPOParts(
         config,
@@ -126,7 +126,7 @@ def build_grpo_parts(config: RunConfig) -> GRPOParts:
 
 
 def build_reference(config: RunConfig, policy: Policy) -> Policy | None:
-    """The frozen model that a KL term holds the policy at: a second one, or with adapters the policy itself."""
+    """The frozen model of the KL term: a second model, or with adapters the policy itself."""
     if config.grpo.kl_beta == 0:
         return None
     if policy.lora is not None:
@@ -136,7 +136,7 @@ def build_reference(config: RunConfig, policy: Policy) -> Policy | None:
 
 @contextmanager
 def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the wall time of what is inside to `time/NAME/s`."""
+    """Add the wall time of the enclosed block to `time/NAME/s`."""
     start = time.perf_counter()
     yield
     key = f"time/{name}/s"

@@ -1,10 +1,10 @@
-"""A kept step computed again, as it was and as it would have been with another clip, weight or advantage.
+"""Recompute a saved step, as it was and as it would have been with another clip, weight or advantage.
 
-The weights before step K come from the checkpoint of step K - 1, or from an earlier one (or the run's start) and the
-kept steps between, whose updates are done again. Everything after the rollouts is then what training calls:
-`grpo.learn`. A step is computed on the layout that it was kept on, also when the run was resumed on another one since:
-then every number is the run's bit for bit. On another layout it is so within `tolerance`. Left
-out: sampling again, and what a change of an earlier step would have led to.
+The weights before step K come from the checkpoint of step K - 1, or from an earlier checkpoint (or the run's start) by
+repeating the updates of the saved steps in between. From the rollouts on, a replay calls the same function as training:
+`grpo.learn`. By default it uses the layout that the step was saved on, even if the run has since been resumed on another
+one; every number then equals the run's bit for bit. On another layout numbers agree within `tolerance`. A replay neither
+samples again nor predicts how a changed earlier step would have affected later ones.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ MAY_DIFFER = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step's updates come to under one recipe."""
+    """The results of a step's updates under one recipe."""
 
     metrics: dict[str, float]
     """As training reports them: `grpo/loss/mean`, `optim/grad_norm/step`, ..."""
     shares: dict[str, float]
-    """Part of each reward in the advantages: sum of |its contribution| over that of all, by its name; 0..1."""
+    """Share of each reward in the advantages, by name: sum of |its contribution| over that of all; 0..1."""
     advantages: Tensor
-    """Of all rollouts, in the order they were kept in."""
+    """Of all rollouts, in the order in which they were saved."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A step as it was reported, as it is computed again, and as it would have been."""
+    """A step as reported, as recomputed, and as it would have been with the overrides."""
 
     step: KeptStep
     again: Outcome
@@ -74,9 +74,9 @@ class Replay:
 
 
 def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptStep, RunConfig, RunConfig]:
-    """A kept step; the run's recipe on the overrides' layout, else on the step's; and with all overrides.
+    """A saved step, its recipe on the replay's layout, and that recipe with all overrides.
 
-    ValueError where the step is not there, and for an override that a replay cannot take.
+    ValueError if the step was not saved, or for an override that a replay does not support.
     """
     config = from_yaml(runfolder.recipe(run_dir))
     if config.task != "grpo":
@@ -109,7 +109,7 @@ def _on_layout_of(step: KeptStep, config: RunConfig) -> RunConfig:
 
 
 def replay(run_dir: Path, number: int, overrides: Sequence[str]) -> Replay:
-    """Compute step `number` again; every rank of the layout calls it. ValueError where something is missing."""
+    """Recompute step `number`; every rank of the layout calls it. ValueError if something is missing."""
     step, config, other = recipes(run_dir, number, overrides)
     start = starting_point(run_dir, number)
     again, same = _outcome(run_dir, step, start, config, config)
@@ -123,7 +123,7 @@ def tolerance(config: RunConfig) -> float:
 
 
 def starting_point(run_dir: Path, number: int) -> Path | None:
-    """The newest checkpoint before the step from which kept steps lead up to it; None: the run's start does."""
+    """The newest checkpoint from which saved steps lead up to this step; None: they lead from the run's start."""
     saved = {runfolder.step_of(path): path for path in integrity.completed(runfolder.checkpoints(run_dir))}
     kept = set(runfolder.replay_steps(run_dir))
     for step in sorted({0, *saved}, reverse=True):
@@ -171,7 +171,7 @@ def reweighted(group: ScoredGroup, weights: Mapping[str, float], config: RunConf
 
 
 def shares(groups: Sequence[ScoredGroup], config: RunConfig) -> dict[str, float]:
-    """Part of each reward in the groups' advantages, by size: the parts are 1 together, or all 0 without advantages."""
+    """Share of each reward in the groups' advantages by magnitude: they sum to 1, or are all 0 without advantages."""
     sums: dict[str, float] = {}
     for group in groups:
         for name, part in contributions(group.rewards.breakdown, group.rewards.weights, config.grpo).items():

@@ -1,9 +1,9 @@
-"""Rollouts to pixels, rewards and advantages: the ranks of a replica (TP x PP) share the work, and all get the results.
+"""Rollouts to pixels, rewards and advantages. The ranks of a replica (TP x PP) share the work and all get the results.
 
 Every rank parses all traces, which is cheap. Final images are decoded and scored in batches of `rewards.batch_size`
-rollouts, dealt out to the ranks; the numbers are gathered, so that every rank learns from the same ones. Scoring does
-not overlap the decoding of further tokens: both would launch work on one device, and a CUDA graph that the sampler
-captures refuses work of another thread.
+rollouts that are distributed over the ranks, and the scores are gathered so that every rank trains on the same numbers.
+Scoring does not overlap decoding: both would launch work on one device, and while the sampler captures a CUDA graph no
+other thread may do so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from realsr_hpc.train.parts import GRPOParts
 
 
 def rewarded(parts: GRPOParts, batch: LQBatch, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-    """The groups of `batch`'s images with what they show and earn; the same on all ranks of a replica."""
+    """Score the groups of `batch`'s images; the same result on all ranks of a replica."""
     traces = [parts.tokens.codec.parse_group(group) for group in groups]
     sources = batch.cases()
     rollouts = [
@@ -42,7 +42,7 @@ def rewarded(parts: GRPOParts, batch: LQBatch, groups: Sequence[RolloutGroup]) -
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank did: the places of its rollouts, their final images, and their scores."""
+    """One rank's part of the work: positions of its rollouts, their final images and scores."""
 
     places: list[int]
     images: list[np.ndarray | None]
@@ -52,7 +52,7 @@ class _Share:
 def _shared(
     parts: GRPOParts, rollouts: Sequence[tuple[Case, int, ParsedTrace]]
 ) -> tuple[list[np.ndarray | None], TermScores]:
-    """Final images and scores of all rollouts, of which this rank computes its share."""
+    """Final images and scores of all rollouts; this rank computes its share of them."""
     groups, size = parts.groups, parts.config.rewards.batch_size
     mine = batches_of_rank(len(rollouts), size, groups.replica_rank, groups.replica_size)
     batches = [list(_candidates(parts, [rollouts[place] for place in places])) for places in mine]

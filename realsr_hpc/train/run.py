@@ -1,4 +1,4 @@
-"""What every training loop shares beside its parts: resuming, reporting, checkpoints, stopping in step."""
+"""What all training loops share: resuming, reporting, checkpoints, and stopping all ranks at the same step."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class TrainingRun:
             logger.info("step %d/%d  %s", report.step, self.num_steps, text)
 
     def must_stop(self, step: int, loader: Any) -> bool:
-        """At the boundary after `step`: checkpoint when due, and whether all ranks stop here.
+        """At the boundary after `step`: save a checkpoint when due, and return whether all ranks stop here.
 
-        One rank's signal stops all at the same step: the flag is reduced, so that the collective save cannot hang.
+        One rank's signal stops all ranks at the same step: the flag is reduced, so that the collective save cannot hang.
         """
         asked = self._stop() or step == self.config.checkpoint.stop_at_step
         mine = {"stop": asked, "best": self._is_among_best(), "writing": self._saver.writing}
@@ -99,12 +99,12 @@ class TrainingRun:
             self._try(lambda: self.save(step, loader), must=step == self.num_steps)
         if self._saver.pending and (leaving or not self._saver.behind):
             self._try(self._complete, must=step == self.num_steps)
-        if due:  # what training waited for; what is written behind it costs nothing here
+        if due:  # the time training waited; asynchronous writing is not counted
             self.tracker.log_metrics(step, {"time/checkpoint/s": time.perf_counter() - began})
         return agreed["stop"] > 0 and step < self.num_steps
 
     def _try(self, act: Callable[[], None], *, must: bool = False) -> None:
-        """Go on without a checkpoint that could not be written, unless it `must` be or too many in a row were not."""
+        """Continue after a failed checkpoint, unless it `must` be written or too many in a row have failed."""
         try:
             act()
         except checkpoint.NotSaved as error:
@@ -120,12 +120,12 @@ class TrainingRun:
         self._not_saved = 0
 
     def save(self, step: int, loader: Any) -> None:
-        """Begin a checkpoint of everything that decides how the run goes on."""
+        """Begin a checkpoint of everything that the run needs to continue."""
         state = {"step": step, "data": loader.state_dict(), "counters": self.counters, "run_id": self.tracker.run_id}
         self._saver.start(step, self.parts.policy, self.parts.optimiser, state, self._measured)
 
     def _is_among_best(self) -> bool:
-        """This step's measure belongs to those that are kept; rank 0 answers for all."""
+        """Whether this step's metric is among the best that are kept; rank 0 decides for all."""
         if not self._keep.best or self._measured is None or not self.parts.groups.is_main:
             return False
         best = checkpoint.best(self._saver.root, self._keep.best, highest=self._keep.highest)

@@ -1,4 +1,4 @@
-"""What an update that was not applied leaves behind: its batch, an error in the log, and after too many the end."""
+"""Handles updates that were not applied: saves the batch, logs an error, and ends the run after too many in a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.pipeline import Microbatch
 
 MAX_KEPT = 10
-"""Batches kept a run: enough to look at, and no full disk."""
+"""Batches saved per run: enough to inspect without filling the disk."""
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +26,7 @@ class SkippedUpdates:
         optimiser.on_skipped = self.keep
 
     def keep(self, microbatches: list[Microbatch]) -> None:
-        """Write this data-parallel rank's microbatches, and judge whether to go on."""
+        """Save this data-parallel rank's microbatches; raises after too many skipped updates in a row."""
         optimiser, groups = self.optimiser, self.optimiser.groups
         target = self.folder / f"update-{optimiser.num_updates:06d}" / f"dp-{groups.dp_rank}.safetensors"
         if optimiser.num_skipped <= MAX_KEPT and groups.tp_rank == 0 and groups.pp_rank == 0:

@@ -1,8 +1,8 @@
 """Train the small image tokenizer and text tokenizer from scratch; `main` reads in order.
 
-Plain PyTorch in one process, on its GPU or the CPU: the tokenizer is small and trained once. No adversarial and no
-downloaded perceptual loss; sharpness is asked for by a multi-scale gradient loss. Weights handed on are the moving
-average of the trained ones.
+Plain PyTorch in one process, on its GPU or the CPU: the tokenizer is small and trained once. There is neither an
+adversarial nor a downloaded perceptual loss; a multi-scale gradient loss rewards sharpness. The published weights are
+the moving average of the trained ones.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class TokenizerTraining:
 
     @torch.no_grad()
     def start(self, batches: list[Float[Tensor, "B 3 H W"]]) -> None:
-        """Principal components, k-means, least squares: what can be computed need not be learned."""
+        """Initialise in closed form instead of learning: principal components, k-means, least squares."""
         batches = [batch.to(self.device) for batch in batches]
         start_encoder(self.tokenizer, batches)
         features = torch.cat([self.tokenizer.features(batch).flatten(0, 2) for batch in batches])

@@ -1,7 +1,7 @@
-"""What the recipe's text tokenizer learns its pieces from: the trace's own words, captions, and some plain English.
+"""Training text of the recipe's text tokenizer: the trace's own words, captions, and some plain English.
 
-Words on signs are left out: they stand in capitals, which so stay single letters, and a policy spells a word that it
-has never seen as it spells those it knows.
+Words on signs are excluded: they are in capitals, which therefore remain single-letter tokens, so that a policy spells
+unseen words the same way as known ones.
 """
 
 from __future__ import annotations

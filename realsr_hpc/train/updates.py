@@ -16,9 +16,9 @@ from realsr_hpc.train.parts import Parts
 
 
 def grpo_batches(parts: Parts, groups: Sequence[ScoredGroup], masks: MaskTable) -> list[GRPOBatch]:
-    """The step's updates: rollouts that carry loss, spread over `updates_per_step` batches with their global counts.
+    """The step's updates: rollouts with loss tokens, spread over `updates_per_step` batches with their global counts.
 
-    An update for which no rank has a loss token is left out.
+    An update for which no rank has a loss token is skipped.
     """
     grpo = parts.config.grpo
     used = [group for group in groups if grpo.zero_variance == "keep" or not teaches_nothing(group)]
@@ -41,7 +41,7 @@ def teaches_nothing(group: ScoredGroup) -> bool:
 
 
 def every_nth_rollout(groups: Sequence[TrainingGroup], first: int, nth: int) -> tuple[TrainingGroup, ...]:
-    """Rollouts first, first + nth, ... of all groups counted through, still in their groups; empty groups go."""
+    """Rollouts first, first + nth, ... counted over all groups, still grouped; groups that become empty are dropped."""
     numbers = itertools.count()
     shares = [
         replace(group, sequences=tuple(s for s in group.sequences if next(numbers) % nth == first)) for group in groups
@@ -50,7 +50,7 @@ def every_nth_rollout(groups: Sequence[TrainingGroup], first: int, nth: int) -> 
 
 
 def training_group(group: ScoredGroup, masks: MaskTable) -> TrainingGroup:
-    """A group's rollouts that carry loss; a rollout without a free token is left out."""
+    """A group's rollouts with loss tokens; rollouts in which every token was forced are dropped."""
     rollouts = group.rollouts
     # [length] each: where the grammar left a choice
     free = [(~rollouts.forced[row, :length]).nonzero()[:, 0] for row, length in enumerate(rollouts.lengths.tolist())]

@@ -1,7 +1,7 @@
 """A grammar as a finite automaton: a state at every position of a response, and the state after a token.
 
-A state is a number, so that many rollouts, and guesses about tokens that are not sampled yet, advance in one array
-operation and start again from any earlier state. Which states a grammar has is grammar.py's business.
+A state is an integer, so one array operation advances many rollouts, including guessed tokens that are not sampled yet,
+and decoding can restart from any earlier state. grammar.py defines which states a grammar has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 END = 0
-"""The state behind the end of turn; it has no mask of its own and leads to itself."""
+"""The state after the end of turn; it has no mask of its own and leads to itself."""
 
 
 @dataclass(frozen=True)

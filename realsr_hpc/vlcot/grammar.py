@@ -1,13 +1,13 @@
 # pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Which tokens may come next: a mask id at every position of a response.
 
-Two grammars. `constrained` walks the whole trace: tags, sizes, newlines and brackets are forced, the degradation is
-one of its 243 phrases, text is free until its closing tag. `modality` forces only what an image block leaves no choice
-in (sizes repeat, rows end in a newline) and leaves text, tags and the order of fields to the model, so that the format
-can be learnt.
+There are two grammars. `constrained` prescribes the whole trace: tags, sizes, newlines and brackets are forced, the
+degradation is one of 243 phrases, and text is free until its closing tag. `modality` forces only the determined tokens
+of an image block (the size repeats, rows end in a newline) and leaves text, tags and the order of fields to the model,
+so that it can learn the format.
 
-A grammar is a table of masks over the vocabulary and an automaton, whose states say which row of that table holds at
-a position. The scorer needs only the rows, so they travel with the tokens and nothing is replayed.
+A grammar is a table of masks over the vocabulary plus an automaton whose state at a position selects a row of that
+table. The scorer needs only the row numbers, so these travel with the tokens and scoring never replays the automaton.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Grammar:
     def _modality(self) -> int:
         vocabulary = self.codec.vocabulary
         text = range(vocabulary.text_first, vocabulary.text_first + vocabulary.num_text)
-        # A fourth image is never part of a trace: not offering it bounds a rollout that repeats images.
+        # A trace never has a fourth image: not offering one bounds a rollout that repeats images.
         state = self._states.add(self._row([*text, vocabulary.end_turn]))
         self._states.lead(state, state, {vocabulary.end_turn: END})
         outside = self._row([*text, vocabulary.image_begin, vocabulary.end_turn])

@@ -35,7 +35,7 @@ _IMAGE_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 class TextCodec(Protocol):
-    """What this room needs of a text tokenizer."""
+    """The interface that this room requires of a text tokenizer."""
 
     vocab_size: int
 
@@ -70,7 +70,7 @@ class TraceCodec:
         self.downsample = downsample
         self._blank = self.encode_text(" ")
         self.shortened_texts = 0
-        """Texts that `build` has shortened so far because they did not fit their slots."""
+        """Number of texts that `build` has shortened so far because they did not fit their slots."""
 
     def side(self, size_px: int) -> int:
         """Codes along one side of an image of `size_px`."""
@@ -119,7 +119,7 @@ class TraceCodec:
         return [*tokens, self.vocabulary.end_turn]
 
     def _fitted(self, text: str, slot: int) -> list[int]:
-        """Tokens of as many of the text's words as the slot holds, at least one token; counted where words go."""
+        """Tokens of as many of the text's words as fit the slot, at least one token; shortened texts are counted."""
         words, body = text.split(" "), self.encode_text(text)
         self.shortened_texts += len(body) > slot
         while len(body) > slot and len(words) > 1:
@@ -128,7 +128,7 @@ class TraceCodec:
         return body[:slot]
 
     def parse(self, tokens: Sequence[int]) -> ParsedTrace:
-        """What is well formed in a response; any token sequence is accepted, nothing is raised."""
+        """The well-formed parts of a response; accepts any token sequence and never raises."""
         faults: list[str] = []
         tokens = list(tokens)
         if self.vocabulary.end_turn in tokens:
@@ -220,7 +220,7 @@ def _body(text: str, name: str, faults: list[str]) -> str | None:
 
 
 def _plain(body: str | None, name: str, faults: list[str]) -> str | None:
-    """The field's text without the blanks that fill it up, when it holds text alone."""
+    """The field's text without surrounding blanks, if it holds nothing but text."""
     if body is None:
         return None
     if not body.strip() or _IMAGE_MARK.search(body) or "<" in body:

@@ -1,4 +1,4 @@
-"""Chameleon's names of tokens: what a file calls an id is read and compared with a layout, never assumed.
+"""Chameleon's token names: the names in a tokenizer file are compared with the layout, never assumed.
 
 `IMGIMG` + decimal digits as letters A..J + `Z` is a code of the image tokenizer, `<reservedN>` the id N + 4, other
 names in `<...>` are control tokens, everything else is text.
@@ -44,7 +44,7 @@ def num_text(names: Mapping[str, int], text_first: int) -> int:
 
 
 def name_faults(names: Mapping[str, int], vocabulary: Vocabulary) -> list[str]:
-    """What of a file's names does not fit the layout; [] where all does. Counts and ids of both sides are named."""
+    """How a file's names contradict the layout; [] if they agree. Messages name counts and ids of both sides."""
     faults = [*_code_faults(names, vocabulary)]
     wanted = {
         "<s>": vocabulary.bos,

@@ -1,11 +1,11 @@
-"""What a decoding step must at least cost on this machine, and what it does cost, one core.
+"""The lower bound of a decoding step's cost on this machine, and its actual cost, on one core.
 
     python tools/bench.py floor [prompts=2] [position=260] [rounds=30] [section.field=value]
 
-A step of 16 and of 64 rows: one token per row, `position` tokens after the recipe's own prompt. It must read the layers'
-weights, the output layer's image columns and the cached keys and values once, and do their multiplications. Two probes
-measure how fast this core reads (a sum over 256 MiB) and multiplies (1024 x 1024 matrices); the larger of the two times
-is the floor.
+Steps of 16 and of 64 rows, one token per row, `position` tokens after the recipe's own prompt. A step must read the
+layers' weights, the output layer's image columns and the cached keys and values once, and do their multiplications. Two
+probes measure how fast this core reads (a sum over 256 MiB) and multiplies (1024 x 1024 matrices); the larger of the two
+times is the floor.
 """
 
 from __future__ import annotations
