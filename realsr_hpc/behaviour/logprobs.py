@@ -9,8 +9,8 @@ Supervised fine-tuning is the same function with a mask table whose single row i
 is the square of `logsumexp`, that of the logits before mask and temperature.
 
 Under tensor parallelism the vocabulary is split over `tp_group` in rank order. Every rank must hold the same targets
-and receive the same gradient of the result. The returned gradient of `hidden` is this shard's part, which the model sums
-over the group; the gradient of the weight is local.
+and receive the same gradient of the result. The returned gradient of `hidden` is this shard's part, which the model
+sums over the group; the gradient of the weight is local.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def behaviour_scores(
     with_entropy: bool = False,
     with_logsumexp: bool = False,
 ) -> TokenScores:
-    """Log-probability (and on request entropy and logsumexp) of each target; differentiable in hidden states and weight.
+    """Log-probability, and on request entropy and logsumexp, of each target; differentiable in hidden and weight.
 
     `hidden` is the output layer's input, whole on every rank of `tp_group`; `output_weight` is its vocabulary shard. A
     target that its mask or support excludes has log-probability -inf. Computes in float32 or better for any input.

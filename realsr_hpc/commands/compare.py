@@ -2,8 +2,8 @@
 
 Runs that differ in their seed alone become one row with an interval. Written to output= (default ROOT/compare/NAME):
 comparison.md and .html (tables, cost, differing recipe keys, pictures), comparison.csv (one line per run), curves.png,
-and grid.png: the same inputs restored by each run, from its evaluation or from the held-out rollouts that training kept.
-Options: root=DIR (output root, default runs/), uri=MLFLOW_URI, experiment=NAME.
+and grid.png: the same inputs restored by each run, from its evaluation or from the held-out rollouts that training
+kept. Options: root=DIR (output root, default runs/), uri=MLFLOW_URI, experiment=NAME.
 """
 
 import sys

@@ -27,8 +27,8 @@ class BatchSource(Protocol):
 def collect(parts: GRPOParts, source: BatchSource, seconds: dict[str, float] | None = None) -> list[ScoredGroup]:
     """This rank's groups of one step; with `zero_variance=resample`, groups that teach nothing are replaced.
 
-    Every rank takes the same number of rounds, so that the ranks' loaders stay in step. The times of rollouts and rewards
-    are added to `seconds`.
+    Every rank takes the same number of rounds, so that the ranks' loaders stay in step. The times of rollouts and
+    rewards are added to `seconds`.
     """
     grpo, seconds = parts.config.grpo, {} if seconds is None else seconds
     batch, groups = _next_groups(parts, source, seconds)

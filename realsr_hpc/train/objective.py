@@ -50,10 +50,10 @@ def _rows(rollouts: RolloutTokens, values: Tensor | None) -> Tensor | None:
 
 
 def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> None:
-    """Stop a run whose sampler and trainer disagree, or whose first update does not start at ratio 1 (and KL 0 in step 1).
+    """Stop a run if sampler and trainer disagree, or if the first update does not start at ratio 1 (in step 1 at KL 0).
 
-    `first` holds the metrics of the step's first update. These numbers are invariants of the method: if one is violated,
-    further training would learn from noise.
+    `first` holds the metrics of the step's first update. These numbers are invariants of the method: if one is
+    violated, further training would learn from noise.
     """
     gate, drift = config.grpo.mismatch_kl_gate, first.get("rollout/mismatch_kl", 0.0)
     if gate is not None and not drift <= gate:

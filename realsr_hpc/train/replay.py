@@ -2,9 +2,9 @@
 
 The weights before step K come from the checkpoint of step K - 1, or from an earlier checkpoint (or the run's start) by
 repeating the updates of the saved steps in between. From the rollouts on, a replay calls the same function as training:
-`grpo.learn`. By default it uses the layout that the step was saved on, even if the run has since been resumed on another
-one; every number then equals the run's bit for bit. On another layout numbers agree within `tolerance`. A replay neither
-samples again nor predicts how a changed earlier step would have affected later ones.
+`grpo.learn`. By default it uses the layout that the step was saved on, even if the run has since been resumed on
+another one; every number then equals the run's bit for bit. On another layout numbers agree within `tolerance`. A
+replay neither samples again nor predicts how a changed earlier step would have affected later ones.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class TrainingRun:
     def must_stop(self, step: int, loader: Any) -> bool:
         """At the boundary after `step`: save a checkpoint when due, and return whether all ranks stop here.
 
-        One rank's signal stops all ranks at the same step: the flag is reduced, so that the collective save cannot hang.
+        One rank's signal stops all ranks at the same step: the flag is reduced, so that the collective save cannot
+        hang.
         """
         asked = self._stop() or step == self.config.checkpoint.stop_at_step
         mine = {"stop": asked, "best": self._is_among_best(), "writing": self._saver.writing}

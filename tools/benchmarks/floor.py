@@ -4,8 +4,8 @@
 
 Steps of 16 and of 64 rows, one token per row, `position` tokens after the recipe's own prompt. A step must read the
 layers' weights, the output layer's image columns and the cached keys and values once, and do their multiplications. Two
-probes measure how fast this core reads (a sum over 256 MiB) and multiplies (1024 x 1024 matrices); the larger of the two
-times is the floor.
+probes measure how fast this core reads (a sum over 256 MiB) and multiplies (1024 x 1024 matrices); the larger of the
+two times is the floor.
 """
 
 from __future__ import annotations
