@@ -1,4 +1,4 @@
-"""What stands beside a restored image NAME.png: NAME.json for programs, NAME.steps.jpg for people.
+"""The files that accompany a restored image NAME.png: NAME.json for programs, NAME.steps.jpg for people.
 
 A folder of restored images holds the settings that made them in restore.json.
 """

@@ -1,4 +1,4 @@
-"""A record as a JSON file: whole or not there, checked when it is read, NaN as null."""
+"""Records as JSON files: written atomically, validated on reading, NaN stored as null."""
 
 from __future__ import annotations
 

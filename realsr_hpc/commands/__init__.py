@@ -21,29 +21,29 @@ from realsr_hpc import __version__
 
 COMMANDS = {
     "demo": "the whole system in minutes on a CPU, one command after another",
-    "launch": "run, plan or sweep a recipe, here or on Slurm",
-    "jobs": "runs, their states and logs; cancel, resume or follow one",
-    "compare": "tables, curves and images of several runs of one sweep or comparison",
-    "prepare-data": "folders of photographs or WebDataset tars to a checked manifest",
-    "degrade": "degrade photographs as training does, to look at or to test on",
-    "stage-weights": "what a recipe needs beside the code; collect, check and pack it",
+    "launch": "run, plan or sweep a recipe, locally or on Slurm",
+    "jobs": "list runs with their states and logs; cancel, resume or follow one",
+    "compare": "compare runs: tables, curves and images",
+    "prepare-data": "turn folders of photographs or WebDataset tars into a checked manifest",
+    "degrade": "degrade photographs as training does, for inspection or testing",
+    "stage-weights": "list the files a recipe needs; collect, check and pack them",
     "freeze-traces": "tokenise VLCoT traces once, for SFT without images",
-    "make-scenes": "the made shapes and signs that sft_tiny trains on beside photographs",
-    "carry-over": "a trained policy to the tokenizers of another recipe, as a start",
+    "make-scenes": "generate the shapes and signs that sft_tiny trains on in addition to photographs",
+    "carry-over": "adapt a trained policy to the tokenizers of another recipe, as start weights",
     "fit-experts": "make and measure the small quality experts of the generation reward",
     "score": "score a folder of images with metrics or rewards",
     "serve-rewards": "serve a recipe's rewards to runs elsewhere",
-    "evaluate": "metrics of a run, an export or finished images on a test set",
-    "restore": "images in, images out, with the reasoning beside them",
-    "replay": "a kept GRPO step computed again, also with another clip, weight or layout",
+    "evaluate": "measure a run, an export or finished images on a test set",
+    "restore": "restore images, with the model's reasoning",
+    "replay": "recompute a saved GRPO step, optionally with another clip, weight or layout",
     "gallery": "one HTML page of rollouts, rewards, evaluations and restored images",
-    "export-hf": "a run to a Hugging Face folder",
-    "import-weights": "public weights, in the layouts of their owners, to what a recipe starts from",
+    "export-hf": "export a run to a Hugging Face folder",
+    "import-weights": "convert public weights to start weights of a recipe",
     "import-hf": "renamed to import-weights",
-    "nemo-archive": "an export to a NeMo archive and back",
-    "sync-tracking": "send to MLflow what runs logged while it was away",
+    "nemo-archive": "convert an export to a NeMo archive and back",
+    "sync-tracking": "send to MLflow what runs logged while it was unreachable",
 }
-"""What each command does, in the order of a project's life."""
+"""What each command does, in the order in which a project uses them."""
 RENAMED = {"make-shapes": "make-scenes"}
 """Commands of earlier versions, and what they are called now."""
 

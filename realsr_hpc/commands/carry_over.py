@@ -1,11 +1,11 @@
 """Carry a policy over to a recipe's tokenizers: realsr-hpc carry-over policy=DIR recipe=sft_tiny output=DIR
 
-policy=DIR      export folder with its recipe.yaml: which tokenizers its tokens are of
-images=2000     training samples of the recipe that both tokenizers are shown
-output=DIR      what model.weights=DIR starts from
+policy=DIR      export folder with its recipe.yaml, which names the policy's tokenizers
+images=2000     training samples of the recipe that are encoded with both tokenizers
+output=DIR      new start weights, for model.weights=DIR
 
-Overrides of the recipe follow; `policy.image_tokenizer=FILE` and `policy.text_tokenizer=FILE` name the policy's
-tokenizers where they no longer lie where its recipe.yaml says.
+Overrides of the recipe follow. `policy.image_tokenizer=FILE` and `policy.text_tokenizer=FILE` name the policy's
+tokenizers if they are no longer where its recipe.yaml says.
 """
 
 from __future__ import annotations

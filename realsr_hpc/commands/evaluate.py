@@ -1,15 +1,15 @@
-"""Score what restores: realsr-hpc evaluate run=RUN_DIR [against=start,RUN_DIR,EXPORT_DIR,IMAGE_DIR].
+"""Measure restoration quality: realsr-hpc evaluate run=RUN_DIR [against=start,RUN_DIR,EXPORT_DIR,IMAGE_DIR].
 
 Also checkpoint=RUN_DIR/checkpoints/step-N, export=DIR, or images=DIR (any method's finished images) instead of run=.
-Bicubic always stands in the table, and the weights the run began with (against=start, the default; none: without).
-The report goes to output=DIR, by default RUN_DIR/evaluation/STEP, and its numbers into the run's MLflow entry.
+The table always includes bicubic, and by default the run's start weights (against=start; against=none omits them).
+The report goes to output=DIR, by default RUN_DIR/evaluation/STEP, and its numbers to the run's MLflow entry.
 On several GPUs or cores: torchrun --nproc-per-node=N -m realsr_hpc.commands evaluate ...
 
   set=heldout          the recipe's held-out images (num_images=16, split=), or with data=DIR a test set: realsr,
                        drealsr, ost_val, div2k_val, reallq250, reallr200, or any folder as paired or unpaired
   pyiqa=lpips,dists,fid,niqe,musiq,maniqa-pipal,clipiqa,topiq_nr weights_dir=DIR     metrics that need staged weights
   crop_px=0            border left out of PSNR and SSIM
-  draws=1              how often each image is restored: with more, best, mean and worst of them and the worst tenth
+  draws=1              restorations per image; more than one adds their best, mean and worst, and the worst tenth
   candidates= choose= colour= overlap_px= temperature= image_top_k= ...   as in realsr-hpc restore
 """
 

@@ -1,13 +1,13 @@
 """Runs, their states and logs: `realsr-hpc jobs [root=DIR]`; cancel=RUN, resume=RUN, follow=RUN, reconcile=true.
 
-    json=true             the list as JSON, for other programs: state, Slurm's word and reason, step, job, message
-    cancel=RUN wait_s=900 ask for a checkpoint at the next step, wait for it at most so long, then let Slurm end the job
+    json=true             the list as JSON, for other programs: state, Slurm's state and reason, step, job, message
+    cancel=RUN wait_s=900 ask for a checkpoint at the next step; Slurm ends the job if that takes longer than wait_s
     prune=true            snapshots of the code that no run's folder links to; with yes=true they are removed
     watch=true            a live board: steps, rewards, speed, time left; keys to follow, cancel and resume a run
-    report=true           device-hours, step time and memory of every run, measured beside planned
+    report=true           device-hours, step time and memory of every run, measured and planned
 
-RUN is a run's name, a unique beginning of it, or its folder. A run that is `lost` ended without a word (the machine
-went down, SIGKILL); resume goes on from its last checkpoint, also on another layout or cluster:
+RUN is a run's name, a unique prefix of it, or its folder. A `lost` run's job disappeared without a report (the machine
+went down, SIGKILL); resume continues from its last checkpoint, also on another layout or cluster:
 `resume=RUN parallel.tp=2 cluster.nodes=4`.
 """
 

@@ -1,11 +1,11 @@
-"""Folders of photographs or WebDataset tars -> a checked manifest. Killed? The same command goes on where it stood.
+"""Turn folders of photographs or WebDataset tars into a checked manifest; after a kill the same command continues.
 
 realsr-hpc prepare-data source=DIR_OR_TAR output=DIR [key=value ...]
 
-captions=FILE.jsonl    captions, tags, splits and partners that were written beforehand
+captions=FILE.jsonl    existing captions, tags, splits and partners
 captioner=DIR          a transformers image-to-text model describes photographs without captions
 tagger=captions|folder|DIR   tags from the captions' words, from the folder's name, or by an image-classification model
-heldout_fraction=.1    share that is kept from training, where neither a note nor a folder tells
+heldout_fraction=.1    share held out from training, unless a note or a folder decides
 num_threads=N          photographs examined at once (default: this process's cores)
 device=cpu|cuda        where captioner and tagger run
 shard=k/n              examine and describe every n-th photograph only, as task k of a Slurm array

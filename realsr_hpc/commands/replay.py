@@ -1,13 +1,13 @@
-"""A kept GRPO step computed again: realsr-hpc replay run=RUN_DIR step=K [grpo.clip_high=0.3 ...].
+"""Recompute a saved GRPO step: realsr-hpc replay run=RUN_DIR step=K [grpo.clip_high=0.3 ...].
 
-Loss, gradient norm, ratios and the share of every reward in the advantages, from the weights before step K: the
-checkpoint of step K - 1, or an earlier one with the kept steps between (tracking.replay_every_steps keeps them). On the
-step's layout, which a resume may have changed since, every number is the reported one bit for bit; on another
-(parallel.tp=2) within a stated tolerance.
+Reports loss, gradient norm, ratios and the share of every reward in the advantages, from the weights before step K: the
+checkpoint of step K - 1, or an earlier one with the saved steps in between (tracking.replay_every_steps saves them). On
+the layout of the step every number is bitwise equal to the reported one; on another (parallel.tp=2) it agrees within a
+stated tolerance.
 
-  grpo.FIELD=VALUE                  what acts after the rewards: clip_low, clip_high, kl_beta, advantage, ...
-  rewards.terms.NAME.weight=VALUE   another weight; 0: without it
-  parallel.FIELD=VALUE              another layout of as many processes; cluster.tasks_per_node=N of another number
+  grpo.FIELD=VALUE                  fields that act after scoring: clip_low, clip_high, kl_beta, advantage, ...
+  rewards.terms.NAME.weight=VALUE   another weight; 0: without this term
+  parallel.FIELD=VALUE              another layout with as many processes; cluster.tasks_per_node=N for another number
   output=DIR                        default: RUN_DIR/replay/step-K/ and a name for the overrides
 """
 

@@ -1,17 +1,17 @@
 """Restore images: realsr-hpc restore run=RUN_DIR input=DIR_OR_FILE output=DIR.
 
-Also checkpoint=RUN_DIR/checkpoints/step-N or export=DIR (a Hugging Face export of ours) instead of run=. Beside each
-NAME.png stand NAME.json and NAME.steps.jpg: the degradation it named, its texts, its rough and middle images. Run
-again, it does only what is missing.
+Also checkpoint=RUN_DIR/checkpoints/step-N or export=DIR (a Hugging Face export of ours) instead of run=. Each NAME.png
+comes with NAME.json and NAME.steps.jpg: the degradation that the model named, its texts, its rough and middle images.
+Running the command again restores only what is missing.
 
   upscale=4            1 up to the model's factor
-  candidates=4         results sampled for each tile, of which choose= takes one: ranker, niqe, fidelity (to the input),
+  candidates=4         results sampled per tile, of which choose= takes one: ranker, niqe, fidelity (to the input),
                        mean (of all), or pyiqa:METRIC with weights_dir=DIR
   colour=wavelet       give the result the input's colours: none, wavelet or adain
   temperature=0.7 text_temperature= image_top_k= text_top_k= top_p= cfg_scale=   the recipe's section `restore`
-  overlap_px=8         by which tiles overlap, in input pixels
+  overlap_px=8         overlap of tiles, in input pixels
   steps=false          only the restored image: no rough and middle images, no NAME.steps.jpg
-  batch_size=64        tiles restored at once by each worker (a CPU core); else as many as pay and fit the free memory
+  batch_size=64        tiles restored at once by each worker (a CPU core); default: chosen for speed and free memory
 """
 
 from __future__ import annotations

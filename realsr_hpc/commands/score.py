@@ -1,7 +1,7 @@
 """Score a folder of images, to look at a reward before training on it: realsr-hpc score input=DIR [key=value ...]
 
-metric=NAME,...    niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa (extra `iqa`); the default
-                   is niqe,ranker. Higher is better but for niqe (the distance itself) and stripes (share of stripes)
+metric=NAME,...    niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa (extra `iqa`); default:
+                   niqe,ranker. Higher is better, except for niqe (the distance itself) and stripes (share of stripes)
 rewards=GROUP      instead: the rewards of recipes/rewards/GROUP.yaml (recipe=NAME: those that this recipe trains on),
                    and overrides such as rewards.terms.generation.options.expert=niqe. With the NAME.json of restore
                    beside an image its texts are scored, too; what needs something that is not given is left out, named

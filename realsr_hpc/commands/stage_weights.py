@@ -1,6 +1,6 @@
-"""What a recipe needs beside the code, whether it is there, and how to carry it to a cluster without a network.
+"""List the files that a recipe needs, check them, and move them to a cluster without a network.
 
-realsr-hpc stage-weights recipe=NAME [override ...]        what, where it must lie, its state, where it comes from
+realsr-hpc stage-weights recipe=NAME [override ...]        each file, its place, its state and its source
     ... downloads=DIR   public weights below DIR that fit the recipe, and the command that converts each
     ... collect=DIR     copy files found by name below DIR (say, your downloads) to their places; list their checksums
     ... pack=FILE.tar   check all, then pack it with its SHA256SUMS; unpack with `tar -xf FILE.tar` in the project

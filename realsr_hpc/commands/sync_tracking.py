@@ -1,7 +1,7 @@
-"""Send to MLflow what runs logged while it was away: `realsr-hpc sync-tracking [root=DIR] [run=NAME]`.
+"""Send to MLflow what runs logged while it was unreachable: `realsr-hpc sync-tracking [root=DIR] [run=NAME]`.
 
-Nothing is sent twice, so it may be run at any time, also while runs are going on elsewhere. A run that has ended gets
-its end in MLflow too.
+Nothing is sent twice, so it may be run at any time, even while runs are active elsewhere. The final state of ended runs
+is recorded in MLflow, too.
 """
 
 import sys

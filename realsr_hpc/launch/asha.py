@@ -1,10 +1,10 @@
-"""`sampler=asha`: the loop that submits a sweep's runs, watches them come to their rungs, and sends the better ones on.
+"""`sampler=asha`: the loop that submits a sweep's runs, watches them reach their rungs, and promotes the best.
 
-A rung is a step at which runs leave with a checkpoint (`checkpoint.stop_at_step`). A run that is sent on is resumed, so
-one that reaches its end is bitwise the run that was never paused. OUTPUT_ROOT/sweeps/NAME/asha.json holds which runs
-there are and to which rung each was sent; what they have shown is read from their folders. So a launcher may be killed
-at any moment: runs go on to their rung, and the same launch goes on from what they have left. What to do next is
-decided in halving.py; what is tried, in proposals.py.
+A rung is a step at which runs stop with a checkpoint (`checkpoint.stop_at_step`). A promoted run is resumed, so a run
+that reaches its end is bitwise equal to one that was never paused. OUTPUT_ROOT/sweeps/NAME/asha.json lists the runs and
+the rung each was sent to; their results are read from their folders. So the launcher may be killed at any moment: runs
+continue to their rung, and the same launch continues from their folders. halving.py decides the next move; proposals.py
+decides which recipes are tried.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Halving:
         self.refused: list[Submission] = []
 
     def run(self, *, follow: bool) -> int:
-        """To the sweep's end; without `follow` only what can be submitted now. 1: a submission was refused."""
+        """Run the sweep to its end, or without `follow` submit what can start now. 1: a submission was refused."""
         with hold(self.folder / "asha.lock", f"sweep {self.name}"):
             self.kept = self._load()
             self.configs = compose_each([[*self.space.fixed, *sent.overrides] for sent in self.kept.trials])

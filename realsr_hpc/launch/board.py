@@ -1,6 +1,6 @@
-"""What the live board shows of an output root: chains as trees, sweeps with their best run, and the runs beside them.
+"""Content of the live board of an output root: chains as trees, sweeps with their best run, and all other runs.
 
-A refresh asks Slurm once and reads of each run what is new. The screen and its keys are in watch.py.
+A refresh queries Slurm once and reads only the new events of each run. The screen and its keys are in watch.py.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Board:
         """What the runs of a sweep are compared by, and whether the highest is best."""
 
     def refresh(self) -> list[Line]:
-        """Look again: the queue once, of each run its state and its new events. What is alive stands on top."""
+        """Query the queue once and read each run's state and new events. Active runs come first."""
         runs = runfolder.list_runs(self.root)
         chains = dict(self._chains())
         known = {*runs, *(stage for stages in chains.values() for stage, *_ in stages)}

@@ -1,7 +1,7 @@
-"""A chain's stages -> nodes: what runs, in which folder, after which others. Nothing is submitted or written here.
+"""A chain's stages -> nodes: what runs, in which folder, after which others. Submits and writes nothing.
 
-A stage's folder bears its signature, and what it names of earlier stages are paths with theirs: when a stage changes,
-so do all that build on it, and no others. Chains that share stages share their folders.
+A stage's folder is named by its signature, which covers the paths of the earlier stages it refers to. So a changed
+stage changes all stages that build on it, and no others. Chains with equal stages share their folders.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Node:
     """`key=value`, as a shell would hand them over."""
 
     def missing(self) -> list[str]:
-        """Files and folders that a command reads, that no stage leaves, and that are not here."""
+        """Files and folders that a command reads but that neither exist nor are produced by an earlier stage."""
         given = _pairs(self.arguments)
         own = [(key, given[key]) for key in READ_PATHS if key in given]
         absent = [(key, path) for key, path in own if not any(Path(path).is_relative_to(item) for item in self.after)]
@@ -60,7 +60,7 @@ class Node:
 
 
 def chain_nodes(chain: ChainConfig, overrides: list[str], valid: Valid, *, multirun: bool = False) -> list[Node]:
-    """Nodes of the chain, or of every chain of a sweep, in an order that can be run; equal ones once.
+    """Nodes of the chain, or of every chain of a sweep, in execution order and without duplicates.
 
     overrides: `STAGE:KEY=VALUE`, or `KEY=VALUE` for every recipe. valid: the keys of each command. RecipeError.
     """

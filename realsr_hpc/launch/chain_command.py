@@ -1,6 +1,6 @@
-"""`realsr-hpc launch chain=NAME`: plan a chain, run it here one stage after the other, or submit it to Slurm at once.
+"""`realsr-hpc launch chain=NAME`: plan a chain, run it locally stage by stage, or submit all of it to Slurm.
 
-Launched again it runs what is missing, has failed or has changed; a run that was stopped goes on from its checkpoint.
+Launching again runs the stages that are missing, failed or changed; a stopped run resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _read(arguments: list[str]) -> tuple[dict[str, str], list[str], bool]:
 
 
 def _refuse(nodes: list[Node]) -> None:
-    """What a job would find out hours later; what earlier stages will leave need not be there."""
+    """Refuse now what a job would only find out hours later; outputs of earlier stages need not exist yet."""
     runs = [node.config for node in nodes if not node.command]
     refuse_what_cannot_fit(runs)
     if absent := [line for node in nodes for line in node.missing()]:
@@ -105,7 +105,7 @@ def _state(node: Node, queue: Queue) -> str:
 
 
 def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
-    """One after the other; this process drives, and a run that it has started outlives it."""
+    """Run the stages one after the other from this process; a run that it has started survives it."""
     for node in nodes:
         if _state(node, Queue({})) == "done":
             _say(f"{node.stage}: already done, {node.folder.name}", console)
@@ -127,7 +127,7 @@ def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
 
 
 def _submit(nodes: list[Node], parent: str, console: Console) -> int:
-    """All at once: each job starts when those it names have succeeded, and goes when one of them cannot."""
+    """Submit all stages: each job starts when those it depends on have succeeded, and is dropped if one cannot."""
     queue = slurm_queue()
     if not queue.answered:
         raise ValueError("cluster.kind: slurm: squeue does not answer; launch where Slurm's commands work")

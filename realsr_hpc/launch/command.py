@@ -1,4 +1,4 @@
-"""The command line of realsr-hpc launch: options of launching apart from overrides of the recipe."""
+"""The command line of realsr-hpc launch: separates the options of launching from overrides of the recipe."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ USAGE = """\
 realsr-hpc launch [-m] recipe=NAME [group=NAME] [section.field=value ...] [option=value ...]
 
   recipe=NAME       one of: {recipes}
-  chain=NAME        several of them and commands, recipes/chains/NAME.yaml: the next takes what the one before left.
-                    With STAGE:section.field=value or STAGE:option=value, -m and plan=true; launched again it goes on
+  chain=NAME        several recipes and commands that build on each other, recipes/chains/NAME.yaml. Takes -m, plan=true
+                    and STAGE:section.field=value or STAGE:option=value; launched again, it continues
   cluster=NAME      recipes/cluster/NAME.yaml; the other groups are model, data, rewards and parallel
   -m                a sweep: a,b,c or range(..) or choice(..) as values; one Slurm array, one MLflow parent run
-  axes=NAME         a sweep over the values of recipes/sweeps/NAME.yaml; your own values go before its
+  axes=NAME         a sweep over the values of recipes/sweeps/NAME.yaml; values on the command line take precedence
 Options:
   plan=true         submit nothing: sbatch script, memory per GPU, pipeline bubble, GPU-hours
   resolve=true      submit nothing: print the resolved recipe as YAML
-  prepare=DIR       submit nothing: make DIR ready for `RUN_DIR=DIR sbatch slurm/grpo_7b.sbatch`, code and all
-  follow=false      return at once (the default waits for a single run; Ctrl-C then leaves the run going)
-  fresh=true        start anew in a new folder instead of going on with, or keeping, this recipe's run
-  sweep=NAME        name of the sweep (default: from the recipe and what varies)
-  sampler=optuna    Optuna draws from the swept values, interval(a,b) among them; launched again with the same
-                    sweep=NAME it learns from the runs before and draws on
-  trials=16         how many it draws at a time
-  sampler=asha      asynchronous successive halving: of the runs that have come to a rung, one in `keep` goes on to the
-                    next; launched again, with the same values, it goes on. Swept values are a grid, or are drawn by
-                    Optuna where one is interval(a,b); with follow=false it submits what can go now and returns
-  rungs=4,12 keep=3 steps at which runs are judged (default: a ninth and a third of all), and how many are one survivor
+  prepare=DIR       submit nothing: prepare DIR, including the code, for `RUN_DIR=DIR sbatch slurm/grpo_7b.sbatch`
+  follow=false      return immediately (the default waits for a single run; Ctrl-C does not stop the run)
+  fresh=true        start over in a new folder instead of resuming or keeping this recipe's run
+  sweep=NAME        name of the sweep (default: derived from the recipe and the swept keys)
+  sampler=optuna    Optuna draws from the swept values, which may be interval(a,b); launched again with the same
+                    sweep=NAME it learns from the earlier runs and draws more
+  trials=16         number of recipes drawn per launch
+  sampler=asha      asynchronous successive halving: of the runs that reach a rung, one in `keep` is promoted to the
+                    next; launched again with the same values, it continues. Swept values form a grid, or are drawn by
+                    Optuna if one is interval(a,b); with follow=false it submits what can start now and returns
+  rungs=4,12 keep=3 steps at which runs are compared (default: a ninth and a third of all), and one in how many survives
 """
 TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
 
 
 def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunConfig]:
-    """The recipes to run: one, every combination of a sweep, or those that the sampler draws."""
+    """The recipes to run: a single one, every combination of a sweep, or those that the sampler draws."""
     if options.sampler == "all":
         if given := [name for name in ("rungs", "keep", "trials") if getattr(options, name)]:
             raise RecipeError(f"{given[0]}: goes with sampler=asha{' or optuna' * (given[0] == 'trials')}")
@@ -113,7 +113,7 @@ def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunCo
 
 
 def halve(configs: list[RunConfig], options: Options, overrides: list[str], console: Console) -> int:
-    """Run a sweep by asynchronous successive halving: to its end, or what can go now."""
+    """Run a sweep by asynchronous successive halving to its end, or without `follow` submit what can start now."""
     from realsr_hpc.launch.asha import Halving
 
     if options.fresh:
@@ -134,7 +134,7 @@ def _space(options: Options, overrides: list[str]) -> Space:
 def launch(
     configs: list[RunConfig], options: Options, varied: list[str], overrides: list[str], console: Console
 ) -> int:
-    """Submit, say what was submitted, and follow a single run."""
+    """Submit, print what was submitted, and follow a single run."""
     refuse_what_cannot_fit(configs)
     refuse_what_is_missing(configs)
     for note in unchecked_manifests(configs):

@@ -1,7 +1,7 @@
-"""What can be told of weights without reading their numbers: files that are cut, empty or of another kind.
+"""Detects damaged weights without reading their tensors: files that are truncated, empty or of another kind.
 
-Standard library alone, headers and small files: launching answers in about a second and never imports torch. That the
-numbers are finite and the tensors the recipe's, the job checks where it reads them.
+Uses only the standard library and reads headers and small files, so that launching takes about a second and never
+imports torch. The job itself checks that values are finite and tensors match the recipe.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where one node's supervisor stands in its job, and the environment of the ranks it starts."""
+"""The place of one node's supervisor in its job, and the environment of the ranks it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has reported so far, read on from where the last look ended: cheap for hundreds of runs."""
+"""A run's metrics so far, read incrementally from its events: cheap for hundreds of runs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Watch a run until its job ends: a progress bar from its folder, the log's end when it failed.
 
-Following reads files and the queue, nothing else: leaving it (Ctrl-C) leaves the run alone.
+Following only reads files and the queue: Ctrl-C stops following, not the run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Asynchronous successive halving: what the runs of a sweep have shown at their rungs -> what a free place does next.
+"""Asynchronous successive halving: from the results at the rungs to the next move of a free slot.
 
-Algorithm 2 of Li et al., "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020): a run among the best
-one in `keep` of those measured at its rung goes on to the next; nobody waits for a rung to be full. With the delay of
-Hyper-Tune (Li et al., VLDB 2022): of n runs at a rung no more than n / `keep` go on, as many as if rungs were waited
-for. One rule is added for sweeps that end: when nothing else is left to do, the best run of a rung goes on. Pure; runs,
-folders and Slurm are in asha.py.
+Algorithm 2 of Li et al., "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020): a run in the best 1 /
+`keep` of those measured at its rung is promoted; no run waits for a rung to fill up. With the delay of Hyper-Tune (Li
+et al., VLDB 2022): of n runs at a rung at most n / `keep` are promoted, as in synchronous halving. One rule is added
+for finite sweeps: when nothing else is left to do, the best run of a rung is promoted. Pure functions; runs, folders
+and Slurm are in asha.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Move:
 
 
 def next_move(trials: Sequence[Trial], num_rungs: int, keep: int, *, highest: bool, may_propose: bool) -> Move | None:
-    """What to do with one free place: promote as high as possible, else propose; None: wait, or the sweep is over."""
+    """The next move of a free slot: promote as high as possible, else propose; None: wait, or the sweep is over."""
     rungs = [ranking(trials, rung, highest=highest) for rung in range(num_rungs)]
     for rung in reversed(range(num_rungs - 1)):
         allowed = len(rungs[rung]) // keep

@@ -1,4 +1,4 @@
-"""Is this node fit for the job: looked at before the ranks meet, because one bad node hangs all the others."""
+"""Checks whether this node is fit for the job before the ranks connect, because one bad node hangs all the others."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """One node's part of a job: start the ranks, watch them, and end all of them together.
 
-A rank that fails ends the others at once, and its last lines are the job's last words: no rank is left waiting in a
-collective. A rank that was killed (SIGKILL, a crash in native code) makes the job requeue itself on Slurm; one that
-raised does not. Before that, killed ranks are started again in the allocation, `cluster.restarts_in_place` times.
-One folder is run by one job: the first node's supervisor holds a lock, and a second job leaves all as it is. A signal
-(time is nearly up, preemption, cancel) is passed on; ranks that leave with a checkpoint make the job requeue itself
-too. A run without a sign of life for `cluster.hang_limit_s` is aborted with its stacks in the rank logs, and requeued.
-submitit only starts this; its own requeueing is left out (it races with Slurm's).
+When a rank fails, the others are ended at once, so that none waits in a collective; the failed rank's last lines become
+the job's message. After a rank was killed (SIGKILL, a crash in native code), the ranks are restarted in the allocation
+up to `cluster.restarts_in_place` times; then the job requeues itself on Slurm. A rank that raised an exception is not
+retried. A folder is run by one job at a time: the first node's supervisor holds a lock, and a second job changes
+nothing. Signals (time limit, preemption, cancel) are forwarded to the ranks; if they stop with a checkpoint, the job
+requeues itself. A run without a sign of life for `cluster.hang_limit_s` is aborted with its stacks in the rank logs and
+requeued. submitit only starts this function; its own requeueing is not used because it races with Slurm's.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def run_node(run_dir: Path) -> int:
 
 
 def _take(run_dir: Path, placement: Placement, stack: ExitStack) -> Verdict | None:
-    """Hold the run's lock until `stack` ends; else the verdict of a job that may not run this folder.
+    """Hold the run's lock until `stack` ends; otherwise return the verdict of a job that may not run this folder.
 
-    An attempt before this one of the same job may leave a lock behind on a node that went away: the file server frees
-    it in time.
+    An earlier attempt of the same job may have left a lock on a node that went down; the file server releases it after
+    a while.
     """
     job = f"Slurm job {placement.job_id}" if placement.job_id else "local"
     for wait_s in (OTHER_JOB_WAIT_S, SAME_JOB_WAIT_S):
@@ -184,7 +184,7 @@ def start_ranks(
 def watch(
     ranks: dict[int, subprocess.Popen[bytes]], config: RunConfig, run_dir: Path, placement: Placement, stop: StopFlag
 ) -> tuple[int, str, float]:
-    """Until all ranks have ended: exit code, last words, and when they were written."""
+    """Wait until all ranks have ended: exit code, last message, and when it was written."""
     forwarded = False
     started = time.time()
     while True:
@@ -230,7 +230,7 @@ def end_ranks(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals 
 
 
 def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Verdict, *, send_back: bool) -> int:
-    """Requeue where that can help, and leave the run's state behind; one node does, the one that speaks for all."""
+    """Requeue if that can help, and write the run's final state; only the node that speaks for all does this."""
     code, message = verdict.code, verdict.message
     speaks = placement.node_rank == (verdict.node if code in REQUEUED else 0)
     if send_back and placement.job_id:

@@ -1,4 +1,4 @@
-"""Runs that were launched: their states, and ending or continuing one."""
+"""States of launched runs, and commands to cancel, resume or reconcile them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RunRow:
 
 
 def rows(root: Path) -> list[RunRow]:
-    """All runs of an output root, oldest first; Slurm is asked once. A run that cannot be read hides no other."""
+    """All runs of an output root, oldest first; queries Slurm once. An unreadable run does not affect the others."""
     runs = runfolder.list_runs(root)
     queue = slurm_queue() if any((job := read_job(run)) and job.kind == "slurm" for run in runs) else Queue({})
     return [_row(run, queue) for run in runs]
@@ -141,7 +141,7 @@ def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
 
 
 def reconcile(root: Path) -> list[str]:
-    """Write down, here and in MLflow, the end of runs whose job ended without a word; their names."""
+    """Record, here and in MLflow, the end of runs whose jobs disappeared without a report; returns their names."""
     ended = []
     for run_dir in runfolder.list_runs(root):
         said, status = read_status(run_dir), current_status(run_dir)

@@ -1,7 +1,7 @@
-"""Tell a command of the user's what became of a run: `tracking.notify=CMD` gets one line of JSON on its input.
+"""Notify a user's command of a run's state changes: `tracking.notify=CMD` gets one line of JSON on its input.
 
-The run never waits for it while it computes, and never fails by it: a command that takes too long is ended, and what
-failed is counted in RUN_DIR/notified.json. Left out: services, retries, templates; the command is the place for them.
+The run never waits for the command while it computes and never fails because of it: a command that takes too long is
+killed, and failures are counted in RUN_DIR/notified.json. Services, retries and templates belong in the command.
 """
 
 from __future__ import annotations

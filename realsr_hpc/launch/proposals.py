@@ -1,8 +1,8 @@
-"""What a sweep by successive halving runs: its axes, rungs and metric; the next recipe to try.
+"""The search space of successive halving (axes, rungs, metric) and the next recipe to try.
 
-Where every axis has listed values, all combinations are tried, each once, in an order drawn from the recipe's seed: a
-grid in its own order would show rungs an ever better, or an ever worse, run. Where one is an interval, Optuna's
-TPE draws; it learns from what runs have shown at their rungs.
+If every axis lists its values, all combinations are tried once, in an order shuffled by the recipe's seed: in grid
+order runs would get steadily better or worse. If an axis is an interval, Optuna's TPE draws and learns from the results
+at the rungs.
 """
 
 from __future__ import annotations

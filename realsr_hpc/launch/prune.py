@@ -1,4 +1,4 @@
-"""Snapshots of the code that no run refers to any more, and their removal."""
+"""Find and remove snapshots of the code that no run refers to any more."""
 
 from __future__ import annotations
 

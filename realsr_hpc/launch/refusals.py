@@ -1,4 +1,4 @@
-"""What a submission is refused for: a job would find it out hours later."""
+"""Reasons to refuse a submission, which a job would only find out hours later."""
 
 from __future__ import annotations
 

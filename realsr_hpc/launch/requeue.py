@@ -1,4 +1,4 @@
-"""Asking Slurm for another attempt, for as long as it takes to answer, and keeping that away from unfit nodes."""
+"""Ask Slurm to requeue a job, retrying while the controller does not answer, and exclude unfit nodes from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OURS = ("pending", "completing")
 
 
 def requeue(job_id: str, patience_s: float = PATIENCE_S, sleep: Callable[[float], None] = time.sleep) -> bool:
-    """True when Slurm requeues the job, by this call or already of itself; False when it refuses or stays silent."""
+    """True if Slurm requeues the job, through this call or on its own; False if it refuses or never answers."""
     if shutil.which("scontrol") is None:
         print(f"requeue {job_id}: this node has no scontrol", flush=True)
         return False

@@ -1,4 +1,4 @@
-"""A run's folder: which one it is, and what state the run in it has; `runfolder` names what lies in it."""
+"""Which folder belongs to a recipe's run, and the state of the run in it; `runfolder` names the files in it."""
 
 from __future__ import annotations
 

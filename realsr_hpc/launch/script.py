@@ -1,4 +1,4 @@
-"""What a recipe's cluster section means to Slurm: submitit's parameters and the batch script they make."""
+"""Translates a recipe's cluster section to Slurm: submitit's parameters and the resulting batch script."""
 
 from __future__ import annotations
 

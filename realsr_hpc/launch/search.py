@@ -1,9 +1,8 @@
-"""Optuna chooses the recipes of a sweep: each launch tells it how the runs before ended and asks for the next ones.
+"""Optuna chooses the recipes of a sweep: each launch reports how the earlier runs ended and asks for new ones.
 
-Its memory is a journal in OUTPUT_ROOT/sweeps/NAME/, so a sweep goes on from any machine that sees the output root.
-Runs that are still missing are proposed again first; new ones only when all earlier have ended. The objective is the
-recipe's best metric in its declared direction. Left out: Optuna's own loop and pruning; Slurm runs the runs, in one
-array.
+Optuna's journal is in OUTPUT_ROOT/sweeps/NAME/, so a sweep can continue from any machine that sees the output root.
+Missing runs are proposed again first, new ones only after all earlier ones have ended. The objective is the recipe's
+best metric in its declared direction. Optuna's own loop and pruning are not used: Slurm executes the runs as one array.
 """
 
 from __future__ import annotations

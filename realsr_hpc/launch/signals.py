@@ -1,4 +1,4 @@
-"""The stop flag of one process: a signal asks, the training loop answers at a step boundary.
+"""The stop flag of one process: a signal sets it, and the training loop reads it at step boundaries.
 
 Handlers only set a flag, because a checkpoint is collective and cannot be taken inside a handler. Processes that a
 training process forks (data workers) inherit the handlers; there the flag belongs to another process id and the

@@ -1,9 +1,9 @@
-"""A copy of the code that a Slurm job runs from, so that editing the checkout changes no job in the queue.
+"""A copy of the code that a Slurm job runs from, so that editing the checkout does not change queued jobs.
 
-Its name is the hash of its contents: runs of the same code share one copy, uncommitted changes included. It is
-written aside and renamed, so a half-written one is never used, and it is believed for its contents, never for being
-there: launching compares every byte, and the job does so again (SHA256SUMS). What git ignores (weights, data) stays in
-the checkout, where `paths.resolve` finds it for launcher and job alike.
+Its name is the hash of its contents, uncommitted changes included; runs of the same code share one copy. It is written
+aside and renamed, so a half-written one is never used. Its contents are always verified: launching compares every byte,
+and the job checks again (SHA256SUMS). Files that git ignores (weights, data) stay in the checkout, where
+`paths.resolve` finds them for launcher and job alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Submission itself: submitit as the one that calls sbatch or starts a process; states follow what really happened.
+"""Submit through submitit, which calls sbatch or starts a local process; recorded states reflect what happened.
 
-A run's job.json is written when its job exists, never before. A job bears the name of its launch, and so does every
-state it writes, so that nobody mistakes the last word of an earlier job for this one's. What sbatch refuses leaves the
-run as it was, with sbatch's own words.
+A run's job.json is written only after its job exists. A job and every state it writes carry the name of the launch, so
+that the last state of an earlier job is not mistaken for this one's. If sbatch refuses, the run is left unchanged and
+sbatch's message is reported.
 """
 
 from __future__ import annotations

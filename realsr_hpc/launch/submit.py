@@ -1,7 +1,7 @@
-"""RunConfigs -> jobs: folders, snapshot, tracking, and submitit as the one that starts them.
+"""RunConfigs -> jobs: create folders, snapshot and tracking, then start the jobs through submitit.
 
-A run's folder is named by its recipe's signature. Launching it again goes on where it stopped, says that it is done,
-or that it is running already; so launching a sweep again submits what is missing.
+A run's folder is named by its recipe's signature. Launching again resumes a stopped run, or reports that it is done or
+still running; so launching a sweep again submits only what is missing.
 """
 
 from __future__ import annotations

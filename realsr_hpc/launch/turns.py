@@ -1,6 +1,6 @@
-"""Local runs of sweeps in turn, first come first served: at most `cluster.array_parallelism` at once, as Slurm does.
+"""Local runs of sweeps take turns, first come first served: at most `cluster.array_parallelism` at once, as on Slurm.
 
-Whoever waits or runs holds a lock on a file, which the system frees when its process dies: nothing is left to clean up.
+A waiting or running process holds a lock on a file, which the system releases when it dies, so nothing needs cleanup.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`realsr-hpc jobs report=true`: what every run used beside what was planned, to see where the plan is wrong."""
+"""`realsr-hpc jobs report=true`: what every run used compared with its plan, to see where the plan is wrong."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How the nodes of a job agree on how its attempt ended, and whether it may be requeued.
 
-When a rank is killed, its partners on other nodes fail too, of the broken connection. Each supervisor writes what it
-saw to the run's folder and waits for the others a little, so that the job ends by its cause: one killed rank requeues
+When a rank is killed, its partners on other nodes fail too, because their connections break. Each supervisor writes its
+findings to the run's folder and waits briefly for the others, so that the root cause decides: one killed rank requeues
 the job although ten others raised.
 """
 

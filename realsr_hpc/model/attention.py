@@ -84,16 +84,20 @@ class BranchedRows:
         grouped, prompt = q.shape[1] != k.shape[1], self.branches.prompt
         if self.branches.count == 1:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        # copies: kept for the backward pass, views would keep whole rows
+        # [b, h, prompt, d]: causal, computed once for all responses of a row. Contiguous copies, because the backward
+        # pass keeps them and a view would keep the whole row alive.
         begin = (x[:, :, :prompt].contiguous() for x in (q, k, v))
         of_prompt = F.scaled_dot_product_attention(*begin, is_causal=True, enable_gqa=grouped)  # pyright: ignore[reportArgumentType]
+        # [b x count, kv, prompt + response, d]: each response as a batch entry of its own behind a copy of the prompt
         keys, values = self._with_prompt(k), self._with_prompt(v)
+        # query i of a response [response] sees the whole prompt and the response up to i
         mask = causal_lower_right(self.branches.response, keys.shape[2])
         out = F.scaled_dot_product_attention(self._responses(q), keys, values, attn_mask=mask, enable_gqa=grouped)
         return self._rows(of_prompt, out, q)
 
     def _unconditional(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.blocks is not None, "without guidance there are no twins"
+        # blocks [twins, S] -> [twins x count, response] -> causal within the same image block
         mask = segment_mask(self._responses(self.blocks[:, None, :, None])[:, 0, :, 0])
         parts = (self._responses(x) for x in (q, k, v))
         out = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
@@ -111,5 +115,6 @@ class BranchedRows:
 
     def _rows(self, prompt: Tensor, responses: Tensor, like: Tensor) -> Tensor:
         """Inverse of `_responses`, with what stands before and after: [b, h, S, d]."""
+        # [b x count, h, response, d] -> [b, count, h, response, d] -> [b, h, count x response, d]
         beside = responses.unflatten(0, (-1, self.branches.count)).transpose(1, 2).flatten(2, 3)
         return torch.cat([prompt, beside, torch.zeros_like(like[:, :, self.branches.tokens :])], 2)
