@@ -1,7 +1,7 @@
-"""Which checkpoint folders are whole: sizes and hashes of their files. Files only; knows neither torch nor Megatron.
+"""Verifies checkpoint folders by the sizes and hashes of their files. Imports neither torch nor Megatron.
 
-A checkpoint `step-000010` is written as `.tmp-step-000010` and renamed when its manifest, the last file written,
-is on disk. Whatever has no manifest, or does not agree with it, is no checkpoint.
+A checkpoint `step-000010` is written as `.tmp-step-000010` and renamed once its manifest, the last file written, is on
+disk. A folder without a manifest, or that does not match it, is not a checkpoint.
 """
 
 from __future__ import annotations

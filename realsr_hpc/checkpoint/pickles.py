@@ -1,11 +1,11 @@
-"""Nothing in a checkpoint runs when it is read: the pickles that Megatron and torch would load are read here first.
+"""Ensures that reading a checkpoint runs no code: checks the pickles that Megatron and torch would load.
 
-`torch.distributed.checkpoint` loads `.metadata` with plain pickle, and the parts that are no tensors with
-`weights_only=False`: whoever wrote the checkpoint could run code in the process that loads it, be it a colleague's run
-that is only restored with. Here `.metadata` is read by an unpickler that knows the classes of which such a file is
-made, and no others, and every part that is no tensor with `weights_only`. What passes holds nothing that runs.
+`torch.distributed.checkpoint` loads `.metadata` with plain pickle and non-tensor parts with `weights_only=False`, so
+the author of a checkpoint could run code in the process that loads it, even if it is only used for restoring images.
+Here `.metadata` is first read by an unpickler that allows only the classes such a file consists of, and every
+non-tensor part is read with `weights_only`. Checkpoints that pass contain no code.
 
-Left out: the states that Transformer Engine keeps inside of tensors (FP8 scales), which its own code unpickles.
+Not covered: the states that Transformer Engine keeps inside tensors (FP8 scales) and unpickles itself.
 """
 
 from __future__ import annotations

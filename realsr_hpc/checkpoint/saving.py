@@ -1,9 +1,9 @@
-"""Writing a checkpoint: planned together, written by each rank alone, completed together.
+"""Writes a checkpoint: planned collectively, written by each rank on its own, completed collectively.
 
-Only the first and the last part are collective. What the middle part writes was copied before, so it may run behind
-the next training steps (`Saver(behind=True)`). What one rank cannot write (a full disk, a quota, a file server that
-went away) raises NotSaved on every rank, at a point where all of them are together; the checkpoint before it stays the
-newest. Left out: Megatron's own background processes, which fork a process that holds threads and a GPU.
+Only the first and the last phase are collective. The middle phase writes tensors that were copied before, so it may run
+during the next training steps (`Saver(behind=True)`). If one rank cannot write (full disk, quota, lost file server),
+NotSaved is raised on every rank at a collective point, and the previous checkpoint stays the newest. Megatron's own
+background processes are not used, because they fork a process that holds threads and a GPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who looks at whom: causal rows, packed segments, and rows of one prompt with several responses.
+"""Attention masks and patterns: causal rows, packed segments, and rows of one prompt with several responses.
 
 Attention is torch's scaled_dot_product_attention everywhere: flash kernels on both CPU and CUDA, no dropout.
 """

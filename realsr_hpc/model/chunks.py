@@ -1,4 +1,4 @@
-"""The policy: this process's chunks of one model, and what the rooms need to know of it.
+"""The policy: this process's chunks of one model, and its interface to other rooms.
 
 Its last stage returns the hidden states after the final norm, not logits: log-probabilities are computed from
 (hidden, output_weight) in chunks over the sharded vocabulary, so that [tokens, vocabulary] never exists whole.

@@ -1,9 +1,9 @@
-"""FP8 products of the layers: switching them off and on, their numerics where there is no FP8 hardware, and rollouts.
+"""FP8 matrix products: switching them on and off, emulating their numerics without FP8 hardware, and FP8 rollouts.
 
-Transformer Engine's layers need a GPU. The emulated ones are Megatron's own with rounded operands: input and weight
-take the values that FP8 can hold, under the scales of the chosen recipe, and are multiplied in the parameters' format;
-gradients that come back are rounded the same way. So everything but speed can be tried on any machine: what FP8 does
-to log-probabilities, the parity gate, the scales in checkpoints.
+Transformer Engine's layers need a GPU. The emulated layers are Megatron's own with rounded operands: input and weight
+are rounded to FP8 values under the chosen recipe's scales and multiplied in the parameters' dtype; incoming gradients
+are rounded the same way. So everything except speed can be tested on any machine: the effect of FP8 on
+log-probabilities, the parity gate, the scales in checkpoints.
 
 Scales: tensorwise, one per tensor from its own largest value; blockwise, powers of two, one for 128 inputs of a token
 and for 128 x 128 of a weight; delayed, one per tensor from the largest value of the pass before (Megatron's default

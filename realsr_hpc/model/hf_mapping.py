@@ -1,8 +1,8 @@
-"""One table between Hugging Face's Chameleon and Megatron: names, shapes and cuts, both ways.
+"""One table that maps Hugging Face's Chameleon to Megatron and back: names, shapes and tensor-parallel splits.
 
-Each row names one local parameter, the Hugging Face tensors it is made of, and how it is cut over tp. Reading goes
-straight into the local shard; writing gathers one parameter at a time to world rank 0. Random initial weights pass
-through the same table (one generator per tensor, by name), so that they do not depend on the layout.
+Each row names one local parameter, the Hugging Face tensors it consists of, and how it is split over tp. Reading fills
+the local shard directly; writing gathers one parameter at a time to world rank 0. Random initial weights use the same
+table (one generator per tensor, by name), so that they do not depend on the layout.
 
 Shared q and k norms ([head_dim] or [1, head_dim], as Meta's and Lumina's weights have them) are spread over the
 heads. The image tokenizer's weights (`model.vqmodel.*`) are no part of this table.

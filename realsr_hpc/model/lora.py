@@ -1,4 +1,4 @@
-"""Low-rank adapters on the policy's linear layers, cut over the layout as those are.
+"""Low-rank adapters on the policy's linear layers, split over tensor-parallel ranks like these layers.
 
 LoRA (Hu et al., arXiv 2106.09685): y = W x + (alpha / rank) B A x with W frozen, A [rank, in] random, B [out, rank]
 zero at the start. An adapter belongs to one Hugging Face projection (`q_proj`, `gate_proj`, ...), also where Megatron

@@ -1,9 +1,9 @@
-"""CPU, CUDA or another device: the one place that asks.
+"""CPU, CUDA or another device: the only module that distinguishes them.
 
-Megatron-Core 0.16.1 is written for CUDA. Where we compute elsewhere, `prepare()` replaces the few `torch.cuda`
-functions that Megatron calls, and `vendor_calls()` rewrites its `device="cuda"` literals for as long as one of
-our calls into Megatron lasts (outside of it nothing is intercepted, so that own hot loops pay nothing). On
-CUDA neither does anything. Two faults of Megatron's checkpoints of torch's Adam are mended here too.
+Megatron-Core 0.16.1 is written for CUDA. On other devices, `prepare()` replaces the few `torch.cuda` functions that
+Megatron calls, and `vendor_calls()` rewrites its `device="cuda"` literals during our calls into Megatron (nothing is
+intercepted outside of them, so our own hot loops pay nothing). On CUDA neither does anything. Two faults in Megatron's
+checkpoints of torch's Adam are also fixed here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who computes what: arithmetic of a parallel layout. Knows neither torch nor Megatron."""
+"""Arithmetic of a parallel layout: sizes, splits and rounding. Imports neither torch nor Megatron."""
 
 from __future__ import annotations
 

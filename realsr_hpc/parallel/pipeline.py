@@ -66,6 +66,7 @@ def run_pipeline(
     """
     _check(model, microbatches)
     shape = microbatches[0].tokens.shape
+    # Megatron sends [S/sp, b, H] between stages and derives that from seq_length and micro_batch_size.
     arguments = {
         "forward_step_func": _forward_step(loss_fn),
         "data_iterator": [iter(microbatches) for _ in model.chunks],
@@ -100,7 +101,7 @@ def _forward_step(loss_fn: LossFunction) -> Callable[..., Any]:
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, Outputs]:
             value, outputs = loss_fn(hidden, unwrap_model(chunk).output_layer.weight, microbatch)  # pyright: ignore[reportAttributeAccessIssue]
-            # three values and calculate_per_token_loss: the schedule leaves the loss as it is
+            # With three return values and calculate_per_token_loss, Megatron's schedule does not rescale the loss.
             return value, one_token.to(value.device), outputs
 
         return output, loss

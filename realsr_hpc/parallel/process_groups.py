@@ -1,4 +1,4 @@
-"""The process's place in the world: groups, sizes and ranks. Made once, then passed, never fetched."""
+"""This process's groups, their sizes and its ranks. Created once and passed on, never read from a global."""
 
 from __future__ import annotations
 

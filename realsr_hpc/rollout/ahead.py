@@ -1,12 +1,12 @@
-"""Guesses about the tokens to come, and which of them turn out right: exact look-ahead.
+"""Exact look-ahead: guesses for the next tokens, and the check of which guesses were right.
 
-A token is a function of its prefix and of its own noise (behaviour/draws.py). So W tokens can be fed at once: the last
-sampled one and guesses of the next W - 1. Where the guesses up to a position are what is drawn there, the prefix was
-right and the draw behind it is final; everything after the first wrong guess is drawn again, and the draws just made
-are the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). The tokens are those of decoding one by
-one, whatever the guesses.
+A token is a function of its prefix and its own noise (behaviour/draws.py). So W tokens can be fed at once: the last
+sampled one and guesses for the next W - 1. As long as the guesses equal the draws at their positions, the prefix was
+right and the following draw is final. Everything after the first wrong guess is drawn again, with the discarded draws
+as the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). The result equals decoding token by
+token, whatever the guesses.
 
-All of this is bookkeeping of small integer arrays on the host. Every rank does the same, as every rank knows all draws.
+This module only keeps small integer arrays on the host. Every rank knows all draws and does the same bookkeeping.
 """
 
 from __future__ import annotations

@@ -69,9 +69,9 @@ class Stream:
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
     def keep(self, rows: Tensor, prompts: Tensor, length: int) -> None:
-        """Go on with these rows of these prompts; `length` suffix positions are written."""
+        """Keep only these rows of these prompts; `length` suffix positions have been written."""
         for cache in (self.keys, self.values):
-            for layer in cache:  # one at a time: the copy is a layer's, not the cache's
+            for layer in cache:  # [n, kv, T, d]; layer by layer, so that only one layer is copied at a time
                 layer[: len(rows), :, :length] = layer[rows, :, :length]
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
         if self.prefix and len(prompts) < len(self.prefix[0][0]):
@@ -83,10 +83,13 @@ class Stream:
         at.write(self.values[layer], v)
         keys = self.keys[layer, :, :, : at.length]
         values = self.values[layer, :, :, : at.length]
-        q = q.unflatten(0, (len(keys), at.width)).transpose(1, 2).flatten(2, 3)  # [n, kv, W h/kv, d]
+        # all queries that share a row's keys side by side:
+        # [n W, kv, h/kv, d] -> [n, W, kv, h/kv, d] -> [n, kv, W h/kv, d]
+        q = q.unflatten(0, (len(keys), at.width)).transpose(1, 2).flatten(2, 3)
         out, lse = backend.attention(q, keys, values, at.bias(not self.prefix, q))
         if self.prefix:
             out = self._with_prefix(layer, q, out, lse)
+        # back to one row per token: [n, kv, W h/kv, d] -> [n W, kv, h/kv, d]
         return out.unflatten(2, (at.width, -1)).transpose(1, 2).flatten(0, 1)
 
     def _with_prefix(self, layer: int, q: Tensor, own: Tensor, own_lse: Tensor) -> Tensor:
@@ -94,9 +97,11 @@ class Stream:
 
         Both are weighted by their shares of the common softmax's denominator (Flash-Decoding, Dao et al. 2023).
         """
-        keys, values = self.prefix[layer]
+        keys, values = self.prefix[layer]  # [P, kv, L, d]
+        # one product per prompt for the queries of its whole group: [P, kv, G W h/kv, d] and [P, kv, G W h/kv]
         shared, lse = backend.attention(_by_prompt(q, len(keys)), keys, values)
-        share = torch.sigmoid(own_lse - _by_row(lse[..., None], q)[..., 0])  # of the suffix, [n, kv, W h/kv]
+        # share of the suffix in the joint softmax, exp(own) / (exp(own) + exp(prefix)): [n, kv, W h/kv]
+        share = torch.sigmoid(own_lse - _by_row(lse[..., None], q)[..., 0])
         return torch.lerp(_by_row(shared, q), own, share[..., None].to(own.dtype))
 
 

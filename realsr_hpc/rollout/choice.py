@@ -1,7 +1,7 @@
 """Draw the tokens of a window: hidden states to logits, truncation, one draw and its log-probability per position.
 
-Only positions that have a choice meet the output layer. Image codes, most of a response, meet its image columns alone,
-and text only the conditional stream: it is never guided.
+The output layer is only evaluated at positions with a choice. Image codes, which are most of a response, need only its
+image columns; text needs only the conditional stream, as it is never guided.
 """
 
 from __future__ import annotations

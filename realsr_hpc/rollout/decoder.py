@@ -2,18 +2,17 @@
 """KV-cached decoding on the live policy weights: no second copy, no refit, at any TP x PP.
 
 Megatron's own inference path calls the training modules token by token; this one reads the same parameters and does
-only what a decode step needs. Its equality with the training forward is a test, and `rollout/mismatch_kl` watches it
-in every run. Rows are prompts x rollouts, prompt by prompt and as many of each. A pass takes W tokens per row, each row
-from its own position on; tokens that the sampler does not keep are overwritten by the next pass.
+only what a decode step needs. A test compares it with the training forward pass, and `rollout/mismatch_kl` monitors it
+in every run. Rows are ordered by prompt, with the same number of rollouts for each. A pass takes W tokens per row,
+starting at each row's own position; the next pass overwrites tokens that the sampler did not keep.
 
-Classifier-free guidance adds a second stream of the same rows that sees only the current image block
-(RealSR-R1): its linears are batched with the first stream's. Rotary embeddings are relative, so that stream keeps
-its positions.
+Classifier-free guidance adds a second stream of the same rows that sees only the current image block (RealSR-R1); its
+linear layers are batched with the first stream's. Rotary embeddings are relative, so that stream keeps its positions.
 
-Steps can have fixed shapes (`FixedSteps`): then a CUDA graph replays them, and a step costs one launch.
+Steps can have fixed shapes (`FixedSteps`); a CUDA graph then replays them, and a step costs a single launch.
 
 Under pipeline parallelism a forward pass is a generator that yields before it would wait for another stage, so that the
-caller can let several batches take turns and no stage idles.
+caller can interleave several batches and no stage idles.
 """
 
 from __future__ import annotations
@@ -148,10 +147,11 @@ class Decoder:
         cos, sin = (table[: cache.prompt_length].repeat(len(prompts), 1) for table in (cache.cos, cache.sin))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # [P L, heads, d] -> [P, heads, L, d]
             rows = [x.unflatten(0, prompts.shape).movedim(1, -2) for x in (q.flatten(1, 2), k, v)]
             q, k, v = rows[0], rows[1].contiguous(), rows[2].contiguous()
             cache.streams[0].prefix.append((k, v))
-            repeated = [x.repeat_interleave(self.queries_per_kv, 1) for x in (k, v)]
+            repeated = [x.repeat_interleave(self.queries_per_kv, 1) for x in (k, v)]  # [P, h, L, d]
             out = F.scaled_dot_product_attention(q, *repeated, is_causal=True)
             return out.movedim(-2, 1).flatten(0, 1)
 
@@ -187,14 +187,15 @@ class Decoder:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if len(streams) == 1:
                 return streams[0].attend(layer, q, k, v, at).flatten(1, 2)
+            # [2 n W, ...]: the conditional stream's tokens, then the unconditional one's; each has a cache of its own
             parts = zip(streams, *(x.chunk(len(streams)) for x in (q, k, v)), strict=True)
             return torch.cat([stream.attend(layer, *qkv, at) for stream, *qkv in parts]).flatten(1, 2)
 
-        if isinstance(at.first, int):
+        if isinstance(at.first, int):  # all rows at one position: [1, d], broadcast over tokens
             cos, sin = (table[cache.prompt_length + at.first].view(1, -1) for table in (cache.cos, cache.sin))
         else:
             places = (cache.prompt_length + at.positions).flatten().repeat(len(streams))
-            cos, sin = cache.cos[places], cache.sin[places]
+            cos, sin = cache.cos[places], cache.sin[places]  # [streams n W, d]
         hidden = yield from self._run(tokens.flatten().repeat(len(streams)), attend, cos, sin)
         return None if hidden is None else hidden.view(len(streams), *tokens.shape, -1)
 
@@ -225,14 +226,16 @@ class Decoder:
         return None
 
     def _layer(self, x: Tensor, w: LayerWeights, number: int, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
-        y = F.rms_norm(x, w.attention_norm.shape, w.attention_norm, self.epsilon)
+        y = F.rms_norm(x, w.attention_norm.shape, w.attention_norm, self.epsilon)  # [m, H]
+        # Megatron's fused layout: per key head its h/kv queries, then the key, then the value: [m, kv, h/kv + 2, d]
         qkv = _product(y, w.qkv).view(-1, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
+        # queries and key of each key head are normalised and rotated together: [m, kv, h/kv + 1, d]
         qk = F.layer_norm(qkv[:, :, :-1], (self.head_dim,), None, None, HEAD_NORM_EPSILON)
         qk = _rotate(qk * w.qk_norm_weight + w.qk_norm_bias, cos, sin)
         context = attend(number, qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]).flatten(1)
         x = x + self._sum_tp(_product(context, w.proj))
         y = F.rms_norm(x, w.mlp_norm.shape, w.mlp_norm, self.epsilon)
-        gate, up = _product(y, w.fc1).chunk(2, -1)
+        gate, up = _product(y, w.fc1).chunk(2, -1)  # [m, ffn / tp] each
         return x + self._sum_tp(_product(F.silu(gate) * up, w.fc2))
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -250,7 +253,7 @@ class Decoder:
         if self.groups.tp_size == 1:
             return project(hidden, weight[columns])
         local = project(hidden, weight).contiguous()
-        shards = [torch.empty_like(local) for _ in range(self.groups.tp_size)]
+        shards = [torch.empty_like(local) for _ in range(self.groups.tp_size)]  # [m, V/tp] each, in rank order
         dist.all_gather(shards, local, group=self.groups.tp)
         return torch.cat(shards, -1)[:, columns]
 

@@ -1,4 +1,4 @@
-"""What the sampler writes down of a batch of rollouts.
+"""The sampler's record of a batch of rollouts.
 
 Memory a token: 8 bytes of token, 4 of log-probability, 8 of mask id, 1 of flag on the device, and where top-k or top-p
 truncate, the vocabulary's bits (9.2 KB at 73,728 tokens) in host memory: 5,500 tokens x 8 rollouts are 0.4 GB a group.

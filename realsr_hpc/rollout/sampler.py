@@ -3,12 +3,12 @@
 A pass feeds each row its last token and guesses of the next ones, and keeps the draws whose prefix was right
 (ahead.py).
 
-Every rollout draws from its own counter-based stream, keyed by the run's seed and the rollout's global number. So the
-tokens do not depend on how rollouts are spread over ranks and batches. What the grammar and truncation allowed at each
-position is kept with the tokens: the loss scores with exactly that distribution.
+Every rollout draws from its own counter-based stream, keyed by the run's seed and the rollout's global number, so
+tokens do not depend on how rollouts are distributed over ranks and batches. The tokens that grammar and truncation
+allowed at each position are recorded with the rollout: the loss scores exactly that distribution.
 
-Finished rollouts leave the batch. With several pipeline stages as many batches take turns, so that each stage works on
-one while the others' tokens travel.
+Finished rollouts leave the batch. With pipeline parallelism there are as many batches as stages, and they take turns:
+each stage works on one batch while the tokens of the others are in transit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How many tokens per row each pass looks ahead: as recipes say, or what accepts most tokens per second.
 
-With `auto` the first passes try widths 1, 2, 4, ... while they pay; later passes take the best and now and then measure
-a neighbour again, as the cost of a pass grows with the cache and guesses are better in some images than in others. What
-is measured decides only how fast tokens come, never which.
+With `auto` the first passes try widths 1, 2, 4, ... as long as they pay off. Later passes use the best width and
+occasionally measure a neighbour again, because the cost of a pass grows with the cache and guesses are better in some
+images than in others. The measurements affect only the speed, never the tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the codebook is learned: moving averages of the features each entry attracts (VQ-VAE, appendix A.1).
+"""Learns the codebook by moving averages of the features assigned to each entry (VQ-VAE, appendix A.1).
 
 Entries that attract almost nothing are moved onto features of the current batch; without that a small data set
 uses a fraction of the codebook. Lives beside the tokenizer, not in it, so that the tokenizer's weights stay those

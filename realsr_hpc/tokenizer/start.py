@@ -1,8 +1,8 @@
 """Start weights of a small tokenizer whose encoder has no residual blocks: principal components of patches.
 
 Without residual blocks the encoder's downsampling is linear. It gathers each patch exactly and projects it onto its
-principal components; `quant_conv` keeps the strongest. The decoder's `patch_out` starts as the least-squares way back
-from quantised features. Training so starts at the quality of vector-quantised components, not at noise.
+principal components; `quant_conv` keeps the strongest. The decoder's `patch_out` starts as the least-squares inverse
+from quantised features. Training therefore starts at the quality of vector-quantised components instead of noise.
 
 transformers fixes 32 normalisation groups. Each holds a component, its negative and two constants: normalisation would
 otherwise remove an image's brightness and colour, and silu(x) - silu(-x) = x passes the activation unharmed.

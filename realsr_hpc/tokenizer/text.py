@@ -1,6 +1,6 @@
 """Text tokenizer: byte-level BPE through the `tokenizers` library.
 
-Ids count from 0 and there are no special tokens: where text stands in the policy's vocabulary is vlcot/'s business.
+Ids start at 0 and there are no special tokens: vlcot/ decides where text is in the policy's vocabulary.
 Every byte has an id, so any text can be written; the seven tags are single tokens when trained by
 `train_text_tokenizer`, and never merge with their neighbours.
 """
