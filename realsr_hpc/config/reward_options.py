@@ -156,7 +156,7 @@ class HttpOptions(Section):
     connect_timeout_s: Positive = 2.0
     """Longest wait for a connection."""
     read_timeout_s: Positive = 60.0
-    """Longest silence of the other process before its answer."""
+    """Longest wait for a whole answer of the other process."""
     retries: Annotated[int, Field(ge=0, le=10)] = 3
     """Further tries of a call that found nobody, was not answered, or got a status 429, 500, 502, 503 or 504."""
     pause_s: Positive = 0.5

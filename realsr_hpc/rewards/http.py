@@ -1,20 +1,26 @@
 """A reward that another process computes: rollouts go to its URL, scores come back (exchange.py, docs/judge.md).
 
-Calls have time-outs and are retried with growing pauses. A call that fails is a failure of its rollouts alone: of a
-batch each rollout is then asked for by itself. While the other process is away the next calls are tried once each, so
-that a step does not wait for all their pauses; after `PATIENCE` silent ones in a row the rest of the scoring is not
-asked for. The next scoring asks again.
+Calls are retried with growing pauses and have time-outs, which hold for a whole answer, however slowly it trickles in.
+A call that fails is a failure of its rollouts alone: of a batch each rollout is then asked for by itself. While the
+other process is away the next calls are tried once each, so that a step does not wait for all their pauses; after
+`PATIENCE` silent ones in a row the rest of the scoring is not asked for. The next scoring asks again.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import socket
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException
+from typing import Any
 
 import numpy as np
 import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from realsr_hpc.config.reward_options import HttpOptions
 from realsr_hpc.records import Candidate
@@ -30,6 +36,55 @@ PATIENCE = 8
 LONGEST_PAUSE_S = 30.0
 
 
+class _Connection(HTTPConnection):
+    """One whose whole answer must be there in the time that urllib3 gives to each of its pieces."""
+
+    def getresponse(self) -> Any:
+        """As urllib3's, the body included. TimeoutError: it came too slowly."""
+        return _in_time(self, super().getresponse)
+
+
+class _SecureConnection(HTTPSConnection):
+    """The same over TLS."""
+
+    def getresponse(self) -> Any:
+        """As `_Connection`'s."""
+        return _in_time(self, super().getresponse)
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls: Any = _Connection
+
+
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls: Any = _SecureConnection
+
+
+def _in_time(connection: Any, answer: Callable[[], Any]) -> Any:
+    """What `answer` reads from the connection, which is cut when the read time-out has passed. TimeoutError then."""
+    own, late = connection.sock, threading.Event()
+
+    def cut() -> None:
+        late.set()
+        with suppress(OSError):
+            socket.socket.shutdown(own, socket.SHUT_RDWR)  # wakes whoever reads from it
+
+    timer = threading.Timer(connection.timeout, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        reply = answer()
+    except (OSError, HTTPException, urllib3.exceptions.HTTPError):
+        if not late.is_set():
+            raise
+    else:
+        if not late.is_set():  # else a body without a length may be cut in the middle
+            return reply
+    finally:
+        timer.cancel()
+    raise TimeoutError("the answer came too slowly")
+
+
 class HttpReward(Reward):
     """Scores in [0, 1] from a URL."""
 
@@ -39,6 +94,7 @@ class HttpReward(Reward):
         wait = urllib3.Timeout(connect=options.connect_timeout_s, read=options.read_timeout_s)
         # no proxies: PoolManager reads none from the environment
         self._pool = urllib3.PoolManager(maxsize=options.at_once, block=True, timeout=wait)
+        self._pool.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
         self._headers = {"Content-Type": "application/json", **_authorization(name, options.token_env)}
         self._failed, self._silent = False, 0
 

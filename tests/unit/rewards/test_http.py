@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -138,6 +140,43 @@ def test_a_hanging_judge_is_not_waited_for_by_every_rollout():
         reward = build_reward("judge", asking(url, at_once=4, read_timeout_s=0.1))
         assert all(broken.all() for _, broken in reward.score_batches([[item] for item in items]))
         assert PATIENCE <= len(asked) <= 2 * PATIENCE + 4
+
+
+@contextmanager
+def trickling(kind: str) -> Iterator[str]:
+    """A judge that sends sound answers, from their head or their body on a byte every 0.1 s; its address."""
+    body = b'{"scores": [0.5]}'
+    length = {"no length": b"\r\n", "chunked": b"Transfer-Encoding: chunked\r\n\r\n11\r\n"}
+    head = b"HTTP/1.1 200 OK\r\n" + length.get(kind, b"Content-Length: 17\r\n\r\n")
+    at_once = 5 if kind == "head" else len(head) + 1
+
+    def reply(asked: socket.socket) -> None:
+        with asked, suppress(OSError):
+            asked.recv(1 << 16)
+            asked.sendall((head + body)[:at_once])
+            for byte in (head + body)[at_once:] + b"\r\n0\r\n\r\n" * (kind == "chunked"):
+                time.sleep(0.1)
+                asked.sendall(bytes([byte]))
+
+    def listen(server: socket.socket) -> None:
+        with suppress(OSError):  # closed: the test is over
+            while True:
+                threading.Thread(target=reply, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=listen, args=(server,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/judge"
+
+
+@pytest.mark.parametrize("kind", ["head", "body", "no length", "chunked"])
+def test_an_answer_that_trickles_in_is_given_the_time_of_one_answer(kind):
+    with trickling(kind) as url:
+        quick, patient = ({"retries": 0, "read_timeout_s": seconds} for seconds in (0.3, 30.0))
+        scores, broken = build_reward("judge", asking(url, **quick)).score_counted([make_candidate(None)])
+        assert broken.all() and not scores.any()
+        if kind == "body":
+            scores, broken = build_reward("judge", asking(url, **patient)).score_counted([make_candidate(None)])
+            assert scores.tolist() == [0.5] and not broken.any()
 
 
 def test_the_documented_judge_judges(photograph, tmp_path):
