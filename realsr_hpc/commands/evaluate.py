@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realsr_hpc import runfolder
-from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count
+from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.config.restoring import RESTORING, check_restoring
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
+from realsr_hpc.config.test_sets import refuse_unknown_set
 
 if TYPE_CHECKING:
     from realsr_hpc.evaluate.methods import Method
@@ -47,6 +49,9 @@ DEFAULTS: dict[str, str | None] = {
     **RESTORING,
 }
 Given = dict[str, str | None]
+COUNTS = {"upscale": 1, "num_images": 1, "draws": 1, "crop_px": 0}
+"""Whole numbers and their smallest."""
+SOURCES = ("run", "checkpoint", "export", "images")
 TAKEN = ("input", "truth")
 """Folders beside those of the methods in a report's `images/`."""
 
@@ -55,6 +60,7 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 1 written without some images or numbers, which are named, 2 nothing can be evaluated."""
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
+        check(given)
         report, run_dir, step = _evaluate(given)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -70,6 +76,19 @@ def main(arguments: list[str]) -> int:
         print(f"not in MLflow: {fault}" if fault else f"in MLflow: evaluate/{report.set_name}/METHOD/METRIC")
     print(f"{report.folder}: metrics.md, metrics.csv, grid.png, worst.png, images/")
     return 1 if report.skipped or report.lacking else 0
+
+
+def check(given: Given) -> None:
+    """ValueError for what no run and no data make right: told before anything is read, also for a stage of a chain."""
+    for key, minimum in COUNTS.items():
+        read_count(given, key, minimum)
+    check_restoring(given)
+    if len([key for key in SOURCES if given[key]]) != 1:
+        raise ValueError("give one of run=RUN_DIR, checkpoint=RUN_DIR/checkpoints/step-N, export=DIR, images=DIR")
+    if given["data"]:
+        refuse_unknown_set(given["set"])
+    elif given["set"] != "heldout" or given["images"]:
+        raise ValueError(f"set={given['set']} needs data=DIR, the folder of the test set")
 
 
 def _evaluate(given: Given):
@@ -174,8 +193,7 @@ def _cases(given: Given, config: RunConfig | None, count: int, upscale: int):
 
     if given["data"]:
         return open_set(given["set"] or "", Path(given["data"]), upscale)
-    if given["set"] != "heldout" or config is None:
-        raise ValueError(f"set={given['set']} needs data=DIR, the folder of the test set")
+    assert config is not None, "finished images need data=, which is checked"
     from realsr_hpc.data.loader import LQLoader
 
     loader = LQLoader(config, given["split"] or config.data.heldout_split, count, shuffle=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_arguments, read_count
 
 DEFAULTS = {
@@ -30,18 +31,25 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 written, 2 wrong usage or a run that cannot be exported."""
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
-        if not given["run"] or not given["output"]:
-            raise ValueError("run=RUN_DIR and output=DIR are needed")
-        if given["dtype"] not in (None, *DTYPES):
-            raise ValueError(f"dtype={given['dtype']!r} is none of {', '.join(DTYPES)}; leave it out to round nothing")
-        if given["form"] not in FORMS:
-            raise ValueError(f"form={given['form']!r} is none of {', '.join(FORMS)}; leave it out for a whole model")
-        taken = _export(given, Path(given["run"]), Path(given["output"]))
+        check(given)
+        run = runfolder.find_run(Path("runs").resolve(), given["run"] or "")
+        taken = _export(given, run, Path(given["output"] or ""))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{given['output']}: {taken.name} of {given['run']}")
     return 0
+
+
+def check(given: dict[str, str | None]) -> None:
+    """ValueError for what no run makes right: told before anything is read, also for a stage of a chain."""
+    if not given["run"] or not given["output"]:
+        raise ValueError("run=RUN_DIR and output=DIR are needed")
+    if given["dtype"] not in (None, *DTYPES):
+        raise ValueError(f"dtype={given['dtype']!r} is none of {', '.join(DTYPES)}; leave it out to round nothing")
+    if given["form"] not in FORMS:
+        raise ValueError(f"form={given['form']!r} is none of {', '.join(FORMS)}; leave it out for a whole model")
+    read_count(given, "shard_mb", 1)
 
 
 def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
@@ -50,6 +58,8 @@ def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
     from realsr_hpc.export import export_run
 
     path = Path(given["checkpoint"]) if given["checkpoint"] else None
+    if path and (not path.is_dir() or runfolder.run_of_checkpoint(path.resolve()) != run):
+        raise ValueError(f"checkpoint={path}: none of {run}; name one of {runfolder.checkpoints(run)}, or leave it out")
     dtype = getattr(torch, DTYPES[given["dtype"]]) if given["dtype"] else None
     shard_bytes = read_count(given, "shard_mb", 1) * 10**6
     return export_run(

@@ -43,6 +43,10 @@ OPTIONS = {
     "report": "false",
 }
 FLAGS = ("reconcile", "json", "prune", "yes", "watch", "report")
+ACTIONS = ("cancel", "resume", "follow", "watch", "report", "prune", "json")
+"""One of them a call; none: the list of runs."""
+GO_WITH = {"wait_s": "cancel", "yes": "prune"}
+"""Options that mean nothing without another."""
 GIB = 2**30
 
 
@@ -54,6 +58,7 @@ def main(arguments: list[str]) -> int:
         if overrides and not options["resume"]:
             raise ValueError(f"{overrides[0]}: an override goes with resume=RUN")
         flags = {key: read_flag(options, key) for key in FLAGS}
+        refuse_what_would_be_lost(options)
         root = Path(options["root"]).resolve()
         if options["root"] != OPTIONS["root"] and not root.is_dir():
             raise ValueError(f"root={root}: no such folder; name the output_root of your runs")
@@ -86,6 +91,16 @@ def main(arguments: list[str]) -> int:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
     return 0
+
+
+def refuse_what_would_be_lost(options: dict[str, str]) -> None:
+    """ValueError for a second action, and for an option of one that is not asked for."""
+    asked = [key for key in ACTIONS if options[key] not in ("", "false")]
+    if len(asked) > 1:
+        raise ValueError(f"{asked[0]} and {asked[1]}: one at a time; call the command once for each")
+    for key, action in GO_WITH.items():
+        if options[key] != OPTIONS[key] and action not in asked:
+            raise ValueError(f"{key}={options[key]} goes with {action}")
 
 
 def prune(root: Path, console: Console, *, remove: bool) -> None:

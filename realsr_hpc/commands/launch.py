@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 
 from realsr_hpc.launch import chain_command, command
+from realsr_hpc.launch.chain import ChainCommand
 
 
-def chained() -> dict[str, tuple[str, ...]]:
-    """Keys of the commands that a chain's stages may be; their modules import nothing heavy before they are called."""
-    names = ("evaluate", "export_hf")
-    return {name: tuple(importlib.import_module(f"realsr_hpc.commands.{name}").DEFAULTS) for name in names}
+def chained() -> dict[str, ChainCommand]:
+    """The commands that a chain's stages may be; their modules import nothing heavy before they are called."""
+    modules = {name: importlib.import_module(f"realsr_hpc.commands.{name}") for name in ("evaluate", "export_hf")}
+    return {name: ChainCommand(module.DEFAULTS, module.check) for name, module in modules.items()}
 
 
 def main(arguments: list[str]) -> int:

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__, sections_only=True)
         if not given["run"] or not given["step"]:
             raise ValueError("run=RUN_DIR and step=K are needed")
-        run_dir, number = Path(given["run"]).resolve(), read_count(given, "step", 1)
+        number, run_dir = read_count(given, "step", 1), runfolder.find_run(Path("runs").resolve(), given["run"])
         from realsr_hpc.train import replay
 
         _, config, _ = replay.recipes(run_dir, number, overrides)

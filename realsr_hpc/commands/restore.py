@@ -19,7 +19,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from realsr_hpc.config.arguments import RESTORING, read_arguments, read_count, read_flag
+from realsr_hpc.config.arguments import read_arguments, read_count, read_flag
+from realsr_hpc.config.restoring import RESTORING, check_restoring
 
 DEFAULTS: dict[str, str | None] = {
     "run": None,
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
 
 def _restore(given: dict[str, str | None]):
     batch_size = 0 if given["batch_size"] is None else read_count(given, "batch_size", 1)
+    check_restoring(given)
     steps, upscale = read_flag(given, "steps"), _upscale(given["upscale"])
     from realsr_hpc.restore import find_model, open_with_options, restore_folder, with_sampling
 

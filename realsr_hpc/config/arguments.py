@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
-from realsr_hpc.config.learning import RestoreConfig
-
 Default = TypeVar("Default", str, str | None)
-RESTORING: dict[str, str | None] = {
-    "candidates": "1",
-    "choose": "ranker",
-    "weights_dir": None,
-    "colour": "none",
-    "overlap_px": "8",
-    **dict.fromkeys(RestoreConfig.model_fields),
-}
-"""Options of the commands that restore, read by `realsr_hpc.restore.options` and `with_sampling`."""
 
 
 def read_arguments(
@@ -70,6 +59,14 @@ def read_count(arguments: Mapping[str, str | None], key: str, minimum: int = 0) 
     if number < minimum:
         raise ValueError(f"{key}={number} is below {minimum}; give {minimum} or more")
     return number
+
+
+def read_choice(arguments: Mapping[str, str | None], key: str, options: Collection[str]) -> str:
+    """What stands under `key`. Raises ValueError when it is none of `options`."""
+    value = arguments[key]
+    if value is None or value not in options:
+        raise ValueError(f"{key}={value!r} is none of {', '.join(options)}; name one")
+    return value
 
 
 def read_flag(arguments: Mapping[str, str | None], key: str) -> bool:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
+from realsr_hpc.config.test_sets import NAMED_SETS, refuse_unknown_set
 from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES, BrokenImage, decode_image
 from realsr_hpc.data.naming import files_below, flat_names, matched, plain_stem, split_of
 from realsr_hpc.data.samples import fitted
@@ -24,27 +24,6 @@ GT_FOLDERS = ("gt", "hr", "test_hr", "hr_x4", "target", "high")
 _TRUTH_NAME = re.compile(r".+_(?:hr|gt)", re.IGNORECASE)
 _LOW_NAME = re.compile(r".+_(?:lr|lq)(\d?)", re.IGNORECASE)
 Pair = tuple[Path, Path]
-
-
-@dataclass(frozen=True)
-class NamedSet:
-    """What a test set of this name is."""
-
-    title: str
-    """As the paper's table has it."""
-    paired: bool
-    usual_size: int
-    """Images that the field's copy has; another number is said in the report."""
-
-
-NAMED_SETS = {
-    "realsr": NamedSet("RealSR", True, 100),
-    "drealsr": NamedSet("DRealSR", True, 93),
-    "ost_val": NamedSet("OST-Val", True, 300),
-    "div2k_val": NamedSet("DIV2K-Val", True, 3000),
-    "reallq250": NamedSet("RealLQ250", False, 250),
-    "reallr200": NamedSet("RealLR200", False, 200),
-}
 
 
 class FolderSet(Sequence[Case]):
@@ -77,8 +56,7 @@ def open_set(name: str, folder: Path, upscale: int) -> tuple[FolderSet, list[str
 
     ValueError for an unknown name, and for a folder that has no such layout.
     """
-    if name not in NAMED_SETS and name not in ("paired", "unpaired"):
-        raise ValueError(f"set={name!r} is none of {', '.join(NAMED_SETS)}, paired, unpaired; name one")
+    refuse_unknown_set(name)
     if not folder.is_dir():
         raise ValueError(f"data={folder}: no such folder; name where the set lies")
     known = NAMED_SETS.get(name)

@@ -27,6 +27,7 @@ from realsr_hpc.files import check_sums, replacing
 RECIPE = "recipe.yaml"
 CONFIG = "model_config.yaml"
 _CONFIG_KEYS = frozenset({"recipe", "shard_bytes", "files", "target", "nemo_version"})
+_REMEDY = "name one that realsr-hpc nemo-archive packed"
 _PLAIN = re.compile(r"[\w][\w.+-]*")
 """A file directly in the archive; no path, no `..`, nothing that OmegaConf would fill in."""
 
@@ -66,7 +67,7 @@ def unpack(archive: Path, folder: Path) -> None:
     """
     _check_name(archive)
     if not archive.is_file():
-        raise ValueError(f"{archive} is not there; name an archive that nemo_archive.py packed")
+        raise ValueError(f"{archive} is not there; {_REMEDY}")
     refuse_foreign_files(archive)
     vendor = _Vendor()
     carrier = vendor.restore(archive)
@@ -98,14 +99,20 @@ def refuse_foreign_files(archive: Path) -> None:
         unknown = sorted(set(config) - _CONFIG_KEYS)
         if unknown:
             raise ValueError(f"{CONFIG} has {unknown[0]!r}, which no archive of ours has")
-        for item in config["files"].values():
-            own = str(item["path"]).removeprefix("nemo:")
-            if item["path"] != f"nemo:{own}" or own not in members or not _PLAIN.fullmatch(str(item["name"])):
-                raise ValueError(f"{CONFIG} names {item['path']!r}, which is no file of the archive")
-    except (tarfile.TarError, OSError, EOFError, zlib.error, yaml.YAMLError) as error:
+        files = config.get("files")
+        if not isinstance(files, dict) or not all(isinstance(item, dict) for item in files.values()):
+            raise ValueError(f"{CONFIG} lists no files")
+        for item in files.values():
+            named = item.get("path")
+            own = str(named).removeprefix("nemo:")
+            if named != f"nemo:{own}" or own not in members or not _PLAIN.fullmatch(str(item.get("name"))):
+                raise ValueError(f"{CONFIG} names {named!r}, which is no file of the archive")
+    except (tarfile.TarError, OSError, EOFError, zlib.error, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{archive} cannot be read ({_line(error)}); copy it again") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{archive} is no archive of ours ({_line(error)})") from None
+    except KeyError:
+        raise ValueError(f"{archive} is no archive of ours (it has no {CONFIG}); {_REMEDY}") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{archive} is no archive of ours ({_line(error)}); {_REMEDY}") from None
 
 
 def _line(error: Exception) -> str:

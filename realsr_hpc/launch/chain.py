@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,27 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import run_folder
 from realsr_hpc.paths import resolve
 
-READ_PATHS = ("data", "images", "weights_dir", "export")
+READ_PATHS = ("data", "images", "weights_dir", "export", "checkpoint")
 """Arguments of commands that name what must be there."""
-Valid = Mapping[str, Collection[str]]
+NOT_A_PATH = ("", "start", "none")
+"""What `against` takes besides folders."""
+OUTPUT = "output"
+"""Of a command's folder: where it writes."""
+TIME_MIN = {"evaluate": 240, "export_hf": 60}
+"""Of a command's job on Slurm, where neither the chain's `cluster` nor its run says a shorter one."""
+
+
+@dataclass(frozen=True)
+class ChainCommand:
+    """A command that a stage may be."""
+
+    defaults: Mapping[str, str | None]
+    """Its keys, each with its default."""
+    check: Callable[[dict[str, str | None]], None]
+    """ValueError for values that it would refuse whatever it is to work on."""
+
+
+Valid = Mapping[str, ChainCommand]
 
 
 @dataclass(frozen=True)
@@ -50,19 +68,20 @@ class Node:
         """Files and folders that a command reads but that neither exist nor are produced by an earlier stage."""
         given = _pairs(self.arguments)
         own = [(key, given[key]) for key in READ_PATHS if key in given]
+        own += [("against", name) for name in given.get("against", "").split(",") if name not in NOT_A_PATH]
         absent = [(key, path) for key, path in own if not any(Path(path).is_relative_to(item) for item in self.after)]
         return [f"{self.stage}: {key}: {path} is not there" for key, path in absent if not Path(path).exists()]
 
     @property
     def output(self) -> Path:
         """Where a command writes."""
-        return self.folder / "output"
+        return self.folder / OUTPUT
 
 
 def chain_nodes(chain: ChainConfig, overrides: list[str], valid: Valid, *, multirun: bool = False) -> list[Node]:
     """Nodes of the chain, or of every chain of a sweep, in execution order and without duplicates.
 
-    overrides: `STAGE:KEY=VALUE`, or `KEY=VALUE` for every recipe. valid: the keys of each command. RecipeError.
+    overrides: `STAGE:KEY=VALUE`, or `KEY=VALUE` for every recipe. valid: the commands by name. RecipeError.
     """
     choices = [_choices(line, multirun) for line in overrides]
     nodes: dict[Path, Node] = {}
@@ -134,24 +153,37 @@ class _Resolver:
 
     def _command(self, name: str, stage: StageConfig) -> Node:
         command = stage.command or ""
-        given = dict(stage.set) | _pairs(line for target, line in self.overrides if target == name)
+        defaults = self.valid[command].defaults
+        given: dict[str, str] = {}
         after: dict[Path, None] = {}
-        for key, value in given.items():
-            if key == "output" or key not in self.valid[command]:
-                valid = [item for item in self.valid[command] if item != "output"]
+        for key, value in (stage.set | _pairs(line for target, line in self.overrides if target == name)).items():
+            if key == "output" or key not in defaults:
+                valid = [item for item in defaults if item != "output"]
                 said = "the chain chooses it" if key == "output" else f"unknown key{nearest(key, valid)}"
                 raise self._fault(name, f"{key}: {said}; valid for {command}: {', '.join(valid)}")
-            given[key] = self._argument(name, key, value, after)
+            if value is not None:  # null: the default
+                given[key] = self._argument(name, key, value, after)
         if not after:
             raise self._fault(name, "names no earlier stage, such as run: '{STAGE.run}'; it does not belong here")
+        try:
+            self.valid[command].check({**defaults, **given, "output": OUTPUT})
+        except ValueError as error:
+            raise self._fault(name, str(error)) from None
         return self._command_node(name, command, given, tuple(after), stage.cluster)
 
     def _argument(self, name: str, key: str, value: Any, after: dict[Path, None]) -> str:
-        filled = self._filled(name, key, value, after)
-        text = filled if isinstance(filled, str) else json.dumps(filled)
-        if key not in READ_PATHS or text != value:
-            return text
-        return str(resolve(text))
+        """A value as the command line has it: a list's items with commas between, relative paths the project's."""
+        items = value if isinstance(value, list) else [value]
+        words = []
+        for item in items:
+            if isinstance(item, list | dict) or item in (None, ""):
+                raise self._fault(name, f"{key}: {value!r}: give text, a number, true or false, or a list of such")
+            filled = self._filled(name, key, item, after)
+            words.append(filled if isinstance(filled, str) else json.dumps(filled))
+        if key == "against":
+            words = [word for text in words for word in text.split(",")]
+            return ",".join(word if word in NOT_A_PATH else str(resolve(word)) for word in words)
+        return str(resolve(",".join(words))) if key in READ_PATHS else ",".join(words)
 
     def _command_node(
         self, name: str, command: str, given: dict[str, str], after: tuple[Path, ...], cluster: dict[str, Any]
@@ -160,6 +192,7 @@ class _Resolver:
         upstream = next(node for node in self.nodes.values() if node.folder == after[0]).config
         base = upstream.cluster.model_dump()
         base |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, upstream.cluster.gpus_per_node)}
+        base |= {"time_min": min(TIME_MIN[command], upstream.cluster.time_min)}
         try:
             own = ClusterConfig.model_validate({**base, **cluster})
         except ValidationError as error:

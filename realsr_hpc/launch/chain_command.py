@@ -19,8 +19,9 @@ from realsr_hpc.config.load import RecipeError, output_root
 from realsr_hpc.files import write_atomically
 from realsr_hpc.launch.chain import Node, Valid, chain_nodes, signature_of
 from realsr_hpc.launch.chain_stage import prepare_stage, run_stage, stage_status, submit_stage
+from realsr_hpc.launch.console import print_missing
 from realsr_hpc.launch.follow import follow
-from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing
+from realsr_hpc.launch.refusals import missing, refuse_what_cannot_fit
 from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, make_private, read_job, slurm_queue
 from realsr_hpc.launch.submit import submit_into
 from realsr_hpc.plan import plan
@@ -71,11 +72,15 @@ def _read(arguments: list[str]) -> tuple[dict[str, str], list[str], bool]:
 
 def _refuse(nodes: list[Node]) -> None:
     """Refuse now what a job would only find out hours later; outputs of earlier stages need not exist yet."""
-    runs = [node.config for node in nodes if not node.command]
-    refuse_what_cannot_fit(runs)
-    if absent := [line for node in nodes for line in node.missing()]:
+    refuse_what_cannot_fit([node.config for node in nodes if not node.command])
+    if absent := _missing(nodes):
         raise ValueError("\n".join(absent))
-    refuse_what_is_missing(runs, promised=[node.folder for node in nodes])
+
+
+def _missing(nodes: list[Node]) -> list[str]:
+    runs = [node.config for node in nodes if not node.command]
+    of_commands = [line for node in nodes for line in node.missing()]
+    return of_commands + missing(runs, promised=[node.folder for node in nodes])
 
 
 def _folder(name: str, nodes: list[Node]) -> Path:
@@ -165,22 +170,29 @@ def _print_plan(name: str, nodes: list[Node], console: Console) -> None:
     names, sums = {node.folder: node.stage for node in nodes}, [0.0, 0.0]
     for node in nodes:
         gpus = node.config.cluster.nodes * node.config.cluster.gpus_per_node
-        if node.command:
-            hours: float | None = node.config.cluster.time_min / 60
-            gpu_hours = (hours or 0.0) * gpus
-        else:
-            gpu_hours = plan(node.config).gpu_hours if gpus else 0.0
-            hours = gpu_hours / gpus if gpus else None
+        hours = _hours(node, gpus)
+        gpu_hours = (hours or 0.0) * gpus
         state = _state(node, queue)
         if state != "done":
             sums = [sums[0] + (hours or 0.0), sums[1] + gpu_hours]
-        shown = "-" if hours is None else f"{'<= ' if node.command else ''}{hours:,.1f}"
+        shown = "-" if hours is None else f"{hours:,.1f}{' (limit)' if node.command else ''}"
         after = ", ".join(names[folder] for folder in node.after)
         table.add_row(node.stage, node.folder.name, after, state, str(gpus), shown, f"{gpu_hours:,.0f}")
     table.add_section()
     table.add_row("to do", "", "", "", "", f"{sums[0]:,.1f}", f"{sums[1]:,.0f}")
     console.print(table)
-    _say("Runs: as planned, without rewards and data; commands: their time limit. Nothing was submitted.", console)
+    slurm = nodes[0].config.cluster.kind == "slurm"
+    commands = "the time limit of their jobs (cluster.time_min)" if slurm else "not estimated, and without a time limit"
+    _say(f"Hours of runs: as planned, without data; of commands: {commands}.", console)
+    print_missing(_missing(nodes), console)
+    _say("Nothing was submitted.", console)
+
+
+def _hours(node: Node, gpus: int) -> float | None:
+    """A run's as planned; a command's time limit, which only Slurm sets. None: nobody knows."""
+    if node.command:
+        return node.config.cluster.time_min / 60 if node.config.cluster.kind == "slurm" else None
+    return plan(node.config).gpu_hours / gpus or None if gpus else None  # 0: no estimate for its task
 
 
 def _say(text: str, console: Console) -> None:

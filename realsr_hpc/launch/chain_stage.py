@@ -43,6 +43,8 @@ WROTE = {"evaluate": "metrics.csv", "export_hf": "config.json"}
 WORKED = {"evaluate": (0, 1), "export_hf": (0,)}
 """Exit codes of a command that has; evaluate's 1: without some images or numbers, which it names."""
 LAST_WORDS_CHARACTERS = 2000
+SAME_JOB_WAIT_S = 180.0
+"""A requeued job waits for its lock: its first attempt may live on, on a node that Slurm has lost sight of."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -96,7 +98,8 @@ def run_stage(folder: Path) -> int:
     """
     words = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
     command, output = words["command"], folder / "output"
-    with hold(runfolder.lock(folder), command):
+    again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    with hold(runfolder.lock(folder), command, SAME_JOB_WAIT_S if again else 0.0):
         write_status(folder, "running")
         if command == "export_hf" and output.exists():  # of an attempt that was killed before it could say so
             shutil.rmtree(output)

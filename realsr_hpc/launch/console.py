@@ -9,6 +9,7 @@ from rich.table import Table
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.launch.refusals import missing
 from realsr_hpc.launch.script import sbatch_script
 from realsr_hpc.launch.start import Submission
 from realsr_hpc.plan import Plan, plan
@@ -24,7 +25,15 @@ def print_plan(configs: list[RunConfig], console: Console) -> None:
     if len(configs) > 1:
         hours = sum(plan(config).gpu_hours for config in configs)
         console.print(comparison(configs, f"{len(configs)} runs, {hours:,.0f} GPU-hours in all"))
+    print_missing(missing(configs), console)
     console.print("Nothing was submitted.")
+
+
+def print_missing(faults: list[str], console: Console) -> None:
+    """What launching, here and now, would be refused for; a plan is made elsewhere too."""
+    if faults:
+        console.print("From this machine, launching would be refused:", style="yellow")
+        console.print("\n".join(f"  {fault}" for fault in faults), markup=False, highlight=False, soft_wrap=True)
 
 
 def plan_text(config: RunConfig) -> str:

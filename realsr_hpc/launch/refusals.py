@@ -17,7 +17,13 @@ READ_AT_LAUNCH_BYTES = 64 * 2**20
 
 
 def refuse_what_is_missing(configs: list[RunConfig], promised: Collection[Path] = ()) -> None:
-    """ValueError that names every file the recipes read and this machine lacks, then what the manifests lack.
+    """ValueError that names all of `missing`."""
+    if absent := missing(configs, promised):
+        raise ValueError("\n".join(absent))
+
+
+def missing(configs: list[RunConfig], promised: Collection[Path] = ()) -> list[str]:
+    """Every file that the recipes read and this machine lacks; where none is, what is damaged or does not fit.
 
     promised: folders that will be there by then, whatever is in them.
     """
@@ -43,8 +49,7 @@ def refuse_what_is_missing(configs: list[RunConfig], promised: Collection[Path] 
             for config in configs
         )
         absent = sorted({fault for found in faults for fault in found})
-    if absent:
-        raise ValueError("\n".join(absent))
+    return absent
 
 
 def _manifest_need(config: RunConfig) -> Need:

@@ -8,13 +8,12 @@ from typing import Protocol
 
 import numpy as np
 
+from realsr_hpc.config.restoring import refuse_unknown_choice
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions
 from realsr_hpc.records import Case, RestoredImage
 from realsr_hpc.rewards.fidelity import FidelityReward
 from realsr_hpc.rewards.generation import build_expert
 
-CHOICES = ("ranker", "niqe", "fidelity", "mean")
-"""Experts that need nothing staged; besides them pyiqa:METRIC."""
 Expert = Callable[[Sequence[RestoredImage], Case], np.ndarray]
 """Results and their case -> scores, higher is better, NaN where impossible."""
 
@@ -62,22 +61,22 @@ class BestOf:
 
 
 def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
-    """The expert called `choice`, of `CHOICES` or pyiqa:METRIC; None for `mean`.
+    """The expert called `choice`, of `config.restoring.CHOICES` or pyiqa:METRIC; None for `mean`.
 
     Raises ValueError for another name, or weights that are not staged.
     """
+    refuse_unknown_choice(choice)
     if choice == "mean":
         return None
     if choice == "fidelity":
         reward = FidelityReward(FidelityOptions())
         return lambda found, case: reward.score([case.candidate(item.trace, item.image) for item in found])
     kind, _, metric = choice.partition(":")
-    if kind == "pyiqa" and metric:
-        options = GenerationOptions(expert="pyiqa", metrics=[metric], weights_dir=weights_dir)
-    elif choice in ("ranker", "niqe"):
-        options = GenerationOptions(expert=choice)
-    else:
-        raise ValueError(f"choose={choice!r} is none of {', '.join(CHOICES)}, pyiqa:METRIC; name one")
+    options = (
+        GenerationOptions(expert="pyiqa", metrics=[metric], weights_dir=weights_dir)
+        if kind == "pyiqa"
+        else GenerationOptions(expert=choice)  # type: ignore[arg-type]
+    )
     expert = build_expert(options)
     return lambda found, case: expert([item.image for item in found if item.image is not None])
 

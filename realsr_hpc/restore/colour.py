@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-ColourFix = Literal["none", "wavelet", "adain"]
-COLOUR_FIXES: tuple[ColourFix, ...] = get_args(ColourFix)
+from realsr_hpc.config.restoring import ColourFix
+
 _LEVELS = 5
 
 

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from realsr_hpc import runfolder
-from realsr_hpc.config.learning import RestoreConfig
 from realsr_hpc.config.load import from_yaml
+from realsr_hpc.config.restoring import sampling
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.files import check_sums
 from realsr_hpc.paths import resolve
@@ -111,10 +109,4 @@ def read_export(folder: Path) -> RunConfig:
 
 def with_sampling(config: RunConfig, given: Mapping[str, str | None]) -> RunConfig:
     """The recipe with those of its `restore` fields that `given` names. ValueError for a value out of range."""
-    chosen = {name: given[name] for name in RestoreConfig.model_fields if given.get(name) is not None}
-    try:
-        restore = RestoreConfig.model_validate({**config.restore.model_dump(), **chosen})
-    except ValidationError as error:
-        faults = "; ".join(f"{fault['loc'][0]}={fault['input']}: {fault['msg']}" for fault in error.errors())
-        raise ValueError(faults) from None
-    return config.model_copy(update={"restore": restore})
+    return config.model_copy(update={"restore": sampling(config.restore, given)})

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from realsr_hpc.config.arguments import read_count
+from realsr_hpc.config.restoring import ColourFix, check_restoring
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.parallel import backend
 from realsr_hpc.restore.candidates import BestOf, build_chooser
-from realsr_hpc.restore.colour import COLOUR_FIXES, ColourFix
 from realsr_hpc.restore.model import open_restorer
 from realsr_hpc.restore.tiles import Restorer, RestoreSettings
 
@@ -33,9 +33,8 @@ def open_with_options(
     name, upscale, batch_size: for the settings (`RestoreSettings`); batch_size 0: as many as pay and fit the
     free memory. steps: rough and middle images are decoded too.
     """
-    colour: ColourFix | None = next((fix for fix in COLOUR_FIXES if fix == given["colour"]), None)
-    if colour is None:
-        raise ValueError(f"colour={given['colour']!r} is none of {', '.join(COLOUR_FIXES)}; name one")
+    check_restoring(given)
+    colour: ColourFix = given["colour"]  # type: ignore[assignment]
     count, choice = read_count(given, "candidates", 1), given["choose"] or ""
     factor, source = config.vlcot.upscale, f"{name} {config.restore.model_dump(exclude_none=True)}"
     expert = None

@@ -10,7 +10,7 @@ from PIL import Image
 
 from realsr_hpc import runfolder
 from realsr_hpc.artifacts.restoration import RestoredTile
-from realsr_hpc.config.arguments import RESTORING
+from realsr_hpc.config.restoring import RESTORING
 from realsr_hpc.restore.image_files import read_picture
 from realsr_hpc.restore.model import find_model, with_sampling
 from realsr_hpc.restore.options import open_with_options

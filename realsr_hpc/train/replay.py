@@ -20,7 +20,7 @@ from realsr_hpc import checkpoint, runfolder
 from realsr_hpc.checkpoint import integrity
 from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.identity import may_change_on_resume
-from realsr_hpc.config.load import from_yaml, override, written
+from realsr_hpc.config.load import from_yaml, nearest, override, written
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.records import ScoredGroup
@@ -90,7 +90,10 @@ def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptS
     allowed = {f"grpo.{name}" for name in MAY_DIFFER} | {f"rewards.terms.{name}.weight" for name in terms}
     for line, key in keys.items():
         if key not in allowed | elsewhere:
-            raise ValueError(f"{line}: a replay may change parallel.*, cluster.*, {', '.join(sorted(allowed))}")
+            hint = nearest(key, allowed).removeprefix("; ")
+            raise ValueError(
+                f"{line}: {hint and hint + ' '}a replay may change parallel.*, cluster.*, {', '.join(sorted(allowed))}"
+            )
     step = read_step(runfolder.replay(run_dir, number))
     config = _on_layout_of(step, config)
     return step, override(config, layout), override(config, list(overrides))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from realsr_hpc.commands.nemo_archive import main
 from realsr_hpc.export import Sources, import_weights
 from realsr_hpc.export.nemo_archive import refuse_foreign_files, unpack
 from realsr_hpc.export.weight_files import weight_files
@@ -94,6 +95,34 @@ def test_an_archives_configuration_names_its_own_files_alone(run, tmp_path, path
     with pytest.raises(ValueError, match="hostile.nemo is no archive of ours .*which is no file of the archive"):
         unpack(archive, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (b"[1]", "holds no fields"),
+        (b"recipe: {}", "lists no files"),
+        (b"files: {a: [x]}", "lists no files"),
+        (b"files: {a: {name: x}}", "names None"),
+        (b"files: {a: {name: x, path: 'nemo:x'}}", "names 'nemo:x'"),
+        (b"!!python/object/apply:os.system ['touch pwned']", "cannot be read"),
+        (b"[" * 20_000, "cannot be read"),
+        (b"recipe: \xff", "cannot be read"),
+        (None, "has no model_config.yaml"),
+    ],
+)
+def test_what_is_no_archive_is_one_line_of_the_command_and_nothing_is_written(
+    config, said, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open("bob's ä.nemo", "w:") as tar:
+        info = tarfile.TarInfo("other" if config is None else "./model_config.yaml")
+        info.size = len(config or b"")
+        tar.addfile(info, io.BytesIO(config or b""))
+    assert main(["unpack=bob's ä.nemo", "output=out"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "bob's ä.nemo" in told and said in told
+    assert {path.name for path in tmp_path.iterdir()} == {"bob's ä.nemo"}
 
 
 def test_links_and_paths_that_leave_an_archive_are_refused(run, tmp_path):

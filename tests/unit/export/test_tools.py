@@ -24,6 +24,13 @@ def test_a_recipe_of_another_shape_is_refused(run, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+def test_only_a_checkpoint_of_the_run_is_exported(run, tmp_path, capsys):
+    for named in (tmp_path, tmp_path / "none", run.folder / "checkpoints"):
+        assert command("export_hf")([f"run={run.folder}", f"output={tmp_path / 'x'}", f"checkpoint={named}"]) == 2
+        assert f"checkpoint={named}: none of {run.folder}" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_wrong_usage_names_what_is_wrong(capsys):
     wrong = {
         "export_hf": (["run=x"], ["run=x", "output=y", "outptu=z"], ["run=x", "output=y", "dtype=fp16"]),

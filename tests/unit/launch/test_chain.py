@@ -69,6 +69,11 @@ def test_the_papers_chain_takes_the_best_and_runs_commands_on_one_gpu():
     assert not found["heldout"].missing() and not found["export"].missing()
 
 
+def evaluated(more: str) -> str:
+    """Stages of a run and its evaluation."""
+    return f"{{a: {{recipe: sft_tiny}}, b: {{command: evaluate, set: {{run: '{{a.run}}', {more}}}}}}}"
+
+
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
@@ -87,6 +92,25 @@ def test_the_papers_chain_takes_the_best_and_runs_commands_on_one_gpu():
         ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {checkpoint: '{a.best}'}}}", "checkpoint.keep_best to 1"),
         ("{}", "stages: "),
         ("{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.run'}}}", "run: {a.run: no placeholder"),
+        (evaluated("num_images: abc"), "num_images='abc' is no whole number; give one from 1 up"),
+        (evaluated("draws: 2.5"), "draws='2.5' is no whole number"),
+        (evaluated("temperature: .nan"), "temperature=NaN: "),
+        (evaluated("colour: [wavelet, adain]"), "colour='wavelet,adain' is none of none, wavelet, adain"),
+        (evaluated("choose: {ranker: 1}"), "choose: {'ranker': 1}: give text, a number"),
+        (evaluated("against: ''"), "against: '': give text"),
+        (evaluated("set: realsr"), "set=realsr needs data=DIR"),
+        (evaluated("set: raelsr, data: x"), "set='raelsr' is none of realsr, drealsr"),
+        (evaluated("export: '{a.export}'"), "give one of run=RUN_DIR"),
+        (
+            "{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.run}', dtype: fp16}}}",
+            "dtype='fp16' is none of",
+        ),
+        (
+            "{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.run}', shard_mb: true}}}",
+            "shard_mb='true' is no",
+        ),
+        (evaluated("data: nowhere, set: paired"), "data: "),
+        (evaluated("against: [start, nowhere]"), "against: "),
     ],
 )
 def test_faults_name_stage_and_field_before_anything_is_written(stages, said, chains, tmp_path, capsys):
@@ -94,8 +118,21 @@ def test_faults_name_stage_and_field_before_anything_is_written(stages, said, ch
     root = tmp_path / "runs"
     assert main(["chain=odd", f"output_root={root}"]) == 2
     shown = capsys.readouterr().out
-    assert f"chain odd: {said.split(':')[0]}" in shown or "chain odd: b: " in shown
+    assert f"chain odd: {said.split(':')[0]}" in shown or "b: " in shown
     assert said in shown and not root.exists()
+
+
+def test_a_plan_names_what_is_missing_and_tells_limits_from_estimates(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = [f"output_root={tmp_path}", "evaluate:data=no such folder", "evaluate:set=paired", "plan=true"]
+    assert main(["chain=tiny", *words, f"data.manifest={tmp_path / 'none.parquet'}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"evaluate: data: {project_root() / 'no such folder'} is not there" in shown
+    assert f"data.manifest: {tmp_path / 'none.parquet'} is not there" in shown
+    assert "(limit)" not in shown  # this machine sets commands none
+    assert main(["recipe=sft_tiny", f"data.manifest={tmp_path / 'none.parquet'}", "plan=true"]) == 0
+    assert f"data.manifest: {tmp_path / 'none.parquet'} is not there" in capsys.readouterr().out
+    assert nodes("cluster.kind=slurm", "cluster.time_min=600")["sft.export"].config.cluster.time_min == 60
 
 
 SMALL_CHAIN = """

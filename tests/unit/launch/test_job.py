@@ -178,6 +178,7 @@ def test_placement_follows_slurm():
     assert (placement.node_rank, placement.num_nodes, placement.master_addr) == (1, 2, "10.0.0.7")
     assert placement.rank_environment(config, 3)["RANK"] == "7"
     assert placement.rank_environment(config, 3)["WORLD_SIZE"] == "8"
+    assert "GLOO_SOCKET_IFNAME" not in placement.rank_environment(config, 0)  # of the job's address, not loopback
     with pytest.raises(ValueError, match="Slurm gave 3"):
         Placement.find(config, environment | {"SLURM_JOB_NUM_NODES": "3"})
 
@@ -194,6 +195,7 @@ def test_a_taken_port_is_noticed_before_ranks_meet_and_jobs_of_one_node_take_fre
     environment = {"SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "4711"}
     placement = Placement.find(alone, environment)
     assert placement.master_addr == "127.0.0.1" and placement.port_fault() == ""
+    assert placement.rank_environment(alone, 0)["GLOO_SOCKET_IFNAME"] == "lo"
     with socket.create_server(("127.0.0.1", placement.master_port)):
         assert f"port {placement.master_port}" in placement.port_fault()
         assert Placement.find(alone, environment).master_port != placement.master_port

@@ -71,6 +71,22 @@ def test_the_list_as_json_tells_states_reasons_and_steps(tmp_path, slurm, capsys
     assert (second["state"], second["step"]) == ("failed", None)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("cancel=a resume=b", "cancel and resume: one at a time"),
+        ("watch=true report=true", "watch and report: one at a time"),
+        ("resume=a json=true", "resume and json: one at a time"),
+        ("yes=true", "yes=true goes with prune"),
+        ("wait_s=5 resume=a", "wait_s=5 goes with cancel"),
+    ],
+)
+def test_nothing_that_was_asked_for_is_passed_over(words, said, tmp_path, capsys):
+    make_run(tmp_path, "a")
+    assert main([f"root={tmp_path}", *words.split()]) == 2
+    assert said in capsys.readouterr().out
+
+
 def test_snapshots_that_no_run_refers_to_go_when_asked_twice(tmp_path, capsys):
     root = tmp_path / "runs"
     snapshots = {name: root / "code" / name for name in ("used", "elsewhere", "unused", ".old.damaged.1")}

@@ -16,6 +16,7 @@ from realsr_hpc.config.learning import GRPOConfig
 from realsr_hpc.config.load import compose_one, from_yaml, override, to_yaml
 from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.paths import project_root
+from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.train import grpo
 from realsr_hpc.train.kept_steps import read_step
 from tests.distributed.test_training import GRPO, SMALL
@@ -58,6 +59,11 @@ def test_a_step_is_the_runs_bit_for_bit_from_a_checkpoint_or_through_the_steps_b
     assert sum(found["again"]["shares"].values()) == pytest.approx(1.0)
 
 
+def test_what_training_waited_for_a_checkpoint_is_logged_with_its_step(run_dir):
+    waited = {step: values.get("time/checkpoint/s", 0.0) for step, values in metrics_by_step(run_dir).items()}
+    assert {step for step, seconds in waited.items() if seconds > 0.0} == {2, 3}
+
+
 def test_a_reward_left_out_and_another_clip_change_what_they_act_on_and_the_rest_stays(run_dir):
     term = "rewards.terms.format.weight=0"
     found = replayed(run_dir, 3, term, "grpo.clip_low=1e-9", "grpo.clip_high=1e-9")
@@ -94,12 +100,17 @@ def test_after_a_resume_on_another_layout_a_step_is_replayed_on_its_own(run_dir,
     [
         (["step=3", "grpo.group_size=4"], "grpo.group_size=4: a replay may change"),
         (["step=3", "rewards.terms.fromat.weight=0"], "a replay may change"),
+        (["step=3", "grpo.clip_hgih=1"], "did you mean 'grpo.clip_high'?"),
+        (["step=3", "grpo.clip_high=nan"], "grpo.clip_high: nan: input should be a finite number"),
+        (["step=3", "parallel.tp=2"], "parallel: tp 2 x pp 1 = 2: must divide the world size 1"),
+        (["step=3", "run=nowhere"], "run 'nowhere': no recipe.yaml there"),
         (["step=9"], "is not kept whole"),
         (["step=two"], "step='two' is no whole number"),
     ],
 )
 def test_what_cannot_be_replayed_is_said_in_one_sentence(words, said, run_dir, capsys):
-    assert main([f"run={run_dir}", *words]) == 2
+    named = [] if any(word.startswith("run=") for word in words) else [f"run={run_dir}"]
+    assert main([*named, *words]) == 2
     assert said in capsys.readouterr().err
 
 
