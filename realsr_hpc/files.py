@@ -81,11 +81,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def json_value(content: str | bytes) -> Any:
+    """What JSON holds. ValueError, and no other, where it is none: also for a depth that no stack has room for."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def json_object(content: bytes) -> dict[str, Any] | None:
     """A JSON object of somebody else's form; None: it is none, or cut."""
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
+        found = json_value(content)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.config.load import nearest
 from realsr_hpc.config.restoring import RESTORING, check_restoring
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.config.test_sets import refuse_unknown_set
@@ -96,6 +97,7 @@ def _evaluate(given: Given):
 
     config, checkpoint, upscale = None, None, read_count(given, "upscale", 1)
     count, draws = read_count(given, "num_images", 1), read_count(given, "draws", 1)
+    _ = list(_kinds(given["against"] or ""))  # before a model is loaded
     crop_px = read_count(given, "crop_px")
     if given["images"]:
         folder = Path(given["images"]).resolve()
@@ -108,7 +110,7 @@ def _evaluate(given: Given):
         step = runfolder.step_of(checkpoint.resolve()) if checkpoint else 0
     cases, remarks = _cases(given, config, count, upscale)
     methods = {BICUBIC: Bicubic(upscale)}
-    for name, method in [*_others(given, config, checkpoint), *ours.items()]:
+    for name, method in [*_others(given, config, checkpoint, upscale), *ours.items()]:
         if name in methods or name in TAKEN:
             raise ValueError(f"two methods, or a method and the set's own images, are called {name!r}; rename a folder")
         methods[name] = method
@@ -169,22 +171,51 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     return method
 
 
-def _others(given: Given, config: RunConfig | None, checkpoint: Path | None) -> Iterator[tuple[str, Method]]:
+def _others(
+    given: Given, config: RunConfig | None, checkpoint: Path | None, upscale: int
+) -> Iterator[tuple[str, Method]]:
     """Methods of `against=`, each with its name."""
     from realsr_hpc.evaluate import FinishedImages
     from realsr_hpc.restore import find_model, with_sampling
 
-    for name in (given["against"] or "").split(","):
+    for name, kind in _kinds(given["against"] or ""):
+        folder = Path(name).resolve()
+        try:
+            if kind == "start":
+                if config is not None and checkpoint is not None and config.model.weights is not None:
+                    yield "start", _restores(given, config, None)
+            elif kind == "images":
+                yield folder.name, FinishedImages(folder)
+            else:
+                other, path, _ = find_model({kind: name})
+                if other.vlcot.upscale != upscale:
+                    raise ValueError(
+                        f"it restores by {other.vlcot.upscale}, not by {upscale}; compare models of one factor"
+                    )
+                yield folder.name, _restores(given, with_sampling(other, given), path)
+        except ValueError as error:
+            raise ValueError(f"against={name}: {error}") from None
+
+
+def _kinds(against: str) -> Iterator[tuple[str, str]]:
+    """What each name is: `start`, or a folder that is a `run`, a `checkpoint`, an `export` or `images`. ValueError."""
+    for name in against.split(","):
         folder = Path(name)
         if name == "start":
-            if config is not None and checkpoint is not None and config.model.weights is not None:
-                yield "start", _restores(given, config, None)
-        elif runfolder.checkpoints(folder).is_dir() or (folder / "config.json").is_file():
-            kind = "run" if runfolder.checkpoints(folder).is_dir() else "export"
-            other, path, _ = find_model({kind: name})
-            yield folder.resolve().name, _restores(given, with_sampling(other, given), path)
+            yield name, name
         elif name not in ("", "none"):
-            yield folder.resolve().name, FinishedImages(folder)
+            if not folder.is_dir():
+                raise ValueError(
+                    f"against={name}: no such folder{nearest(name, ['start', 'none'])}; give start, none, or the "
+                    "folder of a run, an export, a checkpoint or finished images"
+                )
+            is_run = runfolder.recipe(folder).is_file() or runfolder.checkpoints(folder).is_dir()
+            kinds = {
+                "checkpoint": runfolder.is_checkpoint(folder.resolve()),
+                "export": (folder / "config.json").is_file(),
+                "run": is_run,
+            }
+            yield name, next((kind for kind, fits in kinds.items() if fits), "images")
 
 
 def _cases(given: Given, config: RunConfig | None, count: int, upscale: int):

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
+from realsr_hpc.paths import expanded
+
 Default = TypeVar("Default", str, str | None)
 
 
@@ -14,7 +16,8 @@ def read_arguments(
 ) -> dict[str, Default | str]:
     """Values by key; `valid` holds each key's default. `--help` prints `usage` and exits with 0.
 
-    Raises ValueError for an argument without `=`, a key given twice, and an unknown key, naming the nearest valid one.
+    `~` and `~user` are filled in, as no shell does behind `=`. Raises ValueError for an argument without `=`, a key
+    given twice, and an unknown key, naming the nearest valid one.
     """
     if {"-h", "--help"} & set(arguments):
         print((usage or "").strip())
@@ -30,7 +33,7 @@ def read_arguments(
             raise ValueError(f"unknown key {key!r}; {hint}valid keys: {', '.join(valid)}")
         if key in given:
             raise ValueError(f"key {key!r} is given twice: {given[key]!r} and {value!r}; keep one")
-        given[key] = value
+        given[key] = ",".join(str(expanded(part)) if part.startswith("~") else part for part in value.split(","))
     return {**valid, **given}
 
 

@@ -6,13 +6,12 @@ that it can be listed, with the command that converts it, on a machine without t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import json_object, safetensors_header
+from realsr_hpc.files import json_object, json_value, safetensors_header
 
 IMAGE_FILES = {"chameleon_f16": "vqgan.ckpt", "llamagen_f8": "vq_ds8_c2i.pt"}
 """File of the image tokenizer, by `vlcot.vocabulary`."""
@@ -65,7 +64,7 @@ def _policies(folder: Path) -> Iterator[tuple[Path, str, str]]:
         if not any((path.parent / name).is_file() for name in _WEIGHTS):
             continue
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = json_value(path.read_text(encoding="utf-8"))
             fits = _VOCABULARY[settings["vocab_size"]] if settings["model_type"].startswith("chameleon") else ""
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # another model's; the import names what is wrong with one that is asked for

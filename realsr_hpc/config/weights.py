@@ -8,7 +8,6 @@ File names and addresses: pyiqa 0.1.15 (`default_model_urls`), torchvision and O
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Literal
 
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions, UnderstandingOptions, read_options
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import check_listed, check_sums, sha256_of
+from realsr_hpc.files import check_listed, check_sums, json_value, sha256_of
 from realsr_hpc.paths import resolve
 
 SUMS = "SHA256SUMS"
@@ -182,7 +181,7 @@ def missing_shards(folder: Path) -> list[str]:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
             try:
-                named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+                named = json_value((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
                 return sorted({str(name) for name in named if not (folder / str(name)).is_file()})
             except (ValueError, KeyError, TypeError, AttributeError):
                 return []  # whoever reads the weights says so

@@ -48,22 +48,26 @@ class FinishedImages:
         remarks: list[str] = []
         found = [path for path in images_below(folder, remarks) if not restoration.is_steps(path)]
         if not found:
-            raise ValueError(f"images={folder}: no images there; name the folder of the method's results")
+            raise ValueError(f"{folder}: no images there; name the folder of the method's results")
         for remark in remarks:
             log.warning("%s", printable(remark))
         self._names = dict(zip(names_of(found, folder), found, strict=True))
         self._files: dict[str, Path] = dict(self._names)
 
     def expect(self, keys: Sequence[str]) -> None:
-        """Find each case's file. ValueError when several could be one case's."""
+        """Find each case's file. ValueError when several could be one case's, or none is any case's."""
         names = list(self._names)
         stand_ins = [PurePath(f"{name}.png") for name in names]
         pairs, _ = matched([PurePath(f"{key}.png") for key in keys], stand_ins)
         self._files = {keys[place]: self._names[names[file]] for place, file in pairs}
+        if keys and not pairs:
+            raise ValueError(
+                f"{self.folder}: no file is named as an image of the set: {names[0]} ..., not {keys[0]} ..."
+            )
         for key in keys:
             alike = [str(self._names[name]) for name in names if plain_stem(PurePath(f"{name}.png")) == key]
             if key not in self._files and len(alike) > 1:
-                raise ValueError(f"images={self.folder}: {', '.join(alike[:3])} could all be {key}; leave one")
+                raise ValueError(f"{self.folder}: {', '.join(alike[:3])} could all be {key}; leave one")
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
         """The file of each case; none where it is missing, or broken, which is said."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from realsr_hpc.files import json_value
 from realsr_hpc.formats.found import Found
 from realsr_hpc.formats.pickles import read_pickle
 from realsr_hpc.formats.tensor_files import safetensors_specs
@@ -76,7 +76,7 @@ class Place:
 def read_json(path: Path) -> dict[str, Any]:
     """An object of a JSON file. ValueError names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_value(path.read_text(encoding="utf-8"))
     except OSError:
         raise ValueError(f"{path} is missing; copy the folder again") from None
     except ValueError as error:

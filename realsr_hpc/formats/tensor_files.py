@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from realsr_hpc.files import check_listed
+from realsr_hpc.files import check_listed, json_value
 from realsr_hpc.formats.found import Spec, finite
 from realsr_hpc.formats.pickles import read_pickle
 
@@ -116,7 +115,7 @@ def open_file(path: Path) -> Mapping[str, Any]:
 
 def _indexed(folder: Path, index: str) -> TensorFiles:
     try:
-        places = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        places = json_value((folder / index).read_text(encoding="utf-8"))["weight_map"]
         files = sorted({str(file) for file in places.values()})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{folder / index} is no index of weights; copy it again") from None

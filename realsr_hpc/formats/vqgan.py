@@ -70,7 +70,7 @@ def _yaml_faults(path: Path) -> list[str]:
         return []
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML ({str(error).splitlines()[0]}); copy it again") from None
     params: Any = content
     for key in ("model", "params"):

@@ -52,7 +52,7 @@ def main(arguments: list[str], valid: Valid) -> int:
 
 def _read(arguments: list[str]) -> tuple[dict[str, str], list[str], bool]:
     options = {"plan": "false"}
-    overrides = []
+    overrides, seen = [], []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if argument in ("-m", "--multirun"):
@@ -62,6 +62,10 @@ def _read(arguments: list[str]) -> tuple[dict[str, str], list[str], bool]:
         if key in ("recipe", "fresh", "follow", "prepare", "resolve", "sampler", "axes"):
             raise RecipeError(f"{argument}: not with chain=, which takes plan=true, -m and [STAGE:]section.field=value")
         if key in OPTIONS:
+            if not value or key in seen:
+                why = "given twice; keep one" if value else "empty; give a value, or leave it out"
+                raise RecipeError(f"{argument}: {key} is {why}")
+            seen.append(key)
             options[key] = value.lower() if key == "plan" else value
         else:
             overrides.append(argument)

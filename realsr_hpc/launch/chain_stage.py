@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from realsr_hpc import runfolder
-from realsr_hpc.files import write_atomically
-from realsr_hpc.launch.chain import Node
+from realsr_hpc.files import read_json, write_atomically
+from realsr_hpc.launch.chain import OUTPUT, Node
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
     Job,
@@ -29,6 +30,7 @@ from realsr_hpc.launch.rundir import (
     Status,
     current_status,
     make_private,
+    read_status,
     write_job,
     write_status,
 )
@@ -48,6 +50,14 @@ SAME_JOB_WAIT_S = 180.0
 PR_SET_PDEATHSIG = 1
 
 
+@dataclass(frozen=True)
+class Words:
+    """stage.json: what runs."""
+
+    command: str
+    arguments: list[str]
+
+
 def stage_status(node: Node, queue: Queue) -> Status | None:
     """The true state of a command's stage. `done` needs its output; a job that left no word is `lost`."""
     status = current_status(node.folder, queue)
@@ -60,8 +70,8 @@ def prepare_stage(node: Node) -> None:
     """Its folder, with what will run."""
     make_private(node.folder.parent)
     make_private(node.folder)
-    words = {"command": node.command, "arguments": list(node.arguments)}
-    write_atomically(node.folder / STAGE_FILE, json.dumps(words, indent=1))
+    words = Words(node.command, list(node.arguments))
+    write_atomically(node.folder / STAGE_FILE, json.dumps(asdict(words), indent=1))
 
 
 def submit_stage(node: Node, after: Sequence[str]) -> str:
@@ -96,15 +106,20 @@ def run_stage(folder: Path) -> int:
 
     LockRefused, a ValueError, where another process runs it.
     """
-    words = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
-    command, output = words["command"], folder / "output"
+    words = read_json(folder / STAGE_FILE, Words)
+    if words is None:
+        raise ValueError(f"{folder / STAGE_FILE} is missing or damaged; launch the chain again to write it")
+    command, output = words.command, folder / OUTPUT
     again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     with hold(runfolder.lock(folder), command, SAME_JOB_WAIT_S if again else 0.0):
+        before = read_status(folder)
+        if again and before and before.state == "done" and before.launch == os.environ.get(LAUNCH_VARIABLE):
+            return 0  # its first attempt came to its end after Slurm had given it up
         write_status(folder, "running")
         if command == "export_hf" and output.exists():  # of an attempt that was killed before it could say so
             shutil.rmtree(output)
         started = time.time()
-        called = [sys.executable, "-m", "realsr_hpc.commands", command, *words["arguments"], f"output={output}"]
+        called = [sys.executable, "-m", "realsr_hpc.commands", command, *words.arguments, f"output={output}"]
         code = _call(called, folder / "log.txt")
         wrote = output / WROTE[command]
         if code in WORKED[command] and wrote.exists() and wrote.stat().st_mtime >= started - 1.0:

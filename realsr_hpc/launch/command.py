@@ -14,10 +14,12 @@ from realsr_hpc.config.checks import name_fault
 from realsr_hpc.config.execution_checks import path_fault
 from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import writable_folder
 from realsr_hpc.launch.console import print_plan, print_submissions
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing, unchecked_manifests
 from realsr_hpc.launch.submit import prepare, submit
+from realsr_hpc.paths import expanded
 
 if TYPE_CHECKING:
     from realsr_hpc.launch.proposals import Space
@@ -82,7 +84,7 @@ def main(arguments: list[str]) -> int:
             print_plan(configs, console)
             return 0
         if options.prepare:
-            return _prepare(configs, Path(options.prepare).resolve(), console)
+            return _prepare(configs, expanded(options.prepare).resolve(), console)
         if options.sampler == "asha":
             return halve(configs, options, overrides, console)
         return launch(configs, options, swept_keys(overrides) if multirun else [], overrides, console)
@@ -155,6 +157,7 @@ def launch(
 def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
     if fault := path_fault(run_dir):
         raise RecipeError(f"prepare: {fault}")
+    writable_folder(run_dir.parent, "prepare")
     if len(configs) != 1:
         raise RecipeError(f"prepare: {run_dir}: holds one run, not a sweep of {len(configs)}")
     refuse_what_cannot_fit(configs)
@@ -178,6 +181,9 @@ def read_arguments(arguments: list[str]) -> tuple[Options, bool, list[str]]:
         if argument.startswith("-") or not equals and not argument.startswith("~"):
             raise RecipeError(f"{argument!r}: write key=value{nearest(key.lstrip('-'), names | {'recipe'})}")
         if key in names:
+            if key in values or not value:
+                why = "given twice; keep one" if value else "empty; give a value, or leave it out"
+                raise RecipeError(f"{argument}: {key} is {why}")
             values[key] = value if isinstance(getattr(Options, key), str) else _truth(key, value)
         else:
             overrides.append(argument)

@@ -15,12 +15,13 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, from_yaml
-from realsr_hpc.files import write_atomically
+from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.rundir import State
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import read_progress
@@ -38,6 +39,15 @@ END_TIMEOUT_S = 10.0
 """When the job is about to leave, which would end the command too."""
 MESSAGE_CHARACTERS = 2000
 _counting = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Told:
+    """notified.json: how many events the command has taken, how many not, and why the last one not."""
+
+    told: int = 0
+    failed: int = 0
+    last_fault: str = ""
 
 
 def notify(run_dir: Path, state: State, code: int | None, message: str) -> None:
@@ -79,10 +89,11 @@ def _tell(run_dir: Path, command: str, line: str, limit_s: float) -> None:
         print(f"tracking.notify: {fault}", file=sys.stderr, flush=True)
     with _counting, suppress(OSError):
         path = runfolder.notified(run_dir)
-        text = path.read_text(encoding="utf-8") if path.exists() else '{"told": 0, "failed": 0, "last_fault": ""}'
-        counts = json.loads(text)
-        counts["failed" if fault else "told"] += 1
-        write_atomically(path, json.dumps(counts | ({"last_fault": fault} if fault else {})))
+        known = read_json(path, Told) or Told()
+        counts = (
+            replace(known, failed=known.failed + 1, last_fault=fault) if fault else replace(known, told=known.told + 1)
+        )
+        write_atomically(path, json.dumps(asdict(counts)))
 
 
 def _run(run_dir: Path, command: str, line: str, limit_s: float) -> str:

@@ -18,7 +18,7 @@ from realsr_hpc import runfolder
 from realsr_hpc.config.identity import flatten
 from realsr_hpc.config.load import output_root, to_yaml
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import write_atomically
+from realsr_hpc.files import writable_folder, write_atomically
 from realsr_hpc.launch.console import plan_text
 from realsr_hpc.launch.prune import link_code
 from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private, read_job, run_folder, slurm_queue
@@ -89,7 +89,7 @@ def _alone(roots: set[Path]) -> Iterator[None]:
     """LockRefused names who has been launching here for longer than LAUNCH_WAIT_S."""
     with ExitStack() as stack:
         for root in sorted(roots):
-            root.mkdir(parents=True, exist_ok=True)
+            writable_folder(root, "output_root")
             lock = root / f".launch-{os.getuid()}.lock"
             stack.enter_context(hold(lock, f"launching into {root}", LAUNCH_WAIT_S))
         yield

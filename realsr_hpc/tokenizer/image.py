@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from realsr_hpc.config.schema import ImageTokenizerConfig
-from realsr_hpc.files import replacing
+from realsr_hpc.files import json_value, replacing
 from realsr_hpc.formats.tensor_files import read_weights
 from realsr_hpc.paths import resolve
 
@@ -339,7 +339,7 @@ def _architecture(config: ImageTokenizerConfig) -> str:
 def _check_written_for(stored: str, config: ImageTokenizerConfig, path: Path) -> None:
     """A file's own word on its architecture; a field that did not exist when it was written has its default."""
     try:
-        written = _architecture(ImageTokenizerConfig.model_validate(json.loads(stored)))
+        written = _architecture(ImageTokenizerConfig.model_validate(json_value(stored)))
     except ValueError as error:  # pydantic's and json's errors are ValueErrors
         raise ValueError(f"image_tokenizer.weights: {path} names an unknown architecture ({error})") from None
     if written != _architecture(config):

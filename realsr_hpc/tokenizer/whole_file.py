@@ -6,17 +6,17 @@ tokenizer counts its ids from 0; here the pieces from `text_first` on are taken 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from realsr_hpc.files import json_value
 from realsr_hpc.vlcot.token_names import code_of, is_text
 
 
 def read_tree(path: Path) -> dict[str, Any]:
     """A tokenizer file as it is. ValueError where it is none of a vocabulary of named pieces."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json_value(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of json and of UTF-8
         raise ValueError(f"{path} is no tokenizer.json: {error}") from None
     vocab = tree.get("model", {}).get("vocab") if isinstance(tree, dict) else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from realsr_hpc import runfolder
+from realsr_hpc.files import json_value
 
 Event = dict[str, Any]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -84,7 +85,7 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
 def _event(line: bytes) -> Event | None:
     """One event; None for a line that is none, as a disk that lost power leaves."""
     try:
-        event = json.loads(line)
+        event = json_value(line)
         whole = all(type(event[key]) is kind for key, kind in _KINDS[event["kind"]].items())
         values = event["metrics"].values() if event["kind"] == "metrics" and whole else ()
         return event if whole and all(type(value) in (float, int) for value in values) else None

@@ -12,6 +12,8 @@ from realsr_hpc.commands.launch import chained, main
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import RecipeError, written
 from realsr_hpc.launch.chain import Node, chain_nodes
+from realsr_hpc.launch.rundir import LAUNCH_VARIABLE, write_status
+from realsr_hpc.launch.stage import run_stage
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import project_root
 from tests.slurm.conftest import SMALL
@@ -133,6 +135,18 @@ def test_a_plan_names_what_is_missing_and_tells_limits_from_estimates(capsys, tm
     assert main(["recipe=sft_tiny", f"data.manifest={tmp_path / 'none.parquet'}", "plan=true"]) == 0
     assert f"data.manifest: {tmp_path / 'none.parquet'} is not there" in capsys.readouterr().out
     assert nodes("cluster.kind=slurm", "cluster.time_min=600")["sft.export"].config.cluster.time_min == 60
+
+
+def test_a_command_that_slurm_gave_up_too_early_is_not_run_again_once_it_has_ended(tmp_path, monkeypatch):
+    """The node's daemon went away and Slurm requeued the job; the command itself went on to its end."""
+    (tmp_path / "stage.json").write_text('{"command": "export_hf", "arguments": ["run=/none"]}')
+    monkeypatch.setenv(LAUNCH_VARIABLE, "a")
+    write_status(tmp_path, "done", 0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run_stage(tmp_path) == 0 and not (tmp_path / "log.txt").exists()
+    (tmp_path / "stage.json").write_text("{")
+    with pytest.raises(ValueError, match="stage.json is missing or damaged; launch the chain again"):
+        run_stage(tmp_path)
 
 
 SMALL_CHAIN = """

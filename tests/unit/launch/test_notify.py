@@ -34,6 +34,7 @@ def told(folder):
 
 def test_every_end_is_one_line_and_what_is_no_event_is_none(run_dir, tmp_path):
     folder = run_dir(f"cat >> '{tmp_path}/told'")
+    (folder / "notified.json").write_text("[1")  # a damaged file costs its counts, not the run
     for state, code, message in [("stopping", None, ""), ("requeued", 88, "x" * 9000), ("failed", 1, 'a "b"\nc')]:
         job._set_state(folder, state, code, message)
     lines = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
