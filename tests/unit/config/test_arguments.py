@@ -23,6 +23,12 @@ def test_wrong_arguments_are_named(arguments, message):
         read_arguments(arguments, VALID, "how to")
 
 
+def test_a_home_folder_is_filled_in_also_in_a_list(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/us")
+    given = read_arguments(["input=~/a b,c/~d,~", "output=x~"], VALID, "how to")
+    assert (given["input"], given["output"]) == ("/home/us/a b,c/~d,/home/us", "x~")
+
+
 def test_help_is_printed_whatever_else_is_given(capsys):
     with pytest.raises(SystemExit) as end:
         read_arguments(["nonsense", "--help"], VALID, "how to")

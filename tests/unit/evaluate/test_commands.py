@@ -114,6 +114,35 @@ def test_evaluate_takes_finished_images_and_a_set_of_any_size(run_dir, tmp_path,
     assert "bicubic 1, other 1, ours 1" in capsys.readouterr().out
 
 
+def test_what_a_model_cannot_be_compared_with_is_named_and_nothing_is_written(run_dir, tmp_path, capsys):
+    Image.fromarray(data.astronaut()[:32, :32]).save(tmp_path / "face.png")
+    recipe = (run_dir / "recipe.yaml").read_text()
+    for name, text in (
+        ("unsaved", recipe),
+        ("by two", recipe.replace("upscale: 4", "upscale: 2")),
+        ("cut", recipe[:99]),
+    ):
+        shutil.copytree(run_dir, tmp_path / name, ignore=shutil.ignore_patterns(*["checkpoints"] * (name == "unsaved")))
+        (tmp_path / name / "recipe.yaml").write_text(text)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    wrong = {
+        "strat": "did you mean 'start'?",
+        "unsaved": "has no whole checkpoint",
+        "by two": "it restores by 2, not by 4",
+        "cut": "recipe.yaml: ",
+        "export": "has no recipe.yaml",
+        "": "no file is named as an image of the set: face, not ",
+    }
+    for name, said in wrong.items():
+        against = name if name == "strat" else str(tmp_path / name).rstrip("/")
+        words = [f"run={run_dir}", f"against={against}", f"output={tmp_path / 'out'}", "num_images=1", "pyiqa=none"]
+        assert command("evaluate")(words) == 2, name
+        told = capsys.readouterr().err
+        assert against in told and said in told and told.count("\n") == 1, told
+    assert not (tmp_path / "out").exists()
+
+
 def test_score_prints_a_table_and_keeps_it(tmp_path, capsys):
     for name, image in (("a", data.astronaut()), ("b", data.chelsea())):
         Image.fromarray(image[:128, :128]).save(tmp_path / f"{name}.png")

@@ -27,6 +27,13 @@ def test_bytes_are_on_disk_before_the_name_and_the_name_before_it_returns(tmp_pa
     assert rest == ["name a.json", f"flush {tmp_path.name}"]
 
 
+def test_json_of_any_form_is_a_value_or_a_value_error():
+    assert files.json_value('{"a": [1]}') == {"a": [1]}
+    for content in ("[" * 100_000, "[1", "", b"\xff"):
+        with pytest.raises(ValueError):
+            files.json_value(content)
+
+
 def test_a_block_that_raises_leaves_the_old_content_and_nothing_else(tmp_path):
     (path := tmp_path / "a").write_text("old")
     with pytest.raises(KeyboardInterrupt), files.replacing(path) as aside:

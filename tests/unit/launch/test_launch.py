@@ -38,10 +38,19 @@ def test_options_stand_apart_from_overrides():
     assert options == Options(plan=True, sweep="mine") and multirun and overrides == ["recipe=grpo_tiny", "seed=1,2"]
 
 
-@pytest.mark.parametrize("argument", ["plan=perhaps", "--plan", "plan"])
-def test_wrong_options_are_refused(argument):
-    with pytest.raises(RecipeError):
-        read_arguments(["recipe=grpo_tiny", argument])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("plan=perhaps", "neither true nor false"),
+        ("--plan", "write key=value"),
+        ("plan", "write key=value"),
+        ("prepare=", "prepare is empty"),
+        ("sweep=a sweep=b", "sweep is given twice"),
+    ],
+)
+def test_wrong_options_are_refused(words, said):
+    with pytest.raises(RecipeError, match=said):
+        read_arguments(["recipe=grpo_tiny", *words.split()])
 
 
 def test_a_wrong_key_exits_with_2_and_no_traceback(capsys):
