@@ -60,14 +60,12 @@ class FinishedImages:
         stand_ins = [PurePath(f"{name}.png") for name in names]
         pairs, _ = matched([PurePath(f"{key}.png") for key in keys], stand_ins)
         self._files = {keys[place]: self._names[names[file]] for place, file in pairs}
-        if keys and not pairs:
-            raise ValueError(
-                f"{self.folder}: no file is named as an image of the set: {names[0]} ..., not {keys[0]} ..."
-            )
         for key in keys:
             alike = [str(self._names[name]) for name in names if plain_stem(PurePath(f"{name}.png")) == key]
             if key not in self._files and len(alike) > 1:
                 raise ValueError(f"{self.folder}: {', '.join(alike[:3])} could all be {key}; leave one")
+        if keys and not pairs:
+            raise ValueError(f"{self.folder}: no file is named as an image of the set: {names[0]}, not {keys[0]}")
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
         """The file of each case; none where it is missing, or broken, which is said."""

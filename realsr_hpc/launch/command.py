@@ -157,13 +157,13 @@ def launch(
 def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
     if fault := path_fault(run_dir):
         raise RecipeError(f"prepare: {fault}")
-    writable_folder(run_dir.parent, "prepare")
     if len(configs) != 1:
         raise RecipeError(f"prepare: {run_dir}: holds one run, not a sweep of {len(configs)}")
     refuse_what_cannot_fit(configs)
     refuse_what_is_missing(configs)
     for unchecked in unchecked_manifests(configs):
         console.print(unchecked, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    writable_folder(run_dir.parent, "prepare")
     note = prepare(configs[0], run_dir)
     console.print(f"prepared {run_dir}" + (f" ({note})" if note else ""), markup=False, highlight=False, soft_wrap=True)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -68,17 +69,26 @@ def test_no_command_depends_on_the_locales_encoding(tmp_path):
     Image.effect_noise((96, 96), 60).convert("RGB").save(os.path.join(odd, os.fsdecode(b"\xe9.png")))
     Image.effect_noise((96, 96), 60).convert("RGB").save(folder / "é.png")  # of a flat one NIQE knows nothing
     note = "tracking.description=größer"
-    for words in (
+    works = [
         ["launch", "recipe=grpo_tiny", note, "resolve=true"],
         ["launch", "recipe=grpo_tiny", note, "plan=true"],
+        ["launch", "chain=tiny", f"grpo:{note}", f"output_root={folder}", "plan=true"],
         ["jobs", f"root={folder}"],
+        ["jobs", f"root={folder}", "json=true"],
+        ["sync-tracking", f"root={folder}"],
+        ["stage-weights", "recipe=sft_tiny", f"downloads={folder}"],
         ["prepare-data", f"source={odd}", f"output={folder / 'prepared'}"],
+        ["degrade", "recipe=grpo_tiny", f"output={folder / 'klein'}", "images=1"],
         ["score", f"input={odd}", "metric=stripes"],
         ["evaluate", f"images={folder}", "against=none", "set=unpaired", f"data={folder}", "pyiqa=none"],
-    ):
-        answer = subprocess.run(
-            [sys.executable, "-m", "realsr_hpc.commands", *words], capture_output=True, env=locale, timeout=300
-        )
-        assert answer.returncode == 0, (words, answer.stderr)
+    ]
+    wrong = [[name, "größe=1"] for name in commands.COMMANDS]
+    script = "import json, sys; from realsr_hpc import commands; commands._use_utf8(); "
+    script += "print([commands.main(words) for words in json.loads(sys.argv[1])])"
+    words = [sys.executable, "-c", script, json.dumps([*works, *wrong])]
+    answer = subprocess.run(words, capture_output=True, env=locale, timeout=600)
+    told = (answer.stdout + answer.stderr).decode("utf-8")
+    assert answer.stdout.decode("utf-8").splitlines()[-1] == str([0] * len(works) + [2] * len(wrong)), told
+    assert told.count("größe") > len(wrong) / 2  # the others miss a key before they come to it
     table = (tmp_path / "bilder-ü-evaluation" / "unpaired" / "metrics.csv").read_text(encoding="utf-8")
     assert "é" in table
