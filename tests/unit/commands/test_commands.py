@@ -76,9 +76,9 @@ def test_no_command_depends_on_the_locales_encoding(tmp_path):
         ["jobs", f"root={folder}"],
         ["jobs", f"root={folder}", "json=true"],
         ["sync-tracking", f"root={folder}"],
-        ["stage-weights", "recipe=sft_tiny", f"downloads={folder}"],
+        ["stage-weights", "recipe=sft_tiny"],
         ["prepare-data", f"source={odd}", f"output={folder / 'prepared'}"],
-        ["degrade", "recipe=grpo_tiny", f"output={folder / 'klein'}", "images=1"],
+        ["degrade", "recipe=grpo_tiny", f"output={tmp_path / 'klein-ü'}", "images=1"],
         ["score", f"input={odd}", "metric=stripes"],
         ["evaluate", f"images={folder}", "against=none", "set=unpaired", f"data={folder}", "pyiqa=none"],
     ]
