@@ -12,8 +12,8 @@ from realsr_hpc.commands.launch import chained, main
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import RecipeError, written
 from realsr_hpc.launch.chain import Node, chain_nodes
+from realsr_hpc.launch.chain_stage import run_stage
 from realsr_hpc.launch.rundir import LAUNCH_VARIABLE, write_status
-from realsr_hpc.launch.stage import run_stage
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import project_root
 from tests.slurm.conftest import SMALL
