@@ -138,6 +138,20 @@ MUTATIONS = (
         "tests/unit/train/test_batches.py",
     ),
     Mutation(
+        "advantages: reward weights ignored",
+        "realsr_hpc/grpo/advantages.py",
+        "weights[name] * configured_advantages",
+        "configured_advantages",
+        "tests/unit/train/test_replay.py::test_the_rewards_contributions_are_the_advantage",
+    ),
+    Mutation(
+        "cache: prefix and suffix weighted the wrong way round",
+        "realsr_hpc/rollout/cache.py",
+        "torch.lerp(_by_row(shared, q), own,",
+        "torch.lerp(own, _by_row(shared, q),",
+        f"{STEP}several_updates_begin_at_the_rollouts_policy",
+    ),
+    Mutation(
         "loss: ratio not clamped",
         LOSS,
         "log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()",

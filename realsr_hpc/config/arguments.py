@@ -1,4 +1,4 @@
-"""`key=value` arguments of the small commands in tools/: closed, with the nearest valid key in the error."""
+"""`key=value` arguments of the commands: unknown keys are errors that name the nearest valid key."""
 
 from __future__ import annotations
 

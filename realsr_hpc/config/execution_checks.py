@@ -1,6 +1,6 @@
-"""Rules of where and how a recipe executes: parallel layout, numbers' formats, machines, checkpoints, tracking.
+"""Rules for where and how a recipe executes: parallel layout, number formats, machines, checkpoints, tracking.
 
-Written as those of checks.py, which collects them.
+They have the form of the rules in checks.py, which collects them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which fields make a run the run it is: read from the marks of the schema, by everyone who asks.
+"""Defines a run's identity from the marks of the schema's fields; signature, resume and compare all use it.
 
 - The signature, which names a run's folder, covers what decides the result and the layout (which changes rounding, and
   so bits), as far as the run's task reads it.

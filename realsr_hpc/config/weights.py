@@ -1,4 +1,4 @@
-"""Which files a recipe needs beside the code: tokenizers, start weights, the rewards' experts; where each must lie.
+"""The files that a recipe needs in addition to the code, and their places: tokenizers, start weights, reward networks.
 
 Nothing is downloaded here or anywhere else: a cluster without a network is the usual case. pyiqa's files are known for
 the metrics of the super-resolution literature; of other metrics its adapter names what is missing when it is built.

@@ -1,8 +1,8 @@
-"""Words for what was applied (`degradation.labels=applied`), whether or not it can still be seen.
+"""Labels for the applied degradation (`degradation.labels=applied`), whether or not it is still visible.
 
-A number is light, medium or heavy by the terciles of the range it was drawn from, unless the recipe gives edges of
-its own. Where both stages do something the heavier word stands; a stage without blur adds none. The blur of a bell is
-the mean of its two sigmas; of a sinc, its cut-off: the lower, the heavier. So are JPEG's qualities.
+A number is light, medium or heavy by the terciles of the range it was drawn from, unless the recipe sets its own edges.
+If both degradation stages apply an operation, the heavier word is used; a stage without blur adds none. The severity of
+a Gaussian-like blur is the mean of its two sigmas; for a sinc's cut-off and for JPEG quality, lower is heavier.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The operators of the degradation graph, twice: as DALI has them, for a GPU, and as calls of `realsr_hpc.pixels`.
+"""Two implementations of the degradation graph's operators: DALI's own, for a GPU, and calls of `realsr_hpc.pixels`.
 
 Both offer the same methods and read the same arrays (`graph_inputs.py`); a blur comes as (way, kernel, column), a
 resize as what `resize_sources` gives, noise as (field, row). DALI's own run on a CPU, too, where they take two to ten

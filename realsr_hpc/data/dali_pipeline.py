@@ -1,4 +1,4 @@
-"""What the drawn numbers do to pixels: one DALI graph for crop -> truth -> degraded image.
+"""Applies the drawn numbers to pixels: one DALI graph for crop -> truth -> degraded image.
 
 Nothing is drawn here: kernels, noise and parameters come in with each sample, so a sample's bytes do not depend on
 its place in a batch or on the threads. One description serves both devices; `dali_operators.py` alone knows the

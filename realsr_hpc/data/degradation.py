@@ -1,8 +1,8 @@
-"""Second-order degradation as numbers: what is drawn for a sample, and the words that are true of it.
+"""Second-order degradation as numbers: the parameters drawn for a sample.
 
 Pure NumPy. A sample's crop, parameters and noise come from one Philox generator keyed on (seed, global sample index),
-so they are the same whatever the sharding, batch size or threads. What the numbers do to pixels is
-`dali_pipeline.py`'s. Published values: Real-ESRGAN's `train_realesrgan_x4plus` and SeeSR's milder variant.
+so they do not depend on sharding, batch size or threads. `dali_pipeline.py` applies them to pixels. Published values:
+Real-ESRGAN's `train_realesrgan_x4plus` and SeeSR's milder variant.
 """
 
 from __future__ import annotations

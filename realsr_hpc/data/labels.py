@@ -1,8 +1,8 @@
 """The five words of a sample's degradation: `degradation.labels` says what they are about.
 
-`applied` (`applied.py`): the drawn numbers. `visible` (`visible.py`): what is left of them in the LQ image; light,
-medium and heavy lie below, between and above the terciles that the recipe's preset and sizes give, so that each word is
-about as frequent. Both name the resizes as they were drawn.
+`applied` (`applied.py`): the drawn numbers. `visible` (`visible.py`): the damage still visible in the LQ image; light,
+medium and heavy are separated by the terciles for the recipe's preset and sizes, so that the words are about equally
+frequent. Both name the resizes as drawn.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Endless, deterministic, resumable stream of `LQBatch`.
 
-Where the stream stands is one number, the global index at which the next global batch starts. A global batch is
-`dp_size` rank batches side by side, so ranks of any number read the same samples in the same order. Batches are made
-ahead in one background thread; a state taken meanwhile speaks of what was handed out, never of what lies ready.
+The stream's position is one number, the global index at which the next global batch starts. A global batch consists of
+`dp_size` rank batches, so any number of ranks reads the same samples in the same order. One background thread prepares
+batches ahead; a saved state counts only batches that were handed out, not those prepared.
 """
 
 from __future__ import annotations

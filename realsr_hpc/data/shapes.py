@@ -1,7 +1,7 @@
-"""Images that we create: overlapping shapes with the statistics of photographs, and true texts about them.
+"""Generated images: overlapping shapes with the statistics of photographs, and true texts about them.
 
-A few photographs can be learnt by heart; endlessly many shapes cannot, so a model that trains on them as well has to
-look at its input. Their texts name the colours that are there, counted, so that they are as true as a degradation
+A few photographs can be memorised, an unlimited number of shapes cannot; so a model that also trains on shapes has to
+use its input. Their texts name the colours that are there, counted, so that they are as true as a degradation
 label. Dead leaves: Lee, Mumford, Huang, "Occlusion models for natural images", 2001.
 """
 

@@ -1,4 +1,4 @@
-"""Signs that we create: a short word in one colour on a plain ground or a photograph.
+"""Generated signs: a short word in one colour on a plain background or a photograph.
 
 What is written on a sign is known exactly, so reading and restoring can be measured exactly: the rough text must name
 the word, the final image must show it. Fonts are those that matplotlib ships (DejaVu, STIX, Computer Modern), those of

@@ -1,4 +1,4 @@
-"""What the operators of the degradation do to frequencies: blurs, resizes, JPEG. NumPy on arrays of a few numbers.
+"""Frequency responses of the degradation's operators: blurs, resizes, JPEG. NumPy on small arrays.
 
 A spectrum [8, 8] holds a quarter of a grid's band, at the middles of eight equal parts of 0..pi radians a pixel down
 and across: as fine as JPEG's own coefficients. Its mean is the variance of a pixel. Borders are left out, and a target

@@ -1,4 +1,4 @@
-"""Where a photograph's bytes lie: a file, or a member of an uncompressed tar (WebDataset), read in place.
+"""Reads a photograph's bytes from a file, or in place from a member of an uncompressed tar (WebDataset).
 
 A member is written as a path, `shard-0000.tar#name.jpg@offset+size`, so manifests and loaders treat both alike and any
 photograph of a tar is read by one seek.

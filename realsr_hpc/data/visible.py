@@ -1,4 +1,4 @@
-"""What is left to see of a drawn degradation in the LQ image, as numbers, from its parameters alone.
+"""Computes how much of a drawn degradation is still visible in the LQ image, from its parameters alone.
 
 Blur is exact for the linear part: every blur, resize and sinc filter composed on the LQ image's frequencies. Noise and
 what JPEG changes are expected values for a photograph of usual contrast (`SIGNAL_RMS`, falling with the square of the

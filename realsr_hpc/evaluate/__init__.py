@@ -1,8 +1,8 @@
-"""Restored images against their truths, on named test sets: metrics with intervals, pictures, words, published tables.
+"""Compares restored images with their truths on test sets: metrics with intervals, pictures, words, published tables.
 
-`cases` and `sets` say what is restored, `methods` by what, `metrics` and `words` how it is judged, `run` does it over
-all ranks, `report` writes it down. A method that gave no image for some inputs is averaged over those it gave, with
-their number beside; a metric whose weights are not there is listed as not computed; nothing is filled in.
+`cases` and `sets` define the inputs, `methods` the restorers, `metrics` and `words` the measurements; `runner` executes
+them on all ranks and `report` writes the result. A method without an image for some inputs is averaged over the others,
+with their number stated. A metric without its weights is listed as not computed; no value is ever filled in.
 """
 
 from realsr_hpc.evaluate.cases import cases_of

@@ -1,8 +1,8 @@
-"""Several draws of one image: what a user gets who keeps the best, who takes any, who is unlucky.
+"""Statistics over several draws of one image: best, mean and worst.
 
-One draw a method tells its mean. A generator can have a good mean and a bad tail, so each image may be restored `M`
-times with other draws: Best, Mean and Worst of M are means over images of each image's best, mean and worst value; the
-worst tenth is the mean over the tenth of the images whose own mean is worst.
+A single draw per method only shows the mean. A generator can have a good mean and a bad tail, so each image may be
+restored `M` times with other draws: Best, Mean and Worst of M are means over images of each image's best, mean and
+worst value; the worst tenth is the mean over the tenth of the images whose own mean is worst.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What restores: bicubic, a folder of finished images, or whatever is called with cases."""
+"""Restoration methods: bicubic, a folder of finished images, or any callable on cases."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Numbers of one restored image: ours (PSNR-Y, SSIM-Y, our NIQE), pyiqa's where its weights are staged, rewards, words.
+"""Metrics of one restored image: ours (PSNR-Y, SSIM-Y, our NIQE), pyiqa's if its weights are staged, rewards, words.
 
-Every metric says its version, colour space and border; one that cannot be computed is named with the reason.
+Every metric states its version, colour space and border; one that cannot be computed is listed with the reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published results to stand beside: the paper's table, from a data file."""
+"""Published results for comparison: the paper's table, from a data file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What an evaluation found, for people and programs.
+"""The report of an evaluation, for people and programs.
 
 metrics.md       tables with intervals, gains, words, the published table, what was not computed
-metrics.csv      a line per image and method
+metrics.csv      one line per image and method
 grid.png         the first images: input, every method, truth        worst.png   the last method's worst
 slots.png        degradation words, true against said                images.json, images/   everything behind it
 """

@@ -1,6 +1,6 @@
 """Restore and score a set with every method, spread over the ranks; rank 0 writes the report.
 
-Images go to the folder as they are made, so nothing of a large set is held: `images/METHOD/KEY.png`.
+Images are written as they are made, so a large set is never held in memory: `images/METHOD/KEY.png`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finished images by metrics or by rewards, without a run: what a reward says, to look at before training on it."""
+"""Score finished images by metrics or rewards, without a run, to inspect a reward before training on it."""
 
 from __future__ import annotations
 

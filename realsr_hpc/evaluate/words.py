@@ -1,4 +1,4 @@
-"""What a model says, judged: the five degradation slots against the truth, the texts against their captions."""
+"""Measures a model's words: the five degradation slots against the truth, the texts against their captions."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A trained policy carried over to other tokenizers of the same stride: what a fine-tuning starts from.
+"""Adapts a trained policy to other tokenizers of the same stride, as start weights for fine-tuning.
 
-Layers stay. The row of a new image code is the mean of the rows of the old codes that stand at the same places of the
-same images, weighted by how often they do; a part that depends on the codebook's vectors tells new codes apart that
-share their old ones. The row of a new text token is the mean of the rows of the old tokens that spell it. The recipe
-must place images where the old one did (`vlcot.text_slots`), or layers look beside them.
+The layers are kept. The embedding row of a new image code is the mean of the rows of the old codes at the same
+positions of the same images, weighted by their frequency; a part that depends on the codebook vectors distinguishes new
+codes with the same old ones. The row of a new text token is the mean of the rows of the old tokens that spell it. The
+recipe must place images where the old one did (`vlcot.text_slots`), because the layers have learnt these positions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The image tokenizer in an export: encoder and codes where transformers looks, the decoder beside.
+"""The image tokenizer in an export: encoder and codes where transformers expects them, the decoder in its own file.
 
 `model.vqmodel.*` holds what `ChameleonVQVAE` has. `vq_decoder.safetensors` holds the rest, with the codebook as the
 decoder uses it. transformers compares by distance; for a tokenizer that compares by angle the normalised codebook is

@@ -1,7 +1,8 @@
-"""Weights of others -> what a recipe starts from: a policy's folder, tokenizer.json, image_tokenizer.safetensors.
+"""Public weights -> start weights of a recipe: a policy's folder, tokenizer.json, image_tokenizer.safetensors.
 
-Tensors pass one by one from the mapped source into shards, written aside and renamed at the end. The folder is a
-Hugging Face folder as well; exports of ours come back bit by bit. It holds start weights, no training state.
+Tensors are copied one by one from the memory-mapped source into shards, written aside and renamed at the end. The
+result is also a Hugging Face folder; our own exports are reproduced bit by bit. It holds start weights, no training
+state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recipe as it leaves this machine: what was trained and how, nothing about where."""
+"""The recipe inside an export: what was trained and how, without paths or machine details."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of weights and files, written aside and renamed, and read back with every fault named."""
+"""Write a folder of weights and files aside, then rename it; read one back and name every fault."""
 
 from __future__ import annotations
 

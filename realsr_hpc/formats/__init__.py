@@ -1,6 +1,6 @@
-"""Weights that others publish: recognised by their files and keys, read one tensor at a time under our names.
+"""Public weight formats: recognised by their files and keys, read one tensor at a time under our names.
 
-One file a format, its detection beside its conversion, and one table of them. Left out: writing any of these formats.
+Each format has one file with its detection and conversion; `table` lists them. None of these formats is written.
 """
 
 from realsr_hpc.formats.found import Found, FoundImage, FoundPolicy, Spec

@@ -1,4 +1,4 @@
-"""Whether what was found is what a recipe describes: the one check of both doors, import and `model.weights`.
+"""Checks that weights match a recipe; both importing and loading through `model.weights` use this check.
 
 Sizes, settings, tensors and token names are compared before anything is read; every difference is named.
 """

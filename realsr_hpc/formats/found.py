@@ -1,4 +1,4 @@
-"""What a format says of the files it opened: tensors under our names, read one by one, and what decides a forward pass.
+"""The result of opening files in a format: tensors under our names, read one by one, and the model's settings.
 
 A policy's tensors have Hugging Face's names, with queries and keys in the order of rotary halves. An image tokenizer's
 have those of `tokenizer/image.py`, which are taming-transformers'. Nothing is in memory until it is read.

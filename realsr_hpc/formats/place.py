@@ -1,4 +1,4 @@
-"""A file or folder that somebody names as a source, and what a format says when it looks at it."""
+"""A file or folder given as a source of weights, and a format's answer when it inspects it."""
 
 from __future__ import annotations
 

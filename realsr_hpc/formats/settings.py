@@ -1,8 +1,7 @@
 """Which keys of a config.json decide the forward pass: used, or refused by name.
 
-Three lists: keys whose value must be the one our forward pass computes, keys that are compared with the recipe, and
-keys that decide nothing here. A key on none of them with a value that could mean something is refused as well, for what
-it means is unknown.
+Three lists: keys whose value must match our forward pass, keys that are compared with the recipe, and keys that have no
+effect here. Any other key with a meaningful value is refused, because its effect is unknown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The formats that are known, most special first. A new format is one file and one line here."""
+"""The known formats, most specific first. A new format is one file and one line here."""
 
 from __future__ import annotations
 

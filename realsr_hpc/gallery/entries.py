@@ -1,4 +1,4 @@
-"""What training, evaluating and restoring left on disk, as entries of one kind."""
+"""Reads the outputs of training, evaluation and restoring from disk as entries of one type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was already done, as JSON lines: a killed preparation goes on where it stood, and shards share their work."""
+"""Completed work as JSON lines: a killed preparation continues from it, and shards share their results."""
 
 from __future__ import annotations
 

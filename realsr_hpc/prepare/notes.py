@@ -1,4 +1,4 @@
-"""What is written about photographs beforehand: captions, tags, splits and partners, from files.
+"""Reads existing notes about photographs from files: captions, tags, splits and partners.
 
 One JSON-lines file for all (a `path` relative to the source, or a `key`, in each line), `<image>.json` beside a
 photograph, or in a tar the member of the same name with `.json` or `.txt`. A wrong note of our own is named with file

@@ -1,6 +1,6 @@
-"""What lies below a source: photographs, their low-quality partners, and what the folders' names say.
+"""Scans a source for photographs and their low-quality partners, and interprets the names of its folders.
 
-| layout | what is understood |
+| layout | how it is read |
 |---|---|
 | any folder | every image below it |
 | LSDIR, DIV2K | `HR` is read; its reduced copies beside it (`X2`, `X3`, `X4`, `*_LR_*`) are left out |

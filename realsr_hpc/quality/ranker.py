@@ -1,4 +1,4 @@
-"""The degradation ranker: a small CNN expert of ours that says how clean an image of about 128 px looks.
+"""The degradation ranker: our own small CNN that rates how clean an image of about 128 px looks.
 
 Trained by `realsr-hpc fit-experts` on the bundled train photographs: of two versions of one crop the one degraded
 less must score higher (margin ranking, after RankIQA, Liu et al. 2017). It sees luma and two chroma planes,

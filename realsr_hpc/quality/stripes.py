@@ -1,4 +1,4 @@
-"""Stripes and grids: how much of an image's fine detail repeats itself at one frequency, as no photograph's does.
+"""Detects stripes and grids: the share of an image's fine detail that repeats at one frequency, unlike in photographs.
 
 A policy that optimises an expert without a reference ends in patterns that the expert takes for detail: stripes, grids,
 the same code painted again and again. Their spectrum is a few sharp peaks; a photograph's is smooth, and where straight

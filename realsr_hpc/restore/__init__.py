@@ -1,8 +1,8 @@
-"""Images in, images out: low-quality images restored by a policy, each with its reasoning beside it.
+"""Restores low-quality images with a policy and records its reasoning.
 
-`folder` walks files, `tiles` cuts and blends an image, `candidates` chooses among several results, `colour` gives them
-the input's colours, `pictures` reads and writes what formats there are, `model` opens a run or an export,
-`options` does so as a command's options say, `simple` from Python.
+`folder` processes files, `tiles` cuts and blends an image, `candidates` chooses among several results, `colour`
+transfers the input's colours, `image_files` reads and writes image formats, `model` opens a run or an export, `options`
+does so from a command's options, and `simple` from Python.
 """
 
 from realsr_hpc.restore.candidates import BestOf, Chosen

@@ -1,4 +1,4 @@
-"""Several restored images of one input: the one that an expert likes best, or their mean."""
+"""Choose among several restored images of one input: the one an expert rates highest, or their mean."""
 
 from __future__ import annotations
 

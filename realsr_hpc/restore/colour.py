@@ -1,4 +1,4 @@
-"""Give a restored image the colours of its input: wavelet and AdaIN, as StableSR (Wang et al. 2024) names them."""
+"""Transfer the input's colours to a restored image: wavelet and AdaIN, named as in StableSR (Wang et al. 2024)."""
 
 from __future__ import annotations
 

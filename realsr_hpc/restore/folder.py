@@ -1,6 +1,6 @@
-"""A folder of images restored file by file: what is done is skipped, what cannot be read is reported.
+"""Restore a folder of images file by file: finished files are skipped, unreadable ones reported.
 
-An input is done where its result stands with the digest of its content: a replaced input is restored again.
+An input is finished if its result exists and records the digest of its content; a replaced input is restored again.
 """
 
 from __future__ import annotations

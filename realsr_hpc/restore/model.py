@@ -1,4 +1,4 @@
-"""Open what restores: a run, one of its checkpoints, or a Hugging Face export of ours."""
+"""Open a model for restoring: a run, one of its checkpoints, or one of our Hugging Face exports."""
 
 from __future__ import annotations
 

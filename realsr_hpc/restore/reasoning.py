@@ -1,4 +1,4 @@
-"""How an image was restored, beside it: NAME.json for programs, NAME.steps.jpg for people."""
+"""Write how an image was restored next to it: NAME.json for programs, NAME.steps.jpg for people."""
 
 from __future__ import annotations
 

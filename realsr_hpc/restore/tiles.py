@@ -1,6 +1,6 @@
-"""Images of any size through a model of one size: overlapping tiles, restored in common batches, blended.
+"""Restore images of any size with a model of one size: overlapping tiles are restored in batches and blended.
 
-Left out: context from one tile to the next; tiles see only themselves.
+Tiles are independent: no context is passed from one to the next.
 """
 
 from __future__ import annotations

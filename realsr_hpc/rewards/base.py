@@ -1,8 +1,8 @@
-"""What a reward is: a range, higher is better, deterministic, scored in batches, never raising.
+"""The interface of a reward: it has a range (higher is better), is deterministic, scores batches, and never raises.
 
-A rollout whose final image is missing gets the minimum of every image reward: that is its own doing and no
-failure. An item on which a reward itself breaks (an exception, a value that is not finite) also gets the
-minimum, but is counted and logged, so that a broken reward is seen.
+A rollout without a final image gets the minimum of every image reward; that is not counted as a failure. If the reward
+itself fails on a rollout (an exception, a non-finite value), the rollout also gets the minimum, but is counted and
+logged, so that a broken reward is noticed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Degradation reward: the share of matching slots between the written phrase and the true words, slots weighed.
+"""Degradation reward: the weighted share of slots in which the written phrase matches the true words.
 
 Slots: blur, first resize, noise, compression, second resize. The phrase is read leniently: order and words
 between do not matter, but a slot named twice with different words is empty (else naming everything would win).

@@ -1,4 +1,4 @@
-"""What is sent to a process that computes a reward, and what it answers: JSON, images as PNG. docs/judge.md shows both.
+"""Requests to a process that computes a reward, and its answers: JSON with images as PNG (docs/judge.md).
 
 `sent` turns rollouts into the document, `received` turns it back without loss: the pixels are those of the arrays, and
 JSON writes a float so that the same float is read.

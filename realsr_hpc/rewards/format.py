@@ -1,9 +1,9 @@
 """Format reward: is the whole chain of thought well formed?
 
-1 for a well-formed trace. Else `partial` x (parts present / 7), the parts being the degradation phrase, the
-three texts and the three images: a policy that writes six of seven parts can feel which way is up, and the
-step to 1 stays large. A text that breaks a guard (too short, too long, endlessly repeating) is no part, and
-its trace is not well formed for this reward.
+1 for a well-formed trace. Otherwise `partial` x (parts present / 7), where the parts are the degradation phrase, three
+texts and three images: a policy that writes six of seven parts gets a gradient towards the seventh, and the step to 1
+stays large. A text that violates a guard (too short, too long, endlessly repeating) does not count as a part, and its
+trace is not well formed for this reward.
 """
 
 from __future__ import annotations

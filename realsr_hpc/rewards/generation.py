@@ -2,9 +2,9 @@
 
 Experts: `niqe` (our own, natural scene statistics), `ranker` (our own small CNN, trained to rank degradations)
 and `pyiqa` (any of its metrics, weights staged by the user). docs/rewards.md has the measured rankings.
-Maps to [0, 1]: niqe -> 1 / (1 + (d / half)^2), half the distance that earns 1/2; ranker -> logistic of its score,
-which training scales so that ±2 spans clean to heavily degraded; pyiqa -> its stated range, direction turned.
-What the expert says is multiplied by the stripe guard, unless the recipe turns it off.
+Maps to [0, 1]: niqe -> 1 / (1 + (d / half)^2), where `half` is the distance that scores 1/2; ranker -> logistic of its
+score, which training scales so that ±2 spans clean to heavily degraded; pyiqa -> its stated range, with the direction
+normalised. The expert's score is multiplied by the stripe guard, unless the recipe turns that off.
 """
 
 from __future__ import annotations

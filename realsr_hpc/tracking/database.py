@@ -1,4 +1,4 @@
-"""Opening MLflow's store; of sqlite ones, which are ours, also making them: whole, private, one process at a time."""
+"""Opens MLflow's store. Our own sqlite stores are also created here: atomically, private, one process at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run was launched, so that it is known again after its folder, or the whole output root, was moved."""
+"""Records where a run was launched, so that it is recognised after its folder or the output root was moved."""
 
 from __future__ import annotations
 

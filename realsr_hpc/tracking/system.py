@@ -1,4 +1,4 @@
-"""What a run takes of its machine, sampled at each step by the process that logs."""
+"""A run's use of its machine, sampled at each step by the process that logs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a training loop calls to be seen: metrics, artifacts, progress.
+"""The tracking interface of a training loop: metrics, artifacts, progress.
 
-Calls write to the run's spool and return; MLflow is fed behind them. So a server that is slow, away or gone for good
-costs the run nothing, and `sync` sends later what did not arrive.
+Calls write to the run's spool and return; a thread delivers to MLflow. So a slow or unreachable server costs the run
+nothing, and `sync` later sends whatever did not arrive.
 """
 
 from __future__ import annotations
