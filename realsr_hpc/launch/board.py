@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +24,15 @@ BARS = "▁▂▃▄▅▆▇█"
 KEYS = "up/down choose, f follow, c cancel, r resume, q leave"
 HEADERS = ("run", "state", "step", "value", "", "tokens/s", "left", "mismatch KL", "skipped", "last word")
 NO_CELLS = ("",) * 8
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One stage in a chain's chain.json."""
+
+    stage: str
+    folder: str
+    after: list[str]
 
 
 @dataclass(frozen=True)
@@ -81,16 +89,16 @@ class Board:
     def _chains(self) -> Iterator[tuple[str, list[tuple[Path, str, int]]]]:
         """Each chain with its stages in the order of its tree: folder, name, depth."""
         for path in sorted(self.root.glob("chains/*/chain.json")):
-            listed = read_json(path, list[dict[str, Any]]) or []
-            places = {item["folder"]: self._place(item["folder"]) for item in listed}
-            children: dict[str, list[dict[str, Any]]] = {}
+            listed = read_json(path, list[Listed]) or []
+            places = {item.folder: self._place(item.folder) for item in listed}
+            children: dict[str, list[Listed]] = {}
             for item in listed:
-                children.setdefault((item["after"] or [""])[-1], []).append(item)
+                children.setdefault((item.after or [""])[-1], []).append(item)
 
             def below(folder: str, depth: int, places=places, children=children) -> Iterator[tuple[Path, str, int]]:
                 for item in children.get(folder, []):
-                    yield places[item["folder"]], item["stage"], depth
-                    yield from below(item["folder"], depth + 1)
+                    yield places[item.folder], item.stage, depth
+                    yield from below(item.folder, depth + 1)
 
             yield path.parent.name, list(below("", 0))
 

@@ -87,6 +87,14 @@ def test_steps_that_a_resume_took_back_leave_the_history_and_a_torn_line_waits(t
     assert feed.computed_s == 12.0 and feed.median_step_s == 3.0  # nobody knows how long an attempt's first step took
 
 
+@pytest.mark.parametrize("content", ["", "[1", '[{"stage": 1}]', '{"a": 1}'])
+def test_a_damaged_list_of_a_chains_stages_hides_no_run(content, tmp_path):
+    make_run(tmp_path, 1)
+    (tmp_path / "chains" / "x-1").mkdir(parents=True)
+    (tmp_path / "chains" / "x-1" / "chain.json").write_text(content)
+    assert [line.folder for line in Board(tmp_path).refresh() if line.folder] == [tmp_path / "run's 001"]
+
+
 def test_a_sparkline_spans_its_values():
     assert sparkline([0.0, 1.0]) == "▁█" and sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([float("nan")]) == "" and len(sparkline(range(100))) == 16
