@@ -8,6 +8,7 @@ and with it what is held in memory beside the weights. form=peft writes the adap
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ DEFAULTS = {
     "shard_mb": "1000",
     "form": "merged",
 }
+LICENCE = re.compile(r"\w[\w .+()-]*")
+"""One line: it goes into the head of the model card, which is YAML."""
 FORMS = ("merged", "peft")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -50,6 +53,8 @@ def check(given: dict[str, str | None]) -> None:
     if given["form"] not in FORMS:
         raise ValueError(f"form={given['form']!r} is none of {', '.join(FORMS)}; leave it out for a whole model")
     read_count(given, "shard_mb", 1)
+    if not LICENCE.fullmatch(given["licence"] or "mit"):
+        raise ValueError(f"licence={given['licence']!r}: give its short name, such as mit or cc-by-nc-4.0")
 
 
 def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:

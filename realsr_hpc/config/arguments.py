@@ -55,8 +55,10 @@ def read_with_overrides(
 def read_count(arguments: Mapping[str, str | None], key: str, minimum: int = 0) -> int:
     """The whole number under `key`. Raises ValueError when it is none, or below `minimum`."""
     value = arguments[key]
+    if value is None:
+        raise ValueError(f"{key}=N is needed: a whole number from {minimum} up")
     try:
-        number = int(value or "")
+        number = int(value)
     except ValueError:
         raise ValueError(f"{key}={value!r} is no whole number; give one from {minimum} up") from None
     if number < minimum:

@@ -47,6 +47,8 @@ def test_what_is_no_key_overrides_the_recipe():
 
 def test_counts():
     assert read_count(read_arguments([], VALID, "how to"), "overlap") == 8
+    with pytest.raises(ValueError, match="output=N is needed"):
+        read_count({"output": None}, "output")
     with pytest.raises(ValueError, match="no whole number"):
         read_count({"overlap": "many"}, "overlap")
     with pytest.raises(ValueError, match="below 1"):

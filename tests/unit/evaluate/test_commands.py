@@ -237,6 +237,7 @@ def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):
         ("evaluate", ["num_images=none"], "no whole number"),
         ("score", ["metric=niqe"], "input=DIR is needed"),
         ("score", ["input=recipes/assets/photographs", "metric=psnr_y"], "needs truth=DIR"),
+        ("score", ["input=recipes/assets/photographs", "metric=stripes", "output=recipes"], "output=recipes: a folder"),
         ("fit_experts", ["only=all"], "give niqe, ranker or measure"),
     ],
 )

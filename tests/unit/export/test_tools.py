@@ -33,11 +33,23 @@ def test_only_a_checkpoint_of_the_run_is_exported(run, tmp_path, capsys):
 
 def test_wrong_usage_names_what_is_wrong(capsys):
     wrong = {
-        "export_hf": (["run=x"], ["run=x", "output=y", "outptu=z"], ["run=x", "output=y", "dtype=fp16"]),
+        "export_hf": (
+            ["run=x"],
+            ["run=x", "output=y", "outptu=z"],
+            ["run=x", "output=y", "dtype=fp16"],
+            ["run=x", "output=y", "licence=mit\nbase_model: x"],
+        ),
         "import_weights": (["source=x"], ["source=x", "output=y", "recipe=grpo_tinny"]),
     }
     assert all(command(name)(arguments) == 2 for name, given in wrong.items() for arguments in given)
     said = capsys.readouterr().err.splitlines()
-    parts = ("output=DIR are needed", "did you mean 'output'", "none of bf16, fp32", "are needed", "'grpo_tiny'")
+    parts = (
+        "output=DIR are needed",
+        "did you mean 'output'",
+        "none of bf16, fp32",
+        "give its short name",
+        "are needed",
+        "'grpo_tiny'",
+    )
     assert len(said) == len(parts)
     assert all(part in line for part, line in zip(parts, said, strict=True)), said
