@@ -37,8 +37,10 @@ def look(place: Place) -> Signs:
     if signs.against:
         return signs
     names = {plain(name) for name in open_folder(place.path).specs}
+    tied = bool(read_json(place.path / "config.json").get("tie_word_embeddings"))
     for key in _KEYS:
-        signs.ask(key in names, key)
+        why = " (tie_word_embeddings true: our output matrix is one of its own)" if tied and "lm_head" in key else ""
+        signs.ask(key in names, key + why)
     norm = "model.layers.0.self_attn.q_norm.weight"
     return signs.ask(norm in names, f"{norm} (Chameleon normalises queries and keys; Llama and others do not)")
 

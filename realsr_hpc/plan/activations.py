@@ -50,7 +50,8 @@ def scoring(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
     hidden, ffn, parts = config.model.hidden_size, config.model.ffn_hidden_size, config.parallel.tp
     # the layer's input, residuals and norm; gate and up, silu(gate), up once more, their product
     layer = tokens * width(config) * (4 * hidden / _shared(config) + 5 * ffn / parts)
-    masks = _mask_entries(config, shape) * scored_at_once(config, shape) * (1 + width(config))
+    # masks as truths: attention's numbers are gone by then
+    masks = _mask_entries(config, shape) * scored_at_once(config, shape)
     logits = logit_bytes(config, shape, gradient=False) + 2 * tokens * hidden * width(config)
     return {"activations": max(layer + masks, logits)}
 
@@ -86,11 +87,14 @@ def logit_bytes(config: RunConfig, shape: MicrobatchShape, *, gradient: bool) ->
 def _bytes_a_logit(config: RunConfig, *, gradient: bool) -> tuple[int, int]:
     """Of a chunk: all that is alive together (a logit, its mask, its exponential or gradient), and what is still there
     when the next chunk begins."""
+    if config.task == "sft":  # logits and their softmax, for the z-loss; the gradient, and its copy in bf16
+        return 8, 4 + (2 if width(config) == 2 else 0)
+    if guided(config) and not gradient:  # both streams' logits and what guidance makes of them
+        return 12, 4
     alone, left = 6 + width(config), 2 + (2 if truncated(config) else 0) + (8 if guided(config) else 0)
     if gradient:
-        alone += 16 if config.task == "grpo" and config.grpo.entropy_weight != 0.0 else 0
+        alone += 16 if config.grpo.entropy_weight != 0.0 else 0
         alone += 4 if guided(config) else 0
-        alone += 2 if config.task == "sft" else 0  # for the z-loss
         left += 2 if width(config) == 2 else 0
     return alone, left
 

@@ -75,6 +75,7 @@ VARIANTS: dict[str, list[str]] = {
     "GRPO, guided, adaptive top-k": [*GRPO, *GUIDED, "grpo.kl_beta=0"],
     "GRPO, LoRA, bf16": [*GRPO, BF16, *LORA],
     "GRPO, LoRA, all recomputed, bf16": [*GRPO, BF16, *LORA, "parallel.recompute=full"],
+    "GRPO, LoRA, guided, bf16": [*GRPO, BF16, *LORA, *GUIDED],
     "SFT, LoRA, bf16": [*SFT, BF16, *LORA, "sft.packing=false", "parallel.recompute=full"],
     "SFT, packed rows": SFT,
     "SFT, packed rows, all recomputed": [*SFT, "parallel.recompute=full"],
