@@ -14,13 +14,14 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import torch as vendor
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -61,6 +62,41 @@ class _HeldCommon(TorchCommonSaveStrategy):
 
 _COMMON = _HeldCommon("torch", 1)
 register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _COMMON)
+
+
+class _Writer(FileSystemWriterAsync):
+    """Megatron's writer, which copies every view (halves of a layer's gate and up) before the first byte is written.
+
+    Here they stay views of the weights; `_compact` copies one at a time.
+    """
+
+    def prepare_write_data(self, plan: Any, planner: Any) -> None:
+        """Megatron's, on nothing in place of each tensor."""
+        resolve, kept = planner.resolve_data, []
+
+        def empty(item: Any) -> Any:
+            data = resolve(item)
+            if not isinstance(data, torch.Tensor):
+                return data
+            kept.append(data.detach())
+            return data.new_empty(0)
+
+        planner.resolve_data = empty
+        try:
+            super().prepare_write_data(plan, planner)
+        finally:
+            del planner.resolve_data
+        data = iter(kept)
+        for _, _, (_, tensors) in self.write_buckets or []:
+            tensors[:] = [(item, next(data)) for item, _ in tensors]
+
+
+vendor.FileSystemWriterAsync = _Writer  # Megatron takes no writer as an argument
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    """In memory of its own: of a view, torch writes all that it is a view of."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 
 class NotSaved(RuntimeError):
@@ -216,11 +252,14 @@ class _Saving:
         self._files = integrity.describe(self._aside, mine)
 
     def _write_bucket(self, number: int, bucket: Any) -> Any:
+        path, key, (texts, tensors) = bucket
+        compact: Iterator[Any] = ((item, _compact(tensor)) for item, tensor in tensors)
         results: queue.Queue[Any] = queue.Queue()
         running: queue.Queue[int] = queue.Queue()
         running.put(number)
         transforms = self._request.async_fn.args[0]
-        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, running, True)  # type: ignore[arg-type]
+        lazy: Any = (path, key, (texts, compact))
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, lazy, results, running, True)  # type: ignore[arg-type]
         _, outcome = results.get()
         if isinstance(outcome, Exception):
             raise outcome
