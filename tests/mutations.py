@@ -173,6 +173,13 @@ MUTATIONS = (
         DECIDES,
     ),
     Mutation(
+        "device: what a token does not see yet",
+        "realsr_hpc/rollout/cache.py",
+        "torch.arange(length, device=first.device)",
+        "torch.arange(length)",
+        DECIDES,
+    ),
+    Mutation(
         "device: ranks of truncated logits",
         "realsr_hpc/behaviour/distribution.py",
         "torch.arange(values.shape[-1], device=values.device)",
