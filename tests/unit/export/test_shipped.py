@@ -29,7 +29,6 @@ model, processor = both("us/policy")
 restored = {"hub": processor.restore(model, lq)}
 model.save_pretrained("model_again")
 restored["model saved"] = (lambda pair: pair[1].restore(pair[0], lq))(both("model_again"))
-assert processor.tokenizer.chat_template is None  # transformers' own saving asks for one
 processor.save_pretrained("processor_again")
 processor = AutoProcessor.from_pretrained("processor_again", trust_remote_code=True)
 restored["processor saved"] = processor.restore(model, lq)
