@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> int:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__, sections_only=True)
         if not given["input"]:
             raise ValueError("input=DIR is needed")
-        if given["output"] and (Path(given["output"]).is_dir() or not Path(given["output"]).parent.is_dir()):
-            raise ValueError(f"output={given['output']}: a folder, or in none; name a file, such as scores.csv")
+        if given["output"] and Path(given["output"]).is_dir():
+            raise ValueError(f"output={given['output']}: a folder; name a file, such as scores.csv")
         return score(find_files(Path(str(given["input"])), given), given, overrides)
     except ValueError as error:
         print(error, file=sys.stderr)
