@@ -110,6 +110,25 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any] | None, int]:
         return json_object(stream.read(length)), 8 + length
 
 
+def weight_map(index: Path) -> dict[str, str] | None:
+    """Tensor name -> file name in the index of sharded weights; None: the file is no such index."""
+    places = (json_object(index.read_bytes()) or {}).get("weight_map")
+    return places if isinstance(places, dict) and all(isinstance(file, str) for file in places.values()) else None
+
+
+def checked_weight_map(index: Path) -> dict[str, str]:
+    """As `weight_map`. ValueError: it is no index, names files outside of its folder, or a shard is missing."""
+    places = weight_map(index)
+    if places is None:
+        raise ValueError(f"{index} is no index of weights; copy it again")
+    if any(Path(file).name != file for file in places.values()):
+        raise ValueError(f"{index} names files outside of its folder; copy it again")
+    missing = sorted({file for file in places.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise ValueError(f"{index.parent}: {index.name} names {', '.join(missing)}, not there; copy the missing shards")
+    return places
+
+
 def writable_folder(path: Path, field: str) -> Path:
     """The folder, made where it is missing.
 

@@ -97,7 +97,7 @@ def _evaluate(given: Given):
 
     config, checkpoint, upscale = None, None, read_count(given, "upscale", 1)
     count, draws = read_count(given, "num_images", 1), read_count(given, "draws", 1)
-    _ = list(_kinds(given["against"] or ""))  # before a model is loaded
+    against = list(_kinds(given["against"] or ""))  # refused, where they must be, before a model is loaded
     crop_px = read_count(given, "crop_px")
     if given["images"]:
         folder = Path(given["images"]).resolve()
@@ -110,7 +110,7 @@ def _evaluate(given: Given):
         step = runfolder.step_of(checkpoint.resolve()) if checkpoint else 0
     cases, remarks = _cases(given, config, count, upscale)
     methods = {BICUBIC: Bicubic(upscale)}
-    for name, method in [*_others(given, config, checkpoint, upscale), *ours.items()]:
+    for name, method in [*_others(against, given, config, checkpoint, upscale), *ours.items()]:
         if name in methods or name in TAKEN:
             raise ValueError(f"two methods, or a method and the set's own images, are called {name!r}; rename a folder")
         methods[name] = method
@@ -172,13 +172,13 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
 
 
 def _others(
-    given: Given, config: RunConfig | None, checkpoint: Path | None, upscale: int
+    against: list[tuple[str, str]], given: Given, config: RunConfig | None, checkpoint: Path | None, upscale: int
 ) -> Iterator[tuple[str, Method]]:
-    """Methods of `against=`, each with its name."""
+    """Methods of `against=` (as `_kinds` has them), each with its name."""
     from realsr_hpc.evaluate import FinishedImages
     from realsr_hpc.restore import find_model, with_sampling
 
-    for name, kind in _kinds(given["against"] or ""):
+    for name, kind in against:
         folder = Path(name).resolve()
         try:
             if kind == "start":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import json_object, json_value, safetensors_header
+from realsr_hpc.files import json_value, safetensors_header, weight_map
 
 IMAGE_FILES = {"chameleon_f16": "vqgan.ckpt", "llamagen_f8": "vq_ds8_c2i.pt"}
 """File of the image tokenizer, by `vlcot.vocabulary`."""
@@ -84,8 +84,7 @@ def _has_decoder(folder: Path) -> bool:
     """Whether the weights' index, or the header of one safetensors file, names an image decoder."""
     for name in _WEIGHTS[1::2]:
         if (folder / name).is_file():
-            index = json_object((folder / name).read_bytes()) or {}
-            return any(str(key).startswith(_DECODER) for key in index.get("weight_map") or {})
+            return any(key.startswith(_DECODER) for key in weight_map(folder / name) or {})
     whole = folder / _WEIGHTS[0]
     header = safetensors_header(whole)[0] if whole.is_file() else None
     return any(key.startswith(_DECODER) for key in header or {})

@@ -17,7 +17,7 @@ from typing import Literal
 
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions, UnderstandingOptions, read_options
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import check_listed, check_sums, json_value, sha256_of
+from realsr_hpc.files import check_listed, check_sums, sha256_of, weight_map
 from realsr_hpc.paths import resolve
 
 SUMS = "SHA256SUMS"
@@ -180,11 +180,8 @@ def missing_shards(folder: Path) -> list[str]:
     """Files that the index of a Hugging Face folder names and that are not there; [] without a readable index."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            try:
-                named = json_value((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-                return sorted({str(name) for name in named if not (folder / str(name)).is_file()})
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return []  # whoever reads the weights says so
+            named = (weight_map(folder / index) or {}).values()  # whoever reads the weights refuses a damaged one
+            return sorted({name for name in named if not (folder / name).is_file()})
     return []
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realsr_hpc.files import json_value, publish, writable_folder
+from realsr_hpc.files import checked_weight_map, publish, writable_folder
 from realsr_hpc.locks import hold
 
 INDEX = "model.safetensors.index.json"
@@ -114,16 +114,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file. ValueError for a folder without weights, a missing shard or a damaged file."""
     index = folder / INDEX
     if index.is_file():
-        try:
-            files = json_value(index.read_text(encoding="utf-8"))["weight_map"]
-            places = {name: folder / file for name, file in files.items()}
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} is no index of weights; copy it again") from None
-        if any(path.parent != folder for path in places.values()):
-            raise ValueError(f"{index} names files outside of its folder; copy it again")
-        missing = sorted({path.name for path in places.values() if not path.is_file()})
-        if missing:
-            raise ValueError(f"{folder}: {INDEX} names {', '.join(missing)}, not there; copy the missing shards")
+        places = {name: folder / file for name, file in checked_weight_map(index).items()}
         for path in set(places.values()):
             held = _names(path)
             absent = sorted(name for name, place in places.items() if place == path and name not in held)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from realsr_hpc.files import check_listed, json_value
+from realsr_hpc.files import check_listed, checked_weight_map
 from realsr_hpc.formats.found import Spec, finite
 from realsr_hpc.formats.pickles import read_pickle
 
@@ -114,17 +114,8 @@ def open_file(path: Path) -> Mapping[str, Any]:
 
 
 def _indexed(folder: Path, index: str) -> TensorFiles:
-    try:
-        places = json_value((folder / index).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({str(file) for file in places.values()})
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{folder / index} is no index of weights; copy it again") from None
-    if any(Path(file).name != file for file in files):
-        raise ValueError(f"{folder / index} names files outside of its folder; copy it again")
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        raise ValueError(f"{folder}: {index} names {', '.join(missing)}, not there; copy the missing shards")
-    tensors = TensorFiles((folder / file, open_file(folder / file)) for file in files)
+    places = checked_weight_map(folder / index)
+    tensors = TensorFiles((folder / file, open_file(folder / file)) for file in sorted(set(places.values())))
     absent = sorted(set(places) - set(tensors.specs))
     if absent:
         raise ValueError(f"{folder / places[absent[0]]} lacks {absent[0]}, which {index} promises; copy it again")

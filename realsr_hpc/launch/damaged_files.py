@@ -12,7 +12,7 @@ from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import SUMS, missing_shards, needs_of
-from realsr_hpc.files import json_object, safetensors_header
+from realsr_hpc.files import json_object, safetensors_header, weight_map
 
 LARGEST_JSON_BYTES = 64 * 2**20
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
@@ -76,7 +76,7 @@ def _safetensors_fault(path: Path) -> str:
 
 def _index_fault(folder: Path) -> str:
     for index in sorted(folder.glob("*.index.json")):
-        if not isinstance((json_object(index.read_bytes()) or {}).get("weight_map"), dict):
+        if weight_map(index) is None:
             return f"{index} is no index of weights; copy it again"
     shards = ", ".join(missing_shards(folder)[:3])
     return f"{folder}: its index names {shards}, not there; copy the missing shards" if shards else ""

@@ -69,8 +69,9 @@ def test_no_command_depends_on_the_locales_encoding(tmp_path):
     Image.effect_noise((96, 96), 60).convert("RGB").save(os.path.join(odd, os.fsdecode(b"\xe9.png")))
     Image.effect_noise((96, 96), 60).convert("RGB").save(folder / "é.png")  # of a flat one NIQE knows nothing
     note = "tracking.description=größer"
+    door = [sys.executable, "-m", "realsr_hpc.commands", "launch", "recipe=grpo_tiny", note, "resolve=true"]
+    assert "größer" in subprocess.run(door, capture_output=True, env=locale, check=True).stdout.decode("utf-8")
     works = [
-        ["launch", "recipe=grpo_tiny", note, "resolve=true"],
         ["launch", "recipe=grpo_tiny", note, "plan=true"],
         ["launch", "chain=tiny", f"grpo:{note}", f"output_root={folder}", "plan=true"],
         ["jobs", f"root={folder}"],
