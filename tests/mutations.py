@@ -201,6 +201,13 @@ MUTATIONS = (
         WHOLE_RUN,
     ),
     Mutation(
+        "device: borders in NIQE's filter",
+        "realsr_hpc/quality/niqe.py",
+        "torch.arange(-pad, size + pad, device=field.device)",
+        "torch.arange(-pad, size + pad)",
+        f"{DEVICE}niqe_is_the_same",
+    ),
+    Mutation(
         "device: a reference that stays in host memory",
         "realsr_hpc/model/chunks.py",
         'torch.device("cpu") if to_host else self.groups.device',

@@ -171,7 +171,7 @@ def _distance(features: Tensor, model: NIQEModel) -> np.ndarray:
         # As the authors' release: of a partly flat patch, the features it has count for the mean.
         gap = patches.nanmean(dim=0) - mean
         inverse = torch.linalg.pinv((torch.cov(rows.T) + covariance) / 2, hermitian=True)
-        scores.append(float((gap @ inverse @ gap).sqrt()))
+        scores.append(float((gap @ (inverse @ gap)).sqrt()))
     return np.array(scores)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.distributed.launcher import run_ranks
 from tests.second_device.cases import apart, on_both, one_step, train_and_use
 
 TOLERANCE, OF_BF16 = 1e-5, 0.1
@@ -98,6 +99,23 @@ def test_a_run_its_resumption_its_evaluation_and_what_it_restores_are_the_same(t
     [near], [far] = on_both(train_and_use, [*GRPO, *SMALL], tmp_path, True)
     assert set(near["metrics"]) >= {1, 2} and near["metrics"][2]["rewards/total/mean"] > 0
     assert len(near["images"]) > 6 and apart(far, near) <= TOLERANCE
+
+
+def niqe_on_both() -> tuple[list[float], list[float]]:
+    """NIQE of two images, here and on the second device."""
+    from realsr_hpc.paths import project_root
+    from realsr_hpc.quality.niqe import NIQEModel, niqe
+    from tests.second_device.far import far_device
+
+    model = NIQEModel.load(project_root() / "recipes" / "assets" / "tiny" / "niqe_pristine.npz")
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 96, 128, 3), dtype=np.uint8))
+    with far_device() as device:
+        return niqe(images, model).tolist(), niqe(images, model, device).tolist()
+
+
+def test_niqe_is_the_same():
+    [(near, far)] = run_ranks(1, niqe_on_both)
+    assert far == near and near[0] != near[1]
 
 
 def test_supervised_training_and_its_resumption_are_the_same(tmp_path):
