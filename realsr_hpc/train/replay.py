@@ -94,6 +94,9 @@ def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptS
             raise ValueError(
                 f"{line}: {hint and hint + ' '}a replay may change parallel.*, cluster.*, {', '.join(sorted(allowed))}"
             )
+    if number not in (kept := runfolder.replay_steps(run_dir)):
+        there = ", ".join(map(str, kept)) or "none"
+        raise ValueError(f"step={number} was not kept; kept are: {there}; tracking.replay_every_steps keeps them")
     step = read_step(runfolder.replay(run_dir, number))
     config = _on_layout_of(step, config)
     return step, override(config, layout), override(config, list(overrides))
