@@ -11,6 +11,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from realsr_hpc.config.arguments import ArgumentError
+
 FOLDER = Path(__file__).resolve().parent / "benchmarks"
 
 
@@ -26,7 +28,7 @@ def summary(name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of the first benchmark that failed, else 0; 2 for an unknown name."""
+    """Exit code of the first benchmark that failed, else 0; 2 for an unknown name or argument."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         for name in names():
@@ -37,7 +39,11 @@ def main(arguments: list[str]) -> int:
         print(f"no benchmark {name!r}; there are: {', '.join(names())}, all", file=sys.stderr)
         return 2
     for chosen in names() if name == "all" else [name]:
-        code = importlib.import_module(f"tools.benchmarks.{chosen}").main(options)
+        try:
+            code = importlib.import_module(f"tools.benchmarks.{chosen}").main(options)
+        except ArgumentError as error:
+            print(f"{chosen}: {error}", file=sys.stderr)
+            return 2
         if code:
             return code
     return 0

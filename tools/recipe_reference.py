@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from realsr_hpc.config import learning, reward_options, schema
-from realsr_hpc.config.arguments import read_arguments
+from realsr_hpc.config.arguments import read_arguments, read_flag
 from realsr_hpc.config.identity import marks
 from realsr_hpc.config.load import recipe_names, yaml_names
 from realsr_hpc.config.section import Section, Task
@@ -36,7 +36,7 @@ comparison takes runs that differ in nothing that decides as repetitions of one 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 written or up to date, 1 out of date, 2 wrong usage."""
     try:
-        check = read_arguments(arguments, {"check": "false"}, __doc__)["check"] == "true"
+        check = read_flag(read_arguments(arguments, {"check": "false"}, __doc__), "check")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from realsr_hpc.config.arguments import read_count, read_with_overrides
+from realsr_hpc.config.arguments import read_count, read_shard, read_with_overrides
 
 DEFAULTS = {"output": None, "samples": None, "per_file": "1024", "shard": "1/1", "device": "cpu"}
 
@@ -26,9 +26,7 @@ def main(arguments: list[str]) -> int:
         if not given["output"]:
             raise ValueError("output=DIR is needed")
         samples, per_file = read_count(given, "samples", 1), read_count(given, "per_file", 1)
-        k, _, n = str(given["shard"]).partition("/")
-        if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-            raise ValueError(f"shard={given['shard']}: give k/n with k from 1 to n")
+        shard = read_shard(given)
         from realsr_hpc.config.load import compose_one
 
         config = compose_one(overrides)
@@ -41,7 +39,7 @@ def main(arguments: list[str]) -> int:
             samples,
             per_file,
             device=named_device(str(given["device"])),
-            shard=(int(k), int(n)),
+            shard=shard,
             on_file=lambda done, total: print(f"\r{done} of {total} files", end="", file=sys.stderr, flush=True),
         )
     except ValueError as error:

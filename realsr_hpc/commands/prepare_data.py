@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
-from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.config.arguments import read_arguments, read_count, read_number, read_shard
 from realsr_hpc.files import printable
 
 DEFAULTS = {
@@ -79,30 +79,12 @@ def read_options(given: dict[str, str | None]):
     tagger, device = given["tagger"], str(given["device"])
     return PrepareOptions(
         captions=Path(given["captions"]) if given["captions"] else None,
-        heldout_fraction=read_share(str(given["heldout_fraction"])),
+        heldout_fraction=read_number(given, "heldout_fraction", "give a share such as 0.1"),
         captioner=Captioner(Path(given["captioner"]), device) if given["captioner"] else None,
         tagger=ClassTagger(Path(tagger), device) if tagger and tagger not in ("captions", "folder") else tagger,
         num_threads=read_count(given, "num_threads", 1),
-        shard=read_shard(given["shard"]),
+        shard=read_shard(given) if given["shard"] else None,
     )
-
-
-def read_share(text: str) -> float:
-    """The number in a word. Raises ValueError if it is none."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"heldout_fraction is {text!r}: give a share such as 0.1") from error
-
-
-def read_shard(text: str | None) -> tuple[int, int] | None:
-    """(k, n) of `k/n`. Raises ValueError if it is none."""
-    if text is None:
-        return None
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal()):
-        raise ValueError(f"shard is {text!r}: give k/n such as 1/16")
-    return int(number), int(count)
 
 
 def show(report, console: Console) -> None:

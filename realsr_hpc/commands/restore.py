@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from realsr_hpc.config.arguments import read_arguments, read_count, read_flag
+from realsr_hpc.config.arguments import read_arguments, read_count, read_flag, read_number
 from realsr_hpc.config.restoring import RESTORING, check_restoring
 
 DEFAULTS: dict[str, str | None] = {
@@ -52,7 +52,9 @@ def main(arguments: list[str]) -> int:
 def _restore(given: dict[str, str | None]):
     batch_size = 0 if given["batch_size"] is None else read_count(given, "batch_size", 1)
     check_restoring(given)
-    steps, upscale = read_flag(given, "steps"), _upscale(given["upscale"])
+    steps, upscale = read_flag(given, "steps"), 0.0  # 0: the model's
+    if given["upscale"]:
+        upscale = read_number(given, "upscale", "give one from 1 up to the model's factor")
     from realsr_hpc.restore import find_model, open_with_options, restore_folder, with_sampling
 
     config, checkpoint, name = find_model(given)
@@ -61,11 +63,3 @@ def _restore(given: dict[str, str | None]):
         given, config, checkpoint, name, upscale=upscale, batch_size=batch_size, steps=steps
     )
     return restore_folder(restorer, Path(given["input"] or ""), Path(given["output"] or ""), settings, steps=steps)
-
-
-def _upscale(text: str | None) -> float:
-    """0: the model's."""
-    try:
-        return float(text or 0)
-    except ValueError:
-        raise ValueError(f"upscale={text!r} is no number; give one from 1 up to the model's factor") from None

@@ -1,14 +1,23 @@
-"""`key=value` arguments of the commands: unknown keys are errors that name the nearest valid key."""
+"""The one reader of `key=value` command lines: commands, launching, chains and benchmarks declare their keys here.
+
+An error names the key, its value, the nearest valid key and a remedy. Hydra reads the overrides of a recipe
+(`section.field=value`); this module only separates them from a program's own keys.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from realsr_hpc.paths import expanded
 
 Default = TypeVar("Default", str, str | None)
+FLAGS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+class ArgumentError(ValueError):
+    """A command line that cannot be read."""
 
 
 def read_arguments(
@@ -16,67 +25,107 @@ def read_arguments(
 ) -> dict[str, Default | str]:
     """Values by key; `valid` holds each key's default. `--help` prints `usage` and exits with 0.
 
-    `~` and `~user` are filled in, as no shell does behind `=`. Raises ValueError for an argument without `=`, a key
-    given twice, and an unknown key, naming the nearest valid one.
+    `~` and `~user` are expanded, which no shell does behind `=`. Raises ArgumentError for an argument that is not
+    key=value, an empty value, a key given twice, and an unknown key, naming the nearest valid one.
     """
-    if {"-h", "--help"} & set(arguments):
-        print((usage or "").strip())
-        raise SystemExit(0)
-    given: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or not value:
-            raise ValueError(f"argument {argument!r} is not key=value; valid keys: {', '.join(valid) or 'none'}")
-        if key not in valid:
-            close = difflib.get_close_matches(key, list(valid), n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"unknown key {key!r}; {hint}valid keys: {', '.join(valid)}")
-        if key in given:
-            raise ValueError(f"key {key!r} is given twice: {given[key]!r} and {value!r}; keep one")
-        given[key] = ",".join(str(expanded(part)) if part.startswith("~") else part for part in value.split(","))
-    return {**valid, **given}
+    values, _ = _read(arguments, valid, usage, lambda key: False)
+    return values
 
 
 def read_with_overrides(
     arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None, *, sections_only: bool = False
 ) -> tuple[dict[str, Default | str], list[str]]:
-    """As `read_arguments`, and the overrides of a recipe among the arguments.
+    """As `read_arguments`, and beside the values the overrides of a recipe, in the order given.
 
-    sections_only: overrides are keys with a dot (`grpo.group_size=4`); else every key that is none of `valid`.
+    sections_only: only keys with a dot (`grpo.group_size=4`) are overrides; otherwise every key that is not in
+    `valid`, and `~key`, which deletes one.
     """
-    overrides = []
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        if equals and key not in valid and ("." in key or not sections_only):
-            overrides.append(argument)
-    return read_arguments([argument for argument in arguments if argument not in overrides], valid, usage), overrides
+    return _read(arguments, valid, usage, lambda key: "." in key or not sections_only)
+
+
+def take_switch(arguments: Sequence[str], *names: str) -> tuple[bool, list[str]]:
+    """Whether a switch such as `-m` is given under one of its `names`, and the other arguments."""
+    rest = [argument for argument in arguments if argument not in names]
+    return len(rest) < len(arguments), rest
 
 
 def read_count(arguments: Mapping[str, str | None], key: str, minimum: int = 0) -> int:
-    """The whole number under `key`. Raises ValueError when it is none, or below `minimum`."""
+    """The whole number under `key`. ArgumentError: there is none, or it is below `minimum`."""
     value = arguments[key]
     if value is None:
-        raise ValueError(f"{key}=N is needed: a whole number from {minimum} up")
+        raise ArgumentError(f"{key}=N is needed: a whole number from {minimum} up")
     try:
         number = int(value)
     except ValueError:
-        raise ValueError(f"{key}={value!r} is no whole number; give one from {minimum} up") from None
+        raise ArgumentError(f"{key}={value!r} is no whole number; give one from {minimum} up") from None
     if number < minimum:
-        raise ValueError(f"{key}={number} is below {minimum}; give {minimum} or more")
+        raise ArgumentError(f"{key}={number} is below {minimum}; give {minimum} or more")
     return number
 
 
+def read_counts(arguments: Mapping[str, str], keys: Iterable[str]) -> dict[str, int]:
+    """The whole numbers from 1 up under several keys. ArgumentError: one of them is not."""
+    return {key: read_count(arguments, key, 1) for key in keys}
+
+
+def read_number(arguments: Mapping[str, str | None], key: str, remedy: str) -> float:
+    """The number under `key`. ArgumentError, ending in `remedy`: there is none."""
+    try:
+        return float(arguments[key] or "")
+    except ValueError:
+        raise ArgumentError(f"{key}={arguments[key]!r} is no number; {remedy}") from None
+
+
+def read_shard(arguments: Mapping[str, str | None], key: str = "shard") -> tuple[int, int]:
+    """`k/n` under `key` as (k, n), 1 <= k <= n: task k of n. ArgumentError: anything else."""
+    number, _, count = (arguments[key] or "").partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ArgumentError(f"{key}={arguments[key]!r}: give k/n with k from 1 to n, such as 1/16")
+    return int(number), int(count)
+
+
 def read_choice(arguments: Mapping[str, str | None], key: str, options: Collection[str]) -> str:
-    """What stands under `key`. Raises ValueError when it is none of `options`."""
+    """The value of `key`. ArgumentError: it is not one of `options`."""
     value = arguments[key]
     if value is None or value not in options:
-        raise ValueError(f"{key}={value!r} is none of {', '.join(options)}; name one")
+        raise ArgumentError(f"{key}={value!r} is none of {', '.join(options)}; name one")
     return value
 
 
 def read_flag(arguments: Mapping[str, str | None], key: str) -> bool:
-    """True or false under `key`. Raises ValueError for anything else."""
+    """True or false under `key`, also written as yes and no or 1 and 0. ArgumentError: anything else."""
     value = arguments[key]
-    if value not in ("true", "false"):
-        raise ValueError(f"{key}={value!r} is neither true nor false; give one of them")
-    return value == "true"
+    if value is None or value.lower() not in FLAGS:
+        raise ArgumentError(f"{key}={value!r} is neither true nor false; give one of them")
+    return FLAGS[value.lower()]
+
+
+def _read(
+    arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None, is_override: Callable[[str], bool]
+) -> tuple[dict[str, Default | str], list[str]]:
+    if {"-h", "--help"} & set(arguments):
+        print((usage or "").strip())
+        raise SystemExit(0)
+    given: dict[str, str] = {}
+    overrides = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key not in valid and not key.startswith("-") and (equals or key.startswith("~")) and is_override(key):
+            overrides.append(argument)
+            continue
+        if not equals or key.startswith("-"):
+            raise ArgumentError(f"argument {argument!r}: write key=value; {_valid_keys(key.lstrip('-'), valid)}")
+        if key not in valid:
+            raise ArgumentError(f"unknown key {key!r}; {_valid_keys(key, valid)}")
+        if not value:
+            raise ArgumentError(f"key {key!r} is empty; give it a value or leave it out")
+        if key in given:
+            raise ArgumentError(f"key {key!r} is given twice: {given[key]!r} and {value!r}; keep one")
+        given[key] = ",".join(str(expanded(part)) if part.startswith("~") else part for part in value.split(","))
+    return {**valid, **given}, overrides
+
+
+def _valid_keys(key: str, valid: Collection[str]) -> str:
+    close = difflib.get_close_matches(key, list(valid), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid keys: {', '.join(valid) or 'none'}"

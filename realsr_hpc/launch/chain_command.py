@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc import runfolder
+from realsr_hpc.config.arguments import read_flag, read_with_overrides, take_switch
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import RecipeError, output_root
 from realsr_hpc.files import write_atomically
@@ -26,17 +27,17 @@ from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, make_
 from realsr_hpc.launch.submit import submit_into
 from realsr_hpc.plan import plan
 
-OPTIONS = ("chain", "plan")
+NOT_WITH_A_CHAIN = ("recipe", "fresh", "follow", "prepare", "resolve", "sampler", "axes")
 
 
 def main(arguments: list[str], valid: Valid) -> int:
     """Exit code: 0 done or submitted, 2 a faulty chain or option, else that of the stage at which it stopped."""
     console = Console()
     try:
-        options, overrides, multirun = _read(arguments)
-        chain = read_chain(options["chain"])
+        name, plan_only, overrides, multirun = _read(arguments)
+        chain = read_chain(name)
         nodes = chain_nodes(chain, overrides, valid, multirun=multirun)
-        if options["plan"] == "true":
+        if plan_only:
             _print_plan(chain.name, nodes, console)
             return 0
         _refuse(nodes)
@@ -50,28 +51,14 @@ def main(arguments: list[str], valid: Valid) -> int:
         return 2
 
 
-def _read(arguments: list[str]) -> tuple[dict[str, str], list[str], bool]:
-    options = {"plan": "false"}
-    overrides, seen = [], []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if argument in ("-m", "--multirun"):
-            continue
-        if not equals or argument.startswith("-"):
-            raise RecipeError(f"{argument!r}: write key=value")
-        if key in ("recipe", "fresh", "follow", "prepare", "resolve", "sampler", "axes"):
-            raise RecipeError(f"{argument}: not with chain=, which takes plan=true, -m and [STAGE:]section.field=value")
-        if key in OPTIONS:
-            if not value or key in seen:
-                why = "given twice; keep one" if value else "empty; give a value, or leave it out"
-                raise RecipeError(f"{argument}: {key} is {why}")
-            seen.append(key)
-            options[key] = value.lower() if key == "plan" else value
-        else:
-            overrides.append(argument)
-    if options["plan"] not in ("true", "false"):
-        raise RecipeError(f"plan: {options['plan']!r} is neither true nor false")
-    return options, overrides, bool({"-m", "--multirun"} & set(arguments))
+def _read(arguments: list[str]) -> tuple[str, bool, list[str], bool]:
+    """The chain's name, whether only to plan it, the overrides of its stages, and whether it is a sweep."""
+    multirun, rest = take_switch(arguments, "-m", "--multirun")
+    given, overrides = read_with_overrides(rest, {"chain": "", "plan": "false"}, None)
+    for override in overrides:
+        if override.partition("=")[0] in NOT_WITH_A_CHAIN:
+            raise RecipeError(f"{override}: not with chain=, which takes plan=true, -m and [STAGE:]section.field=value")
+    return given["chain"], read_flag(given, "plan"), overrides, multirun
 
 
 def _refuse(nodes: list[Node]) -> None:

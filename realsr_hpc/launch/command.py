@@ -6,20 +6,20 @@ import hashlib
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from realsr_hpc.config.arguments import read_count, read_flag, read_with_overrides, take_switch
 from realsr_hpc.config.checks import name_fault
 from realsr_hpc.config.execution_checks import path_fault
-from realsr_hpc.config.load import RecipeError, compose, nearest, read_axes, recipe_names, swept_keys, to_yaml
+from realsr_hpc.config.load import RecipeError, compose, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import writable_folder
 from realsr_hpc.launch.console import print_plan, print_submissions
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing, unchecked_manifests
 from realsr_hpc.launch.submit import prepare, submit
-from realsr_hpc.paths import expanded
 
 if TYPE_CHECKING:
     from realsr_hpc.launch.proposals import Space
@@ -48,7 +48,6 @@ Options:
                     Optuna if one is interval(a,b); with follow=false it submits what can start now and returns
   rungs=4,12 keep=3 steps at which runs are compared (default: a ninth and a third of all), and one in how many survives
 """
-TRUTH = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,15 @@ class Options:
     sweep: str = ""
     axes: str = ""
     sampler: str = "all"
-    trials: str = ""
+    trials: int = 0
+    """0: not given, as for `keep`."""
     rungs: str = ""
-    keep: str = ""
+    keep: int = 0
+
+
+FLAGS = tuple(field.name for field in fields(Options) if isinstance(field.default, bool))
+COUNTS = {"trials": 1, "keep": 2}
+"""Options that are whole numbers, each with the least it may be."""
 
 
 def main(arguments: list[str]) -> int:
@@ -75,7 +80,7 @@ def main(arguments: list[str]) -> int:
         console.print(USAGE.format(recipes=", ".join(recipe_names())), markup=False, highlight=False)
         return 0 if arguments else 2
     try:
-        options, multirun, overrides = read_arguments(arguments)
+        options, multirun, overrides = read_command_line(arguments)
         configs = choose(options, multirun, overrides)
         if options.resolve:
             sys.stdout.write("---\n".join(map(to_yaml, configs)))
@@ -84,7 +89,7 @@ def main(arguments: list[str]) -> int:
             print_plan(configs, console)
             return 0
         if options.prepare:
-            return _prepare(configs, expanded(options.prepare).resolve(), console)
+            return _prepare(configs, Path(options.prepare).resolve(), console)
         if options.sampler == "asha":
             return halve(configs, options, overrides, console)
         return launch(configs, options, swept_keys(overrides) if multirun else [], overrides, console)
@@ -106,12 +111,9 @@ def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunCo
         return recipes(_space(options, overrides))
     if options.sampler != "optuna":
         raise RecipeError(f"sampler: {options.sampler!r} is none of all, optuna, asha")
-    trials = options.trials or "16"
-    if not trials.isdecimal() or int(trials) < 1:
-        raise RecipeError(f"trials: {trials!r} is no number from 1 up")
     from realsr_hpc.launch.search import sample
 
-    return sample(overrides, options.sweep or _sweep_name(overrides), int(trials))
+    return sample(overrides, options.sweep or _sweep_name(overrides), options.trials or 16)
 
 
 def halve(configs: list[RunConfig], options: Options, overrides: list[str], console: Console) -> int:
@@ -130,7 +132,7 @@ def halve(configs: list[RunConfig], options: Options, overrides: list[str], cons
 def _space(options: Options, overrides: list[str]) -> Space:
     from realsr_hpc.launch.proposals import read_space
 
-    return read_space(overrides, options.trials, options.rungs, options.keep or "3")
+    return read_space(overrides, options.trials, options.rungs, options.keep or 3)
 
 
 def launch(
@@ -169,37 +171,23 @@ def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
     return 0
 
 
-def read_arguments(arguments: list[str]) -> tuple[Options, bool, list[str]]:
-    """Options, whether it is a sweep, and the recipe's overrides; RecipeError for what is neither."""
-    names = {field.name for field in fields(Options)}
-    values: dict[str, bool | str] = {}
-    overrides = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if argument in ("-m", "--multirun"):
-            continue
-        if argument.startswith("-") or not equals and not argument.startswith("~"):
-            raise RecipeError(f"{argument!r}: write key=value{nearest(key.lstrip('-'), names | {'recipe'})}")
-        if key in names:
-            if key in values or not value:
-                why = "given twice; keep one" if value else "empty; give a value, or leave it out"
-                raise RecipeError(f"{argument}: {key} is {why}")
-            values[key] = value if isinstance(getattr(Options, key), str) else _truth(key, value)
-        else:
-            overrides.append(argument)
-    options = Options(**values)  # type: ignore[arg-type]
+def read_command_line(arguments: list[str]) -> tuple[Options, bool, list[str]]:
+    """Options, whether it is a sweep, and the overrides of the recipe, those of `axes=` included.
+
+    Raises ValueError (ArgumentError, RecipeError) for an argument that is neither, and for values out of range.
+    """
+    multirun, rest = take_switch(arguments, "-m", "--multirun")
+    defaults = {field.name: str(field.default).lower() if field.name in FLAGS else "" for field in fields(Options)}
+    given, overrides = read_with_overrides(rest, {**defaults, "sampler": Options.sampler}, None)
+    values: dict[str, Any] = {**given, **{key: read_flag(given, key) for key in FLAGS}}
+    values |= {key: read_count(given, key, least) if given[key] else 0 for key, least in COUNTS.items()}
+    options = Options(**values)
     if options.sweep and (fault := name_fault(options.sweep)):
         raise RecipeError(f"sweep: {fault}")
     own = {override.partition("=")[0] for override in overrides}
     axes = read_axes(options.axes) if options.axes else []
     overrides += [axis for axis in axes if axis.partition("=")[0] not in own]
-    return options, bool({"-m", "--multirun"} & set(arguments) or options.axes), overrides
-
-
-def _truth(key: str, value: str) -> bool:
-    if value.lower() not in TRUTH:
-        raise RecipeError(f"{key}: {value!r} is neither true nor false")
-    return TRUTH[value.lower()]
+    return options, multirun or bool(options.axes), overrides
 
 
 def _sweep_name(overrides: list[str]) -> str:

@@ -97,12 +97,14 @@ class Space:
         return [f"{axis.key}={drawn[axis.key]}" for axis in self.axes]
 
 
-def read_space(overrides: list[str], trials: str, rungs: str, keep: str) -> Space:
-    """What the command line asks for; RecipeError names the option that does not fit."""
+def read_space(overrides: list[str], trials: int, rungs: str, keep: int) -> Space:
+    """The search space that the command line asks for. RecipeError names the option that does not fit.
+
+    trials: recipes to try at most; 0: the whole grid, or `DRAWN`. rungs: steps separated by commas; none: `even_rungs`.
+    """
     fixed, axes = search_space(overrides)
     if not axes:
         raise RecipeError("sampler: asha: nothing to choose; give a key several values, or interval(low, high)")
-    kept, count = _count("keep", keep, 2), _count("trials", trials, 1) if trials else 0
     first = [f"{axis.key}={axis.choices[0] if axis.choices else axis.low}" for axis in axes]
     [sample] = compose_each([[*fixed, *first]])
     grid = _grid(axes, sample.seed)
@@ -110,7 +112,7 @@ def read_space(overrides: list[str], trials: str, rungs: str, keep: str) -> Spac
     if every == 0:
         raise RecipeError(f"{field}: 0: sampler=asha judges runs by {best_metric(sample)}; set it above 0")
     total = num_steps(sample)
-    steps = _read_rungs(rungs, total) if rungs else even_rungs(total, kept, every)
+    steps = _read_rungs(rungs, total) if rungs else even_rungs(total, keep, every)
     for step in steps[:-1]:
         if step % every:
             near = max(every, round(step / every) * every)
@@ -122,8 +124,8 @@ def read_space(overrides: list[str], trials: str, rungs: str, keep: str) -> Spac
             f"rungs: {total}: runs of {total} steps have none before their end; write rungs=..., or {field}"
         )
     varied = [line for line in overrides if line not in fixed]
-    size = min(count, len(grid)) if count and grid else count or (len(grid) if grid else DRAWN)
-    space = Space(fixed, axes, varied, size, steps, kept, sample)
+    size = min(trials, len(grid)) if trials and grid else trials or (len(grid) if grid else DRAWN)
+    space = Space(fixed, axes, varied, size, steps, keep, sample)
     found = recipes(space)
     if len({run_folder(config) for config in found}) < len(found):
         raise RecipeError(f"sampler: asha: {', '.join(space.keys)} varies nothing that makes another run; fix it")
@@ -167,12 +169,6 @@ def _read_rungs(text: str, total: int) -> tuple[int, ...]:
     if not all(word.strip().isdecimal() and 0 < int(word) <= total for word in words):
         raise RecipeError(f"rungs: {text!r}: write steps from 1 to {total}, such as rungs=4,12")
     return tuple(sorted({*(int(word) for word in words), total}))
-
-
-def _count(name: str, text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise RecipeError(f"{name}: {text!r} is no number from {least} up")
-    return int(text)
 
 
 def _distribution(axis: Axis) -> Any:

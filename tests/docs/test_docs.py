@@ -17,7 +17,7 @@ from realsr_hpc.commands.launch import chained
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import GROUPS
 from realsr_hpc.launch.chain import chain_nodes
-from realsr_hpc.launch.command import choose, read_arguments
+from realsr_hpc.launch.command import choose, read_command_line
 from realsr_hpc.paths import project_root
 
 ROOT = project_root()
@@ -89,7 +89,7 @@ def launch(words: list[str]) -> None:
         overrides = [word for word in given if "=" in word and not word.startswith(("chain=", "plan="))]
         assert chain_nodes(read_chain(chain), overrides, chained(), multirun="-m" in given)
     else:
-        assert choose(*read_arguments(given))
+        assert choose(*read_command_line(given))
 
 
 def test_the_recipe_reference_is_what_the_schema_says():

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from realsr_hpc.config.arguments import read_arguments, read_counts
 from tools.benchmarks import _conversion_steps as steps
 from tools.benchmarks._measure import show
-from tools.benchmarks._options import split_options
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
@@ -42,15 +42,10 @@ class Peak:
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments, 1 when a killed import left something whole or the two models disagree."""
-    given = next((word for word in arguments if word.startswith("folder=")), "")
-    options, unknown = split_options(
-        [word for word in arguments if word != given], {"layers": 2, "hidden": 4096, "shard_mb": 1000, "tokens": 48}
-    )
-    if unknown:
-        print(f"unknown argument {unknown[0]}; there are layers, hidden, shard_mb, tokens, folder", file=sys.stderr)
-        return 2
-    with tempfile.TemporaryDirectory(dir=given.partition("=")[2] or None) as folder:
-        return measure(Path(folder), options)
+    counts = {"layers": "2", "hidden": "4096", "shard_mb": "1000", "tokens": "48"}
+    given = read_arguments(arguments, {**counts, "folder": ""}, __doc__)
+    with tempfile.TemporaryDirectory(dir=given["folder"] or None) as folder:
+        return measure(Path(folder), read_counts(given, counts))
 
 
 def measure(folder: Path, options: dict[str, int]) -> int:

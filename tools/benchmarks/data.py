@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from realsr_hpc.config.arguments import read_arguments, read_counts, read_flag
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.dali_pipeline import DegradationPipeline
@@ -32,7 +33,6 @@ from realsr_hpc.paths import resolve
 from tools.benchmarks._degradation_inputs import UPSCALE, realesrgan_inputs
 from tools.benchmarks._degraders import degrade_opencv, degrade_torch
 from tools.benchmarks._measure import alternately, show
-from tools.benchmarks._options import split_options
 
 BATCH = 16
 IDLE_S = 1.5
@@ -41,15 +41,12 @@ IDLE_S = 1.5
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for an unknown option."""
-    given = [argument for argument in arguments if argument != "gpu=0"]
-    defaults = {"side": 512, "images": 16, "rounds": 5, "loader": 32, "gpu": 0}
-    options, rest = split_options(given, defaults)
-    if rest:
-        print(f"unknown option {rest[0]!r}; there are {', '.join(defaults)}")
-        return 2
+    counts = {"side": "512", "images": "16", "rounds": "5", "loader": "32"}
+    given = read_arguments(arguments, {**counts, "gpu": "0"}, __doc__)
+    options, gpu = read_counts(given, counts), read_flag(given, "gpu")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    degradation_alone(options["side"], options["images"], options["rounds"], bool(options["gpu"]))
+    degradation_alone(options["side"], options["images"], options["rounds"], gpu)
     files_to_batches(options["side"], options["loader"], options["rounds"])
     return 0
 

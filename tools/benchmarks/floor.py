@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from realsr_hpc.behaviour.draws import stream_keys
+from realsr_hpc.config.arguments import read_counts, read_with_overrides
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._measure import alternately, show
-from tools.benchmarks._options import split_options
 from tools.benchmarks._policy import compose_or_none, our_policy, some_prompts
 
 ROWS = (16, 64)
@@ -38,7 +38,8 @@ class Work:
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments."""
-    options, overrides = split_options(arguments, {"prompts": 2, "position": 260, "rounds": 30})
+    given, overrides = read_with_overrides(arguments, {"prompts": "2", "position": "260", "rounds": "30"}, __doc__)
+    options = read_counts(given, given)
     config = compose_or_none(overrides, 2 * options["position"])
     if config is None:
         return 2

@@ -20,6 +20,7 @@ from rich.progress import track
 from scipy.fft import dctn
 from torch import nn
 
+from realsr_hpc.config.arguments import read_counts, read_with_overrides
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.config.schema import DegradationConfig, RunConfig
 from realsr_hpc.data.dali_pipeline import DegradationPipeline
@@ -33,7 +34,6 @@ from realsr_hpc.evaluate.words import SLOTS
 from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from tools.benchmarks._measure import show
-from tools.benchmarks._options import split_options
 
 BATCH, UPSCALE = 16, 4
 WORDS = {word: number for words in (("light", "medium", "heavy"), ("upsample", "keep", "downsample"))
@@ -45,7 +45,8 @@ STEPS, NETWORKS, HIDDEN = 700, 3, 96
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for a wrong recipe."""
-    options, overrides = split_options(arguments, {"lq_px": 32, "images": 1500, "heldout": 500})
+    given, overrides = read_with_overrides(arguments, {"lq_px": "32", "images": "1500", "heldout": "500"}, __doc__)
+    options = read_counts(given, given)
     torch.set_num_threads(1)
     side = UPSCALE * options["lq_px"]
     sizes = [f"vlcot.image_sizes_px=[{side // 4},{side // 2},{side}]", "data=bundled",

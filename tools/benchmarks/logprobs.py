@@ -9,26 +9,22 @@ only: the kernel's own high-water mark).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from realsr_hpc.behaviour.logprobs import behaviour_scores
+from realsr_hpc.config.arguments import read_arguments, read_counts
 from tools.benchmarks._measure import alternately, show
-from tools.benchmarks._options import split_options
 
 MIB = 1024.0
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments, 1 when the two ways disagree."""
-    defaults = {"tokens": 1024, "vocabulary": 65536, "hidden": 512, "chunk": 128, "rounds": 3}
-    options, unknown = split_options(arguments, defaults)
-    if unknown:
-        print(f"unknown argument {unknown[0]}; there are {', '.join(defaults)}", file=sys.stderr)
-        return 2
+    defaults = {"tokens": "1024", "vocabulary": "65536", "hidden": "512", "chunk": "128", "rounds": "3"}
+    options = read_counts(read_arguments(arguments, defaults, __doc__), defaults)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     hidden = torch.randn(options["tokens"], options["hidden"], requires_grad=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 
+from realsr_hpc.config.arguments import read_counts, read_with_overrides
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._measure import alternately, show
-from tools.benchmarks._options import split_options
 from tools.benchmarks._policy import compose_or_none, our_policy
 
 WIDTHS: tuple[int | str, ...] = (1, 2, 4, 8, 16, "auto")
@@ -23,7 +23,10 @@ WIDTHS: tuple[int | str, ...] = (1, 2, 4, 8, 16, "auto")
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments, 1 when a width changes a token."""
-    options, overrides = split_options(arguments, {"prompts": 2, "group": 8, "tokens": 520, "rounds": 1})
+    given, overrides = read_with_overrides(
+        arguments, {"prompts": "2", "group": "8", "tokens": "520", "rounds": "1"}, __doc__
+    )
+    options = read_counts(given, given)
     config = compose_or_none(overrides, options["tokens"])
     if config is None:
         return 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from realsr_hpc.config.arguments import read_arguments
+from realsr_hpc.config.arguments import read_arguments, read_flag
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.tables import comparison, markdown
@@ -50,7 +50,7 @@ def _recipe(nodes: int, tp: int, pp: int, prompts: int, extra: list[str] | None 
 
 def main(arguments: list[str]) -> int:
     """Print all tables; markdown=true as docs/scaling.md has them. Exit code 0."""
-    as_markdown = read_arguments(arguments, {"markdown": "false"}, __doc__)["markdown"] == "true"
+    as_markdown = read_flag(read_arguments(arguments, {"markdown": "false"}, __doc__), "markdown")
     console = Console(width=180)
     for table, title in TITLES.items():
         if as_markdown:

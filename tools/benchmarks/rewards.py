@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from realsr_hpc.config.arguments import read_counts, read_with_overrides
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.data.decoding import decode_image
 from realsr_hpc.data.manifest import read_manifest
@@ -21,14 +22,14 @@ from realsr_hpc.records import Candidate, DegradationLabel, ParsedTrace
 from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.mixture import build_reward
 from tools.benchmarks._measure import alternately, show
-from tools.benchmarks._options import split_options
 
 LABEL = DegradationLabel("light", "downsample", "medium", "light", "upsample")
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for a wrong recipe."""
-    options, overrides = split_options(arguments, {"rollouts": 64, "side": 128, "rounds": 5})
+    given, overrides = read_with_overrides(arguments, {"rollouts": "64", "side": "128", "rounds": "5"}, __doc__)
+    options = read_counts(given, given)
     torch.set_num_threads(1)
     try:
         config = compose_one(["recipe=grpo_tiny", *overrides])

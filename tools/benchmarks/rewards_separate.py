@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from realsr_hpc.config.arguments import read_counts, read_with_overrides
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.quality.ladder import ladder
 from realsr_hpc.records import Candidate, LQBatch, ParsedTrace
 from realsr_hpc.rewards.mixture import build_reward
 from tools.benchmarks._measure import show
-from tools.benchmarks._options import split_options
 
 SEVERITY = 0.5
 SPOILT = ("words", "texts", "image", "blur", "noise", "jpeg", "enlarged", "part")
@@ -30,7 +30,8 @@ SPOILT = ("words", "texts", "image", "blur", "noise", "jpeg", "enlarged", "part"
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for a wrong recipe."""
-    options, overrides = split_options(arguments, {"images": 64, "side": 128})
+    given, overrides = read_with_overrides(arguments, {"images": "64", "side": "128"}, __doc__)
+    options = read_counts(given, given)
     torch.set_num_threads(1)
     side = options["side"]
     sizes = [f"vlcot.image_sizes_px=[{side // 4},{side // 2},{side}]", "model.max_sequence_tokens=100000",

@@ -19,18 +19,19 @@ import torch
 from torch import Tensor
 
 from realsr_hpc.behaviour.distribution import restricted
+from realsr_hpc.config.arguments import read_count, read_with_overrides
 from realsr_hpc.records import RolloutGroup
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._measure import alternately, show
-from tools.benchmarks._options import split_options
 from tools.benchmarks._policy import compose_or_none, our_policy, some_prompts, transformers_copy
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments, 1 when the two disagree on the weights' log-probabilities."""
-    defaults = {"group": 8, "prompts": 2, "prompt_tokens": 0, "tokens": 400, "rounds": 3}
-    options, overrides = split_options(arguments, defaults)
+    defaults = {"group": "8", "prompts": "2", "prompt_tokens": "0", "tokens": "400", "rounds": "3"}
+    given, overrides = read_with_overrides(arguments, defaults, __doc__)
+    options = {key: read_count(given, key, 0 if key == "prompt_tokens" else 1) for key in defaults}
     longest = options["prompt_tokens"] + options["tokens"]
     room = [f"model.max_sequence_tokens={longest}", f"parallel.microbatch_tokens={longest}"]
     config = compose_or_none([*(room if options["prompt_tokens"] else []), *overrides], options["tokens"])

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from realsr_hpc.config.arguments import read_counts, read_with_overrides
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._measure import Timing, alternately, show
-from tools.benchmarks._options import split_options
 from tools.benchmarks._policy import compose_or_none, our_policy, some_prompts, transformers_copy
 from tools.benchmarks.rollout import generate
 
@@ -31,7 +31,8 @@ Series = dict[int, tuple[float, float]]
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments."""
-    options, overrides = split_options(arguments, {"tokens": 64, "rounds": 2})
+    given, overrides = read_with_overrides(arguments, {"tokens": "64", "rounds": "2"}, __doc__)
+    options = read_counts(given, given)
     longest = max(LENGTHS)
     sizes = [f"model.max_sequence_tokens={longest}", f"parallel.microbatch_tokens={longest}"]
     config = compose_or_none([*sizes, *overrides], options["tokens"])

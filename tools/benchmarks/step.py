@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from realsr_hpc.config.arguments import read_counts, read_with_overrides
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.grpo.advantages import configured_advantages
 from realsr_hpc.model.policy import Policy, build_policy
@@ -37,7 +38,6 @@ from realsr_hpc.train.parts import GRPOParts
 from realsr_hpc.train.updates import grpo_batches
 from realsr_hpc.vlcot.grammar import Grammar
 from tools.benchmarks._measure import Timing, show
-from tools.benchmarks._options import split_options
 from tools.benchmarks._policy import compose_or_none, our_policy, some_prompts, transformers_copy
 
 Clock = tuple[float, float]
@@ -49,7 +49,10 @@ def main(arguments: list[str]) -> int:
     if importlib.util.find_spec("trl") is None:
         print("step compares with TRL: pip install -c constraints.txt -e '.[bench]'", file=sys.stderr)
         return 2
-    options, overrides = split_options(arguments, {"group": 8, "prompts": 2, "tokens": 256, "rounds": 3})
+    given, overrides = read_with_overrides(
+        arguments, {"group": "8", "prompts": "2", "tokens": "256", "rounds": "3"}, __doc__
+    )
+    options = read_counts(given, given)
     config = compose_or_none([f"grpo.group_size={options['group']}", *overrides], options["tokens"])
     if config is None:
         return 2

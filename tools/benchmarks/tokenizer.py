@@ -17,6 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from realsr_hpc.config.arguments import read_count, read_with_overrides
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.decoding import BrokenImage, decode_image
@@ -25,25 +26,24 @@ from realsr_hpc.paths import resolve
 from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
 from realsr_hpc.train.tokenizer_measures import bicubic, psnr_db
 from tools.benchmarks._measure import show
-from tools.benchmarks._options import split_options
 
 Pictures = list[Image.Image]
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for a wrong recipe or a folder without images."""
-    folders = [word.partition("=")[2] for word in arguments if word.startswith("folder=")]
-    options, overrides = split_options([w for w in arguments if not w.startswith("folder=")], {"images": 48})
+    given, overrides = read_with_overrides(arguments, {"images": "48", "folder": ""}, __doc__)
+    count = read_count(given, "images", 1)
     torch.set_num_threads(1)
     try:
         config = compose_one(["recipe=grpo_tiny", *overrides])
-        sets = of_folder(Path(folders[0])) if folders else of_recipe(config)
+        sets = of_folder(Path(given["folder"])) if given["folder"] else of_recipe(config)
         tokenizer = load_image_tokenizer(config.image_tokenizer, "cpu")
     except (RecipeError, ValueError) as error:
         print(error)
         return 2
     sizes = sorted(config.vlcot.image_sizes_px, reverse=True)
-    rows = [row(name, pictures[: options["images"]], tokenizer, sizes) for name, pictures in sets.items()]
+    rows = [row(name, pictures[:count], tokenizer, sizes) for name, pictures in sets.items()]
     columns = ("images", *(f"{size} px: tokenizer / bicubic" for size in sizes), "codes met", "encode ms", "decode ms")
     show(f"{tokenizer.config.codebook_size} codes, one a {tokenizer.config.downsample} px square", columns, rows)
     return 0

@@ -1,6 +1,14 @@
 import pytest
 
-from realsr_hpc.config.arguments import read_arguments, read_count, read_with_overrides
+from realsr_hpc.config.arguments import (
+    read_arguments,
+    read_count,
+    read_flag,
+    read_number,
+    read_shard,
+    read_with_overrides,
+    take_switch,
+)
 
 VALID = {"input": None, "output": None, "overlap": "8"}
 
@@ -13,8 +21,9 @@ def test_given_values_stand_before_defaults():
     ("arguments", "message"),
     [
         (["ouput=x"], "did you mean 'output'.*valid keys: input, output, overlap"),
-        (["input"], "not key=value"),
-        (["input="], "not key=value"),
+        (["input"], "argument 'input': write key=value"),
+        (["--ouput=x"], "argument '--ouput=x': write key=value; did you mean 'output'"),
+        (["input="], "key 'input' is empty"),
         (["input=a", "input=b"], "given twice: 'a' and 'b'"),
     ],
 )
@@ -53,3 +62,20 @@ def test_counts():
         read_count({"overlap": "many"}, "overlap")
     with pytest.raises(ValueError, match="below 1"):
         read_count({"overlap": "0"}, "overlap", minimum=1)
+
+
+def test_switches_flags_numbers_and_shards():
+    assert take_switch(["a=1", "-m"], "-m", "--multirun") == (True, ["a=1"]) and not take_switch(["a=1"], "-m")[0]
+    assert [read_flag({"x": word}, "x") for word in ("true", "Yes", "1", "no")] == [True, True, True, False]
+    assert read_number({"x": ".5"}, "x", "") == 0.5 and read_shard({"shard": "2/3"}) == (2, 3)
+    with pytest.raises(ValueError, match="x='perhaps' is neither true nor false"):
+        read_flag({"x": "perhaps"}, "x")
+    with pytest.raises(ValueError, match="x='half' is no number; give 0.5"):
+        read_number({"x": "half"}, "x", "give 0.5")
+    for shard in ("3", "0/2", "3/2"):
+        with pytest.raises(ValueError, match=f"shard='{shard}': give k/n"):
+            read_shard({"shard": shard})
+
+
+def test_a_deleted_group_is_an_override():
+    assert read_with_overrides(["~model"], VALID, "how to")[1] == ["~model"]

@@ -19,7 +19,7 @@ import pytest
 
 from realsr_hpc.commands.launch import main
 from realsr_hpc.config.load import compose
-from realsr_hpc.launch.command import choose, read_arguments
+from realsr_hpc.launch.command import choose, read_command_line
 from realsr_hpc.launch.halving import Move, Trial, even_rungs, next_move
 from realsr_hpc.launch.rundir import current_status, run_folder
 from realsr_hpc.paths import project_root
@@ -107,7 +107,7 @@ ASHA = ["-m", "recipe=sft_tiny", "sampler=asha", "sft.num_steps=9", "sft.heldout
     ("words", "said"),
     [
         ([], "sampler: asha: nothing to choose"),
-        (["seed=1,2", "keep=1"], "keep: '1' is no number from 2 up"),
+        (["seed=1,2", "keep=1"], "keep=1 is below 2; give 2 or more"),
         (["seed=1,2", "rungs=3,x"], "rungs: '3,x': write steps from 1 to 9"),
         (["seed=1,2", "rungs=10"], "rungs: '10': write steps from 1 to 9"),
         (["seed=1,2", "rungs=3", "sft.heldout_every_steps=2"], "rungs: 3: heldout/loss/mean is measured every 2 steps"),
@@ -132,12 +132,12 @@ def test_a_grid_is_tried_once_each_and_intervals_are_drawn(tmp_path):
         "optim.lr=1e-4,1e-3,1e-2",
         "vlcot.instruction='a <|image|>','it\\'s \"<|image|>\"'",
     ]
-    found, whole = choose(*read_arguments(grid)), [word for word in grid if word != "sampler=asha"]
+    found, whole = choose(*read_command_line(grid)), [word for word in grid if word != "sampler=asha"]
     everything = compose(whole[1:], multirun=True)
     assert isinstance(everything, list) and sorted(map(repr, found)) == sorted(map(repr, everything))
-    assert found != everything and found == choose(*read_arguments(grid))  # in an order of its own, always the same
+    assert found != everything and found == choose(*read_command_line(grid))  # in an order of its own, always the same
     drawn = choose(
-        *read_arguments([*ASHA, "optim.lr=tag(log,interval(1e-5,1e-2))", "seed=1,2", "optim.min_lr=0", "trials=5"])
+        *read_command_line([*ASHA, "optim.lr=tag(log,interval(1e-5,1e-2))", "seed=1,2", "optim.min_lr=0", "trials=5"])
     )
     assert len({config.optim.lr for config in drawn}) == 5 and {config.seed for config in drawn} <= {1, 2}
 
@@ -153,7 +153,7 @@ def test_a_sweep_whose_launcher_is_killed_goes_on_and_its_survivor_was_never_pau
     run += ["vlcot.instruction='it\\'s \"<|image|>\"'", "optim.min_lr=0"]
     words = [*run, "-m", f"output_root={root}", "cluster.array_parallelism=2", "optim.lr=1e-9,3e-3"]
     words += ["sampler=asha", "rungs=1", "keep=2", "sweep=rates"]
-    configs = {config.optim.lr: config for config in choose(*read_arguments(words))}
+    configs = {config.optim.lr: config for config in choose(*read_command_line(words))}
     folders = {rate: run_folder(config) for rate, config in configs.items()}
     state = root / "sweeps" / "rates" / "asha.json"
 

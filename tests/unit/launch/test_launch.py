@@ -11,9 +11,10 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
+from realsr_hpc.config.arguments import ArgumentError
 from realsr_hpc.config.identity import signature
-from realsr_hpc.config.load import RecipeError, compose
-from realsr_hpc.launch.command import Options, main, read_arguments
+from realsr_hpc.config.load import compose
+from realsr_hpc.launch.command import Options, main, read_command_line
 from realsr_hpc.launch.rundir import (
     Job,
     Status,
@@ -34,7 +35,7 @@ LAUNCH = [sys.executable, str(project_root() / "tools" / "launch.py")]
 
 
 def test_options_stand_apart_from_overrides():
-    options, multirun, overrides = read_arguments(["-m", "recipe=grpo_tiny", "plan=true", "seed=1,2", "sweep=mine"])
+    options, multirun, overrides = read_command_line(["-m", "recipe=grpo_tiny", "plan=true", "seed=1,2", "sweep=mine"])
     assert options == Options(plan=True, sweep="mine") and multirun and overrides == ["recipe=grpo_tiny", "seed=1,2"]
 
 
@@ -44,13 +45,13 @@ def test_options_stand_apart_from_overrides():
         ("plan=perhaps", "neither true nor false"),
         ("--plan", "write key=value"),
         ("plan", "write key=value"),
-        ("prepare=", "prepare is empty"),
-        ("sweep=a sweep=b", "sweep is given twice"),
+        ("prepare=", "key 'prepare' is empty"),
+        ("sweep=a sweep=b", "key 'sweep' is given twice"),
     ],
 )
 def test_wrong_options_are_refused(words, said):
-    with pytest.raises(RecipeError, match=said):
-        read_arguments(["recipe=grpo_tiny", *words.split()])
+    with pytest.raises(ArgumentError, match=said):
+        read_command_line(["recipe=grpo_tiny", *words.split()])
 
 
 def test_a_wrong_key_exits_with_2_and_no_traceback(capsys):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from realsr_hpc.config.load import compose, yaml_names
-from realsr_hpc.launch.command import choose, main, read_arguments
+from realsr_hpc.launch.command import choose, main, read_command_line
 from realsr_hpc.launch.rundir import make_private, run_folder, write_status
 from realsr_hpc.tracking.spool import Spool
 
 
 def test_a_large_sweep_equals_its_recipes_one_by_one():
-    options, multirun, overrides = read_arguments(
+    options, multirun, overrides = read_command_line(
         ["recipe=grpo_7b", "axes=kl", "grpo.kl_beta=0,0.5", "rewards=paper,default"]
     )
     configs = choose(options, multirun, overrides)
@@ -22,7 +22,7 @@ def test_a_large_sweep_equals_its_recipes_one_by_one():
 
 @pytest.mark.parametrize("name", yaml_names("sweeps"))
 def test_shipped_axes_fit_the_large_recipe(name):
-    options, multirun, overrides = read_arguments(["recipe=grpo_7b", f"axes={name}"])
+    options, multirun, overrides = read_command_line(["recipe=grpo_7b", f"axes={name}"])
     if any("interval" in item for item in overrides):
         overrides = [item for item in overrides if "interval" not in item]
     assert len(choose(options, multirun, overrides)) > 1
@@ -33,18 +33,18 @@ def test_optuna_learns_from_finished_runs_and_proposes_missing_ones_again(tmp_pa
         "-m", "recipe=grpo_tiny", f"output_root={tmp_path}", "grpo.kl_beta=interval(0,0.1)", "seed=0,1",
         "sampler=optuna", "trials=3", "sweep=search",
     ]  # fmt: skip
-    first = choose(*read_arguments(arguments))
+    first = choose(*read_command_line(arguments))
     assert len(first) == 3 and len({config.grpo.kl_beta for config in first}) == 3
-    assert choose(*read_arguments(arguments)) == first
+    assert choose(*read_command_line(arguments)) == first
     for number, config in enumerate(first[:2]):
         folder = make_private(run_folder(config))
         write_status(folder, "done", 0)
         spool = Spool(folder)
         spool.append({"kind": "metrics", "step": 1, "time_ms": 1, "metrics": {"heldout/total/mean": float(number)}})
         spool.close()
-    assert choose(*read_arguments(arguments)) == first[2:]
+    assert choose(*read_command_line(arguments)) == first[2:]
     write_status(make_private(run_folder(first[2])), "failed", 1)
-    second = choose(*read_arguments(arguments))
+    second = choose(*read_command_line(arguments))
     assert len(second) == 3 and not {config.grpo.kl_beta for config in second} & {c.grpo.kl_beta for c in first}
 
 

@@ -245,8 +245,8 @@ def test_the_command_writes_a_manifest_and_names_wrong_arguments(tmp_path, capsy
     for wrong, message in (
         (["ouput=out"], "did you mean 'output'"),
         (["source=."], "output is missing"),
-        ([*right, "shard=3"], "shard is '3': give k/n"),
-        ([*right, "shard=3/2"], "shard is 3/2"),
+        ([*right, "shard=3"], "shard='3': give k/n"),
+        ([*right, "shard=3/2"], "shard='3/2': give k/n"),
         ([*right, "heldout_fraction=x"], "give a share such as 0.1"),
     ):
         assert prepare_data.main(wrong) == 2
