@@ -26,8 +26,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 _said: set[tuple[Path, str]] = set()
 
+MIB, GIB = 2**20, 2**30
 SUMS_FILE = "SHA256SUMS"
-LARGEST_HEADER_BYTES = 100 * 2**20
+LARGEST_HEADER_BYTES = 100 * MIB
 """Of a safetensors file, as its library has it."""
 
 
@@ -153,6 +154,11 @@ def printable(text: object) -> str:
         return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that is not blank; without one, its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def write_sums(folder: Path, leave_out: Collection[str] = ()) -> None:
     """`SHA256SUMS` of the files directly in a folder, as `sha256sum -c` reads it."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in {SUMS_FILE, *leave_out})
@@ -253,7 +259,7 @@ def parse_json(content: bytes, kind: type[T]) -> T:
     if not content.strip(b"\0 \t\r\n"):
         raise ValueError("it is empty")
     try:
-        return _adapter(kind).validate_json(content)
+        return adapter(kind).validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -261,7 +267,8 @@ def parse_json(content: bytes, kind: type[T]) -> T:
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """Pydantic's validator of a type, made once."""
     return TypeAdapter(kind)
 
 

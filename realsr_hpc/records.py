@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 Level = Literal["light", "medium", "heavy"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 Resize = Literal["upsample", "downsample", "keep"]
 ResizeMode = Literal["area", "bilinear", "bicubic"]
 
@@ -175,11 +176,14 @@ class ParsedTrace:
 class RestoredImage:
     """One restored image with its reasoning; images are RGB uint8 [H, W, 3]."""
 
-    image: np.ndarray | None
-    """Final image; None when the trace holds none."""
     trace: ParsedTrace
-    stages: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
-    """Rough, middle and final image."""
+    images: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
+    """Rough, middle and final image; None where the trace holds none, or it was not decoded."""
+
+    @property
+    def image(self) -> np.ndarray | None:
+        """The final one."""
+        return self.images[-1]
 
 
 @dataclass(frozen=True)

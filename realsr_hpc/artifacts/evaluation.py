@@ -21,7 +21,7 @@ class MethodResult:
     metrics: dict[Text, Number]
     """NaN where one could not be computed."""
     files: dict[Text, Inside] = field(default_factory=dict)
-    """Images by stage (rough, middle, final), as paths from the folder; without an image, none."""
+    """Images by name (rough, middle, final), as paths from the folder; without an image, none."""
     degradation: Text | None = None
     """As the model named it."""
     texts: tuple[Text | None, ...] = ()

@@ -27,7 +27,7 @@ class KeptRollout:
     """Unweighted, by term."""
     advantage: Number | None
     files: dict[Text, Inside]
-    """Images by stage (rough, middle, final), as paths from the folder."""
+    """Images by name (rough, middle, final), as paths from the folder."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, PlainValidator, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, PlainValidator, Strict, ValidationError
 
-from realsr_hpc.files import printable, write_atomically
+from realsr_hpc.files import adapter, printable, write_atomically
 
 T = TypeVar("T")
 
@@ -80,15 +79,10 @@ def checked(path: Path, content: Any, kind: type[T], version: int) -> T:
     if isinstance(written, int) and written > version:
         raise Damaged(f"{printable(path)}: written in version {written} of its format, this program reads {version}")
     try:
-        return _adapter(kind).validate_python(content)
+        return adapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         raise Damaged(f"{printable(path)}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
 
 
 def _without_nan(value: Any) -> Any:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from realsr_hpc.files import first_line
+
 METADATA = ".metadata"
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {
@@ -63,14 +65,10 @@ def refuse_code(folder: Path) -> None:
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path.parent} has no {path.name}; name a whole one") from None
     except Exception as error:  # a damaged pickle raises whatever its opcodes trip over
-        raise ValueError(f"checkpoint file {path} cannot be trusted or is damaged ({_line(error)})") from None
+        raise ValueError(f"checkpoint file {path} cannot be trusted or is damaged ({first_line(error)})") from None
 
 
 def _read_part(path: Path, offset: int, length: int) -> None:
     with path.open("rb") as stream:
         stream.seek(offset)
         torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc.config.arguments import read_count, read_flag, read_with_overrides
+from realsr_hpc.files import GIB
 from realsr_hpc.launch.console import print_submissions
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.manage import CANCEL_WAIT_S, cancel, reconcile, resume, rows
@@ -47,7 +48,6 @@ ACTIONS = ("cancel", "resume", "follow", "watch", "report", "prune", "json")
 """One of them a call; none: the list of runs."""
 GO_WITH = {"wait_s": "cancel", "yes": "prune"}
 """Options that mean nothing without another."""
-GIB = 2**30
 
 
 def main(arguments: list[str]) -> int:

@@ -23,8 +23,8 @@ from rich.table import Table
 from realsr_hpc.config.arguments import read_with_overrides
 from realsr_hpc.config.downloads import IMAGE_FILES, starts
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.config.weights import SUMS, Need, State, needs_of, read_listing, read_sums, state
-from realsr_hpc.files import printable, publish, replacing, sha256_of, writable_folder, write_atomically
+from realsr_hpc.config.weights import Need, State, needs_of, read_listing, read_sums, state
+from realsr_hpc.files import SUMS_FILE, printable, publish, replacing, sha256_of, writable_folder, write_atomically
 from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import project_root
 
@@ -131,13 +131,13 @@ def add_sums(folder: Path, needs: list[Need]) -> None:
             sums |= {path.relative_to(folder).as_posix(): sha256_of(path) for path in need.files()}
     if sums:
         lines = [f"{digest}  {name}" for name, digest in sorted(sums.items())]
-        write_atomically(folder / SUMS, "\n".join(lines) + "\n")
+        write_atomically(folder / SUMS_FILE, "\n".join(lines) + "\n")
 
 
 def pack(needs: list[Need], target: Path) -> int:
     """Write the tar; the number of files. Raises ValueError for a file outside the project's folder."""
     files = {path for need in needs for path in need.files()}
-    files |= {need.weights_dir / SUMS for need in needs if need.weights_dir}
+    files |= {need.weights_dir / SUMS_FILE for need in needs if need.weights_dir}
     outside = [path for path in sorted(files) if not path.is_relative_to(project_root())]
     if outside:
         raise ValueError(f"{outside[0]} lies outside {project_root()}; put it below the project's folder to pack it")
@@ -147,7 +147,7 @@ def pack(needs: list[Need], target: Path) -> int:
     with replacing(target.absolute()) as aside, tarfile.open(aside, "w") as archive:
         for name, path in names.items():
             archive.add(path.resolve(), name)
-        entry = tarfile.TarInfo(f"weights/{SUMS}")
+        entry = tarfile.TarInfo(f"weights/{SUMS_FILE}")
         entry.size = len(sums)
         archive.addfile(entry, io.BytesIO(sums))
     return len(names)
@@ -156,7 +156,7 @@ def pack(needs: list[Need], target: Path) -> int:
 def differing(listing: Path) -> list[str]:
     """Faults of the files of a SHA256SUMS, whose paths start from the project's folder."""
     if not listing.is_file():
-        raise ValueError(f"check={listing} does not exist; packing writes weights/{SUMS}")
+        raise ValueError(f"check={listing} does not exist; packing writes weights/{SUMS_FILE}")
     faults = []
     for name, digest in read_listing(listing).items():
         path = project_root() / name

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from realsr_hpc import runfolder
 from realsr_hpc.artifacts import evaluation, rollouts
 from realsr_hpc.artifacts.stored import Damaged
 from realsr_hpc.compare.repetitions import Group
+from realsr_hpc.tracking.drawing import read_pixels
 
 MAX_ROWS = 8
 Shown = dict[str, Path | None]
@@ -66,9 +66,9 @@ def image_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[np.ndarray
             headers = ["input", *(group.label for group in groups), "truth"]
             rows = [
                 [
-                    _pixels(found[0][key]["input"]),
-                    *(_pixels(i[key]["final"]) for i in found),
-                    _pixels(found[0][key]["truth"]),
+                    read_pixels(found[0][key]["input"]),
+                    *(read_pixels(i[key]["final"]) for i in found),
+                    read_pixels(found[0][key]["truth"]),
                 ]
                 for key in common[:MAX_ROWS]
             ]
@@ -108,10 +108,3 @@ def _kept(run_dir: Path | None) -> dict[str, Shown]:
 def _shown(folder: Path, given: Mapping[str, str], made: Mapping[str, str]) -> Shown:
     names = {"input": given.get("input"), "truth": given.get("truth"), "final": made.get("final")}
     return {kind: folder / name if name else None for kind, name in names.items()}
-
-
-def _pixels(path: Path | None) -> np.ndarray | None:
-    if path is None or not path.is_file():
-        return None
-    with Image.open(path) as picture:
-        return np.array(picture.convert("RGB"))

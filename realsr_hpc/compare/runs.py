@@ -14,14 +14,12 @@ from realsr_hpc.config.identity import decides
 from realsr_hpc.config.metrics import TASK_METRIC, is_measured, lower_is_better
 from realsr_hpc.tracking.database import SQLITE, client
 from realsr_hpc.tracking.delivery import brief
+from realsr_hpc.tracking.store import PARENT_TAG, RUN_TAG, SWEEP_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-SWEEP_TAG = "realsr_hpc.sweep"
-PARENT_TAG = "mlflow.parentRunId"
-RUN_TAG = "realsr_hpc.run"
 PROFILE_TAG = "profile"
 """Tag that the recipes of recipes/profile/ carry: the name of a bundle of overrides."""
 MAX_RUNS = 1000

@@ -10,15 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from realsr_hpc.config.derived import prompt_image_tokens, trace_image_tokens
+from realsr_hpc.config.derived import MOST_TAG_TOKENS, SIZE_UNIT_PX, prompt_image_tokens, trace_image_tokens
 from realsr_hpc.config.execution_checks import EXECUTION_RULES, Rule
 from realsr_hpc.config.metrics import TASK_METRIC, best_is_highest, best_metric, reported
 from realsr_hpc.config.reward_options import read_options
 from realsr_hpc.config.schema import APPLIED_EDGES, IMAGE_PLACEHOLDER, VISIBLE_EDGES, RunConfig
-
-TEXT_BYTES_OF_TAGS = 260
-"""Characters of the fourteen tags and the degradation phrase: an upper bound of their tokens."""
-SIZE_UNIT_PX = 32
 
 
 def faults(config: RunConfig) -> list[str]:
@@ -107,7 +103,7 @@ def a_trace_fits_the_rollout(config: RunConfig) -> Iterator[str]:
     if config.task == "grpo" and config.rollout.max_new_tokens < needed:
         yield (
             f"rollout.max_new_tokens: {config.rollout.max_new_tokens}: the three images alone take {needed} tokens; "
-            f"allow at least {needed + TEXT_BYTES_OF_TAGS + 3 * config.vlcot.max_text_tokens}"
+            f"allow at least {needed + MOST_TAG_TOKENS + 3 * config.vlcot.max_text_tokens}"
         )
 
 

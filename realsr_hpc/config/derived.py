@@ -11,6 +11,12 @@ VOCABULARY_SIZES = {"chameleon_f16": 65536, "llamagen_f8": 73728}
 AUTO_WIDEST, AUTO_TOKENS = 32, 512
 """`rollout.lookahead=auto` tries passes of at most this many tokens per row, and this many tokens in total."""
 
+SIZE_UNIT_PX = 32
+"""What the size tokens before an image count in."""
+
+TAG_TOKENS, MOST_TAG_TOKENS = 130, 260
+"""Tokens of a trace's fourteen tags and its degradation phrase: in the 7B vocabulary, and at most, one a character."""
+
 LOGIT_CHUNK_TOKENS = 1024
 """Tokens whose logits are in memory at once when a loss is scored (behaviour/logprobs.py)."""
 

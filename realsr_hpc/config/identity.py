@@ -71,16 +71,17 @@ def identity(tree: dict[str, Any], task: str) -> dict[str, Any]:
 def signature(config: RunConfig) -> str:
     """12 hexadecimal digits of everything that decides the bits of a result, and of nothing else."""
     fields = identity(config.model_dump(mode="json"), config.task) | {"world_size": world_size(config)}
-    return _digest(fields)[:12]
+    return digest(fields)[:12]
 
 
 @cache
 def scheme() -> str:
     """8 hexadecimal digits of which fields signatures cover; a resolved recipe carries it in its first line."""
-    return _digest({path: [mark.role, sorted(mark.tasks or ())] for path, mark in marks().items()})[:8]
+    return digest({path: [mark.role, sorted(mark.tasks or ())] for path, mark in marks().items()})[:8]
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys, as hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

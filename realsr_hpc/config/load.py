@@ -30,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 from realsr_hpc.config.checks import faults
 from realsr_hpc.config.identity import scheme
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import first_line
 from realsr_hpc.paths import expanded, project_root, recipe_folders
 
 GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
@@ -232,11 +233,11 @@ def _parse_one(line: str) -> Override:
     except HydraException as error:
         key, equals, value = line.partition("=")
         if not equals or not key or not value or _looks_composed(value):
-            raise RecipeError(f"{line}: {_first_line(error)}") from None
+            raise RecipeError(f"{line}: {first_line(error)}") from None  # Hydra repeats it on further lines
         try:
             return parser.parse_override(f"{key}={quoted(value)}")
         except HydraException:
-            raise RecipeError(f"{line}: {_first_line(error)}") from None
+            raise RecipeError(f"{line}: {first_line(error)}") from None  # Hydra repeats it on further lines
 
 
 def _looks_composed(value: str) -> bool:
@@ -311,7 +312,7 @@ class _Composer:
                     OmegaConf.update(tree, item.key_or_group, item.value(), merge=True, force_add=True)
             return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise RecipeError(f"recipe {recipe}: {_first_line(error)}") from None
+            raise RecipeError(f"recipe {recipe}: {first_line(error)}") from None  # Hydra repeats it on further lines
 
 
 def _as_hydra(item: Override, groups: set[str]) -> str:
@@ -384,8 +385,3 @@ def _report(source: str, lines: list[str]) -> str:
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
     return "\n".join([f"{source}: {len(lines)} faults", *(f"  {line}" for line in lines)])
-
-
-def _first_line(error: Exception) -> str:
-    """Hydra's messages repeat the same fact on several lines."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

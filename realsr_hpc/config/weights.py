@@ -17,10 +17,9 @@ from typing import Literal
 
 from realsr_hpc.config.reward_options import FidelityOptions, GenerationOptions, UnderstandingOptions, read_options
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import check_listed, check_sums, sha256_of, weight_map
+from realsr_hpc.files import SUMS_FILE, check_listed, check_sums, sha256_of, weight_map
 from realsr_hpc.paths import resolve
 
-SUMS = "SHA256SUMS"
 WEIGHTS_DIR = "weights/iqa"
 """Folder of pyiqa's weights where an option does not name another."""
 State = Literal["there", "missing", "differs", "unlisted"]
@@ -191,7 +190,7 @@ def pyiqa_needs(purpose: str, metrics: list[str], weights_dir: str | None) -> li
     needs = []
     for metric in metrics:
         if metric not in PYIQA_FILES:
-            needs.append(Need(f"{purpose}: {metric}", folder / SUMS, "see pyiqa's documentation of the metric"))
+            needs.append(Need(f"{purpose}: {metric}", folder / SUMS_FILE, "see pyiqa's documentation of the metric"))
         for path, address in PYIQA_FILES.get(metric, ()):
             needs.append(Need(f"{purpose}: {metric}", folder / path, address, folder))
     return needs
@@ -199,7 +198,7 @@ def pyiqa_needs(purpose: str, metrics: list[str], weights_dir: str | None) -> li
 
 def read_sums(folder: Path) -> dict[str, str]:
     """SHA-256 by path from the folder, from its SHA256SUMS; empty without one."""
-    listing = folder / SUMS
+    listing = folder / SUMS_FILE
     return read_listing(listing) if listing.is_file() else {}
 
 

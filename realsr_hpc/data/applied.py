@@ -8,13 +8,11 @@ a Gaussian-like blur is the mean of its two sigmas; for a sinc's cut-off and for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
 
 from realsr_hpc.data.degradation import DegradationParameters, Preset, Range, StageParameters, sinc_omega_range
 from realsr_hpc.data.kernels import KernelParameters
-from realsr_hpc.records import DegradationLabel, Level
+from realsr_hpc.records import LEVELS, DegradationLabel
 
-LEVELS: tuple[Level, ...] = get_args(Level)
 LOWER_IS_HEAVIER = frozenset({"jpeg_quality", "sinc_omega"})
 Edges = Mapping[str, tuple[float, float]]
 """By `config.schema.APPLIED_EDGES`."""

@@ -12,10 +12,10 @@ from dataclasses import asdict
 import numpy as np
 
 from realsr_hpc.config.schema import DegradationConfig
-from realsr_hpc.data.applied import LEVELS, applied_words
+from realsr_hpc.data.applied import applied_words
 from realsr_hpc.data.degradation import PRESETS, DegradationParameters
 from realsr_hpc.data.visible import Edges, tercile_edges, visible
-from realsr_hpc.records import DegradationLabel, Level, Operators
+from realsr_hpc.records import LEVELS, DegradationLabel, Level, Operators
 
 BRIGHTNESS_STRIDE = 4
 """Of a photograph's pixels every so many down and across tell its mean level."""

@@ -87,4 +87,4 @@ DETERMINISTIC = (Bicubic, FinishedImages)
 
 def finished(image: np.ndarray | None) -> RestoredImage:
     """An image without reasoning."""
-    return RestoredImage(image, NO_TRACE, (None, None, None))
+    return RestoredImage(NO_TRACE, (None, None, image))

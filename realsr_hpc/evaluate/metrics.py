@@ -15,6 +15,7 @@ import numpy as np
 from realsr_hpc.config.metrics import lower_is_better
 from realsr_hpc.evaluate.methods import NO_TRACE
 from realsr_hpc.evaluate.words import TEXT_NOTES, text_scores
+from realsr_hpc.files import first_line
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.niqe import NIQEModel, niqe
 from realsr_hpc.quality.psnr_ssim import SSIM_MIN_PX, psnr_y, ssim_y
@@ -134,7 +135,7 @@ class Metrics:
                     scores[f"reward_{name}"] = reward.score(candidates)
                 except _CANNOT_TAKE as error:
                     scores[f"reward_{name}"] = np.full(len(candidates), np.nan)
-                    faults[f"reward_{name}"] = _first_line(error)
+                    faults[f"reward_{name}"] = first_line(error)
         return scores, faults
 
 
@@ -143,14 +144,10 @@ def _measure(measured: Judged, name: str, compute: Callable[[], float], if_nan: 
     try:
         value, why = float(compute()), if_nan
     except _CANNOT_TAKE as error:
-        value, why = float("nan"), _first_line(error)
+        value, why = float("nan"), first_line(error)
     measured.values[name] = value
     if np.isnan(value) and why:
         measured.not_computed[name] = why
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _words(case: Case, item: RestoredImage) -> dict[str, Any]:

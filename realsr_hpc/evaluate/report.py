@@ -24,7 +24,7 @@ from realsr_hpc.evaluate.metrics import Metrics
 from realsr_hpc.evaluate.published import published_table
 from realsr_hpc.evaluate.words import Confusion, confusions
 from realsr_hpc.files import printable
-from realsr_hpc.tracking.drawing import image_grid
+from realsr_hpc.tracking.drawing import image_grid, read_pixels
 
 GRID_ROWS = 12
 
@@ -209,21 +209,16 @@ class EvaluationReport:
 
     def _grid(self, images: Sequence[EvaluatedImage]) -> Image.Image:
         has_truth = any(TRUTH in image.files for image in images)
-        rows = [
+        files = [
             [
-                self._pixels(image.files[INPUT]),
-                *(self._pixels(image.methods[method].files.get(FINAL)) for method in self.methods),
-                *([self._pixels(image.files.get(TRUTH))] if has_truth else []),
+                image.files[INPUT],
+                *(image.methods[method].files.get(FINAL) for method in self.methods),
+                *([image.files.get(TRUTH)] if has_truth else []),
             ]
             for image in images
         ]
+        rows = [[read_pixels(self.folder / file if file else None) for file in row] for row in files]
         return image_grid(rows, (INPUT, *self.methods, *((TRUTH,) if has_truth else ())))
-
-    def _pixels(self, file: str | None) -> np.ndarray | None:
-        if file is None:
-            return None
-        with Image.open(self.folder / file) as picture:
-            return np.array(picture)
 
 
 def plot_confusions(tables: Mapping[str, Sequence[Confusion]], path: Path) -> None:

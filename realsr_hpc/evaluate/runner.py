@@ -24,8 +24,7 @@ from realsr_hpc.evaluate.report import EvaluationReport
 from realsr_hpc.evaluate.sets import FolderSet
 from realsr_hpc.locks import sole_writer
 from realsr_hpc.records import Case, ParsedTrace, RestoredImage
-
-STAGES = ("rough", "middle")
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 
 @dataclass(frozen=True)
@@ -171,9 +170,9 @@ def _save(item: RestoredImage, method: str, key: str, folder: Path) -> dict[str,
     files = {}
     if item.image is not None:
         files[FINAL] = save_png(item.image, folder, method, key)
-    for name, stage in zip(STAGES, item.stages, strict=False):
-        if stage is not None and item.trace is not NO_TRACE:
-            files[name] = save_png(stage, folder, f"{method}-{name}", key)
+    for name, image in zip(IMAGE_NAMES[:-1], item.images, strict=False):
+        if image is not None and item.trace is not NO_TRACE:
+            files[name] = save_png(image, folder, f"{method}-{name}", key)
     return files
 
 

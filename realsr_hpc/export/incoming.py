@@ -31,6 +31,7 @@ from realsr_hpc.formats.found import VQ_PREFIX
 from realsr_hpc.model.chunks import WeightShapes
 from realsr_hpc.model.hf_mapping import hf_shapes
 from realsr_hpc.paths import resolve
+from realsr_hpc.runfolder import RECIPE
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.whole_file import is_whole, names_of, read_tree, text_part
 from realsr_hpc.vlcot.token_names import code_of, name_faults, num_text
@@ -96,7 +97,7 @@ def import_weights(
             tokenizer = None if parts.image is None else tokenizer
             _write_policy(folder, parts, config, tokenizer, progress)
             written = _with_files(config, output.resolve(), parts)
-            (folder / "recipe.yaml").write_text(to_yaml(written), encoding="utf-8")
+            (folder / RECIPE).write_text(to_yaml(written), encoding="utf-8")
         elif parts.text is not None:
             shutil.copyfile(parts.text, folder / TEXT_FILE)
         write_json(folder / "imported.json", _facts(sources, found, parts))
@@ -106,7 +107,7 @@ def import_weights(
 
 def _own_recipe(source: Path, found: Found) -> RunConfig:
     if found.recipe is None:
-        raise ValueError(f"{source} has no recipe.yaml (it is a {found.format}); add recipe=NAME of the same shape")
+        raise ValueError(f"{source} has no {RECIPE} (it is a {found.format}); add recipe=NAME of the same shape")
     return from_yaml(found.recipe)
 
 

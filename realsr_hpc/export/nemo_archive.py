@@ -22,9 +22,9 @@ from torch import Tensor
 from realsr_hpc.config.identity import flatten
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.export.weight_files import INDEX, SHARD_BYTES, Aside, weight_files, write_weights
-from realsr_hpc.files import check_sums, replacing
+from realsr_hpc.files import check_sums, first_line, replacing
+from realsr_hpc.runfolder import RECIPE
 
-RECIPE = "recipe.yaml"
 CONFIG = "model_config.yaml"
 _CONFIG_KEYS = frozenset({"recipe", "shard_bytes", "files", "target", "nemo_version"})
 _REMEDY = "name one that realsr-hpc nemo-archive packed"
@@ -108,15 +108,11 @@ def refuse_foreign_files(archive: Path) -> None:
             if named != f"nemo:{own}" or own not in members or not _PLAIN.fullmatch(str(item.get("name"))):
                 raise ValueError(f"{CONFIG} names {named!r}, which is no file of the archive")
     except (tarfile.TarError, OSError, EOFError, zlib.error, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{archive} cannot be read ({_line(error)}); copy it again") from None
+        raise ValueError(f"{archive} cannot be read ({first_line(error)}); copy it again") from None
     except KeyError:
         raise ValueError(f"{archive} is no archive of ours (it has no {CONFIG}); {_REMEDY}") from None
     except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{archive} is no archive of ours ({_line(error)}); {_REMEDY}") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{archive} is no archive of ours ({first_line(error)}); {_REMEDY}") from None
 
 
 def _check_name(archive: Path) -> None:
@@ -177,7 +173,7 @@ class _Vendor:
         except ValueError:
             raise
         except Exception as error:  # what the parts of NeMo and torch trip over in a damaged archive
-            raise ValueError(f"{archive} cannot be read ({_line(error)}); copy it again") from None
+            raise ValueError(f"{archive} cannot be read ({first_line(error)}); copy it again") from None
 
 
 def carrier_class() -> Any:

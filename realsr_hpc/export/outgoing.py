@@ -28,6 +28,7 @@ from realsr_hpc.model.hf_mapping import hf_names, hf_shape, hf_tensors
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 from realsr_hpc.paths import resolve
+from realsr_hpc.runfolder import RECIPE
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tokenizer.whole_file import read_text_tree
 from realsr_hpc.tracking.spool import metrics_by_step
@@ -70,7 +71,7 @@ def export_policy(
             write_configs(folder, config, vocabulary, text["model"]["vocab"], kept)
             write_text_files(folder, text, config.model.max_sequence_tokens)
             write_shipped_code(folder)
-            (folder / "recipe.yaml").write_text(to_yaml(portable(config)), encoding="utf-8")
+            (folder / RECIPE).write_text(to_yaml(portable(config)), encoding="utf-8")
             card = model_card(config, step=step, metrics=metrics or {}, licence=licence)
             (folder / "README.md").write_text(card, encoding="utf-8")
             write_sums(folder, leave_out=("README.md",))  # people write their own

@@ -8,6 +8,7 @@ from realsr_hpc.formats import hugging_face
 from realsr_hpc.formats.found import Found, FoundImage
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs, read_json
 from realsr_hpc.formats.tensor_files import TensorFiles, safetensors_specs
+from realsr_hpc.runfolder import RECIPE
 
 NAME = "export of realsr_hpc"
 DECODER_FILE = "vq_decoder.safetensors"
@@ -16,7 +17,7 @@ DECODER_FILE = "vq_decoder.safetensors"
 def look(place: Place) -> Signs:
     """The files that only our export has, then those of any folder."""
     signs = Signs().ask(place.file("realsr.json") is not None, "realsr.json")
-    signs.ask(place.file("recipe.yaml") is not None, "recipe.yaml")
+    signs.ask(place.file(RECIPE) is not None, RECIPE)
     if not signs.against:
         inner = hugging_face.look(place)
         signs.support += inner.support
@@ -35,7 +36,7 @@ def open_export(place: Place, rotary: Rotary | None) -> Found:
     if image is not None and place.file(DECODER_FILE) is not None:
         image = _with_decoder(image, place)
     policy = replace(found.policy, format=NAME)
-    return Found(NAME, policy, image, found.text, place.path / "recipe.yaml")
+    return Found(NAME, policy, image, found.text, place.path / RECIPE)
 
 
 def _with_decoder(encoder: FoundImage, place: Place) -> FoundImage:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from realsr_hpc.files import first_line
+
 _DTYPES = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
 ALLOWED: tuple[Any, ...] = (
     argparse.Namespace,  # options of LlamaGen's trainer
@@ -42,10 +44,10 @@ def read_pickle(path: Path) -> Any:
     except _REFUSED as error:
         named = _NAMED.search(str(error))
         if named is None:
-            raise ValueError(f"{path} is damaged, or no file of torch.save ({_line(error)}); copy it again") from None
+            raise _damaged(path, error) from None
         raise ValueError(_refusal(path, [named[1]])) from None
     except (RuntimeError, EOFError, OSError, KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or no file of torch.save ({_line(error)}); copy it again") from None
+        raise _damaged(path, error) from None
 
 
 def _check_classes(path: Path) -> None:
@@ -53,7 +55,7 @@ def _check_classes(path: Path) -> None:
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, EOFError, OSError, KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or no file of torch.save ({_line(error)}); copy it again") from None
+        raise _damaged(path, error) from None
     refused = sorted(set(named) - allowed)
     if refused:
         raise ValueError(_refusal(path, refused))
@@ -67,5 +69,5 @@ def _refusal(path: Path, classes: list[str]) -> str:
     )
 
 
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged, or no file of torch.save ({first_line(error)[:160]}); copy it again")

@@ -15,7 +15,6 @@ from realsr_hpc.data.naming import files_below
 from realsr_hpc.files import printable, sha256_of
 
 log = logging.getLogger(__name__)
-STAGES = ("rough", "middle", "final")
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Result:
 
     name: str
     images: Mapping[str, Path]
-    """By stage: rough, middle, final; `steps` is a picture of all of them."""
+    """By name: rough, middle, final, and `steps`, a picture of all of them."""
     degradation: str | None = None
     texts: tuple[str | None, ...] = ()
     faults: tuple[str, ...] = ()

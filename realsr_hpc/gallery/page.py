@@ -14,14 +14,14 @@ from PIL import Image
 
 from realsr_hpc.data.decoding import BrokenImage, shown_rgb
 from realsr_hpc.files import printable, write_atomically
-from realsr_hpc.gallery.entries import STAGES, Entry, Result
+from realsr_hpc.gallery.entries import Entry, Result
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 log = logging.getLogger(__name__)
 TEMPLATE = "page.html.j2"
 MAX_SIDE_PX = 1024
 """Larger images are shown at this size: the file has to stay light."""
 _QUALITY = 88
-_TEXTS = ("rough", "middle", "final")
 
 
 def write_page(entries: Sequence[Entry], path: Path, title: str) -> None:
@@ -83,7 +83,7 @@ def _entry(number: int, entry: Entry) -> dict[str, Any]:
         "key": entry.key,
         "degradation": entry.degradation,
         "slots": _slots(entry.degradation),
-        "captions": dict(zip(_TEXTS, entry.captions, strict=False)),
+        "captions": dict(zip(IMAGE_NAMES, entry.captions, strict=False)),
         "images": _data_uris(entry.images),
         "numbers": numbers,
         "spread": max(totals) - min(totals) if totals else 0.0,
@@ -99,9 +99,9 @@ def _result(result: Result, entry: Entry) -> dict[str, Any]:
     return {
         "name": result.name,
         "images": images,
-        "stages": [name for name in (*STAGES, "steps") if name in images],
+        "shown": [name for name in (*IMAGE_NAMES, "steps") if name in images],
         "said": _compared(result.degradation, entry.degradation),
-        "texts": [(name, text) for name, text in zip(_TEXTS, result.texts, strict=False)],
+        "texts": [(name, text) for name, text in zip(IMAGE_NAMES, result.texts, strict=False)],
         "faults": result.faults,
         "numbers": result.numbers,
         "total": result.total,

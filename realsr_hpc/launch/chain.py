@@ -6,7 +6,6 @@ stage changes all stages that build on it, and no others. Chains with equal stag
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.chain import NAME, OF_COMMAND, OF_RUN, PLACEHOLDER, ChainConfig, StageConfig
+from realsr_hpc.config.identity import digest
 from realsr_hpc.config.load import GROUPS, RecipeError, compose_one, nearest, output_root, values_of, written
 from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.schema import RunConfig
@@ -100,7 +100,7 @@ def chain_nodes(chain: ChainConfig, overrides: list[str], valid: Valid, *, multi
 
 def signature_of(nodes: list[Node]) -> str:
     """8 hexadecimal digits of all that the chain consists of."""
-    return _digest([node.folder.name for node in nodes])[:8]
+    return digest([node.folder.name for node in nodes])[:8]
 
 
 def _choices(line: str, multirun: bool) -> list[str]:
@@ -199,7 +199,7 @@ class _Resolver:
             fault = error.errors()[0]
             raise self._fault(name, f"cluster.{fault['loc'][0]}: {fault['input']!r}: {fault['msg']}") from None
         arguments = tuple(f"{key}={value}" for key, value in given.items())
-        folder = output_root(upstream) / "stages" / f"{command}-{_digest([command, sorted(arguments)])[:12]}"
+        folder = output_root(upstream) / "stages" / f"{command}-{digest([command, sorted(arguments)])[:12]}"
         config = upstream.model_copy(update={"cluster": own, "name": f"{self.chain.name}-{name}"})
         return Node(name, folder, config, after, command, arguments)
 
@@ -248,7 +248,3 @@ class _Resolver:
 def _pairs(lines: Iterable[str]) -> dict[str, str]:
     """`KEY=VALUE` lines by key."""
     return {key: value for key, _, value in (line.partition("=") for line in lines)}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -7,12 +7,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 from realsr_hpc import runfolder
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.chain import OUTPUT, Node
+from realsr_hpc.launch.requeue import SAME_JOB_WAIT_S
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
     Job,
@@ -35,6 +34,7 @@ from realsr_hpc.launch.rundir import (
     write_status,
 )
 from realsr_hpc.launch.script import executor_parameters, setup_lines
+from realsr_hpc.launch.signals import die_with_parent
 from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import code_root, project_root
@@ -45,9 +45,6 @@ WROTE = {"evaluate": "metrics.csv", "export_hf": "config.json"}
 WORKED = {"evaluate": (0, 1), "export_hf": (0,)}
 """Exit codes of a command that has; evaluate's 1: without some images or numbers, which it names."""
 LAST_WORDS_CHARACTERS = 2000
-SAME_JOB_WAIT_S = 180.0
-"""A requeued job waits for its lock: its first attempt may live on, on a node that Slurm has lost sight of."""
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -144,10 +141,6 @@ def _call(words: list[str], log: Path) -> int:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
             check=False,
         ).returncode
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

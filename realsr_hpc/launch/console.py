@@ -9,6 +9,7 @@ from rich.table import Table
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import MIB
 from realsr_hpc.launch.refusals import missing
 from realsr_hpc.launch.script import sbatch_script
 from realsr_hpc.launch.start import Submission
@@ -127,7 +128,7 @@ def _rewards(estimate: Plan, config: RunConfig) -> str:
     experts, wanted = estimate.rewards, config.rewards
     where = "in host memory" if wanted.device == "cpu" or not config.cluster.gpus_per_node else "on the GPU"
     where += ", in host memory between" if wanted.offload and where == "on the GPU" else ""
-    told = [f"{experts.weight_bytes / 2**20:.0f} MiB of networks {where}, {wanted.batch_size} rollout(s) at once"]
+    told = [f"{experts.weight_bytes / MIB:.0f} MiB of networks {where}, {wanted.batch_size} rollout(s) at once"]
     if experts.elsewhere:
         told.append(f"another process computes {', '.join(experts.elsewhere)}")
     if experts.unknown:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.config.weights import SUMS, missing_shards, needs_of
-from realsr_hpc.files import json_object, safetensors_header, weight_map
+from realsr_hpc.config.weights import missing_shards, needs_of
+from realsr_hpc.files import MIB, SUMS_FILE, json_object, safetensors_header, weight_map
 
-LARGEST_JSON_BYTES = 64 * 2**20
+LARGEST_JSON_BYTES = 64 * MIB
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 FOLDERS = ("model.weights", "model.lora.weights")
 ENDINGS = (*WEIGHTS, ".npz", ".json", ".noun")
@@ -31,7 +31,7 @@ def _fault(field: str, path: Path) -> str:
     if path.is_dir():
         return _folder_fault(path) if field in FOLDERS else f"{path} is a folder; name a file"
     try:
-        if path.suffix not in ENDINGS and path.name != SUMS:
+        if path.suffix not in ENDINGS and path.name != SUMS_FILE:
             return f"{path} is of no kind that is read there ({', '.join(f'*{ending}' for ending in ENDINGS)})"
         return _file_fault(path)
     except OSError as error:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import GIB
 
 MIN_FREE_GIB = 1.0
 SMI_TIMEOUT_S = 60
@@ -15,7 +16,7 @@ SMI_TIMEOUT_S = 60
 def node_faults(config: RunConfig, run_dir: Path) -> list[str]:
     """What is wrong with this node; empty: fit."""
     faults = []
-    free_gib = shutil.disk_usage(run_dir).free / 2**30
+    free_gib = shutil.disk_usage(run_dir).free / GIB
     if free_gib < MIN_FREE_GIB:
         faults.append(f"{free_gib:.1f} GiB free in {run_dir}, {MIN_FREE_GIB} needed")
     wanted = config.cluster.gpus_per_node

@@ -11,7 +11,6 @@ requeued. submitit only starts this function; its own requeueing is not used bec
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.notify import notify
-from realsr_hpc.launch.requeue import exclude, requeue, this_node
+from realsr_hpc.launch.requeue import SAME_JOB_WAIT_S, exclude, requeue, this_node
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
     Job,
@@ -35,7 +34,7 @@ from realsr_hpc.launch.rundir import (
     write_job,
     write_status,
 )
-from realsr_hpc.launch.signals import DUMP_SIGNAL, HANDLED_SIGNALS, StopFlag
+from realsr_hpc.launch.signals import DUMP_SIGNAL, HANDLED_SIGNALS, StopFlag, die_with_parent
 from realsr_hpc.launch.verdict import (
     CRASHED,
     DONE,
@@ -67,8 +66,6 @@ DUMP_S = 5.0
 """How long the other nodes get to hear of a hang and have their ranks' stacks written."""
 LAST_WORDS_LINES = 25
 OTHER_JOB_WAIT_S = 5.0
-SAME_JOB_WAIT_S = 180.0
-PR_SET_PDEATHSIG = 1
 
 
 def node_job(run_dir: Path, launch: str = "") -> int:
@@ -324,5 +321,5 @@ def _last_words(run_dir: Path, rank: int, code: int) -> str:
 
 def _prepare_rank() -> None:
     """Runs in the child: SIGKILL when the supervisor goes; a stop signal waits until the rank can take it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import Need, needs_of
-from realsr_hpc.files import check_listed, check_sums, checksum_fault, checksum_of
+from realsr_hpc.files import MIB, check_listed, check_sums, checksum_fault, checksum_of
 from realsr_hpc.launch.damaged_files import damaged_files
 from realsr_hpc.paths import resolve
 from realsr_hpc.plan import plan, way_to_fit
 
-READ_AT_LAUNCH_BYTES = 64 * 2**20
+READ_AT_LAUNCH_BYTES = 64 * MIB
 """Launching answers in about a second: larger files it only looks for."""
 
 

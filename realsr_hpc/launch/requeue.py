@@ -19,6 +19,8 @@ FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
 CALL_S = 120.0
 LOCK_S = 30.0
+SAME_JOB_WAIT_S = 180.0
+"""How long a requeued job waits for its lock: its first attempt may still run on a node that Slurm lost sight of."""
 FINAL = ("invalid job id", "access/permission denied", "operation is presently disabled", "not requeueable")
 """Answers that asking again does not change."""
 OURS = ("pending", "completing")

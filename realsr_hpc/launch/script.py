@@ -11,8 +11,8 @@ from realsr_hpc import runfolder
 from realsr_hpc.config.load import output_root
 from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import SUMS_FILE
 from realsr_hpc.launch.rundir import run_folder
-from realsr_hpc.launch.snapshot import SUMS
 from realsr_hpc.paths import resolve
 
 
@@ -66,7 +66,7 @@ def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
     folder first, hence `cd`. A supervisor that was killed (137: by the memory killer, say) can ask Slurm for nothing:
     the script asks in its stead.
     """
-    there, sums = shlex.quote(str(code)), f"sha256sum --check --quiet --strict {SUMS}"
+    there, sums = shlex.quote(str(code)), f"sha256sum --check --quiet --strict {SUMS_FILE}"
     lines = [
         "set -eE -o pipefail",
         """trap 'echo "set-up of the job failed: $BASH_COMMAND" >&2' ERR""",

@@ -7,6 +7,7 @@ signal is ignored, so that a worker neither stops early nor writes anything.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import resource
@@ -16,8 +17,14 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """SIGUSR2: Slurm's early warning (NCCL uses SIGUSR1); SIGTERM: scancel, or preemption without a warning."""
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DUMP_SIGNAL = signal.SIGQUIT
 """Writes the stacks of all threads to stderr; the process goes on."""
+
+
+def die_with_parent() -> None:
+    """In a child process: have the kernel send SIGKILL when the parent ends, however it ends. Linux only."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class StopFlag:

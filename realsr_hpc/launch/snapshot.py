@@ -21,12 +21,11 @@ from typing import Any
 
 from realsr_hpc.config.load import output_root
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import sha256_of
+from realsr_hpc.files import SUMS_FILE, sha256_of
 from realsr_hpc.launch.rundir import make_private
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import code_root, is_checkout
 
-SUMS = "SHA256SUMS"
 WAIT_S = 120.0
 FOLDERS = ("realsr_hpc", "recipes", "slurm", "tools")
 
@@ -59,7 +58,7 @@ def _copy(files: dict[str, Path], aside: Path) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, copy)
         copy.chmod(copy.stat().st_mode & 0o755)
-    (aside / SUMS).write_text("".join(f"{sha256_of(aside / name)}  {name}\n" for name in files), encoding="utf-8")
+    (aside / SUMS_FILE).write_text("".join(f"{sha256_of(aside / name)}  {name}\n" for name in files), encoding="utf-8")
     return aside
 
 
@@ -67,14 +66,14 @@ def _is_whole(target: Path, files: dict[str, Path]) -> bool:
     """Nothing is missing, altered or added (but what Python compiles), and nobody else can change it."""
     paths = [path for path in target.rglob("*") if "__pycache__" not in path.parts]
     present = {path.relative_to(target).as_posix() for path in paths if not path.is_dir()}
-    if present != {*files, SUMS} or any(path.is_symlink() or path.stat().st_uid != os.getuid() for path in paths):
+    if present != {*files, SUMS_FILE} or any(path.is_symlink() or path.stat().st_uid != os.getuid() for path in paths):
         return False
     return _digest({name: target / name for name in files}) == target.name and _sums_hold(target, files)
 
 
 def _sums_hold(target: Path, files: dict[str, Path]) -> bool:
     listed = "".join(f"{sha256_of(target / name)}  {name}\n" for name in files)
-    return (target / SUMS).read_bytes() == listed.encode()
+    return (target / SUMS_FILE).read_bytes() == listed.encode()
 
 
 def code_version() -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from realsr_hpc.config.derived import DRAWN_AT_ONCE, PIXELS_AT_ONCE, pass_tokens, widest_lookahead
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import GIB
 from realsr_hpc.parallel.layout import kv_heads
 from realsr_hpc.plan.activations import first_stage, gather_buffer, last_stage, scoring
 from realsr_hpc.plan.experts import final_pixels, on_the_device, rewards_of
@@ -29,7 +30,6 @@ from realsr_hpc.plan.sizes import (
     width,
 )
 
-GIB = 2**30
 FIXED_GIB = 2.5
 """CUDA context, cuBLAS and NCCL buffers, and the image tokenizer's weights on one GPU."""
 ENCODER_MAPS, DECODER_MAPS = (4.3, 6.0), (4.0, 6.0)

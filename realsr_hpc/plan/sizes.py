@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from realsr_hpc.config.derived import VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens, world_size
+from realsr_hpc.config.derived import TAG_TOKENS, VOCABULARY_SIZES, prompt_image_tokens, trace_image_tokens, world_size
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.parallel.layout import (
     Branches,
@@ -17,9 +17,6 @@ from realsr_hpc.parallel.layout import (
     row_multiple,
 )
 from realsr_hpc.vlcot.vocabulary import build_vocabulary
-
-TEXT_TOKENS_OF_TAGS = 130
-"""Tags and degradation phrase of a trace, in tokens of the 7B vocabulary, roughly."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +105,11 @@ def sequence_tokens(config: RunConfig) -> tuple[int, int]:
     """Prompt and full trace, in tokens, texts at their longest."""
     if config.task == "tokenizer":
         return 0, 0
-    texts = TEXT_TOKENS_OF_TAGS + 3 * config.vlcot.max_text_tokens
+    texts = TAG_TOKENS + 3 * config.vlcot.max_text_tokens
     response = trace_image_tokens(config) + texts
     if config.task == "grpo":
         response = min(response, config.rollout.max_new_tokens)
-    return prompt_image_tokens(config) + TEXT_TOKENS_OF_TAGS, response
+    return prompt_image_tokens(config) + TAG_TOKENS, response
 
 
 def sequences_per_update(config: RunConfig) -> int:

@@ -17,9 +17,10 @@ from typing import Any
 
 from realsr_hpc.data.manifest import caption_fault
 from realsr_hpc.files import printable
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 Note = dict[str, Any]
-CAPTIONS = ("caption_rough", "caption_middle", "caption_final")
+CAPTIONS = tuple(f"caption_{name}" for name in IMAGE_NAMES)
 FIELDS = frozenset({"key", "path", "split", *CAPTIONS, "tags", "lq_path", "source"})
 
 

@@ -27,8 +27,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from realsr_hpc.config.weights import PYIQA_FILES, SUMS, WEIGHTS_DIR, read_sums
-from realsr_hpc.files import sha256_of
+from realsr_hpc.config.weights import PYIQA_FILES, WEIGHTS_DIR, read_sums
+from realsr_hpc.files import SUMS_FILE, sha256_of
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.batching import same_shapes
 
@@ -131,19 +131,19 @@ def load_pyiqa(weights_dir: str | None) -> None:
 
 def verify_weights(folder: Path) -> None:
     """Check every file that is there or listed in `folder`/SHA256SUMS. Raises ValueError naming the first fault."""
-    if not (folder / SUMS).is_file():
-        raise ValueError(f"{folder / SUMS} not found; stage the weights with {_STAGING}")
+    if not (folder / SUMS_FILE).is_file():
+        raise ValueError(f"{folder / SUMS_FILE} not found; stage the weights with {_STAGING}")
     sums = read_sums(folder)
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is listed in {SUMS} but missing; copy it there")
+            raise ValueError(f"{path} is listed in {SUMS_FILE} but missing; copy it there")
         found = sha256_of(path)
         if found != expected:
-            raise ValueError(f"{path} has SHA-256 {found}, not {expected}; fetch it again or correct {SUMS}")
+            raise ValueError(f"{path} has SHA-256 {found}, not {expected}; fetch it again or correct {SUMS_FILE}")
     for path in sorted(folder.rglob("*")):
         if path.suffix in _WEIGHT_SUFFIXES and path.relative_to(folder).as_posix() not in sums:
-            raise ValueError(f"{path} is not listed in {SUMS}; list it with {_STAGING}, or remove it")
+            raise ValueError(f"{path} is not listed in {SUMS_FILE}; list it with {_STAGING}, or remove it")
 
 
 def declare_torchvision_operators() -> None:

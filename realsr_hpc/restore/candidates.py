@@ -57,7 +57,7 @@ class BestOf:
         scores[[item.image is not None for item in found]] = np.nan_to_num(self.expert(given, case), nan=-np.inf)
         best = int(scores.argmax())
         item = found[best]
-        return Chosen(item.image, item.trace, item.stages, best, tuple(scores.tolist()))
+        return Chosen(item.trace, item.images, best, tuple(scores.tolist()))
 
 
 def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
@@ -82,13 +82,12 @@ def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
 
 
 def _mean(given: list[RestoredImage]) -> RestoredImage:
-    """Pixel means of every stage; the words are those of the candidate nearest to the mean."""
+    """Pixel means of the rough, middle and final images; the words are those of the candidate nearest to the mean."""
     finals = np.stack([item.image for item in given if item.image is not None]).astype(np.float32)
     distances = np.square(finals - finals.mean(0)).mean((1, 2, 3))
     nearest = given[int(distances.argmin())]
-    stages = tuple(_mean_of([item.stages[stage] for item in given]) for stage in range(3))
-    image = _mean_of([item.image for item in given])
-    return Chosen(image, nearest.trace, stages, -1, tuple((-distances).tolist()))  # type: ignore[arg-type]
+    images = tuple(_mean_of(sizes) for sizes in zip(*(item.images for item in given), strict=True))
+    return Chosen(nearest.trace, images, -1, tuple((-distances).tolist()))  # type: ignore[arg-type]
 
 
 def _mean_of(images: Sequence[np.ndarray | None]) -> np.ndarray | None:

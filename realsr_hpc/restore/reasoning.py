@@ -13,7 +13,8 @@ from realsr_hpc.artifacts import restoration
 from realsr_hpc.artifacts.restoration import Restoration
 from realsr_hpc.files import sha256_of
 from realsr_hpc.restore.image_files import resized
-from realsr_hpc.restore.tiles import STAGES, Blended
+from realsr_hpc.restore.tiles import STEPS, Blended
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 MAX_SIDE_PX = 512
 """Longer side of one image in the picture of steps."""
@@ -38,7 +39,7 @@ def steps_picture(lq: np.ndarray, result: Blended) -> Image.Image:
     height, width = result.image.shape[:2]
     shrink = min(1.0, MAX_SIDE_PX / max(height, width))
     size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-    columns = {"input": lq, **{name: result.stages[name] for name in STAGES if name in result.stages}}
+    columns = {"input": lq, **{name: result.steps[name] for name in STEPS if name in result.steps}}
     columns["final"] = result.image
     lines = [line for text in _words(result) for line in textwrap.wrap(text, _columns(len(columns) * size[1]))]
     canvas = Image.new("RGB", (len(columns) * (size[1] + 4) + 4, size[0] + 24 + _LINE_PX * len(lines)), "white")
@@ -55,7 +56,7 @@ def steps_picture(lq: np.ndarray, result: Blended) -> Image.Image:
 def _words(result: Blended) -> list[str]:
     first = result.tiles[0]
     said = [first.degradation, *first.texts]
-    names = ("degradation", "rough", "middle", "final")
+    names = ("degradation", *IMAGE_NAMES)
     of = f" (tile 1 of {len(result.tiles)})" if len(result.tiles) > 1 else ""
     return [f"{name}{of}: {text or 'nothing well formed'}" for name, text in zip(names, said, strict=True)]
 

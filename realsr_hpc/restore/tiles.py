@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -19,10 +18,11 @@ from realsr_hpc.records import Case, RestoredImage
 from realsr_hpc.restore.candidates import Chosen
 from realsr_hpc.restore.colour import ColourFix, fix_colour
 from realsr_hpc.restore.image_files import resized
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 Restorer = Callable[[Sequence[Case]], list[RestoredImage]]
-Stage = Literal["rough", "middle"]
-STAGES: tuple[Stage, Stage] = ("rough", "middle")
+STEPS = IMAGE_NAMES[:-1]
+"""Images that a model makes on its way to the final one."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Blended:
 
     image: np.ndarray
     """[round(h factor), round(w factor), 3]."""
-    stages: dict[Stage, np.ndarray]
-    """The tiles' rough and middle images blended alike, at their own size."""
+    steps: dict[str, np.ndarray]
+    """The tiles' images of `STEPS`, blended in the same way, at their own size."""
     tiles: tuple[RestoredTile, ...]
     """What the model said of each tile."""
 
@@ -135,7 +135,7 @@ class _Canvas:
         tops, lefts = (tile_starts(side, tile, overlap) for side in self.padded.shape[:2])
         self.corners = [(top, left) for top in tops for left in lefts]
         self.final = _Sum(self.padded.shape, settings, settings.model_upscale)
-        self.stages: dict[Stage, _Sum] = {}
+        self.steps: dict[str, _Sum] = {}
         self.tiles: list[RestoredTile] = []
 
     def tile(self, number: int) -> np.ndarray:
@@ -150,11 +150,11 @@ class _Canvas:
         if image.shape != (side, side, 3):
             raise ValueError(f"a tile came back as {image.shape}, not {(side, side, 3)}; check tile_px and upscale")
         self.final.add(corner, image)
-        for name, stage in zip(STAGES, restored.stages, strict=False):
-            if stage is not None:
-                scale = max(1, stage.shape[0] // self.settings.tile_px)
-                total = self.stages.setdefault(name, _Sum(self.padded.shape, self.settings, scale))
-                total.add(corner, resized(stage, *[scale * self.settings.tile_px] * 2))
+        for name, step in zip(STEPS, restored.images, strict=False):
+            if step is not None:
+                scale = max(1, step.shape[0] // self.settings.tile_px)
+                total = self.steps.setdefault(name, _Sum(self.padded.shape, self.settings, scale))
+                total.add(corner, resized(step, *[scale * self.settings.tile_px] * 2))
         self.tiles.append(_record(corner, restored))
 
     def finish(self) -> Blended:
@@ -164,8 +164,8 @@ class _Canvas:
         large = fix_colour(large, resized(self.rgb, *large.shape[:2]), self.settings.colour)
         factor = self.settings.factor
         image = resized(large, max(1, round(height * factor)), max(1, round(width * factor)))
-        stages: dict[Stage, np.ndarray] = {name: total.blended(height, width) for name, total in self.stages.items()}
-        return Blended(image, stages, tuple(self.tiles))
+        steps = {name: total.blended(height, width) for name, total in self.steps.items()}
+        return Blended(image, steps, tuple(self.tiles))
 
 
 class _Sum:

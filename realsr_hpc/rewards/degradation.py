@@ -14,10 +14,9 @@ from typing import cast
 import numpy as np
 
 from realsr_hpc.config.reward_options import DegradationOptions
-from realsr_hpc.records import Candidate, DegradationLabel
+from realsr_hpc.records import LEVELS, Candidate, DegradationLabel
 from realsr_hpc.rewards.base import Reward
 
-_LEVELS = ("light", "medium", "heavy")
 Slots = tuple[str | None, str | None, str | None, str | None, str | None]
 
 
@@ -47,7 +46,7 @@ def read_phrase(phrase: str) -> Slots:
     A single resize word is the first when it stands before the noise word, else the second.
     """
     text = phrase.lower()
-    levels = {kind: _only(re.findall(rf"\b({'|'.join(_LEVELS)})\s+{kind}\b", text)) for kind in _KINDS}
+    levels = {kind: _only(re.findall(rf"\b({'|'.join(LEVELS)})\s+{kind}\b", text)) for kind in _KINDS}
     first, second = _resizes(text)
     return (levels["blur"], first, levels["noise"], levels["compression"], second)
 
@@ -79,6 +78,6 @@ def _resizes(text: str) -> tuple[str | None, str | None]:
 def _credit(said: str | None, true: str, neighbour: float) -> float:
     if said == true:
         return 1.0
-    if said in _LEVELS and true in _LEVELS and abs(_LEVELS.index(cast(str, said)) - _LEVELS.index(true)) == 1:
+    if said in LEVELS and true in LEVELS and abs(LEVELS.index(cast(str, said)) - LEVELS.index(true)) == 1:
         return neighbour
     return 0.0

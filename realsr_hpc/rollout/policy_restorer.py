@@ -63,10 +63,12 @@ class PolicyRestorer:
         groups = self.sampler.generate(self.tokens.prompts(lq_pixels(cases)), count, ids)
         traces = [trace for group in groups for trace in self.tokens.codec.parse_group(group)]
         none = [None] * len(traces)
-        shown = [stage == 2 or self.with_steps for stage in range(3)]
-        grids = [[trace.images[stage] for trace in traces] if shown[stage] else none for stage in range(3)]
-        stages = zip(*(self.tokens.decode(of_stage) for of_stage in grids), strict=True)
-        restored = [RestoredImage(images[2], trace, images) for trace, images in zip(traces, stages, strict=True)]
+        decoded = [
+            self.tokens.decode([trace.images[number] for trace in traces]) if is_wanted else none
+            for number, is_wanted in enumerate((self.with_steps, self.with_steps, True))  # rough, middle, final
+        ]
+        images = zip(*decoded, strict=True)  # [3][traces] -> three of each trace
+        restored = [RestoredImage(trace, three) for trace, three in zip(traces, images, strict=True)]
         return [restored[start : start + count] for start in range(0, len(restored), count)]
 
 

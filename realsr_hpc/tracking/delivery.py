@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import read_json, write_atomically
+from realsr_hpc.files import first_line, read_json, write_atomically
 from realsr_hpc.tracking.database import client
 from realsr_hpc.tracking.place import moved_to
 from realsr_hpc.tracking.results import METRICS_A_BATCH, send_results
@@ -181,6 +181,6 @@ def _arrived_at(mlflow: MlflowClient, run_id: str) -> set[tuple[str, int]]:
 
 
 def brief(error: Exception) -> str:
-    """One line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    """An error's type and the first line of its message, at most 160 characters of it."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line[:160]}"

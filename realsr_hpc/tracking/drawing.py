@@ -45,6 +45,14 @@ def image_grid(
     return canvas
 
 
+def read_pixels(path: Path | None) -> np.ndarray | None:
+    """RGB uint8 [h, w, 3] of an image file, for `image_grid`; None where there is no such file."""
+    if path is None or not path.is_file():
+        return None
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"))
+
+
 def _cell(image: np.ndarray | None, cell_px: int) -> Image.Image:
     if image is None:
         cell = Image.new("RGB", (cell_px, cell_px), "lightgrey")

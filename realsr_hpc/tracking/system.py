@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-GIB = 2**30
+from realsr_hpc.files import GIB
 
 
 class SystemUse:

@@ -16,8 +16,8 @@ from realsr_hpc import runfolder
 from realsr_hpc.artifacts import rollouts
 from realsr_hpc.records import ScoredGroup, StepReport
 from realsr_hpc.train.run import TrainingRun
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
-IMAGE_NAMES = ("rough", "middle", "final")
 Pictures = Sequence[np.ndarray | None]
 """Of one rollout, in the order of `IMAGE_NAMES`; uint8 [H, W, 3]."""
 
@@ -78,7 +78,7 @@ def _rollout(folder: Path, name: str, group: ScoredGroup, member: int, pictures:
         reward=float(group.rewards.total[member]),
         rewards={term: float(values[member]) for term, values in group.rewards.breakdown.items()},
         advantage=None if advantages is None else float(advantages[member]),
-        files={stage: _save(image, folder, f"{name}-{stage}") for stage, image in named if image is not None},
+        files={size: _save(image, folder, f"{name}-{size}") for size, image in named if image is not None},
     )
 
 

@@ -26,7 +26,8 @@ from realsr_hpc.tracking.drawing import image_grid
 from realsr_hpc.train.batches import plain_sequence
 from realsr_hpc.train.parts import Parts, build_parts
 from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
-from realsr_hpc.train.sft_loss import STAGES, cross_entropy, heldout_cross_entropy, means_by_part
+from realsr_hpc.train.sft_loss import cross_entropy, heldout_cross_entropy, means_by_part
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
@@ -118,8 +119,8 @@ def _log_samples(run: TrainingRun, batch: LQBatch, step: int) -> None:
     if parts.groups.is_main:
         path = runfolder.samples(run.run_dir, step)
         path.parent.mkdir(exist_ok=True)
-        rows = [[case.lq, *item.stages, case.gt] for case, item in zip(cases, restored, strict=True)]
-        image_grid(rows, ("input", "rough", "middle", "final", "truth")).save(path)
+        rows = [[case.lq, *item.images, case.gt] for case, item in zip(cases, restored, strict=True)]
+        image_grid(rows, ("input", *IMAGE_NAMES, "truth")).save(path)
         run.tracker.log_artifact(path, "samples")
 
 
@@ -127,5 +128,5 @@ def _text(metrics: dict[str, float]) -> str:
     text = f"loss {metrics['sft/loss/mean']:.4f}"
     if "heldout/loss/mean" not in metrics:
         return text
-    parts = "  ".join(f"{name} {metrics[f'heldout/loss_{name}/mean']:.3f}" for name in (*STAGES, "text"))
+    parts = "  ".join(f"{name} {metrics[f'heldout/loss_{name}/mean']:.3f}" for name in (*IMAGE_NAMES, "text"))
     return f"{text}  held-out {metrics['heldout/loss/mean']:.4f}  {parts}"

@@ -11,10 +11,7 @@ from realsr_hpc.config.learning import SFTConfig
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, Outputs
 from realsr_hpc.train.scoring import nothing_to_score, score_tokens
-from realsr_hpc.vlcot.vocabulary import Vocabulary
-
-STAGES = ("rough", "middle", "final")
-"""The three images of a trace."""
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES, Vocabulary
 
 
 def cross_entropy(policy: Policy, vocabulary: Vocabulary, num_tokens: int, sft: SFTConfig) -> LossFunction:
@@ -55,7 +52,7 @@ def heldout_cross_entropy(policy: Policy, vocabulary: Vocabulary) -> LossFunctio
 
 def means_by_part(outputs: dict[str, float]) -> dict[str, float]:
     """Cross-entropy in nats a token of all tokens and of each part, from the sums over all microbatches and ranks."""
-    names = ("all", *STAGES, "text")
+    names = ("all", *IMAGE_NAMES, "text")
     means = {name: outputs[f"sum/{name}"] / max(1.0, outputs[f"count/{name}"]) for name in names}
     return {"heldout/loss/mean": means.pop("all")} | {f"heldout/loss_{name}/mean": v for name, v in means.items()}
 
@@ -70,7 +67,7 @@ def loss_by_part(
     image = images_begun(targets, vocabulary)
     is_code = (targets >= vocabulary.image_first) & (targets < vocabulary.image_end)
     is_text = (targets >= vocabulary.text_first) & (targets < vocabulary.text_first + vocabulary.num_text)
-    parts = {name: is_code & (image == number) for number, name in enumerate(STAGES, 1)}
+    parts = {name: is_code & (image == number) for number, name in enumerate(IMAGE_NAMES, 1)}
     parts |= {"text": is_text, "all": torch.ones_like(is_text)}
     sums = {f"sum/{name}": -logprobs[chosen].sum() for name, chosen in parts.items()}
     return sums | {f"count/{name}": chosen.sum().float() for name, chosen in parts.items()}

@@ -23,10 +23,10 @@ import numpy as np
 
 from realsr_hpc.config.schema import IMAGE_PLACEHOLDER, VLCoTConfig
 from realsr_hpc.records import ParsedTrace, RolloutGroup
-from realsr_hpc.vlcot.vocabulary import Vocabulary
+from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES, Vocabulary
 
-TEXT_FIELDS = ("rough_understand", "middle_understand", "final_understand")
-IMAGE_FIELDS = ("rough_image", "middle_image", "final_image")
+TEXT_FIELDS = tuple(f"{name}_understand" for name in IMAGE_NAMES)
+IMAGE_FIELDS = tuple(f"{name}_image" for name in IMAGE_NAMES)
 FIELDS = ("degradation", *(name for pair in zip(TEXT_FIELDS, IMAGE_FIELDS, strict=True) for name in pair))
 """The seven tags in their order."""
 _OPEN, _CLOSE = "\ue000", "\ue001"

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from realsr_hpc.config.derived import SIZE_UNIT_PX
 from realsr_hpc.config.schema import VLCoTConfig
 
-SIZE_UNIT_PX = 32
+IMAGE_NAMES = ("rough", "middle", "final")
+"""The images of a trace, each with a text before it, in their order; `vlcot.image_sizes_px` has their sides."""
+
 _CHAMELEON_CODES = 8192
 _CHAMELEON_TEXT_FIRST = 16384
 _CHAMELEON_SIZE = 65536

@@ -22,6 +22,7 @@ from torch import Tensor
 from realsr_hpc.config.derived import pass_tokens
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import MIB
 from realsr_hpc.model.lora import adapters_off
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.optim.step import Optimiser
@@ -50,7 +51,6 @@ from tools.benchmarks._allocations import Allocations
 from tools.benchmarks._measure import show
 from tools.benchmarks.rewards import some_candidates
 
-MIB = 2**20
 SMALL = [
     "cluster=local",
     "cluster.tasks_per_node=1",

@@ -35,7 +35,7 @@ def half_way(cases):
     for case in cases:
         image = None if case.key == "c" else np.clip(case.gt.astype(int) + 5, 0, 255).astype(np.uint8)
         trace = ParsedTrace(WRONG_BLUR, ("a cat", "x", "x"), (None,) * 3, () if image is not None else ("fault",))
-        results.append(RestoredImage(image, trace, (case.lq, None, image)))
+        results.append(RestoredImage(trace, (case.lq, None, image)))
     return results
 
 
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_said(cases, tmp_path):
     with pytest.raises(ValueError, match="returned 2 images for 3"):
         evaluate({BICUBIC: Bicubic(4), "x": lambda c: half_way(c)[:2]}, cases, tmp_path, metrics=Metrics())
     with pytest.raises(ValueError, match="a: image .128, 64. px|a: image .128, 64., truth"):
-        narrow = lambda c: [RestoredImage(case.gt[:, :64], half_way([case])[0].trace, (None,) * 3) for case in c]  # noqa: E731
+        narrow = lambda c: [RestoredImage(half_way([case])[0].trace, (None, None, case.gt[:, :64])) for case in c]  # noqa: E731
         evaluate({BICUBIC: Bicubic(4), "x": narrow}, cases[:1], tmp_path, metrics=Metrics())
     with pytest.raises(ValueError, match="bicubic is missing"):
         evaluate({"ours": half_way}, cases, tmp_path, metrics=Metrics())

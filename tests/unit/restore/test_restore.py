@@ -33,11 +33,11 @@ def nearest(cases: list[Case]) -> list[RestoredImage]:
     """Knows nothing of the tile's surroundings, so blending tiles must give the whole image's own upscale."""
     lqs = [case.lq for case in cases]
     images = [lq.repeat(4, axis=0).repeat(4, axis=1) for lq in lqs]
-    return [RestoredImage(image, TRACE, (lq, None, image)) for lq, image in zip(lqs, images, strict=True)]
+    return [RestoredImage(TRACE, (lq, None, image)) for lq, image in zip(lqs, images, strict=True)]
 
 
 def silent(cases: list[Case]) -> list[RestoredImage]:
-    return [RestoredImage(None, TRACE, (None,) * 3) for _ in cases]
+    return [RestoredImage(TRACE, (None,) * 3) for _ in cases]
 
 
 def noise(height, width, channels=3):
@@ -50,8 +50,8 @@ def test_tiles_blend_to_the_whole_image_whatever_its_size(size):
     result, small = restore_images(nearest, [rgb, rgb[:1, :1]], SETTINGS)
     np.testing.assert_array_equal(result.image, rgb.repeat(4, axis=0).repeat(4, axis=1))
     np.testing.assert_array_equal(small.image, rgb[:1, :1].repeat(4, axis=0).repeat(4, axis=1))
-    np.testing.assert_array_equal(result.stages["rough"], rgb)
-    assert result.tiles[0].texts == ("a", "b", "c") and "middle" not in result.stages
+    np.testing.assert_array_equal(result.steps["rough"], rgb)
+    assert result.tiles[0].texts == ("a", "b", "c") and "middle" not in result.steps
 
 
 def test_workers_restore_the_same_and_share_the_tiles_evenly():
@@ -89,7 +89,7 @@ def test_tiles_cover_a_side_with_their_overlap(size):
 def test_seams_fade_over_the_overlap():
     def tinted(cases):
         values = [40 if case.index % 2 else 200 for case in cases]
-        return [RestoredImage(np.full((128, 128, 3), v, np.uint8), TRACE, (None,) * 3) for v in values]
+        return [RestoredImage(TRACE, (None, None, np.full((128, 128, 3), v, np.uint8))) for v in values]
 
     restored = restore_images(tinted, [noise(32, 56)], SETTINGS)[0].image
     steps = np.abs(np.diff(restored[64, :, 0].astype(int)))
@@ -202,7 +202,7 @@ class Tints:
             return (image.image.astype(int) // 2 + 40 * member).clip(0, 255).astype(np.uint8)
 
         rows = [[tinted(image, member) if member != 1 else None for member in range(count)] for image in nearest(cases)]
-        return [[RestoredImage(image, TRACE, (None, None, image)) for image in row] for row in rows]
+        return [[RestoredImage(TRACE, (None, None, image)) for image in row] for row in rows]
 
 
 def test_the_candidate_that_the_expert_likes_best_is_kept_and_said():
