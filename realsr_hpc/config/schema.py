@@ -184,6 +184,8 @@ class ModelConfig(Section, tasks=POLICY):
     """Base of the rotary position embedding."""
     norm_epsilon: Positive = 1e-5
     """Epsilon of RMSNorm and of the query/key LayerNorm."""
+    swin_norm: bool = False
+    """RMSNorm after attention and MLP, on what they add to the residual stream (Chameleon 30B), and not before them."""
     init_std: Positive = 0.02
     """Standard deviation of random initial weights."""
     max_sequence_tokens: Count = 1024

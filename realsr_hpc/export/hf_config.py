@@ -80,7 +80,7 @@ def model_config(config: RunConfig, vocabulary: Vocabulary, names: dict[str, int
         "pad_token_id": vocabulary.pad,
         "eos_token_id": vocabulary.end_turn,
         "tie_word_embeddings": False,
-        "swin_norm": False,
+        "swin_norm": model.swin_norm,
         "attention_bias": False,
         "mlp_bias": False,
         "vq_config": vq_config(config.image_tokenizer),

@@ -25,6 +25,7 @@ _FIELDS = {
     "num_key_value_heads": "model.num_kv_heads",
     "rms_norm_eps": "model.norm_epsilon",
     "rope_theta": "model.rope_theta",
+    "swin_norm": "model.swin_norm",
     "vocab_size": "vlcot.vocabulary",
 }
 
@@ -52,6 +53,7 @@ def _size_faults(sizes: Mapping[str, float], config: RunConfig, vocab_size: int)
         "num_key_value_heads": kv_heads(model),
         "rms_norm_eps": model.norm_epsilon,
         "rope_theta": model.rope_theta,
+        "swin_norm": model.swin_norm,
     }
     return [
         f"{_FIELDS[name]}: {name} {sizes.get(name)} (recipe: {value})"

@@ -1,7 +1,8 @@
 """A Hugging Face folder of Chameleon's shape: facebook's, Lumina-mGPT's, PURE's, Anole's, safetensors or `.bin`.
 
 config.json may lack `num_key_value_heads`, q and k norms may be [head_dim], [1, head_dim] or one per head. An image
-tokenizer inside (`model.vqmodel.*`) is transformers' encoder alone, or whole where a decoder was added to it.
+tokenizer inside (`model.vqmodel.*`) is transformers' encoder alone, or whole where a decoder was added to it. Folders
+that Anole's fork of transformers wrote hold queries and keys in Meta's order; their class's name gives them away.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from realsr_hpc.formats.vqgan import SETTINGS
 
 NAME = "Hugging Face Chameleon folder"
 _KEYS = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight")
+_FORK = "ChameleonForCausalLM"
+"""The class that Anole's fork of transformers writes into config.json; no release has it."""
 _BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -54,14 +57,15 @@ def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
     left = [name for name in given if _BUFFER.fullmatch(name)]
     policy = {name: kept for name, kept in given.items() if not name.startswith(VQ_PREFIX) and name not in left}
     sizes = with_heads_of_the_weights(settings, files.specs, policy)
+    order, known = _order(rotary, settings)
     names = settings.get("vocabulary_map")
     found = FoundPolicy(
         format=NAME,
         path=place.path,
         tensors={name: files.specs[kept] for name, kept in policy.items()},
-        read=lambda name: _read(files, policy, name, rotary),
+        read=lambda name: _read(files, policy, name, order),
         sizes=sizes,
-        rotary=f"{rotary or 'halves'} ({'as asked for' if rotary else 'as transformers computes'})",
+        rotary=f"{order} ({known})",
         names=names if isinstance(names, Mapping) else None,
         faults=tuple(setting_faults(settings)),
         left=tuple(f"{name} (follows from rope_theta)" for name in left[:1]),
@@ -69,6 +73,15 @@ def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
     image = _image(files, inside, settings, place.path) if inside else None
     text = place.file("tokenizer.json", "text_tokenizer.json", "tokenizer/text_tokenizer.json")
     return Found(NAME, found, image, text)
+
+
+def _order(asked: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, str]:
+    """Rotary order, and how it is known: the fork keeps Meta's in its files and permutes within attention."""
+    if asked is not None:
+        return asked, "as asked for"
+    if _FORK in (settings.get("architectures") or ()):
+        return "interleaved", f"{_FORK}: Anole's fork of transformers"
+    return "halves", "as transformers computes"
 
 
 def with_heads_of_the_weights(
@@ -83,11 +96,11 @@ def with_heads_of_the_weights(
     return sizes
 
 
-def _read(files: TensorFiles, kept: Mapping[str, str], name: str, rotary: Rotary | None) -> Tensor:
+def _read(files: TensorFiles, kept: Mapping[str, str], name: str, order: Rotary) -> Tensor:
     if name not in kept:
         raise ValueError(f"there is no tensor {name} in the folder")
     tensor = files.read(kept[name])
-    if rotary != "interleaved":
+    if order != "interleaved":
         return tensor
     part = name.split(".")[-2]
     if part in ("q_proj", "k_proj"):
@@ -100,7 +113,7 @@ def _read(files: TensorFiles, kept: Mapping[str, str], name: str, rotary: Rotary
 
 def _image(files: TensorFiles, inside: Mapping[str, str], settings: Mapping[str, Any], path: Path) -> FoundImage:
     vq = settings.get("vq_config") or {}
-    faults = [f"vq_config.{key} {vq[key]!r}" for key in ("double_latent",) if vq.get(key)]
+    faults = [f"vq_config.{key} {vq[key]!r}" for key in ("double_latent", "double_z") if vq.get(key)]
     attended = any(".attn." in name and ".mid." not in name for name in inside)
     return FoundImage(
         "image tokenizer of the folder",

@@ -27,7 +27,7 @@ NAME = "Meta Chameleon tree"
 _UNFUSED, _FUSED = "layers.0.attention.wq.weight", "layers.0.attention.wqkv.weight"
 _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_UNKNOWN = ("swin_norm", "use_scaled_rope", "rope_scaling", "attention_bias", "qkv_bias", "sliding_window", "use_moe")
+_UNKNOWN = ("use_scaled_rope", "rope_scaling", "attention_bias", "qkv_bias", "sliding_window", "use_moe")
 """Settings of params.json that must be absent or false."""
 
 
@@ -163,6 +163,7 @@ class _Tree:
             "num_key_value_heads": self.kv_heads,
             "rms_norm_eps": self.params.get("norm_eps", 1e-5),
             "rope_theta": self.params.get("rope_theta", 10000.0),
+            "swin_norm": bool(self.params.get("swin_norm")),
         }
 
     def tensors_of(self, name: str) -> list[Spec]:

@@ -18,6 +18,7 @@ SIZES = {
     "num_key_value_heads": None,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
+    "swin_norm": False,
 }
 """Compared with the recipe; the value where the key is missing, as in transformers' `ChameleonConfig`."""
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -25,7 +26,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "swin_norm": (False, None),
     "tie_word_embeddings": (False, None),
     "sliding_window": (None,),
     "use_sliding_window": (False, None),

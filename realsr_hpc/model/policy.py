@@ -85,7 +85,9 @@ def _chunk(
     return PolicyChunk(
         config=megatron,
         transformer_layer_spec=block_spec(  # pyright: ignore[reportArgumentType]
-            layout.layers_per_chunk(config.model, config.parallel), emulated_fp8=emulates_fp8(config.precision)
+            layout.layers_per_chunk(config.model, config.parallel),
+            emulated_fp8=emulates_fp8(config.precision),
+            swin_norm=config.model.swin_norm,
         ),
         vocab_size=padded,
         max_sequence_length=config.model.max_sequence_tokens,

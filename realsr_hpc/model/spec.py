@@ -141,12 +141,33 @@ class KNorm(_HeadNorm):
         super().__init__(config.num_query_groups or config.num_attention_heads, hidden_size, config)
 
 
+class SwinLayer(TransformerLayer):
+    """A layer with its norms after attention and MLP: x + norm(attention(x)), then y + norm(mlp(y)).
+
+    Source: `swin_norm` of facebookresearch/chameleon `inference/transformer.py`. The modules, and so the names of the
+    weights, are those of the plain layer; attention and MLP hand on sums over tp, which the norms need.
+    """
+
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **named: Any) -> tuple[Tensor, None]:
+        # [S, b, H]; of Megatron's arguments those that `SdpaAttention` and rotary embeddings read
+        given = {name: named.get(name) for name in ("attention_mask", "rotary_pos_emb", "attention_bias")}
+        attended, _ = self.self_attention(hidden_states, **given)
+        return hidden_states + self.input_layernorm(attended), None
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
+        output, bias = mlp_output_with_bias
+        return super()._forward_post_mlp((self.pre_mlp_layernorm(output), bias), residual)
+
+
 def block_spec(
-    num_layers: int, transformer_engine: bool | None = None, emulated_fp8: bool = False
+    num_layers: int, transformer_engine: bool | None = None, emulated_fp8: bool = False, swin_norm: bool = False
 ) -> TransformerBlockSubmodules:
     """Spec of `num_layers` layers and the final norm; Transformer Engine's linear layers and norms where it is.
 
-    emulated_fp8: linear layers that can round their operands, whatever is installed.
+    emulated_fp8: linear layers that can round their operands, whatever is installed. swin_norm: layers of `SwinLayer`.
     """
     if transformer_engine is None:
         transformer_engine = backend.has_transformer_engine()
@@ -155,7 +176,7 @@ def block_spec(
         modules = (RMSNorm, Fp8ColumnParallelLinear, Fp8RowParallelLinear)
     elif transformer_engine:
         modules = _transformer_engine_modules()
-    layer = _layer_spec(*modules)
+    layer = _layer_spec(*modules, SwinLayer if swin_norm else TransformerLayer)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=modules[0])  # pyright: ignore[reportArgumentType]
 
 
@@ -169,7 +190,7 @@ def _transformer_engine_modules() -> tuple[Any, Any, Any]:
     return TENorm, TEColumnParallelLinear, TERowParallelLinear
 
 
-def _layer_spec(norm: Any, column: Any, row: Any) -> ModuleSpec:
+def _layer_spec(norm: Any, column: Any, row: Any, layer: type[TransformerLayer]) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -178,7 +199,7 @@ def _layer_spec(norm: Any, column: Any, row: Any) -> ModuleSpec:
         ),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,

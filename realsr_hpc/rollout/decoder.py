@@ -33,7 +33,7 @@ from realsr_hpc.behaviour.distribution import project
 from realsr_hpc.model.fp8 import Fp8Weight
 from realsr_hpc.model.lora import Adapters, adapters_of
 from realsr_hpc.model.policy import Policy
-from realsr_hpc.model.spec import HEAD_NORM_EPSILON
+from realsr_hpc.model.spec import HEAD_NORM_EPSILON, SwinLayer
 from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.layout import rounded_up
 from realsr_hpc.rollout.cache import Cache, Place, Stream
@@ -124,6 +124,7 @@ class Decoder:
         self.kv_heads = config.num_query_groups // self.groups.tp_size
         self.queries_per_kv = config.num_attention_heads // config.num_query_groups
         self.epsilon = config.layernorm_epsilon
+        self.swin_norm = isinstance(policy.chunks[0].decoder.layers[0], SwinLayer)
         in_fp8 = policy.rollout_fp8_layers
         self.chunks = [
             [LayerWeights.of(layer, layer.layer_number in in_fp8) for layer in chunk.decoder.layers]
@@ -220,23 +221,27 @@ class Decoder:
                 x = self._layer(x, layer, offset + number, attend, cos, sin)
             offset += len(layers)
             if groups.is_last_stage and index == len(self.chunks) - 1:
-                norm = self.policy.chunks[-1].decoder.final_layernorm.weight
-                return F.rms_norm(x, norm.shape, norm, self.epsilon)
+                return self._norm(x, self.policy.chunks[-1].decoder.final_layernorm.weight)
             self._send(x)
         return None
 
     def _layer(self, x: Tensor, w: LayerWeights, number: int, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
-        y = F.rms_norm(x, w.attention_norm.shape, w.attention_norm, self.epsilon)  # [m, H]
+        y = x if self.swin_norm else self._norm(x, w.attention_norm)  # [m, H]
         # Megatron's fused layout: per key head its h/kv queries, then the key, then the value: [m, kv, h/kv + 2, d]
         qkv = _product(y, w.qkv).view(-1, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
         # queries and key of each key head are normalised and rotated together: [m, kv, h/kv + 1, d]
         qk = F.layer_norm(qkv[:, :, :-1], (self.head_dim,), None, None, HEAD_NORM_EPSILON)
         qk = _rotate(qk * w.qk_norm_weight + w.qk_norm_bias, cos, sin)
         context = attend(number, qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]).flatten(1)
-        x = x + self._sum_tp(_product(context, w.proj))
-        y = F.rms_norm(x, w.mlp_norm.shape, w.mlp_norm, self.epsilon)
+        y = self._sum_tp(_product(context, w.proj))
+        x = x + (self._norm(y, w.attention_norm) if self.swin_norm else y)
+        y = x if self.swin_norm else self._norm(x, w.mlp_norm)
         gate, up = _product(y, w.fc1).chunk(2, -1)  # [m, ffn / tp] each
-        return x + self._sum_tp(_product(F.silu(gate) * up, w.fc2))
+        y = self._sum_tp(_product(F.silu(gate) * up, w.fc2))
+        return x + (self._norm(y, w.mlp_norm) if self.swin_norm else y)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.epsilon)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table = self.policy.chunks[0].embedding.word_embeddings.weight

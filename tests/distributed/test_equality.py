@@ -53,6 +53,17 @@ def test_recomputation_changes_nothing(recompute: str) -> None:
     assert_equal(run_ranks(1, gradients, tiny_config({"recompute": recompute}), 2, True), True)
 
 
+def test_norms_after_attention_and_mlp_split_as_one_process_computes_them() -> None:
+    """`swin_norm`: norms stand behind the sums over tp; under sequence parallelism each rank holds some of the rows."""
+    swin = {"swin_norm": True}
+    reference = run_ranks(1, gradients, tiny_config(model=swin), 1, False)[0]
+    layout = {"tp": 2, "sequence_parallel": True, "recompute": "selective"}
+    results = run_ranks(2, gradients, tiny_config(layout, swin), 2, False)
+    assert all(abs(result["loss"] - reference["loss"]) < TOLERANCE for result in results)
+    assert largest_difference(results[0]["gradients"], reference["gradients"]) < TOLERANCE
+    assert largest_difference(reference["gradients"], one_process(False)["gradients"]) > 100 * TOLERANCE
+
+
 def test_gradients_are_large_enough_to_tell() -> None:
     reference = one_process(False)["gradients"]
     smallest = min(np.abs(g).max() for g in reference.values())

@@ -22,6 +22,7 @@ def one_update(
     rollout: dict[str, Any],
     microbatch_tokens: int = 900,
     adapted: bool = False,
+    swin_norm: bool = False,
 ) -> dict[str, Any]:
     """A whole step of two prompts x four rollouts; numbers of this rank."""
     import torch
@@ -38,7 +39,7 @@ def one_update(
     torch.set_num_threads(1)
     parts = small_parts(
         vlcot={"max_text_tokens": 5},
-        model={"num_layers": 4, "hidden_size": 64, "num_kv_heads": 2, "ffn_hidden_size": 96}
+        model={"num_layers": 4, "hidden_size": 64, "num_kv_heads": 2, "ffn_hidden_size": 96, "swin_norm": swin_norm}
         | ({"lora": {"rank": 3, "alpha": 6.0}} if adapted else {}),
         parallel={"distributed_optimizer": False, "microbatch_tokens": microbatch_tokens} | parallel,
         rollout=rollout,
@@ -109,6 +110,11 @@ def test_sampler_and_scorer_agree_on_one_process(case):
     assert single["num_loss_tokens"] > 200
     assert single["worst"] <= 1e-5
     assert single["grad_norm"] > 1e-3
+
+
+def test_sampler_and_scorer_agree_where_norms_stand_after_attention_and_mlp():
+    results = run_ranks(2, one_update, {"tp": 2}, TRUNCATED | {"lookahead": 3}, 900, False, True)
+    assert all(result["compared"] and result["worst"] <= 1e-5 for result in results)
 
 
 LAYOUTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,14 @@ def fused(shard: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
-def write_tree(root: Path, shards: list[dict[str, Any]], config: RunConfig, kv_heads: int | None = None) -> Path:
+def write_tree(
+    root: Path, shards: list[dict[str, Any]], config: RunConfig, kv_heads: int | None = None, swin_norm: bool = False
+) -> Path:
     """`models/7b`, `tokenizer/text_tokenizer.json` as Meta's download script leaves them."""
     folder = root / "models" / "7b"
     folder.mkdir(parents=True)
     model = {"dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": kv_heads, "norm_eps": EPSILON}
-    model |= {"rope_theta": THETA, "qk_normalization": True, "swin_norm": False, "vocab_size": -1}
+    model |= {"rope_theta": THETA, "qk_normalization": True, "swin_norm": swin_norm, "vocab_size": -1}
     (folder / "params.json").write_text(json.dumps({"model": model, "seed": 1}))
     (folder / "consolidate_params.json").write_text(json.dumps({"model_parallel_size": len(shards)}))
     for number, shard in enumerate(shards):
@@ -123,30 +126,41 @@ def write_tree(root: Path, shards: list[dict[str, Any]], config: RunConfig, kv_h
     return root
 
 
-def meta_logits(shards: list[dict[str, Tensor]], tokens: Tensor, kv_heads: int = HEADS) -> Tensor:
+def meta_logits(
+    shards: list[dict[str, Tensor]], tokens: Tensor, kv_heads: int = HEADS, swin_norm: bool = False
+) -> Tensor:
     """[B, S, V] of a tree in float32: inference/transformer.py's arithmetic, rotary turns of neighbouring pairs."""
-    parts, (batch, length) = len(shards), tokens.shape
     hidden = torch.cat([shard["tok_embeddings.weight"][tokens] for shard in shards], -1)
     for layer in range(LAYERS):
         at = f"layers.{layer}."
-        normed = _rms(hidden, shards[0][f"{at}attention_norm.weight"])
-        for shard in shards:
-            q = _heads(normed @ shard[f"{at}attention.wq.weight"].T, shard, f"{at}attention.q_normalization")
-            k = _heads(normed @ shard[f"{at}attention.wk.weight"].T, shard, f"{at}attention.k_normalization")
-            v = (normed @ shard[f"{at}attention.wv.weight"].T).view(batch, length, -1, WIDTH)
-            q, k = _turned(q), _turned(k)
-            k, v = (x.repeat_interleave(HEADS // kv_heads, 2) for x in (k, v))
-            scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / WIDTH**0.5
-            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
-            mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(batch, length, -1)
-            hidden = hidden + mixed @ shard[f"{at}attention.wo.weight"].T
-        normed = _rms(hidden, shards[0][f"{at}ffn_norm.weight"])
-        for shard in shards:
-            gate, up = (normed @ shard[f"{at}feed_forward.{name}.weight"].T for name in ("w1", "w3"))
-            hidden = hidden + (functional.silu(gate) * up) @ shard[f"{at}feed_forward.w2.weight"].T
+        attend = functools.partial(_attention, shards, f"{at}attention", kv_heads)
+        for branch, norm in ((attend, "attention_norm"), (functools.partial(_mlp, shards, at), "ffn_norm")):
+            weight = shards[0][f"{at}{norm}.weight"]
+            hidden = hidden + (_rms(branch(hidden), weight) if swin_norm else branch(_rms(hidden, weight)))
     normed = _rms(hidden, shards[0]["norm.weight"])
-    assert parts == len(shards)
     return torch.cat([normed @ shard["output.weight"].T for shard in shards], -1)
+
+
+def _attention(shards: list[dict[str, Tensor]], at: str, kv_heads: int, x: Tensor) -> Tensor:
+    (batch, length), total = x.shape[:2], torch.zeros_like(x)
+    for shard in shards:
+        q = _turned(_heads(x @ shard[f"{at}.wq.weight"].T, shard, f"{at}.q_normalization"))
+        k = _turned(_heads(x @ shard[f"{at}.wk.weight"].T, shard, f"{at}.k_normalization"))
+        v = (x @ shard[f"{at}.wv.weight"].T).view(batch, length, -1, WIDTH)
+        k, v = (part.repeat_interleave(HEADS // kv_heads, 2) for part in (k, v))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / WIDTH**0.5
+        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).reshape(batch, length, -1)
+        total = total + mixed @ shard[f"{at}.wo.weight"].T
+    return total
+
+
+def _mlp(shards: list[dict[str, Tensor]], at: str, x: Tensor) -> Tensor:
+    total = torch.zeros_like(x)
+    for shard in shards:
+        gate, up = (x @ shard[f"{at}feed_forward.{name}.weight"].T for name in ("w1", "w3"))
+        total = total + (functional.silu(gate) * up) @ shard[f"{at}feed_forward.w2.weight"].T
+    return total
 
 
 def _rms(x: Tensor, weight: Tensor) -> Tensor:

@@ -107,6 +107,31 @@ def test_other_widths_grouped_queries_and_rotary_bases(hidden, heads, kv_heads, 
     assert (logits_of(wrong.output, config, TOKENS, vocab) - theirs).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("hidden", [48, 80])
+def test_a_folder_of_anoles_fork_keeps_metas_rotary_order(hidden, tmp_path, logits_of):
+    """The fork stores what Meta's tree holds under Hugging Face's names, and permutes within attention."""
+    sizes = [f"model.hidden_size={hidden}", "model.num_kv_heads=2"]
+    config = recipe(*sizes)
+    model = stock_model(config)
+    state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
+    for name, value in state.items():  # halves (0 0 ... 1 1 ...) -> pairs (0 1 0 1 ...)
+        if ".q_proj." in name or ".k_proj." in name:
+            rows = value.unflatten(0, (-1, 2, hidden // HEADS // 2)).transpose(1, 2)
+            state[name] = rows.reshape(value.shape)
+        if ".q_norm." in name or ".k_norm." in name:  # one norm for all heads
+            state[name] = value[:1].unflatten(1, (2, -1)).transpose(1, 2).reshape(-1)
+            value.copy_(value[:1].clone().expand(value.shape))  # the model itself
+    fork = {"architectures": ["ChameleonForCausalLM"], "qk_layernorm": True}
+    source = write_folder(tmp_path / "source", model, state, bins=1, config=config, **fork)
+    done = import_weights(Sources(source), tmp_path / "out", config)
+    assert "rotary order interleaved (ChameleonForCausalLM" in done.recognised[0]
+    theirs = their_logits(model)
+    torch.testing.assert_close(logits_of(tmp_path / "out", config, TOKENS, 1024), theirs, rtol=1e-5, atol=2e-5)
+    write_folder(tmp_path / "source", model, state, bins=1, config=config, qk_layernorm=True)
+    wrong = import_weights(Sources(source), tmp_path / "wrong", config)
+    assert (logits_of(wrong.output, config, TOKENS, 1024) - theirs).abs().max() > 0.05
+
+
 def test_shared_norms_are_given_to_all_heads_so_that_transformers_loads_the_folder(model, tmp_path):
     state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
     state |= {name: value[:1].clone() for name, value in state.items() if "_norm." in name and value.dim() == 2}

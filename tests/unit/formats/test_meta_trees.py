@@ -14,24 +14,27 @@ from tests.unit.formats.layouts import HEADS, LAYERS, WIDTH, fused, layout, meta
 
 TOKENS = torch.randint(0, 900, (2, 12), generator=torch.Generator().manual_seed(1))
 CASES = {
-    "one file": (1, HEADS, False),
-    "fused": (1, HEADS, True),
-    "grouped queries": (1, 2, False),
-    "grouped queries, fused": (1, 2, True),
-    "four shards, norms of their own": (4, HEADS, False),
-    "two fused shards, grouped queries": (2, 2, True),
+    "one file": (1, HEADS, False, False),
+    "fused": (1, HEADS, True, False),
+    "grouped queries": (1, 2, False, False),
+    "grouped queries, fused": (1, 2, True, False),
+    "four shards, norms of their own": (4, HEADS, False, False),
+    "two fused shards, grouped queries": (2, 2, True, False),
+    "four shards, norms after attention and MLP (the 30B)": (4, HEADS, False, True),
 }
+"""Shards, key heads, whether matrices are fused, `swin_norm`."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_imported_tree_computes_what_metas_code_computes(case, tmp_path, logits_of):
-    parts, kv_heads, is_fused = CASES[case]
-    config = recipe(f"model.num_kv_heads={kv_heads}")
+    parts, kv_heads, is_fused, swin_norm = CASES[case]
+    config = recipe(f"model.num_kv_heads={kv_heads}", f"model.swin_norm={swin_norm}")
     shards = meta_state(kv_heads, parts=parts)
-    tree = write_tree(tmp_path / "tree", [fused(s) for s in shards] if is_fused else shards, config, kv_heads)
+    given = [fused(shard) for shard in shards] if is_fused else shards
+    tree = write_tree(tmp_path / "tree", given, config, kv_heads, swin_norm)
     done = import_weights(Sources(tree), tmp_path / "out", config)
     assert f"{layout(config).size:,}" in done.recognised[0] and "interleaved (Meta's own files)" in done.recognised[0]
-    theirs = meta_logits(shards, TOKENS, kv_heads)
+    theirs = meta_logits(shards, TOKENS, kv_heads, swin_norm)
     ours = logits_of(tmp_path / "out", config, TOKENS, 1024)
     assert theirs.abs().max() > 1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
@@ -94,7 +97,7 @@ def test_half_of_a_tree_names_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"swin_norm": True}, "swin_norm True"),
+        ({"swin_norm": True}, r"model.swin_norm: swin_norm True \(recipe: False\)"),
         ({"qk_normalization": False}, "qk_normalization False"),
         ({"rope_theta": 500000.0}, r"model.rope_theta: rope_theta 500000.0 \(recipe: 10000.0\)"),
         ({"norm_eps": 1e-6}, "rms_norm_eps 1e-06"),

@@ -30,8 +30,9 @@ def groups() -> ProcessGroups:
     return initialise(ParallelConfig(), seed=0)
 
 
-@pytest.fixture(scope="module")
-def chameleon() -> Any:
+@pytest.fixture(scope="module", params=[False, True], ids=["norms before", "norms after"])
+def chameleon(request: pytest.FixtureRequest) -> Any:
+    """transformers' own class, with its norms before attention and MLP or after them."""
     from realsr_hpc.quality.pyiqa_adapter import declare_torchvision_operators
 
     declare_torchvision_operators()  # before transformers looks for torchvision
@@ -50,6 +51,7 @@ def chameleon() -> Any:
         num_attention_heads=MODEL.num_heads,
         num_key_value_heads=MODEL.num_kv_heads,
         rms_norm_eps=MODEL.norm_epsilon,
+        swin_norm=request.param,
         vq_config=vq,
         vocabulary_map={"<s>": 0, "</s>": 2, "<image>": 3, "<racm3:break>": 4, "<eoss>": 5, **codes},
         model_parallel_size=1,
@@ -78,7 +80,8 @@ def some_tokens(rows: int, length: int) -> Tensor:
 
 def test_logits_equal_those_of_transformers(groups: ProcessGroups, chameleon: Any, tmp_path: Path) -> None:
     chameleon.save_pretrained(tmp_path)
-    policy = build_policy(CONFIG, groups, VOCAB, trainable=False)
+    model = MODEL.model_copy(update={"swin_norm": chameleon.config.swin_norm})
+    policy = build_policy(CONFIG.model_copy(update={"model": model}), groups, VOCAB, trainable=False)
     hf_to_local(open_source(tmp_path).policy.read, policy)
     tokens = some_tokens(2, 24)
     with torch.no_grad():
