@@ -159,7 +159,7 @@ class SwinLayer(TransformerLayer):
 
     def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
         output, bias = mlp_output_with_bias
-        return super()._forward_post_mlp((self.pre_mlp_layernorm(output), bias), residual)
+        return super()._forward_post_mlp((self.pre_mlp_layernorm(output), bias), residual)  # pyright: ignore[reportReturnType]
 
 
 def block_spec(
