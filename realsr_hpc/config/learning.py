@@ -13,7 +13,7 @@ class RewardTerm(Section):
     """One reward: its kind, weight and options."""
 
     kind: Literal["format", "degradation", "understanding", "generation", "fidelity"]
-    """Which reward it is."""
+    """Kind of reward; it decides which options are valid."""
     weight: float = 1.0
     """Factor in the weighted sum."""
     final_weight: float | None = None
@@ -62,7 +62,7 @@ class RolloutConfig(Section, tasks=POLICY):
     image_adaptive_top_k: bool = False
     """Sample image codes with k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (RealSR-R1)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample among the likeliest tokens that hold this probability together; 1: off."""
+    """Sample from the smallest set of likeliest tokens whose probabilities sum to this; 1: off."""
     cfg_scale: NonNegative = 1.0
     """Classifier-free guidance on image tokens: u + s (c - u); 1: off."""
     max_new_tokens: Count = 640
@@ -85,7 +85,7 @@ class RestoreConfig(Section, role="operation"):
     text_top_k: Annotated[int, Field(ge=0)] = 0
     """Sample text among its k likeliest tokens; 1: greedy, 0: off."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample among the likeliest tokens that hold this probability together; 1: off."""
+    """Sample from the smallest set of likeliest tokens whose probabilities sum to this; 1: off."""
     cfg_scale: NonNegative | None = None
     """Classifier-free guidance on image tokens; None: as `rollout.cfg_scale`."""
 
@@ -100,7 +100,7 @@ class GRPOConfig(Section, tasks=("grpo",)):
     group_size: Annotated[int, Field(ge=2)] = 8
     """Rollouts of each prompt; advantages are relative to their group."""
     updates_per_step: Count = 1
-    """Optimizer updates on one batch of rollouts (real ratios from the second on)."""
+    """Optimizer updates per batch of rollouts; importance ratios differ from 1 from the second update on."""
     kl_beta: NonNegative = 0.01
     """Weight of the KL divergence to the frozen reference; 0: no reference is built."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -108,7 +108,8 @@ class GRPOConfig(Section, tasks=("grpo",)):
     clip_low: Positive | None = 0.2
     """Lower clip: ratios below 1 - clip_low stop contributing to the gradient where the advantage is negative."""
     clip_high: Positive | None = 0.2
-    """Upper clip: ratios above 1 + clip_high, where it is positive. None on both: no clipping (the paper's code)."""
+    """Upper clip: ratios above 1 + clip_high stop contributing where the advantage is positive. None for both: no
+    clipping (the paper's code)."""
     dual_clip: Annotated[float, Field(gt=1.0)] | None = None
     """Bound on the loss of negative advantages (dual-clip PPO); None: off."""
     aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
@@ -158,8 +159,8 @@ class SFTConfig(Section, tasks=("sft",)):
     z_loss: NonNegative = 1e-5
     """Weight of the squared log-partition function, which keeps logits from drifting."""
     perception_weight: Positive = 1.0
-    """Weight in the loss of a token before the first image (degradation and rough text), where others have 1: these few
-    tokens are read off the input, the codes of the images are hundreds."""
+    """Loss weight of each token before the first image (degradation and rough text); all others weigh 1. Only these few
+    tokens describe the input directly, beside hundreds of image codes."""
     packing: bool = True
     """Pack several traces into one row up to the token budget; false: one trace per row."""
     heldout_every_steps: Count = 200

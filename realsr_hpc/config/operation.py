@@ -17,13 +17,15 @@ class CheckpointConfig(Section, role="operation"):
     keep_last: Count = 2
     """Newest checkpoints that are kept."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """Checkpoints kept for their `best_metric`, beside the last ones; a new best one is saved when it is measured."""
+    """Best checkpoints by `best_metric` that are kept in addition to the newest; a new best is saved as soon as it is
+    measured."""
     best_metric: str | None = None
-    """None: heldout/total/mean (grpo), heldout/loss/mean (sft), heldout/psnr_db/mean (tokenizer)."""
+    """Metric by which the best checkpoints are chosen; None: heldout/total/mean (grpo), heldout/loss/mean (sft),
+    heldout/psnr_db/mean (tokenizer)."""
     best_is: Literal["highest", "lowest"] | None = None
     """Direction of `best_metric`; None: as the metric declares. A given value must agree with it."""
     async_save: bool = False
-    """Files are written behind the next steps; costs a copy of the shards in host memory."""
+    """Write files while the next steps run; needs a copy of the shards in host memory."""
     stop_at_step: Count | None = None
     """Stop after this step with a checkpoint, to be resumed later; None: run to the last step."""
     max_failed_in_a_row: Count = 3
@@ -34,7 +36,7 @@ class TrackingConfig(Section, role="operation"):
     """MLflow; events pass through a spool beside the checkpoint first."""
 
     uri: str | None = None
-    """None: sqlite in the output root."""
+    """MLflow tracking URI; None: an SQLite file in the output root."""
     experiment: Annotated[str, Field(min_length=1)] = "realsr_hpc"
     """MLflow experiment that the runs belong to."""
     description: str = ""
@@ -55,15 +57,15 @@ class ClusterConfig(Section, role="operation"):
     """Where a run executes."""
 
     kind: Literal["local", "slurm"] = "local"
-    """This machine, or Slurm."""
+    """Where the run executes: this machine, or Slurm."""
     nodes: Annotated[Count, LAYOUT] = 1
-    """Machines of a run."""
+    """Number of nodes."""
     tasks_per_node: Annotated[Count, LAYOUT] = 1
     """One task per GPU (or CPU process): world size = nodes x tasks_per_node."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    """0: the run computes on CPUs."""
+    """GPUs that a run uses on each node; 0: it computes on CPUs."""
     cpus_per_task: Count = 1
-    """Processor cores a process."""
+    """CPU cores for each process."""
     gpu_memory_gib: Positive | None = None
     """Memory of one GPU; a plan that needs more is refused. None: not checked."""
     memory_gib: Positive | None = None
@@ -93,7 +95,7 @@ class ClusterConfig(Section, role="operation"):
     restarts_in_place: Annotated[int, Field(ge=0)] = 1
     """Restarts of killed ranks inside the allocation, in a row without a new step, before the job is requeued."""
     hang_limit_s: Count = 1800
-    """Longest time without a step; longer, and the job ends with its stacks in the logs and is requeued."""
+    """Longest time without a completed step; after it the job logs its stacks, ends and is requeued."""
 
     @property
     def runs_at_once(self) -> int:

@@ -36,7 +36,7 @@ class DegradationOptions(Section):
     blur_weight: NonNegative = 1.0
     """Weight of this slot; the five weights are normalised by their sum. The paper weights all slots equally."""
     resize1_weight: NonNegative = 0.0
-    """0: no probe reads the first resize from the LQ image (docs/rewards.md)."""
+    """Weight of the first resize; 0, because no probe can read it from the LQ image (docs/rewards.md)."""
     noise_weight: NonNegative = 1.0
     """Share of this slot, as `blur_weight`."""
     compression_weight: NonNegative = 1.0
@@ -67,15 +67,16 @@ class UnderstandingOptions(Section):
     """Reward `understanding`."""
 
     similarity: Literal["chrf", "minilm", "none"] = "chrf"
-    """Of each text with its caption; none: tags only (the paper)."""
+    """How the similarity of each text to its caption is measured; none: tags only (the paper)."""
     tags_weight: Probability = 0.5
-    """Share of the tag term; the similarity has the rest. Unused with similarity=none."""
+    """Weight of the tags; the similarity has 1 minus this. Unused with similarity=none."""
     word_weight: Probability = 0.5
     """Share of the word where an image shows a known one (made signs); tags and similarity have the rest."""
     word_credit: Literal["exact", "letters"] = "exact"
-    """exact: 1 where the rough text names the word; letters: 1 less the share of letters to change."""
+    """exact: 1 if the rough text contains the word, else 0; letters: 1 minus the share of letters that differ."""
     synonyms: Literal["none", "wordnet", "minilm"] = "none"
-    """What else names a tag: the other words of its WordNet senses, or a word or two that mean nearly the same."""
+    """What counts as naming a tag besides the tag itself: words of its WordNet senses, or one or two words of nearly
+    the same meaning."""
     wordnet_dir: str = "/usr/share/wordnet"
     """Folder with WordNet's index.noun and data.noun; only with synonyms=wordnet."""
     min_cosine: Probability = 0.7
@@ -86,7 +87,7 @@ class GenerationOptions(Section):
     """Reward `generation`."""
 
     expert: Literal["niqe", "ranker", "pyiqa"] = "ranker"
-    """What rates the final image."""
+    """Network or statistic that rates the final image."""
     weights: str | None = None
     """File of the expert; None: the one shipped under recipes/assets/tiny."""
     metrics: list[str] = []
@@ -122,7 +123,7 @@ class FidelityOptions(Section):
     weights_dir: str | None = None
     """Folder of staged pyiqa weights with its SHA256SUMS, None: weights/iqa; only with metric=pyiqa."""
     smooth_px: Annotated[float, Field(ge=0.0)] = 1.0
-    """Gaussian sigma over both images before comparing with the LQ image, in LQ pixels; 0: none."""
+    """Standard deviation, in LQ pixels, of the Gaussian blur of both images before they are compared; 0: no blur."""
     psnr_low: float = 10.0
     """PSNR in dB at or below which the reward is 0."""
     psnr_high: Positive = 40.0
@@ -158,11 +159,11 @@ class HttpOptions(Section):
     read_timeout_s: Positive = 60.0
     """Longest wait for a whole answer of the other process."""
     retries: Annotated[int, Field(ge=0, le=10)] = 3
-    """Further tries of a call that found nobody, was not answered, or got a status 429, 500, 502, 503 or 504."""
+    """Further attempts when a call cannot connect, is not answered, or gets status 429, 500, 502, 503 or 504."""
     pause_s: Positive = 0.5
     """The first retry follows at once, the later ones after 2, 4, 8 ... times this, at most 30 s."""
     at_once: Count = 4
-    """Calls of one rank that are on their way together; each holds `rewards.batch_size` rollouts."""
+    """Concurrent calls of each rank; each sends `rewards.batch_size` rollouts."""
     token_env: str | None = None
     """Environment variable with a secret that both sides know, sent as `Authorization: Bearer ...`."""
 

@@ -66,11 +66,11 @@ class ImageTokenizerConfig(Section):
     weights: Annotated[str, read_by(*POLICY)] = "recipes/assets/tiny/image_tokenizer.safetensors"
     """safetensors file with encoder, codebook and decoder."""
     downsample: Count = 8
-    """Pixels of an image side that one code stands for (f)."""
+    """Image pixels per code along one side (f)."""
     codebook_size: Count = 4096
     """Number of codes."""
     embed_dim: Count = 16
-    """Features a code is chosen by."""
+    """Dimension of a code vector: features are projected to it and the nearest code is chosen."""
     latent_channels: Count = 64
     """Channels between encoder and `quant_conv`."""
     base_channels: Count = 128
@@ -84,7 +84,8 @@ class ImageTokenizerConfig(Section):
     decoder_norm: bool = False
     """Group normalisation in the decoder (taming); without it a narrow decoder keeps brightness and colour."""
     decoder_patch_out: bool = True
-    """The decoder adds to a linear reading of each latent's patch; false: taming's."""
+    """Add the decoder's output to a linear projection of each latent to its patch; false: the decoder alone
+    (taming)."""
     decoder_channel_multiplier: tuple[Count, ...] | None = (2, 2)
     """Channels of each decoder level over `decoder_base_channels`, finest first; None: as the encoder."""
     decoder_output_shuffle: Count = 4
@@ -135,12 +136,13 @@ class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     start_batches: Count = 40
     """Batches that the start weights are computed from: principal components, k-means, least squares."""
     freeze_encoder: bool = False
-    """Encoder and codebook stay as computed, only the decoder is trained. With many codes a small batch holds too few
-    of each to move a codebook by; and codes that stay let a policy be trained while the decoder still improves."""
+    """Keep encoder and codebook as computed at the start and train only the decoder. With many codes, a small batch has
+    too few samples of each to update a codebook; and with fixed codes a policy can be trained before the decoder is."""
     dead_leaves_share: Probability = 0.25
-    """Share of images of made shapes; what these and signs leave are crops of the manifest's training photographs."""
+    """Share of training images that are generated shapes; images that are neither shapes nor signs are crops of
+    photographs."""
     signs_share: Probability = 0.0
-    """Share of made signs: letters that a reader of the reconstruction must still tell apart."""
+    """Share of training images that are generated signs, whose letters must stay legible in the reconstruction."""
     degraded_share: Probability = 0.2
     """Share of images that are degraded first: the tokenizer also encodes LQ images."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -148,7 +150,7 @@ class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     text_vocab_size: Count = 768
     """Entries of the byte-pair vocabulary that is trained beside the images."""
     log_every_steps: Count = 100
-    """Updates between two reports."""
+    """Updates between two reports of the metrics."""
 
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -191,7 +193,7 @@ class ModelConfig(Section, tasks=POLICY):
     max_sequence_tokens: Count = 1024
     """Longest prompt and response together."""
     weights: str | None = None
-    """Start weights: a Hugging Face export folder; None: random (a run's own checkpoint goes before)."""
+    """Start weights: a Hugging Face export folder; None: random. A run's own checkpoint takes precedence."""
     lora: LoRAConfig | None = None
     """Train low-rank adapters in place of the weights: `{rank: 16, alpha: 32}`; None: train all weights."""
 
@@ -317,8 +319,8 @@ class DegradationConfig(Section, tasks=POLICY):
     labels: Literal["visible", "applied"] = "visible"
     """What the labels describe: the damage still visible in the LQ image, or the parameters that were drawn."""
     severity_edges: dict[str, tuple[float, float]] = {}
-    """Overrides of the light|medium|heavy edges by name; default: visible: terciles of what the preset gives at the
-    recipe's sizes; applied: terciles of each range."""
+    """Limits between light, medium and heavy by name. Default with labels=visible: terciles of what the preset yields
+    at the recipe's sizes; with labels=applied: terciles of each range."""
 
 
 class RunConfig(Section):
