@@ -19,7 +19,8 @@ Edges = Mapping[str, tuple[float, float]]
 
 
 def applied_words(parameters: DegradationParameters, preset: Preset, severity_edges: Edges) -> DegradationLabel:
-    """The words of one sample; `preset` is the one its parameters were drawn from."""
+    """The five words of one sample. preset: the one its parameters were drawn from, whose terciles separate the
+    levels."""
     stages = (
         ("first", parameters.first, preset.first),
         ("second", parameters.second, preset.second),

@@ -1,8 +1,9 @@
 """Two implementations of the degradation graph's operators: DALI's own, for a GPU, and calls of `realsr_hpc.pixels`.
 
-Both offer the same methods and read the same arrays (`graph_inputs.py`); a blur comes as (way, kernel, column), a
-resize as what `resize_sources` gives, noise as (field, row). DALI's own run on a CPU, too, where they take two to ten
-times as long; the tests hold the two ways against each other there.
+Both offer the same methods and read the same arrays (`graph_inputs.py`): a blur is (way, kernel, column), a resize is
+the output of `resize_sources`, noise is (field, row). DALI's own operators also run on a CPU, where they take two to
+ten times as long and the tests compare the two implementations. Images are float32 [h, w, 3] on 0..255 unless said
+otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from realsr_hpc.data.graph_inputs import NOTHING, SEPARABLE
 
 
 class HostOperators:
-    """One call of OpenCV's and NumPy's for all between two JPEGs, over a batch's samples by a `map` of the caller's."""
+    """OpenCV and NumPy: one call for all operations between two JPEGs; the caller's `map` distributes a batch's
+    samples."""
 
     reads_tables = False
 
@@ -31,30 +33,30 @@ class HostOperators:
         self._map = map_samples
 
     def array(self, name, layout=None):
-        """An array of a sample. Not copied: who feeds it holds it until the batch is done."""
+        """One array per sample. It is not copied: the caller keeps it alive until the batch is done."""
         self.sources.append(name)
         return fn.external_source(name=name, layout=layout, no_copy=True)
 
     numbers = array
 
     def resize_sources(self, number):
-        """Sides and mode."""
+        """Source side, target side and mode of resize `number`."""
         return (self.numbers(f"resize{number}"),)
 
     def stage(self, x, blur, resize, noise):
-        """Blur, resize, noise, bytes."""
+        """Blur, resize and add noise; uint8."""
         return self._call(_stage_to_bytes, x, *blur, *resize, *noise)
 
     def end(self, x, resize, sinc):
-        """Resize, sinc, bytes."""
+        """Resize and apply the final sinc filter; uint8."""
         return self._call(_end, x, *resize, *sinc)
 
     def stage_and_end(self, x, blur, resize, noise, last_resize, sinc):
-        """Both, clamped between but not rounded."""
+        """`stage` followed by `end`, clamped to 0..255 in between but not rounded to bytes."""
         return self._call(_stage_and_end, x, *blur, *resize, *noise, *last_resize, *sinc)
 
     def sharpened(self, x):
-        """Of bytes; float."""
+        """Unsharp mask of a uint8 image; float32 on 0..255."""
         return self._call(_sharpened, x)
 
     def to_bytes(self, x):
@@ -106,7 +108,7 @@ def _floats(image):
 
 
 class DALIOperators:
-    """DALI's own on one device; resizes, of which DALI has not all, are weighted sums of rows."""
+    """DALI's own operators on one device. Resizes are weighted sums of rows, since DALI lacks some of the modes."""
 
     reads_tables = True
 
@@ -131,22 +133,22 @@ class DALIOperators:
         return self.numbers(f"resize{number}"), self.numbers(f"rows{number}"), self.array(f"weights{number}")
 
     def stage(self, x, blur, resize, noise):
-        """Blur, resize, noise, bytes."""
+        """Blur, resize and add noise; uint8."""
         return self.to_bytes(self._stage(x, blur, resize, noise))
 
     def end(self, x, resize, sinc):
-        """Resize, sinc, bytes."""
+        """Resize and apply the final sinc filter; uint8."""
         return self.to_bytes(self.filtered(self.resized(_to_float(x), *resize), *sinc))
 
     def stage_and_end(self, x, blur, resize, noise, last_resize, sinc):
-        """Both, clamped between but not rounded."""
+        """`stage` followed by `end`, clamped to 0..255 in between but not rounded to bytes."""
         return self.end(_clamp(self._stage(x, blur, resize, noise)), last_resize, sinc)
 
     def _stage(self, x, blur, resize, noise):
         return self.noised(self.resized(self.filtered(_to_float(x), *blur), *resize), *noise)
 
     def filtered(self, x, way, kernel, column):
-        """By the way that `kernel_inputs` chose."""
+        """Filter in the way that `kernel_inputs` chose: 2-D, separable, or not at all."""
         if way[0] == NOTHING:
             y = x
         elif way[0] == SEPARABLE:
@@ -156,7 +158,7 @@ class DALIOperators:
         return y
 
     def resized(self, x, row, index, weights):
-        """Without antialiasing, as PyTorch's interpolate; one to the same size changes nothing."""
+        """Resize without antialiasing, as PyTorch's interpolate; the same size leaves the image unchanged."""
         if row[0] == row[1]:
             y = x
         else:
@@ -179,7 +181,7 @@ class DALIOperators:
         return fn.reshape(y, layout="HWC")
 
     def sharpened(self, x):
-        """Of bytes; float."""
+        """Unsharp mask of a uint8 image; float32 on 0..255."""
         line = pixels.usm_line()
         row, column = (types.Constant(axis, device=self._device) for axis in (line[None, :], line[:, None]))
         x = _to_float(x)

@@ -65,7 +65,7 @@ class DegradationPipeline:
     def run(
         self, samples: Sequence[DegradationInput]
     ) -> tuple[UInt8[np.ndarray, "B h w 3"], UInt8[np.ndarray, "B H W 3"]]:
-        """Degraded images and truths of the samples, in their order."""
+        """Degraded images uint8 [h, w, 3] and truths uint8 [H, W, 3] of the samples, in their order."""
         rows = list(self._map(self._inputs, samples))
         for name in self._operators.sources:
             self._pipeline.feed_input(name, [row[name] for row in rows])

@@ -13,8 +13,8 @@
 | truncated, unreadable | refused: `broken` |
 | more than 179 million pixels | refused: `huge` (a decompression bomb) |
 
-`opened` is the only door to Pillow for files that come from elsewhere: it turns whatever a decoder raises into
-`BrokenImage`, and keeps what decoders would print (libtiff on standard error, Pillow as warnings) off the screen.
+All files of users are opened through `opened`. It turns every exception of a decoder into `BrokenImage` and suppresses
+what decoders print (libtiff on standard error, Pillow as warnings).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class BrokenImage(ValueError):
 
 
 def decode_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode one file, or member of a tar, by the table above.
+    """Decode one file, or member of a tar, by the table above: uint8 [h, w, 3], RGB.
 
     Raises:
         BrokenImage: with `missing`, `frames`, `depth`, `huge` or `broken` first.
@@ -82,9 +82,9 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def upright_8_bit(image: Image.Image) -> Image.Image:
-    """Turned upright as EXIF says; grey of 16 bits, 32 bits or floats scaled to 8 bits, every other mode as it is.
+    """Rotate as EXIF says, and scale grey of 16 bits, 32 bits or floats to 8 bits; other modes are unchanged.
 
-    Floats are taken as 0..1, 0..255 or 0..65535, the first that holds the finite ones; what is no number is black.
+    The range of floats is the first of 0..1, 0..255 and 0..65535 that contains all finite values; NaN becomes black.
 
     Raises:
         BrokenImage: `depth`, where values lie outside of all of these.

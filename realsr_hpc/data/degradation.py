@@ -52,7 +52,7 @@ class StagePreset:
 
 @dataclass(frozen=True)
 class Preset:
-    """Both stages and the end."""
+    """Ranges and probabilities of both stages and of the final resize, JPEG and sinc filter."""
 
     first: StagePreset
     second: StagePreset
@@ -86,7 +86,7 @@ PRESETS: dict[str, Preset] = {
 
 @dataclass(frozen=True)
 class StageParameters:
-    """What one stage does, in this order: blur, resize, noise; its JPEG stands in the order of the whole."""
+    """Parameters of one stage: blur, resize and noise in this order, then its JPEG."""
 
     blur: KernelParameters | None
     resize: Resize
@@ -151,7 +151,7 @@ def sample_crop(rng: np.random.Generator, width: int, height: int, min_fraction:
 def sample_degradation(
     rng: np.random.Generator, preset: Preset, gt_size_px: int, upscale: int
 ) -> DegradationParameters:
-    """Draw both stages and the end.
+    """Draw the parameters of both stages and of the final operations.
 
     The first resize is relative to the truth's side, the second to the LQ image's, as published; sides below
     `MIN_SIDE_PX` are raised to it.
@@ -215,12 +215,13 @@ def _sample_beta(rng: np.random.Generator, preset: StagePreset, shape: Shape) ->
 
 
 def sinc_omega_range(size_px: int) -> Range:
-    """Cut-offs drawn for a sinc of this side, radians a px: small kernels cannot hold low ones."""
+    """Lowest and highest cut-off, in radians per px, drawn for a sinc kernel of this side; small kernels cannot
+    represent low ones."""
     return (math.pi / 3 if size_px < 13 else math.pi / 5, math.pi)
 
 
 def noise_field(rng: np.random.Generator, stage: StageParameters) -> Float32[np.ndarray, "side side 3"]:
-    """Standard normal noise of the stage's image; the channels are equal where `gray`."""
+    """Standard normal noise [side, side, 3] for the stage's image; all channels are equal if `stage.gray`."""
     channels = 1 if stage.gray else 3
     field = rng.standard_normal((stage.side_px, stage.side_px, channels), dtype=np.float32)
     return np.repeat(field, 3, axis=2) if stage.gray else field

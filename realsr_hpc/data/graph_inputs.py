@@ -21,7 +21,7 @@ WHOLE, SEPARABLE, NOTHING = range(3)
 
 @dataclass(frozen=True)
 class DegradationInput:
-    """One sample as the graph takes it."""
+    """A sample's crop, drawn parameters and noise, as the graph takes them."""
 
     crop: UInt8[np.ndarray, "side side 3"]
     """Square cut of the photograph, already mirrored."""
@@ -31,7 +31,8 @@ class DegradationInput:
 
 
 def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int, *, tables: bool) -> dict[str, np.ndarray]:
-    """The arrays of one sample by the name of the graph's source, with the resizes' tables or without."""
+    """Arrays of one sample by the name of the graph's input. tables: also those of the resizes, which only DALI's own
+    operators read."""
     p = sample.parameters
     first, second = p.first, p.second
     resizes: tuple[tuple[str, ResizeMode, int, int], ...] = (
@@ -57,7 +58,7 @@ def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int, *, tables: bo
 
 
 def kernel_inputs(number: str, parameters: KernelParameters | None) -> dict[str, np.ndarray]:
-    """The way to apply a kernel, the kernel, and its column where it is separable."""
+    """How to apply a kernel (2-D, separable or none), the kernel, and its column if it is separable."""
     kernel, column = build_factors(parameters)
     way = NOTHING if parameters is None else SEPARABLE if column.size > 1 else WHOLE
     return {f"way{number}": np.array([way], np.int32), f"kernel{number}": kernel, f"column{number}": column}

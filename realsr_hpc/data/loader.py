@@ -83,7 +83,7 @@ class LQLoader:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Photographs met so far that could not be used: why, by key."""
+        """Reasons, by key, for the photographs that could not be used so far."""
         return dict(self._samples.skipped)
 
     def next(self) -> LQBatch:
@@ -102,7 +102,7 @@ class LQLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here, JSON-able."""
+        """The position as JSON values, for `load_state_dict`."""
         return {"position": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -108,11 +108,11 @@ class Manifest:
         return Manifest(self.root, chosen)
 
     def path(self, entry: ManifestEntry) -> Path:
-        """Where the photograph lies."""
+        """Absolute path of the photograph."""
         return self.root / entry.path
 
     def lq_path(self, entry: ManifestEntry) -> Path:
-        """Where its low-quality partner lies.
+        """Absolute path of its low-quality partner.
 
         Raises:
             ValueError: if the entry has none.

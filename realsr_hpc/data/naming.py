@@ -1,6 +1,6 @@
 """Which files a folder holds, what each is called, and which two belong together: one rule for every command.
 
-A name that says less than its path (a name without ending, a tag left out) is used only where it is nobody else's.
+A short name (without suffix, without tag) is used only if no other file would have the same one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_UTF_8 = "bytes:"
 def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
     """Files under a folder sorted by path, and why by path for the folders that could not be read.
 
-    Linked folders are entered once: a loop ends, and what lies in two places has the name of the real one.
+    Linked folders are entered once, so loops end; a file that is reachable by two paths has the name of the real one.
     """
     found: list[Path] = []
     faults: dict[str, str] = {}
@@ -50,9 +50,9 @@ def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def distinct(candidates: Sequence[Sequence[str]], reserved: Collection[str] = ()) -> list[str]:
-    """One name each, all different: the first of its candidates that no other item takes and that is not reserved.
+    """A different name for each item: the first of its candidates that no other item uses and that is not reserved.
 
-    The last candidates have to differ.
+    The last candidates of the items must differ.
     """
     level = [0] * len(candidates)
     while True:
@@ -69,7 +69,7 @@ def distinct(candidates: Sequence[Sequence[str]], reserved: Collection[str] = ()
 
 
 def without_endings(names: Sequence[str]) -> list[str]:
-    """Paths below a folder without their endings; those that would then be another's keep it."""
+    """Paths below a folder without their suffixes; where two would be equal, both keep theirs."""
     return distinct([(PurePosixPath(name).with_suffix("").as_posix(), name) for name in names])
 
 

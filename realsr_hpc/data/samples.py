@@ -35,7 +35,7 @@ Pixels = UInt8[np.ndarray, "H W 3"]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes and shares that decide the window."""
+    """Sizes in px and shares from which crop windows follow."""
 
     gt_size_px: int
     upscale: int
@@ -50,7 +50,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Sample:
-    """A photograph's window, with what is to be done to it.
+    """A photograph's window and what is to be applied to it; images are RGB uint8 [h, w, 3].
 
     Unpaired: `gt` is the square window at its own size and `parameters` are to be applied. Paired: both windows at
     their final sizes. LQ only: `lq` alone.
@@ -160,7 +160,7 @@ def fitted(lq: Pixels, gt: Pixels, upscale: int) -> tuple[Pixels, Pixels]:
 
 
 def cut(image: Pixels, crop: Crop) -> UInt8[np.ndarray, "side side 3"]:
-    """The crop's window, mirrored where it says so."""
+    """The crop's window of an image [h, w, 3], mirrored if the crop is."""
     window = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
     return np.ascontiguousarray(window[:, ::-1] if crop.flip else window)
 

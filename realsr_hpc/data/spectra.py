@@ -1,8 +1,9 @@
 """Frequency responses of the degradation's operators: blurs, resizes, JPEG. NumPy on small arrays.
 
 A spectrum [8, 8] holds a quarter of a grid's band, at the middles of eight equal parts of 0..pi radians a pixel down
-and across: as fine as JPEG's own coefficients. Its mean is the variance of a pixel. Borders are left out, and a target
-pixel may lie anywhere between source pixels. Gains are real because every kernel here is symmetric about its centre.
+and across: the resolution of JPEG's own coefficients. Its mean is the variance of a pixel. Borders are left out, and a
+target pixel may lie anywhere between source pixels. Gains are real because every kernel here is symmetric about its
+centre.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PLACES = 16
 
 
 def kernel_gains(kernel: Float32[np.ndarray, "n n"], frequency: np.ndarray) -> Float64[np.ndarray, "2 f f"]:
-    """Gain of a filter at (u, v) and (u, -v), radians a pixel down and across."""
+    """Gain of a filter at (u, v) and at (u, -v), in radians per pixel down and across."""
     return _gains(kernel, _waves(frequency, len(kernel)))
 
 
@@ -82,7 +83,8 @@ def _keys_gain(cycles: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def folding(source_px: int, target_px: int, mode: ResizeMode) -> Float64[np.ndarray, "8 8"]:
-    """F of a resize along one axis: F P F^T is the target's spectrum of a source of spectrum P, aliases folded in."""
+    """Matrix F of a resize along one axis: for a source of spectrum P, F P F^T is the target's spectrum, aliasing
+    included."""
     if source_px == target_px:
         return np.eye(BANDS)
     ratio = target_px / source_px

@@ -64,7 +64,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def relative_to(path: Path, folder: Path) -> str:
-    """The path, or the member's, as seen from a folder; a member's name is kept as the tar has it."""
+    """The path, or that of a tar's member, relative to a folder; a member's name stays as it is in the tar."""
     member = _MEMBER.fullmatch(str(path))
     file = Path(member["tar"]) if member else path
     seen = Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
@@ -78,7 +78,7 @@ def exists(path: Path) -> bool:
 
 
 def stamp(path: Path) -> str:
-    """Changes when the file (or its tar) was written again."""
+    """Text that changes when the file (or its tar) is written again: size and modification time."""
     member = _MEMBER.fullmatch(str(path))
     status = Path(member["tar"] if member else path).stat()
     return f"{status.st_size}-{status.st_mtime_ns}"

@@ -47,7 +47,7 @@ def freeze_traces(
     shard: tuple[int, int] = (1, 1),
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Tokenise the first `num_samples` samples of the training split; the number of traces that lie in the folder.
+    """Tokenise the first `num_samples` samples of the training split. Returns the number of traces in the folder.
 
     A photograph without captions gives no trace. `shard` (k, n) writes every n-th file only.
 
@@ -87,7 +87,7 @@ def _frozen(
 
 
 def trace_identity(config: RunConfig) -> dict[str, Any]:
-    """What decides the tokens of a trace, JSON-able."""
+    """Everything that the tokens of a trace depend on, as JSON values."""
     return {
         "seed": config.seed,
         "vlcot": config.vlcot.model_dump(mode="json"),
@@ -161,7 +161,7 @@ class TraceLoader:
         return [self.traces[self._number(index)] for index in range(start, start + self._batch_size)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on from here, JSON-able."""
+        """The position as JSON values, for `load_state_dict`."""
         return {"position": self.position, "traces": self.traces.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

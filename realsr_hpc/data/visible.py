@@ -73,7 +73,10 @@ def visible(
     lq_px: int,
     brightness: float = USUAL_BRIGHTNESS,
 ) -> Visible:
-    """`operators` are those of `parameters`; `brightness` is the photograph's mean level: Poisson noise follows it."""
+    """Visible blur, noise and compression of one LQ image.
+
+    operators: those of `parameters`. brightness: the photograph's mean level in 0..255, on which Poisson noise depends.
+    """
     spectra = _tracked(parameters, operators, gt_px, brightness)
     rms = np.sqrt(spectra.mean((1, 2)))
     return Visible(

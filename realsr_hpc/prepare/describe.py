@@ -1,8 +1,8 @@
 """Captions and tags by a model: any transformers image-to-text or image-classification model from a local folder.
 
-A caption is asked for three times, of the photograph at a quarter, half and the whole of `FULL_PX`: what is seen in the
-small picture is what the rough text may say. Nothing is downloaded. The texts are those of the model: look at some
-before training on them.
+The model captions the photograph three times, at a quarter, half and all of `FULL_PX`: the rough text may only mention
+what is visible in the small picture. Nothing is downloaded. The texts are those of the model: look at some before
+training on them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class ClassTagger:
 
 
 def tags_of_captions(captions: Captions) -> tuple[str, ...]:
-    """Up to five content words, those in more of the three captions first, then by their place in the final one."""
+    """Up to five content words: first those that occur in most of the three captions, then by position in the final
+    one."""
     texts = [_content_words(text) for text in captions]
     counts = Counter(word for words in texts for word in set(words))
     order = list(dict.fromkeys(word for words in reversed(texts) for word in words))

@@ -55,7 +55,7 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What came of a source."""
+    """Result of preparing a source."""
 
     manifest: Path | None
     """None after a shard."""
@@ -82,7 +82,7 @@ class PrepareReport:
 
     @property
     def is_clean(self) -> bool:
-        """Whether all was used but reduced copies, and other programs' files beside photographs."""
+        """Whether everything was used, apart from reduced copies and files of other programs."""
         return not {*self.fault_counts, *_kinds(self.passed_over)} - {"reduced", "foreign"}
 
 

@@ -27,12 +27,12 @@ class Journal:
             self._file.write("\n")  # ends a line that a kill cut short
 
     def get(self, name: str, stamp: str) -> dict[str, Any] | None:
-        """The row of a name, if it was written for this stamp."""
+        """The row of a name, or None if there is none for this stamp."""
         row = self._rows.get(name)
         return row if row is not None and row["stamp"] == stamp else None
 
     def add(self, name: str, stamp: str, row: dict[str, Any]) -> dict[str, Any]:
-        """Write a row and return it; from any thread."""
+        """Append a row to the file and return it. Thread-safe."""
         whole = {"name": name, "stamp": stamp, **row}
         with self._lock:
             self._file.write(json.dumps(whole) + "\n")

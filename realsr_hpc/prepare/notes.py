@@ -25,7 +25,7 @@ FIELDS = frozenset({"key", "path", "split", *CAPTIONS, "tags", "lq_path", "sourc
 
 
 class WrongNote(ValueError):
-    """A note that cannot be used; the message says why, its place not."""
+    """A note that cannot be used. The message gives the reason, not the place."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Notes:
     """File and line, by path or key."""
 
     def name_of(self, *names: str) -> str | None:
-        """The first of some names that a note was written for."""
+        """The first of these names for which there is a note, else None."""
         return next((name for name in names if name in self.places), None)
 
     def unused(self, known: Iterable[str]) -> dict[str, str]:
@@ -114,7 +114,7 @@ def note_beside(path: Path) -> tuple[Note, bool]:
 
 
 def note_in_tar(content: bytes, ending: str) -> tuple[Note, list[str]]:
-    """The note in a member's text (`.txt`) or JSON, and why what it says was passed over or altered."""
+    """The note in a tar member's text (`.txt`) or JSON, and the reasons why parts of it were ignored or altered."""
     if ending == ".txt":
         text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="replace")
         raw: dict[str, Any] = {"caption": text} if text.strip() else {}
@@ -141,7 +141,7 @@ def note_in_tar(content: bytes, ending: str) -> tuple[Note, list[str]]:
 
 
 def plain(text: str) -> str:
-    """One line without what closes a trace's fields."""
+    """The text on one line, without characters that would close a field of the trace."""
     return " ".join("".join(" " if caption_fault([mark]) else mark for mark in text).split())
 
 
@@ -189,6 +189,6 @@ def _type_fault(name: str, value: Any) -> str | None:
 
 
 def sound_name(name: str) -> bool:
-    """Whether a key or a tar's member names something below its folder."""
+    """Whether a key or the name of a tar member stays inside its folder (no `..`, not absolute)."""
     parts = PurePosixPath(name).parts
     return bool(parts) and ".." not in parts and not name.startswith("/") and name.isprintable()

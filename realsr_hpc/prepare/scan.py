@@ -10,7 +10,7 @@
 | pair folders | `gt`/`HR`/`test_HR` with `lq`/`LR`/`test_LR` beside it, equal names (tags like `_x4` aside): pairs |
 | WebDataset | `*.tar`, uncompressed: members that are images; `.json`, `.txt` of the same name are their notes |
 
-Linked folders are entered, each once. What looks like a photograph and cannot be read is left out, by name.
+Linked folders are entered once each. Files that look like photographs but cannot be read are left out and reported.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def find_items(source: Path) -> tuple[list[Item], dict[str, str]]:
 
 
 def folder_splits(items: Sequence[Item]) -> list[str]:
-    """Each item's split by a folder called train or test/val, empty where none is; only where both kinds occur."""
+    """Split of each item by a folder called train or test/val, or empty; all are empty unless both kinds of folder
+    occur."""
     splits = [split_of(item.folders) for item in items]
     return splits if {"train", "heldout"} <= set(splits) else [""] * len(items)
 

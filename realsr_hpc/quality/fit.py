@@ -68,7 +68,8 @@ def train_ranker(
 
 
 def ranking_loss(scores: torch.Tensor, severities: torch.Tensor) -> torch.Tensor:
-    """Margin ranking of scores [n, rungs] against severities [n, rungs], with the pull that fixes the scale."""
+    """Margin ranking loss of scores [n, rungs] for severities [n, rungs] in 0..1, plus the term that fixes the
+    scale."""
     gap = severities[:, None, :] - severities[:, :, None]
     lead = scores[:, :, None] - scores[:, None, :]
     ordered = gap > 0

@@ -1,6 +1,6 @@
 """Graded degradations: versions of one photograph from clean to heavily degraded, to train and to measure experts.
 
-Coarser than the data room's Real-ESRGAN pipeline and apart from it on purpose: here the order of severity must be
+Deliberately coarser than the Real-ESRGAN pipeline in `data` and independent of it: here the order of severity must be
 certain. Besides blur, resizing, noise and JPEG it has what generators produce: shifted blocks, posterised blocks, grid
 lines and halos of sharpening, because a policy will be tempted to earn reward with exactly those.
 Images are RGB uint8 [H, W, 3]; a severity is a number in 0..1, 0 changing nothing.
@@ -60,7 +60,7 @@ def shift_blocks(image: np.ndarray, severity: float, rng: np.random.Generator) -
 
 
 def posterise_blocks(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
-    """Each 8 px block drawn towards its own mean and a random tint."""
+    """Move each 8 px block towards its own mean and a random tint."""
     height, width = (size // BLOCK_PX for size in image.shape[:2])
     inside = image[: height * BLOCK_PX, : width * BLOCK_PX].astype(np.float64)
     blocks = inside.reshape(height, BLOCK_PX, width, BLOCK_PX, 3)
@@ -98,7 +98,7 @@ OPERATORS: dict[str, Operator] = {
 
 
 def ladder(image: np.ndarray, names: Sequence[str], severities: Sequence[float], seed: int) -> list[np.ndarray]:
-    """The image through the operators `names` in order, once for each severity, with the same random draws."""
+    """Versions of the image, one for each severity: operators `names` applied in order, with the same random draws."""
     rungs = []
     for severity in severities:
         rng = np.random.default_rng(seed)

@@ -33,7 +33,7 @@ _RING = [(dy, dx) for dy in range(-3, 4) for dx in range(-3, 4) if max(abs(dy), 
 def stripe_guard(images: Sequence[np.ndarray], truths: Sequence[np.ndarray | None] | None = None) -> np.ndarray:
     """Factor [n] in 0..1 for RGB uint8 images [H, W, 3]: 1 for photographs, 0 for stripes.
 
-    Where the truth is known, what share of it is stripes (brick, a mesh, a blind) is allowed to the image as well.
+    Where the truth is known, the image may have the same share of stripes as the truth (brick, a mesh, a blind).
     """
     allowed = np.full(len(images), HARMLESS_SHARE)
     known = [(place, truth) for place, truth in enumerate(truths or ()) if truth is not None]

@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class NotAnswered(Exception):
-    """A process elsewhere gave no scores. Whoever raises it has logged why."""
+    """A process elsewhere gave no scores; the reason has been logged already."""
 
 
 class Reward(ABC):
     """Base of every reward: write `compute`, state `range` and `needs_image`.
 
-    A candidate's score depends on that candidate alone: batches are dealt out to the ranks of a replica.
+    A candidate's score must depend on that candidate alone, since batches are distributed over the ranks of a replica.
     """
 
     range: tuple[float, float] = (0.0, 1.0)
@@ -44,7 +44,7 @@ class Reward(ABC):
         return self.score_counted(candidates)[0]
 
     def score_counted(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [n], and on which items the reward broke, bool [n]."""
+        """Scores, float64 [n], and where computing one failed, bool [n]; never raises."""
         low, high = self.range
         scores = np.full(len(candidates), low, dtype=np.float64)
         chosen = [i for i, item in enumerate(candidates) if item.image is not None or not self.needs_image]

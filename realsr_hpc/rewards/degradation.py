@@ -1,7 +1,7 @@
 """Degradation reward: the weighted share of slots in which the written phrase matches the true words.
 
-Slots: blur, first resize, noise, compression, second resize. The phrase is read leniently: order and words
-between do not matter, but a slot named twice with different words is empty (else naming everything would win).
+Slots: blur, first resize, noise, compression, second resize. The phrase is parsed leniently: order and
+other words do not matter. A slot named twice with different words counts as empty, or naming everything would win.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Slots = tuple[str | None, str | None, str | None, str | None, str | None]
 
 
 class DegradationReward(Reward):
-    """Weighed share of the five slots named rightly; 0 where the truth is unknown."""
+    """Weighted share of the five slots that the trace names correctly; 0 where the truth is unknown."""
 
     def __init__(self, options: DegradationOptions):
         self.options = options
@@ -41,7 +41,7 @@ class DegradationReward(Reward):
 
 
 def read_phrase(phrase: str) -> Slots:
-    """Blur, resize 1, noise, compression, resize 2 as the phrase names them; None where it does not.
+    """Words for blur, resize 1, noise, compression and resize 2 in a phrase; None for a slot that it does not name.
 
     A single resize word is the first when it stands before the noise word, else the second.
     """

@@ -83,7 +83,7 @@ class Answer(BaseModel):
 
 
 def sent(candidates: Sequence[Candidate]) -> bytes:
-    """The document."""
+    """The JSON document of a request: UTF-8."""
     rollouts = [_sent(item).model_dump() for item in candidates]
     return json.dumps({"version": VERSION, "rollouts": rollouts}).encode()
 
@@ -99,7 +99,7 @@ def received(document: bytes) -> list[Candidate]:
 
 
 def answer(scores: np.ndarray, broken: np.ndarray) -> dict[str, Any]:
-    """What is answered: null where the term broke."""
+    """The JSON document of an answer; null where the term failed."""
     pairs = zip(scores.tolist(), broken.tolist(), strict=True)
     return {"scores": [None if failed else score for score, failed in pairs]}
 

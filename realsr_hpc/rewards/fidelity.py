@@ -1,12 +1,12 @@
 """Fidelity reward: does the final image still show what the LQ image shows?
 
-reference=lq (default, no truth needed): the final image is area-averaged to the LQ size and compared with the LQ
-image, both first smoothed a little so that the LQ image's noise and block edges weigh less than its content. With
-degradation=known it first undergoes the very operators that made the LQ image (recorded by the data room, never
-guessed), noise left out: then a blurred LQ image asks for no blurred answer.
-reference=gt: compared with the truth at full size. The generation reward alone pays for invention; this holds it.
-metric=pyiqa (with reference=gt): LPIPS, DISTS, TOPIQ-FR and the like by name, direction and range from pyiqa's table.
-Maps: psnr -> (dB - low) / (high - low); l1 -> 1 - mean |difference| / 255; ssim -> itself, negatives cut.
+reference=lq (default, no truth needed): the final image is area-averaged to the LQ size and compared with the LQ image,
+both first smoothed a little so that the LQ image's noise and block edges weigh less than its content. With
+degradation=known it first undergoes the operators that made the LQ image (recorded in `data`, never estimated), without
+the noise; then a blurred LQ image does not reward a blurred result. reference=gt: compared with the truth at full size.
+The generation reward alone would reward invented detail; this one counteracts it. metric=pyiqa (with reference=gt):
+LPIPS, DISTS, TOPIQ-FR and the like by name, direction and range from pyiqa's table. Maps: psnr -> (dB - low) / (high -
+low); l1 -> 1 - mean |difference| / 255; ssim -> itself, negative values become 0.
 """
 
 from __future__ import annotations

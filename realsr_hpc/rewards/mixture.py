@@ -41,7 +41,7 @@ KINDS: dict[str, type[Reward]] = {
 
 @dataclass(frozen=True)
 class TermScores:
-    """Of some rollouts, by term: unweighted scores, and where the term broke."""
+    """Scores of n rollouts by term: unweighted, float64 [n], and where the term failed, bool [n]."""
 
     breakdown: dict[str, np.ndarray]
     """float64 [n], higher is better."""
@@ -50,7 +50,7 @@ class TermScores:
 
     @classmethod
     def joined(cls, parts: Sequence[TermScores]) -> TermScores:
-        """One behind the other."""
+        """Several parts concatenated in order."""
         names = parts[0].breakdown
         return cls(
             {name: np.concatenate([part.breakdown[name] for part in parts]) for name in names},
@@ -58,7 +58,7 @@ class TermScores:
         )
 
     def taken(self, places: np.ndarray | slice) -> TermScores:
-        """Those at some places."""
+        """The scores at these positions."""
         return TermScores(
             {name: column[places] for name, column in self.breakdown.items()},
             {name: column[places] for name, column in self.failures.items()},
@@ -78,7 +78,8 @@ class RewardMixture:
         self.at_step(1)
 
     def at_step(self, step: int) -> None:
-        """Take the weights of a step (from 1): those of ramped terms change, so a resumed run goes on alike."""
+        """Set the weights of a step, counted from 1. Ramped weights depend on the step alone, so a resumed run has the
+        same ones."""
         self.weights = {name: weight_at(term, step) for name, term in self.config.terms.items()}
 
     def score(self, candidates: Sequence[Candidate]) -> GroupRewards:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def application(terms: Mapping[str, Reward], secret: str | None = None) -> Starlette:
-    """The served terms; with `secret` only those who send it are answered. One batch is scored at a time."""
+    """The web application. secret: requests without it are refused (401). Batches are scored one at a time."""
     busy = Lock()
 
     async def listing(request: Request) -> JSONResponse:

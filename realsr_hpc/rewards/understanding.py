@@ -97,12 +97,13 @@ def tag_share(text: str | None, scene: SceneText | None) -> float:
 
 
 def word_right(text: str | None, scene: SceneText) -> float:
-    """1 where the text names the word that the image shows, else 0."""
+    """1.0 if the text contains the word that the image shows, else 0.0."""
     return float(text is not None and re.search(rf"\b{re.escape(scene.word)}\b", text, re.IGNORECASE) is not None)
 
 
 def letters_right(text: str | None, word: str) -> float:
-    """Likeness in [0, 1] of the word and the first one in capitals, as signs are read: 1 - edits / longer length."""
+    """Similarity in [0, 1] of the word and the first capitalised word of the text: 1 - edit distance / longer
+    length."""
     said = re.search(r"\b[A-Z]{2,}\b", text or "")
     if said is None:
         return 0.0
