@@ -102,7 +102,7 @@ def word_right(text: str | None, scene: SceneText) -> float:
 
 
 def letters_right(text: str | None, word: str) -> float:
-    """Similarity in [0, 1] of the word and the first capitalised word of the text: 1 - edit distance / longer
+    """Similarity in [0, 1] of the word and the first all-capitals word of the text: 1 - edit distance / longer
     length."""
     said = re.search(r"\b[A-Z]{2,}\b", text or "")
     if said is None:
