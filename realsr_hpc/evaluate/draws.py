@@ -1,7 +1,7 @@
 """Statistics over several draws of one image: best, mean and worst.
 
-A single draw per method only shows the mean. A generator can have a good mean and a bad tail, so each image may be
-restored `M` times with other draws: Best, Mean and Worst of M are means over images of each image's best, mean and
+One draw per image hides how much a sampling method varies: its mean can be good and its tail bad. So each image may be
+restored `M` times with different draws: Best, Mean and Worst of M are means over images of each image's best, mean and
 worst value; the worst tenth is the mean over the tenth of the images whose own mean is worst.
 """
 
@@ -30,12 +30,13 @@ class OverDraws:
 
 
 def redrawn(cases: Sequence[Case], draw: int) -> list[Case]:
-    """The same cases for the draw of this number; 0 is the one that a single draw gives."""
+    """The same cases for draw number `draw`; 0 is the draw of an evaluation with a single one."""
     return [replace(case, index=case.index + draw * _DRAW_STRIDE) for case in cases]
 
 
 def over_draws(values: np.ndarray, *, lower_is_better: bool) -> OverDraws:
-    """Of values [images, draws], NaN where an image or a number is missing; images without any value count nowhere."""
+    """Statistics of values [images, draws], NaN where an image or a value is missing; images without any value are
+    ignored."""
     values = np.asarray(values, dtype=np.float64)
     values = values[np.isfinite(values).any(axis=1)]
     low, high = (np.nanmin(values, axis=1), np.nanmax(values, axis=1)) if len(values) else (np.empty(0), np.empty(0))
@@ -45,7 +46,7 @@ def over_draws(values: np.ndarray, *, lower_is_better: bool) -> OverDraws:
 
 
 def worst_tenth(values: np.ndarray, lower_is_better: bool) -> float:
-    """Mean of the worst tenth of the finite values, at least of one; NaN without any."""
+    """Mean of the worst tenth of the finite values (at least one value); NaN if there are none."""
     values = np.sort(values[np.isfinite(values)])
     if not len(values):
         return float("nan")

@@ -40,7 +40,8 @@ class Bicubic:
 
 
 class FinishedImages:
-    """Another method's results: a folder with one file a case, of its name (endings and tags like _LR4 aside)."""
+    """Another method's results: a folder with one file for each case, of the same name apart from suffix and tags such
+    as _LR4."""
 
     def __init__(self, folder: Path):
         """ValueError when the folder holds no images."""

@@ -43,7 +43,7 @@ _CANNOT_TAKE = (ValueError, RuntimeError, AssertionError, IndexError)
 
 @dataclass(frozen=True)
 class Judged:
-    """What was measured of one image."""
+    """Values measured on one image, and why others could not be computed."""
 
     values: dict[str, float]
     """NaN where the image, or what it is measured against, is missing, or the metric cannot take it."""
@@ -52,7 +52,7 @@ class Judged:
 
 
 class Metrics:
-    """What is measured. `score` gives the numbers of a few images; `of_folders` those of whole sets."""
+    """The metrics of an evaluation. `score` measures images; `of_folders` measures whole sets."""
 
     def __init__(
         self,
@@ -70,9 +70,9 @@ class Metrics:
         self._niqe = NIQEModel.load(resolve(NIQE_PATH))
 
     def score(self, cases: Sequence[Case], images: Sequence[RestoredImage]) -> list[Judged]:
-        """Numbers of each image.
+        """Values of each image, by metric.
 
-        ValueError when an image has not its truth's size.
+        ValueError when an image does not have its truth's size.
         """
         rewards, faults = self._rewards(cases, images)
         rows = []
@@ -90,7 +90,7 @@ class Metrics:
         return self.pyiqa[name].lower_is_better if name in self.pyiqa else lower_is_better(name)
 
     def notes(self, names: Sequence[str]) -> dict[str, str]:
-        """What exactly each metric is."""
+        """Version, colour space and border of each metric, by name."""
         border = f"{self.crop_px} px of border left out" if self.crop_px else "no border left out"
         known = {
             "restored": "1 where the method gave a final image, else 0",

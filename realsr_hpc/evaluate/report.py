@@ -31,7 +31,7 @@ GRID_ROWS = 12
 
 @dataclass
 class EvaluationReport:
-    """All images with what every method made of them, and what follows from that."""
+    """All images with every method's results, and the statistics computed from them."""
 
     folder: Path
     set_name: str
@@ -46,7 +46,7 @@ class EvaluationReport:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Metrics of images, in the order met."""
+        """Names of the per-image metrics, in order of first occurrence."""
         rows = (result.metrics for image in self.images for result in image.methods.values())
         return tuple(dict.fromkeys(name for row in rows for name in row))
 
@@ -64,7 +64,7 @@ class EvaluationReport:
         return bootstrap(self.values(method, metric) - self.values(over, metric))
 
     def confusions(self, method: str) -> list[Confusion]:
-        """True against said, a slot each."""
+        """Confusion table of each degradation slot: true against predicted words."""
         said = [image.methods[method].degradation for image in self.images]
         return confusions(said, [image.degradation for image in self.images])
 
@@ -90,7 +90,7 @@ class EvaluationReport:
         return [self.images[place] for place in order[:count]]
 
     def markdown(self) -> str:
-        """Everything that can be said in text."""
+        """The whole report as Markdown, without pictures."""
         counts = ", ".join(f"{method} {int(self.values(method, 'restored').sum())}" for method in self.methods)
         head = [
             f"{self.set_name}: {len(self.images)} images; images given: {counts}. Mean [95 % bootstrap interval].",
@@ -160,7 +160,8 @@ class EvaluationReport:
 
     @property
     def lacking(self) -> dict[tuple[str, str], list[str]]:
-        """By metric and method: the images (and why) that it could not be computed of although they were given."""
+        """By metric and method: the images for which it could not be computed although there is a result, with the
+        reasons."""
         found: dict[tuple[str, str], list[str]] = {}
         for image in self.images:
             for method in self.methods:
@@ -222,7 +223,7 @@ class EvaluationReport:
 
 
 def plot_confusions(tables: Mapping[str, Sequence[Confusion]], path: Path) -> None:
-    """One row per method, one square per slot; colour: share of the cases with that true word."""
+    """Plot one row per method and one table per slot; the colour is the share among cases with the same true word."""
     from matplotlib.figure import Figure
 
     from realsr_hpc.evaluate.words import NOTHING, slot_words

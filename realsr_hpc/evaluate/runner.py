@@ -29,7 +29,8 @@ from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place, and how objects of all ranks come together (on every rank, in rank order)."""
+    """This rank's number, the number of ranks, and a function that gathers one object of every rank (on all ranks, in
+    rank order)."""
 
     rank: int = 0
     size: int = 1

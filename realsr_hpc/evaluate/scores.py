@@ -39,7 +39,8 @@ class Pictures:
 
 
 def read_pictures(found: Sequence[Path], truth: Path | None, lq: Path | None) -> tuple[Pictures, dict[str, str]]:
-    """The readable ones, and why by name for the others. Partners bear an image's name in folders of their own."""
+    """The readable images, and the reasons, by name, for the others. Truths and LQ images have the same names in their
+    own folders."""
     folders = {"truth": truth, "lq": lq}
     read: dict[str, list] = {"files": [], "input": [], "truth": [], "lq": []}
     left_out = {}

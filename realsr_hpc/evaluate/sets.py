@@ -1,8 +1,8 @@
 """Test sets in the layouts the field ships them in.
 
 A paired set is two folders side by side (lq and gt, test_LR and test_HR, LR and HR, ...) or pairs of files in one
-folder (NAME_LR4.png, NAME_HR.png); an unpaired one a folder of images, or `lq` in it. Files are read when their turn
-comes; what cannot be used is named with its reason. RealSR as released (version 3: Canon and Nikon, Train and Test,
+folder (NAME_LR4.png, NAME_HR.png); an unpaired one a folder of images, or `lq` in it. Files are read one at a time;
+files that cannot be used are reported with the reason. RealSR as released (version 3: Canon and Nikon, Train and Test,
 folders 2, 3, 4) has low-quality images as large as their truths: they are averaged down first, as in training.
 """
 
@@ -69,7 +69,7 @@ def open_set(name: str, folder: Path, upscale: int) -> tuple[FolderSet, list[str
 
 
 def images_below(folder: Path, remarks: list[str]) -> list[Path]:
-    """Images of a folder; what cannot be read of it is added to the remarks."""
+    """Images below a folder; files that cannot be read are added to the remarks."""
     files, faults = files_below(folder)
     remarks += [f"left out: {name}: {why}" for name, why in faults.items()]
     unread = [path for path in files if path.suffix.lower() in UNREAD_SUFFIXES]
@@ -175,6 +175,6 @@ def _unpaired(folder: Path, remarks: list[str]) -> list[tuple[str, Path, Path | 
 
 
 def names_of(files: Sequence[Path], folder: Path) -> list[str]:
-    """A name of its own for each file: without folders and ending, as far as no two are the same."""
+    """A different name for each file: without folders and suffix, unless two would then be equal."""
     paths = [PurePosixPath(file.relative_to(folder).as_posix()) for file in files]
     return flat_names([path.with_suffix("").as_posix() for path in paths], [path.as_posix() for path in paths])

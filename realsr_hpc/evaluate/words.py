@@ -23,25 +23,26 @@ TEXT_NOTES = {
 
 
 def slot_words(slot: str) -> tuple[str, ...]:
-    """What can stand in a slot."""
+    """The words that a degradation slot can hold."""
     return get_args(Resize) if slot.startswith("resize") else get_args(Level)
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of one slot: rows the truth, columns what was said, the last column nothing readable."""
+    """Counts of one slot: a row per true word, a column per predicted word, and a last column for unreadable
+    answers."""
 
     slot: str
     counts: np.ndarray
 
     @property
     def accuracy(self) -> float:
-        """Share said rightly; NaN without cases."""
+        """Share of correct answers; NaN without cases."""
         return float(np.trace(self.counts) / self.counts.sum()) if self.counts.sum() else float("nan")
 
     @property
     def chance(self) -> float:
-        """What always saying the most frequent word would earn."""
+        """Accuracy of always answering the most frequent word."""
         return float(self.counts.sum(1).max() / self.counts.sum()) if self.counts.sum() else float("nan")
 
     def markdown(self) -> list[str]:
@@ -52,7 +53,7 @@ class Confusion:
 
 
 def confusions(said: Sequence[str | None], truths: Sequence[str | None]) -> list[Confusion]:
-    """One a slot, over the cases whose true phrase is known."""
+    """One table per slot, over the cases whose true phrase is known."""
     counts = {slot: np.zeros((3, 4), dtype=int) for slot in SLOTS}
     for phrase, truth in zip(said, truths, strict=True):
         if truth is None:

@@ -49,7 +49,8 @@ def carry_over(
 def code_shares(
     old: TraceTokenizer, new: TraceTokenizer, images: Iterable[UInt8[Tensor, "B 3 s s"]]
 ) -> Float[Tensor, "K J"]:
-    """Share of old code j among those at the places of new code k; a code never met has all old codes alike."""
+    """Matrix [new codes, old codes]: how often old code j occurs at the positions of new code k, rows summing to 1. A
+    new code that does not occur weighs all old codes equally."""
     if old.codec.downsample != new.codec.downsample:
         raise ValueError(f"image_tokenizer.downsample: {old.codec.downsample} and {new.codec.downsample} must be equal")
     num_old, num_new = old.codec.vocabulary.num_codes, new.codec.vocabulary.num_codes

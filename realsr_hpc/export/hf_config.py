@@ -21,7 +21,7 @@ SHIPPED_PROCESSOR = "RealSRProcessor"
 
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
-    """Name -> id of everything that is no text: a control token, an image code, a reserved or an unused id."""
+    """Name -> id of every id that is not text: control tokens, image codes, reserved and unused ids."""
     names = {vocabulary.code_to_id(code): code_name(code) for code in range(vocabulary.num_codes)}
     names |= {
         vocabulary.bos: "<s>",
@@ -38,7 +38,8 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def vq_config(config: ImageTokenizerConfig) -> dict[str, Any]:
-    """`ChameleonVQVAEConfig` of the image tokenizer; attention stands at a resolution, counted from 512 px."""
+    """`ChameleonVQVAEConfig` of the image tokenizer; the position of attention is given as a resolution, for an image
+    of 512 px."""
     lowest = config.attention == "lowest"
     return {
         "embed_dim": config.embed_dim,
@@ -90,7 +91,7 @@ def model_config(config: RunConfig, vocabulary: Vocabulary, names: dict[str, int
 
 
 def generation_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Sampling as in restoring, as far as `generate` can express it without the shipped sampler."""
+    """Sampling settings of restoring, as far as `generate` supports them without the shipped processor."""
     restore = config.restore
     return {
         "bos_token_id": vocabulary.bos,

@@ -46,7 +46,7 @@ _BRINGS_TEXT = "text_tokenizer=FILE (text_tokenizer.json of Meta's Chameleon rel
 
 @dataclass(frozen=True)
 class Sources:
-    """What a user names."""
+    """Files and folders that the user gives."""
 
     source: Path
     image_tokenizer: Path | None = None

@@ -1,4 +1,4 @@
-"""Our run or live policy -> a folder that transformers loads."""
+"""A run or a live policy -> a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _rounded(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
 
 
 def write_shipped_code(folder: Path) -> None:
-    """The model class that may paint, and the processor."""
+    """Copy the model class, which can generate images, and the processor."""
     for file in (hf_config.MODELING_FILE, hf_config.PROCESSING_FILE):
         shutil.copyfile(_SHIPPED / file, folder / file)
 
@@ -150,9 +150,9 @@ def layout_here(config: RunConfig) -> ParallelConfig:
 
 
 def empty_policy(config: RunConfig, groups: ProcessGroups, vocab_size: int) -> Policy:
-    """A policy to be filled from a checkpoint, in the layout of this world; no FP8.
+    """A policy without weights, to be loaded from a checkpoint, in the layout of this process group and without FP8.
 
-    Start weights are read only where adapters stand on them: their checkpoints do not hold those.
+    Start weights are read only for runs with adapters, whose checkpoints do not contain them.
     """
     adapted = config.model.lora is not None
     plain = config.model_copy(

@@ -1,4 +1,5 @@
-"""Write a folder of weights and files aside, then rename it; read one back and name every fault."""
+"""Write a folder of weights and files under a temporary name and rename it; read such a folder and report what is
+wrong."""
 
 from __future__ import annotations
 
@@ -56,13 +57,13 @@ class Aside:
 
 
 def refuse_existing(output: Path) -> None:
-    """ValueError where a folder to be written is there already: asked before hours of work, and again after."""
+    """ValueError if the folder to be written exists. Checked before hours of work, and again afterwards."""
     if output.exists():
         raise ValueError(f"output={output} exists; name a new folder, or remove that one first")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Indented, non-ASCII characters as they are."""
+    """Write indented JSON; non-ASCII characters are not escaped."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -92,7 +93,8 @@ def _save(path: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
 
 
 def as_other_files(path: Path) -> None:
-    """Give a file of weights the access that new files get here: safetensors lets its owner alone read it."""
+    """Give a weights file the permissions of other new files (umask); safetensors makes it readable by its owner
+    only."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

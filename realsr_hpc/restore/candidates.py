@@ -19,7 +19,7 @@ Expert = Callable[[Sequence[RestoredImage], Case], np.ndarray]
 
 
 class ManyRestorer(Protocol):
-    """What gives several results of each input (`PolicyRestorer`)."""
+    """A restorer that can return several results for each input (`PolicyRestorer`)."""
 
     def candidates(self, cases: Sequence[Case], count: int) -> list[list[RestoredImage]]:
         """`count` results of each case."""
@@ -28,7 +28,7 @@ class ManyRestorer(Protocol):
 
 @dataclass(frozen=True)
 class Chosen(RestoredImage):
-    """The result taken, with what the expert gave each candidate."""
+    """The chosen result and the expert's score of each candidate."""
 
     chosen: int
     """Its number; -1: the mean of all."""

@@ -25,7 +25,8 @@ def fix_colour(image: np.ndarray, reference: np.ndarray, how: ColourFix) -> np.n
 
 
 def low_frequencies(planes: Tensor) -> Tensor:
-    """What is left of [3, H, W] after five levels of the à trous transform: taps 1 2 1, spread 1, 2, 4, 8, 16 px."""
+    """Low-pass residual [3, H, W] after five levels of the à trous transform: taps 1 2 1 with dilation 1, 2, 4, 8, 16
+    px."""
     taps = torch.tensor([0.25, 0.5, 0.25])
     for level in range(_LEVELS):
         spread = 2**level

@@ -26,7 +26,7 @@ from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_t
 
 @dataclass
 class RestoreReport:
-    """What became of the files."""
+    """Result of restoring a folder: which files are done, skipped or failed."""
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)

@@ -19,7 +19,7 @@ RESERVED = ("restore",)
 
 @dataclass(frozen=True)
 class Picture:
-    """A file's pixels as the model wants them, and what is needed to write them back alike."""
+    """A file's pixels as the model reads them, and what is needed to write the result in the same form."""
 
     rgb: np.ndarray
     """uint8 [h, w, 3]."""
@@ -30,9 +30,10 @@ class Picture:
 
 
 def find_images(source: Path, output: Path) -> tuple[list[Path], dict[str, str]]:
-    """Images under a folder in name order, or the one file; and why by path for what cannot be read.
+    """Images below a folder sorted by name, or the single file; and the reasons, by path, for files that cannot be
+    read.
 
-    Those under `output` are left out where that lies inside the folder.
+    Files below `output` are left out if it lies inside the folder.
     """
     if source.is_file():
         return [source], {}
@@ -46,7 +47,7 @@ def find_images(source: Path, output: Path) -> tuple[list[Path], dict[str, str]]
 
 
 def read_picture(path: Path) -> Picture:
-    """Decode a file wholly; more than 8 bits become 8, the first frame of an animation counts.
+    """Decode a whole file; more than 8 bits are scaled to 8, of an animation the first frame is taken.
 
     Raises:
         BrokenImage: if it cannot be decoded.
@@ -66,7 +67,8 @@ def read_picture(path: Path) -> Picture:
 
 
 def write_picture(pixels: np.ndarray, picture: Picture, target: Path) -> None:
-    """uint8 [H, W, 3] as PNG in the kind of `picture`, renamed into place last: a file that exists is whole."""
+    """Write uint8 [H, W, 3] as PNG with `picture`'s alpha, greyness and profile. Renamed into place, so a file that
+    exists is complete."""
     image = Image.fromarray(pixels)
     if picture.is_grey:
         image = image.convert("L")
@@ -77,7 +79,8 @@ def write_picture(pixels: np.ndarray, picture: Picture, target: Path) -> None:
 
 
 def targets(files: Sequence[Path], root: Path, output: Path) -> Mapping[Path, Path]:
-    """Output file of each input, all different: its path without ending, with it where another has the same."""
+    """A different output file for each input: its path without suffix, or with it if another input would have the same
+    name."""
     places = [file.relative_to(root) for file in files]
     options = [(str(place.with_suffix("")), str(place)) for place in places]
     return {file: output / f"{name}.png" for file, name in zip(files, distinct(options, RESERVED), strict=True)}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRestorer:
-    """A restorer whole on this process; checkpoint None: the recipe's start weights.
+    """A restorer that lives entirely in this process. checkpoint_path None: with the recipe's start weights.
 
     Under a launcher of several processes each of them opens one. Raises ValueError when there is neither a checkpoint
     nor start weights.

@@ -15,7 +15,7 @@ from realsr_hpc.restore.model import open_restorer
 from realsr_hpc.restore.tiles import Restorer, RestoreSettings
 
 MEMORY_SHARE = 0.5
-"""Of the free memory, for keys and values; the rest is for what decoding and images need beside them."""
+"""Share of the free memory that keys and values may use; the rest is for decoding and images."""
 
 
 def open_with_options(
@@ -28,7 +28,8 @@ def open_with_options(
     batch_size: int = 0,
     steps: bool = True,
 ) -> tuple[Restorer, RestoreSettings]:
-    """As candidates=, choose=, weights_dir=, colour= and overlap_px= say; ValueError for a wrong one, before it loads.
+    """The restorer and settings of candidates=, choose=, weights_dir=, colour= and overlap_px=. A wrong value raises
+    ValueError before anything is loaded.
 
     name, upscale, batch_size: for the settings (`RestoreSettings`); batch_size 0: as many as pay and fit the
     free memory. steps: rough and middle images are decoded too.

@@ -25,8 +25,8 @@ _CHARACTER_PX = 6
 def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended, made_by: str, steps: bool) -> None:
     """`target` is the restored image's path; lq: uint8 [h, w, 3]. steps: NAME.steps.jpg too.
 
-    The input stands with its whole path and the digest of its content: who reads this may be elsewhere, and another
-    file may by then have its name.
+    The record names the input by its absolute path and the digest of its content, since it may be read elsewhere and
+    the file may have been replaced by then.
     """
     told = Restoration(result.tiles, os.path.abspath(source), sha256_of(source), target.name, made_by)
     restoration.write(target, told)

@@ -27,7 +27,8 @@ STEPS = IMAGE_NAMES[:-1]
 
 @dataclass(frozen=True)
 class RestoreSettings:
-    """How an image is cut and what restores it; kept beside the results, so that they are never mixed."""
+    """How an image is cut into tiles and what restores it. Stored with the results, so that results of different
+    settings never mix."""
 
     source: str
     """What restores: the path of the checkpoint or export, and how it samples."""
@@ -75,7 +76,8 @@ def restore_images(
     settings: RestoreSettings,
     on_tiles: Callable[[int], None] = lambda count: None,
 ) -> list[Blended]:
-    """Restore uint8 [h, w, 3] of any size; tiles of all of them share batches. `on_tiles`: told of every batch.
+    """Restore images uint8 [h, w, 3] of any size; their tiles share batches. on_tiles: called with the size of each
+    finished batch.
 
     A tile's draws follow its number within its image, so they do not depend on what else is restored, nor on workers;
     rounding may (as look-ahead measures which pass pays), where numbers are bf16.
@@ -117,7 +119,7 @@ def count_tiles(height: int, width: int, settings: RestoreSettings) -> int:
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along one side of `size` >= `tile`: evenly spread, overlapping by `overlap` or more."""
+    """Start of each tile along a side of `size` >= `tile` px: evenly spaced, overlapping by at least `overlap` px."""
     if size == tile:
         return [0]
     count = -(-(size - overlap) // (tile - overlap))
@@ -186,9 +188,9 @@ class _Sum:
         self.weight[where] += self.ramp
 
     def blended(self, height: int, width: int) -> np.ndarray:
-        """uint8 of the first `height` x `width` LQ pixels; grey where no tile gave anything.
+        """uint8 result for the first `height` x `width` LQ pixels; grey where no tile was added.
 
-        Uses the sums up: of a large photograph they alone are gigabytes.
+        Destroys the sums, which alone take gigabytes for a large photograph.
         """
         empty = self.weight[..., 0] == 0
         self.weight[empty] = 1.0
