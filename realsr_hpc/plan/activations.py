@@ -21,7 +21,8 @@ from realsr_hpc.plan.sizes import (
 
 
 def first_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
-    """What an update adds on the first pipeline stage at its peak: it holds the most microbatches, and no logits."""
+    """Bytes that an update adds at its peak on the first pipeline stage, which holds the most microbatches but no
+    logits."""
     return {
         "activations": _kept(config, shape, _in_flight(config, shape)),
         "one layer's backward pass": _again(config, shape),
@@ -30,7 +31,7 @@ def first_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
 
 
 def last_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
-    """What an update adds on the last stage: logits of a chunk, and later a layer that is computed again."""
+    """Bytes that an update adds on the last stage: logits of a chunk, and later a recomputed layer."""
     parallel = config.parallel
     in_flight = ((parallel.virtual_pp - 1) * parallel.pp + 1) / parallel.virtual_pp
     # the final norm's input, and its output gathered over tp
@@ -45,7 +46,7 @@ def last_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
 
 
 def scoring(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
-    """What log-probabilities without gradient need: one layer of several microbatches, or their logits."""
+    """Bytes for log-probabilities without gradient: one layer of several microbatches, or their logits."""
     tokens = shape.tokens * scored_at_once(config, shape)
     hidden, ffn, parts = config.model.hidden_size, config.model.ffn_hidden_size, config.parallel.tp
     # the layer's input, residuals and norm; gate and up, silu(gate), up once more, their product
@@ -57,7 +58,7 @@ def scoring(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
 
 
 def gather_buffer(config: RunConfig, shape: MicrobatchShape) -> float:
-    """Megatron's buffer for inputs gathered over tp, under sequence parallelism: it stays, as large as ever needed."""
+    """Bytes of Megatron's buffer for inputs gathered over tp under sequence parallelism, which is never freed."""
     if not config.parallel.sequence_parallel:
         return 0.0
     scores = has_reference(config) or (config.task == "grpo" and config.grpo.updates_per_step > 1)
@@ -66,7 +67,7 @@ def gather_buffer(config: RunConfig, shape: MicrobatchShape) -> float:
 
 
 def logit_bytes(config: RunConfig, shape: MicrobatchShape, *, gradient: bool) -> float:
-    """Of the largest chunk, and of the output weight's gradient while it is summed."""
+    """Bytes of the largest chunk's logits; gradient: also of the output weight's gradient while it is summed."""
     hidden = config.model.hidden_size
     shard = vocabulary_size(config) / config.parallel.tp
     streams = 2 if guided(config) else 1
@@ -120,7 +121,7 @@ def _again(config: RunConfig, shape: MicrobatchShape) -> float:
 
 
 def layer_bytes(config: RunConfig, shape: MicrobatchShape, recompute: str) -> float:
-    """What one layer keeps of a microbatch for its backward pass; attention keeps no scores (fused)."""
+    """Bytes that one layer keeps of a microbatch for its backward pass; fused attention keeps no scores."""
     model, tp = config.model, config.parallel.tp
     kv = kv_heads(model) / model.num_heads
     read, product = _read_again(config)

@@ -32,7 +32,8 @@ def knobs(config: RunConfig) -> list[Knob]:
 def way_to_fit(config: RunConfig) -> list[Knob]:
     """Changes to make together, one after another, until the recipe fits; [] where no way was found, or none is needed.
 
-    Greedy: of the changes that fit the fastest, and while none does the one that saves the most memory.
+    Greedy: takes the fastest change that makes it fit, and as long as there is none, the one that saves the most
+    memory.
     """
     way: list[Knob] = []
     while plan(config).fits is False:

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def memory_gib(self) -> dict[str, float]:
-        """What stays, and what the largest phase of a step adds; {} for a tokenizer recipe."""
+        """GiB by term: what stays, and what the largest phase of a step adds; {} for a tokenizer recipe."""
         if not self.memory.phases:
             return {}
         phase = self.memory.peak_phase
@@ -64,17 +64,17 @@ class Plan:
 
     @property
     def total_gib(self) -> float:
-        """Peak of a step."""
+        """Peak of a step, GiB."""
         return sum(self.memory_gib.values())
 
     @property
     def fits(self) -> bool | None:
-        """None where the recipe does not say how large its GPUs are."""
+        """Whether the peak fits the GPU; None if the recipe does not give the memory of its GPUs."""
         return None if self.limit_gib is None else self.total_gib <= self.limit_gib
 
     @property
     def step_s(self) -> float:
-        """Rollouts, rewards, training and its communication."""
+        """Seconds of a step: rollouts, rewards, training and its communication."""
         return self.rollout_s + self.rewards_s + self.training_s + self.communication_s
 
     @property
@@ -85,14 +85,14 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run."""
+        """GPU-hours of the whole run."""
         return self.steps * self.step_s * self.world_size / 3600
 
 
 def plan(config: RunConfig, device: Device | None = None) -> Plan:
     """The estimate for a GRPO or SFT recipe; a tokenizer recipe has no sequence model, its figures are 0.
 
-    device: None: the one that the recipe's GPU memory tells.
+    device: None: chosen by the recipe's GPU memory (`device_of`).
     """
     device = device or device_of(config)
     parallel, world = config.parallel, world_size(config)

@@ -38,11 +38,11 @@ class Expert:
     """Seconds of one core for each pixel, for what never runs on a GPU."""
 
     def bytes_at_work(self, pixels: int) -> float:
-        """While an image of so many pixels is scored, weights apart."""
+        """Working memory in bytes for an image of this many pixels, without the weights."""
         return self.px_bytes * pixels + self.image_bytes
 
     def flops(self, pixels: int) -> float:
-        """Of one image."""
+        """Floating-point operations for one image."""
         return self.px_flops * pixels + self.image_flops
 
 
@@ -74,24 +74,24 @@ class Rewards:
 
     @property
     def weight_bytes(self) -> float:
-        """Of all terms."""
+        """Bytes of the weights of all terms."""
         return sum(sum(one.weight_bytes for one in experts) for experts in self.terms.values())
 
     @property
     def largest_weight_bytes(self) -> float:
-        """Of the term with most: offloaded ones take turns."""
+        """Bytes of the weights of the largest term: offloaded terms take turns on the device."""
         return max((sum(one.weight_bytes for one in experts) for experts in self.terms.values()), default=0.0)
 
     def bytes_at_work(self, pixels: int) -> float:
-        """Of the expert that needs most for an image; they take turns."""
+        """Working memory in bytes of the expert that needs most: experts run one after another."""
         return max((one.bytes_at_work(pixels) for one in self._all()), default=0.0)
 
     def flops(self, pixels: int) -> float:
-        """Of one image and all experts."""
+        """Floating-point operations of all experts for one image."""
         return sum(one.flops(pixels) for one in self._all())
 
     def host_s(self, pixels: int) -> float:
-        """Of one image on one core."""
+        """Seconds on one CPU core for one image."""
         return sum(one.host_px_s for one in self._all()) * pixels
 
     def _all(self) -> Iterator[Expert]:
@@ -133,7 +133,7 @@ def _pyiqa(metrics: list[str], unknown: list[str]) -> list[Expert]:
 
 
 def final_pixels(config: RunConfig) -> int:
-    """Of a final image."""
+    """Pixels of a final image."""
     return config.vlcot.image_sizes_px[-1] ** 2
 
 
@@ -143,6 +143,7 @@ def on_the_device(config: RunConfig) -> bool:
 
 
 def rollouts_of_a_rank(config: RunConfig) -> int:
-    """Rollouts of a step that the busiest rank decodes to pixels and scores: batches are dealt out in a replica."""
+    """Rollouts of a step that the busiest rank decodes to pixels and scores: the ranks of a replica share the
+    batches."""
     rollouts, size = math.ceil(sequences_per_update(config) / dp_size(config)), config.rewards.batch_size
     return size * math.ceil(math.ceil(rollouts / size) / (config.parallel.tp * config.parallel.pp))

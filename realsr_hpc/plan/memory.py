@@ -56,12 +56,12 @@ class Memory:
 
     @property
     def peak_phase(self) -> str:
-        """The phase that needs most."""
+        """Name of the phase that needs most."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def peak(self) -> float:
-        """What stays and the largest phase."""
+        """GiB of what stays and of the largest phase."""
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
 
@@ -154,7 +154,8 @@ def _rows(config: RunConfig) -> tuple[int, int]:
 
 
 def kv_cache_bytes(config: RunConfig) -> float:
-    """Of one rank while it decodes; room for the longest response, a group shares its prompt's part."""
+    """Bytes of the KV cache of one rank while it decodes: the longest response per rollout, the prompt once per
+    group."""
     if config.task != "grpo":
         return 0.0
     model, parallel = config.model, config.parallel

@@ -59,7 +59,7 @@ _LARGEST_H100_GIB = 80.0
 
 
 def device_of(config: RunConfig) -> Device:
-    """What a recipe's figures are for: an H200, or an H100 where its GPUs have no more than 80 GiB."""
+    """The device that a recipe is planned for: an H100 if its GPUs have at most 80 GiB, else an H200."""
     gib = config.cluster.gpu_memory_gib
     return H100 if gib is not None and gib <= _LARGEST_H100_GIB else H200
 
@@ -79,7 +79,8 @@ def bubble(pp: int, virtual_pp: int, count: int) -> float:
 
 
 def training_seconds(config: RunConfig, shape: MicrobatchShape, device: Device, dp: int) -> float:
-    """One step's arithmetic: forward and backward of every update, the reference's forward, recomputation; and idling.
+    """Seconds of one step's training: forward and backward passes of all updates, the reference's forward pass,
+    recomputation and the pipeline bubble.
 
     With several updates a step the policy's own log-probabilities are computed once more before the first.
     """
@@ -114,7 +115,7 @@ def _computed_again(config: RunConfig) -> float:
 
 
 def tokens_per_pass(width: int) -> float:
-    """Tokens that a pass over `width` tokens per row keeps: what the small policy keeps at temperature 1.
+    """Tokens per row that a pass over `width` tokens accepts, as measured with the small policy at temperature 1.
 
     Measured at widths 2, 4, 8 and 16: 1.37, 1.88, 2.36 and 3.21 (docs/benchmarks.md); no other policy was measured.
     """
@@ -122,7 +123,7 @@ def tokens_per_pass(width: int) -> float:
 
 
 def rollout_seconds(config: RunConfig, device: Device, dp: int) -> float:
-    """One step's decoding, at the width that the recipe says or that is fastest.
+    """Seconds of one step's decoding, at the recipe's look-ahead width or the fastest one.
 
     Every pass reads the weights and half of the full cache at a share of the bandwidth, or is limited by arithmetic.
     """
@@ -139,7 +140,7 @@ def rollout_seconds(config: RunConfig, device: Device, dp: int) -> float:
 
 
 def rewards_seconds(config: RunConfig, device: Device) -> float:
-    """One step's scoring on the busiest rank: arithmetic of the networks, and what one core of the host does."""
+    """Seconds of one step's scoring on the busiest rank: the networks' arithmetic, and the work of one CPU core."""
     experts, pixels = rewards_of(config), final_pixels(config)
     rate = device.fp32_tflops * 1e12 * device.experts_share if on_the_device(config) else device.core_gflops * 1e9
     image_s = experts.flops(pixels) / rate + experts.host_s(pixels)
@@ -162,7 +163,7 @@ def _pass_seconds(config: RunConfig, device: Device, tokens: int) -> float:
 
 
 def traffic(config: RunConfig, shape: MicrobatchShape, dp: int) -> Traffic:
-    """What one GPU sends in the training of a step. Decoding sends little, but often: see `rollout_seconds`."""
+    """GB that one GPU sends in the training of a step. Decoding sends little but often: see `rollout_seconds`."""
     parallel, model = config.parallel, config.model
     hidden = _rows_of_a_step(config, shape) * shape.row_tokens * model.hidden_size * width(config)
     ring = (parallel.tp - 1) / parallel.tp
@@ -179,7 +180,7 @@ def traffic(config: RunConfig, shape: MicrobatchShape, dp: int) -> Traffic:
 
 
 def communication_seconds(config: RunConfig, sent: Traffic, device: Device, dp: int) -> float:
-    """Time to send this traffic, with none of it overlapped: an axis is as fast as the slowest link it spans."""
+    """Seconds to send this traffic without overlap; an axis is as fast as the slowest link it uses."""
     parallel = config.parallel
     per_node = max(1, config.cluster.tasks_per_node)
     spans = {"tp": parallel.tp, "dp": parallel.tp * dp, "pp": world_size(config)}

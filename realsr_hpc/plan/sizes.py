@@ -32,12 +32,12 @@ class MicrobatchShape:
 
     @property
     def tokens(self) -> int:
-        """Of one microbatch, padding included."""
+        """Tokens of one microbatch, padding included."""
         return self.rows * self.row_tokens
 
     @property
     def in_a_row(self) -> int:
-        """How often a row holds `branches`: several times where sequences are packed."""
+        """How many times a row holds `branches`: more than once if sequences are packed."""
         return self.row_tokens // self.branches.tokens
 
     @property
@@ -47,7 +47,7 @@ class MicrobatchShape:
 
 
 def vocabulary_size(config: RunConfig) -> int:
-    """Rows of the embedding."""
+    """Rows of the embedding matrix."""
     fixed = VOCABULARY_SIZES.get(config.vlcot.vocabulary)
     if fixed:
         return fixed
@@ -56,7 +56,8 @@ def vocabulary_size(config: RunConfig) -> int:
 
 
 def parameter_count(config: RunConfig) -> int:
-    """Of the policy without the VQ, q/k norms counted as the published weights hold them: one vector for all heads."""
+    """Parameters of the policy without the image tokenizer; q/k norms count as in published weights, one vector for all
+    heads."""
     model = config.model
     return 2 * vocabulary_size(config) * model.hidden_size + model.hidden_size + model.num_layers * layer_size(config)
 
@@ -71,7 +72,8 @@ def layer_size(config: RunConfig) -> int:
 
 
 def stage_parameters(config: RunConfig) -> float:
-    """Of one tensor-parallel rank of the fullest stage: its layers and one of the two vocabulary matrices."""
+    """Parameters on one tensor-parallel rank of the fullest stage: its layers and one of the two vocabulary
+    matrices."""
     parallel = config.parallel
     matrices = 2 if parallel.pp == 1 else 1
     vocabulary = matrices * vocabulary_size(config) * config.model.hidden_size
@@ -79,12 +81,13 @@ def stage_parameters(config: RunConfig) -> float:
 
 
 def stage_layers(config: RunConfig) -> float:
-    """Of the layers alone."""
+    """Parameters of the layers alone on that rank."""
     return config.model.num_layers / config.parallel.pp * layer_size(config) / config.parallel.tp
 
 
 def adapter_parameters(config: RunConfig) -> float:
-    """Of the low-rank adapters on one tensor-parallel rank of a stage, which cuts one side of each."""
+    """Parameters of the low-rank adapters on one tensor-parallel rank of a stage, which holds a slice of one side of
+    each."""
     model, lora, tp = config.model, config.model.lora, config.parallel.tp
     if lora is None:
         return 0.0
@@ -120,7 +123,7 @@ def sequences_per_update(config: RunConfig) -> int:
 
 
 def dp_size(config: RunConfig) -> int:
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
     return max(1, world_size(config) // (config.parallel.tp * config.parallel.pp))
 
 
@@ -156,27 +159,27 @@ def scored_at_once(config: RunConfig, shape: MicrobatchShape) -> int:
 
 
 def truncated(config: RunConfig) -> bool:
-    """top-k or top-p cut the rollouts' distribution, so that its support travels with the tokens."""
+    """Whether top-k or top-p truncate the rollouts' distribution, so that its support is stored with the tokens."""
     rollout = config.rollout
     cuts = rollout.image_adaptive_top_k or rollout.image_top_k or rollout.text_top_k or rollout.top_p < 1.0
     return config.task == "grpo" and bool(cuts)
 
 
 def guided(config: RunConfig) -> bool:
-    """Rollouts use classifier-free guidance, so every row has an unconditional twin."""
+    """Whether rollouts use classifier-free guidance, so that every row has an unconditional twin."""
     return config.task == "grpo" and config.rollout.cfg_scale != 1.0
 
 
 def has_reference(config: RunConfig) -> bool:
-    """A frozen reference takes part."""
+    """Whether there is a frozen reference."""
     return config.task == "grpo" and config.grpo.kl_beta > 0
 
 
 def has_second_model(config: RunConfig) -> bool:
-    """The reference is a model of its own, not the policy with its adapters off."""
+    """Whether the reference is a second model, not the policy with its adapters off."""
     return has_reference(config) and config.model.lora is None
 
 
 def width(config: RunConfig) -> int:
-    """Bytes of a weight or an activation."""
+    """Bytes per weight or activation."""
     return 2 if config.precision.params == "bf16" else 4

@@ -22,7 +22,7 @@ _opened: set[tuple[int, str]] = set()
 
 
 def client(uri: str) -> MlflowClient:
-    """A client that fails fast, says nothing and reports to nobody.
+    """An MLflow client with short time-outs, without log messages and without telemetry.
 
     LockRefused when another process is making the database for longer than MAKING_WAIT_S; ValueError for a damaged one.
     """
@@ -79,7 +79,7 @@ def _make(path: Path) -> None:
 
 
 def move_artifacts(path: Path, before: str, now: str) -> None:
-    """Tell a database that was moved along with its artifacts where they are; MLflow keeps absolute addresses only."""
+    """Update the artifact paths in a database that was moved together with them; MLflow stores absolute paths only."""
     with closing(sqlite3.connect(path, timeout=60)) as database, database:
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
             database.execute(

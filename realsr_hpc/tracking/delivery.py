@@ -43,7 +43,7 @@ class _Noted:
 
 
 class Delivery:
-    """Sends what the spool of one run holds and MLflow does not."""
+    """Sends to MLflow the events of one run's spool that it does not have yet."""
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.config = config
@@ -57,7 +57,7 @@ class Delivery:
         """Numbers and files of evaluations sent so far."""
 
     def open(self) -> str:
-        """MLflow run id of this run in the recipe's store, created if need be."""
+        """MLflow run id of this run in the recipe's store; the MLflow run is created if necessary."""
         run_id = prepare_run(self.config, self.run_dir)
         if self._noted.run_id not in ("", run_id) or self._noted.offset > _size(self._spool):
             self._noted = _Noted()
@@ -71,7 +71,8 @@ class Delivery:
         return run_id
 
     def send_pending(self) -> int:
-        """Metric values and artifacts sent now. Any error of MLflow or of the server passes through."""
+        """Send what is pending; returns the number of metric values and artifacts sent. Errors of MLflow or the server
+        propagate."""
         try:
             return self._send_pending(self._run_id or self.open())
         except Exception:
@@ -120,8 +121,8 @@ class Delivery:
 
 
 class DeliveryThread(threading.Thread):
-    """Opens the MLflow run and delivers to it behind the training loop; a server that is away is tried again, ever
-    more rarely."""
+    """Opens the MLflow run and delivers to it in the background. An unreachable server is retried at growing
+    intervals."""
 
     def __init__(self, config: RunConfig, run_dir: Path, interval_s: float) -> None:
         super().__init__(name="tracking", daemon=True)
@@ -138,7 +139,8 @@ class DeliveryThread(threading.Thread):
         self._try()
 
     def finish(self, timeout_s: float) -> bool:
-        """True when everything arrived within `timeout_s`; otherwise sync_tracking sends the rest later."""
+        """Deliver the rest; True if everything arrived within `timeout_s`, otherwise sync-tracking sends the rest
+        later."""
         self._end.set()
         self.join(timeout_s)
         return not self.is_alive()

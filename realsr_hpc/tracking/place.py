@@ -15,7 +15,7 @@ from realsr_hpc.files import read_json, write_atomically
 
 @dataclass(frozen=True)
 class Place:
-    """As it was when the run was launched; absolute paths."""
+    """Absolute paths of a run, its output root and the checkout at launch."""
 
     folder: str
     """The run's own."""
@@ -36,7 +36,7 @@ def read_place(run_dir: Path) -> Place | None:
 
 
 def moved_to(path: Path, run_dir: Path) -> Path:
-    """Where `path`, which was below the run's folder at its launch, is now."""
+    """Present location of `path`, which was below the run's folder when the run was launched."""
     place = read_place(run_dir)
     if path.exists() or place is None or not path.is_relative_to(place.folder):
         return path
@@ -44,7 +44,7 @@ def moved_to(path: Path, run_dir: Path) -> Path:
 
 
 def recipe_of(run_dir: Path) -> RunConfig:
-    """A run's recipe, with the output root as it is now: it moves along with the run. RecipeError: none, or faulty."""
+    """A run's recipe, with the present output root in case the run was moved. RecipeError: missing or faulty."""
     config = from_yaml(runfolder.recipe(run_dir))
     return config.model_copy(update={"output_root": str(_root(config, run_dir))})
 

@@ -29,7 +29,7 @@ METRICS_A_BATCH = 500
 
 @dataclass(frozen=True)
 class Results:
-    """One evaluation's, a line of the file."""
+    """Results of one evaluation: a line of the file."""
 
     step: int
     time_ms: int
@@ -49,7 +49,8 @@ class _Sent:
 
 
 def log_results(run_dir: Path, step: int, metrics: Mapping[str, float], files: Sequence[Path], folder: str) -> str:
-    """Keep metrics and files beside the run and add them to its MLflow run; why it could not be, else nothing.
+    """Store metrics and files in the run's folder and add them to its MLflow run. Returns why MLflow did not take them,
+    else "".
 
     What MLflow did not take now, it gets with the run's next attempt or from `realsr-hpc sync-tracking`.
     """

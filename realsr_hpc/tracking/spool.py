@@ -42,7 +42,8 @@ class Spool:
         """What a full disk has not taken yet."""
 
     def append(self, event: Event) -> None:
-        """On disk when this returns; on a disk that is full, kept here and written with a later event."""
+        """Write an event; it is on disk when this returns. If the disk is full, it is kept in memory and written with a
+        later event."""
         self._waiting += json.dumps(event).encode() + b"\n"
         try:
             self._write()
@@ -66,7 +67,7 @@ class Spool:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
-    """Whole events from byte `offset` on, each with the offset behind it; a torn last line is left alone."""
+    """Complete events from byte `offset` on, each with the offset after it. An incomplete last line is ignored."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -94,7 +95,7 @@ def _event(line: bytes) -> Event | None:
 
 
 def metrics_by_step(run_dir: Path) -> dict[int, dict[str, float]]:
-    """What holds of a run's metrics, truncations applied and the last value of a step kept, in step order."""
+    """Valid metrics of a run by step, in step order: truncations are applied, the last value of each step counts."""
     steps: dict[int, dict[str, float]] = {}
     for event, _ in read_events(runfolder.events(run_dir)):
         if event["kind"] == "truncate":

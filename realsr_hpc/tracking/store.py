@@ -39,17 +39,17 @@ def tracking_uri(config: RunConfig) -> str:
 
 
 def write_launch_tags(run_dir: Path, tags: dict[str, str]) -> None:
-    """Tags that the launcher knows and the job will create the MLflow run with."""
+    """Store tags that only the launcher knows; the job creates the MLflow run with them."""
     write_atomically(runfolder.launch_tags(run_dir), json.dumps(tags))
 
 
 def sweep_of(run_dir: Path) -> str:
-    """The sweep, or chain, that a run was launched in last; empty for a run of its own."""
+    """The sweep or chain that a run was last launched in; empty for a single run."""
     return sweep_tags(run_dir).get(SWEEP_TAG, "")
 
 
 def sweep_tags(run_dir: Path) -> dict[str, str]:
-    """Which sweep a run was launched in last, and what varies there."""
+    """Tags for the sweep that a run was last launched in and for the values that vary in it."""
     return {key: value for key, value in _launch_tags(run_dir).items() if key in (SWEEP_TAG, VARIED_TAG)}
 
 
@@ -90,7 +90,8 @@ def prepare_run(config: RunConfig, run_dir: Path) -> str:
 
 
 def prepare_store(config: RunConfig) -> None:
-    """Create database and experiment before any job does: jobs that do it at the same moment kill each other."""
+    """Create database and experiment before any job starts: jobs that create them simultaneously make each other
+    fail."""
     _experiment(client(tracking_uri(config)), config)
 
 
@@ -113,7 +114,7 @@ def read_bookmark(run_dir: Path) -> dict[str, str] | None:
 
 
 def set_status(run_dir: Path, status: str) -> None:
-    """RUNNING, SCHEDULED, FINISHED, FAILED or KILLED, as the job's end or the scheduler says."""
+    """Set the MLflow status of a run: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED."""
     bookmark = read_bookmark(run_dir)
     if bookmark is None:
         return
@@ -215,7 +216,8 @@ def _find(mlflow: MlflowClient, experiment: str, tag: str, value: str, extra: st
 
 
 def quoted(text: str) -> str:
-    """Text in MLflow's filter language, which knows two quotation marks and no escape. ValueError: it has both."""
+    """Quoted text for MLflow's filter language, which has two kinds of quotes and no escapes. ValueError: the text
+    contains both."""
     mark = '"' if "'" in text else "'"
     if mark in text:
         raise ValueError(f"{text!r}: holds both kinds of quotation marks, which MLflow cannot search for; rename it")

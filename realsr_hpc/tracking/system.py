@@ -21,7 +21,8 @@ class SystemUse:
         self._nvml = _nvml()
 
     def sample(self) -> dict[str, float]:
-        """Since the last call: processor use (100 is one core); now: memory of process and node, free disk, GPUs."""
+        """CPU use since the last call in percent (100: one core); present memory of process and node, free disk space,
+        and GPUs."""
         with self._process.oneshot():
             processor, memory = self._process.cpu_percent(), self._process.memory_info().rss
         return {

@@ -39,7 +39,7 @@ class Tracker:
 
     @classmethod
     def open(cls, config: RunConfig, run_dir: Path, *, writer: bool) -> Tracker:
-        """The tracker of `run_dir`; its MLflow run is found or created behind the caller."""
+        """The tracker of `run_dir`. Its MLflow run is found or created in the background."""
         tracker = cls(config, run_dir, writer=writer)
         if tracker._spool is not None and tracker._spool.is_new:
             for path in (file(run_dir) for file in LAUNCH_FILES):
@@ -56,22 +56,22 @@ class Tracker:
 
     @property
     def run_id(self) -> str:
-        """MLflow's; empty while it has not been reachable."""
+        """MLflow run id; empty until MLflow has been reached."""
         return (read_bookmark(self.run_dir) or {}).get("run_id", "")
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Numbers of one step, keys `room/quantity/reduction`; on disk when this returns."""
+        """Log values of one step, with keys `room/quantity/reduction`; they are on disk when this returns."""
         if self._spool is not None and metrics:
             numbers = {key: float(value) for key, value in metrics.items()}
             self._spool.append({"kind": "metrics", "step": step, "time_ms": _now_ms(), "metrics": numbers})
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """A file that stays where it is; MLflow gets a copy under `folder`."""
+        """Log a file, which stays where it is; MLflow gets a copy under `folder`."""
         if self._spool is not None:
             self._spool.append({"kind": "artifact", "path": str(path.resolve()), "folder": folder})
 
     def progress(self, step: int, total: int, text: str) -> None:
-        """Where the run stands, for whoever follows it; also the sign of life that the hang watchdog looks for."""
+        """Write the run's progress for `jobs` and `follow`. The watchdog uses it to detect a hang."""
         if self._spool is not None:
             state = Progress(step, total, text, _now_ms())
             try:
@@ -80,12 +80,12 @@ class Tracker:
                 logger.error("tracking: progress not written (%s)", error.strerror)
 
     def truncate(self, step: int) -> None:
-        """After a resume from `step`: what was logged for later steps no longer holds."""
+        """After a resume from `step`: mark everything logged for later steps as invalid."""
         if self._spool is not None:
             self._spool.append({"kind": "truncate", "step": step})
 
     def close(self, status: str = "FINISHED") -> None:
-        """Deliver the rest and set the MLflow run's status; what cannot be delivered waits for `sync`."""
+        """Deliver the rest and set the MLflow run's status; `sync` can send later what cannot be delivered now."""
         if self._spool is None or self._thread is None:
             return
         self._spool.close()
@@ -117,7 +117,7 @@ class Progress:
 
 
 def read_progress(run_dir: Path) -> Progress | None:
-    """Where the run stands; None before its first step."""
+    """The run's progress; None before its first step."""
     return read_json(runfolder.progress(run_dir), Progress)
 
 
