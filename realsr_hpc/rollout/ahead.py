@@ -62,9 +62,10 @@ class Ahead:
         return (self.state[rows] != END) & (self.count[rows] < self.limit)
 
     def window(self, rows: Sequence[int], width: int) -> Window:
-        """What to feed these rows next; the first pass (nothing sampled yet) feeds nothing: its `fed` is padding."""
+        """What to feed these rows next. Before anything is sampled the prompt gives the first logits: `fed` is padding."""
         rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         count, state = self.count[rows], self.state[rows]
+        # column by column: the grammar state of a position follows from the token fed before it, [n] each
         fed, states, starts = (np.empty((len(rows), width), dtype=np.int64) for _ in range(3))
         fed[:, 0] = self.tokens[rows, count - 1]
         start = self._start[rows]
@@ -83,10 +84,11 @@ class Ahead:
         width = drawn.shape[1]
         count = self.count[rows]
         offsets = np.arange(width)
-        final = np.ones(drawn.shape, dtype=bool)
+        final = np.ones(drawn.shape, dtype=bool)  # [n, W]; the first draw follows a final token, so it is final
         final[:, 1:] = np.logical_and.accumulate(window.fed[:, 1:] == drawn[:, :-1], axis=1)
         final &= (window.states != END) & (count[:, None] + offsets < self.limit)
-        number = final.sum(1)
+        number = final.sum(1)  # [n]: draws that are kept of each row
+        # all W draws are stored: those behind the final ones are the next guesses
         self.tokens[rows[:, None], count[:, None] + offsets] = drawn  # pyright: ignore[reportArgumentType, reportCallIssue]
         some = np.flatnonzero(number)
         last = number[some] - 1
