@@ -160,13 +160,13 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
         if any(case.lq.shape[:2] != (tile_px, tile_px) for case in cases):
             blended = restore_images(restorer, [case.lq for case in cases], settings)
             return [finished(item.image) for item in blended]
-        restored = restorer(cases)
-        return [
-            item
-            if item.image is None
-            else replace(item, image=fix_colour(item.image, resized(case.lq, *item.image.shape[:2]), colour))
-            for case, item in zip(cases, restored, strict=True)
-        ]
+        return [fixed(case, item) for case, item in zip(cases, restorer(cases), strict=True)]
+
+    def fixed(case: Case, item: RestoredImage) -> RestoredImage:
+        if item.image is None:
+            return item
+        final = fix_colour(item.image, resized(case.lq, *item.image.shape[:2]), colour)
+        return replace(item, images=(*item.images[:-1], final))
 
     return method
 

@@ -62,7 +62,7 @@ class Ahead:
         return (self.state[rows] != END) & (self.count[rows] < self.limit)
 
     def window(self, rows: Sequence[int], width: int) -> Window:
-        """What to feed these rows next. Before the first token is sampled, `fed` is padding: the prompt gives its logits."""
+        """What to feed these rows next. Before the first draw, `fed` is padding: the prompt gives the first logits."""
         rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         count, state = self.count[rows], self.state[rows]
         # column by column: the grammar state of a position follows from the token fed before it, [n] each
