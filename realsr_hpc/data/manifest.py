@@ -103,8 +103,9 @@ class Manifest:
         """
         chosen = tuple(entry for entry in self.entries if entry.split == name)
         if not chosen:
-            known = sorted({entry.split for entry in self.entries})
-            raise ValueError(f"split {name!r} has no photograph in {self.root}; splits there: {known}")
+            known = ", ".join(sorted({entry.split for entry in self.entries}))
+            remedy = f"there are {known}: name one" if known else "it is empty: make it again with realsr-hpc prepare-data"
+            raise ValueError(f"split={name!r}: no photograph of the manifest in {self.root} is in it; {remedy}")
         return Manifest(self.root, chosen)
 
     def path(self, entry: ManifestEntry) -> Path:

@@ -1,9 +1,10 @@
 """A reward that another process computes: rollouts go to its URL, scores come back (exchange.py, docs/judge.md).
 
-Calls are retried with growing pauses and have time-outs, which hold for a whole answer, however slowly it trickles in.
-A call that fails is a failure of its rollouts alone: of a batch each rollout is then asked for by itself. While the
-other process is away the next calls are tried once each, so that a step does not wait for all their pauses; after
-`PATIENCE` silent ones in a row the rest of the scoring is not asked for. The next scoring asks again.
+Calls are retried with growing pauses and have time-outs, which hold for a whole answer, however slowly it trickles in;
+of one that never ends `ANSWER_BYTES` are read. A call that fails is a failure of its rollouts alone: of a batch each
+rollout is then asked for by itself. While the other process is away the next calls are tried once each, so that a step
+does not wait for all their pauses; after `PATIENCE` silent ones in a row the rest of the scoring is not asked for. The
+next scoring asks again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,12 @@ RETRIED = (429, 500, 502, 503, 504)
 PATIENCE = 8
 """Calls without any answer, one after another, after which a scoring goes on without the other process."""
 LONGEST_PAUSE_S = 30.0
+ANSWER_BYTES = 4 * 2**20
+"""Longest body of an answer, unpacked: the scores of a hundred thousand rollouts."""
+
+
+class TooLong(ValueError):
+    """A body of more than `ANSWER_BYTES`."""
 
 
 class _Connection(HTTPConnection):
@@ -73,7 +80,7 @@ def _in_time(connection: Any, answer: Callable[[], Any]) -> Any:
     timer.daemon = True
     timer.start()
     try:
-        reply = answer()
+        reply = _whole(answer())
     except (OSError, HTTPException, urllib3.exceptions.HTTPError):
         if not late.is_set():
             raise
@@ -83,6 +90,14 @@ def _in_time(connection: Any, answer: Callable[[], Any]) -> Any:
     finally:
         timer.cancel()
     raise TimeoutError("the answer came too slowly")
+
+
+def _whole(reply: Any) -> urllib3.HTTPResponse:
+    """The answer with its body in memory. TooLong."""
+    body = reply.read(ANSWER_BYTES + 1)
+    if len(body) > ANSWER_BYTES:
+        raise TooLong(f"answer: more than {ANSWER_BYTES // 2**20} MiB")
+    return urllib3.HTTPResponse(body, reply.headers, reply.status, preload_content=False, decode_content=False)
 
 
 class HttpReward(Reward):
@@ -121,7 +136,7 @@ class HttpReward(Reward):
         return scores
 
     def _answer(self, document: bytes) -> bytes:
-        """Body of the answer. ValueError: it has another status than 200."""
+        """Body of the answer. ValueError: it has another status than 200, or is too long."""
         try:
             reply = self._pool.request(
                 "POST",
@@ -130,7 +145,12 @@ class HttpReward(Reward):
                 headers=self._headers,
                 redirect=False,
                 retries=self._retries(),
+                preload_content=False,  # `_whole` reads it
+                release_conn=True,
             )
+        except TooLong:
+            self._silent = 0
+            raise
         except urllib3.exceptions.HTTPError:
             self._silent += 1
             raise

@@ -18,6 +18,8 @@ from starlette.routing import Route
 from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.exchange import VERSION, answer, received
 
+REQUEST_BYTES = 2**30
+"""Longest request: a batch of a few hundred rollouts with images of 1024 px."""
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +38,10 @@ def application(terms: Mapping[str, Reward], secret: str | None = None) -> Starl
             return _refused(401, "Authorization: Bearer TOKEN is missing or wrong")
         if name not in terms:
             return _refused(404, f"no term {name!r} is served; served: {', '.join(sorted(terms))}")
-        return await run_in_threadpool(_scored, terms[name], await request.body(), busy)
+        document = await _body(request)
+        if document is None:
+            return _refused(413, f"more than {REQUEST_BYTES} bytes; send smaller batches (rewards.batch_size)")
+        return await run_in_threadpool(_scored, terms[name], document, busy)
 
     return Starlette(routes=[Route("/", listing), Route("/terms/{name}", score, methods=["POST"])])
 
@@ -60,6 +65,16 @@ def serve(app: Starlette, where: socket.socket) -> None:
 def _knows(request: Request, secret: str | None) -> bool:
     given = request.headers.get("authorization", "")
     return secret is None or hmac.compare_digest(given.encode(), f"Bearer {secret}".encode())
+
+
+async def _body(request: Request) -> bytes | None:
+    """None: longer than REQUEST_BYTES, of which no more is kept."""
+    document = bytearray()
+    async for piece in request.stream():
+        document += piece
+        if len(document) > REQUEST_BYTES:
+            return None
+    return bytes(document)
 
 
 def _scored(reward: Reward, document: bytes, busy: Lock) -> JSONResponse:

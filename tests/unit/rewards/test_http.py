@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import json
 import re
 import socket
@@ -9,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
@@ -22,8 +25,9 @@ from realsr_hpc.config.learning import RewardsConfig, RewardTerm
 from realsr_hpc.config.load import RecipeError, compose_one
 from realsr_hpc.paths import project_root
 from realsr_hpc.records import JPEG, Blur, ResizeTo
+from realsr_hpc.rewards import serving
 from realsr_hpc.rewards.exchange import received, sent
-from realsr_hpc.rewards.http import PATIENCE
+from realsr_hpc.rewards.http import ANSWER_BYTES, PATIENCE
 from realsr_hpc.rewards.mixture import RewardMixture, build_reward
 from tests.judge import judge
 
@@ -143,6 +147,20 @@ def test_a_hanging_judge_is_not_waited_for_by_every_rollout():
 
 
 @contextmanager
+def listening(reply: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that gives each connection to `reply`; its address."""
+
+    def listen(server: socket.socket) -> None:
+        with suppress(OSError):  # closed: the test is over
+            while True:
+                threading.Thread(target=reply, args=(server.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=listen, args=(server,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/judge"
+
+
+@contextmanager
 def trickling(kind: str) -> Iterator[str]:
     """A judge that sends sound answers, from their head or their body on a byte every 0.1 s; its address."""
     body = b'{"scores": [0.5]}'
@@ -158,14 +176,8 @@ def trickling(kind: str) -> Iterator[str]:
                 time.sleep(0.1)
                 asked.sendall(bytes([byte]))
 
-    def listen(server: socket.socket) -> None:
-        with suppress(OSError):  # closed: the test is over
-            while True:
-                threading.Thread(target=reply, args=(server.accept()[0],), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=listen, args=(server,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.getsockname()[1]}/judge"
+    with listening(reply) as url:
+        yield url
 
 
 @pytest.mark.parametrize("kind", ["head", "body", "no length", "chunked"])
@@ -177,6 +189,62 @@ def test_an_answer_that_trickles_in_is_given_the_time_of_one_answer(kind):
         if kind == "body":
             scores, broken = build_reward("judge", asking(url, **patient)).score_counted([make_candidate(None)])
             assert scores.tolist() == [0.5] and not broken.any()
+
+
+@contextmanager
+def endless(kind: str) -> Iterator[tuple[str, list[int]]]:
+    """A judge whose answers never end; its address, and the bytes that each connection took of it."""
+    packed = gzip.compress(bytes(2**26))
+    length = {"length": f"Content-Length: {10**12}\r\n", "chunked": "Transfer-Encoding: chunked\r\n"}
+    length |= {"packed": f"Content-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n"}
+    head = f"HTTP/1.1 {'500 No' if kind == 'refusal' else '200 OK'}\r\n{length.get(kind, '')}\r\n".encode()
+    piece = {"chunked": b"10000\r\n" + b" " * 2**16 + b"\r\n", "packed": packed}.get(kind, b" " * 2**16)
+    taken: list[int] = []
+
+    def reply(asked: socket.socket) -> None:
+        taken.append(0)
+        place = len(taken) - 1
+        with asked, suppress(OSError):
+            asked.recv(1 << 16)
+            asked.sendall(head)
+            while True:
+                asked.sendall(piece)
+                taken[place] += len(piece)
+
+    with listening(reply) as url:
+        yield url, taken
+
+
+@pytest.mark.parametrize("kind", ["length", "no length", "chunked", "packed", "refusal"])
+def test_an_answer_that_never_ends_is_read_so_far_and_fails_its_rollout(kind, caplog):
+    with endless(kind) as (url, taken):
+        reward = build_reward("judge", asking(url, read_timeout_s=60.0))
+        began = time.monotonic()
+        tracemalloc.start()
+        scores, broken = reward.score_counted([make_candidate(None)])
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert broken.all() and not scores.any() and time.monotonic() - began < 30
+    assert len(taken) == 1 and taken[0] < ANSWER_BYTES + 2**24, "what the sockets hold comes on top"
+    assert held < 8 * ANSWER_BYTES and "answer: more than 4 MiB" in caplog.text
+
+
+def test_a_request_that_never_ends_is_not_kept(monkeypatch):
+    monkeypatch.setattr(serving, "REQUEST_BYTES", 1000)
+    asked, answered = [0], []
+
+    async def receive() -> dict[str, Any]:
+        asked[0] += 1
+        return {"type": "http.request", "body": bytes(300), "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        answered.append(message)
+
+    path = "/terms/format"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": [], "query_string": b""}
+    app = serving.application({"format": build_reward("format", RewardTerm(kind="format"))})
+    asyncio.run(app(scope, receive, send))  # pyright: ignore[reportArgumentType]
+    assert asked == [4] and answered[0]["status"] == 413 and b"rewards.batch_size" in answered[1]["body"]
 
 
 def test_the_documented_judge_judges(photograph, tmp_path):
