@@ -129,6 +129,14 @@ def best_checkpoint(run_dir: Path) -> Path:
     return checkpoints(run_dir) / BEST
 
 
+def tokenizer_files(run_dir: Path) -> dict[str, Path]:
+    """What a run of task `tokenizer` leaves, by the field of a recipe that starts from it."""
+    return {
+        "image_tokenizer.weights": run_dir / "image_tokenizer.safetensors",
+        "text_tokenizer.path": run_dir / "text_tokenizer.json",
+    }
+
+
 def run_of_checkpoint(checkpoint: Path) -> Path:
     """The run folder that RUN_DIR/checkpoints/step-N belongs to."""
     return checkpoint.parent.parent

@@ -17,17 +17,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_arguments, read_count
 from realsr_hpc.config.load import nearest
-from realsr_hpc.config.restoring import RESTORING, check_restoring
+from realsr_hpc.config.restoring import RESTORING, check_restoring, refuse_what_does_not_fit
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.config.test_sets import refuse_unknown_set
+from realsr_hpc.paths import resolve
 
 if TYPE_CHECKING:
     from realsr_hpc.evaluate.methods import Method
@@ -88,8 +90,40 @@ def check(given: Given) -> None:
         raise ValueError("give one of run=RUN_DIR, checkpoint=RUN_DIR/checkpoints/step-N, export=DIR, images=DIR")
     if given["data"]:
         refuse_unknown_set(given["set"])
+        if given["split"]:
+            raise ValueError(f"split={given['split']}: of the recipe's own images; a set of data=DIR is taken whole")
     elif given["set"] != "heldout" or given["images"]:
         raise ValueError(f"set={given['set']} needs data=DIR, the folder of the test set")
+
+
+def fits(given: Given, recipe_of: Callable[[str], RunConfig | None]) -> None:
+    """ValueError for what the recipes of the models, where they are known, do not allow; for a stage of a chain."""
+    named = next(given[key] for key in SOURCES if given[key]) or ""
+    if given["images"] or (config := recipe_of(named)) is None:
+        return
+    refuse_what_does_not_fit(given, config)
+    if given["split"]:
+        _refuse_unknown_split(config, given["split"])
+    for name in (given["against"] or "").split(","):
+        if other := recipe_of(name):
+            _refuse_other_factor(name, other, config.vlcot.upscale)
+
+
+def _refuse_unknown_split(config: RunConfig, split: str) -> None:
+    from realsr_hpc.data.manifest import read_manifest
+
+    path = resolve(config.data.manifest)
+    if path.is_file():  # launching says that it is missing
+        read_manifest(path).split(split)
+
+
+def _refuse_other_factor(name: str, other: RunConfig, upscale: int) -> None:
+    if other.task == "tokenizer":
+        raise ValueError(f"against={name}: it trained tokenizers, no policy: name a run that uses them")
+    if other.vlcot.upscale != upscale:
+        raise ValueError(
+            f"against={name}: it restores by {other.vlcot.upscale}, not by {upscale}; compare models of one factor"
+        )
 
 
 def _evaluate(given: Given):
@@ -101,7 +135,7 @@ def _evaluate(given: Given):
     crop_px = read_count(given, "crop_px")
     if given["images"]:
         folder = Path(given["images"]).resolve()
-        ours = {folder.name: FinishedImages(folder)}
+        ours = {names_of_folders([folder], {BICUBIC, "start", *TAKEN})[folder]: FinishedImages(folder)}
         default, run_dir, step = folder.with_name(f"{folder.name}-evaluation"), None, 0
     else:
         config, checkpoint, ours, default = _model(given)
@@ -110,10 +144,8 @@ def _evaluate(given: Given):
         step = runfolder.step_of(checkpoint.resolve()) if checkpoint else 0
     cases, remarks = _cases(given, config, count, upscale)
     methods = {BICUBIC: Bicubic(upscale)}
-    for name, method in [*_others(against, given, config, checkpoint, upscale), *ours.items()]:
-        if name in methods or name in TAKEN:
-            raise ValueError(f"two methods, or a method and the set's own images, are called {name!r}; rename a folder")
-        methods[name] = method
+    methods |= _others(against, {*methods, *ours, *TAKEN}, given, config, checkpoint, upscale)
+    methods |= ours
     names = [name for name in (given["pyiqa"] or "").split(",") if name and name != "none"]
     metrics = Metrics(crop_px=crop_px, rewards=_rewards(config, step), pyiqa=names, weights_dir=given["weights_dir"])
     set_name = given["set"] or ""
@@ -171,10 +203,40 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     return method
 
 
+def names_of_folders(folders: Sequence[Path], reserved: Collection[str]) -> dict[Path, str]:
+    """A name by folder: its own, with as many of those above it as set it apart from the others and `reserved` ones.
+
+    ValueError where one is given twice.
+    """
+    from realsr_hpc.data.naming import distinct
+
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(f"against={twice[0]}: is given twice; name it once")
+    options = []
+    for folder in folders:
+        joined = ["_".join(folder.parts[-count:]) for count in range(1, len(folder.parts))]
+        options.append([*joined, quote(str(folder), "")])
+    return dict(zip(folders, distinct(options, reserved), strict=True))
+
+
 def _others(
+    against: list[tuple[str, str]],
+    taken: set[str],
+    given: Given,
+    config: RunConfig | None,
+    checkpoint: Path | None,
+    upscale: int,
+) -> dict[str, Method]:
+    """Methods of `against=` (as `_kinds` has them) by name, none of which is `taken`."""
+    named = names_of_folders([Path(name).resolve() for name, kind in against if kind != "start"], {*taken, "start"})
+    opened = _opened(against, given, config, checkpoint, upscale)
+    return {("start" if name == "start" else named[Path(name).resolve()]): method for name, method in opened}
+
+
+def _opened(
     against: list[tuple[str, str]], given: Given, config: RunConfig | None, checkpoint: Path | None, upscale: int
 ) -> Iterator[tuple[str, Method]]:
-    """Methods of `against=` (as `_kinds` has them), each with its name."""
+    """Each of them, opened."""
     from realsr_hpc.evaluate import FinishedImages
     from realsr_hpc.restore import find_model, with_sampling
 
@@ -185,16 +247,14 @@ def _others(
                 if config is not None and checkpoint is not None and config.model.weights is not None:
                     yield "start", _restores(given, config, None)
             elif kind == "images":
-                yield folder.name, FinishedImages(folder)
+                yield name, FinishedImages(folder)
             else:
                 other, path, _ = find_model({kind: name})
-                if other.vlcot.upscale != upscale:
-                    raise ValueError(
-                        f"it restores by {other.vlcot.upscale}, not by {upscale}; compare models of one factor"
-                    )
-                yield folder.name, _restores(given, with_sampling(other, given), path)
+                _refuse_other_factor(name, other, upscale)
+                yield name, _restores(given, with_sampling(other, given), path)
         except ValueError as error:
-            raise ValueError(f"against={name}: {error}") from None
+            said = str(error).removeprefix(f"against={name}: ")
+            raise ValueError(f"against={name}: {said}") from None
 
 
 def _kinds(against: str) -> Iterator[tuple[str, str]]:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.config.load import from_yaml
+from realsr_hpc.config.schema import RunConfig
 
 DEFAULTS = {
     "run": None,
@@ -36,6 +39,7 @@ def main(arguments: list[str]) -> int:
         given = read_arguments(arguments, DEFAULTS, __doc__)
         check(given)
         run = runfolder.find_run(Path("runs").resolve(), given["run"] or "")
+        fits({**given, "run": str(run)}, lambda path: from_yaml(runfolder.recipe(Path(path))))
         taken = _export(given, run, Path(given["output"] or ""))
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -57,13 +61,28 @@ def check(given: dict[str, str | None]) -> None:
         raise ValueError(f"licence={given['licence']!r}: give its short name, such as mit or cc-by-nc-4.0")
 
 
+def fits(given: dict[str, str | None], recipe_of: Callable[[str], RunConfig | None]) -> None:
+    """ValueError for what the run's recipe, where it is known, does not allow; also for a stage of a chain."""
+    run, checkpoint = Path(given["run"] or ""), given["checkpoint"]
+    if checkpoint and runfolder.run_of_checkpoint(Path(checkpoint).resolve()) != run.resolve():
+        raise ValueError(
+            f"checkpoint={checkpoint}: none of {run}; name one of {runfolder.checkpoints(run)}, or leave it out"
+        )
+    if (config := recipe_of(str(run))) is None:
+        return
+    if config.task == "tokenizer":
+        raise ValueError(f"run={run}: trained tokenizers, no policy; export the run of a policy that uses them")
+    if given["form"] == "peft" and config.model.lora is None:
+        raise ValueError("form=peft: this run trained no adapters (model.lora is null); leave form out")
+
+
 def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
     import torch
 
     from realsr_hpc.export import export_run
 
     path = Path(given["checkpoint"]) if given["checkpoint"] else None
-    if path and (not path.is_dir() or runfolder.run_of_checkpoint(path.resolve()) != run):
+    if path and not path.is_dir():
         raise ValueError(f"checkpoint={path}: none of {run}; name one of {runfolder.checkpoints(run)}, or leave it out")
     dtype = getattr(torch, DTYPES[given["dtype"]]) if given["dtype"] else None
     shard_bytes = read_count(given, "shard_mb", 1) * 10**6

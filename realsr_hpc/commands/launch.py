@@ -11,7 +11,7 @@ from realsr_hpc.launch.chain import ChainCommand
 def chained() -> dict[str, ChainCommand]:
     """The commands that a chain's stages may be; their modules import nothing heavy before they are called."""
     modules = {name: importlib.import_module(f"realsr_hpc.commands.{name}") for name in ("evaluate", "export_hf")}
-    return {name: ChainCommand(module.DEFAULTS, module.check) for name, module in modules.items()}
+    return {name: ChainCommand(module.DEFAULTS, module.check, module.fits) for name, module in modules.items()}
 
 
 def main(arguments: list[str]) -> int:

@@ -76,6 +76,22 @@ def tokenizer_strides_match_its_levels(config: RunConfig) -> Iterator[str]:
         )
 
 
+def the_tokenizer_begins_with_a_feature_a_code(config: RunConfig) -> Iterator[str]:
+    """Its first codes are features of the start batches; crops come whole, halved and quartered."""
+    training, stride = config.tokenizer_training, config.image_tokenizer.downsample
+    if config.task != "tokenizer":
+        return
+    if training.crop_px % (4 * stride):
+        yield f"tokenizer_training.crop_px: {training.crop_px}: must be a multiple of {4 * stride}, 4 x downsample"
+    a_batch = training.batch_size * (training.crop_px // stride) ** 2
+    found, codes = training.start_batches * a_batch, config.image_tokenizer.codebook_size
+    if found < codes:
+        yield (
+            f"tokenizer_training.start_batches: {training.start_batches}: their {found} features are fewer than the "
+            f"{codes} codes (image_tokenizer.codebook_size); take at least {-(-codes // max(a_batch, 1))}"
+        )
+
+
 def vocabulary_fits_the_image_tokenizer(config: RunConfig) -> Iterator[str]:
     """The 7B vocabularies have a fixed number of image codes and a fixed stride."""
     required = {"chameleon_f16": (8192, 16), "llamagen_f8": (16384, 8)}.get(config.vlcot.vocabulary)
@@ -245,6 +261,7 @@ RULES: tuple[Rule, ...] = (
     image_sizes_grow_from_rough_to_final,
     the_truth_is_a_multiple_of_the_upscale,
     tokenizer_strides_match_its_levels,
+    the_tokenizer_begins_with_a_feature_a_code,
     vocabulary_fits_the_image_tokenizer,
     heads_divide_the_hidden_size,
     a_trace_fits_the_rollout,

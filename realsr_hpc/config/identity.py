@@ -74,6 +74,23 @@ def signature(config: RunConfig) -> str:
     return digest(fields)[:12]
 
 
+def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Both values of every leaf that makes two recipes of one task different runs, by key; None where one lacks it."""
+    one, two = flatten(before), flatten(now)
+    found = {
+        key: (one.get(key), two.get(key))
+        for key in one | two
+        if one.get(key) != two.get(key) and key not in WORLD and _names_the_run(key, before.task)
+    }
+    sizes = world_size(before), world_size(now)
+    return found if sizes[0] == sizes[1] else {**found, "cluster.nodes x cluster.tasks_per_node": sizes}
+
+
+def _names_the_run(key: str, task: str) -> bool:
+    found = fields_at(key).values()
+    return key in ("name", "task") or any(mark.role != "operation" and task in (mark.tasks or ()) for mark in found)
+
+
 @cache
 def scheme() -> str:
     """8 hexadecimal digits of which fields signatures cover; a resolved recipe carries it in its first line."""

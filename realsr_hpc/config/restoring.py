@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from realsr_hpc.config.arguments import read_choice, read_count
 from realsr_hpc.config.learning import RestoreConfig
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.weights import pyiqa_needs
 
 ColourFix = Literal["none", "wavelet", "adain"]
 COLOUR_FIXES: tuple[ColourFix, ...] = get_args(ColourFix)
@@ -35,6 +37,24 @@ def check_restoring(given: Mapping[str, str | None]) -> None:
     read_count(given, "overlap_px")
     refuse_unknown_choice(given["choose"] or "")
     sampling(RestoreConfig(), given)
+
+
+def refuse_what_does_not_fit(given: Mapping[str, str | None], config: RunConfig) -> None:
+    """ValueError for what restores nothing, and for options that the model or this machine does not allow."""
+    if config.task == "tokenizer":
+        raise ValueError(f"{config.name} trained tokenizers, no policy: name a run that uses them")
+    refuse_wide_overlap(read_count(given, "overlap_px"), config.vlcot.image_sizes_px[-1] // config.vlcot.upscale)
+    kind, _, metric = (given["choose"] or "").partition(":")
+    if kind == "pyiqa" and read_count(given, "candidates", 1) > 1:
+        absent = [need for need in pyiqa_needs("choose", [metric], given["weights_dir"]) if not need.files()]
+        if absent:
+            raise ValueError(f"choose=pyiqa:{metric}: {absent[0].path} is not there; stage it from {absent[0].origin}")
+
+
+def refuse_wide_overlap(overlap_px: int, tile_px: int) -> None:
+    """ValueError where tiles of `tile_px` would overlap by more than a half."""
+    if overlap_px > tile_px // 2:
+        raise ValueError(f"overlap_px={overlap_px} must lie in 0..{tile_px // 2} (half a tile)")
 
 
 def refuse_unknown_choice(choice: str) -> None:

@@ -138,6 +138,18 @@ OWN: dict[str, str] = {
 """The commands that make what the small recipes name, which nobody publishes."""
 
 
+def start_files(config: RunConfig) -> dict[str, str | None]:
+    """What a run starts from, by field; None: from nothing."""
+    if config.task == "tokenizer":  # makes its own
+        return {}
+    return {
+        "text_tokenizer.path": config.text_tokenizer.path,
+        "image_tokenizer.weights": config.image_tokenizer.weights,
+        "model.weights": config.model.weights,
+        "model.lora.weights": config.model.lora.weights if config.model.lora else None,
+    }
+
+
 def needs_of(config: RunConfig) -> list[Need]:
     """Every file that the recipe reads beside code and photographs."""
     if config.task == "tokenizer":  # makes its own
@@ -146,15 +158,14 @@ def needs_of(config: RunConfig) -> list[Need]:
     public = PUBLIC.get(config.vlcot.vocabulary)
     exported = "realsr-hpc export-hf run=RUN_DIR output=DIR"
     policy, image, text = (part + _CONVERTED for part in public) if public else (exported, own, own)
-    named = {
-        "text_tokenizer.path": (config.text_tokenizer.path, text),
-        "image_tokenizer.weights": (config.image_tokenizer.weights, image),
-        "model.weights": (config.model.weights, policy),
-        "model.lora.weights": (config.model.lora.weights if config.model.lora else None, f"{exported} form=peft"),
+    made_by = {
+        "text_tokenizer.path": text,
+        "image_tokenizer.weights": image,
+        "model.weights": policy,
+        "model.lora.weights": f"{exported} form=peft",
     }
-    origins = {
-        field: (path, OWN.get(path) or origin or "") for field, (path, origin) in named.items() if path is not None
-    }
+    named = start_files(config).items()
+    origins = {field: (path, OWN.get(path) or made_by[field]) for field, path in named if path is not None}
     needs = [Need(field, resolve(path), origin) for field, (path, origin) in origins.items()]
     if config.task == "grpo":
         needs += [need for name in config.rewards.terms for need in _of_reward(config, name)]

@@ -104,7 +104,7 @@ class Manifest:
         chosen = tuple(entry for entry in self.entries if entry.split == name)
         if not chosen:
             known = ", ".join(sorted({entry.split for entry in self.entries}))
-            remedy = f"there are {known}: name one" if known else "it is empty: make it again with realsr-hpc prepare-data"
+            remedy = f"there are {known}: name one" if known else "it is empty: make it with realsr-hpc prepare-data"
             raise ValueError(f"split={name!r}: no photograph of the manifest in {self.root} is in it; {remedy}")
         return Manifest(self.root, chosen)
 

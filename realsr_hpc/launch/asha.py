@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc import runfolder
-from realsr_hpc.config.load import RecipeError, compose_each, output_root, override
+from realsr_hpc.config.load import RecipeError, compose_each, output_root, override, search_space
 from realsr_hpc.config.metrics import num_steps
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.halving import Move, Trial, next_move, ranking
-from realsr_hpc.launch.proposals import Space
+from realsr_hpc.launch.proposals import Space, refuse_another_space
 from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private, run_folder, slurm_queue
 from realsr_hpc.launch.start import Submission
 from realsr_hpc.launch.submit import submit_into
@@ -51,7 +51,7 @@ class Kept:
     """asha.json."""
 
     space: dict[str, list[str]]
-    """`fixed`, `varied`: the sweep's overrides, the same at every launch."""
+    """`fixed`, `varied`: the sweep's overrides; what decides results is the same at every launch."""
     rungs: list[int]
     keep: int
     trials: list[Sent] = field(default_factory=list)
@@ -91,13 +91,22 @@ class Halving:
         kept = read_json(self.folder / "asha.json", Kept)
         if kept is None:
             return wanted
-        for name in ("space", "rungs", "keep"):
+        refuse_another_space(self.name, kept.space, wanted.space)
+        for name in ("rungs", "keep"):
             before, now = getattr(kept, name), getattr(wanted, name)
             if before != now:
                 raise RecipeError(
                     f"sweep: {self.name}: was launched with {name} {before}, now {now}; take another sweep="
                 )
+        self._keep_order(kept)
         return kept
+
+    def _keep_order(self, kept: Kept) -> None:
+        """The axes as they were first written: the runs' overrides are recognised by their order."""
+        order = [axis.key for axis in search_space(kept.space["varied"])[1]]
+        axes = sorted(self.space.axes, key=lambda axis: order.index(axis.key))
+        self.space = replace(self.space, axes=axes)
+        kept.space = {"fixed": self.space.fixed, "varied": kept.space["varied"]}
 
     def _look(self, numbers: Sequence[int]) -> list[int]:
         """See again what these runs have come to; the numbers of those that ended before their rung."""

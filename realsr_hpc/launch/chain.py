@@ -22,6 +22,7 @@ from realsr_hpc.config.identity import digest
 from realsr_hpc.config.load import GROUPS, RecipeError, compose_one, nearest, output_root, values_of, written
 from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.weights import start_files
 from realsr_hpc.launch.rundir import run_folder
 from realsr_hpc.paths import resolve
 
@@ -43,6 +44,8 @@ class ChainCommand:
     """Its keys, each with its default."""
     check: Callable[[dict[str, str | None]], None]
     """ValueError for values that it would refuse whatever it is to work on."""
+    fits: Callable[[dict[str, str | None], Callable[[str], RunConfig | None]], None]
+    """ValueError for values that the recipes of what it works on do not allow; the function has them by path."""
 
 
 Valid = Mapping[str, ChainCommand]
@@ -145,7 +148,26 @@ class _Resolver:
             config = compose_one([f"recipe={stage.recipe}", *lines.values()])
         except RecipeError as error:
             raise self._fault(name, str(error)) from None
+        for field, path in start_files(config).items():
+            if path is not None and (fault := self._start_fault(field, resolve(path))):
+                raise self._fault(name, f"{field}: {path}: {fault}")
         return Node(name, run_folder(config), config, tuple(after))
+
+    def _start_fault(self, field: str, path: Path) -> str:
+        """Why a stage that comes before will not leave that which a run starts from there; empty: it will."""
+        node = next((node for node in self.nodes.values() if path.is_relative_to(node.folder)), None)
+        if node is None:
+            return ""
+        if node.command:
+            form = "peft" if "form=peft" in node.arguments else "merged"
+            wanted = {"model.weights": "merged", "model.lora.weights": "peft"}.get(field, form)
+            fits = node.command == "export_hf" and form == wanted
+            return "" if fits else f"{node.stage} writes no {wanted} export there"
+        left = runfolder.tokenizer_files(node.folder) if node.config.task == "tokenizer" else {}
+        if path == left.get(field):
+            return ""
+        there = f"it leaves {left[field].name}" if field in left else f"write {{{node.stage}.export}}"
+        return f"{node.stage} leaves no such file; {there}"
 
     def _line(self, name: str, key: str, value: Any, after: dict[Path, None]) -> str:
         value = self._filled(name, key, value, after)
@@ -167,9 +189,14 @@ class _Resolver:
             raise self._fault(name, "names no earlier stage, such as run: '{STAGE.run}'; it does not belong here")
         try:
             self.valid[command].check({**defaults, **given, "output": OUTPUT})
+            self.valid[command].fits({**defaults, **given}, self._recipe_of)
         except ValueError as error:
             raise self._fault(name, str(error)) from None
         return self._command_node(name, command, given, tuple(after), stage.cluster)
+
+    def _recipe_of(self, path: str) -> RunConfig | None:
+        """The recipe behind a stage's folder, or what lies in it; None: no stage writes there."""
+        return next((node.config for node in self.nodes.values() if Path(path).is_relative_to(node.folder)), None)
 
     def _argument(self, name: str, key: str, value: Any, after: dict[Path, None]) -> str:
         """A value as the command line has it: a list's items with commas between, relative paths the project's."""
@@ -238,6 +265,10 @@ class _Resolver:
             given = {"run": str(node.folder)}
             if what == "best_export":
                 given["checkpoint"] = str(runfolder.best_checkpoint(node.folder))
+            try:
+                self.valid["export_hf"].fits({**self.valid["export_hf"].defaults, **given}, self._recipe_of)
+            except ValueError as error:
+                raise self._fault(name, str(error)) from None
             self.nodes[name] = self._command_node(name, "export_hf", given, (node.folder,), {})
         return self.nodes[name]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
 from typing import Any
 
-from realsr_hpc.config.load import Axis, RecipeError, compose_each, search_space
+from realsr_hpc.config.identity import differences
+from realsr_hpc.config.load import Axis, RecipeError, compose_each, search_space, written
 from realsr_hpc.config.metrics import best_is_highest, best_metric, measured_every, num_steps
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.halving import Trial, even_rungs
@@ -23,6 +24,8 @@ from realsr_hpc.launch.rundir import run_folder
 
 DRAWN = 27
 """Recipes that are drawn where `trials` does not say."""
+TOLD = 5
+"""Differences that a message lists."""
 DRAWS = 20
 """How often one is drawn that there was before, until no new one is thought to be left."""
 
@@ -135,6 +138,31 @@ def read_space(overrides: list[str], trials: int, rungs: str, keep: int) -> Spac
         if best_metric(config) != best_metric(sample) or config.output_root != sample.output_root:
             raise RecipeError("sampler: asha: checkpoint.best_metric and output_root may not vary; fix them")
     return space
+
+
+def refuse_another_space(sweep: str, before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> None:
+    """RecipeError naming what decides results and is not as at the sweep's first launch.
+
+    before, now: its `fixed` and `varied` overrides. Operation (`cluster`, `tracking`, ...) may change.
+    """
+    old, new = _lines(before["varied"]), _lines(now["varied"])
+    told = [
+        f"{old[key][1] if key in old else f'{key} fixed'}, now {new[key][1] if key in new else f'{key} fixed'}"
+        for key in old | new
+        if (old[key][0] if key in old else None) != (new[key][0] if key in new else None)
+    ]
+    if not told:
+        first = [f"{axis.key}={axis.choices[0] if axis.choices else axis.low}" for axis, _ in new.values()]
+        one, two = compose_each([[*before["fixed"], *first], [*now["fixed"], *first]])
+        told = [f"{key}={written(was)}, now {written(has)}" for key, (was, has) in differences(one, two).items()]
+    if told:
+        more = f"; and {len(told) - TOLD} more" if len(told) > TOLD else ""
+        raise RecipeError(f"sweep: {sweep}: was launched with {'; '.join(told[:TOLD])}{more}; take another sweep=")
+
+
+def _lines(varied: list[str]) -> dict[str, tuple[Axis, str]]:
+    """Each axis with the override that it was written as, by key."""
+    return {axis.key: (axis, line) for axis, line in zip(search_space(varied)[1], varied, strict=True)}
 
 
 def recipes(space: Space) -> list[RunConfig]:

@@ -13,7 +13,7 @@ from typing import Any
 from realsr_hpc.config.load import Axis, RecipeError, compose_one, output_root, search_space
 from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.launch.proposals import quiet_optuna
+from realsr_hpc.launch.proposals import quiet_optuna, refuse_another_space
 from realsr_hpc.launch.rundir import current_status, make_private, run_folder
 from realsr_hpc.locks import hold
 from realsr_hpc.tracking import metrics_by_step
@@ -29,6 +29,9 @@ def sample(overrides: list[str], sweep: str, trials: int) -> list[RunConfig]:
     folder = make_private(make_private(output_root(compose_one(fixed)) / "sweeps") / sweep)
     with hold(folder / "journal.lock", f"drawing for sweep {sweep}", WAIT_S):  # two launchers would draw twice
         study = _study(fixed, sweep)
+        space = {"fixed": fixed, "varied": [line for line in overrides if line not in fixed]}
+        refuse_another_space(sweep, study.user_attrs.get("space", space), space)
+        study.set_user_attr("space", space)
         waiting = _tell(study, fixed)
         if not waiting:
             for _ in range(trials):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from realsr_hpc.config.arguments import read_count
-from realsr_hpc.config.restoring import ColourFix, check_restoring
+from realsr_hpc.config.restoring import ColourFix, check_restoring, refuse_what_does_not_fit
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.parallel import backend
 from realsr_hpc.restore.candidates import BestOf, build_chooser
@@ -35,6 +35,7 @@ def open_with_options(
     free memory. steps: rough and middle images are decoded too.
     """
     check_restoring(given)
+    refuse_what_does_not_fit(given, config)
     colour: ColourFix = given["colour"]  # type: ignore[assignment]
     count, choice = read_count(given, "candidates", 1), given["choose"] or ""
     factor, source = config.vlcot.upscale, f"{name} {config.restore.model_dump(exclude_none=True)}"

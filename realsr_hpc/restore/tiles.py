@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from realsr_hpc.artifacts.restoration import RestoredTile
+from realsr_hpc.config.restoring import refuse_wide_overlap
 from realsr_hpc.parallel import backend
 from realsr_hpc.records import Case, RestoredImage
 from realsr_hpc.restore.candidates import Chosen
@@ -47,8 +48,7 @@ class RestoreSettings:
     """Batches restored side by side, each by a thread of its own."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.overlap_px <= self.tile_px // 2:
-            raise ValueError(f"overlap_px={self.overlap_px} must lie in 0..{self.tile_px // 2} (half a tile)")
+        refuse_wide_overlap(self.overlap_px, self.tile_px)
         if self.upscale and not 1 <= self.upscale <= self.model_upscale:
             raise ValueError(f"upscale={self.upscale:g} must lie in 1..{self.model_upscale} (what the model enlarges)")
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
 from realsr_hpc.files import replacing
 from realsr_hpc.parallel import backend
@@ -38,7 +39,8 @@ _CPU = torch.device("cpu")
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     """Train, resuming from `run_dir/checkpoint.pt`; grids and both tokenizers go to `run_dir`; the exit code."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    train_recipe_text_tokenizer(config, run_dir / "text_tokenizer.json")
+    left = runfolder.tokenizer_files(run_dir)
+    train_recipe_text_tokenizer(config, left["text_tokenizer.path"])
     training = config.tokenizer_training
     photographs = photographs_of(config, config.data.train_split)
     images = TokenizerImages(photographs, training, config.seed, config.data.num_threads)
@@ -56,7 +58,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
             metrics |= state.evaluate(heldout, grid)
             tracker.log_metrics(state.step, metrics)
             tracker.log_artifact(grid, "reconstructions")
-            save_image_tokenizer(state.average, run_dir / "image_tokenizer.safetensors")
+            save_image_tokenizer(state.average, left["image_tokenizer.weights"])
             state.save(run_dir / "checkpoint.pt")
         tracker.progress(state.step, training.num_steps, f"loss {metrics['tokenizer/loss/step']:.3f}")
         if stopping and state.step < training.num_steps:

@@ -25,6 +25,12 @@ BREACHES = {
     "image_sizes_grow_from_rough_to_final": ["vlcot.image_sizes_px=[64,32,128]"],
     "the_truth_is_a_multiple_of_the_upscale": ["vlcot.upscale=3"],
     "tokenizer_strides_match_its_levels": ["image_tokenizer.downsample=4"],
+    "the_tokenizer_begins_with_a_feature_a_code": [
+        "task=tokenizer",
+        "tokenizer_training.start_batches=2",
+        "tokenizer_training.batch_size=2",
+        "tokenizer_training.crop_px=40",
+    ],
     "vocabulary_fits_the_image_tokenizer": ["vlcot.vocabulary=chameleon_f16"],
     "heads_divide_the_hidden_size": ["model.num_heads=7"],
     "layers_divide_over_pipeline_stages": ["parallel.pp=3", "cluster.tasks_per_node=3"],

@@ -218,5 +218,5 @@ def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="split='test': no photograph .* there are heldout, train: name one"):
         LQLoader(config(), "test", 1)
     write_manifest(tmp_path / "empty.parquet", [])
-    with pytest.raises(ValueError, match="it is empty: make it again with realsr-hpc prepare-data"):
+    with pytest.raises(ValueError, match="it is empty: make it with realsr-hpc prepare-data"):
         LQLoader(config(tmp_path / "empty.parquet"), "train", 1)

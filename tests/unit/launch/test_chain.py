@@ -76,6 +76,16 @@ def evaluated(more: str) -> str:
     return f"{{a: {{recipe: sft_tiny}}, b: {{command: evaluate, set: {{run: '{{a.run}}', {more}}}}}}}"
 
 
+def exported(more: str) -> str:
+    """Stages of a run and its export."""
+    return f"{{a: {{recipe: sft_tiny}}, b: {{command: export_hf, set: {{run: '{{a.run}}', {more}}}}}}}"
+
+
+def started(recipe: str, more: str) -> str:
+    """Stages of two runs, where one starts from the other."""
+    return f"{{a: {{recipe: {recipe}}}, b: {{recipe: sft_tiny, set: {{name: x, {more}}}}}}}"
+
+
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
@@ -103,14 +113,19 @@ def evaluated(more: str) -> str:
         (evaluated("set: realsr"), "set=realsr needs data=DIR"),
         (evaluated("set: raelsr, data: x"), "set='raelsr' is none of realsr, drealsr"),
         (evaluated("export: '{a.export}'"), "give one of run=RUN_DIR"),
-        (
-            "{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.run}', dtype: fp16}}}",
-            "dtype='fp16' is none of",
-        ),
-        (
-            "{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.run}', shard_mb: true}}}",
-            "shard_mb='true' is no",
-        ),
+        (exported("dtype: fp16"), "dtype='fp16' is none of"),
+        (exported("shard_mb: true"), "shard_mb='true' is no"),
+        (evaluated("split: hedlout"), "split='hedlout': no photograph of the manifest in"),
+        (evaluated("split: train, data: x, set: paired"), "split=train: of the recipe's own images"),
+        (evaluated("overlap_px: 17"), "overlap_px=17 must lie in 0..16 (half a tile)"),
+        (evaluated("candidates: 2, choose: 'pyiqa:musiq', weights_dir: none"), "stage it from https://"),
+        (exported("form: peft"), "form=peft: this run trained no adapters (model.lora is null); leave form out"),
+        (exported("checkpoint: elsewhere/checkpoints/step-1"), "name one of /"),
+        ("{a: {recipe: tokenizer_tiny}, b: {command: evaluate, set: {run: '{a.run}'}}}", "b: tokenizer_tiny trained"),
+        (started("tokenizer_tiny", "model.weights: '{a.export}'"), "a.export: run=/"),
+        (started("tokenizer_tiny", "text_tokenizer.path: '{a.run}/x'"), "it leaves text_tokenizer.json"),
+        (started("sft_tiny", "model.weights: '{a.run}'"), "a leaves no such file; write {a.export}"),
+        (started("sft_tiny", "model.lora: {weights: '{a.export}'}"), "a.export writes no peft export there"),
         (evaluated("data: nowhere, set: paired"), "data: "),
         (evaluated("against: [start, nowhere]"), "against: "),
     ],
@@ -120,7 +135,7 @@ def test_faults_name_stage_and_field_before_anything_is_written(stages, said, ch
     root = tmp_path / "runs"
     assert main(["chain=odd", f"output_root={root}"]) == 2
     shown = capsys.readouterr().out
-    assert shown.startswith((f"chain odd: {said.split(':')[0]}", "chain odd: b: ", "b: "))
+    assert shown.startswith((f"chain odd: {said.split(':')[0]}", "chain odd: b: ", "b: ")), shown
     assert said in shown and not root.exists()
 
 

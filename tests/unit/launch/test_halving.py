@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from realsr_hpc.commands.launch import main
-from realsr_hpc.config.load import compose
+from realsr_hpc.config.load import RecipeError, compose
 from realsr_hpc.launch.command import choose, read_command_line
 from realsr_hpc.launch.halving import Move, Trial, even_rungs, next_move
+from realsr_hpc.launch.proposals import refuse_another_space
 from realsr_hpc.launch.rundir import current_status, run_folder
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import metrics_by_step
@@ -100,6 +101,7 @@ def test_rungs_lie_where_the_metric_is_measured():
     assert even_rungs(10, 3, 10) == (10,)
 
 
+LEFT = ["optim.lr=1e-3,1e-4", "seed=1,2"]
 ASHA = ["-m", "recipe=sft_tiny", "sampler=asha", "sft.num_steps=9", "sft.heldout_every_steps=1", "optim.warmup_steps=0"]
 
 
@@ -142,6 +144,29 @@ def test_a_grid_is_tried_once_each_and_intervals_are_drawn(tmp_path):
     assert len({config.optim.lr for config in drawn}) == 5 and {config.seed for config in drawn} <= {1, 2}
 
 
+@pytest.mark.parametrize(
+    ("fixed", "varied", "said"),
+    [
+        (["cluster.array_parallelism=5", "tracking.description=x", "sft.num_steps=90"], LEFT, ""),
+        (["sft.num_steps=80"], LEFT[::-1], "launched with sft.num_steps=90, now 80; take another sweep="),
+        (["sft.num_steps=90"], ["optim.lr=1e-3,1e-5", "seed=1,2"], "optim.lr=1e-3,1e-4, now optim.lr=1e-3,1e-5"),
+        (["sft.num_steps=90"], ["optim.lr=1e-3,1e-4"], "seed=1,2, now seed fixed"),
+        (["sft.num_steps=90", "parallel.tp=2"], LEFT, "parallel.tp=1, now 2"),
+        (["sft.num_steps=90", "cluster.tasks_per_node=1"], LEFT, "cluster.nodes x cluster.tasks_per_node=2, now 1"),
+        (["sft.num_steps=90", "vlcot.instruction='it\\'s <|image|>'"], LEFT, "now 'it\\'s <|image|>'"),
+    ],
+)
+def test_a_sweep_launched_again_names_what_decides_its_results_and_differs(fixed, varied, said):
+    first = {"fixed": ["recipe=sft_tiny", "sft.num_steps=90"], "varied": LEFT}
+    now = {"fixed": ["recipe=sft_tiny", *fixed], "varied": varied}
+    if not said:
+        return refuse_another_space("rates", first, now)
+    with pytest.raises(RecipeError) as error:
+        refuse_another_space("rates", first, now)
+    told = str(error.value)
+    assert told.startswith("sweep: rates: was launched with ") and said in told and told.count("=") < 8
+
+
 @pytest.mark.timeout(1800)
 def test_a_sweep_whose_launcher_is_killed_goes_on_and_its_survivor_was_never_paused(
     tmp_path, image_tokenizer, store, monkeypatch, capsys
@@ -166,7 +191,8 @@ def test_a_sweep_whose_launcher_is_killed_goes_on_and_its_survivor_was_never_pau
     launcher.wait()
 
     monkeypatch.setenv("COLUMNS", "160")
-    assert main(words) == 0
+    again = [word for word in words if not word.startswith(("cluster.array", "optim.min_lr"))]
+    assert main([*again, "cluster.array_parallelism=3", "optim.min_lr=0", "tracking.description=again"]) == 0
     states = {rate: status.state for rate, path in folders.items() if (status := current_status(path))}
     assert states == {3e-3: "done", 1e-9: "stopped"}
     assert {rate: max(metrics_by_step(path)) for rate, path in folders.items()} == {3e-3: 4, 1e-9: 1}

@@ -240,8 +240,7 @@ def test_a_request_that_never_ends_is_not_kept(monkeypatch):
     async def send(message: dict[str, Any]) -> None:
         answered.append(message)
 
-    path = "/terms/format"
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": "/terms/format", "headers": [], "query_string": b""}
     app = serving.application({"format": build_reward("format", RewardTerm(kind="format"))})
     asyncio.run(app(scope, receive, send))  # pyright: ignore[reportArgumentType]
     assert asked == [4] and answered[0]["status"] == 413 and b"rewards.batch_size" in answered[1]["body"]
