@@ -27,6 +27,8 @@ class Feed:
         self.last: dict[str, float] = {}
         self.peak: dict[str, float] = {}
         """Largest value of each `system/` metric."""
+        self._others: set[str] = set()
+        """Names met so far of other metrics: a step reports dozens, and runs have thousands of steps."""
         self.step = 0
         self.step_s: deque[float] = deque(maxlen=RECENT)
         """From one step's report to the next, seconds, recent steps: the first after a start or resume is not known."""
@@ -65,9 +67,11 @@ class Feed:
 
     def _take(self, step: int, time_ms: int, metrics: dict[str, float]) -> None:
         self.last |= metrics
-        for name, value in metrics.items():
+        for name in metrics.keys() - self._others:
             if name.startswith("system/"):
-                self.peak[name] = max(value, self.peak.get(name, value))
+                self.peak[name] = max(metrics[name], self.peak.get(name, metrics[name]))
+            else:
+                self._others.add(name)
         self.step = max(self.step, step)
         if self._reported is None or step > self._reported[0]:  # a step may report more than once
             if self._reported is not None:
@@ -75,5 +79,5 @@ class Feed:
                 self.step_s.append(seconds)
                 self.computed_s += seconds * (step - self._reported[0])
             self._reported = (step, time_ms)
-        if self.watched in metrics:
-            self.history.append((step, metrics[self.watched]))
+        if (watched := self.watched) in metrics:
+            self.history.append((step, metrics[watched]))

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from realsr_hpc import runfolder
 from realsr_hpc.files import json_value
 
@@ -25,6 +27,7 @@ _KINDS: dict[str, dict[str, type]] = {
     "truncate": {"step": int},
     "artifact": {"path": str, "folder": str},
 }
+_NUMBERS = frozenset({float, int})
 logger = logging.getLogger(__name__)
 
 
@@ -86,12 +89,23 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
 def _event(line: bytes) -> Event | None:
     """One event; None for a line that is none, as a disk that lost power leaves."""
     try:
-        event = json_value(line)
+        event = _parsed(line)
         whole = all(type(event[key]) is kind for key, kind in _KINDS[event["kind"]].items())
         values = event["metrics"].values() if event["kind"] == "metrics" and whole else ()
-        return event if whole and all(type(value) in (float, int) for value in values) else None
+        return event if whole and _NUMBERS.issuperset(map(type, values)) else None
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def _parsed(line: bytes) -> Any:
+    """Three times as fast as `json` (boards read hundreds of megabytes), which takes what this one does not.
+
+    That is half a character (`\\udc80`), as names of files that are not UTF-8 hold it.
+    """
+    try:
+        return from_json(line)
+    except ValueError:
+        return json_value(line)
 
 
 def metrics_by_step(run_dir: Path) -> dict[int, dict[str, float]]:

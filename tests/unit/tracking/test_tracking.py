@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 import sys
 
@@ -135,6 +137,22 @@ def test_a_torn_line_is_cut_off_and_the_rest_kept(tmp_path):
     again.append({"kind": "metrics", "step": 2, "time_ms": 2, "metrics": {"loss": 2.0}})
     again.close()
     assert list(metrics_by_step(tmp_path)) == [1, 2]
+
+
+def test_events_are_read_with_all_their_bits_and_names(tmp_path):
+    values = [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.pi, math.inf, -math.inf, math.nan, 3, 2**70]
+    metrics = {f"m{number}": value for number, value in enumerate(values)}
+    numbers = {"kind": "metrics", "step": 1, "time_ms": 1, "metrics": metrics}
+    file = {"kind": "artifact", "path": os.fsdecode(b"caf\xe9.png"), "folder": "rollouts"}
+    switch = {"kind": "metrics", "step": 1, "time_ms": 1, "metrics": {"loss": True}}
+    spool = Spool(tmp_path)
+    for event in (numbers, switch, file):
+        spool.append(event)
+    spool.close()
+    with runfolder.events(tmp_path).open("ab") as stream:
+        stream.write(b'{"kind": "artifact", "path": "a", "folder": "b"}}\n[' + b"[" * 100_000 + b"\n")
+    found = [event for event, _ in read_events(runfolder.events(tmp_path))]
+    assert repr(found) == repr([numbers, file]) and os.fsencode(found[1]["path"]) == b"caf\xe9.png"
 
 
 def test_a_dead_server_stops_nothing_and_sync_sends_later(root, monkeypatch):
