@@ -36,6 +36,7 @@ from realsr_hpc.launch.rundir import (
 from realsr_hpc.launch.script import executor_parameters, setup_lines
 from realsr_hpc.launch.signals import die_with_parent
 from realsr_hpc.launch.snapshot import take_snapshot
+from realsr_hpc.launch.start import NOT_SUBMITTED, refusal
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import code_root, project_root
 
@@ -74,18 +75,17 @@ def prepare_stage(node: Node) -> None:
 def submit_stage(node: Node, after: Sequence[str]) -> str:
     """Submit to Slurm, to start when the jobs `after` have succeeded; the job's id. ValueError with sbatch's words."""
     import submitit
-    from submitit.core.utils import FailedJobError
 
     prepare_stage(node)
     cluster = node.config.cluster
     setup = setup_lines(cluster, take_snapshot([node.config]))
-    executor = submitit.SlurmExecutor(folder=node.folder / "job")
-    executor.update_parameters(**executor_parameters(cluster, node.config.name, setup, after))
     launch = secrets.token_hex(8)
     try:
+        executor = submitit.SlurmExecutor(folder=node.folder / "job")
+        executor.update_parameters(**executor_parameters(cluster, node.config.name, setup, after))
         job = executor.submit(stage_job, node.folder, launch)
-    except FailedJobError as error:
-        raise ValueError(f"{node.stage}: {error}") from None
+    except NOT_SUBMITTED as error:
+        raise ValueError(f"{node.stage}: {refusal(error)}; launch the chain again to go on") from None
     write_job(node.folder, Job("slurm", job.job_id, "", str(job.paths.stdout), launch, time.time()))
     return job.job_id
 

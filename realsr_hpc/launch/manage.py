@@ -76,6 +76,8 @@ def cancel(run_dir: Path, wait_s: float = CANCEL_WAIT_S) -> str:
     scancel alone would leave it no more than Slurm's KillWait, 30 s by default, for the rest of its step and the save.
     """
     status, job = current_status(run_dir), read_job(run_dir)
+    if status is not None and status.state in ALIVE and job is None:
+        raise ValueError(f"{run_dir.name}: {status.message}, which no job.json names: end that process")
     if status is None or job is None or status.state not in ALIVE:
         return f"{run_dir.name} is {status.state if status else 'not launched'}: nothing to cancel"
     if job.kind == "slurm":
@@ -87,28 +89,50 @@ def cancel(run_dir: Path, wait_s: float = CANCEL_WAIT_S) -> str:
 
 
 def _cancel_slurm(run_dir: Path, job: Job, wait_s: float) -> str:
-    if slurm_queue().states.get(job.job_id) == "RUNNING":
-        _scancel("--signal=TERM", job.job_id)
-        if _has_gone(run_dir, job, time.time() + wait_s):
-            return f"{run_dir.name}: job {job.job_id} cancelled; it has stopped with a checkpoint"
+    if not runfolder.recipe(run_dir).exists():  # a command of a chain: it saves nothing
+        _scancel(job.job_id)
+        return f"{run_dir.name}: job {job.job_id} cancelled; launch its chain again to run it from its beginning"
+    state = _slurm_state(job)
+    if state == "PENDING":
+        _scancel("--state=PENDING", job.job_id)  # it may begin at this very moment
+        state = _slurm_state(job)
+    if state != "RUNNING":
+        if state not in ("", "PENDING"):
+            _scancel(job.job_id)
+        set_state(run_dir, "stopped", None, "cancelled before it began", launch=job.launch)
+        return f"{run_dir.name}: job {job.job_id} cancelled"
+    _scancel("--signal=TERM", job.job_id)
+    left, last = _left(run_dir, job, time.time() + wait_s)
+    if not left:
         _scancel(job.job_id)
         return f"{run_dir.name}: job {job.job_id} cancelled without a checkpoint, after {wait_s:.0f} s"
-    _scancel(job.job_id)
-    set_state(run_dir, "stopped", None, "cancelled before it began", launch=job.launch)
-    return f"{run_dir.name}: job {job.job_id} cancelled"
+    if last is None:
+        return f"{run_dir.name}: job {job.job_id} left without a word; see {job.log}"
+    word = {"stopped": "cancelled; it has stopped with a checkpoint", "done": "came to its end, all steps done"}
+    return f"{run_dir.name}: job {job.job_id} {word.get(last.state, f'ended: {last.state}, {last.message}')}"
 
 
-def _has_gone(run_dir: Path, job: Job, deadline: float) -> bool:
-    """Whether the job left by itself, seen by its last word or by the queue."""
+def _slurm_state(job: Job) -> str:
+    """Slurm's word for the job, empty where it is gone. ValueError where squeue does not answer: it may be saving."""
+    queue = slurm_queue()
+    if not queue.answered:
+        raise ValueError(f"job {job.job_id}: squeue does not answer; nothing was cancelled, ask again")
+    return queue.states.get(job.job_id, "")
+
+
+def _left(run_dir: Path, job: Job, deadline: float) -> tuple[bool, Status | None]:
+    """Whether the job has left by itself, seen by its last word or by the queue, and that word."""
+    gone = False
     while time.time() < deadline:
         status = read_status(run_dir)
         if status is not None and status.launch == job.launch and status.state not in ALIVE:
-            return True
+            return True, status
+        if gone:  # it was gone before this look at its word
+            return True, None
         queue = slurm_queue()
-        if queue.answered and job.job_id not in queue.states:
-            return True
-        time.sleep(POLL_S)
-    return False
+        gone = queue.answered and job.job_id not in queue.states
+        time.sleep(0 if gone else POLL_S)
+    return gone, None
 
 
 def _scancel(*words: str) -> None:

@@ -161,8 +161,8 @@ def refuse_another_space(sweep: str, before: Mapping[str, list[str]], now: Mappi
 
 
 def _lines(varied: list[str]) -> dict[str, tuple[Axis, str]]:
-    """Each axis with the override that it was written as, by key."""
-    return {axis.key: (axis, line) for axis, line in zip(search_space(varied)[1], varied, strict=True)}
+    """Each axis with the override that it was written as, by key; a line that varies nothing is none."""
+    return {axis.key: (axis, line) for line in varied for axis in search_space([line])[1]}
 
 
 def recipes(space: Space) -> list[RunConfig]:

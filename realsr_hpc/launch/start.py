@@ -29,6 +29,8 @@ from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.turns import node_job_in_turn
 from realsr_hpc.paths import code_root
 
+NOT_SUBMITTED = (RuntimeError, OSError, subprocess.SubprocessError)
+"""What submitit raises where sbatch fails or names no job, and where srun or sbatch are missing."""
 DEFAULT_MAX_ARRAY = 1001
 """Slurm's own MaxArraySize where it does not tell."""
 
@@ -65,18 +67,20 @@ def start_together(group: list[Submission], after: Sequence[str] = ()) -> list[S
 
 
 def _attempt(part: list[Submission], start) -> list[Submission]:
-    from submitit.core.utils import FailedJobError
-
     try:
         start(part)
-    except (FailedJobError, OSError, subprocess.SubprocessError) as error:
-        return [replace(item, submitted=False, failed=True, note=_words(error)) for item in part]
+    except NOT_SUBMITTED as error:
+        return [replace(item, submitted=False, failed=True, note=refusal(error)) for item in part]
     return part
 
 
-def _words(error: Exception) -> str:
+def refusal(error: Exception) -> str:
     """What sbatch said, without submitit's words around it."""
+    from submitit.core.utils import FailedSubmissionError
+
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, FailedSubmissionError):  # it exited with 0 and named no job
+        return f"{lines[0]}; if squeue --me lists a new job, scancel it and launch again"
     said = [line for line in lines if line.startswith("sbatch:")] or lines[-1:] or [type(error).__name__]
     return " ".join(dict.fromkeys(line.removeprefix("sbatch: ") for line in said))
 

@@ -11,7 +11,7 @@ import pytest
 from realsr_hpc.commands.jobs import main
 from realsr_hpc.launch.manage import cancel
 from realsr_hpc.launch.prune import link_code
-from realsr_hpc.launch.rundir import Job, read_status, write_job
+from realsr_hpc.launch.rundir import Job, Status, read_status, write_job
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.tracking.tracker import Progress
 
@@ -54,9 +54,39 @@ def test_a_job_that_waits_is_cancelled_at_once(tmp_path, slurm):
     run_dir = make_run(tmp_path / "runs", "run", "submitted")
     slurm(squeue="echo 12 PENDING Priority", scancel=f"echo $* >> {tmp_path}/calls")
     cancel(run_dir)
-    assert (tmp_path / "calls").read_text() == "12\n"
+    assert (tmp_path / "calls").read_text() == "--state=PENDING 12\n"
     status = read_status(run_dir)
     assert status is not None and (status.state, status.launch) == ("stopped", "a")
+
+
+def test_cancelling_knows_what_the_job_is_doing(tmp_path, slurm):
+    """Slurm is silent; the job begins at this very moment; it leaves without a word, or done; it is a command."""
+    runs, calls = tmp_path / "runs", tmp_path / "calls"
+    scancel = f"echo $* >> {calls}; touch {tmp_path}/asked"
+    slurm(squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", scancel=scancel)
+    silent = make_run(runs, "silent")
+    with pytest.raises(ValueError, match="job 12: squeue does not answer; nothing was cancelled, ask again"):
+        cancel(silent)
+    assert not calls.exists() and (read_status(silent) or Status("lost")).state == "running"
+    begins = f"if [ -e {tmp_path}/asked ]; then echo 12 RUNNING None; else echo 12 PENDING Priority; fi"
+    slurm(squeue=begins, scancel=scancel)
+    assert "without a checkpoint, after 1 s" in cancel(make_run(runs, "begins", "submitted"), wait_s=1)
+    assert calls.read_text().splitlines() == ["--state=PENDING 12", "--signal=TERM 12", "12"]
+    (tmp_path / "asked").unlink()
+    slurm(squeue=f"[ -e {tmp_path}/asked ] || echo 12 RUNNING None", scancel=scancel)
+    assert "job 12 left without a word; see log" in cancel(make_run(runs, "silently"))
+    (tmp_path / "asked").unlink()
+    done = make_run(runs, "done")
+    last = json.dumps({"state": "done", "code": 0, "message": "", "time_s": 1.0, "launch": "a"})
+    slurm(squeue="echo 12 RUNNING None", scancel=f"echo '{last}' > {done}/status.json")
+    assert "came to its end, all steps done" in cancel(done)
+    (command := make_run(runs, "command") / "recipe.yaml").unlink()
+    calls.unlink()
+    slurm(squeue="echo 12 RUNNING None", scancel=scancel)
+    assert "launch its chain again" in cancel(command.parent) and calls.read_text() == "12\n"
+    slurm(scancel="echo 'scancel: error: Invalid user id' >&2; exit 1")
+    with pytest.raises(ValueError, match="scancel --signal=TERM 12: scancel: error: Invalid user id"):
+        cancel(make_run(runs, "foreign"))
 
 
 def test_the_list_as_json_tells_states_reasons_and_steps(tmp_path, slurm, capsys):

@@ -16,6 +16,8 @@ import pytest
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, compose
+from realsr_hpc.launch.chain import Node
+from realsr_hpc.launch.chain_stage import submit_stage
 from realsr_hpc.launch.command import main
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.manage import cancel, resume, rows
@@ -45,7 +47,7 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(bin_dir), prepend=os.pathsep)
 
     def say(**commands):
-        for name, body in ({"squeue": "", "scontrol": "", "sbatch": "exit 1"} | commands).items():
+        for name, body in ({"squeue": "", "scontrol": "", "srun": "", "sbatch": "exit 1"} | commands).items():
             (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
             (bin_dir / name).chmod(0o755)
 
@@ -67,6 +69,22 @@ def test_a_refused_submission_says_slurms_words_and_leaves_the_run_launchable(tm
     assert (current_status(run_dir) or Status("lost")).state == "submitted"
     assert [(row.state, row.slurm) for row in rows(tmp_path / "runs")] == [("submitted", "pending: Resources")]
     assert main(overrides) == 0 and "already submitted as job 12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("sbatch", "said"), [("echo hello", '"hello"; if squeue --me lists'), ("exit 0", '""; if')])
+def test_an_sbatch_that_names_no_job_refuses_run_and_stage_in_one_line(sbatch, said, tmp_path, slurm, monkeypatch):
+    config = compose([*SLURM, f"output_root={tmp_path / 'runs'}"])
+    stage = Node("export", tmp_path / "runs" / "stages" / "export", config, (), "export_hf")
+    slurm(sbatch=sbatch)
+    [item] = submit([config])
+    assert item.failed and item.note.startswith("Could not make sense of sbatch output") and said in item.note
+    with pytest.raises(ValueError, match="export: Could not make sense of .*; launch the chain again to go on"):
+        submit_stage(stage, ())
+    monkeypatch.setattr("submitit.SlurmExecutor.affinity", lambda executor: -1)  # no srun
+    [item] = submit([config])
+    assert item.failed and "srun" in item.note and not (item.run_dir / "job.json").exists()
+    with pytest.raises(ValueError, match='export: Could not detect "srun"'):
+        submit_stage(stage, ())
 
 
 def test_a_refused_resume_keeps_the_recipe_that_was(tmp_path, slurm):
