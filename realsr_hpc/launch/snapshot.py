@@ -39,8 +39,8 @@ def take_snapshot(configs: Sequence[RunConfig]) -> Path:
     folder = make_private(output_root(configs[0]) / "code")
     target = folder / _digest(files)
     with hold(folder.with_name(".code.lock"), "taking a snapshot of the code", WAIT_S):
-        if target.exists() and not _is_whole(make_private(target), files):
-            shutil.move(target, aside_of(target, "damaged"))
+        if os.path.lexists(target) and not _is_whole(target, files):
+            os.replace(target, aside_of(target, "damaged"))
         if not target.exists():
             os.replace(_copy(files, aside_of(target, "new")), target)
     return target
@@ -59,16 +59,35 @@ def _copy(files: dict[str, Path], aside: Path) -> Path:
         shutil.copy2(source, copy)
         copy.chmod(copy.stat().st_mode & 0o755)
     (aside / SUMS_FILE).write_text("".join(f"{sha256_of(aside / name)}  {name}\n" for name in files), encoding="utf-8")
+    for path in (aside / SUMS_FILE, *(path for path in aside.rglob("*") if path.is_dir())):
+        path.chmod(path.stat().st_mode & 0o755)  # whatever the umask is
     return aside
 
 
 def _is_whole(target: Path, files: dict[str, Path]) -> bool:
-    """Nothing is missing, altered or added (but what Python compiles), and nobody else can change it."""
-    paths = [path for path in target.rglob("*") if "__pycache__" not in path.parts]
-    present = {path.relative_to(target).as_posix() for path in paths if not path.is_dir()}
-    if present != {*files, SUMS_FILE} or any(path.is_symlink() or path.stat().st_uid != os.getuid() for path in paths):
+    """Nothing is missing, altered or added (but what Python compiles), and nobody else can change it.
+
+    ValueError where it is another user's.
+    """
+    if target.is_symlink() or not target.is_dir():
         return False
-    return _digest({name: target / name for name in files}) == target.name and _sums_hold(target, files)
+    try:
+        paths = list(make_private(target).rglob("*"))
+        if any(path.is_symlink() or path.stat().st_uid != os.getuid() for path in paths):
+            return False
+        ours = [path for path in paths if "__pycache__" not in path.parts]
+        present = {path.relative_to(target).as_posix() for path in ours if not path.is_dir()}
+        if present != {*files, SUMS_FILE} or any(_mode(path) & 0o022 for path in ours):
+            return False
+        if any(_mode(target / name) != _mode(source) & 0o755 for name, source in files.items()):
+            return False
+        return _digest({name: target / name for name in files}) == target.name and _sums_hold(target, files)
+    except OSError:
+        return False  # what cannot be read
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
 
 
 def _sums_hold(target: Path, files: dict[str, Path]) -> bool:

@@ -267,20 +267,29 @@ def test_a_snapshot_is_verified_repaired_and_private(tmp_path):
     os.chmod(tmp_path / "code", 0o777)
     code = take_snapshot([config])
     assert all(folder.stat().st_mode & 0o077 == 0 for folder in (code, code.parent))
-    sources = {path.relative_to(code): path.read_bytes() for path in code.rglob("*.py")}
-    for damage in ("purged", "altered", "added", "emptied"):
-        victim = code / "realsr_hpc" / "files.py"
-        if damage == "purged":
-            victim.unlink()
-        elif damage == "altered":
-            victim.write_text("planted = True")
-        elif damage == "added":
-            (code / "torch.py").write_text("planted = True")
-        else:
-            for path in code.iterdir():
-                subprocess.run(["rm", "-r", path], check=True)
+    sources = {path.relative_to(code): (path.read_bytes(), path.stat().st_mode) for path in code.rglob("*.*")}
+    victim, slurm, script = code / "realsr_hpc" / "files.py", code / "slurm", code / "slurm" / "dev_cluster.sh"
+    damages = {
+        "purged": victim.unlink,
+        "altered": lambda: victim.write_text("planted = True"),
+        "added": lambda: (code / "torch.py").write_text("planted = True"),
+        "emptied": lambda: [subprocess.run(["rm", "-r", path], check=True) for path in code.iterdir()],
+        "a link": lambda: (victim.rename(tmp_path / "files.py"), victim.symlink_to(tmp_path / "files.py")),
+        "a linked folder": lambda: (slurm.rename(tmp_path / "slurm"), slurm.symlink_to(tmp_path / "slurm")),
+        "compiled elsewhere": lambda: ((pyc := victim.parent / "__pycache__").mkdir(), (pyc / "x").symlink_to(victim)),
+        "open to all": lambda: victim.chmod(0o666),
+        "a folder open to all": lambda: slurm.chmod(0o777),
+        "closed": lambda: victim.chmod(0),
+        "no program any more": lambda: script.chmod(0o644),
+        "a file": lambda: (code.rename(tmp_path / "old"), code.write_text("x")),
+        "a dead link": lambda: (code.rename(tmp_path / "older"), code.symlink_to("/nowhere")),
+    }
+    for damage, do in damages.items():
+        do()
         assert take_snapshot([config]) == code
-        assert {path.relative_to(code): path.read_bytes() for path in code.rglob("*.py")} == sources, damage
+        found = {path.relative_to(code): (path.read_bytes(), path.stat().st_mode) for path in code.rglob("*.*")}
+        assert found == sources and not code.is_symlink(), damage
+        assert slurm.stat().st_mode & 0o022 == 0 and not slurm.is_symlink(), damage
     if os.getuid() == 0:
         os.chown(code, 12345, -1)
         with pytest.raises(ValueError, match="belongs to user 12345"):
