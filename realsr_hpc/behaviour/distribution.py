@@ -104,15 +104,16 @@ def truncated_support(
 ) -> Bool[Tensor, "n V"]:
     """Survivors of one truncation among the allowed tokens of each row; never empty.
 
-    The entropy of the adaptive k is that of the guided, masked, untempered logits. top-k keeps exactly k tokens (ties
-    by position), or every allowed token where there are fewer. top-p then looks at the tempered distribution over the
-    tokens that top-k kept, and keeps the token that crosses the threshold. Logits are the guided ones.
+    The entropy of the adaptive k is that of the guided, masked, untempered logits. top-k keeps exactly k tokens, or
+    every allowed token where there are fewer. top-p then looks at the tempered distribution over the tokens that top-k
+    kept, and keeps the token that crosses the threshold. Of equal logits those of lower token ids survive, on every
+    device. Logits are the guided ones.
     """
     if not truncation.active:
         return allowed
     masked = logits.masked_fill(~allowed, -torch.inf)
     # [n, k] with k the largest number of survivors: what follows never sorts the whole vocabulary
-    values, order = masked.topk(truncation.candidates(logits.shape[-1]), dim=-1)
+    values = masked.topk(truncation.candidates(logits.shape[-1]), dim=-1).values
     keep = values > -torch.inf
     if truncation.adaptive:
         rank = torch.arange(values.shape[-1], device=values.device)
@@ -122,7 +123,11 @@ def truncated_support(
         probability = tempered.masked_fill(~keep, -torch.inf).softmax(-1)
         # Mass before a token: the first is always kept, as is the one that crosses the threshold.
         keep &= probability.cumsum(-1) - probability < truncation.top_p
-    return torch.zeros_like(allowed).scatter_(-1, order, keep)  # [n, k] -> [n, V]
+    # Which of equal logits topk returns is not defined, and is another on each device: only how many survive is its.
+    least = values.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)  # [n, k] -> [n, 1]
+    above, tied = masked > least, masked == least
+    room = keep.sum(-1, keepdim=True) - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))  # [n, V]
 
 
 def sample(

@@ -296,12 +296,14 @@ class TraceSampler(TraceGrammar):
         settings = self.settings
         text_temperature = settings["text_temperature"] or settings["temperature"]
         temperature = settings["temperature"] if is_image else text_temperature
-        values, order = logits.topk(settings["image_top_k" if is_image else "text_top_k"] or len(logits))
+        values = logits.topk(settings["image_top_k" if is_image else "text_top_k"] or len(logits)).values
         keep = values > -torch.inf
         if settings["top_p"] < 1.0:
             shares = (values / temperature).softmax(-1)
             keep &= shares.cumsum(-1) - shares < settings["top_p"]
-        kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(0, order, keep)
+        least = values.masked_fill(~keep, torch.inf).amin()
+        above, tied = logits > least, logits == least  # of equal logits the first survive
+        kept = above | (tied & (tied.cumsum(-1) <= keep.sum() - above.sum()))
         values = (logits / temperature).masked_fill(~kept, -torch.inf)
         return (values + self._noise(len(logits), key).to(values.device)).argmax(-1, keepdim=True)
 

@@ -57,6 +57,23 @@ def test_top_k_keeps_exactly_k_and_never_a_forbidden_token():
     assert support[1].tolist() == allowed[1].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (50, 1.0), (0, 0.4), (50, 0.9)])
+def test_of_equal_logits_those_of_lower_ids_survive(dtype, top_k, top_p):
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.zeros(1, 999), torch.randn(3, 999, generator=generator).bfloat16().float(), torch.ones(1, 999)]
+    logits = torch.cat(rows).to(dtype)
+    allowed = torch.rand(5, 999, generator=generator) > 0.3
+    found = truncated_support(logits, allowed, Truncation(top_k=top_k, top_p=top_p))
+    for row, mask, kept in zip(logits.tolist(), allowed.tolist(), found, strict=True):
+        order = sorted((token for token in range(999) if mask[token]), key=lambda token: (-row[token], token))
+        assert kept.nonzero()[:, 0].tolist() == sorted(order[: int(kept.sum())])
+        assert not top_k or top_p < 1 or int(kept.sum()) == top_k
+    assert truncated_support(torch.zeros(1, 8), torch.ones(1, 8, dtype=torch.bool), Truncation(top_k=3)).tolist() == [
+        [True] * 3 + [False] * 5
+    ]
+
+
 def test_top_p_keeps_the_token_that_crosses_the_threshold():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     allowed = torch.ones(1, 4, dtype=torch.bool)
