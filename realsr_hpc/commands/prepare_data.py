@@ -91,6 +91,10 @@ def show(report, console: Console) -> None:
     """Print what was written and what was found wrong."""
     where = report.manifest or "shard done (the same command without shard= writes the manifest)"
     console.print(f"{printable(where)}: {len(report.entries)} photographs, {report.splits}", markup=False)
+    lacking = sorted({"train", "heldout"} - set(report.splits)) if report.manifest and report.entries else []
+    if lacking:
+        remedy = "give another heldout_fraction; recipes read both splits"
+        console.print(f"no photograph is in split {lacking[0]}: {remedy}", style="yellow")
     if report.reused:
         console.print(f"examined before: {report.reused}")
     if report.without_captions:

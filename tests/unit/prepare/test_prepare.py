@@ -240,7 +240,8 @@ def test_the_command_writes_a_manifest_and_names_wrong_arguments(tmp_path, capsy
     save(tmp_path / "a.png", 1)
     right = [f"source={tmp_path}", f"output={tmp_path / 'out'}"]
     assert prepare_data.main([*right, "shard=1/1"]) == 0 and not (tmp_path / "out" / "manifest.parquet").exists()
-    assert prepare_data.main(right) == 0
+    assert prepare_data.main([*right, "heldout_fraction=0"]) == 0
+    assert "no photograph is in split heldout: give another heldout_fraction" in capsys.readouterr().out
     assert len(read_manifest(tmp_path / "out" / "manifest.parquet")) == 1
     for wrong, message in (
         (["ouput=out"], "did you mean 'output'"),
