@@ -92,6 +92,16 @@ def the_tokenizer_begins_with_a_feature_a_code(config: RunConfig) -> Iterator[st
         )
 
 
+def a_trained_tokenizer_starts_from_principal_components(config: RunConfig) -> Iterator[str]:
+    """Its encoder is computed (tokenizer/start.py), which one shape of it allows."""
+    tokenizer = config.image_tokenizer
+    for name, wanted in (("base_channels", 128), ("num_res_blocks", 0)):
+        if config.task == "tokenizer" and getattr(tokenizer, name) != wanted:
+            yield f"image_tokenizer.{name}: {getattr(tokenizer, name)}: a tokenizer is trained with {wanted} alone"
+    if config.task == "tokenizer" and tokenizer.latent_channels < 32:
+        yield f"image_tokenizer.latent_channels: {tokenizer.latent_channels}: a tokenizer is trained with at least 32"
+
+
 def vocabulary_fits_the_image_tokenizer(config: RunConfig) -> Iterator[str]:
     """The 7B vocabularies have a fixed number of image codes and a fixed stride."""
     required = {"chameleon_f16": (8192, 16), "llamagen_f8": (16384, 8)}.get(config.vlcot.vocabulary)
@@ -262,6 +272,7 @@ RULES: tuple[Rule, ...] = (
     the_truth_is_a_multiple_of_the_upscale,
     tokenizer_strides_match_its_levels,
     the_tokenizer_begins_with_a_feature_a_code,
+    a_trained_tokenizer_starts_from_principal_components,
     vocabulary_fits_the_image_tokenizer,
     heads_divide_the_hidden_size,
     a_trace_fits_the_rollout,

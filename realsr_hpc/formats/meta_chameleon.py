@@ -33,10 +33,14 @@ _UNKNOWN = ("use_scaled_rope", "rope_scaling", "attention_bias", "qkv_bias", "sl
 
 def _folder(place: Place) -> Path | None:
     """Where the weights of a tree lie: in it, or below models/."""
-    for pattern in ("consolidated*.pth", "models/*/consolidated*.pth"):
-        found = place.file(pattern)
-        if found is not None:
-            return found.parent
+    if place.file("consolidated*.pth") is not None:
+        return place.path
+    if place.path.is_dir():
+        folders = sorted({path.parent for path in place.path.glob("models/*/consolidated*.pth")})
+        if len(folders) > 1:
+            names = " and ".join(folder.name for folder in folders)
+            raise ValueError(f"{place.path} holds the models {names}; name one of them: source={folders[0]}")
+        return folders[0] if folders else None
     if place.path.is_file() and place.path.name.startswith("consolidated"):
         return place.path.parent
     return None
@@ -84,12 +88,13 @@ def open_tree(place: Place, rotary: Rotary | None) -> Found:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    whole = folder / "consolidated.pth"
+    whole, files = folder / "consolidated.pth", sorted(folder.glob("consolidated.*.pth"))
+    if whole.is_file() and files:
+        raise ValueError(f"{folder} holds consolidated.pth and {files[0].name}; move one of them elsewhere")
     if whole.is_file():
         return [whole]
-    files = sorted(folder.glob("consolidated.*.pth"))
-    wanted = _params(folder).get("model_parallel_size") or len(files)
-    names = [f"consolidated.{number:02d}.pth" for number in range(max(int(wanted), len(files)))]
+    wanted = _count(_params(folder), "model_parallel_size") or len(files)
+    names = [f"consolidated.{number:02d}.pth" for number in range(max(wanted, len(files)))]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: {', '.join(missing)} missing of {len(names)} shards; copy the tree again")
@@ -104,12 +109,20 @@ def _params(folder: Path) -> dict[str, Any]:
     return {**params, **nested, **(read_json(beside) if beside.is_file() else {})}
 
 
+def _count(params: dict[str, Any], name: str) -> int | None:
+    """A positive whole number of params.json; None where it is missing or null. ValueError for anything else."""
+    value = params.get(name)
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"params.json: {name} is {value!r}, no positive number; copy the tree again")
+    return value
+
+
 def _setting_faults(params: dict[str, Any], shards: int) -> list[str]:
     faults = [f"{key} {params[key]!r} (ours: none)" for key in _UNKNOWN if params.get(key)]
     if params.get("qk_normalization") is False:
         faults.append("qk_normalization False (ours: a norm of queries and of keys)")
-    parts = params.get("model_parallel_size")
-    if parts is not None and int(parts) != shards:
+    parts = _count(params, "model_parallel_size")
+    if parts is not None and parts != shards:
         faults.append(f"model_parallel_size {parts} ({shards} files consolidated*.pth are there)")
     return faults
 
@@ -138,16 +151,16 @@ class _Tree:
         self.fused = _FUSED in shards[0].specs
         self.fused_gate = "layers.0.feed_forward.w13.weight" in shards[0].specs
         self.heads = self._number("n_heads")
-        self.kv_heads = int(params.get("n_kv_heads") or self.heads)
+        self.kv_heads = _count(params, "n_kv_heads") or self.heads
         self.layers = self._number("n_layers")
         self.hidden = self._number("dim")
         self.width = self.hidden // self.heads
         self.table = self._table()
 
     def _number(self, name: str) -> int:
-        value = self.params.get(name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"params.json: {name} is {value!r}, no positive number; copy the tree again")
+        value = _count(self.params, name)
+        if value is None:
+            raise ValueError(f"params.json: {name} is missing; copy the tree again")
         return value
 
     def sizes(self) -> dict[str, float]:
@@ -163,7 +176,7 @@ class _Tree:
             "num_key_value_heads": self.kv_heads,
             "rms_norm_eps": self.params.get("norm_eps", 1e-5),
             "rope_theta": self.params.get("rope_theta", 10000.0),
-            "swin_norm": bool(self.params.get("swin_norm")),
+            "swin_norm": self.params.get("swin_norm") or False,
         }
 
     def tensors_of(self, name: str) -> list[Spec]:
@@ -239,7 +252,7 @@ class _Tree:
         shapes = [shard.specs[kept].shape for shard in self.shards]
         if name.split(".")[-2] in ("q_norm", "k_norm"):
             return (self.heads if ".q_norm." in name else self.kv_heads, self.width)
-        if len(shapes[0]) == 1:
+        if len(shapes[0]) != 2:
             return shapes[0]
         if "_proj" in name and self.fused and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
             return ((self.heads if ".q_proj." in name else self.kv_heads) * self.width, shapes[0][1])
@@ -250,10 +263,28 @@ class _Tree:
         return (shapes[0][0], total) if beside else (total, shapes[0][1])
 
     def faults(self) -> list[str]:
-        """Tensors of the files that nothing is made of."""
+        """Tensors of the files that nothing is made of, and those that cannot be cut or put together."""
         used = {kept for names, _ in self.table.values() for kept in names} | {"rope.freqs"}
         given = {name for shard in self.shards for name in shard.specs}
-        return [f"tensor {name} (no place for it)" for name in sorted(given - used)]
+        extra = [f"tensor {name} (no place for it)" for name in sorted(given - used)]
+        return [*extra, *(fault for name in sorted(given & used - {"rope.freqs"}) if (fault := self._odd(name)))]
+
+    def _odd(self, name: str) -> str | None:
+        """What is wrong with a tensor's shapes before its shards become one."""
+        shapes = [shard.specs[name].shape for shard in self.shards if name in shard.specs]
+        shape, part = shapes[0], name.split(".")[-2]
+        if not shape:
+            return f"tensor {name} is a single number"
+        if any(other != shape for other in shapes):
+            return f"tensor {name} has other shapes in other shards: {', '.join(map(str, map(list, shapes)))}"
+        side = self.heads if part == "q_normalization" else self.kv_heads
+        if part.endswith("_normalization"):
+            rows = torch.Size(shape).numel() // self.width
+            whole = shape[-1:] == (self.width,) and rows and side % (rows * self.parts) == 0
+            return None if whole else f"tensor {name} has shape {list(shape)} (head width {self.width}, {side} heads)"
+        rows = {"wqkv": (self.heads + 2 * self.kv_heads) * self.width // self.parts}.get(part, shape[0])
+        odd = shape[0] != rows or (part == "w13" and shape[0] % 2)
+        return f"tensor {name} has {shape[0]} rows, which are no {part} of {self.heads} heads" if odd else None
 
     def read(self, name: str, order: Rotary) -> Tensor:
         """One of Hugging Face's tensors; its shards alone are touched."""

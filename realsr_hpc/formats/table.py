@@ -33,12 +33,19 @@ def open_source(path: Path, rotary: Rotary | None = None) -> Found:
     ValueError names the nearest format and what spoke against it, or what is missing or damaged.
     """
     place = Place(path)
-    looked = []
+    looked, recognised = [], []
     for known in FORMATS:
         signs = known.look(place)
         if not signs.against:
-            return known.open(place, rotary)
+            recognised.append(known)
         looked.append((len(signs.support) / (len(signs.support) + len(signs.against)), known, signs))
+    if own_export.FORMAT in recognised:
+        recognised.remove(hugging_face.FORMAT)  # an export of ours is such a folder as well
+    if len(recognised) > 1:
+        names = " and ".join(known.name for known in recognised)
+        raise ValueError(f"{path} holds weights in two formats, {names}; move those of one to a folder of their own")
+    if recognised:
+        return recognised[0].open(place, rotary)
     _, nearest, signs = max(looked, key=lambda row: row[0])
     if not signs.support:
         raise ValueError(

@@ -19,7 +19,7 @@ INDEXED = (
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 """Index and single file of a Hugging Face folder's weights, in the order of preference."""
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TensorFiles:
@@ -47,6 +47,9 @@ class TensorFiles:
             if path not in self._handles:
                 self._handles[path] = safe_open(path, framework="pt")
             value = self._handles[path].get_tensor(self._stored.get(name, name))
+        if value.layout != torch.strided or value.dtype not in DTYPES.values():
+            kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
+            raise ValueError(f"{path}: {name} is stored as {kind}; only {', '.join(DTYPES)} are weights that are read")
         return finite(name, value, path)
 
     def path_of(self, name: str) -> Path:
@@ -78,9 +81,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"{path}: {tensor} is stored as {name}; only {', '.join(_DTYPES)} are weights that are read")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(f"{path}: {tensor} is stored as {name}; only {', '.join(DTYPES)} are weights that are read")
+    return DTYPES[name]
 
 
 def state_of(content: Any, path: Path, under: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -31,6 +31,7 @@ BREACHES = {
         "tokenizer_training.batch_size=2",
         "tokenizer_training.crop_px=40",
     ],
+    "a_trained_tokenizer_starts_from_principal_components": ["task=tokenizer", "image_tokenizer.base_channels=64"],
     "vocabulary_fits_the_image_tokenizer": ["vlcot.vocabulary=chameleon_f16"],
     "heads_divide_the_hidden_size": ["model.num_heads=7"],
     "layers_divide_over_pipeline_stages": ["parallel.pp=3", "cluster.tasks_per_node=3"],

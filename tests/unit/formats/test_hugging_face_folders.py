@@ -18,7 +18,16 @@ from realsr_hpc.model.chunks import WeightShapes
 from realsr_hpc.model.hf_mapping import hf_shapes
 from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from tests.unit.formats.layouts import HEADS, HIDDEN, layout, recipe, whole_names, write_tokenizer
+from tests.unit.formats.layouts import (
+    HEADS,
+    HIDDEN,
+    layout,
+    meta_state,
+    recipe,
+    whole_names,
+    write_tokenizer,
+    write_tree,
+)
 
 TOKENS = torch.randint(50, 900, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -227,6 +236,25 @@ def test_tensors_without_a_place_missing_ones_and_nan_are_refused_at_both_doors(
         with pytest.raises(ValueError, match=message):
             logits_of(source, recipe(), TOKENS, 1024)
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_of_a_pickle_that_are_no_plain_floats_are_refused(dtype, model, tmp_path):
+    """Safetensors say their type in the header; of a pickle, integers went through as they were."""
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
+    source = write_folder(tmp_path / "source", model, {**state, gate: state[gate].to(dtype)}, bins=1)
+    named = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"gate_proj.weight is stored as {named}, strided; only F64"):
+        import_weights(Sources(source), tmp_path / "out", recipe())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_folder_with_weights_in_two_formats_asks_for_one(model, tmp_path):
+    source = write_folder(tmp_path / "source", model, state_of(model))
+    write_tree(source, meta_state(), recipe())
+    with pytest.raises(ValueError, match="in two formats, Hugging Face Chameleon folder and Meta Chameleon tree; move"):
+        open_source(source)
 
 
 def test_half_a_folder_and_malformed_json_name_the_file(model, tmp_path):

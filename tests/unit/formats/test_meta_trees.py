@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -110,6 +111,45 @@ def test_settings_of_params_json_are_used_or_refused(setting, message, tmp_path)
     path.write_text(json.dumps({**params, "model": {**params["model"], **setting}}))
     with pytest.raises(ValueError, match=message):
         import_weights(Sources(tree), tmp_path / "out", recipe())
+
+
+@pytest.mark.parametrize(
+    ("parts", "name", "shape", "message"),
+    [
+        (1, "attention.wqkv.weight", (5, 48), "wqkv.weight has 5 rows, which are no wqkv of 4 heads"),
+        (1, "feed_forward.w13.weight", (129, 48), "w13.weight has 129 rows"),
+        (1, "attention.q_normalization.weight", (5,), r"has shape \[5\] \(head width 12, 4 heads\)"),
+        (1, "attention.k_normalization.bias", (3, 12), r"has shape \[3, 12\] \(head width 12, 4 heads\)"),
+        (2, "attention.wo.weight", (40, 24), r"other shapes in other shards: \[48, 24\], \[40, 24\]"),
+        (2, "ffn_norm.weight", (40,), r"other shapes in other shards: \[48\], \[40\]"),
+    ],
+)
+def test_tensors_that_cannot_be_cut_or_joined_are_refused_by_name(parts, name, shape, message, tmp_path):
+    shards = [fused(shard) for shard in meta_state(parts=parts)]
+    shards[-1][f"layers.1.{name}"] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        import_weights(Sources(write_tree(tmp_path / "tree", shards, recipe())), tmp_path / "out", recipe())
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+
+
+def test_two_models_or_two_layouts_in_one_tree_ask_which(tmp_path):
+    tree = write_tree(tmp_path / "tree", meta_state(), recipe())
+    params = tree / "models/7b/params.json"
+    kept = params.read_text()
+    for key, value in (("n_kv_heads", "x"), ("model_parallel_size", "many"), ("dim", None)):
+        params.write_text(json.dumps({**json.loads(kept)["model"], key: value}))
+        if key == "model_parallel_size":
+            (tree / "models/7b/consolidate_params.json").unlink()
+        with pytest.raises(ValueError, match=f"params.json: {key} is"):
+            open_source(tree)
+    params.write_text(kept)
+    shutil.copytree(tree / "models/7b", tree / "models/30b")
+    with pytest.raises(ValueError, match="holds the models 30b and 7b; name one of them: source=.*models/30b"):
+        open_source(tree)
+    assert open_source(tree / "models/7b").text == tree / "tokenizer/text_tokenizer.json"
+    shutil.copy(tree / "models/7b/consolidated.pth", tree / "models/7b/consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"holds consolidated.pth and consolidated.00.pth; move one"):
+        open_source(tree / "models/7b")
 
 
 def test_a_tensor_without_a_place_is_refused_by_name(tmp_path):
