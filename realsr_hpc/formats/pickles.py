@@ -27,7 +27,7 @@ ALLOWED: tuple[Any, ...] = (
 )
 """What a file of weights may hold beside tensors and plain containers."""
 _REFUSED = torch.serialization.pickle.UnpicklingError  # pyright: ignore[reportPrivateImportUsage]
-_NAMED = re.compile(r"(?:GLOBAL|Global|global|class)\W+([\w.]+)")
+_NAMED = re.compile(r"(?:GLOBAL|global(?!: GLOBAL)|class(?! <class))\W+([\w.]+)")
 
 
 def read_pickle(path: Path) -> Any:
