@@ -219,6 +219,8 @@ def _write_policy(
                 progress(done, sum(sizes.values()))
 
     write_weights(folder, tensors(), sizes, SHARD_BYTES)
+    if progress is not None:
+        progress(sum(sizes.values()), sum(sizes.values()))  # the last tensor is written without being asked on
     tree = read_tree(parts.text)
     own = text_part(tree, vocabulary.text_first) if _holds_all(tree, vocabulary.text_first, policy) else tree
     text = combined(own, hf_config.special_tokens(vocabulary), vocabulary)

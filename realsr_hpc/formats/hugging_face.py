@@ -68,11 +68,17 @@ def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
         rotary=f"{order} ({known})",
         names=names if isinstance(names, Mapping) else None,
         faults=tuple(setting_faults(settings)),
-        left=tuple(f"{name} (follows from rope_theta)" for name in left[:1]),
+        left=(*(f"{name} (follows from rope_theta)" for name in left[:1]), *_beside(place)),
     )
     image = _image(files, inside, settings, place.path) if inside else None
     text = place.file("tokenizer.json", "text_tokenizer.json", "tokenizer/text_tokenizer.json")
     return Found(NAME, found, image, text)
+
+
+def _beside(place: Place) -> list[str]:
+    """Weights in the second kind of files, which transformers does not read either where it finds the first."""
+    kinds = [found.name for pair in INDEXED if (found := place.file(*pair)) is not None]
+    return [f"{name} ({kinds[0]} holds the weights)" for name in kinds[1:]]
 
 
 def _order(asked: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, str]:

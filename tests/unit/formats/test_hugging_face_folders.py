@@ -250,8 +250,13 @@ def test_weights_of_a_pickle_that_are_no_plain_floats_are_refused(dtype, model, 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_folder_with_weights_in_two_formats_asks_for_one(model, tmp_path):
+def test_a_folder_with_weights_twice_says_which_are_read_and_with_two_formats_asks_for_one(model, tmp_path):
     source = write_folder(tmp_path / "source", model, state_of(model))
+    torch.save({}, source / "pytorch_model.bin")
+    shown = []
+    done = import_weights(Sources(source), tmp_path / "out", recipe(), lambda *counts: shown.append(counts))
+    assert "not read: pytorch_model.bin (model.safetensors holds the weights)" in done.recognised
+    assert shown[-1][0] == shown[-1][1] > shown[0][0] > 0
     write_tree(source, meta_state(), recipe())
     with pytest.raises(ValueError, match="in two formats, Hugging Face Chameleon folder and Meta Chameleon tree; move"):
         open_source(source)
