@@ -36,6 +36,8 @@ def open_source(path: Path, rotary: Rotary | None = None) -> Found:
     looked, recognised = [], []
     for known in FORMATS:
         signs = known.look(place)
+        if not signs.against and place.path.is_file():
+            return known.open(place, rotary)  # the most specific of those whose keys are there
         if not signs.against:
             recognised.append(known)
         looked.append((len(signs.support) / (len(signs.support) + len(signs.against)), known, signs))
