@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -52,6 +53,21 @@ def project(hidden: Float[Tensor, "n H"], output_weight: Float[Tensor, "V H"]) -
     """
     logits = hidden @ output_weight.t()
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+
+
+def gathered_logits(
+    hidden: Float[Tensor, "n H"],
+    output_weight: Float[Tensor, "V H"],
+    columns: slice,
+    tp_group: dist.ProcessGroup | None,
+) -> Float[Tensor, "n width"]:
+    """Logits of these vocabulary columns on every rank of a tensor-parallel group, each of which holds V/tp rows."""
+    if tp_group is None or dist.get_world_size(tp_group) == 1:
+        return project(hidden, output_weight[columns])
+    local = project(hidden, output_weight).contiguous()
+    shards = [torch.empty_like(local) for _ in range(dist.get_world_size(tp_group))]  # [n, V/tp] each, in rank order
+    dist.all_gather(shards, local, group=tp_group)
+    return torch.cat(shards, -1)[:, columns]
 
 
 def guided(

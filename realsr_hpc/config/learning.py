@@ -161,6 +161,11 @@ class SFTConfig(Section, tasks=("sft",)):
     perception_weight: Positive = 1.0
     """Loss weight of each token before the first image (degradation and rough text); all others weigh 1. Only these few
     tokens describe the input directly, beside hundreds of image codes."""
+    own_codes: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of the updates that read image codes drawn from the policy itself; their targets stay the true codes, so
+    that the policy learns to recover from what it paints (scheduled sampling); 0: off."""
+    own_codes_passes: Count = 3
+    """Most parallel passes in which these codes are drawn, each a forward pass; the number is drawn from 1 on."""
     packing: bool = True
     """Pack several traces into one row up to the token budget; false: one trace per row."""
     heldout_every_steps: Count = 200

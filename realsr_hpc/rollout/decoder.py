@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from realsr_hpc.behaviour.distribution import project
+from realsr_hpc.behaviour.distribution import gathered_logits
 from realsr_hpc.model.fp8 import Fp8Weight
 from realsr_hpc.model.lora import Adapters, adapters_of
 from realsr_hpc.model.policy import Policy
@@ -254,13 +254,7 @@ class Decoder:
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "m H"], columns: slice) -> Float[Tensor, "m V"]:
         """Logits of these vocabulary columns, at least float32, on the last stage."""
-        weight = self.policy.output_weight
-        if self.groups.tp_size == 1:
-            return project(hidden, weight[columns])
-        local = project(hidden, weight).contiguous()
-        shards = [torch.empty_like(local) for _ in range(self.groups.tp_size)]  # [m, V/tp] each, in rank order
-        dist.all_gather(shards, local, group=self.groups.tp)
-        return torch.cat(shards, -1)[:, columns]
+        return gathered_logits(hidden, self.policy.output_weight, columns, self.groups.tp)
 
     def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [length, head_dim], computed in float32; sin has the sign that `_rotate` wants."""

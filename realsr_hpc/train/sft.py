@@ -24,6 +24,7 @@ from realsr_hpc.rollout.policy_restorer import PolicyRestorer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tracking.drawing import image_grid
 from realsr_hpc.train.batches import plain_sequence
+from realsr_hpc.train.own_codes import with_own_codes
 from realsr_hpc.train.parts import Parts, build_parts
 from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
 from realsr_hpc.train.sft_loss import cross_entropy, heldout_cross_entropy, means_by_part
@@ -39,6 +40,8 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     heldout = LQLoader(config, config.data.heldout_split, sft.heldout_traces, shuffle=False).next()
     for step in range(run.resume(loader) + 1, sft.num_steps + 1):
         microbatches, num_tokens = _next_microbatches(parts, loader)
+        if sft.own_codes:
+            microbatches = with_own_codes(parts, microbatches, step)
         loss = cross_entropy(parts.policy, parts.vocabulary, num_tokens, sft)
         result = parts.optimiser.step(microbatches, loss)
         metrics = {**parts.total(result.outputs), "optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
