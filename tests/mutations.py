@@ -32,6 +32,7 @@ HELD_OUT = f"{STEP}held_out_images_are_sampled_alike_at_every_step_and_unlike_tr
 DEVICE = "tests/second_device/test_second_device.py::test_"
 DECIDES = f"{DEVICE}a_step_decides_the_same"
 WHOLE_RUN = f"{DEVICE}a_run_its_resumption_its_evaluation_and_what_it_restores_are_the_same"
+OWN_CODES = "tests/distributed/test_own_codes.py::test_"
 BEST = f"{STEP}the_best_steps_keep_their_checkpoints"
 
 
@@ -47,6 +48,20 @@ class Mutation:
 
 
 MUTATIONS = (
+    Mutation(
+        "own codes: read one place too early",
+        "realsr_hpc/train/own_codes.py",
+        "loss.positions[_is_code(loss.targets, columns)] + 1",
+        "loss.positions[_is_code(loss.targets, columns)]",
+        f"{OWN_CODES}a_pass_draws_each_code_after_what_the_pass_before_has_drawn",
+    ),
+    Mutation(
+        "own codes: other noise",
+        "realsr_hpc/train/own_codes.py",
+        "key[codes], first=columns.start",
+        "key[codes].flip(0), first=columns.start",
+        f"{OWN_CODES}a_pass_draws_each_code_after_what_the_pass_before_has_drawn",
+    ),
     Mutation("resample: off", EXPERIENCE, '!= "resample"', '!= "never"', REPLACED),
     Mutation(
         "resample: keep the dull",

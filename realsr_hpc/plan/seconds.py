@@ -95,6 +95,8 @@ def training_seconds(config: RunConfig, shape: MicrobatchShape, device: Device, 
     # a backward pass makes gradients of inputs and of weights; adapters' own products are small
     passes = (3.0 if model.lora is None else 2.0) + _computed_again(config) + has_reference(config)
     passes += config.task == "grpo" and config.grpo.updates_per_step > 1
+    if config.task == "sft":  # the policy's own codes are drawn in 1 to `own_codes_passes` forward passes
+        passes += config.sft.own_codes * (1 + config.sft.own_codes_passes) / 2
     rate = device.bf16_tflops * 1e12 * device.training_share * world_size(config)
     if config.precision.fp8 != "none":
         rate *= device.fp8_speedup

@@ -43,6 +43,7 @@ SFT = [
     "sft.heldout_every_steps=4",
     "sft.heldout_traces=2",
     "sft.sample_every_steps=4",
+    "sft.own_codes=0.5",
 ]
 
 

@@ -127,6 +127,29 @@ def train_and_use(recipe: list[str], folder: Path, use: bool) -> dict[str, Any]:
     return result
 
 
+def drawn_codes(recipe: list[str], folder: Path) -> dict[str, Any]:
+    """Tokens of supervised training's first batch, before and after the policy has drawn its own codes."""
+    import torch
+
+    from realsr_hpc.config.load import compose_one
+    from realsr_hpc.data.loader import LQLoader
+    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.train.own_codes import with_own_codes
+    from realsr_hpc.train.parts import build_parts
+    from realsr_hpc.train.sft import trace_sequences
+
+    torch.set_num_threads(1)
+    weights = folder / "image.safetensors"
+    config = compose_one([*recipe, "sft.own_codes=1", f"image_tokenizer.weights={weights}", f"output_root={folder}"])
+    torch.manual_seed(0)
+    save_image_tokenizer(ImageTokenizer(config.image_tokenizer), weights)
+    parts = build_parts(config, 1)
+    sequences = trace_sequences(parts.tokens, LQLoader(config, config.data.train_split, 2).next())
+    before = parts.microbatches(sequences, packing=config.sft.packing)
+    after = with_own_codes(parts, before, 1)
+    return {"before": [m.tokens.tolist() for m in before], "after": [m.tokens.tolist() for m in after]}
+
+
 def small_photograph(folder: Path) -> Path:
     """A picture of a few tiles."""
     from PIL import Image

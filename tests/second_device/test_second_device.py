@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.launcher import run_ranks
-from tests.second_device.cases import apart, on_both, one_step, train_and_use
+from tests.second_device.cases import apart, drawn_codes, on_both, one_step, train_and_use
 
 TOLERANCE, OF_BF16 = 1e-5, 0.1
 SMOOTH = {"epsilon": 0.01}
@@ -122,3 +122,8 @@ def test_supervised_training_and_its_resumption_are_the_same(tmp_path):
     [near], [far] = on_both(train_and_use, [*SFT, *SMALL], tmp_path, False)
     assert near["metrics"][2]["sft/loss/mean"] > 1
     assert apart(far, near) <= 10 * TOLERANCE  # two updates blow rounding up
+
+
+def test_the_policy_draws_the_same_codes_to_train_on(tmp_path):
+    [near], [far] = on_both(drawn_codes, [*SFT, *SMALL], tmp_path)
+    assert far == near and near["before"] != near["after"]
