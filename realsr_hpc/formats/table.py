@@ -47,7 +47,8 @@ def open_source(path: Path, rotary: Rotary | None = None) -> Found:
         names = " and ".join(known.name for known in recognised)
         raise ValueError(f"{path} holds weights in two formats, {names}; move those of one to a folder of their own")
     if recognised:
-        return recognised[0].open(place, rotary)
+        [known] = recognised
+        return known.open(place, rotary)
     _, nearest, signs = max(looked, key=lambda row: row[0])
     if not signs.support:
         raise ValueError(
