@@ -37,6 +37,9 @@ EVENTS: dict[State, str] = {
 TIMEOUT_S = 30.0
 END_TIMEOUT_S = 10.0
 """When the job is about to leave, which would end the command too."""
+LOG_BYTES = 1 << 20
+"""What one call may write to the log; a command that writes more is killed."""
+POLL_S = 0.05
 MESSAGE_CHARACTERS = 2000
 _counting = threading.Lock()
 
@@ -114,12 +117,28 @@ def _run(run_dir: Path, command: str, line: str, limit_s: float) -> str:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            try:
-                code = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: the shell and what it started
-                process.wait()
-                return f"took longer than {limit_s:.0f} s: {command}"
+            fault = _awaited(process, output.fileno(), limit_s)
+            if fault:
+                return f"{fault}: {command}"
     except OSError as error:
         return f"{error}: {command}"
-    return f"ended with code {code}: {command}" if code else ""
+    return f"ended with code {process.returncode}: {command}" if process.returncode else ""
+
+
+def _awaited(process: subprocess.Popen[bytes], log: int, limit_s: float) -> str:
+    """Wait for the command; why it was killed, or nothing."""
+    most, deadline = os.fstat(log).st_size + LOG_BYTES, time.monotonic() + limit_s
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_S)
+        written = os.fstat(log).st_size
+        fault = f"wrote more than {LOG_BYTES} bytes" if written > most else ""
+        if process.returncode is None and time.monotonic() > deadline:
+            fault = fault or f"took longer than {limit_s:.0f} s"
+        if fault:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: the shell and what it started
+            process.wait()
+            os.ftruncate(log, min(os.fstat(log).st_size, most))
+        if fault or process.returncode is not None:
+            return fault

@@ -45,13 +45,19 @@ def test_every_end_is_one_line_and_what_is_no_event_is_none(run_dir, tmp_path):
 
 @pytest.mark.parametrize(
     ("command", "said"),
-    [("exit 3", "ended with code 3"), ("sleep 60", "took longer than 1 s"), ("nowhere", "code 127")],
+    [
+        ("exit 3", "ended with code 3"),
+        ("sleep 60", "took longer than 1 s"),
+        ("nowhere", "code 127"),
+        ("yes", "wrote more than"),
+    ],
 )
 def test_a_command_that_fails_or_hangs_is_counted(command, said, run_dir, monkeypatch, capfd):
     monkeypatch.setattr(notify, "END_TIMEOUT_S", 1.0)
     folder = run_dir(command)
     job._set_state(folder, "done", 0)
     assert (told(folder)["told"], told(folder)["failed"]) == (0, 1) and said in told(folder)["last_fault"]
+    assert (folder / "logs" / "notify.log").stat().st_size <= notify.LOG_BYTES
     assert said in capfd.readouterr().err and json.loads((folder / "status.json").read_text())["state"] == "done"
 
 
