@@ -108,16 +108,19 @@ def test_a_reader_that_has_enough_ends_a_command_without_a_traceback(source):
     assert "Traceback" not in answer.stderr and "BrokenPipe" not in answer.stderr, answer.stderr
 
 
-def test_methods_of_one_name_are_refused_not_merged(source, tmp_path, capsys):
-    for folder in ("one/swinir", "two/swinir", "truth"):
+def test_methods_of_one_name_are_told_apart_by_the_folders_above(source, tmp_path, capsys):
+    for folder in ("one/swinir", "two/swinir", "all/truth"):
         (tmp_path / folder).mkdir(parents=True)
         NOISE.save(tmp_path / folder / "a.png")
-    words = ["evaluate", "set=unpaired", f"data={source}", "pyiqa=none", f"output={tmp_path / 'out'}"]
-    same = [f"images={tmp_path / 'one/swinir'}", f"against={tmp_path / 'two/swinir'}"]
-    for given, name in ((same, "swinir"), ([f"images={tmp_path / 'truth'}", "against=none"], "truth")):
-        assert commands.main([*words, *given]) == 2
-        assert f"are called '{name}'; rename a folder" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    words = ["evaluate", "set=unpaired", f"data={source}", "pyiqa=none", f"images={tmp_path / 'one/swinir'}"]
+    assert commands.main([*words, f"against={tmp_path / 'two/swinir'}", f"output={tmp_path / 'out'}"]) == 0
+    assert {path.name for path in (tmp_path / "out/images").iterdir()} >= {"swinir", "two_swinir"}
+    words[-1] = f"images={tmp_path / 'all/truth'}"  # the set's own images are called so
+    assert commands.main([*words, "against=none", f"output={tmp_path / 'truths'}"]) == 0
+    assert (tmp_path / "truths/images/all_truth/a.png").exists()
+    same = f"{tmp_path / 'two/swinir'},{tmp_path / 'two/swinir'}"
+    assert commands.main([*words, f"against={same}", f"output={tmp_path / 'twice'}"]) == 2
+    assert "is given twice; name it once" in capsys.readouterr().err and not (tmp_path / "twice").exists()
 
 
 def test_comparing_where_nothing_ran_makes_no_database(tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from pathlib import Path
@@ -183,6 +184,7 @@ def board_in_a_terminal(root):
     child, terminal = pty.fork()
     if child == 0:  # what runs in the terminal
         os.environ.update(TERM="xterm", COLUMNS="200", LINES="30")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells start background work, such as these tests, deaf to it
         command = [sys.executable, str(project_root() / "tools" / "jobs.py"), f"root={root}", "watch=true"]
         os.execv(command[0], command)
     return child, terminal

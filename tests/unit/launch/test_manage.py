@@ -132,7 +132,7 @@ def test_snapshots_that_no_run_refers_to_go_when_asked_twice(tmp_path, capsys):
     assert {name for name, path in snapshots.items() if path.exists()} == {"used", "elsewhere"}
 
 
-@pytest.mark.parametrize("words", [["prune=true", "yes=maybe"], ["json=0"], ["report=nope"], ["root=/nowhere"]])
+@pytest.mark.parametrize("words", [["prune=true", "yes=maybe"], ["json=2"], ["report=nope"], ["root=/nowhere"]])
 def test_a_switch_is_true_or_false_and_a_root_is_there(words, capsys):
     assert main(words) == 2
     assert words[-1].split("=")[0] in capsys.readouterr().out
