@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,7 +107,8 @@ def fits(given: Given, recipe_of: Callable[[str], RunConfig | None]) -> None:
         _refuse_unknown_split(config, given["split"])
     for name in (given["against"] or "").split(","):
         if other := recipe_of(name):
-            _refuse_other_factor(name, other, config.vlcot.upscale)
+            with _about_against(name):
+                _refuse_other_factor(other, config.vlcot.upscale)
 
 
 def _refuse_unknown_split(config: RunConfig, split: str) -> None:
@@ -117,13 +119,20 @@ def _refuse_unknown_split(config: RunConfig, split: str) -> None:
         read_manifest(path).split(split)
 
 
-def _refuse_other_factor(name: str, other: RunConfig, upscale: int) -> None:
+def _refuse_other_factor(other: RunConfig, upscale: int) -> None:
     if other.task == "tokenizer":
-        raise ValueError(f"against={name}: it trained tokenizers, no policy: name a run that uses them")
+        raise ValueError("it trained tokenizers, no policy: name a run that uses them")
     if other.vlcot.upscale != upscale:
-        raise ValueError(
-            f"against={name}: it restores by {other.vlcot.upscale}, not by {upscale}; compare models of one factor"
-        )
+        raise ValueError(f"it restores by {other.vlcot.upscale}, not by {upscale}; compare models of one factor")
+
+
+@contextmanager
+def _about_against(name: str) -> Iterator[None]:
+    """A ValueError from inside says which model of `against=` it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"against={name}: {error}") from None
 
 
 def _evaluate(given: Given):
@@ -242,7 +251,7 @@ def _opened(
 
     for name, kind in against:
         folder = Path(name).resolve()
-        try:
+        with _about_against(name):
             if kind == "start":
                 if config is not None and checkpoint is not None and config.model.weights is not None:
                     yield "start", _restores(given, config, None)
@@ -250,11 +259,8 @@ def _opened(
                 yield name, FinishedImages(folder)
             else:
                 other, path, _ = find_model({kind: name})
-                _refuse_other_factor(name, other, upscale)
+                _refuse_other_factor(other, upscale)
                 yield name, _restores(given, with_sampling(other, given), path)
-        except ValueError as error:
-            said = str(error).removeprefix(f"against={name}: ")
-            raise ValueError(f"against={name}: {said}") from None
 
 
 def _kinds(against: str) -> Iterator[tuple[str, str]]:

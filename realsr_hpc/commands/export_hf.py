@@ -65,15 +65,18 @@ def fits(given: dict[str, str | None], recipe_of: Callable[[str], RunConfig | No
     """ValueError for what the run's recipe, where it is known, does not allow; also for a stage of a chain."""
     run, checkpoint = Path(given["run"] or ""), given["checkpoint"]
     if checkpoint and runfolder.run_of_checkpoint(Path(checkpoint).resolve()) != run.resolve():
-        raise ValueError(
-            f"checkpoint={checkpoint}: none of {run}; name one of {runfolder.checkpoints(run)}, or leave it out"
-        )
+        raise _no_checkpoint_of(run, checkpoint)
     if (config := recipe_of(str(run))) is None:
         return
     if config.task == "tokenizer":
         raise ValueError(f"run={run}: trained tokenizers, no policy; export the run of a policy that uses them")
     if given["form"] == "peft" and config.model.lora is None:
         raise ValueError("form=peft: this run trained no adapters (model.lora is null); leave form out")
+
+
+def _no_checkpoint_of(run: Path, checkpoint: str) -> ValueError:
+    folder = runfolder.checkpoints(run)
+    return ValueError(f"checkpoint={checkpoint}: none of {run}; name one of {folder}, or leave it out")
 
 
 def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
@@ -83,7 +86,7 @@ def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:
 
     path = Path(given["checkpoint"]) if given["checkpoint"] else None
     if path and not path.is_dir():
-        raise ValueError(f"checkpoint={path}: none of {run}; name one of {runfolder.checkpoints(run)}, or leave it out")
+        raise _no_checkpoint_of(run, str(path))
     dtype = getattr(torch, DTYPES[given["dtype"]]) if given["dtype"] else None
     shard_bytes = read_count(given, "shard_mb", 1) * 10**6
     return export_run(

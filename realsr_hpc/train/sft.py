@@ -40,8 +40,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     heldout = LQLoader(config, config.data.heldout_split, sft.heldout_traces, shuffle=False).next()
     for step in range(run.resume(loader) + 1, sft.num_steps + 1):
         microbatches, num_tokens = _next_microbatches(parts, loader)
-        if sft.own_codes:
-            microbatches = with_own_codes(parts, microbatches, step)
+        microbatches = with_own_codes(parts, microbatches, step)
         loss = cross_entropy(parts.policy, parts.vocabulary, num_tokens, sft)
         result = parts.optimiser.step(microbatches, loss)
         metrics = {**parts.total(result.outputs), "optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}

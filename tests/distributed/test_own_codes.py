@@ -10,22 +10,9 @@ import numpy as np
 import pytest
 
 from tests.distributed.launcher import run_ranks
+from tests.distributed.worlds import NARROW, with_image_tokenizer
 
-SMALL = [
-    "recipe=sft_tiny",
-    "seed=3",
-    "vlcot.image_sizes_px=[32,64,96]",
-    "vlcot.lq_size_px=32",
-    "vlcot.max_text_tokens=6",
-    "vlcot.text_slots=null",
-    "model.num_layers=2",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=96",
-    "model.weights=null",
-    "model.init_std=0.3",
-    "precision.params=fp32",
-    "sft.batch_size=2",
-]
+SMALL = ["recipe=sft_tiny", *NARROW, "model.init_std=0.3", "precision.params=fp32", "sft.batch_size=2"]
 CODES = 16 + 64 + 144
 TEMPERATURE = 0.7
 
@@ -39,19 +26,13 @@ def drawn(overrides: list[str], folder: Path) -> tuple[list[np.ndarray], list[np
     """Tokens before any and after each of three passes, and what the policy's own logits and noise give for each."""
     import torch
 
-    from realsr_hpc.config.load import compose_one
     from realsr_hpc.data.loader import LQLoader
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
     from realsr_hpc.train.own_codes import drawn_once, keys_of
     from realsr_hpc.train.parts import build_parts
     from realsr_hpc.train.sft import trace_sequences
 
     torch.set_num_threads(1)
-    weights = folder / "image_tokenizer.safetensors"
-    config = compose_one([*overrides, f"image_tokenizer.weights={weights}", f"output_root={folder}"])
-    if not weights.exists():
-        torch.manual_seed(0)
-        save_image_tokenizer(ImageTokenizer(config.image_tokenizer), weights)
+    config = with_image_tokenizer(overrides, folder)
     parts = build_parts(config, 1)
     parts.policy.eval()
     sequences = trace_sequences(parts.tokens, LQLoader(config, config.data.train_split, 2).next())
@@ -87,14 +68,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> list[np.ndarray]:
-    passes, expected = run_ranks(1, drawn, SMALL, folder)[0]
-    assert all((a == b).all() for a, b in zip(passes[1:], expected, strict=True))
-    return passes
+def alone(folder: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    return run_ranks(1, drawn, SMALL, folder)[0]
 
 
 def test_a_pass_draws_each_code_after_what_the_pass_before_has_drawn(alone):
-    changed = [int((a != b).sum()) for a, b in itertools.pairwise(alone)]
+    passes, expected = alone
+    assert all((a == b).all() for a, b in zip(passes[1:], expected, strict=True))
+    changed = [int((a != b).sum()) for a, b in itertools.pairwise(passes)]
     assert changed[0] > 2 * CODES * 0.9 and all(changed)
 
 
@@ -107,4 +88,4 @@ def test_packed_rows_and_several_microbatches(folder, change):
 @pytest.mark.parametrize("layout", ["tp", "pp"])
 def test_every_layout_draws_the_same_codes(folder, alone, layout):
     for passes, _ in run_ranks(2, drawn, [*SMALL, f"parallel.{layout}=2", "cluster.tasks_per_node=2"], folder):
-        assert all((a == b).all() for a, b in zip(passes, alone, strict=True))
+        assert all((a == b).all() for a, b in zip(passes, alone[0], strict=True))

@@ -8,19 +8,11 @@ from typing import Any
 
 import pytest
 
-from realsr_hpc.config.load import compose
 from tests.distributed.launcher import run_ranks
+from tests.distributed.worlds import NARROW, with_image_tokenizer
 
 SMALL = [
-    "seed=3",
-    "vlcot.image_sizes_px=[32,64,96]",
-    "vlcot.lq_size_px=32",
-    "vlcot.max_text_tokens=6",
-    "vlcot.text_slots=null",
-    "model.num_layers=2",
-    "model.hidden_size=64",
-    "model.ffn_hidden_size=96",
-    "model.weights=null",
+    *NARROW,
     "rollout.grammar=constrained",
     "rollout.max_new_tokens=400",
     "checkpoint.every_steps=2",
@@ -49,19 +41,10 @@ SFT = [
 
 def train(overrides: list[str], run_dir: Path, stop_after: int | None) -> tuple[int, dict[int, dict[str, float]]]:
     """Run a recipe in this process; the exit code and its metrics by step, times left out."""
-    import torch
-
-    from realsr_hpc.config.schema import RunConfig
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
     from realsr_hpc.tracking.spool import metrics_by_step
     from realsr_hpc.train import grpo, sft
 
-    weights = run_dir.parent / "image_tokenizer.safetensors"
-    config = compose([*overrides, f"image_tokenizer.weights={weights}", f"output_root={run_dir.parent}"])
-    assert isinstance(config, RunConfig)
-    if not weights.exists():
-        torch.manual_seed(0)
-        save_image_tokenizer(ImageTokenizer(config.image_tokenizer), weights)
+    config = with_image_tokenizer(overrides, run_dir.parent)
     boundaries = iter(range(1, 100))
     loop: Any = {"grpo": grpo, "sft": sft}[config.task]
     run_dir.mkdir(exist_ok=True)
@@ -93,11 +76,9 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(recipe, tmp_path):
 
 def freeze(overrides: list[str], folder: Path) -> None:
     """The traces of the run's 16 samples, in files that no batch fits."""
-    from realsr_hpc.config.load import compose_one
     from realsr_hpc.data.traces import freeze_traces
 
-    config = compose_one([*overrides, f"image_tokenizer.weights={folder / 'image_tokenizer.safetensors'}"])
-    assert freeze_traces(config, folder / "traces", 16, 7) == 16
+    assert freeze_traces(with_image_tokenizer(overrides, folder), folder / "traces", 16, 7) == 16
 
 
 def test_sft_passes_over_batches_without_captions(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,31 @@ from realsr_hpc.config.schema import ModelConfig, OptimConfig, ParallelConfig, P
 from realsr_hpc.parallel.pipeline import Microbatch, Outputs
 
 VOCAB, ROWS, LENGTH = 256, 8, 24
+NARROW = [
+    "seed=3",
+    "vlcot.image_sizes_px=[32,64,96]",
+    "vlcot.lq_size_px=32",
+    "vlcot.max_text_tokens=6",
+    "vlcot.text_slots=null",
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "model.weights=null",
+]
+"""Overrides that make a policy recipe one of seconds."""
+
+
+def with_image_tokenizer(overrides: list[str], folder: Path) -> RunConfig:
+    """The recipe with `folder` as its output root and in it an image tokenizer of random weights, always the same."""
+    from realsr_hpc.config.load import compose_one
+    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+
+    weights = folder / "image_tokenizer.safetensors"
+    config = compose_one([*overrides, f"image_tokenizer.weights={weights}", f"output_root={folder}"])
+    if not weights.exists():
+        torch.manual_seed(0)
+        save_image_tokenizer(ImageTokenizer(config.image_tokenizer), weights)
+    return config
 
 
 def tiny_config(parallel: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **sections: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.distributed.launcher import run_ranks
+from tests.distributed.worlds import with_image_tokenizer
 
 
 def on_both(function: Callable[..., Any], *arguments: Any, ranks: int = 1) -> tuple[list[Any], list[Any]]:
@@ -99,17 +100,14 @@ def train_and_use(recipe: list[str], folder: Path, use: bool) -> dict[str, Any]:
     import torch
 
     from realsr_hpc.commands import evaluate, restore
-    from realsr_hpc.config.load import compose_one, to_yaml
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.config.load import to_yaml
     from realsr_hpc.tracking.spool import metrics_by_step
     from realsr_hpc.train import grpo, sft
 
     torch.set_num_threads(1)
-    run_dir, weights = folder / "run", folder / "image.safetensors"
+    run_dir = folder / "run"
     run_dir.mkdir()
-    config = compose_one([*recipe, f"image_tokenizer.weights={weights}", f"output_root={folder}"])
-    torch.manual_seed(0)
-    save_image_tokenizer(ImageTokenizer(config.image_tokenizer), weights)
+    config = with_image_tokenizer(recipe, folder)
     (run_dir / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
     loop: Any = {"grpo": grpo, "sft": sft}[config.task]
     assert loop.main(config, run_dir, lambda: True) == 85 and loop.main(config, run_dir) == 0
@@ -131,18 +129,13 @@ def drawn_codes(recipe: list[str], folder: Path) -> dict[str, Any]:
     """Tokens of supervised training's first batch, before and after the policy has drawn its own codes."""
     import torch
 
-    from realsr_hpc.config.load import compose_one
     from realsr_hpc.data.loader import LQLoader
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
     from realsr_hpc.train.own_codes import with_own_codes
     from realsr_hpc.train.parts import build_parts
     from realsr_hpc.train.sft import trace_sequences
 
     torch.set_num_threads(1)
-    weights = folder / "image.safetensors"
-    config = compose_one([*recipe, "sft.own_codes=1", f"image_tokenizer.weights={weights}", f"output_root={folder}"])
-    torch.manual_seed(0)
-    save_image_tokenizer(ImageTokenizer(config.image_tokenizer), weights)
+    config = with_image_tokenizer([*recipe, "sft.own_codes=1"], folder)
     parts = build_parts(config, 1)
     sequences = trace_sequences(parts.tokens, LQLoader(config, config.data.train_split, 2).next())
     before = parts.microbatches(sequences, packing=config.sft.packing)
