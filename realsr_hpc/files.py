@@ -76,6 +76,20 @@ def write_atomically(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted; linked folders are entered as well, each once, and broken links left out."""
+    found: list[Path] = []
+    entered: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()  # a link to where we have been
+            continue
+        entered.add(real)
+        folders.sort()
+        found += [path for name in names if (path := Path(place) / name).is_file()]
+    return sorted(found)
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as stream:

@@ -24,7 +24,17 @@ from realsr_hpc.config.arguments import read_with_overrides
 from realsr_hpc.config.downloads import IMAGE_FILES, starts
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import Need, State, needs_of, read_listing, read_sums, state
-from realsr_hpc.files import SUMS_FILE, printable, publish, replacing, sha256_of, writable_folder, write_atomically
+from realsr_hpc.files import (
+    SUMS_FILE,
+    files_below,
+    printable,
+    publish,
+    replacing,
+    sha256_of,
+    writable_folder,
+    write_atomically,
+)
+from realsr_hpc.launch.damaged_files import faults_of
 from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import project_root
 
@@ -45,10 +55,12 @@ def main(arguments: list[str]) -> int:
         if actions["collect"]:
             collect(needs, Path(actions["collect"]), console)
         states: dict[Need, State] = {need: state(need) for need in needs}
+        damaged = {need: fault for need, fault in faults_of(config).items() if states.get(need) == "there"}
+        states |= dict.fromkeys(damaged, "damaged")
         show(states, console)
         if actions["downloads"]:
             show_downloads(Path(actions["downloads"]), config, console)
-        faults = [f"{need.path}: {found}" for need, found in states.items() if found != "there"]
+        faults = [damaged.get(need, f"{need.path}: {found}") for need, found in states.items() if found != "there"]
         if actions["check"]:
             faults += differing(Path(actions["check"]))
         for fault in faults:
@@ -81,9 +93,9 @@ def show_downloads(folder: Path, config: RunConfig, console: Console) -> None:
     if not found:
         console.print(f"{folder}: no policy of vocabulary {config.vlcot.vocabulary} below it", markup=False)
     for start in found:
-        lacking = f"; {start.missing} is not there" if start.missing else ""
-        console.print(printable(f"{start.policy}: {start.kind}{lacking}"), markup=False, highlight=False)
-        if not start.missing:
+        told = "; ".join([f"{start.policy}: {start.kind}", *start.against])
+        console.print(printable(told), markup=False, highlight=False)
+        if not start.against:
             console.print(printable(start.command(config)), markup=False, highlight=False)
 
 
@@ -95,13 +107,19 @@ def shown(path: Path) -> str:
 def collect(needs: list[Need], source: Path, console: Console) -> None:
     """Copy what is missing from below `source`, and list every weights folder's checksums anew where all is consistent.
 
+    Of what import-weights makes, only a folder that it made is copied: a `tokenizer.json` may be any model's.
+
     Raises ValueError when `source` is no folder.
     """
     if not source.is_dir():
         raise ValueError(f"collect={source} is no folder; name the one that your downloads lie in")
-    found = {path.name: path for path in sorted(source.rglob("*"), reverse=True)}
+    files = files_below(source)
+    folders = {folder for path in files for folder in path.parents if folder.is_relative_to(source)}
+    found = {path.name: path for path in sorted({*files, *folders}, reverse=True)}
     for need in needs:
         origin = found.get(need.path.name)
+        if need.converted and (origin is None or not (origin / SUMS_FILE).is_file()):
+            continue
         if state(need) == "missing" and origin is not None and origin.resolve() != need.path:
             with sole_writer(need.path.parent, f"{need.purpose}: the folder"):
                 copy(origin, need.path)

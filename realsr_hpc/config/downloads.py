@@ -1,17 +1,21 @@
 """Public weights among somebody's downloads, by the names under which their owners publish them; nothing is opened.
 
 What the import itself recognises by its keys (`formats`) is guessed here from file names, config.json and headers, so
-that it can be listed, with the command that converts it, on a machine without torch.
+that it can be listed, with the command that converts it, on a machine without torch. So can what is cut, or is another
+model's: a command is given for what fits and is whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import json_value, safetensors_header, weight_map
+from realsr_hpc.config.whole_files import file_fault
+from realsr_hpc.files import files_below, json_object, safetensors_header, weight_map
 
 IMAGE_FILES = {"chameleon_f16": "vqgan.ckpt", "llamagen_f8": "vq_ds8_c2i.pt"}
 """File of the image tokenizer, by `vlcot.vocabulary`."""
@@ -19,6 +23,13 @@ TEXT_FILE = "text_tokenizer.json"
 _VOCABULARY = {65536: "chameleon_f16", 73728: "llamagen_f8"}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DECODER = "model.vqmodel.decoder."
+_SIZES = {
+    "num_layers": ("n_layers", "num_hidden_layers"),
+    "hidden_size": ("dim", "hidden_size"),
+    "num_heads": ("n_heads", "num_attention_heads"),
+    "swin_norm": ("swin_norm", "swin_norm"),
+}
+"""Of the recipe's model section, under the names of params.json and of config.json."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +40,8 @@ class Start:
     kind: str
     image_tokenizer: Path | None
     text_tokenizer: Path | None
-    missing: str
-    """The file that it needs as well and that is not there; empty: none."""
+    against: tuple[str, ...]
+    """Why it cannot be imported as it lies there: files that are missing or cut, sizes of another model."""
 
     def command(self, config: RunConfig) -> str:
         """What to type for a recipe."""
@@ -38,46 +49,117 @@ class Start:
         words += [f"image_tokenizer={self.image_tokenizer}"] if self.image_tokenizer else []
         words += [f"text_tokenizer={self.text_tokenizer}"] if self.text_tokenizer else []
         words += [f"recipe={config.name}", f"output={config.model.weights}"]
-        return f"python tools/import_weights.py {' '.join(words)}"
+        return f"python tools/import_weights.py {shlex.join(words)}"
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """A folder of weights, by its names alone."""
+
+    folder: Path
+    kind: str
+    vocabulary: str
+    settings: dict[str, Any]
+    files: tuple[Path, ...]
+    """Of weights, whether they are there or only promised."""
+    root: Path
+    """Where its tokenizers may lie."""
 
 
 def starts(folder: Path, config: RunConfig) -> list[Start]:
     """Every policy below `folder` that fits the recipe's vocabulary. ValueError when there is no such folder."""
     if not folder.is_dir():
         raise ValueError(f"downloads={folder} is no folder; name the one that your downloads lie in")
-    vocabulary = config.vlcot.vocabulary
-    image = next((path for path in sorted(folder.rglob(IMAGE_FILES[vocabulary]))), None)
-    text = next((path for path in sorted(folder.rglob(TEXT_FILE))), None)
+    files = files_below(folder)
+    image_name = IMAGE_FILES[config.vlcot.vocabulary]
+    images = [path for path in files if path.name == image_name]
+    texts = [path for path in files if path.name == TEXT_FILE]
+    found = [*_trees(files), *_folders(files)]
     return [
-        _start(policy, kind, image, text, IMAGE_FILES[vocabulary])
-        for policy, kind, fits in _policies(folder)
-        if fits == vocabulary
+        _start(policy, images, texts, image_name, config)
+        for policy in found
+        if policy.vocabulary == config.vlcot.vocabulary
     ]
 
 
-def _policies(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """(folder, kind, vocabulary) of Meta's trees and of Hugging Face folders."""
-    for params in sorted(folder.rglob("models/*/params.json")):
-        if any(params.parent.glob("consolidated*.pth")):
-            yield params.parents[2], "Meta's tree", "chameleon_f16"
-    for path in sorted(folder.rglob("config.json")):
-        if not any((path.parent / name).is_file() for name in _WEIGHTS):
+def _trees(files: Sequence[Path]) -> Iterator[_Policy]:
+    """Meta's trees. One with several models, such as 7b and 30b, is named by the folder of each."""
+    folders = {path.parent for path in files if path.name.startswith("consolidated") and path.suffix == ".pth"}
+    for folder in sorted(folders & {path.parent for path in files if path.name == "params.json"}):
+        tree = folder.parent.parent if folder.parent.name == "models" else folder
+        alone = sum(other.parent == folder.parent for other in folders) == 1
+        settings = _settings(folder / "params.json") | _settings(folder / "consolidate_params.json")
+        nested = settings.get("model")
+        settings |= nested if isinstance(nested, dict) else {}
+        weights = sorted(folder.glob("consolidated*.pth"))
+        parts = settings.get("model_parallel_size")
+        if isinstance(parts, int) and parts > 1:
+            weights = [folder / f"consolidated.{number:02d}.pth" for number in range(parts)]
+        places = (folder, folder.parent.parent, folder.parent)
+        root = next((place for place in places if (place / "tokenizer").is_dir()), folder)
+        name = tree if alone else folder
+        yield _Policy(name, "Meta's tree", "chameleon_f16", settings, tuple(weights), root)
+
+
+def _folders(files: Sequence[Path]) -> Iterator[_Policy]:
+    """Hugging Face folders of Chameleon's class."""
+    for path in files:
+        named = [path.parent / name for name in _WEIGHTS if (path.parent / name).is_file()]
+        if path.name != "config.json" or not named:
             continue
-        try:
-            settings = json_value(path.read_text(encoding="utf-8"))
-            fits = _VOCABULARY[settings["vocab_size"]] if settings["model_type"].startswith("chameleon") else ""
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # another model's; the import names what is wrong with one that is asked for
-        yield path.parent, "Hugging Face folder", fits
+        settings = _settings(path)  # another model's is left out; the import says what is wrong with one asked for
+        size = settings.get("vocab_size")
+        vocabulary = _VOCABULARY.get(size, "") if isinstance(size, int) else ""
+        if not str(settings.get("model_type")).startswith("chameleon"):
+            continue
+        shards = (weight_map(named[0]) or {}).values() if named[0].suffix == ".json" else (named[0].name,)
+        weights = sorted({path.parent / Path(name).name for name in shards}) or named[:1]
+        yield _Policy(path.parent, "Hugging Face folder", vocabulary, settings, tuple(weights), path.parent)
 
 
-def _start(policy: Path, kind: str, image: Path | None, text: Path | None, image_name: str) -> Start:
-    inside = (policy / "tokenizer" / image_name).is_file() or _has_decoder(policy)
-    named = [policy / name for name in ("tokenizer.json", TEXT_FILE, f"tokenizer/{TEXT_FILE}")]
-    spoken = any(path.is_file() for path in named)
-    missing = [image_name] if not inside and image is None else []
-    missing += [TEXT_FILE] if not spoken and text is None else []
-    return Start(policy, kind, None if inside else image, None if spoken else text, " and ".join(missing))
+def _settings(path: Path) -> dict[str, Any]:
+    return (json_object(path.read_bytes()) or {}) if path.is_file() else {}
+
+
+def _start(policy: _Policy, images: Sequence[Path], texts: Sequence[Path], image_name: str, config: RunConfig) -> Start:
+    """Its own tokenizers where it has them, as the import takes them; else the first whole ones of all downloads."""
+    against = _other_sizes(policy, config) + [fault for path in policy.files if (fault := _fault(path))]
+    image, text, inside = None, None, policy.root / "tokenizer" / image_name
+    if inside.is_file():
+        against += [fault] if (fault := file_fault(inside)) else []
+    elif not _has_decoder(policy.folder):
+        image, faults = _first_whole(images, image_name)
+        against += faults
+    named = [policy.root / name for name in ("tokenizer.json", TEXT_FILE, f"tokenizer/{TEXT_FILE}")]
+    spoken = next((path for path in named if path.is_file()), None)
+    if spoken is not None:
+        against += [fault] if (fault := file_fault(spoken)) else []
+    else:
+        text, faults = _first_whole(texts, TEXT_FILE)
+        against += faults
+    return Start(policy.folder, policy.kind, image, text, tuple(against))
+
+
+def _other_sizes(policy: _Policy, config: RunConfig) -> list[str]:
+    differing = [
+        f"model.{field} {value} (recipe: {ours})"
+        for field, names in _SIZES.items()
+        if isinstance(value := next((policy.settings[name] for name in names if name in policy.settings), None), int)
+        and value != (ours := getattr(config.model, field))
+    ]
+    return [f"another model than recipe {config.name}'s: {', '.join(differing)}"] if differing else []
+
+
+def _first_whole(paths: Sequence[Path], name: str) -> tuple[Path | None, list[str]]:
+    """The first of some files that is whole, or what is wrong with them."""
+    faults = {path: file_fault(path) for path in paths}
+    whole = next((path for path, fault in faults.items() if not fault), None)
+    told = [fault for fault in faults.values() if fault] or [f"{name} is not there"]
+    return whole, [] if whole else told[:1]
+
+
+def _fault(path: Path) -> str:
+    return file_fault(path) if path.is_file() else f"{path} is not there"
 
 
 def _has_decoder(folder: Path) -> bool:

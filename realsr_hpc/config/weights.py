@@ -22,7 +22,7 @@ from realsr_hpc.paths import resolve
 
 WEIGHTS_DIR = "weights/iqa"
 """Folder of pyiqa's weights where an option does not name another."""
-State = Literal["there", "missing", "differs", "unlisted"]
+State = Literal["there", "missing", "differs", "damaged", "unlisted"]
 
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"
 _TORCH = "https://download.pytorch.org/models/"
@@ -102,6 +102,8 @@ class Need:
     """Where it comes from, in words or as an address."""
     weights_dir: Path | None = None
     """Folder whose SHA256SUMS must list it."""
+    converted: bool = False
+    """Made of public files by import-weights, never one of them under its own name."""
 
     def files(self) -> list[Path]:
         """The files that are there: itself, or those below the folder."""
@@ -166,7 +168,10 @@ def needs_of(config: RunConfig) -> list[Need]:
     }
     named = start_files(config).items()
     origins = {field: (path, OWN.get(path) or made_by[field]) for field, path in named if path is not None}
-    needs = [Need(field, resolve(path), origin) for field, (path, origin) in origins.items()]
+    needs = [
+        Need(field, resolve(path), origin, converted=origin.endswith(_CONVERTED))
+        for field, (path, origin) in origins.items()
+    ]
     if config.task == "grpo":
         needs += [need for name in config.rewards.terms for need in _of_reward(config, name)]
     return list(dict.fromkeys(needs))

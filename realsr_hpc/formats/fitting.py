@@ -36,7 +36,7 @@ def policy_faults(
     """What of a policy does not fit; wanted: Hugging Face's names and shapes of the recipe's model."""
     sizes = _size_faults(found.sizes, config, vocabulary.size)
     # with other sizes nearly every tensor has another shape: the cause is named, not its effects
-    tensors = [] if sizes else _tensor_faults(found, wanted, config.model.hidden_size // config.model.num_heads)
+    tensors = [] if sizes else _tensor_faults(found, wanted)
     names = found.names or {}
     named = name_faults(names, vocabulary) if any(code_of(name) is not None for name in names) else []
     return [*sizes, *found.faults, *tensors, *named]
@@ -62,14 +62,14 @@ def _size_faults(sizes: Mapping[str, float], config: RunConfig, vocab_size: int)
     ]
 
 
-def _tensor_faults(found: FoundPolicy, wanted: Mapping[str, Shape], head_dim: int) -> list[str]:
+def _tensor_faults(found: FoundPolicy, wanted: Mapping[str, Shape]) -> list[str]:
     missing = [name for name in wanted if name not in found.tensors]
     extra = sorted(name for name in found.tensors if name not in wanted)
     faults = [f"it has no tensor {_some(missing)}"] if missing else []
     faults += [f"it has a tensor {_some(extra)}, for which our model has no place"] if extra else []
     for name, shape in wanted.items():
         given = found.tensors[name].shape if name in found.tensors else shape
-        shared = name.split(".")[-2] in ("q_norm", "k_norm") and given in ((head_dim,), (1, head_dim))
+        shared = name.split(".")[-2] in ("q_norm", "k_norm") and grouped(given, shape)
         if given != shape and not shared:
             return [*faults, f"{name} has shape {given}, the recipe's model section wants {shape}"]
     return faults
@@ -81,9 +81,21 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(listed[:_MOST]) + more
 
 
+def grouped(given: Shape, shape: Shape) -> bool:
+    """Whether a q or k norm stands for `shape` [heads, d]: [d], or [groups, d] of groups of neighbouring heads.
+
+    Lumina-mGPT's 34B has one norm for each of the eight shards that Chameleon was trained in.
+    """
+    rows = given[0] if len(given) == 2 else 1
+    return len(given) in (1, 2) and given[-1] == shape[-1] and rows > 0 and shape[0] % rows == 0
+
+
 def whole(tensor: Tensor, shape: Shape) -> Tensor:
-    """A tensor in the shape wanted: a norm that all heads share is given to each of them."""
-    return tensor if tuple(tensor.shape) == shape else tensor.reshape(1, -1).expand(shape)
+    """A tensor in the shape wanted: a norm that several heads share is given to each of them."""
+    if tuple(tensor.shape) == shape:
+        return tensor
+    rows = tensor.reshape(-1, shape[-1])
+    return rows.repeat_interleave(shape[0] // len(rows), 0)
 
 
 def image_faults(found: FoundImage, config: ImageTokenizerConfig, wanted: Mapping[str, Shape]) -> list[str]:

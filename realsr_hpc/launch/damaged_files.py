@@ -6,25 +6,32 @@ imports torch. The job itself checks that values are finite and tensors match th
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.config.weights import missing_shards, needs_of
-from realsr_hpc.files import MIB, SUMS_FILE, json_object, safetensors_header, weight_map
+from realsr_hpc.config.weights import Need, missing_shards, needs_of
+from realsr_hpc.config.whole_files import PICKLES, file_fault
+from realsr_hpc.files import SUMS_FILE, weight_map
 
-LARGEST_JSON_BYTES = 64 * MIB
-WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+WEIGHTS = (".safetensors", *PICKLES)
 FOLDERS = ("model.weights", "model.lora.weights")
 ENDINGS = (*WEIGHTS, ".npz", ".json", ".noun")
 
 
 def damaged_files(config: RunConfig) -> Iterator[tuple[Path, str]]:
     """Path and fault, with the recipe's field, of the files that a recipe names and that cannot be what it needs."""
-    for need in needs_of(config):
-        if need.weights_dir is None and (fault := _fault(need.purpose, need.path)):
-            yield need.path, f"{need.purpose}: {fault}; from: {need.origin}"
+    for need, fault in faults_of(config).items():
+        yield need.path, f"{need.purpose}: {fault}; from: {need.origin}"
+
+
+def faults_of(config: RunConfig) -> dict[Need, str]:
+    """What is wrong with each of those files; pyiqa's, which have a list of checksums, are left to it."""
+    return {
+        need: fault
+        for need in needs_of(config)
+        if need.weights_dir is None and (fault := _fault(need.purpose, need.path))
+    }
 
 
 def _fault(field: str, path: Path) -> str:
@@ -33,7 +40,7 @@ def _fault(field: str, path: Path) -> str:
     try:
         if path.suffix not in ENDINGS and path.name != SUMS_FILE:
             return f"{path} is of no kind that is read there ({', '.join(f'*{ending}' for ending in ENDINGS)})"
-        return _file_fault(path)
+        return file_fault(path)
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
 
@@ -45,33 +52,9 @@ def _folder_fault(folder: Path) -> str:
         return f"{folder} holds no weights ({', '.join(f'*{ending}' for ending in WEIGHTS)})"
     direct = [path for path in found if path.parent == folder and path.suffix in (".json", *WEIGHTS)]
     try:
-        return next(filter(None, map(_file_fault, direct)), "") or _index_fault(folder)
+        return next(filter(None, map(file_fault, direct)), "") or _index_fault(folder)
     except OSError as error:
         return f"{folder}: {error.filename} cannot be read ({error.strerror})"
-
-
-def _file_fault(path: Path) -> str:
-    if path.stat().st_size == 0:
-        return f"{path} is empty; copy it again"
-    if path.suffix == ".safetensors":
-        return _safetensors_fault(path)
-    if path.suffix == ".npz" and not zipfile.is_zipfile(path):
-        return f"{path} is cut or no npz file; copy it again"
-    if path.suffix == ".json" and path.stat().st_size <= LARGEST_JSON_BYTES and json_object(path.read_bytes()) is None:
-        return f"{path} is cut or no JSON object; copy it again"
-    return ""
-
-
-def _safetensors_fault(path: Path) -> str:
-    """The header says how long the file is."""
-    damaged = f"{path} is cut or no safetensors file; copy it again"
-    header, start = safetensors_header(path)
-    try:
-        ends = [item["data_offsets"][1] for name, item in (header or {}).items() if name != "__metadata__"]
-        whole = header is not None and start + max(ends, default=0) == path.stat().st_size
-    except (KeyError, TypeError, IndexError):
-        return damaged
-    return "" if whole else damaged
 
 
 def _index_fault(folder: Path) -> str:

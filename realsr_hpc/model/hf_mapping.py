@@ -4,7 +4,7 @@ Each row names one local parameter, the Hugging Face tensors it consists of, and
 the local shard directly; writing gathers one parameter at a time to world rank 0. Random initial weights use the same
 table (one generator per tensor, by name), so that they do not depend on the layout.
 
-Shared q and k norms ([head_dim] or [1, head_dim], as Meta's and Lumina's weights have them) are spread over the
+Shared q and k norms ([head_dim] or [groups, head_dim], as Meta's and Lumina's weights have them) are spread over the
 heads. The image tokenizer's weights (`model.vqmodel.*`) are no part of this table.
 """
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from realsr_hpc.formats.fitting import grouped, whole
 from realsr_hpc.model.chunks import Policy, WeightShapes
 
 Cut = Literal["whole", "rows", "columns", "qkv", "gate_up", "heads", "vocabulary"]
@@ -167,8 +168,8 @@ def mark_cuts(policy: Policy) -> None:
 
 def _read(read: Reader, name: str, shapes: WeightShapes) -> Tensor:
     tensor, wanted = read(name), hf_shape(name, shapes)
-    if name.split(".")[-2] in ("q_norm", "k_norm") and tensor.numel() == shapes.head_dim:
-        tensor = tensor.reshape(1, -1).expand(wanted)
+    if name.split(".")[-2] in ("q_norm", "k_norm") and grouped(tuple(tensor.shape), wanted):
+        tensor = whole(tensor, wanted)
     if tuple(tensor.shape) != wanted:
         raise ValueError(
             f"weights: {name} has shape {tuple(tensor.shape)}, the recipe's model section wants {wanted}: "

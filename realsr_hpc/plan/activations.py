@@ -117,7 +117,9 @@ def _again(config: RunConfig, shape: MicrobatchShape) -> float:
     kept = 0.0 if config.parallel.recompute == "full" else layer_bytes(config, shape, config.parallel.recompute)
     again = layer_bytes(config, shape, "none") - kept
     gradients = width(config) * (2 * model.hidden_size + model.ffn_hidden_size / config.parallel.tp)
-    return again + shape.tokens * gradients
+    made = width(config) + guided(config) if config.parallel.recompute == "full" else 0
+    masks = _mask_entries(config, shape) * made
+    return again + masks + shape.tokens * gradients
 
 
 def layer_bytes(config: RunConfig, shape: MicrobatchShape, recompute: str) -> float:
@@ -197,6 +199,11 @@ def _mask_entries(config: RunConfig, shape: MicrobatchShape) -> float:
 
 
 def _masks(config: RunConfig, shape: MicrobatchShape, in_flight: float) -> float:
-    """Masks, which attention turns into numbers and keeps, layer by layer."""
-    layers = 1.0 if config.parallel.recompute == "full" else config.model.num_layers / config.parallel.pp * in_flight
+    """Masks that are kept: truths, and the numbers that each layer's attention makes of them for its backward pass.
+
+    Of layers that are computed again the truths of packed rows alone, which are handed to them.
+    """
+    if config.parallel.recompute == "full":
+        return 0.0 if guided(config) else _mask_entries(config, shape)
+    layers = config.model.num_layers / config.parallel.pp * in_flight
     return _mask_entries(config, shape) * (1 + layers * width(config))

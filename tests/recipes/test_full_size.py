@@ -1,4 +1,4 @@
-"""The 7B and small recipes at full size: each rank builds its share without memory, and the shares add up."""
+"""The large and the small recipes at full size: each rank builds its share without memory, and the shares add up."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.model.policy import build_policy
+from realsr_hpc.parallel.layout import kv_heads
 from realsr_hpc.parallel.process_groups import initialise, shutdown
 from realsr_hpc.plan import parameter_count, plan
 from realsr_hpc.plan.sizes import vocabulary_size
 
 PUBLISHED = {"chameleon_7b": 7_013_158_912, "chameleon_7b_f8": 7_080_267_776}
-SEVEN_B = ("sft_7b", "grpo_7b", "grpo_7b_paper")
-OWN_NORMS = 32 * 2 * 2 * (32 - 1) * 128
-"""We hold a q and a k norm (weight, bias) for each of 32 heads; the published count has one for a layer."""
+LARGE = [(recipe, model) for recipe in ("sft_7b", "grpo_7b", "grpo_7b_paper") for model in PUBLISHED]
+PUBLISHED["chameleon_30b"] = 34_293_448_704
 
 
 @pytest.fixture
@@ -62,8 +62,14 @@ def held(config: RunConfig, groups: Any) -> dict[str, tuple[bool, int]]:
     return shares
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
-@pytest.mark.parametrize("recipe", SEVEN_B)
+def own_norms(config: RunConfig) -> int:
+    """We hold a q and a k norm (weight, bias) for each head; the published count has one for a layer."""
+    model = config.model
+    spare = model.num_heads - 1 + kv_heads(model) - 1
+    return model.num_layers * 2 * spare * model.hidden_size // model.num_heads
+
+
+@pytest.mark.parametrize(("recipe", "model"), [*LARGE, ("sft_7b", "chameleon_30b")])
 def test_ranks_of_the_layout_hold_exactly_the_published_model(recipe: str, model: str, as_rank: Any) -> None:
     config = compose_one([f"recipe={recipe}", f"model={model}"])
     assert parameter_count(config) == PUBLISHED[model]
@@ -75,15 +81,13 @@ def test_ranks_of_the_layout_hold_exactly_the_published_model(recipe: str, model
         shares = held(config, as_rank(first_of_stage, world, parallel))
         assert not whole.keys() & shares.keys()
         whole |= {name: count * parallel.tp if cut else count for name, (cut, count) in shares.items()}
-    assert sum(whole.values()) == PUBLISHED[model] + OWN_NORMS
+    assert sum(whole.values()) == PUBLISHED[model] + own_norms(config)
 
 
 @pytest.mark.parametrize("recipe", ["sft_small", "grpo_small"])
 def test_a_small_recipe_is_built_as_planned_and_fits_one_gpu_of_24_gb(recipe: str, as_rank: Any) -> None:
     config = compose_one([f"recipe={recipe}"])
     shares = held(config, as_rank(0, 1, config.parallel))
-    model = config.model
-    own_norms = model.num_layers * 2 * 2 * (model.num_heads - 1) * model.hidden_size // model.num_heads
-    assert sum(count for _, count in shares.values()) == parameter_count(config) + own_norms
+    assert sum(count for _, count in shares.values()) == parameter_count(config) + own_norms(config)
     assert 100e6 < parameter_count(config) < 350e6
     assert plan(config).fits and config.cluster.gpu_memory_gib <= 24e9 / 2**30

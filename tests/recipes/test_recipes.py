@@ -16,6 +16,7 @@ GROUP_FILES = sorted(
 NEEDED_WITH = {
     ("model", "chameleon_7b"): ["parallel.microbatch_tokens=10240", "rollout.max_new_tokens=2048"],
     ("model", "chameleon_7b_f8"): ["parallel.microbatch_tokens=10496", "rollout.max_new_tokens=5600"],
+    ("model", "chameleon_30b"): ["parallel.microbatch_tokens=8192", "rollout.max_new_tokens=2048"],
     ("parallel", "tp4"): ["cluster.tasks_per_node=4"],
     ("parallel", "tp4_pp2"): ["cluster.tasks_per_node=8"],
     ("cluster", "slurm"): ["grpo.prompts_per_step=8"],
@@ -41,6 +42,6 @@ def test_a_group_file_composes(group, name):
     assert compose(["recipe=grpo_tiny", f"{group}={name}", *overrides]).name == "grpo_tiny"
 
 
-@pytest.mark.parametrize("recipe", [name for name in recipe_names() if "7b" in name])
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if "7b" in name or "30b" in name])
 def test_a_large_recipe_has_the_published_size(recipe):
-    assert plan(compose([f"recipe={recipe}"])).parameters in (7_013_158_912, 7_080_267_776)
+    assert plan(compose([f"recipe={recipe}"])).parameters in (7_013_158_912, 7_080_267_776, 34_293_448_704)

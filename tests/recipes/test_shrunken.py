@@ -42,8 +42,13 @@ SHORT = {
         "rollout.grammar=constrained",
     ],
 }
-LEVELS = {"chameleon_7b": "[1,1,1,1,1]", "chameleon_7b_f8": "[1,1,1,1]", "small": "[1,1,1,1]"}
-TOKENS = {"chameleon_7b": 96, "chameleon_7b_f8": 272, "small": 272}
+LEVELS = {
+    "chameleon_7b": "[1,1,1,1,1]",
+    "chameleon_30b": "[1,1,1,1,1]",
+    "chameleon_7b_f8": "[1,1,1,1]",
+    "small": "[1,1,1,1]",
+}
+TOKENS = {"chameleon_7b": 96, "chameleon_30b": 96, "chameleon_7b_f8": 272, "small": 272}
 DECODER = {"small": ["image_tokenizer.decoder_base_channels=32"]}
 """Of a rollout: three images and a little text. An untrained policy goes on to the last one, whatever their number."""
 LOSS = {"sft": "sft/loss/mean", "grpo": "rewards/total/mean"}
@@ -139,6 +144,7 @@ FOUR = ["parallel.tp=2", "cluster.tasks_per_node=4"]
         ("grpo_7b", "chameleon_7b_f8", ONE),
         ("grpo_7b_paper", "chameleon_7b", ONE),
         ("grpo_7b_paper", "chameleon_7b_f8", FOUR),
+        ("sft_30b_lora", "chameleon_30b", ["cluster.tasks_per_node=2", "model.num_kv_heads=2"]),
         ("sft_small", "small", ONE),
         ("grpo_small", "small", ONE),
     ],

@@ -1,13 +1,15 @@
 """What a recipe needs, checked, collected, packed and checked again."""
 
+import json
 import tarfile
+import zipfile
 
 import pytest
 
 from realsr_hpc.commands import stage_weights
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.config.weights import PYIQA_FILES, needs_of, pyiqa_needs, state
-from realsr_hpc.files import sha256_of
+from realsr_hpc.files import sha256_of, write_sums
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +59,115 @@ def test_a_metric_out_of_the_table_and_wrong_usage_are_named(tool, tmp_path, cap
     assert [need.path.name for need in pyiqa_needs("x", ["nrqm"], str(tmp_path))] == ["SHA256SUMS"]
     assert tool.main([]) == 2 and "recipe=NAME is needed" in capsys.readouterr().out
     assert tool.main(["recipe=grpo_tiny", "collect=/nowhere"]) == 2
+
+
+SEVEN = {"dim": 4096, "n_layers": 32, "n_heads": 32}
+THIRTY = {"dim": 8192, "n_layers": 48, "n_heads": 64}
+
+
+def archive(path, content=b"numbers"):
+    """What a file of torch.save looks like from outside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", content * 100)
+
+
+def tree(root, model="7b", sizes=None, parts=1):
+    """Meta's tree, its files empty of numbers."""
+    folder = root / "models" / model
+    for number in range(parts):
+        archive(folder / ("consolidated.pth" if parts == 1 else f"consolidated.{number:02d}.pth"))
+    (folder / "params.json").write_text(json.dumps({"model": sizes or SEVEN}))
+    (folder / "consolidate_params.json").write_text(json.dumps({"model_parallel_size": parts}))
+    archive(root / "tokenizer" / "vqgan.ckpt")
+    (root / "tokenizer" / "text_tokenizer.json").write_text("{}")
+
+
+def hugging_face(folder, **settings):
+    folder.mkdir(parents=True)
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 65536}
+    (folder / "config.json").write_text(json.dumps({"model_type": "chameleon", **sizes, **settings}))
+    (folder / "tokenizer.json").write_text("{}")
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"four")
+
+
+def listed(tool, folder, capsys):
+    """Policy -> what is said of it, and the command if there is one."""
+    assert tool.main(["recipe=sft_7b", f"downloads={folder}"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    own = [number for number, line in enumerate(lines) if line.startswith(f"{folder}/")]
+    followed = {number: lines[number + 1] if number + 1 < len(lines) else "" for number in own}
+    return {
+        lines[number].partition(": ")[0].removeprefix(f"{folder}/"): (
+            lines[number].partition(": ")[2],
+            followed[number] if followed[number].startswith("python ") else "",
+        )
+        for number in own
+    }
+
+
+def test_one_tree_of_two_models_names_the_folder_of_the_one_that_fits(tool, tmp_path, capsys):
+    tree(tmp_path / "chameleon")
+    tree(tmp_path / "chameleon", "30b", THIRTY, parts=4)
+    said = listed(tool, tmp_path, capsys)
+    seven, thirty = said["chameleon/models/7b"], said["chameleon/models/30b"]
+    assert seven[1].startswith(f"python tools/import_weights.py source={tmp_path}/chameleon/models/7b recipe=sft_7b")
+    assert "model.hidden_size 8192 (recipe: 4096)" in thirty[0] and not thirty[1]
+    (tmp_path / "chameleon/models/30b/params.json").write_text(json.dumps({"model": SEVEN}))
+    (tmp_path / "chameleon/models/30b/consolidated.02.pth").unlink()
+    assert "consolidated.02.pth is not there" in listed(tool, tmp_path, capsys)["chameleon/models/30b"][0]
+
+
+def test_downloads_that_are_cut_or_no_such_file_get_no_command(tool, tmp_path, capsys):
+    def cut(path):
+        path.write_bytes(path.read_bytes()[:-3])
+
+    def pointer(path):
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+
+    for name, harm in (("cut", cut), ("pointer", pointer), ("empty", lambda path: path.write_bytes(b""))):
+        hugging_face(tmp_path / f"hf_{name}")
+        tree(tmp_path / f"tree_{name}")
+        tree(tmp_path / f"image_{name}")
+        harm(tmp_path / f"hf_{name}/model.safetensors")
+        harm(tmp_path / f"tree_{name}/models/7b/consolidated.pth")
+        harm(tmp_path / f"image_{name}/tokenizer/vqgan.ckpt")
+        hugging_face(tmp_path / f"text_{name}")
+        (tmp_path / f"text_{name}/tokenizer.json").write_text("<html>log in</html>")
+    said = listed(tool, tmp_path, capsys)
+    assert len(said) == 12
+    for name, (told, command) in said.items():
+        assert ("is cut or no" in told or "is empty" in told) and not command, name
+
+
+def test_a_linked_folder_is_found_and_a_whole_tokenizer_preferred(tool, tmp_path, capsys):
+    hugging_face(tmp_path / "elsewhere" / "Lumina")
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    (downloads / "Lumina").symlink_to(tmp_path / "elsewhere" / "Lumina")
+    (downloads / "round").symlink_to(downloads)
+    (downloads / "a" / "tokenizer").mkdir(parents=True)
+    (downloads / "a" / "tokenizer" / "vqgan.ckpt").write_text("<html>")
+    (downloads / "nowhere").symlink_to(tmp_path / "gone")
+    assert "vqgan.ckpt is cut or no file of torch.save" in listed(tool, downloads, capsys)["Lumina"][0]
+    archive(downloads / "b" / "tokenizer" / "vqgan.ckpt")
+    command = listed(tool, downloads, capsys)["Lumina"][1]
+    assert f"source={downloads}/Lumina image_tokenizer={downloads}/b/tokenizer/vqgan.ckpt recipe=sft_7b" in command
+
+
+def test_collecting_takes_no_raw_download_for_what_an_import_makes(tool, tmp_path, capsys):
+    """`tokenizer.json` may be any model's, and a folder with it alone is no policy."""
+    hugging_face(tmp_path / "downloads" / "policy")
+    place = tmp_path / "weights" / "policy"
+    words = ["recipe=sft_7b", f"model.weights={place}", f"text_tokenizer.path={place}/tokenizer.json"]
+    words += [f"image_tokenizer.weights={place}/image_tokenizer.safetensors", f"collect={tmp_path / 'downloads'}"]
+    assert tool.main(words) == 1 and not place.exists()
+    place.mkdir(parents=True)
+    (place / "tokenizer.json").write_text("{}")
+    assert tool.main(words) == 1
+    assert "holds no weights" in " ".join(capsys.readouterr().out.split())
+    (place / "tokenizer.json").unlink()
+    place.rmdir()
+    write_sums(tmp_path / "downloads" / "policy")
+    assert tool.main(words) == 1 and (place / "model.safetensors").is_file()

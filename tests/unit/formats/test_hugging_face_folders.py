@@ -141,13 +141,15 @@ def test_a_folder_of_anoles_fork_keeps_metas_rotary_order(hidden, tmp_path, logi
     assert (logits_of(wrong.output, config, TOKENS, 1024) - theirs).abs().max() > 0.05
 
 
-def test_shared_norms_are_given_to_all_heads_so_that_transformers_loads_the_folder(model, tmp_path):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_shared_norms_are_given_to_all_heads_so_that_transformers_loads_the_folder(groups, model, tmp_path):
+    """One for all heads, or one for each group of neighbours, as Lumina-mGPT's 34B has them."""
     state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
-    state |= {name: value[:1].clone() for name, value in state.items() if "_norm." in name and value.dim() == 2}
+    state |= {name: value[:groups].clone() for name, value in state.items() if "_norm." in name and value.dim() == 2}
     import_weights(Sources(write_folder(tmp_path / "source", model, state)), tmp_path / "out", recipe())
     written = load_file(tmp_path / "out" / "model.safetensors")
     name = "model.layers.1.self_attn.q_norm.bias"
-    assert torch.equal(written[name], state[name].expand(HEADS, -1))
+    assert torch.equal(written[name], state[name][[head * groups // HEADS for head in range(HEADS)]])
     ChameleonForConditionalGeneration.from_pretrained(tmp_path / "out")  # raises where a shape differs
 
 

@@ -101,9 +101,13 @@ def test_shared_head_norms_are_spread_and_wrong_shapes_named(groups: ProcessGrou
     weights = local_to_hf(policy)
     name, shared = "model.layers.1.self_attn.q_norm.weight", torch.randn(1, 8)
     hf_to_local((weights | {name: shared}).__getitem__, policy)
-    assert torch.equal(policy.chunks[0].decoder.layers[1].self_attention.q_layernorm.weight, shared.expand(4, -1))
-    with pytest.raises(ValueError, match=r"q_norm\.weight has shape \(2, 8\), the recipe's model section wants \(4, 8"):
-        hf_to_local((weights | {name: torch.randn(2, 8)}).__getitem__, policy)
+    spread = policy.chunks[0].decoder.layers[1].self_attention.q_layernorm.weight
+    assert torch.equal(spread, shared.expand(4, -1))
+    of_groups = torch.randn(2, 8)  # of neighbouring heads
+    hf_to_local((weights | {name: of_groups}).__getitem__, policy)
+    assert torch.equal(spread, of_groups[[0, 0, 1, 1]])
+    with pytest.raises(ValueError, match=r"q_norm\.weight has shape \(3, 8\), the recipe's model section wants \(4, 8"):
+        hf_to_local((weights | {name: torch.randn(3, 8)}).__getitem__, policy)
 
 
 def test_packed_rows_equal_separate_rows(groups: ProcessGroups) -> None:

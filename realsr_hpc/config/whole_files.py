@@ -1,0 +1,45 @@
+"""Whether a file is whole and of its kind, from its ends alone: launching and staging read no numbers."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from realsr_hpc.files import MIB, json_object, safetensors_header
+
+LARGEST_JSON_BYTES = 64 * MIB
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+def file_fault(path: Path) -> str:
+    """What is wrong with a file that is there: empty, cut, or not what its suffix says; "": nothing that shows.
+
+    A Git LFS pointer and a page that asks for a login are no weights either. OSError where it cannot be read.
+    """
+    if path.stat().st_size == 0:
+        return f"{path} is empty; copy it again"
+    if path.suffix == ".safetensors":
+        return "" if _whole_safetensors(path) else f"{path} is cut or no safetensors file; copy it again"
+    if path.suffix == ".npz" and not zipfile.is_zipfile(path):
+        return f"{path} is cut or no npz file; copy it again"
+    if path.suffix == ".json" and path.stat().st_size <= LARGEST_JSON_BYTES and json_object(path.read_bytes()) is None:
+        return f"{path} is cut or no JSON object; copy it again"
+    if path.suffix in PICKLES and not _whole_pickle(path):
+        return f"{path} is cut or no file of torch.save; copy it again"
+    return ""
+
+
+def _whole_safetensors(path: Path) -> bool:
+    """The header says how long the file is."""
+    header, start = safetensors_header(path)
+    try:
+        ends = [item["data_offsets"][1] for name, item in (header or {}).items() if name != "__metadata__"]
+        return header is not None and start + max(ends, default=0) == path.stat().st_size
+    except (KeyError, TypeError, IndexError):
+        return False
+
+
+def _whole_pickle(path: Path) -> bool:
+    """An archive, whose directory stands at its end; before torch 1.6 a bare pickle, whose end shows nothing."""
+    with path.open("rb") as stream:
+        return zipfile.is_zipfile(path) or stream.read(1) == b"\x80"
