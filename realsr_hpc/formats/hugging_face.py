@@ -67,7 +67,7 @@ def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
         sizes=sizes,
         rotary=f"{order} ({known})",
         names=names if isinstance(names, Mapping) else None,
-        faults=tuple(setting_faults(settings)),
+        faults=(*setting_faults(settings), *_adapters(place)),
         left=(*(f"{name} (follows from rope_theta)" for name in left[:1]), *_beside(place)),
     )
     image = _image(files, inside, settings, place.path) if inside else None
@@ -79,6 +79,13 @@ def _beside(place: Place) -> list[str]:
     """Weights in the second kind of files, which transformers does not read either where it finds the first."""
     kinds = [found.name for pair in INDEXED if (found := place.file(*pair)) is not None]
     return [f"{name} ({kinds[0]} holds the weights)" for name in kinds[1:]]
+
+
+def _adapters(place: Place) -> list[str]:
+    """Adapters that transformers would add to the weights when it loads the folder."""
+    found = place.file("adapter_config.json")
+    remedy = "merge them into the weights, or move them to a folder for model.lora.weights"
+    return [f"{found.name} beside the weights (low-rank adapters, which change the model: {remedy})"] if found else []
 
 
 def _order(asked: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, str]:

@@ -29,6 +29,8 @@ _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layer
 _MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _UNKNOWN = ("use_scaled_rope", "rope_scaling", "attention_bias", "qkv_bias", "sliding_window", "use_moe")
 """Settings of params.json that must be absent or false."""
+_FIXED = {"qk_normalization": True, "non_linearity": "swiglu", "activation": "swiglu", "norm_type": "rmsnorm"}
+"""Settings that must be absent, null or this."""
 
 
 def _folder(place: Place) -> Path | None:
@@ -119,8 +121,12 @@ def _count(params: dict[str, Any], name: str) -> int | None:
 
 def _setting_faults(params: dict[str, Any], shards: int) -> list[str]:
     faults = [f"{key} {params[key]!r} (ours: none)" for key in _UNKNOWN if params.get(key)]
-    if params.get("qk_normalization") is False:
-        faults.append("qk_normalization False (ours: a norm of queries and of keys)")
+    faults += [
+        f"{key} {params[key]!r} (ours: {ours!r})" for key, ours in _FIXED.items() if params.get(key) not in (None, ours)
+    ]
+    width = _count(params, "head_dim")
+    if width is not None and width * (params.get("n_heads") or 0) != params.get("dim"):
+        faults.append(f"head_dim {width} (ours: dim / n_heads of {params.get('dim')} / {params.get('n_heads')})")
     parts = _count(params, "model_parallel_size")
     if parts is not None and parts != shards:
         faults.append(f"model_parallel_size {parts} ({shards} files consolidated*.pth are there)")

@@ -29,6 +29,8 @@ _FIXED = {
     "use_linear_attn": False,
     "attn_type": "vanilla",
 }
+_SIZES = {"z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "dropout"}
+"""Settings of `ddconfig` that show in the tensors, or matter to training alone."""
 SETTINGS = {
     "normalised_codes": False,
     "attention": "middle",
@@ -77,7 +79,9 @@ def _yaml_faults(path: Path) -> list[str]:
         params = params.get(key, params) if isinstance(params, Mapping) else {}
     inner = params.get("ddconfig") if isinstance(params.get("ddconfig"), Mapping) else {}
     given = {**params, **inner}
-    return [
+    unknown = sorted(key for key in inner if key not in _SIZES | _FIXED.keys() and inner[key] not in (None, False))
+    faults = [f"{path.name}: ddconfig.{key} {inner[key]!r} (unknown here)" for key in unknown]
+    return faults + [
         f"{path.name}: {key} {given[key]!r} (ours: {value!r})"
         for key, value in _FIXED.items()
         if key in given and given[key] != value

@@ -222,6 +222,16 @@ def test_a_setting_that_decides_the_forward_pass_is_refused_at_both_doors(key, m
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_beside_the_weights_are_refused(model, tmp_path, logits_of):
+    """transformers adds them when it loads such a folder; taking the weights alone would be another model."""
+    source = write_folder(tmp_path / "source", model, state_of(model))
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config.json beside the weights .* model.lora.weights"):
+        import_weights(Sources(source), tmp_path / "out", recipe())
+    with pytest.raises(ValueError, match="model.weights = .*adapter_config.json beside"):
+        logits_of(source, recipe(), TOKENS, 1024)
+
+
 def test_tensors_without_a_place_missing_ones_and_nan_are_refused_at_both_doors(model, tmp_path, logits_of):
     state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
     gate = "model.layers.1.mlp.gate_proj.weight"

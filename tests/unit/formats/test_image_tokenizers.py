@@ -125,8 +125,8 @@ def test_vqgan_ckpt_with_its_yaml_is_ours_bit_by_bit(tmp_path):
     with pytest.raises(ValueError, match=r"normalised_codes False \(recipe: True\)"):
         wrong = recipe("image_tokenizer.normalised_codes=true")
         import_weights(Sources(tmp_path / "vqgan.ckpt"), tmp_path / "no", wrong)
-    (tmp_path / "vqgan.yaml").write_text("model:\n  params:\n    ddconfig: {double_z: true}\n")
-    with pytest.raises(ValueError, match=r"vqgan.yaml: double_z True"):
+    (tmp_path / "vqgan.yaml").write_text("model:\n  params:\n    ddconfig: {double_z: true, norm: batch}\n")
+    with pytest.raises(ValueError, match=r"vqgan.yaml: ddconfig.norm 'batch' .*vqgan.yaml: double_z True"):
         import_weights(Sources(tmp_path / "vqgan.ckpt"), tmp_path / "no", recipe())
 
 

@@ -102,6 +102,8 @@ def test_half_of_a_tree_names_what_is_missing(tmp_path):
         ({"qk_normalization": False}, "qk_normalization False"),
         ({"rope_theta": 500000.0}, r"model.rope_theta: rope_theta 500000.0 \(recipe: 10000.0\)"),
         ({"norm_eps": 1e-6}, "rms_norm_eps 1e-06"),
+        ({"non_linearity": "gelu"}, r"non_linearity 'gelu' \(ours: 'swiglu'\)"),
+        ({"head_dim": 16}, "head_dim 16"),
     ],
 )
 def test_settings_of_params_json_are_used_or_refused(setting, message, tmp_path):
