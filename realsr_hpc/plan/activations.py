@@ -117,8 +117,8 @@ def _again(config: RunConfig, shape: MicrobatchShape) -> float:
     kept = 0.0 if config.parallel.recompute == "full" else layer_bytes(config, shape, config.parallel.recompute)
     again = layer_bytes(config, shape, "none") - kept
     gradients = width(config) * (2 * model.hidden_size + model.ffn_hidden_size / config.parallel.tp)
-    made = width(config) + guided(config) if config.parallel.recompute == "full" else 0
-    masks = _mask_entries(config, shape) * made
+    anew = guided(config) and config.parallel.recompute == "full"
+    masks = _mask_entries(config, shape) * (1 + width(config)) if anew else 0.0
     return again + masks + shape.tokens * gradients
 
 
@@ -199,11 +199,10 @@ def _mask_entries(config: RunConfig, shape: MicrobatchShape) -> float:
 
 
 def _masks(config: RunConfig, shape: MicrobatchShape, in_flight: float) -> float:
-    """Masks that are kept: truths, and the numbers that each layer's attention makes of them for its backward pass.
-
-    Of layers that are computed again the truths of packed rows alone, which are handed to them.
-    """
-    if config.parallel.recompute == "full":
-        return 0.0 if guided(config) else _mask_entries(config, shape)
-    layers = config.model.num_layers / config.parallel.pp * in_flight
+    """Masks, which attention turns into numbers and keeps, layer by layer; those of guidance are made in each layer, so
+    that layers which are computed again keep none."""
+    full = config.parallel.recompute == "full"
+    if full and guided(config):
+        return 0.0
+    layers = 1.0 if full else config.model.num_layers / config.parallel.pp * in_flight
     return _mask_entries(config, shape) * (1 + layers * width(config))

@@ -64,7 +64,6 @@ SMALL = [
 ]
 GRPO = ["recipe=grpo_tiny", *SMALL, "grpo.prompts_per_step=2", "grpo.group_size=4", "parallel.microbatch_tokens=3072"]
 SFT = ["recipe=sft_tiny", *SMALL, "sft.batch_size=6", "parallel.microbatch_tokens=3072"]
-PACKED = [*SFT, "precision.params=fp32", "sft.packing=true"]
 BF16 = "precision.params=bf16"
 GUIDED = ["rollout.cfg_scale=0.8", "rollout.image_adaptive_top_k=true", "rollout.text_top_k=1"]
 LORA = ["model.lora={rank: 16, alpha: 32}"]
@@ -79,8 +78,8 @@ VARIANTS: dict[str, list[str]] = {
     "GRPO, LoRA, all recomputed, bf16": [*GRPO, BF16, *LORA, "parallel.recompute=full"],
     "GRPO, LoRA, guided, bf16": [*GRPO, BF16, *LORA, *GUIDED],
     "SFT, LoRA, bf16": [*SFT, BF16, *LORA, "sft.packing=false", "parallel.recompute=full"],
-    "SFT, packed rows": PACKED,
-    "SFT, packed rows, all recomputed": [*PACKED, "parallel.recompute=full"],
+    "SFT": SFT,
+    "SFT, all recomputed": [*SFT, "parallel.recompute=full"],
 }
 
 

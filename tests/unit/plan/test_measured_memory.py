@@ -23,7 +23,7 @@ def terms(variants: list[str], more: list[str]) -> list[Terms]:
 
 def test_each_term_is_what_one_process_allocates() -> None:
     variants = {"GRPO, bf16": 11, "GRPO, guided, adaptive top-k": 10}
-    variants |= {"SFT, packed rows, all recomputed": 6}
+    variants |= {"SFT, all recomputed": 6}
     [seen] = run_ranks(1, terms, list(variants), [])
     for (variant, count), one in zip(variants.items(), seen, strict=True):
         assert len(one) == count
