@@ -26,7 +26,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.halving import Move, Trial, next_move, ranking
 from realsr_hpc.launch.proposals import Space, refuse_another_space
-from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private, run_folder, slurm_queue
+from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private, queue_of, run_folder
 from realsr_hpc.launch.start import Submission
 from realsr_hpc.launch.submit import submit_into
 from realsr_hpc.locks import hold
@@ -209,7 +209,7 @@ class Halving:
         return self.space.sample.cluster.runs_at_once - len(self._busy())
 
     def _queue(self) -> Queue:
-        return slurm_queue() if self.slurm else Queue({})
+        return queue_of(run_folder(config) for config in self.configs)
 
     def _report(self) -> None:
         """What every run has shown, best first, and what share of the full sweep's steps that took."""

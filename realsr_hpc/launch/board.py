@@ -17,7 +17,7 @@ from realsr_hpc.config.load import RecipeError
 from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
 from realsr_hpc.files import read_json
 from realsr_hpc.launch.feed import Feed
-from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, read_job, slurm_queue
+from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, queue_of
 from realsr_hpc.tracking import read_progress, recipe_of, sweep_of
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -73,8 +73,7 @@ class Board:
         runs = runfolder.list_runs(self.root)
         chains = dict(self._chains())
         known = {*runs, *(stage for stages in chains.values() for stage, *_ in stages)}
-        slurm = any((job := read_job(folder)) and job.kind == "slurm" for folder in known)
-        queue = slurm_queue() if slurm else Queue({})
+        queue = queue_of(known)
         lines = {folder: self._line(folder, queue) for folder in known}
         blocks = [self._chain(name, stages, lines) for name, stages in chains.items()]
         rest = set(runs) - {stage for stages in chains.values() for stage, *_ in stages}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,14 +17,27 @@ from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_flag, read_with_overrides, take_switch
 from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.load import RecipeError, output_root
-from realsr_hpc.files import write_atomically
+from realsr_hpc.files import writable_folder, write_atomically
 from realsr_hpc.launch.chain import Node, Valid, chain_nodes, signature_of
 from realsr_hpc.launch.chain_stage import prepare_stage, run_stage, stage_status, submit_stage
 from realsr_hpc.launch.console import print_missing
 from realsr_hpc.launch.follow import follow
+from realsr_hpc.launch.manage import cancel
 from realsr_hpc.launch.refusals import missing, refuse_what_cannot_fit
-from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, make_private, read_job, slurm_queue
-from realsr_hpc.launch.submit import submit_into
+from realsr_hpc.launch.rundir import (
+    ALIVE,
+    Job,
+    Queue,
+    Status,
+    current_status,
+    is_slurm,
+    make_private,
+    queue_of,
+    read_job,
+    slurm_queue,
+)
+from realsr_hpc.launch.submit import LAUNCH_WAIT_S, submit_into
+from realsr_hpc.locks import hold
 from realsr_hpc.plan import plan
 
 NOT_WITH_A_CHAIN = ("recipe", "fresh", "follow", "prepare", "resolve", "sampler", "axes")
@@ -41,14 +54,24 @@ def main(arguments: list[str], valid: Valid) -> int:
             _print_plan(chain.name, nodes, console)
             return 0
         _refuse(nodes)
-        folder = _folder(chain.name, nodes)
-        _say(f"chain: {folder}", console)
-        if nodes[0].config.cluster.kind == "slurm":
-            return _submit(nodes, folder.name, console)
-        return _run_here(nodes, folder.name, console)
+        return _launch(chain.name, nodes, console)
     except ValueError as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except KeyboardInterrupt:
+        _say("interrupted; launch the chain again to go on", console)
+        return 130
+
+
+def _launch(name: str, nodes: list[Node], console: Console) -> int:
+    """Of two launchers at once the second waits until the first has submitted, and finds its jobs."""
+    root = writable_folder(output_root(nodes[0].config), "output_root")
+    with hold(root / f".launch-chain-{os.getuid()}.lock", f"launching chain {name}", LAUNCH_WAIT_S):
+        folder = _folder(name, nodes)
+        _say(f"chain: {folder}", console)
+        if nodes[0].config.cluster.kind == "slurm":
+            return _submit(nodes, folder.name, console)
+    return _run_here(nodes, folder.name, console)
 
 
 def _read(arguments: list[str]) -> tuple[str, bool, list[str], bool]:
@@ -76,9 +99,7 @@ def _missing(nodes: list[Node]) -> list[str]:
 
 def _folder(name: str, nodes: list[Node]) -> Path:
     """OUTPUT_ROOT/chains/NAME-SIGNATURE with links to the stages' folders."""
-    root = output_root(nodes[0].config)
-    folder = root / "chains" / f"{name}-{signature_of(nodes)}"
-    root.mkdir(parents=True, exist_ok=True)
+    folder = output_root(nodes[0].config) / "chains" / f"{name}-{signature_of(nodes)}"
     make_private(folder.parent)
     make_private(folder)
     listed = []
@@ -103,9 +124,13 @@ def _state(node: Node, queue: Queue) -> str:
 def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
     """Run the stages one after the other from this process; a run that it has started survives it."""
     for node in nodes:
-        if _state(node, Queue({})) == "done":
+        queue = queue_of([node.folder])
+        state, job = _state(node, queue), read_job(node.folder)
+        if state == "done":
             _say(f"{node.stage}: already done, {node.folder.name}", console)
             continue
+        if state in ALIVE and is_slurm(job):
+            raise ValueError(f"{node.stage}: {_alive(state, job)}; cancel it, or launch with cluster.kind=slurm")
         _say(f"{node.stage}: {node.folder.name}", console)
         if node.command:
             prepare_stage(node)
@@ -114,11 +139,13 @@ def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
         else:
             _start(node, parent)
             code = follow(node.folder, console)
-        status = _status(node, Queue({}))
+        status = _status(node, queue_of([node.folder]))
+        said = f": {status.message}" if status and status.message else ""
         if status is None or status.state != "done":
-            said = f": {status.message}" if status and status.message else ""
             _say(f"the chain stops at {node.stage}{said}\nlaunch it again to go on", console)
             return code or 1
+        if node.command:
+            _say(f"{node.stage}: done, {node.output}{said}", console)
     return 0
 
 
@@ -128,18 +155,22 @@ def _submit(nodes: list[Node], parent: str, console: Console) -> int:
     if not queue.answered:
         raise ValueError("cluster.kind: slurm: squeue does not answer; launch where Slurm's commands work")
     jobs: dict[Path, str] = {}
+    new: set[Path] = set()
+    """Stages submitted now: a job that still waits for an earlier job of theirs would wait in vain."""
     for node in nodes:
-        state = _state(node, queue)
+        state, job = _state(node, queue), read_job(node.folder)
         if state == "done":
             _say(f"{'done':11}{node.stage}", console)
             continue
+        if state in ALIVE and not is_slurm(job):
+            raise ValueError(f"{node.stage}: {_alive(state, job)}; wait for its end, then launch the chain again")
+        if state in ALIVE and job and _waits_in_vain(job, queue, new.intersection(node.after)):
+            cancel(node.folder)
+            state = "stopped"
         after = [jobs[folder] for folder in node.after if folder in jobs]
-        if state in ALIVE:
-            word = "alive"
-        elif node.command:
-            word, _ = "submitted", submit_stage(node, after)
-        else:
-            word = "submitted"
+        word = "alive" if state in ALIVE else "submitted"
+        if word == "submitted":
+            new.add(node.folder)
             _start(node, parent, after)
         if job := read_job(node.folder):
             jobs[node.folder] = job.job_id
@@ -148,15 +179,30 @@ def _submit(nodes: list[Node], parent: str, console: Console) -> int:
     return 0
 
 
+def _waits_in_vain(job: Job, queue: Queue, renewed: Collection[Path]) -> bool:
+    """Whether a job is queued behind one that has failed or was cancelled; Slurm takes minutes to drop it."""
+    waits = queue.states.get(job.job_id) == "PENDING"
+    return waits and (bool(renewed) or queue.reasons.get(job.job_id) == "DependencyNeverSatisfied")
+
+
+def _alive(state: str, job: Job | None) -> str:
+    if job is None:
+        return f"{state} in another process"
+    return f"{state} as {'Slurm' if is_slurm(job) else 'local'} job {job.job_id}{job.host and f' on {job.host}'}"
+
+
 def _start(node: Node, parent: str, after: Sequence[str] = ()) -> None:
-    """Submit a run; ValueError with the words that refused it."""
+    """Submit a run, or a command to Slurm; ValueError with the words that refused it."""
+    if node.command:
+        submit_stage(node, after)
+        return
     [submission] = submit_into([(node.config, node.folder)], sweep=parent, after=after)
     if submission.failed:
         raise ValueError(f"{node.stage}: {submission.note}; launch the chain again to go on")
 
 
 def _print_plan(name: str, nodes: list[Node], console: Console) -> None:
-    queue = slurm_queue() if nodes[0].config.cluster.kind == "slurm" else Queue({})
+    queue = queue_of(node.folder for node in nodes)
     table = Table("stage", "what", "after", "state", "GPUs", "hours", "GPU-hours", title=f"chain {name}")
     names, sums = {node.folder: node.stage for node in nodes}, [0.0, 0.0]
     for node in nodes:

@@ -74,14 +74,14 @@ def prepare_stage(node: Node) -> None:
 
 def submit_stage(node: Node, after: Sequence[str]) -> str:
     """Submit to Slurm, to start when the jobs `after` have succeeded; the job's id. ValueError with sbatch's words."""
-    import submitit
+    from realsr_hpc.launch.sbatch import Executor
 
     prepare_stage(node)
     cluster = node.config.cluster
     setup = setup_lines(cluster, take_snapshot([node.config]))
     launch = secrets.token_hex(8)
     try:
-        executor = submitit.SlurmExecutor(folder=node.folder / "job")
+        executor = Executor(folder=node.folder / "job")
         executor.update_parameters(**executor_parameters(cluster, node.config.name, setup, after))
         job = executor.submit(stage_job, node.folder, launch)
     except NOT_SUBMITTED as error:

@@ -19,6 +19,7 @@ from realsr_hpc.launch.rundir import (
     Queue,
     Status,
     current_status,
+    queue_of,
     read_job,
     read_status,
     slurm_queue,
@@ -65,7 +66,7 @@ class RunRow:
 def rows(root: Path) -> list[RunRow]:
     """All runs of an output root, oldest first; queries Slurm once. An unreadable run does not affect the others."""
     runs = runfolder.list_runs(root)
-    queue = slurm_queue() if any((job := read_job(run)) and job.kind == "slurm" for run in runs) else Queue({})
+    queue = queue_of(runs)
     return [_row(run, queue) for run in runs]
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -204,6 +205,16 @@ def slurm_queue() -> Queue:
         ended={job: state for job, state, _ in lines if state in ENDED},
         reasons={job: reason.strip("() ") for job, state, reason in lines if state == "PENDING"},
     )
+
+
+def queue_of(folders: Iterable[Path]) -> Queue:
+    """Slurm's queue where the job of one of these folders is Slurm's; otherwise an empty one, and nothing is asked."""
+    return slurm_queue() if any(is_slurm(read_job(folder)) for folder in folders) else Queue({})
+
+
+def is_slurm(job: Job | None) -> bool:
+    """Whether there is a job, and Slurm runs it."""
+    return job is not None and job.kind == "slurm"
 
 
 def _is_controller(pid: int) -> bool:

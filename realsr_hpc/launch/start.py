@@ -100,13 +100,13 @@ def max_array_size() -> int:
 
 def _submit_slurm(group: list[Submission], num_arrays: int = 1, after: Sequence[str] = ()) -> None:
     """One job, or one array; of several arrays each gets its share of the runs that may go at once."""
-    import submitit
+    from realsr_hpc.launch.sbatch import Executor
 
     config = group[0].config
     code = take_snapshot([item.config for item in group])
     single = len(group) == 1
     folder = runfolder.job_logs(group[0].run_dir) if single else make_private(output_root(config) / "arrays") / "%A"
-    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=config.cluster.max_requeues)
+    executor = Executor(folder=folder, max_num_timeout=config.cluster.max_requeues)
     parameters = executor_parameters(config.cluster, config.name, setup_lines(config.cluster, code), after)
     parameters["array_parallelism"] = max(1, config.cluster.runs_at_once // num_arrays)
     executor.update_parameters(**parameters)

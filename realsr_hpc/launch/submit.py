@@ -21,7 +21,16 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import writable_folder, write_atomically
 from realsr_hpc.launch.console import plan_text
 from realsr_hpc.launch.prune import link_code
-from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private, read_job, run_folder, slurm_queue
+from realsr_hpc.launch.rundir import (
+    ALIVE,
+    Queue,
+    current_status,
+    make_private,
+    queue_of,
+    read_job,
+    run_folder,
+    slurm_queue,
+)
 from realsr_hpc.launch.snapshot import code_version, environment, take_snapshot
 from realsr_hpc.launch.start import Submission, start_together
 from realsr_hpc.locks import hold
@@ -66,11 +75,7 @@ def submit_into(
     One launcher at a time looks and acts in an output root.
     """
     with _alone({run_dir.parent for _, run_dir in folders}):
-        queue = slurm_queue() if any(config.cluster.kind == "slurm" for config, _ in folders) else Queue({})
-        if not queue.answered:
-            raise ValueError(
-                "cluster.kind: slurm: squeue does not answer; launch where Slurm's commands work, or cluster=local"
-            )
+        queue = _queue(folders)
         planned = [_look(config, run_dir, queue) for config, run_dir in folders]
         pending = [item for item in planned if item.submitted]
         if not pending:
@@ -82,6 +87,17 @@ def submit_into(
             if item.failed:
                 _take_back(run_dir, before[run_dir])
         return [_with_note(became.get(item.run_dir, item), note) for item in planned]
+
+
+def _queue(folders: list[tuple[RunConfig, Path]]) -> Queue:
+    """The queue, where one of the runs goes to Slurm or was there last: a local job beside a Slurm job spoils a run."""
+    if not any(config.cluster.kind == "slurm" for config, _ in folders):
+        return queue_of(run_dir for _, run_dir in folders)
+    if not (queue := slurm_queue()).answered:
+        raise ValueError(
+            "cluster.kind: slurm: squeue does not answer; launch where Slurm's commands work, or cluster=local"
+        )
+    return queue
 
 
 @contextmanager
@@ -130,7 +146,9 @@ def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
     status = current_status(run_dir, queue)
     if status is not None and status.state in ALIVE:
         job = read_job(run_dir)
-        return Submission(config, run_dir, False, f"already {status.state} as job {job.job_id if job else '?'}")
+        note = f"already {status.state} as job {job.job_id if job else '?'}"
+        silent = f"; squeue does not answer here: if that job is over, remove {runfolder.job(run_dir)}"
+        return Submission(config, run_dir, False, note if queue.answered else note + silent)
     if status is not None and status.state == "done":
         return Submission(config, run_dir, False, "already done; fresh=true starts it anew")
     return Submission(config, run_dir, True, "goes on from its last checkpoint" if status else "")

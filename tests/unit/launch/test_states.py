@@ -71,7 +71,13 @@ def test_a_refused_submission_says_slurms_words_and_leaves_the_run_launchable(tm
     assert main(overrides) == 0 and "already submitted as job 12" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("sbatch", "said"), [("echo hello", '"hello"; if squeue --me lists'), ("exit 0", '""; if')])
+OTHERS = "echo quota: job 3 of 9; echo Your job 7 waits"
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "said"),
+    [("echo hello", '"hello"; if squeue --me lists'), ("exit 0", '""; if'), (OTHERS, '"quota: job 3 of 9 Your job 7')],
+)
 def test_an_sbatch_that_names_no_job_refuses_run_and_stage_in_one_line(sbatch, said, tmp_path, slurm, monkeypatch):
     config = compose([*SLURM, f"output_root={tmp_path / 'runs'}"])
     stage = Node("export", tmp_path / "runs" / "stages" / "export", config, (), "export_hf")
