@@ -49,8 +49,8 @@ LEVELS = {
     "small": "[1,1,1,1]",
 }
 TOKENS = {"chameleon_7b": 96, "chameleon_30b": 96, "chameleon_7b_f8": 272, "small": 272}
-DECODER = {"small": ["image_tokenizer.decoder_base_channels=32"]}
 """Of a rollout: three images and a little text. An untrained policy goes on to the last one, whatever their number."""
+OWN_SIZES = {"small": ["image_tokenizer.decoder_base_channels=32"], "chameleon_30b": ["model.num_kv_heads=2"]}
 LOSS = {"sft": "sft/loss/mean", "grpo": "rewards/total/mean"}
 
 
@@ -71,7 +71,7 @@ def cut(recipe: str, model: str, folder: Path, layout: list[str], root: Path) ->
             *layout,
             *CUT,
             *own,
-            *DECODER.get(model, []),
+            *OWN_SIZES.get(model, []),
             *SHORT[task],
         ]
     )
@@ -144,7 +144,7 @@ FOUR = ["parallel.tp=2", "cluster.tasks_per_node=4"]
         ("grpo_7b", "chameleon_7b_f8", ONE),
         ("grpo_7b_paper", "chameleon_7b", ONE),
         ("grpo_7b_paper", "chameleon_7b_f8", FOUR),
-        ("sft_30b_lora", "chameleon_30b", ["cluster.tasks_per_node=2", "model.num_kv_heads=2"]),
+        ("sft_30b_lora", "chameleon_30b", ["cluster.tasks_per_node=2"]),
         ("sft_small", "small", ONE),
         ("grpo_small", "small", ONE),
     ],
