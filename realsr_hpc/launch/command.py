@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> int:
 
 
 def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunConfig]:
-    """The recipes to run: a single one, every combination of a sweep, or those that the sampler draws."""
+    """The recipes to run: a single one, every combination of a sweep, or those that the sampler would draw now."""
     if options.sampler == "all":
         if given := [name for name in ("rungs", "keep", "trials") if getattr(options, name)]:
             raise RecipeError(f"{given[0]}: goes with sampler=asha{' or optuna' * (given[0] == 'trials')}")
@@ -111,9 +111,13 @@ def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunCo
         return recipes(_space(options, overrides))
     if options.sampler != "optuna":
         raise RecipeError(f"sampler: {options.sampler!r} is none of all, optuna, asha")
+    return _draw(options, overrides, keep=False)
+
+
+def _draw(options: Options, overrides: list[str], *, keep: bool) -> list[RunConfig]:
     from realsr_hpc.launch.search import sample
 
-    return sample(overrides, options.sweep or _sweep_name(overrides), options.trials or 16)
+    return sample(overrides, options.sweep or _sweep_name(overrides), options.trials or 16, keep=keep)
 
 
 def halve(configs: list[RunConfig], options: Options, overrides: list[str], console: Console) -> int:
@@ -144,6 +148,8 @@ def launch(
     for note in unchecked_manifests(configs):
         console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     sweep = (options.sweep or _sweep_name(overrides)) if varied else ""
+    if options.sampler == "optuna":
+        configs = _draw(options, overrides, keep=True)  # what was refused is not remembered as drawn
     submissions = submit(configs, sweep=sweep, varied=varied, fresh=options.fresh)
     print_submissions(submissions, console)
     if any(item.failed for item in submissions):

@@ -3,11 +3,15 @@
 Optuna's journal is in OUTPUT_ROOT/sweeps/NAME/, so a sweep can continue from any machine that sees the output root.
 Missing runs are proposed again first, new ones only after all earlier ones have ended. The objective is the recipe's
 best metric in its declared direction. Optuna's own loop and pruning are not used: Slurm executes the runs as one array.
+A plan draws from a copy of the journal, and draws what launching would draw.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from realsr_hpc.config.load import Axis, RecipeError, compose_one, output_root, search_space
@@ -19,16 +23,20 @@ from realsr_hpc.locks import hold
 from realsr_hpc.tracking import metrics_by_step
 
 WAIT_S = 120.0
+JOURNAL = "optuna.journal"
 
 
-def sample(overrides: list[str], sweep: str, trials: int) -> list[RunConfig]:
-    """Recipes to run now: the unfinished ones of this sweep, or `trials` new ones. RecipeError without optuna."""
+def sample(overrides: list[str], sweep: str, trials: int, *, keep: bool) -> list[RunConfig]:
+    """Recipes to run now: the unfinished ones of this sweep, or `trials` new ones. RecipeError without optuna.
+
+    keep: remember them as drawn, for the next launch; otherwise nothing is written.
+    """
     fixed, axes = search_space(overrides)
     if not axes:
         raise RecipeError("sampler: optuna: nothing to choose; give a key several values, or interval(low, high)")
-    folder = make_private(make_private(output_root(compose_one(fixed)) / "sweeps") / sweep)
-    with hold(folder / "journal.lock", f"drawing for sweep {sweep}", WAIT_S):  # two launchers would draw twice
-        study = _study(fixed, sweep)
+    root = output_root(compose_one(fixed))
+    with _kept(root, sweep) if keep else _copied(root, sweep) as folder:
+        study = _study(fixed, sweep, folder)
         space = {"fixed": fixed, "varied": [line for line in overrides if line not in fixed]}
         refuse_another_space(sweep, study.user_attrs.get("space", space), space)
         study.set_user_attr("space", space)
@@ -41,15 +49,33 @@ def sample(overrides: list[str], sweep: str, trials: int) -> list[RunConfig]:
         return [_config(fixed, trial) for trial in waiting]
 
 
-def _study(fixed: list[str], sweep: str) -> Any:
+@contextmanager
+def _kept(root: Path, sweep: str) -> Iterator[Path]:
+    """The sweep's folder, for this process alone: two launchers would draw twice."""
+    folder = make_private(make_private(root / "sweeps") / sweep)
+    with hold(folder / "journal.lock", f"drawing for sweep {sweep}", WAIT_S):
+        yield folder
+
+
+@contextmanager
+def _copied(root: Path, sweep: str) -> Iterator[Path]:
+    """A folder with a copy of the sweep's journal, if it has one; without a line that is just being written."""
+    with TemporaryDirectory() as folder:
+        journal = root / "sweeps" / sweep / JOURNAL
+        if journal.exists():
+            content = journal.read_bytes()
+            (Path(folder) / JOURNAL).write_bytes(content[: content.rfind(b"\n") + 1])
+        yield Path(folder)
+
+
+def _study(fixed: list[str], sweep: str, folder: Path) -> Any:
     optuna = quiet_optuna("optuna")
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     config = compose_one(fixed)
-    path = output_root(config) / "sweeps" / sweep / "optuna.journal"
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(path))),
+        storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
         study_name=sweep,
         direction="maximize" if best_is_highest(config) else "minimize",
         load_if_exists=True,

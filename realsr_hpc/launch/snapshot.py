@@ -77,13 +77,36 @@ def _is_whole(target: Path, files: dict[str, Path]) -> bool:
             return False
         ours = [path for path in paths if "__pycache__" not in path.parts]
         present = {path.relative_to(target).as_posix() for path in ours if not path.is_dir()}
-        if present != {*files, SUMS_FILE} or any(_mode(path) & 0o022 for path in ours):
+        if present != {*files, SUMS_FILE}:
             return False
-        if any(_mode(target / name) != _mode(source) & 0o755 for name, source in files.items()):
-            return False
-        return _digest({name: target / name for name in files}) == target.name and _sums_hold(target, files)
+        if _modes_hold(target, files, ours) or not _keeps_modes(target.parent):
+            return _digest({name: target / name for name in files}) == target.name and _sums_hold(target, files)
+        return False
     except OSError:
         return False  # what cannot be read
+
+
+def _modes_hold(target: Path, files: dict[str, Path], ours: Sequence[Path]) -> bool:
+    """Nobody else can write, and what was executable is."""
+    return not any(_mode(path) & 0o022 for path in ours) and all(
+        _mode(target / name) == _mode(source) & 0o755 for name, source in files.items()
+    )
+
+
+def _keeps_modes(folder: Path) -> bool:
+    """Whether its file system does what chmod says; mounts of SMB or FAT show the same mode whatever is said."""
+    probe = aside_of(folder / "modes", "probe")
+    probe.touch()
+    try:
+        for mode in (0o600, 0o755):
+            probe.chmod(mode)
+            if _mode(probe) != mode:
+                return False
+    except PermissionError:
+        return False
+    finally:
+        probe.unlink()
+    return True
 
 
 def _mode(path: Path) -> int:

@@ -302,6 +302,17 @@ def test_a_snapshot_is_verified_repaired_and_private(tmp_path):
             take_snapshot([config])
 
 
+def test_a_snapshot_stays_where_the_file_system_knows_no_modes(tmp_path, monkeypatch):
+    """As an SMB mount shows them, whatever chmod said."""
+    monkeypatch.setattr("realsr_hpc.launch.snapshot._mode", lambda path: 0o777)
+    config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}"])
+    code = take_snapshot([config])
+    before = code.stat().st_ino
+    assert take_snapshot([config]).stat().st_ino == before
+    (code / "realsr_hpc" / "files.py").write_text("planted = True")
+    assert take_snapshot([config]).stat().st_ino != before
+
+
 def test_an_open_run_folder_is_closed(tmp_path):
     (folder := tmp_path / "run").mkdir()
     folder.chmod(0o777)

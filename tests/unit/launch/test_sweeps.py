@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from realsr_hpc.config.load import compose, yaml_names
+from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.command import choose, main, read_command_line
 from realsr_hpc.launch.rundir import make_private, run_folder, write_status
+from realsr_hpc.launch.search import sample
 from realsr_hpc.tracking.spool import Spool
 
 
@@ -28,23 +30,33 @@ def test_shipped_axes_fit_the_large_recipe(name):
     assert len(choose(options, multirun, overrides)) > 1
 
 
-def test_optuna_learns_from_finished_runs_and_proposes_missing_ones_again(tmp_path):
+def test_optuna_learns_from_finished_runs_and_proposes_missing_ones_again(tmp_path, capsys):
     arguments = [
         "-m", "recipe=grpo_tiny", f"output_root={tmp_path}", "grpo.kl_beta=interval(0,0.1)", "seed=0,1",
         "sampler=optuna", "trials=3", "sweep=search",
     ]  # fmt: skip
-    first = choose(*read_command_line(arguments))
-    assert len(first) == 3 and len({config.grpo.kl_beta for config in first}) == 3
-    assert choose(*read_command_line(arguments)) == first
+    planned = choose(*read_command_line(arguments))
+    assert main([*arguments, "plan=true"]) == 0 == main([*arguments, "resolve=true"])
+    assert main([*arguments, "model.weights=nowhere"]) == 2 and "model.weights" in capsys.readouterr().out
+    assert not [*tmp_path.iterdir()]  # neither a plan nor what is refused is remembered
+
+    def drawn() -> list[RunConfig]:
+        return sample(read_command_line(arguments)[2], "search", 3, keep=True)
+
+    first = drawn()
+    assert first == planned and len({config.grpo.kl_beta for config in first}) == 3
+    assert drawn() == first
+    before = (journal := tmp_path / "sweeps" / "search" / "optuna.journal").read_bytes()
     for number, config in enumerate(first[:2]):
         folder = make_private(run_folder(config))
         write_status(folder, "done", 0)
         spool = Spool(folder)
         spool.append({"kind": "metrics", "step": 1, "time_ms": 1, "metrics": {"heldout/total/mean": float(number)}})
         spool.close()
-    assert choose(*read_command_line(arguments)) == first[2:]
+    assert choose(*read_command_line(arguments)) == first[2:] and journal.read_bytes() == before
+    assert drawn() == first[2:] and journal.read_bytes() != before
     write_status(make_private(run_folder(first[2])), "failed", 1)
-    second = choose(*read_command_line(arguments))
+    second = drawn()
     assert len(second) == 3 and not {config.grpo.kl_beta for config in second} & {c.grpo.kl_beta for c in first}
 
 
