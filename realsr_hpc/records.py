@@ -228,6 +228,9 @@ class GroupRewards:
     """Of the step: ramped terms change."""
     failures: dict[str, int] = field(default_factory=dict)
     """Rollouts on which a term broke, by name."""
+    places: dict[str, Float[Tensor, "G codes"]] = field(default_factory=dict)
+    """Of terms that also score every code of the final image by itself, in reading order, higher is better; NaN for a
+    rollout without a valid final image. Empty unless `grpo.credit` is part."""
 
 
 @dataclass(frozen=True)
@@ -258,12 +261,15 @@ class RolloutTokens:
     column: Int[Tensor, " n"]
     """Number of the token among its rollout's loss tokens, from 0."""
     advantages: Float[Tensor, " N"]
+    """Of each rollout."""
     rollout_logprobs: Float[Tensor, " n"]
     """The sampler's."""
     reference_logprobs: Float[Tensor, " n"] | None = None
     """The frozen reference's; None without a KL term, before scoring, and off the last pipeline stage."""
     old_logprobs: Float[Tensor, " n"] | None = None
     """The policy's before the step's first update; None: this is the first, or as above."""
+    token_advantages: Float[Tensor, " n"] | None = None
+    """Of each token, in place of its rollout's (`grpo.credit`: part)."""
 
     def rows(self, values: Tensor) -> Tensor:
         """[n] as [N, longest], 0 where a rollout has no such token."""

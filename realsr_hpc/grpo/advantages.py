@@ -110,6 +110,22 @@ def contributions(
     return {name: (values - values.mean(-1, keepdim=True)) * factor for name, values in exact.items()}
 
 
+def place_advantages(
+    scores: Float[Tensor, "*prompts G codes"], *, epsilon: float = 1e-4
+) -> Float[Tensor, "*prompts G codes"]:
+    """Each place's scores centred over the group's rollouts, divided by one number for all places.
+
+    The divisor is the root mean square over places of the unbiased std, so that a place at which rollouts differ more
+    weighs more, as it does in the mean over the image. NaN stays NaN and is left out of the means.
+    """
+    exact = scores.double()
+    known = ~exact.isnan()
+    count = known.sum(-2, keepdim=True)
+    centred = exact - exact.nansum(-2, keepdim=True) / count.clamp_min(1)
+    variance = centred.square().nansum(-2, keepdim=True) / (count - 1).clamp_min(1)  # [*prompts, 1, codes]
+    return (centred / (variance.mean(-1, keepdim=True).sqrt() + epsilon)).to(scores.dtype)
+
+
 def zero_variance(values: Float[Tensor, "*prompts G"], tolerance: float = 1e-6) -> Bool[Tensor, "*prompts"]:
     """Groups without a learning signal: their largest and smallest values differ by no more than the tolerance.
 

@@ -69,7 +69,7 @@ class Mismatch:
 def policy_loss(
     policy_logprobs: Float[Tensor, "N T"],
     rollout_logprobs: Float[Tensor, "N T"],
-    advantages: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"] | Float[Tensor, "N T"],
     loss_mask: Bool[Tensor, "N T"],
     reference_logprobs: Float[Tensor, "N T"] | None = None,
     *,
@@ -80,9 +80,9 @@ def policy_loss(
 ) -> LossTerms:
     """Clipped surrogate, KL to the reference and entropy bonus of one microbatch; whole rollouts in any order.
 
-    `old_logprobs` None: the policy's own, detached, hence a ratio of exactly 1 (the first update of a step).
-    Log-probabilities outside `loss_mask` may be anything, -inf included. Raises ValueError where an option of `config`
-    needs an argument that is missing.
+    advantages: of each rollout, or of each of its tokens. old_logprobs None: the policy's own, detached, hence a ratio
+    of exactly 1 (the first update of a step). Log-probabilities outside `loss_mask` may be anything, -inf included.
+    Raises ValueError where an option of `config` needs an argument that is missing.
     """
     _check(counts, config, reference_logprobs, entropy)
     mask = loss_mask
@@ -114,7 +114,8 @@ def _surrogate(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Clipped surrogate [N, T] of every token; metrics to be averaged over tokens, and to be counted (bool)."""
     ratio, clamped = importance_ratio(policy - old, mask, config.importance)
-    surrogate, clipped = clipped_objective(ratio, advantages[:, None].to(policy.dtype), config)
+    per_token = advantages if advantages.dim() == 2 else advantages[:, None]
+    surrogate, clipped = clipped_objective(ratio, per_token.to(policy.dtype), config)
     means = {"grpo/ratio/mean": ratio, "grpo/clip_fraction/mean": clipped.to(policy.dtype)}
     if config.mismatch_cap is not None or config.mismatch_bounds is not None:
         weight = mismatch_weight(old, rollout, cap=config.mismatch_cap, bounds=config.mismatch_bounds)
@@ -138,7 +139,7 @@ def importance_ratio(
 
 
 def clipped_objective(
-    ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N 1"], config: GRPOConfig
+    ratio: Float[Tensor, "N T"], advantage: Float[Tensor, "N 1"] | Float[Tensor, "N T"], config: GRPOConfig
 ) -> tuple[Float[Tensor, "N T"], Bool[Tensor, "N T"]]:
     """min(r A, clip(r, 1 - low, 1 + high) A), and where clipping removed the gradient.
 

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 
 from realsr_hpc.records import Candidate
+from realsr_hpc.vlcot.sequence import FIELDS
 
+FINAL_IMAGE = FIELDS[-1:]
+"""What image rewards judge."""
 logger = logging.getLogger(__name__)
 
 
@@ -31,6 +34,8 @@ class Reward(ABC):
 
     range: tuple[float, float] = (0.0, 1.0)
     needs_image: bool = False
+    judges: tuple[str, ...] = FIELDS
+    """Parts of the trace that the score is read from."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027  (most rewards have none)
         """Move the reward's networks, where it has any."""
@@ -59,6 +64,21 @@ class Reward(ABC):
     def score_batches(self, batches: Sequence[Sequence[Candidate]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """`score_counted` of each batch."""
         return [self.score_counted(batch) for batch in batches]
+
+    def score_places(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
+        """Scores of every code of the final images by itself, float64 [n, codes] in reading order, higher is better.
+
+        NaN where an image has none; None: this reward has only one score for an image. Never raises.
+        """
+        try:
+            return self.compute_places(candidates)
+        except Exception:  # as for the scores
+            logger.exception("%s broke on the places of a batch of %d", type(self).__name__, len(candidates))
+            return None
+
+    def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
+        """What `score_places` returns. May raise."""
+        return None
 
     def _compute_safely(self, candidates: Sequence[Candidate]) -> np.ndarray:
         """One batch; when it raises, item by item, NaN where an item raises alone."""

@@ -23,6 +23,8 @@ Slots = tuple[str | None, str | None, str | None, str | None, str | None]
 class DegradationReward(Reward):
     """Weighted share of the five slots that the trace names correctly; 0 where the truth is unknown."""
 
+    judges = ("degradation",)
+
     def __init__(self, options: DegradationOptions):
         self.options = options
 

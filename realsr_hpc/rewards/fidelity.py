@@ -21,13 +21,14 @@ from realsr_hpc.config.reward_options import FidelityOptions
 from realsr_hpc.pixels import degraded
 from realsr_hpc.quality.psnr_ssim import downscale_area, gaussian_taps, psnr_db, ssim_y
 from realsr_hpc.records import Candidate
-from realsr_hpc.rewards.base import Reward
+from realsr_hpc.rewards.base import FINAL_IMAGE, Reward
 
 
 class FidelityReward(Reward):
     """Closeness of the final image to its LQ image, or to the truth."""
 
     needs_image = True
+    judges = FINAL_IMAGE
 
     def __init__(self, options: FidelityOptions, device: torch.device | str = "cpu"):
         self.options = options
@@ -72,13 +73,27 @@ class FidelityReward(Reward):
             )
         return None if item.operators is None else degraded(item.image, item.operators)
 
+    def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
+        """Minus the mean error in each code's square, as the metric counts errors: squared (psnr) or absolute (l1).
+
+        Their mean over the image orders rollouts as the metric does. None for the other metrics.
+        """
+        if self.options.metric not in ("psnr", "l1"):
+            return None
+        grids = [item.trace.images[-1] for item in candidates]
+        [shape] = {grid.shape for grid in grids if grid is not None} or {(0, 0)}
+        scores = np.full((len(candidates), shape[0] * shape[1]), np.nan)
+        for places, images, references in self._pairs(candidates):
+            ours, truth = self._compared(images, references)  # [n, h, w, 3]
+            errors = (ours - truth).square() if self.options.metric == "psnr" else (ours - truth).abs()
+            squares = torch.nn.functional.adaptive_avg_pool2d(errors.mean(-1), shape)  # [n, rows, columns]
+            scores[places] = -squares.flatten(1).double().numpy()
+        return scores
+
     def _compare(self, images: np.ndarray, references: np.ndarray) -> np.ndarray:
         if self.perceptual is not None:
             return self.perceptual(list(images), list(references))
-        ours, truth = torch.from_numpy(images).float(), torch.from_numpy(references).float()
-        if self.options.reference == "lq":
-            ours = smooth(downscale_area(ours, (truth.shape[1], truth.shape[2])), self.options.smooth_px)
-            truth = smooth(truth, self.options.smooth_px)
+        ours, truth = self._compared(images, references)
         if self.options.metric == "l1":
             return (1.0 - (ours - truth).abs().mean(dim=(1, 2, 3)) / 255.0).double().numpy()
         if self.options.metric == "ssim":
@@ -86,6 +101,14 @@ class FidelityReward(Reward):
         low, high = self.options.psnr_low, self.options.psnr_high
         decibels = psnr_db((ours - truth).square().mean(dim=(1, 2, 3)))
         return ((decibels - low) / (high - low)).clamp(0.0, 1.0).double().numpy()
+
+    def _compared(self, images: np.ndarray, references: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Both sides as they are compared, float32 [n, h, w, 3] of the references' size."""
+        ours, truth = torch.from_numpy(images).float(), torch.from_numpy(references).float()
+        if self.options.reference == "lq":
+            ours = smooth(downscale_area(ours, (truth.shape[1], truth.shape[2])), self.options.smooth_px)
+            truth = smooth(truth, self.options.smooth_px)
+        return ours, truth
 
 
 def smooth(images: Tensor, sigma_px: float) -> Tensor:

@@ -21,7 +21,7 @@ from realsr_hpc.quality.niqe import NIQEModel, niqe
 from realsr_hpc.quality.ranker import Ranker
 from realsr_hpc.quality.stripes import stripe_guard
 from realsr_hpc.records import Candidate
-from realsr_hpc.rewards.base import Reward
+from realsr_hpc.rewards.base import FINAL_IMAGE, Reward
 
 NIQE_PATH = "recipes/assets/tiny/niqe_pristine.npz"
 RANKER_PATH = "recipes/assets/tiny/ranker.safetensors"
@@ -45,6 +45,7 @@ class GenerationReward(Reward):
     """Score of an expert on the final image."""
 
     needs_image = True
+    judges = FINAL_IMAGE
 
     def __init__(self, options: GenerationOptions, device: torch.device | str = "cpu"):
         self.options = options

@@ -27,6 +27,7 @@ from realsr_hpc.config.reward_options import HttpOptions
 from realsr_hpc.records import Candidate
 from realsr_hpc.rewards.base import NotAnswered, Reward
 from realsr_hpc.rewards.exchange import scores_of, sent
+from realsr_hpc.vlcot.sequence import FIELDS
 
 logger = logging.getLogger(__name__)
 logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line a retry, beside ours a call
@@ -103,9 +104,10 @@ def _whole(reply: Any) -> urllib3.HTTPResponse:
 class HttpReward(Reward):
     """Scores in [0, 1] from a URL."""
 
-    def __init__(self, name: str, options: HttpOptions, *, needs_image: bool):
+    def __init__(self, name: str, options: HttpOptions, *, needs_image: bool, judges: tuple[str, ...] = FIELDS):
         """Nothing is asked yet: the other process may start later. ValueError: `token_env` names no variable."""
-        self.name, self.options, self.needs_image = name, options, needs_image
+        self.name, self.options = name, options
+        self.needs_image, self.judges = needs_image, judges
         wait = urllib3.Timeout(connect=options.connect_timeout_s, read=options.read_timeout_s)
         # no proxies: PoolManager reads none from the environment
         self._pool = urllib3.PoolManager(maxsize=options.at_once, block=True, timeout=wait)

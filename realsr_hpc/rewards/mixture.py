@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class TermScores:
     """float64 [n], higher is better."""
     failures: dict[str, np.ndarray]
     """bool [n]."""
+    places: dict[str, np.ndarray] = field(default_factory=dict)
+    """float64 [n, codes] of the terms that also score every code of the final image, NaN where an image has none."""
 
     @classmethod
     def joined(cls, parts: Sequence[TermScores]) -> TermScores:
@@ -55,6 +57,11 @@ class TermScores:
         return cls(
             {name: np.concatenate([part.breakdown[name] for part in parts]) for name in names},
             {name: np.concatenate([part.failures[name] for part in parts]) for name in names},
+            {
+                name: stacked([part.places.get(name) for part in parts], [len(part.failures[name]) for part in parts])
+                for name in names
+                if any(name in part.places for part in parts)
+            },
         )
 
     def taken(self, places: np.ndarray | slice) -> TermScores:
@@ -62,17 +69,21 @@ class TermScores:
         return TermScores(
             {name: column[places] for name, column in self.breakdown.items()},
             {name: column[places] for name, column in self.failures.items()},
+            {name: rows[places] for name, rows in self.places.items()},
         )
 
 
 class RewardMixture:
     """Every term of a recipe, scored over batches of rollouts."""
 
-    def __init__(self, config: RewardsConfig, device: torch.device | str = "cpu"):
-        """device: where the terms' networks score; with `offload` they are in host memory between."""
+    def __init__(self, config: RewardsConfig, device: torch.device | str = "cpu", *, with_places: bool = False):
+        """device: where the terms' networks score; with `offload` they are in host memory between.
+
+        with_places: also score every code of the final images, where a term can.
+        """
         if not config.terms:
             raise ValueError("rewards.terms is empty; name at least one reward")
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.with_places = config, torch.device(device), with_places
         resting = torch.device("cpu") if config.offload else self.device
         self.rewards = {name: build_reward(name, term, resting) for name, term in config.terms.items()}
         self.at_step(1)
@@ -96,16 +107,21 @@ class RewardMixture:
     def score_batches(self, batches: Sequence[Sequence[Candidate]]) -> TermScores:
         """Scores of all candidates, batch after batch."""
         candidates = [item for batch in batches for item in batch]
-        breakdown, failures = {}, {}
+        malformed = np.array([not item.trace.well_formed for item in candidates], dtype=bool)
+        breakdown, failures, places = {}, {}, {}
         for name, reward in self.rewards.items():
             with self._at_work(reward):
                 scored = reward.score_batches(batches)
             breakdown[name] = np.concatenate([np.zeros(0), *(scores for scores, _ in scored)])
             failures[name] = np.concatenate([np.zeros(0, dtype=bool), *(broken for _, broken in scored)])
             if reward.needs_image and self.config.gate_malformed:
-                malformed = np.array([not item.trace.well_formed for item in candidates], dtype=bool)
                 breakdown[name] = np.where(malformed, reward.range[0], breakdown[name])
-        return TermScores(breakdown, failures)
+            if self.with_places:
+                scored_places = [reward.score_places(batch) for batch in batches]
+                if any(rows is not None for rows in scored_places):
+                    rows = stacked(scored_places, [len(batch) for batch in batches])
+                    places[name] = np.where(malformed[:, None], np.nan, rows)
+        return TermScores(breakdown, failures, places)
 
     def groups(self, scores: TermScores, sizes: Sequence[int]) -> list[GroupRewards]:
         """Scores of rollouts, group after group, as each group's rewards under the weights of the step."""
@@ -131,7 +147,17 @@ class RewardMixture:
             breakdown={name: torch.from_numpy(column.copy()).float() for name, column in scores.breakdown.items()},
             weights=dict(self.weights),
             failures={name: int(broken.sum()) for name, broken in scores.failures.items()},
+            places={name: torch.from_numpy(rows.copy()).float() for name, rows in scores.places.items()},
         )
+
+
+def stacked(parts: Sequence[np.ndarray | None], lengths: Sequence[int]) -> np.ndarray:
+    """Parts [length, codes] under each other; NaN rows for a part that is None or has no images."""
+    codes = max(part.shape[1] for part in parts if part is not None)
+    missing = [np.full((length, codes), np.nan) for length in lengths]
+    return np.concatenate(
+        [empty if part is None or not part.size else part for part, empty in zip(parts, missing, strict=True)]
+    )
 
 
 def weight_at(term: RewardTerm, step: int) -> float:
@@ -146,7 +172,8 @@ def build_reward(name: str, term: RewardTerm, device: torch.device | str = "cpu"
     """The reward of one recipe term. Raises ValueError naming the term and a wrong option."""
     match read_options(name, term):
         case HttpOptions() as options:
-            return HttpReward(name, options, needs_image=KINDS[term.kind].needs_image)
+            kind = KINDS[term.kind]
+            return HttpReward(name, options, needs_image=kind.needs_image, judges=kind.judges)
         case FormatOptions() as options:
             return FormatReward(options)
         case DegradationOptions() as options:

@@ -21,12 +21,15 @@ from realsr_hpc.paths import resolve
 from realsr_hpc.records import Candidate, SceneText
 from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.wordnet import WordNet
+from realsr_hpc.vlcot.sequence import TEXT_FIELDS
 
 _CHRF = CHRF(char_order=6, word_order=0, beta=2)
 
 
 class UnderstandingReward(Reward):
     """Weighted mean of the tag share, the caption similarity and, on signs, the word."""
+
+    judges = TEXT_FIELDS
 
     def __init__(self, options: UnderstandingOptions, device: torch.device | str = "cpu"):
         self.options = options

@@ -219,6 +219,7 @@ def _joined_rollouts(parts: Sequence[RolloutTokens], device: torch.device) -> Ro
         rollout_logprobs=torch.cat([part.rollout_logprobs for part in parts]).to(device),
         reference_logprobs=_cat([part.reference_logprobs for part in parts], device),
         old_logprobs=_cat([part.old_logprobs for part in parts], device),
+        token_advantages=_cat([part.token_advantages for part in parts], device),
     )
 
 

@@ -2,7 +2,8 @@
 
     step.json                 step, the layout it was computed on, metrics of its updates as they were reported
     dp-0.safetensors, ...     the groups of one data-parallel rank: `0.prompt`, `0.tokens`, `0.rewards.NAME`, ... of its
-                              first group; the file's metadata hold weights and image names
+                              first group, `0.places.NAME` with grpo.credit=part; the file's metadata hold weights
+                              and image names
 
 A step that is repeated after a resume overwrites its files. A full disk loses the saved step but never stops the run.
 """
@@ -117,6 +118,7 @@ def _tensors(group: ScoredGroup) -> dict[str, Tensor]:
     }
     found |= {"total": group.rewards.total}
     found |= {f"rewards.{name}": values for name, values in group.rewards.breakdown.items()}
+    found |= {f"places.{name}": values for name, values in group.rewards.places.items()}
     return {name: value.cpu() for name, value in found.items() if value is not None}
 
 
@@ -132,7 +134,8 @@ def _group(file: Any, number: int, fact: dict[str, Any]) -> ScoredGroup:
     rollouts = RolloutGroup(**{field.name: found.get(field.name) for field in fields(RolloutGroup)})  # type: ignore[arg-type]
     breakdown = {name: found[f"rewards.{name}"] for name in fact["weights"]}
     [source] = LQBatch(found["lq"], None, (None,), (None,), (fact["key"],), found["index"]).cases()
-    rewards = GroupRewards(found["total"], breakdown, fact["weights"])
+    places = {name: found[f"places.{name}"] for name in breakdown if f"places.{name}" in found}
+    rewards = GroupRewards(found["total"], breakdown, fact["weights"], places=places)
     return ScoredGroup(source, rollouts, (), (), rewards, found.get("advantages"))
 
 

@@ -26,11 +26,11 @@ def objective(config: RunConfig, policy: Policy, batch: GRPOBatch, masks: MaskTa
         # from here on [N rollouts, longest]: compact columns [n] laid out in rows
         rollouts, mask = loss.rollouts, loss.rollouts.mask
         logprobs, sampled = rollouts.rows(scores.logprobs), rollouts.rows(rollouts.rollout_logprobs)
-        old = _rows(rollouts, rollouts.old_logprobs)
+        old, per_token = _rows(rollouts, rollouts.old_logprobs), _rows(rollouts, rollouts.token_advantages)
         terms = policy_loss(
             logprobs,
             sampled,
-            rollouts.advantages,
+            rollouts.advantages if per_token is None else per_token,
             mask,
             _rows(rollouts, rollouts.reference_logprobs),
             counts=counts,
@@ -39,8 +39,8 @@ def objective(config: RunConfig, policy: Policy, batch: GRPOBatch, masks: MaskTa
             entropy=rollouts.rows(scores.entropy) if with_entropy else None,
         )
         drift = mismatch(sampled, logprobs if old is None else old, mask)
-        per_token = {"rollout/mismatch_kl": drift.kl_sum, "rollout/mismatch_abs": drift.abs_sum}
-        return terms.loss, terms.metrics | {name: value / counts.num_tokens for name, value in per_token.items()}
+        sums = {"rollout/mismatch_kl": drift.kl_sum, "rollout/mismatch_abs": drift.abs_sum}
+        return terms.loss, terms.metrics | {name: value / counts.num_tokens for name, value in sums.items()}
 
     return loss_fn
 

@@ -120,7 +120,9 @@ def build_grpo_parts(config: RunConfig) -> GRPOParts:
         build_reference(config, parts.policy),
         Sampler(parts.policy, Grammar(parts.tokens.codec, config.rollout.grammar), config.rollout, config.seed),
         RewardMixture(
-            config.rewards, backend.chosen_device("rewards.device", config.rewards.device, parts.groups.device)
+            config.rewards,
+            backend.chosen_device("rewards.device", config.rewards.device, parts.groups.device),
+            with_places=config.grpo.credit == "part",
         ),
     )
 

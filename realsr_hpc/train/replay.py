@@ -31,8 +31,8 @@ from realsr_hpc.train.parts import build_grpo_parts
 
 MAY_DIFFER = (
     "clip_low", "clip_high", "dual_clip", "kl_beta", "kl_estimator", "aggregation", "importance", "advantage",
-    "unbiased_std", "advantage_epsilon", "normalise_each_reward", "entropy_weight", "mismatch_cap", "mismatch_bounds",
-    "updates_per_step",
+    "unbiased_std", "advantage_epsilon", "normalise_each_reward", "credit", "entropy_weight", "mismatch_cap",
+    "mismatch_bounds", "updates_per_step",
 )  # fmt: skip
 """Fields of `grpo` that a replay may change: those that act after the rollouts are scored."""
 

@@ -12,17 +12,19 @@ from torch import Tensor
 from realsr_hpc.behaviour.masks import MaskTable
 from realsr_hpc.grpo.advantages import zero_variance
 from realsr_hpc.records import GRPOBatch, LossTokens, RolloutTokens, ScoredGroup, TrainingGroup, TrainingSequence
-from realsr_hpc.train.parts import Parts
+from realsr_hpc.train.credit import token_advantages
+from realsr_hpc.train.parts import GRPOParts
 
 
-def grpo_batches(parts: Parts, groups: Sequence[ScoredGroup], masks: MaskTable) -> list[GRPOBatch]:
+def grpo_batches(parts: GRPOParts, groups: Sequence[ScoredGroup], masks: MaskTable) -> list[GRPOBatch]:
     """The step's updates: rollouts with loss tokens, spread over `updates_per_step` batches with their global counts.
 
     An update for which no rank has a loss token is skipped.
     """
     grpo = parts.config.grpo
     used = [group for group in groups if grpo.zero_variance == "keep" or not teaches_nothing(group)]
-    training = [training_group(group, masks) for group in used]
+    credit = [token_advantages(parts, group) if grpo.credit == "part" else None for group in used]
+    training = [training_group(group, masks, each) for group, each in zip(used, credit, strict=True)]
     batches = []
     for number in range(grpo.updates_per_step):
         mine = every_nth_rollout(training, number, grpo.updates_per_step)
@@ -49,16 +51,19 @@ def every_nth_rollout(groups: Sequence[TrainingGroup], first: int, nth: int) -> 
     return tuple(group for group in shares if group.sequences)
 
 
-def training_group(group: ScoredGroup, masks: MaskTable) -> TrainingGroup:
-    """A group's rollouts with loss tokens; rollouts in which every token was forced are dropped."""
+def training_group(group: ScoredGroup, masks: MaskTable, credit: Tensor | None = None) -> TrainingGroup:
+    """A group's rollouts with loss tokens; rollouts in which every token was forced are dropped.
+
+    credit: advantages of every token, float [G, T]; None: each token has its rollout's.
+    """
     rollouts = group.rollouts
     # [length] each: where the grammar left a choice
     free = [(~rollouts.forced[row, :length]).nonzero()[:, 0] for row, length in enumerate(rollouts.lengths.tolist())]
-    members = (_sequence(group, row, places, masks) for row, places in enumerate(free) if len(places))
+    members = (_sequence(group, row, places, masks, credit) for row, places in enumerate(free) if len(places))
     return TrainingGroup(len(rollouts.prompt), tuple(members))
 
 
-def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable) -> TrainingSequence:
+def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable, credit: Tensor | None) -> TrainingSequence:
     """One rollout; free: its loss tokens, int64 [n] positions in the response."""
     rollouts = group.rollouts
     assert group.advantages is not None, "a group of one has no advantages: it is not to be trained on"
@@ -76,6 +81,7 @@ def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable) -> T
             column=torch.arange(len(free)),
             advantages=group.advantages[row : row + 1],
             rollout_logprobs=rollouts.rollout_logprobs[row, free],
+            token_advantages=None if credit is None else credit[row, free],
         ),
     )
     # a token that does not continue an image block begins one, or stands alone

@@ -147,6 +147,20 @@ class TraceCodec:
         degradation = _plain(bodies["degradation"], "degradation", faults)
         return ParsedTrace(degradation, texts, images, tuple(faults))  # type: ignore[arg-type]
 
+    def parts_of(self, tokens: Sequence[int]) -> list[int]:
+        """Number in `FIELDS` of the part that each response token belongs to, its opening tag included; -1: none.
+
+        A part reaches to the next one's opening tag; a part without its tag has no tokens. Accepts any tokens.
+        """
+        tokens, parts, position = list(tokens), [-1] * len(tokens), 0
+        for number, name in enumerate(FIELDS):
+            tag = self.encode_text(f"<{name}>")
+            found = next((i for i in range(position, len(tokens)) if tokens[i : i + len(tag)] == tag), None)
+            if found is not None:
+                parts[found:] = [number] * (len(tokens) - found)
+                position = found + len(tag)
+        return parts
+
     def parse_group(self, group: RolloutGroup) -> list[ParsedTrace]:
         """The traces of a group's responses, padding left out."""
         rows = zip(group.tokens, group.lengths.tolist(), strict=True)

@@ -7,7 +7,7 @@ from realsr_hpc.quality.ladder import blur, noise
 from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
 from realsr_hpc.rewards.fidelity import FidelityReward
 
-from .conftest import make_candidate
+from .conftest import make_candidate, make_trace
 
 
 def test_the_truth_beats_another_image_and_a_shifted_tint(photograph, other_photograph):
@@ -48,6 +48,22 @@ def test_many_sizes_in_one_batch(photograph, other_photograph):
     items = [make_candidate(photograph), make_candidate(other_photograph[:64]), make_candidate(photograph)]
     scores = FidelityReward(FidelityOptions()).score(items)
     assert scores[0] == scores[2] and (scores > 0.8).all()
+
+
+def test_the_place_of_each_code_is_scored(photograph):
+    """Their mean is minus the squared error that PSNR is of; a spoilt square is the worst; ssim has no places."""
+    grid = np.zeros((16, 16), np.int64)
+    trace = make_trace(images=(None, None, grid))
+    spoilt = photograph.copy()
+    spoilt[40:48, 72:80] = 255 - spoilt[40:48, 72:80]  # row 5, column 9 of codes of 8 px
+    items = [make_candidate(image, trace, lq=make_candidate(photograph).lq) for image in (photograph, spoilt)]
+    reward = FidelityReward(FidelityOptions(smooth_px=0.0))
+    clean, worse = reward.score_places([*items, make_candidate(None, trace)])[:2]
+    assert np.isnan(reward.score_places([*items, make_candidate(None, trace)])[2]).all()
+    assert np.flatnonzero(worse != clean) == [5 * 16 + 9] and worse.argmin() == 5 * 16 + 9
+    decibels = 10.0 + 30.0 * reward.score(items[1:])[0]
+    assert 10 * np.log10(255**2 / -worse.mean()) == pytest.approx(decibels, abs=1e-4)
+    assert FidelityReward(FidelityOptions(metric="ssim")).score_places(items) is None
 
 
 def test_crossed_ends_are_refused():

@@ -1,0 +1,123 @@
+"""Credit of single tokens: which tokens a reward teaches, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from realsr_hpc.grpo.advantages import group_advantages, place_advantages
+from realsr_hpc.records import Candidate
+from realsr_hpc.rewards.base import FINAL_IMAGE, Reward
+from realsr_hpc.train.credit import token_advantages
+from realsr_hpc.train.experience import collect
+from realsr_hpc.train.grpo import step
+from realsr_hpc.vlcot.sequence import FIELDS
+from tests.steps import Images, small_parts
+
+torch.set_num_threads(1)
+
+
+class ToldPlaces(Reward):
+    """A reward that we decide for every code."""
+
+    judges = FINAL_IMAGE
+
+    def __init__(self, places: np.ndarray):
+        self.places = places
+
+    def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        return self.places[[item.member for item in candidates]].mean(1)
+
+    def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        return self.places[[item.member for item in candidates]]
+
+
+def judging(parts, judges: tuple[str, ...]):
+    """The parts with the told reward judging these parts of the trace."""
+    parts.rewards.rewards["told"].judges = judges
+    return parts
+
+
+def test_tokens_belong_to_the_part_whose_tag_opened_last():
+    parts = small_parts()
+    [group, *_] = collect(parts, Images([0]))
+    codec, vocabulary = parts.tokens.codec, parts.vocabulary
+    tokens = group.rollouts.tokens[0, : group.rollouts.lengths[0]].tolist()
+    numbers = codec.parts_of(tokens)
+    assert numbers == sorted(numbers) and set(numbers) == set(range(7))
+    for number, name in enumerate(FIELDS):
+        own = [token for token, part in zip(tokens, numbers, strict=True) if part == number]
+        assert own[: len(codec.encode_text(f"<{name}>"))] == codec.encode_text(f"<{name}>")
+        codes = sum(vocabulary.id_to_code(token) is not None for token in own)
+        assert codes == (group.traces[0].images[number // 2 - 1].size if number in (2, 4, 6) else 0)
+    cut = tokens[numbers.index(2) :]  # without the first two parts
+    assert codec.parts_of(cut) == numbers[numbers.index(2) :]
+    assert codec.parts_of([]) == [] and codec.parts_of(tokens[5:8]) == [-1] * 3
+
+
+def test_a_reward_teaches_only_the_part_it_judges_with_its_whole_weight():
+    parts = judging(small_parts(grpo={"credit": "part"}), ("degradation",))
+    [group, *_] = collect(parts, Images([0]))
+    credit, free = token_advantages(parts, group), ~group.rollouts.forced
+    expected = group_advantages(group.rewards.breakdown["told"])
+    for row, length in enumerate(group.rollouts.lengths.tolist()):
+        numbers = torch.tensor(parts.tokens.codec.parts_of(group.rollouts.tokens[row, :length].tolist()))
+        judged = free[row, :length] & (numbers == 0)
+        assert 0 < judged.sum() < free[row].sum()
+        assert (credit[row, :length][~judged] == 0).all() and (credit[row, length:] == 0).all()
+        mean = credit[row, :length][judged] * judged.sum() / free[row].sum()
+        torch.testing.assert_close(mean, expected[row].expand(len(mean)))
+
+
+def test_a_reward_of_the_whole_trace_teaches_as_without_parts():
+    """Bitwise: the same update, whichever way its advantages took."""
+    weights = []
+    for credit in ("rollout", "part"):
+        parts = small_parts(grpo={"credit": credit})
+        step(parts, Images([0, 1]), 1)
+        weights.append(torch.cat([p.detach().flatten() for p in parts.policy.parameters()]))
+    assert torch.equal(*weights)
+    narrow = judging(small_parts(grpo={"credit": "part"}), ("degradation",))
+    step(narrow, Images([0, 1]), 1)
+    assert not torch.equal(weights[0], torch.cat([p.detach().flatten() for p in narrow.policy.parameters()]))
+
+
+def test_every_code_learns_from_its_own_place():
+    """Two rollouts of four differ at one code each; all others have nothing to learn. The third has no valid image."""
+    parts = judging(small_parts(grpo={"credit": "part"}), FINAL_IMAGE)
+    [group, *_] = collect(parts, Images([0]))
+    codes = group.traces[0].images[-1].size
+    places = np.zeros((4, codes))
+    places[0, 1], places[1, 2], places[2] = 3.0, -3.0, np.nan
+    told = ToldPlaces(places)
+    parts.rewards.rewards["told"] = told
+    parts.rewards.with_places = True
+    [group, *_] = collect(parts, Images([0]))
+    torch.testing.assert_close(group.rewards.places["told"], torch.tensor(places).float(), equal_nan=True)
+    credit = token_advantages(parts, group)
+    # three valid rollouts: a value of 3 beside zeros is 2 above their mean, variance 3; so is -3 below; 0 elsewhere
+    by_hand = torch.zeros(4, codes)
+    divisor = np.sqrt((3.0 + 3.0) / codes)
+    by_hand[0, 1], by_hand[[1, 3], 1] = 2 / divisor, -1 / divisor
+    by_hand[1, 2], by_hand[[0, 3], 2] = -2 / divisor, 1 / divisor
+    for row, length in enumerate(group.rollouts.lengths.tolist()):
+        tokens = group.rollouts.tokens[row, :length].tolist()
+        at = [i for i, part in enumerate(parts.tokens.codec.parts_of(tokens)) if part == 6]
+        at = [i for i in at if parts.vocabulary.id_to_code(tokens[i]) is not None]
+        free = (~group.rollouts.forced[row, :length]).sum()
+        if row != 2:
+            torch.testing.assert_close(credit[row, at] * codes / free, by_hand[row], rtol=1e-3, atol=1e-6)
+        elsewhere = [i for i in range(length) if i not in at]
+        assert (credit[row, elsewhere] == 0).all()
+
+
+def test_places_are_centred_over_the_group_and_share_one_divisor():
+    scores = torch.tensor(np.random.default_rng(0).normal(size=(5, 7)))
+    scores[1, 3] = torch.nan
+    advantages = place_advantages(scores, epsilon=0.0).numpy()
+    known = scores.numpy()
+    centred = known - np.nanmean(known, 0)
+    np.testing.assert_allclose(advantages, centred / np.sqrt(np.nanvar(known, 0, ddof=1).mean()), equal_nan=True)
+    assert np.isnan(advantages[1, 3])
