@@ -63,10 +63,33 @@ class Ranker(nn.Module):
         scores = np.full(len(images), np.nan)
         for places, stack in same_shapes(images):
             if min(stack.shape[1:3]) >= _MIN_PX:
-                pixels = torch.from_numpy(np.array(stack)).to(self.head.weight.device)  # [n, H, W, 3]
-                pixels = pixels.permute(0, 3, 1, 2).float() / 255.0
-                scores[places] = torch.cat([self(part) for part in pixels.split(_BATCH)]).double().cpu().numpy()
+                parts = self._pixels(stack).split(_BATCH)
+                scores[places] = torch.cat([self(part) for part in parts]).double().cpu().numpy()
         return scores
+
+    @torch.no_grad()
+    def shares(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """By how much each place raises the score above the image's mean place, to first order, float64 [n, h, w].
+
+        The influence function of mean and spread at the place's features; images of one size, places of 16 px. The mean
+        over an image is 0.
+        """
+        weight_mean, weight_spread = self.head.weight[0].chunk(2)  # [C] each
+        parts = []
+        for pixels in self._pixels(np.stack(images)).split(_BATCH):
+            field = self.body(high_pass(pixels))  # [n, C, h, w]
+            spread = (field.var(dim=(2, 3), unbiased=False, keepdim=True) + 1e-4).sqrt()
+            centred = field - field.mean(dim=(2, 3), keepdim=True)
+            squares = centred.square()
+            of_spread = (squares - squares.mean(dim=(2, 3), keepdim=True)) / (2 * spread)
+            parts.append(torch.einsum("nchw,c->nhw", centred, weight_mean))
+            parts[-1] += torch.einsum("nchw,c->nhw", of_spread, weight_spread)
+        return torch.cat(parts).double().cpu().numpy()
+
+    def _pixels(self, stack: np.ndarray) -> Tensor:
+        """uint8 [n, H, W, 3] as the network takes them."""
+        pixels = torch.from_numpy(np.array(stack)).to(self.head.weight.device)
+        return pixels.permute(0, 3, 1, 2).float() / 255.0
 
 
 def high_pass(images: Tensor) -> Tensor:

@@ -61,6 +61,25 @@ class GenerationReward(Reward):
         scores = self.expert(images)
         return scores * stripe_guard(images, [item.gt for item in candidates]) if self.options.stripe_guard else scores
 
+    def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
+        """The score plus each place's first-order share in it, so that their mean is the score.
+
+        Only of the ranker, whose score is a statistic over places; None for the other experts.
+        """
+        grids = {item.trace.images[-1].shape for item in candidates if item.trace.images[-1] is not None}
+        if not isinstance(self.expert, _Ranked) or not grids:
+            return None
+        [shape] = grids
+        scores = np.full((len(candidates), shape[0] * shape[1]), np.nan)
+        shown = [(number, item) for number, item in enumerate(candidates) if item.image is not None]
+        images = [item.image for _, item in shown if item.image is not None]
+        fields = self.expert.places(images)  # [n, h, w]
+        if self.options.stripe_guard:
+            fields *= stripe_guard(images, [item.gt for _, item in shown])[:, None, None]
+        places = torch.nn.functional.interpolate(torch.from_numpy(fields)[:, None], shape, mode="nearest")
+        scores[[number for number, _ in shown]] = places.flatten(1).numpy()
+        return scores
+
 
 def build_expert(options: GenerationOptions, device: torch.device | str = "cpu") -> Expert:
     """On its device: images (RGB uint8 [H, W, 3]) -> scores [n] in [0, 1], higher is better, NaN where impossible."""
@@ -90,6 +109,12 @@ class _Ranked:
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         return 1.0 / (1.0 + np.exp(-self.ranker.score(images)))
+
+    def places(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Scores of images of one size plus the first-order share of each place in them, float64 [n, h, w]."""
+        shares = self.ranker.shares(images)
+        score = self(images)[:, None, None]
+        return score + score * (1.0 - score) * shares  # the sigmoid's slope
 
     def to(self, device: torch.device) -> None:
         self.ranker.to(device)

@@ -1,9 +1,8 @@
 """Advantages of single tokens: a reward teaches the part of the trace that it is read from (`grpo.credit`: part).
 
 GRPO gives every token of a rollout the rollout's advantage. For a token that a reward does not depend on this is noise,
-with mean 0 but not small: the phrase that names the degradation is a fiftieth of the loss tokens and hears mostly of
-how the image turned out. Here each reward's advantage goes to the tokens of the parts it judges (`Reward.judges`)
-and is averaged over them, so that its weight means the same however many they are. A reward that scores every code of
+with mean 0 but not small: the phrase that names the degradation hears mostly of how the image turned out. Here each
+reward's advantage goes to the tokens of the parts it judges (`Reward.judges`). A reward that also scores every code of
 the final image by itself gives each code its own place's advantage: hundreds of comparisons in place of one.
 
 What is given up: a token is no longer told of its later consequences, such as a text of the image it led to, and a code
@@ -43,7 +42,7 @@ def token_advantages(parts: GRPOParts, group: ScoredGroup) -> Float[Tensor, "G T
             advantage = share[row].repeat(length)
             if name in places and len(codes) == places[name].shape[1] and places[name][row].isfinite().all():
                 advantage[codes] = places[name][row].double()
-            result[row, :length] += torch.where(judged, advantage, 0.0) * (free.sum() / judged.sum().clamp_min(1))
+            result[row, :length] += torch.where(judged, advantage, 0.0)
     return result.to(rewards.total.dtype)
 
 

@@ -37,15 +37,17 @@ def one_update(
     from tests.steps import Images, small_parts
 
     torch.set_num_threads(1)
+    credit = "part" if "text_top_k" in rollout else "rollout"  # advantages of tokens, or of rollouts
     parts = small_parts(
         vlcot={"max_text_tokens": 5},
         model={"num_layers": 4, "hidden_size": 64, "num_kv_heads": 2, "ffn_hidden_size": 96, "swin_norm": swin_norm}
         | ({"lora": {"rank": 3, "alpha": 6.0}} if adapted else {}),
         parallel={"distributed_optimizer": False, "microbatch_tokens": microbatch_tokens} | parallel,
         rollout=rollout,
-        grpo={"aggregation": "sequence", "kl_beta": 0.0 if adapted else 1e-9},
+        grpo={"aggregation": "sequence", "kl_beta": 0.0 if adapted else 1e-9, "credit": credit},
         optim={"lr": 1e-30} if adapted else {},
     )
+    parts.rewards.rewards["told"].judges = ("degradation", "final_image")
     groups, reference = parts.groups, parts.reference
     if adapted:  # as if trained: no reference has its weights, so the policy that does not move is asked again
         lora.load(parts.policy, DrawnAdapters(parts.policy))
