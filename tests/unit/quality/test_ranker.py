@@ -35,6 +35,21 @@ def test_scores_do_not_depend_on_the_batch_and_survive_the_file(ranker, photogra
     assert np.isnan(ranker.score([photograph[:16]])).all()
 
 
+def test_shares_are_the_scores_derivative_by_the_weight_of_a_place(ranker, photograph, other_photograph):
+    """Autograd's answer, with mean and variance written for places that weigh differently."""
+    images = [photograph, other_photograph]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    field = ranker.body(high_pass(pixels)).flatten(2).detach()  # [n, C, places]
+    weights = torch.full((2, 1, field.shape[-1]), 1 / field.shape[-1], requires_grad=True)
+    mean = (weights * field).sum(-1)
+    variance = (weights * (field - mean.detach()[..., None]).square()).sum(-1)
+    score = ranker.head(torch.cat([mean, (variance + 1e-4).sqrt()], dim=1))[:, 0]
+    np.testing.assert_allclose(score.detach().numpy(), ranker.score(images), rtol=1e-5)
+    score.sum().backward()
+    expected = (weights.grad - weights.grad.mean(-1, keepdim=True))[:, 0].numpy()
+    np.testing.assert_allclose(ranker.shares(images).reshape(2, -1), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_missing_weights_name_the_command(tmp_path):
     with pytest.raises(ValueError, match="fit-experts"):
         Ranker.load(tmp_path / "none.safetensors")

@@ -60,3 +60,13 @@ def test_the_generation_reward_is_guarded_unless_told_otherwise(photographs):
     plain, guarded = (GenerationReward(GenerationOptions(stripe_guard=on)).score(items) for on in (False, True))
     np.testing.assert_allclose(guarded, plain * stripe_guard([item.image for item in items]))
     assert guarded[0] == plain[0] and guarded[1] < plain[1]
+
+
+def test_places_of_the_generation_reward_average_to_it_guard_included(photographs):
+    items = [make_candidate(photographs[0]), make_candidate(None), make_candidate(striped(photographs[0], 4, 40))]
+    for on in (False, True):
+        reward = GenerationReward(GenerationOptions(stripe_guard=on))
+        places = reward.score_places(items)
+        assert places.shape == (3, 256) and np.isnan(places[1]).all() and places[0].std() > 0.01
+        np.testing.assert_allclose(places[[0, 2]].mean(1), reward.score(items)[[0, 2]], rtol=1e-6)
+    assert GenerationReward(GenerationOptions(expert="niqe")).score_places(items) is None

@@ -21,7 +21,7 @@ from realsr_hpc.train import grpo
 from realsr_hpc.train.kept_steps import read_step
 from tests.distributed.test_training import GRPO, SMALL
 
-RUN = [*GRPO, *SMALL, "cluster.tasks_per_node=1", "grpo.num_steps=3", "grpo.heldout_every_steps=0"]
+RUN = [*GRPO, *SMALL, "cluster.tasks_per_node=1", "grpo.num_steps=3", "grpo.heldout_every_steps=0", "grpo.credit=part"]
 KEPT = ["tracking.replay_every_steps=1", "checkpoint.every_steps=2", "tracking.rollouts_every_steps=0"]
 
 
