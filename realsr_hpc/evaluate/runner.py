@@ -131,7 +131,9 @@ def _judge(
             files = _save(item, name, case.key, folder)
             said = {} if item.trace is NO_TRACE else _said(item.trace)
             drawn = tuple(other.values for other in more)
-            results[name] = MethodResult(row.values, files, not_computed=row.not_computed, further_draws=drawn, **said)
+            results[name] = MethodResult(
+                row.values, files, not_computed=row.not_computed, further_draws=drawn, **said
+            )
     weights = metrics.rewards.weights if metrics.rewards else {}
     return [_evaluated(case, folder, results, weights) for case, results in zip(part, made, strict=True)]
 

@@ -195,11 +195,7 @@ def _layer_spec(norm: Any, column: Any, row: Any, layer: type[TransformerLayer])
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column,
-            core_attention=SdpaAttention,
-            linear_proj=row,
-            q_layernorm=QNorm,
-            k_layernorm=KNorm,  # pyright: ignore[reportArgumentType]
+            linear_qkv=column, core_attention=SdpaAttention, linear_proj=row, q_layernorm=QNorm, k_layernorm=KNorm  # pyright: ignore[reportArgumentType]
         ),
     )
     return ModuleSpec(

@@ -96,5 +96,7 @@ def test_a_shard_of_start_weights_that_is_listed_and_not_there_is_refused_at_lau
         refuse_what_is_missing([composed])
     (policy / "SHA256SUMS").unlink()
     (policy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
-    with pytest.raises(ValueError, match=r"model.weights: .* names model-00002-of-00002.safetensors, not there"):
+    with pytest.raises(
+        ValueError, match=r"model.weights: .* names model-00002-of-00002.safetensors, not there"
+    ):
         refuse_what_is_missing([composed])
