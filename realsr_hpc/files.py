@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
     block has ended, it is the new. What was written aside is removed if the block raises.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # a device or pipe, which would be gone
-        raise OSError(errno.EINVAL, "no regular file, and none is put in its place", str(path))
+        raise OSError(errno.EINVAL, "not a regular file, so it is not replaced", str(path))
     # Another host on the same file system may have our process id.
     aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     try:
@@ -135,7 +135,7 @@ def checked_weight_map(index: Path) -> dict[str, str]:
     """As `weight_map`. ValueError: it is no index, names files outside of its folder, or a shard is missing."""
     places = weight_map(index)
     if places is None:
-        raise ValueError(f"{index} is no index of weights; copy it again")
+        raise ValueError(f"{index} is not an index of weights; copy it again")
     if any(Path(file).name != file for file in places.values()):
         raise ValueError(f"{index} names files outside of its folder; copy it again")
     missing = sorted({file for file in places.values() if not (index.parent / file).is_file()})
@@ -156,7 +156,9 @@ def writable_folder(path: Path, field: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"{field}={path} cannot be written ({error.strerror}); name a folder of yours") from None
+        raise ValueError(
+            f"{field}={path} cannot be written ({error.strerror}); name a folder that you can write to"
+        ) from None
     return path
 
 
@@ -289,4 +291,4 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
 def _say(path: Path, what: str) -> None:
     if (path, what) not in _said:
         _said.add((path, what))
-        logger.warning("%s is damaged (%s): taken as absent", path, what)
+        logger.warning("%s is damaged (%s): treated as missing", path, what)

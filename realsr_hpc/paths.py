@@ -49,7 +49,7 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path}: this machine knows no such user; write the folder out") from None
+        raise ValueError(f"{path}: this machine has no such user; give the full path") from None
 
 
 def resolve(path: str | Path) -> Path:

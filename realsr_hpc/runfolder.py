@@ -249,5 +249,5 @@ def find_run(root: Path, name: str) -> Path:
     if len(found) == 1:
         return found[0]
     names = ", ".join(run.name for run in (found or runs)) or "none"
-    why = "several begin so" if found else f"no {RECIPE} there, and unknown"
-    raise ValueError(f"run {name!r}: {why} in {root}; there are: {names}")
+    why = "several names begin with it" if found else f"no {RECIPE} there, and unknown"
+    raise ValueError(f"run {name!r}: {why} in {root}; available: {names}")

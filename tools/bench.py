@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         return 0
     name, *options = arguments
     if name != "all" and name not in names():
-        print(f"no benchmark {name!r}; there are: {', '.join(names())}, all", file=sys.stderr)
+        print(f"no benchmark {name!r}; available: {', '.join(names())}, all", file=sys.stderr)
         return 2
     for chosen in names() if name == "all" else [name]:
         try:

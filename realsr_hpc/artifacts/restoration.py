@@ -62,7 +62,7 @@ def steps_file(target: Path) -> Path:
 
 
 def is_steps(path: Path) -> bool:
-    """Whether an image is no result but the picture of its steps."""
+    """Whether an image is not a result but the picture of its steps."""
     return path.name.endswith(STEPS_SUFFIX)
 
 

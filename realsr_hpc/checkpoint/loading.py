@@ -81,7 +81,7 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Proces
 
     A checkpoint that holds more than data (`pickles.refuse_code`) is refused before anything of it is loaded.
 
-    optimiser None: weights only. ValueError when the folder is no complete checkpoint or has no optimizer state
+    optimiser None: weights only. ValueError when the folder is not a complete checkpoint or has no optimizer state
     although one is wanted.
     """
     facts = integrity.read(path)
@@ -89,7 +89,7 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Proces
     if facts.get("base") != policy.base:
         raise ValueError(
             f"checkpoint {path} belongs to {facts.get('base') or 'no base'}, this recipe's model.weights to "
-            f"{policy.base or 'none'}: adapters fit the weights they were trained on alone; name those"
+            f"{policy.base or 'none'}: adapters fit only the weights they were trained on; set model.weights to those"
         )
     own = json.loads((path / STATE).read_text(encoding="utf-8"))
     if optimiser is not None and own["optimiser"] is None:
@@ -119,8 +119,8 @@ def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     lacking = sorted(key for key in absent if _EXTRA_STATE not in key)
     if lacking:
         raise ValueError(
-            f"checkpoint {path} lacks {len(lacking)} parts of this model, first {lacking[0]}: it was written by a "
-            "recipe of another shape; name one of the same model section"
+            f"checkpoint {path} lacks {len(lacking)} parts of this model, first {lacking[0]}: it was written "
+            "with another model section; name a checkpoint of a recipe with the same one"
         )
     return loaded
 
@@ -190,7 +190,7 @@ def _take_model(policy: Policy, loaded: dict[str, Any]) -> None:
         absent, unknown = chunk.load_state_dict(loaded[name], strict=False)
         kept_elsewhere = [key for key in absent if policy.lora is not None and not lora.is_adapter(key)]
         wrong = [*unknown, *(key for key in absent if not key.endswith(_EXTRA_STATE) and key not in kept_elsewhere)]
-        assert not wrong, f"{wrong[0]}: of {len(wrong)} names that checkpoint and model do not share"
+        assert not wrong, f"checkpoint and model differ in {len(wrong)} tensor names, first {wrong[0]}"
 
 
 def counters(optimiser: Optimiser) -> dict[str, int]:
@@ -224,7 +224,11 @@ def random_states() -> dict[str, Any]:
 
 def _restore_random_states(path: Path, facts: dict[str, Any], policy: Policy, groups: ProcessGroups) -> None:
     if facts["layout"] != layout(groups, policy):
-        logger.warning("checkpoint %s was written on %s: unkeyed random states start anew", path, facts["layout"])
+        logger.warning(
+            "checkpoint %s was written on layout %s: the random generators' states are not restored",
+            path,
+            facts["layout"],
+        )
         return
     set_random_states(torch.load(path / random_file(groups.world_rank), map_location="cpu", weights_only=True))
 
@@ -236,7 +240,7 @@ def set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     if states["cuda"].shape != torch.cuda.get_rng_state().shape:  # a run goes on where another kind of device began it
-        logger.warning("the checkpoint is of another kind of device: its device's random states start anew")
+        logger.warning("the checkpoint was written on another kind of device: its generator's state is not restored")
         return
     torch.cuda.set_rng_state(states["cuda"])
     tracker: Any = get_cuda_rng_tracker()

@@ -40,7 +40,9 @@ class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_value = module == "torch" and isinstance(getattr(torch, name, None), _VALUES)
         if not is_value and name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} in it is no part of a checkpoint and could run code")
+            raise pickle.UnpicklingError(
+                f"it refers to {module}.{name}, which is not part of a checkpoint and could run code"
+            )
         return super().find_class(module, name)
 
 
@@ -63,7 +65,7 @@ def refuse_code(folder: Path) -> None:
                 raise pickle.UnpicklingError(f"{METADATA} names {part.relative_path}, outside of the checkpoint")
             _read_part(path, part.offset, part.length)
     except FileNotFoundError:
-        raise ValueError(f"checkpoint {path.parent} has no {path.name}; name a whole one") from None
+        raise ValueError(f"checkpoint {path.parent} has no {path.name}; name a complete one") from None
     except Exception as error:  # a damaged pickle raises whatever its opcodes trip over
         raise ValueError(f"checkpoint file {path} cannot be trusted or is damaged ({first_line(error)})") from None
 

@@ -145,7 +145,7 @@ class Saver:
         self, step: int, policy: Policy, optimiser: Optimiser | None, state: dict[str, Any], metric: float | None
     ) -> None:
         """Begin the checkpoint of a step, as `save` says; all ranks together, none pending. NotSaved: not begun."""
-        assert self._saving is None, f"checkpoint of step {step}: the one before is not completed"
+        assert self._saving is None, f"checkpoint of step {step} begins before the previous one is complete"
         self._saving = _Saving(self.root, step, policy, optimiser, state, metric, copy=self.behind)
         if self.behind:
             self._thread = threading.Thread(target=self._saving.write, name="checkpoint", daemon=True)
@@ -289,4 +289,4 @@ class _Saving:
         try:
             integrity.prune(self._root, keep)
         except OSError as error:  # the checkpoint is there; the next one tries again
-            logger.error("checkpoints of %s: older ones were not removed (%s)", self._root, error)
+            logger.error("checkpoints of %s: old ones were not removed (%s)", self._root, error)

@@ -90,7 +90,7 @@ def _answered(command: Callable[[list[str]], int], words: list[str]) -> int:
         print(f"{words[0]}: {named + ': ' if named else ''}{error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{words[0]}: stopped by Ctrl-C; the same command goes on, or starts again", file=sys.stderr)
+        print(f"{words[0]}: stopped by Ctrl-C; the same command continues it, or starts it over", file=sys.stderr)
         return 130
 
 

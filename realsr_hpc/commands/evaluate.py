@@ -92,7 +92,9 @@ def check(given: Given) -> None:
     if given["data"]:
         refuse_unknown_set(given["set"])
         if given["split"]:
-            raise ValueError(f"split={given['split']}: of the recipe's own images; a set of data=DIR is taken whole")
+            raise ValueError(
+                f"split={given['split']} chooses among the recipe's own images; with data=DIR leave it out"
+            )
     elif given["set"] != "heldout" or given["images"]:
         raise ValueError(f"set={given['set']} needs data=DIR, the folder of the test set")
 
@@ -121,9 +123,9 @@ def _refuse_unknown_split(config: RunConfig, split: str) -> None:
 
 def _refuse_other_factor(other: RunConfig, upscale: int) -> None:
     if other.task == "tokenizer":
-        raise ValueError("it trained tokenizers, no policy: name a run that uses them")
+        raise ValueError("it trained tokenizers, not a policy: name a run that uses them")
     if other.vlcot.upscale != upscale:
-        raise ValueError(f"it restores by {other.vlcot.upscale}, not by {upscale}; compare models of one factor")
+        raise ValueError(f"its vlcot.upscale is {other.vlcot.upscale}, not {upscale}; compare models of one factor")
 
 
 @contextmanager

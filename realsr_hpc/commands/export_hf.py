@@ -53,9 +53,9 @@ def check(given: dict[str, str | None]) -> None:
     if not given["run"] or not given["output"]:
         raise ValueError("run=RUN_DIR and output=DIR are needed")
     if given["dtype"] not in (None, *DTYPES):
-        raise ValueError(f"dtype={given['dtype']!r} is none of {', '.join(DTYPES)}; leave it out to round nothing")
+        raise ValueError(f"dtype={given['dtype']!r} is not one of {', '.join(DTYPES)}; leave it out to round nothing")
     if given["form"] not in FORMS:
-        raise ValueError(f"form={given['form']!r} is none of {', '.join(FORMS)}; leave it out for a whole model")
+        raise ValueError(f"form={given['form']!r} is not one of {', '.join(FORMS)}; leave it out for a whole model")
     read_count(given, "shard_mb", 1)
     if not LICENCE.fullmatch(given["licence"] or "mit"):
         raise ValueError(f"licence={given['licence']!r}: give its short name, such as mit or cc-by-nc-4.0")
@@ -69,7 +69,7 @@ def fits(given: dict[str, str | None], recipe_of: Callable[[str], RunConfig | No
     if (config := recipe_of(str(run))) is None:
         return
     if config.task == "tokenizer":
-        raise ValueError(f"run={run}: trained tokenizers, no policy; export the run of a policy that uses them")
+        raise ValueError(f"run={run}: it trained tokenizers, not a policy; export the run of a policy that uses them")
     if given["form"] == "peft" and config.model.lora is None:
         raise ValueError("form=peft: this run trained no adapters (model.lora is null); leave form out")
 

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         if not given["source"] or not given["output"]:
             raise ValueError("source=DIR_OR_FILE and output=DIR are needed, and recipe=NAME for weights of others")
         if given["rotary"] not in (None, *ORDERS):
-            raise ValueError(f"rotary={given['rotary']} is none of {', '.join(ORDERS)}")
+            raise ValueError(f"rotary={given['rotary']} is not one of {', '.join(ORDERS)}")
         _import(given, overrides)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     try:
         options, overrides = read_with_overrides(arguments, OPTIONS, __doc__, sections_only=True)
         if overrides and not options["resume"]:
-            raise ValueError(f"{overrides[0]}: an override goes with resume=RUN")
+            raise ValueError(f"{overrides[0]}: overrides are only for resume=RUN")
         flags = {key: read_flag(options, key) for key in FLAGS}
         refuse_what_would_be_lost(options)
         root = Path(options["root"]).resolve()
@@ -97,7 +97,7 @@ def refuse_what_would_be_lost(options: dict[str, str]) -> None:
     """ValueError for a second action, and for an option of one that is not asked for."""
     asked = [key for key in ACTIONS if options[key] not in ("", "false")]
     if len(asked) > 1:
-        raise ValueError(f"{asked[0]} and {asked[1]}: one at a time; call the command once for each")
+        raise ValueError(f"{asked[0]} and {asked[1]} exclude each other; run the command once for each")
     for key, action in GO_WITH.items():
         if options[key] != OPTIONS[key] and action not in asked:
             raise ValueError(f"{key}={options[key]} goes with {action}")

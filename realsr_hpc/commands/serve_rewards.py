@@ -63,7 +63,7 @@ def chosen_terms(given: Mapping[str, str | None], overrides: list[str]) -> dict[
     names = given["terms"].split(",") if given["terms"] else own
     for name in names:
         if name not in own:
-            why = "asks another process itself (expert=http)" if name in terms else "is none of the recipe's"
+            why = "asks another process itself (expert=http)" if name in terms else "is not one of the recipe's"
             raise ValueError(f"terms={name}: {why}; to serve: {', '.join(own) or 'none'}")
     if not names:
         raise ValueError(f"recipe={given['recipe']}: has no reward to serve")

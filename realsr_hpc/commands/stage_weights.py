@@ -109,10 +109,10 @@ def collect(needs: list[Need], source: Path, console: Console) -> None:
 
     Of what import-weights makes, only a folder that it made is copied: a `tokenizer.json` may be any model's.
 
-    Raises ValueError when `source` is no folder.
+    Raises ValueError when `source` is not a folder.
     """
     if not source.is_dir():
-        raise ValueError(f"collect={source} is no folder; name the one that your downloads lie in")
+        raise ValueError(f"collect={source} is not a folder; name the one that your downloads lie in")
     files = files_below(source)
     folders = {folder for path in files for folder in path.parents if folder.is_relative_to(source)}
     found = {path.name: path for path in sorted({*files, *folders}, reverse=True)}

@@ -31,10 +31,10 @@ def main(arguments: list[str]) -> int:
     for run in runs:
         status = current_status(run)
         if status is not None and status.state in ALIVE:
-            print(f"{run.name}: {status.state}, sends for itself")
+            print(f"{run.name}: {status.state}, it sends its own events")
             continue
         try:
-            print(f"{run.name}: {sync(run)} sent")
+            print(f"{run.name}: {sync(run)} events sent")
             if status is not None:
                 set_status(run, ENDS.get(status.state, "KILLED"))
         except Exception as error:  # each run's fault is reported, the others are still sent

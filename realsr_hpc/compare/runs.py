@@ -129,7 +129,7 @@ def find_sweep(mlflow: MlflowClient, experiment: str, sweep: str) -> list[Run]:
     parents = mlflow.search_runs(ids, filter_string="tags.`realsr_hpc.kind` = 'sweep'", max_results=MAX_RUNS)
     by_name = {run.data.tags.get(SWEEP_TAG, ""): run.info.run_id for run in parents}
     if sweep not in by_name:
-        raise ValueError(f"sweep {sweep!r}: unknown; there are: {', '.join(sorted(by_name)) or 'none'}")
+        raise ValueError(f"sweep {sweep!r}: unknown; available: {', '.join(sorted(by_name)) or 'none'}")
     condition = f"tags.`{PARENT_TAG}` = '{by_name[sweep]}'"
     return list(mlflow.search_runs(ids, filter_string=condition, max_results=MAX_RUNS))
 
@@ -195,5 +195,5 @@ def _one(known: list[Run], name: str) -> Run:
     found = exact or [run for run in known if (run.info.run_name or "").startswith(name)]
     if len(found) != 1:
         names = ", ".join(sorted(run.info.run_name or "" for run in found or known)) or "none"
-        raise ValueError(f"run {name!r}: {'several begin so' if found else 'unknown'}; there are: {names}")
+        raise ValueError(f"run {name!r}: {'several names begin with it' if found else 'unknown'}; available: {names}")
     return found[0]

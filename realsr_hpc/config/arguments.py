@@ -57,7 +57,7 @@ def read_count(arguments: Mapping[str, str | None], key: str, minimum: int = 0) 
     try:
         number = int(value)
     except ValueError:
-        raise ArgumentError(f"{key}={value!r} is no whole number; give one from {minimum} up") from None
+        raise ArgumentError(f"{key}={value!r} is not a whole number; give one from {minimum} up") from None
     if number < minimum:
         raise ArgumentError(f"{key}={number} is below {minimum}; give {minimum} or more")
     return number
@@ -73,7 +73,7 @@ def read_number(arguments: Mapping[str, str | None], key: str, remedy: str) -> f
     try:
         return float(arguments[key] or "")
     except ValueError:
-        raise ArgumentError(f"{key}={arguments[key]!r} is no number; {remedy}") from None
+        raise ArgumentError(f"{key}={arguments[key]!r} is not a number; {remedy}") from None
 
 
 def read_shard(arguments: Mapping[str, str | None], key: str = "shard") -> tuple[int, int]:
@@ -88,7 +88,7 @@ def read_choice(arguments: Mapping[str, str | None], key: str, options: Collecti
     """The value of `key`. ArgumentError: it is not one of `options`."""
     value = arguments[key]
     if value is None or value not in options:
-        raise ArgumentError(f"{key}={value!r} is none of {', '.join(options)}; name one")
+        raise ArgumentError(f"{key}={value!r} is not one of {', '.join(options)}; name one")
     return value
 
 

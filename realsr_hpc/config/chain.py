@@ -72,7 +72,7 @@ def read_chain(name: str) -> ChainConfig:
     path = yaml_file(f"chains/{name}")
     if path is None:
         names = yaml_names("chains")
-        raise RecipeError(f"chain: no {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
+        raise RecipeError(f"chain: no {name!r}{nearest(name, names)}; available: {', '.join(names)}")
     try:
         return ChainConfig.model_validate(read_yaml(path))
     except ValidationError as error:

@@ -26,7 +26,10 @@ def name_fault(name: str) -> str:
     """Why a run or a sweep cannot be called so, else nothing: folders, jobs and MLflow's runs bear the name."""
     if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=,@-]{0,127}", name):
         return ""
-    return f"{name!r}: must be one plain folder name: letters without accents, digits, . _ + = , @ -, first no mark"
+    return (
+        f"{name!r}: must be one plain folder name: letters without accents, digits, . _ + = , @ -, the first one a "
+        "letter, a digit or _"
+    )
 
 
 def a_name_is_one_folder_name(config: RunConfig) -> Iterator[str]:
@@ -97,9 +100,9 @@ def a_trained_tokenizer_starts_from_principal_components(config: RunConfig) -> I
     tokenizer = config.image_tokenizer
     for name, wanted in (("base_channels", 128), ("num_res_blocks", 0)):
         if config.task == "tokenizer" and getattr(tokenizer, name) != wanted:
-            yield f"image_tokenizer.{name}: {getattr(tokenizer, name)}: a tokenizer is trained with {wanted} alone"
+            yield f"image_tokenizer.{name}: {getattr(tokenizer, name)}: training needs {wanted}"
     if config.task == "tokenizer" and tokenizer.latent_channels < 32:
-        yield f"image_tokenizer.latent_channels: {tokenizer.latent_channels}: a tokenizer is trained with at least 32"
+        yield f"image_tokenizer.latent_channels: {tokenizer.latent_channels}: training needs at least 32"
 
 
 def vocabulary_fits_the_image_tokenizer(config: RunConfig) -> Iterator[str]:
@@ -117,7 +120,7 @@ def heads_divide_the_hidden_size(config: RunConfig) -> Iterator[str]:
     """The head dimension is whole and even (rotary embedding turns pairs)."""
     model = config.model
     if model.hidden_size % (2 * model.num_heads):
-        yield f"model.num_heads: {model.num_heads}: hidden_size {model.hidden_size} must divide by twice as many"
+        yield f"model.num_heads: {model.num_heads}: hidden_size {model.hidden_size} must be divisible by twice as many"
     kv_heads = model.num_kv_heads or model.num_heads
     if model.num_heads % kv_heads:
         yield f"model.num_kv_heads: {kv_heads}: must divide num_heads {model.num_heads}"
@@ -190,7 +193,7 @@ def severity_edges_are_known_and_ascend(config: RunConfig) -> Iterator[str]:
     for name, (low, high) in config.degradation.severity_edges.items():
         if name not in known:
             yield (
-                f"degradation.severity_edges.{name}: no such number with degradation.labels="
+                f"degradation.severity_edges.{name}: no such threshold with degradation.labels="
                 f"{config.degradation.labels}; there are {', '.join(known)}"
             )
         elif not low < high:
@@ -236,7 +239,7 @@ def warm_up_ends_before_the_run(config: RunConfig) -> Iterator[str]:
     num_steps = {"grpo": config.grpo.num_steps * config.grpo.updates_per_step, "sft": config.sft.num_steps}
     if config.optim.warmup_steps >= num_steps.get(config.task, 10**9):
         steps = num_steps[config.task]
-        yield f"optim.warmup_steps: {config.optim.warmup_steps}: not below the run's {steps} steps; lower it, 0 is none"
+        yield f"optim.warmup_steps: {config.optim.warmup_steps}: must be below the {steps} steps; lower it (0: none)"
     if config.optim.min_lr > config.optim.lr:
         yield f"optim.min_lr: {config.optim.min_lr}: above optim.lr {config.optim.lr}; lower it"
 

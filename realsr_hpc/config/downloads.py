@@ -69,7 +69,7 @@ class _Policy:
 def starts(folder: Path, config: RunConfig) -> list[Start]:
     """Every policy below `folder` that fits the recipe's vocabulary. ValueError when there is no such folder."""
     if not folder.is_dir():
-        raise ValueError(f"downloads={folder} is no folder; name the one that your downloads lie in")
+        raise ValueError(f"downloads={folder} is not a folder; name the one that your downloads lie in")
     files = files_below(folder)
     image_name = IMAGE_FILES[config.vlcot.vocabulary]
     images = [path for path in files if path.name == image_name]

@@ -53,10 +53,10 @@ def tensor_parallel_divides_the_model(config: RunConfig) -> Iterator[str]:
     }
     for field, value in parts.items():
         if value % tp:
-            yield f"{field}: {value}: must divide by parallel.tp {tp}"
+            yield f"{field}: {value}: must be divisible by parallel.tp {tp}"
     vocabulary = VOCABULARY_SIZES.get(config.vlcot.vocabulary)
     if vocabulary and vocabulary % (128 * tp):
-        yield f"parallel.tp: {tp}: the vocabulary {vocabulary} must divide by 128 x tp"
+        yield f"parallel.tp: {tp}: the vocabulary {vocabulary} must be divisible by 128 x tp"
 
 
 def sequence_parallel_needs_tensor_parallel(config: RunConfig) -> Iterator[str]:
@@ -88,9 +88,9 @@ def data_parallel_ranks_share_the_batch_evenly(config: RunConfig) -> Iterator[st
     block = config.parallel.tp * config.parallel.pp
     dp = max(1, world_size(config) // block)
     if config.task == "grpo" and config.grpo.prompts_per_step % dp:
-        yield f"grpo.prompts_per_step: {config.grpo.prompts_per_step}: must divide by the data-parallel size {dp}"
+        yield f"grpo.prompts_per_step: {config.grpo.prompts_per_step}: must be divisible by the data-parallel size {dp}"
     if config.task == "sft" and config.sft.batch_size % dp:
-        yield f"sft.batch_size: {config.sft.batch_size}: must divide by the data-parallel size {dp}"
+        yield f"sft.batch_size: {config.sft.batch_size}: must be divisible by the data-parallel size {dp}"
     if config.task == "tokenizer" and world_size(config) > 1:
         yield f"cluster.tasks_per_node: {world_size(config)} processes: the tokenizer trains in one; set it to 1"
 
@@ -160,7 +160,7 @@ def a_checkpoint_can_be_taken_before_time_is_up(config: RunConfig) -> Iterator[s
     """The warning signal must come inside the time limit."""
     if config.cluster.signal_delay_s >= 60 * config.cluster.time_min:
         yield (
-            f"cluster.signal_delay_s: {config.cluster.signal_delay_s}: not below cluster.time_min "
+            f"cluster.signal_delay_s: {config.cluster.signal_delay_s}: must be below cluster.time_min "
             f"{config.cluster.time_min} min; lower it"
         )
 
@@ -185,7 +185,7 @@ def a_tracking_uri_is_an_address(config: RunConfig) -> Iterator[str]:
     kind = scheme.partition("+")[0]
     if kind not in _STORES or (kind in ("http", "https") and not re.match(r"//[^/?#]", rest)):
         yield (
-            f"tracking.uri: {uri!r}: no address of an MLflow store ({', '.join(_STORES)}); write "
+            f"tracking.uri: {uri!r}: not an address of an MLflow store ({', '.join(_STORES)}); write "
             "http://HOST:PORT or sqlite:////ABSOLUTE/PATH.db, or null for a database in output_root"
         )
     elif (kind == "sqlite" and not rest.startswith("////")) or (kind == "file" and not rest.startswith("/")):
@@ -219,7 +219,7 @@ def slurm_options_are_single_lines(config: RunConfig) -> Iterator[str]:
         named[f"cluster.extra_sbatch.{key}"] = str(value)
         name = key.replace("_", "-")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            yield f"cluster.extra_sbatch: {key!r}: no option of sbatch; write it as after `--`, for instance mail-type"
+            yield f"cluster.extra_sbatch: {key!r}: not an option of sbatch; write it as after `--`, such as mail-type"
         if name in RESERVED:
             yield f"cluster.extra_sbatch.{key}: launching gives --{name} itself; set the fields of cluster instead"
     for name, value in named.items():

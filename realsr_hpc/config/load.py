@@ -123,7 +123,7 @@ def read_axes(name: str) -> list[str]:
     """The overrides of recipes/sweeps/NAME.yaml: a list is a sweep, text is an override's value as it stands."""
     if (path := yaml_file(f"sweeps/{name}")) is None:
         names = yaml_names("sweeps")
-        raise RecipeError(f"axes: no {name!r}{nearest(name, names)}; there are: {', '.join(names)}")
+        raise RecipeError(f"axes: no {name!r}{nearest(name, names)}; available: {', '.join(names)}")
     axes = read_yaml(path)
     if not isinstance(axes, dict) or not axes:
         raise RecipeError(f"{path}: holds no axes; write lines such as `grpo.kl_beta: [0, 0.01]`")
@@ -197,7 +197,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, remedy: str = "name another file") -> Any:
-    """A YAML file's tree. RecipeError where it cannot be read, is cut, or is no YAML."""
+    """A YAML file's tree. RecipeError where it cannot be read, is cut, or is not YAML."""
     try:
         text = path.read_text(encoding="utf-8")
         if _CUT_LINE in text and not text.endswith(_LAST_LINE):
@@ -253,7 +253,7 @@ def _expand(parsed: list[Override], multirun: bool) -> list[list[str]]:
     drawn = [item.input_line or "" for item in parsed if item.is_interval_sweep()]
     if drawn:
         raise RecipeError(
-            f"{', '.join(drawn)}: an interval is drawn from by sampler=optuna or asha; or write range(..)"
+            f"{', '.join(drawn)}: an interval needs sampler=optuna or asha; to try every value write range(..)"
         )
     choices = []
     for item in parsed:
@@ -270,10 +270,10 @@ def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
     chosen = [item.partition("=")[2] for item in overrides if item.startswith("recipe=")]
     rest = [item for item in overrides if not item.startswith("recipe=")]
     if len(chosen) != 1:
-        raise RecipeError(f"recipe: name one, recipe=NAME; there are: {', '.join(names)}")
+        raise RecipeError(f"recipe: name one, recipe=NAME; available: {', '.join(names)}")
     if chosen[0] not in names:
         hint = nearest(chosen[0], names)
-        raise RecipeError(f"recipe: there is no {chosen[0]!r}{hint}; there are: {', '.join(names)}")
+        raise RecipeError(f"recipe: there is no {chosen[0]!r}{hint}; available: {', '.join(names)}")
     return chosen[0], rest
 
 
@@ -322,7 +322,7 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
         options = yaml_names(item.key_or_group)
         if item.value() not in options:
             hint = nearest(str(item.value()), options)
-            raise RecipeError(f"{item.key_or_group}: no {item.value()!r}{hint}; there are: {', '.join(options)}")
+            raise RecipeError(f"{item.key_or_group}: no {item.value()!r}{hint}; available: {', '.join(options)}")
         return line if item.key_or_group in groups else f"+{line.lstrip('+')}"
     return line
 
@@ -337,7 +337,7 @@ def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
     tree = read_yaml(path) or {}
     listed = tree.get("defaults", []) if isinstance(tree, dict) else None
     if not isinstance(listed, list):
-        raise RecipeError(f"{path}: no recipe: write sections, and `defaults` as a list of recipes and groups")
+        raise RecipeError(f"{path}: not a recipe: write sections, and `defaults` as a list of recipes and groups")
     groups: set[str] = set()
     for entry in listed:
         if isinstance(entry, dict):
@@ -359,7 +359,7 @@ def _explain(item: Any) -> str:
         return f"{path}: missing; the recipe must give it"
     if item["type"] == "literal_error":
         options = [part.strip().strip("'") for part in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return f"{path}: {item['input']!r} is none of {', '.join(options)}{nearest(str(item['input']), options)}"
+        return f"{path}: {item['input']!r} is not one of {', '.join(options)}{nearest(str(item['input']), options)}"
     said = item["msg"].removeprefix("Value error, ")
     return f"{path}: {item['input']!r}: {said[0].lower()}{said[1:]}"
 

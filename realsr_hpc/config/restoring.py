@@ -42,7 +42,7 @@ def check_restoring(given: Mapping[str, str | None]) -> None:
 def refuse_what_does_not_fit(given: Mapping[str, str | None], config: RunConfig) -> None:
     """ValueError for what restores nothing, and for options that the model or this machine does not allow."""
     if config.task == "tokenizer":
-        raise ValueError(f"{config.name} trained tokenizers, no policy: name a run that uses them")
+        raise ValueError(f"{config.name} trained tokenizers, not a policy: name a run that uses them")
     refuse_wide_overlap(read_count(given, "overlap_px"), config.vlcot.image_sizes_px[-1] // config.vlcot.upscale)
     kind, _, metric = (given["choose"] or "").partition(":")
     if kind == "pyiqa" and read_count(given, "candidates", 1) > 1:
@@ -58,10 +58,10 @@ def refuse_wide_overlap(overlap_px: int, tile_px: int) -> None:
 
 
 def refuse_unknown_choice(choice: str) -> None:
-    """ValueError for what chooses among candidates and is none of `CHOICES`, nor pyiqa:METRIC."""
+    """ValueError for what chooses among candidates and is not one of `CHOICES`, nor pyiqa:METRIC."""
     kind, _, metric = choice.partition(":")
     if choice not in CHOICES and not (kind == "pyiqa" and metric):
-        raise ValueError(f"choose={choice!r} is none of {', '.join(CHOICES)}, pyiqa:METRIC; name one")
+        raise ValueError(f"choose={choice!r} is not one of {', '.join(CHOICES)}, pyiqa:METRIC; name one")
 
 
 def sampling(base: RestoreConfig, given: Mapping[str, str | None]) -> RestoreConfig:

@@ -59,7 +59,7 @@ class DegradationOptions(Section):
     def some_slot_counts(self) -> Self:
         """Not every slot weighs nothing."""
         if not any(self.slot_weights):
-            raise ValueError("every slot's weight is 0: give blur_weight or another more, or drop the term")
+            raise ValueError("every slot's weight is 0: raise blur_weight or another one, or drop the term")
         return self
 
 
@@ -101,7 +101,9 @@ class GenerationOptions(Section):
     def metrics_are_pyiqas(self) -> Self:
         """Metrics are named for pyiqa, and only for it."""
         if (self.expert == "pyiqa") != bool(self.metrics):
-            raise ValueError(f"expert={self.expert} with metrics={self.metrics}: name metrics with expert=pyiqa only")
+            raise ValueError(
+                f"expert={self.expert} with metrics={self.metrics}: only expert=pyiqa takes metrics, and needs them"
+            )
         unread = "weights" if self.expert == "pyiqa" else "weights_dir"
         if getattr(self, unread) is not None:
             raise ValueError(f"{unread}={getattr(self, unread)}: expert={self.expert} does not read it; leave it out")
@@ -133,7 +135,9 @@ class FidelityOptions(Section):
     def options_belong_together(self) -> Self:
         """pyiqa compares with the truth; PSNR's ends are in order."""
         if (self.metric == "pyiqa") != bool(self.metrics):
-            raise ValueError(f"metric={self.metric} with metrics={self.metrics}: name metrics with metric=pyiqa only")
+            raise ValueError(
+                f"metric={self.metric} with metrics={self.metrics}: only metric=pyiqa takes metrics, and needs them"
+            )
         if self.metric != "pyiqa" and self.weights_dir is not None:
             raise ValueError(f"weights_dir={self.weights_dir}: metric={self.metric} does not read it; leave it out")
         if self.metric == "pyiqa" and self.reference != "gt":
@@ -175,7 +179,9 @@ class HttpOptions(Section):
             raise ValueError(f"url={self.url!r}: {fault}; write it as http://127.0.0.1:8090/terms/generation")
         host = urlsplit(self.url).hostname or ""
         if not self.allow_remote and not _is_loopback(host):
-            raise ValueError(f"url={self.url!r}: sends images and texts to {host}; allow_remote=true if that is wanted")
+            raise ValueError(
+                f"url={self.url!r}: would send images and texts to {host}; set allow_remote=true to allow it"
+            )
         return self
 
 

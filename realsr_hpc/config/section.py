@@ -67,7 +67,7 @@ class Section(BaseModel):
             return value
         for item in _plain_values(value):
             if isinstance(item, bool) and bool not in kinds:
-                raise ValueError("true and false are switches; give a value")
+                raise ValueError("true and false are only for switches; give a value")
             if isinstance(item, int | float) and LARGEST < abs(item) < math.inf:
                 raise ValueError(f"larger than any run needs; give one up to {LARGEST:.0e}")
         return value

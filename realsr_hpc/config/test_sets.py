@@ -27,6 +27,6 @@ NAMED_SETS = {
 
 
 def refuse_unknown_set(name: str | None) -> None:
-    """ValueError for a name that is none of these, nor `paired` or `unpaired`."""
+    """ValueError for a name that is not one of these, nor `paired` or `unpaired`."""
     if name not in NAMED_SETS and name not in ("paired", "unpaired"):
-        raise ValueError(f"set={name!r} is none of {', '.join(NAMED_SETS)}, paired, unpaired; name one")
+        raise ValueError(f"set={name!r} is not one of {', '.join(NAMED_SETS)}, paired, unpaired; name one")

@@ -226,7 +226,7 @@ def read_listing(path: Path) -> dict[str, str]:
         if row is not None:
             sums[os.fsdecode(row[2])] = row[1].decode()
         elif line.strip():
-            raise ValueError(f"{path}:{number}: no line of sha256sum; copy the file again, or list the weights anew")
+            raise ValueError(f"{path}:{number}: not a line of sha256sum; copy the file again, or make the list again")
     return sums
 
 

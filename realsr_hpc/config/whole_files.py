@@ -19,11 +19,11 @@ def file_fault(path: Path) -> str:
     if path.stat().st_size == 0:
         return f"{path} is empty; copy it again"
     if path.suffix == ".safetensors":
-        return "" if _whole_safetensors(path) else f"{path} is cut or no safetensors file; copy it again"
+        return "" if _whole_safetensors(path) else f"{path} is truncated or not a safetensors file; copy it again"
     if path.suffix == ".npz" and not zipfile.is_zipfile(path):
-        return f"{path} is cut or no npz file; copy it again"
+        return f"{path} is truncated or not an npz file; copy it again"
     if path.suffix == ".json" and path.stat().st_size <= LARGEST_JSON_BYTES and json_object(path.read_bytes()) is None:
-        return f"{path} is cut or no JSON object; copy it again"
+        return f"{path} is truncated or not a JSON object; copy it again"
     if path.suffix in PICKLES and not _whole_pickle(path):
         return f"{path} is cut or no file of torch.save; copy it again"
     return ""

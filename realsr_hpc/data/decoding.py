@@ -74,7 +74,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BrokenImage(f"huge: {error}") from error
     except UnidentifiedImageError as error:
-        raise BrokenImage("broken: of no image format that Pillow knows") from error
+        raise BrokenImage("broken: not an image format that Pillow knows") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise BrokenImage(f"broken: {error}") from error
     except Exception as error:  # what Pillow's parsers trip over: TypeError, KeyError, struct.error, ...
@@ -97,7 +97,9 @@ def upright_8_bit(image: Image.Image) -> Image.Image:
     tops = (1.0, 255.0, 65535.0) if upright.mode == "F" else (65535.0,)
     top = next((top for top in tops if highest <= top), None)
     if top is None:
-        raise BrokenImage(f"depth: mode {upright.mode} with values up to {highest:g}, at most {tops[-1]:g} are known")
+        raise BrokenImage(
+            f"depth: mode {upright.mode} with values up to {highest:g}; at most {tops[-1]:g} is supported"
+        )
     scaled = np.nan_to_num(values / top * 255.0, nan=0.0, posinf=255.0, neginf=0.0)
     return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
 

@@ -105,7 +105,7 @@ class Manifest:
         if not chosen:
             known = ", ".join(sorted({entry.split for entry in self.entries}))
             remedy = f"there are {known}: name one" if known else "it is empty: make it with realsr-hpc prepare-data"
-            raise ValueError(f"split={name!r}: no photograph of the manifest in {self.root} is in it; {remedy}")
+            raise ValueError(f"split={name!r}: no photograph of the manifest in {self.root} is in this split; {remedy}")
         return Manifest(self.root, chosen)
 
     def path(self, entry: ManifestEntry) -> Path:
@@ -151,7 +151,7 @@ def read_manifest(path: Path | str) -> Manifest:
         raise ValueError(f"manifest: {fault}")
     rows, digest = _read_rows(path)
     if digest not in (None, _digest_of(rows)):
-        raise ValueError(f"manifest {path} is damaged: its rows are not those that were written; make it again")
+        raise ValueError(f"manifest {path} is damaged: its rows differ from those that were written; make it again")
     entries = tuple(_entry(row, path) for row in rows)
     _refuse_repeated_keys(entries)
     return Manifest(path.parent, entries)

@@ -46,7 +46,7 @@ def tar_members(tar: Path) -> Iterator[Member]:
                 if info.isfile():
                     yield Member(tar, info.name, info.offset_data, info.size)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(f"{tar} is no plain tar ({error}); unpack or re-pack it without compression") from error
+        raise ValueError(f"{tar} is not a plain tar ({error}); unpack or re-pack it without compression") from error
 
 
 def open_bytes(path: Path) -> BinaryIO:

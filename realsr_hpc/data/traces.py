@@ -81,7 +81,8 @@ def _frozen(
         on_file(number // shard[1] + 1, -(-(len(starts) - shard[0] + 1) // shard[1]))
     if tokens.codec.shortened_texts:
         logger.warning(
-            "%d texts did not fit their slots and lost their last words: vlcot.text_slots", tokens.codec.shortened_texts
+            "%d texts did not fit vlcot.text_slots and lost their last words; raise it to keep them",
+            tokens.codec.shortened_texts,
         )
     return len(FrozenTraces(output, config))
 
@@ -171,7 +172,7 @@ class TraceLoader:
             ValueError: if the state is of other traces.
         """
         if state.get("traces") != self.traces.fingerprint:
-            raise ValueError("the saved data position is of other traces; resume with those the run began with")
+            raise ValueError("the saved data position belongs to other traces; resume with those the run began with")
         self.position = int(state["position"])
 
     def close(self) -> None:
@@ -194,8 +195,10 @@ def _identity_of(path: Path) -> dict[str, Any]:
             if {"tokens", "starts", "prompts"} <= set(file.keys()) and "seed" in found:
                 return found
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and make it with realsr-hpc freeze-traces") from None
-    raise ValueError(f"{path} is no file of realsr-hpc freeze-traces; name a folder of traces alone")
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it, then make it again with realsr-hpc freeze-traces"
+        ) from None
+    raise ValueError(f"{path} was not written by realsr-hpc freeze-traces; name a folder that holds nothing but traces")
 
 
 def _require_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

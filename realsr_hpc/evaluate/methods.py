@@ -64,9 +64,11 @@ class FinishedImages:
         for key in keys:
             alike = [str(self._names[name]) for name in names if plain_stem(PurePath(f"{name}.png")) == key]
             if key not in self._files and len(alike) > 1:
-                raise ValueError(f"{self.folder}: {', '.join(alike[:3])} could all be {key}; leave one")
+                raise ValueError(f"{self.folder}: {', '.join(alike[:3])} could all be {key}; keep only one")
         if keys and not pairs:
-            raise ValueError(f"{self.folder}: no file is named as an image of the set: {names[0]}, not {keys[0]}")
+            raise ValueError(
+                f"{self.folder}: no file has the name of an image of the set: found {names[0]}, expected {keys[0]}"
+            )
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
         """The file of each case; none where it is missing, or broken, which is said."""

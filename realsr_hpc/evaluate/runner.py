@@ -61,7 +61,9 @@ def evaluate(
     writes there.
     """
     if BICUBIC not in methods:
-        raise ValueError(f"methods {', '.join(methods)}: {BICUBIC} is missing; it always stands beside the others")
+        raise ValueError(
+            f"methods {', '.join(methods)}: {BICUBIC} is missing; it is always evaluated beside the others; add it"
+        )
     for method in methods.values():
         if isinstance(method, FinishedImages):
             method.expect(cases.keys() if isinstance(cases, FolderSet) else [case.key for case in cases])
@@ -131,9 +133,7 @@ def _judge(
             files = _save(item, name, case.key, folder)
             said = {} if item.trace is NO_TRACE else _said(item.trace)
             drawn = tuple(other.values for other in more)
-            results[name] = MethodResult(
-                row.values, files, not_computed=row.not_computed, further_draws=drawn, **said
-            )
+            results[name] = MethodResult(row.values, files, not_computed=row.not_computed, further_draws=drawn, **said)
     weights = metrics.rewards.weights if metrics.rewards else {}
     return [_evaluated(case, folder, results, weights) for case, results in zip(part, made, strict=True)]
 

@@ -35,7 +35,7 @@ _PLAIN = re.compile(r"[\w][\w.+-]*")
 def pack(export: Path, archive: Path) -> None:
     """Write `archive` (a `.nemo` file) from an export folder, aside and renamed.
 
-    ValueError when the folder is no whole export, the archive exists, or nemo-toolkit is not installed.
+    ValueError when the folder is not a complete export, the archive exists, or nemo-toolkit is not installed.
     """
     _check_name(archive)
     if archive.exists():
@@ -106,13 +106,13 @@ def refuse_foreign_files(archive: Path) -> None:
             named = item.get("path")
             own = str(named).removeprefix("nemo:")
             if named != f"nemo:{own}" or own not in members or not _PLAIN.fullmatch(str(item.get("name"))):
-                raise ValueError(f"{CONFIG} names {named!r}, which is no file of the archive")
+                raise ValueError(f"{CONFIG} names {named!r}, which is not a file of the archive")
     except (tarfile.TarError, OSError, EOFError, zlib.error, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{archive} cannot be read ({first_line(error)}); copy it again") from None
     except KeyError:
-        raise ValueError(f"{archive} is no archive of ours (it has no {CONFIG}); {_REMEDY}") from None
+        raise ValueError(f"{archive} is not an archive of this project (it has no {CONFIG}); {_REMEDY}") from None
     except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{archive} is no archive of ours ({first_line(error)}); {_REMEDY}") from None
+        raise ValueError(f"{archive} is not an archive of this project ({first_line(error)}); {_REMEDY}") from None
 
 
 def _check_name(archive: Path) -> None:

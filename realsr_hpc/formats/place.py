@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError:
         raise ValueError(f"{path} is missing; copy the folder again") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy it again") from None
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; copy it again")
     return content

@@ -73,7 +73,7 @@ def _yaml_faults(path: Path) -> list[str]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML ({str(error).splitlines()[0]}); copy it again") from None
+        raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]}); copy it again") from None
     params: Any = content
     for key in ("model", "params"):
         params = params.get(key, params) if isinstance(params, Mapping) else {}

@@ -81,7 +81,9 @@ class Halving:
                 while self._send() and follow and self._busy():
                     self._wait()
             except KeyboardInterrupt:
-                self._say("left; runs go on to their next rung. Launch the sweep again to go on with it")
+                self._say(
+                    "stopped watching; the runs continue to their next rung. Launch the sweep again to continue it"
+                )
                 return 0
             self._report()
             return 1 if self.refused else 0
@@ -96,7 +98,7 @@ class Halving:
             before, now = getattr(kept, name), getattr(wanted, name)
             if before != now:
                 raise RecipeError(
-                    f"sweep: {self.name}: was launched with {name} {before}, now {now}; take another sweep="
+                    f"sweep: {self.name}: was launched with {name} {before}, now {now}; choose another sweep="
                 )
         self._keep_order(kept)
         return kept

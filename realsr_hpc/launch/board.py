@@ -21,7 +21,7 @@ from realsr_hpc.launch.rundir import ALIVE, Queue, Status, current_status, queue
 from realsr_hpc.tracking import read_progress, recipe_of, sweep_of
 
 BARS = "▁▂▃▄▅▆▇█"
-KEYS = "up/down choose, f follow, c cancel, r resume, q leave"
+KEYS = "up/down choose, f follow, c cancel, r resume, q quit"
 HEADERS = ("run", "state", "step", "value", "", "tokens/s", "left", "mismatch KL", "skipped", "last word")
 NO_CELLS = ("",) * 8
 

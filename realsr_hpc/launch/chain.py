@@ -94,10 +94,14 @@ def chain_nodes(chain: ChainConfig, overrides: list[str], valid: Valid, *, multi
     kinds = {node.config.cluster.kind: node.stage for node in nodes.values()}
     if len(kinds) > 1:
         where = ", ".join(f"{stage} {kind}" for kind, stage in kinds.items())
-        raise RecipeError(f"chain {chain.name}: cluster.kind: {where}: all stages run in one place")
+        raise RecipeError(
+            f"chain {chain.name}: cluster.kind: {where}: all stages must run in one place; give them one cluster.kind"
+        )
     roots = {output_root(node.config) for node in nodes.values()}
     if len(roots) > 1:
-        raise RecipeError(f"chain {chain.name}: output_root: {', '.join(map(str, roots))}: all stages share one")
+        raise RecipeError(
+            f"chain {chain.name}: output_root: {', '.join(map(str, roots))}: all stages must share one; set it alike"
+        )
     return list(nodes.values())
 
 
@@ -133,7 +137,7 @@ class _Resolver:
         for stage, line in self.overrides:
             if stage and stage not in chain.stages:
                 hint = nearest(stage, chain.stages)
-                raise self._fault(f"{stage}:{line}", f"no such stage{hint}; there are: {', '.join(chain.stages)}")
+                raise self._fault(f"{stage}:{line}", f"no such stage{hint}; available: {', '.join(chain.stages)}")
         for name, stage in chain.stages.items():
             self.nodes[name] = self._run(name, stage) if stage.recipe else self._command(name, stage)
 
@@ -186,7 +190,9 @@ class _Resolver:
             if value is not None:  # null: the default
                 given[key] = self._argument(name, key, value, after)
         if not after:
-            raise self._fault(name, "names no earlier stage, such as run: '{STAGE.run}'; it does not belong here")
+            raise self._fault(
+                name, "it uses no earlier stage (such as run: '{STAGE.run}'), so it does not belong in a chain"
+            )
         try:
             self.valid[command].check({**defaults, **given, "output": OUTPUT})
             self.valid[command].fits({**defaults, **given}, self._recipe_of)
@@ -239,7 +245,7 @@ class _Resolver:
         if not isinstance(value, str):
             return value
         if cut := re.search(rf"\{{{NAME}\.[a-z_]*", PLACEHOLDER.sub("", value)):
-            raise self._fault(name, f"{key}: {cut[0]}: no placeholder; write {{STAGE.WHAT}}, closed")
+            raise self._fault(name, f"{key}: {cut[0]}: not a placeholder; write {{STAGE.WHAT}} with both braces")
         return PLACEHOLDER.sub(lambda found: str(self._place(name, key, found, after)), value)
 
     def _place(self, name: str, key: str, found: re.Match[str], after: dict[Path, None]) -> Path:
@@ -252,7 +258,9 @@ class _Resolver:
         if what not in known:
             raise self._fault(name, f"{key}: {found[0]}: {stage} leaves no {what!r}; it leaves: {', '.join(known)}")
         if what in ("best", "best_export") and not node.config.checkpoint.keep_best:
-            raise self._fault(name, f"{key}: {found[0]}: {stage} keeps no best one; set its checkpoint.keep_best to 1")
+            raise self._fault(
+                name, f"{key}: {found[0]}: {stage} keeps no best checkpoint; set its checkpoint.keep_best to 1"
+            )
         if what in ("export", "best_export"):
             node = self._export(stage, what, node)
         after[node.folder] = None

@@ -110,7 +110,7 @@ def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunCo
 
         return recipes(_space(options, overrides))
     if options.sampler != "optuna":
-        raise RecipeError(f"sampler: {options.sampler!r} is none of all, optuna, asha")
+        raise RecipeError(f"sampler: {options.sampler!r} is not one of all, optuna, asha")
     return _draw(options, overrides, keep=False)
 
 
@@ -125,7 +125,7 @@ def halve(configs: list[RunConfig], options: Options, overrides: list[str], cons
     from realsr_hpc.launch.asha import Halving
 
     if options.fresh:
-        raise RecipeError("fresh: not with sampler=asha, which goes on with its runs; take another output_root")
+        raise RecipeError("fresh: not with sampler=asha, which continues its runs; choose another output_root")
     refuse_what_cannot_fit(configs)
     refuse_what_is_missing(configs)
     return Halving(options.sweep or _sweep_name(overrides), _space(options, overrides), console).run(

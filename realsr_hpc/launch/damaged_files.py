@@ -39,7 +39,7 @@ def _fault(field: str, path: Path) -> str:
         return _folder_fault(path) if field in FOLDERS else f"{path} is a folder; name a file"
     try:
         if path.suffix not in ENDINGS and path.name != SUMS_FILE:
-            return f"{path} is of no kind that is read there ({', '.join(f'*{ending}' for ending in ENDINGS)})"
+            return f"{path} is not a kind of file that is read there ({', '.join(f'*{ending}' for ending in ENDINGS)})"
         return file_fault(path)
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
@@ -60,6 +60,6 @@ def _folder_fault(folder: Path) -> str:
 def _index_fault(folder: Path) -> str:
     for index in sorted(folder.glob("*.index.json")):
         if weight_map(index) is None:
-            return f"{index} is no index of weights; copy it again"
+            return f"{index} is not an index of weights; copy it again"
     shards = ", ".join(missing_shards(folder)[:3])
     return f"{folder}: its index names {shards}, not there; copy the missing shards" if shards else ""

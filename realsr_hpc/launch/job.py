@@ -241,7 +241,7 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
         requeue_was_asked(run_dir, placement)
         if may_return:
             return code
-        message = f"{message}\nnot requeued: {attempts} attempts in a row came to no new step (cluster.max_requeues)"
+        message = f"{message}\nnot requeued: {attempts} attempts in a row completed no new step (cluster.max_requeues)"
     if code == REFUSED:  # the run is somebody else's: not a word of it changes
         print(message, file=sys.stderr, flush=True)
     elif code == DONE and speaks:

@@ -78,7 +78,7 @@ def cancel(run_dir: Path, wait_s: float = CANCEL_WAIT_S) -> str:
     """
     status, job = current_status(run_dir), read_job(run_dir)
     if status is not None and status.state in ALIVE and job is None:
-        raise ValueError(f"{run_dir.name}: {status.message}, which no job.json names: end that process")
+        raise ValueError(f"{run_dir.name}: {status.message}, and job.json is missing: end that process yourself")
     if status is None or job is None or status.state not in ALIVE:
         return f"{run_dir.name} is {status.state if status else 'not launched'}: nothing to cancel"
     if job.kind == "slurm":

@@ -124,7 +124,7 @@ def read_space(overrides: list[str], trials: int, rungs: str, keep: int) -> Spac
             )
     if len(steps) < 2:
         raise RecipeError(
-            f"rungs: {total}: runs of {total} steps have none before their end; write rungs=..., or {field}"
+            f"rungs: {total}: runs of {total} steps leave no rung before their end; set rungs=..., or lower {field}"
         )
     varied = [line for line in overrides if line not in fixed]
     size = min(trials, len(grid)) if trials and grid else trials or (len(grid) if grid else DRAWN)
@@ -134,7 +134,7 @@ def read_space(overrides: list[str], trials: int, rungs: str, keep: int) -> Spac
         raise RecipeError(f"sampler: asha: {', '.join(space.keys)} varies nothing that makes another run; fix it")
     for config in found:
         if num_steps(config) != total or measured_every(config) != (field, every) or config.task != sample.task:
-            raise RecipeError("sampler: asha: the number of steps and how often is measured may not vary; fix them")
+            raise RecipeError("sampler: asha: the number of steps and the measuring interval may not vary; fix them")
         if best_metric(config) != best_metric(sample) or config.output_root != sample.output_root:
             raise RecipeError("sampler: asha: checkpoint.best_metric and output_root may not vary; fix them")
     return space
@@ -157,7 +157,7 @@ def refuse_another_space(sweep: str, before: Mapping[str, list[str]], now: Mappi
         told = [f"{key}={written(was)}, now {written(has)}" for key, (was, has) in differences(one, two).items()]
     if told:
         more = f"; and {len(told) - TOLD} more" if len(told) > TOLD else ""
-        raise RecipeError(f"sweep: {sweep}: was launched with {'; '.join(told[:TOLD])}{more}; take another sweep=")
+        raise RecipeError(f"sweep: {sweep}: was launched with {'; '.join(told[:TOLD])}{more}; choose another sweep=")
 
 
 def _lines(varied: list[str]) -> dict[str, tuple[Axis, str]]:

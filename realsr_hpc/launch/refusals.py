@@ -90,7 +90,7 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
         yield f"data.train_split: {data.train_split!r}: no photograph of {path} has captions, to learn from; {remedy}"
     if data.mode == "paired" and table["lq_path"].null_count:
         count = table["lq_path"].null_count
-        yield f"data.mode: paired: {count} of {len(table)} photographs of {path} have no partner; take unpaired"
+        yield f"data.mode: paired: {count} of {len(table)} photographs of {path} have no partner; set unpaired"
 
 
 def _damaged(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
@@ -143,4 +143,4 @@ def refuse_what_cannot_fit(configs: list[RunConfig]) -> None:
 
 def _remedy(config: RunConfig) -> str:
     way = [override for knob in way_to_fit(config) for override in knob.overrides]
-    return f"it fits with {' '.join(way)}" if way else "no recipe of this size does: take larger or more GPUs"
+    return f"it fits with {' '.join(way)}" if way else "no layout makes this recipe fit: use larger or more GPUs"

@@ -100,7 +100,7 @@ def make_private(folder: Path) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid():
-        raise ValueError(f"{folder}: belongs to user {found.st_uid}: take another output_root, or a new folder")
+        raise ValueError(f"{folder}: belongs to user {found.st_uid}: choose another output_root, or a new folder")
     if found.st_mode & 0o077:
         folder.chmod(found.st_mode & 0o700)
     return folder

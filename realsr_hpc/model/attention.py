@@ -96,7 +96,7 @@ class BranchedRows:
         return self._rows(of_prompt, out, q)
 
     def _unconditional(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        assert self.blocks is not None, "without guidance there are no twins"
+        assert self.blocks is not None, "only guided batches have unconditional rows"
         # blocks [twins, S] -> [twins x count, response] -> causal within the same image block
         mask = segment_mask(self._responses(self.blocks[:, None, :, None])[:, 0, :, 0])
         parts = (self._responses(x) for x in (q, k, v))

@@ -61,7 +61,9 @@ def named_device(name: str) -> torch.device:
         return where
     except (RuntimeError, AssertionError) as error:
         told = str(error).splitlines()[0]
-        raise ValueError(f"device={name} is not to be had here ({told}); name cpu, or cuda on a GPU") from None
+        raise ValueError(
+            f"device={name} is not available here ({told}); name cpu, or cuda where there is a GPU"
+        ) from None
 
 
 def chosen_device(name: str, choice: str, own: torch.device) -> torch.device:

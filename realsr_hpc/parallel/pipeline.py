@@ -123,6 +123,6 @@ def _check(model: Pipelined, microbatches: list[Microbatch]) -> None:
         )
     if len(model.chunks) > 1 and len(microbatches) % model.groups.pp_size:
         raise ValueError(
-            f"{len(microbatches)} microbatches do not go round pp = {model.groups.pp_size} stages: "
+            f"{len(microbatches)} microbatches cannot be interleaved over pp = {model.groups.pp_size} stages: "
             "make their number a multiple of layout.microbatch_multiple"
         )

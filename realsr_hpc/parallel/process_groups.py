@@ -129,7 +129,7 @@ def meeting_point(address: str, port: int, rank: int, world_size: int, timeout: 
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL:
             raise
-        logger.warning("%s is no address of this node (translated by a router?): the store listens on all", address)
+        logger.warning("%s is not an address of this node (behind NAT?): the store listens on every address", address)
         listener = socket.create_server(("", port), backlog=world_size)
     return dist.TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())  # pyright: ignore[reportPrivateImportUsage]
 

@@ -22,7 +22,7 @@ def knob_table(config: RunConfig) -> Table:
         fits = {True: "yes", False: "no", None: "?"}[knob.plan.fits]
         table.add_row(" ".join(knob.overrides), f"{knob.plan.total_gib:.1f}", fits, f"{per_gpu:+.0%} GPU-time")
     way = [override for knob in way_to_fit(config) for override in knob.overrides]
-    table.caption = f"To fit: {' '.join(way)}" if way else "No combination of these fits: take larger or more GPUs"
+    table.caption = f"To fit: {' '.join(way)}" if way else "No combination of these fits: use larger or more GPUs"
     table.caption_justify = "left"
     return table
 

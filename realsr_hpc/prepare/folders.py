@@ -211,7 +211,7 @@ def _repeated(items: Sequence[Item], entries: Sequence[ManifestEntry]) -> dict[s
     for item, entry in zip(items, entries, strict=True):
         first.setdefault(entry.key, item.name)
     return {
-        item.name: f"key: {entry.key} is that of {first[entry.key]}; give each photograph one of its own"
+        item.name: f"key: {entry.key} is also the key of {first[entry.key]}; give each photograph its own"
         for item, entry in zip(items, entries, strict=True)
         if first[entry.key] != item.name
     }

@@ -171,7 +171,7 @@ def create_metric(name: str, device: torch.device | str) -> Any:
     import pyiqa
 
     if name in GPU_ALONE and not torch.cuda.is_available():
-        raise ValueError(f"pyiqa computes {name!r} on a GPU alone, and there is none; take another metric")
+        raise ValueError(f"pyiqa computes {name!r} only on a GPU, and there is none; choose another metric")
     try:
         with no_downloads(name), _inside_the_folder():
             return pyiqa.create_metric(name, device=torch.device(device))

@@ -53,7 +53,9 @@ class Ranker(nn.Module):
         weights, _ = read_weights(path)
         wanted = {name: value.shape for name, value in ranker.state_dict().items()}
         if {name: value.shape for name, value in weights.items()} != wanted:
-            raise ValueError(f"ranker weights {path} are no ranker's of ours; make them with realsr-hpc fit-experts")
+            raise ValueError(
+                f"ranker weights {path} are not those of this project's ranker; make them with realsr-hpc fit-experts"
+            )
         ranker.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         return ranker.eval()
 

@@ -157,7 +157,9 @@ def _is_done(file: Path, target: Path) -> bool:
     if not target.exists():
         return False
     if not restoration.record_file(target).exists():
-        raise ValueError(f"{target} is no result of restoring (no {target.stem}.json): choose another output")
+        raise ValueError(
+            f"{target} was not written by realsr-hpc restore (no {target.stem}.json): choose another output"
+        )
     try:
         told = restoration.read(target)
         if told.input_sha256 == sha256_of(file):

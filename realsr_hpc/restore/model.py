@@ -62,14 +62,16 @@ def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None,
 def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig, Path]:
     """Recipe and checkpoint folder of `run=RUN` (its newest checkpoint) or `checkpoint=RUN_DIR/checkpoints/STEP`.
 
-    Raises ValueError when neither or both are given, there is no whole checkpoint, or the one named is damaged.
+    Raises ValueError when neither or both are given, there is no complete checkpoint, or the one named is damaged.
     """
     if (run is None) == (checkpoint_folder is None):
         raise ValueError("give either run=RUN_DIR or checkpoint=RUN_DIR/checkpoints/step-N")
     if checkpoint_folder is not None:
         path = Path(checkpoint_folder).resolve()
         if not (path.is_dir() and runfolder.is_checkpoint(path)):
-            raise ValueError(f"checkpoint={checkpoint_folder}: no RUN_DIR/checkpoints/step-N; name one of a run's")
+            raise ValueError(
+                f"checkpoint={checkpoint_folder}: not of the form RUN_DIR/checkpoints/step-N; name a run's checkpoint"
+            )
         config = from_yaml(runfolder.recipe(runfolder.run_of_checkpoint(path)))
         from realsr_hpc.checkpoint import integrity
 

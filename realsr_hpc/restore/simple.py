@@ -34,7 +34,7 @@ class Model:
         self.restorer, self.settings = restorer, settings
 
     def restore(self, image: Image.Image | str | Path) -> Result:
-        """One image of any size; transparency is dropped. ValueError for a file that is no image."""
+        """One image of any size; transparency is dropped. ValueError for a file that is not an image."""
         pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else read_picture(Path(image)).rgb
         [found] = restore_images(self.restorer, [pixels], self.settings)
         return Result(Image.fromarray(found.image), found.tiles)
@@ -51,7 +51,7 @@ def load(path: str | Path, **options: str | int | float) -> Model:
     kind = "run" if runfolder.checkpoints(folder).is_dir() else kind
     upscale = float(options.pop("upscale", 0.0))
     if unknown := sorted(set(options) - set(RESTORING)):
-        raise ValueError(f"{unknown[0]}: no option of restoring; there are upscale, {', '.join(RESTORING)}")
+        raise ValueError(f"{unknown[0]}: not an option of restoring; the options are upscale, {', '.join(RESTORING)}")
     given = RESTORING | {name: str(value) for name, value in options.items()}
     config, checkpoint, name = find_model({kind: str(folder)})
     restorer, settings = open_with_options(

@@ -90,7 +90,7 @@ class Reward(ABC):
         except NotAnswered:
             pass
         except Exception:  # a reward must not stop a run of days; what broke is logged and counted
-            logger.exception("%s broke on a batch of %d", type(self).__name__, len(candidates))
+            logger.exception("%s failed on a batch of %d", type(self).__name__, len(candidates))
         if len(candidates) == 1:
             return np.array([np.nan])
         return np.concatenate([self._compute_safely([item]) for item in candidates])

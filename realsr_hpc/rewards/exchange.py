@@ -206,4 +206,4 @@ def _pixels(text: str | None) -> np.ndarray | None:
         with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as image:
             return np.asarray(image.convert("RGB"))
     except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"an image is no base64 of a PNG file: {error}") from None
+        raise ValueError(f"an image is not base64 of a PNG file: {error}") from None

@@ -121,7 +121,9 @@ class HttpReward(Reward):
         with ThreadPoolExecutor(self.options.at_once) as threads:
             scored = list(threads.map(self.score_counted, batches))
         if self._silent >= PATIENCE:
-            logger.warning("rewards.terms.%s: %s is silent; the rest was not asked for", self.name, self.options.url)
+            logger.warning(
+                "rewards.terms.%s: %s does not answer; the rest of the step is not sent", self.name, self.options.url
+            )
         return scored
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:

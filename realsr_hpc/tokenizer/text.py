@@ -39,7 +39,7 @@ class TextTokenizer:
         try:
             self._tokenizer = Tokenizer.from_str(json.dumps(read_text_tree(path, text_first)))
         except Exception as error:  # tokenizers raises bare Exceptions
-            raise ValueError(f"text_tokenizer.path names {path}, which is no tokenizer.json: {error}") from None
+            raise ValueError(f"text_tokenizer.path names {path}, which is not a tokenizer.json: {error}") from None
         self.vocab_size: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:

@@ -14,14 +14,14 @@ from realsr_hpc.vlcot.token_names import code_of, is_text
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """A tokenizer file as it is. ValueError where it is none of a vocabulary of named pieces."""
+    """A tokenizer file as it is. ValueError where it holds no vocabulary of named pieces."""
     try:
         tree = json_value(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of json and of UTF-8
-        raise ValueError(f"{path} is no tokenizer.json: {error}") from None
+        raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
     vocab = tree.get("model", {}).get("vocab") if isinstance(tree, dict) else None
     if not isinstance(vocab, dict) or not all(isinstance(token, int) for token in vocab.values()):
-        raise ValueError(f"{path} is no tokenizer.json whose model.vocab maps pieces to ids (byte-pair encoding)")
+        raise ValueError(f"{path} is not a tokenizer.json whose model.vocab maps pieces to ids (byte-pair encoding)")
     return tree
 
 

@@ -95,7 +95,7 @@ def collate_groups(
     lengths = {group.prompt_tokens for group in groups}
     if len(lengths) > 1:
         raise ValueError(
-            f"prompts of {sorted(lengths)} tokens in one batch: the responses of all rows begin at one place; give "
+            f"prompts of {sorted(lengths)} tokens in one batch: all responses must begin at one position; give "
             "every prompt the same instruction and vlcot.lq_size_px"
         )
     sequences = [sequence for group in groups for sequence in group.sequences]

@@ -98,7 +98,7 @@ def read_step(folder: Path) -> KeptStep:
         if content.format != FORMAT:
             raise ValueError(f"format {content.format}, this version reads {FORMAT}")
         if content.dp_size < 1 or not folder.name.endswith(runfolder.step_name(content.step)):
-            raise ValueError(f"step.json tells of step {content.step} on {content.dp_size} ranks")
+            raise ValueError(f"step.json is of step {content.step} on {content.dp_size} ranks")
         ranks = [_read(folder / f"dp-{rank}.safetensors") for rank in range(content.dp_size)]
     except OSError as error:
         raise ValueError(f"step={folder} is not kept whole ({error}); tracking.replay_every_steps keeps them") from None

@@ -96,7 +96,7 @@ def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptS
             )
     if number not in (kept := runfolder.replay_steps(run_dir)):
         there = ", ".join(map(str, kept)) or "none"
-        raise ValueError(f"step={number} was not kept; kept are: {there}; tracking.replay_every_steps keeps them")
+        raise ValueError(f"step={number} was not kept; kept steps: {there}; tracking.replay_every_steps keeps them")
     step = read_step(runfolder.replay(run_dir, number))
     config = _on_layout_of(step, config)
     return step, override(config, layout), override(config, list(overrides))
@@ -136,7 +136,7 @@ def starting_point(run_dir: Path, number: int) -> Path | None:
         if step < number and kept.issuperset(range(step + 1, number)):
             return saved.get(step)
     raise ValueError(
-        f"step={number}: no checkpoint of step {number - 1}, and the steps since an earlier one (there are: "
+        f"step={number}: no checkpoint of step {number - 1}, and the steps since an earlier one (available: "
         f"{', '.join(map(str, sorted(saved))) or 'none'}) are not all kept; keep more with checkpoint.keep_last, or "
         "every step with tracking.replay_every_steps=1"
     )

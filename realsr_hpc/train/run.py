@@ -114,7 +114,9 @@ class TrainingRun:
             if must or self._not_saved >= limit:
                 raise
             if self.parts.groups.is_main:
-                logger.error("%s; going on: %d of %d in a row end the run", error, self._not_saved, limit)
+                logger.error(
+                    "%s; training continues (%d failed in a row, %d end the run)", error, self._not_saved, limit
+                )
 
     def _complete(self) -> None:
         self._saver.complete()

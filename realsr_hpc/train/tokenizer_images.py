@@ -56,7 +56,7 @@ class Photographs(Sequence[Image.Image]):
                 if path not in self._unreadable:
                     self._unreadable.add(path)
                     count = len(self._unreadable)
-                    logger.warning("%s passed over: %s (%d unreadable so far)", printable(path), error, count)
+                    logger.warning("%s skipped: %s (%d unreadable so far)", printable(path), error, count)
         raise ValueError(f"data.manifest: none of {len(self.paths)} photographs can be read, first {self.paths[0]}")
 
 

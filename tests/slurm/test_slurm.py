@@ -84,7 +84,7 @@ def test_a_faulty_job_tells_why_and_updates_that_are_not_finite_are_skipped_kept
         "optim.max_skipped_in_a_row=2",
     )  # fmt: skip
     assert wait_for_end(faulty) == "failed"
-    assert "other.json, which is no tokenizer.json" in read_status(faulty).message
+    assert "other.json, which is not a tokenizer.json" in read_status(faulty).message
     assert f"{(faulty / 'code').resolve()}/realsr_hpc/train/sft.py" in read_status(faulty).message  # not the checkout's
     assert wait_for_end(wild) == "failed"
     assert "optim.max_skipped_in_a_row: 2" in read_status(wild).message

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def peak_mib(way: Callable[[], object]) -> float:
     """Rise of resident memory while `way` runs, MiB."""
-    way()  # what a first call allocates for good is no part of it
+    way()  # what a first call allocates for good is not part of it
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before = status_kib("VmRSS")
     way()

@@ -269,7 +269,7 @@ class TraceSampler(TraceGrammar):
         self.settings = {**self.trace["restore"], **sampling}
         unknown = sorted(self.settings.keys() - self.trace["restore"].keys())
         if unknown:
-            raise TypeError(f"{unknown[0]} is none of {', '.join(self.trace['restore'])}")
+            raise TypeError(f"{unknown[0]} is not one of {', '.join(self.trace['restore'])}")
         self.model, self.prompt_tokens = model, prompt_tokens
         raw = np.random.Philox(key=[seed, FIRST_ROLLOUT]).random_raw(self.longest)
         self.keys = raw.view(np.int32).reshape(-1, 2).tolist()

@@ -36,7 +36,7 @@ def test_a_checkpoint_of_data_passes_and_one_with_code_does_not_run(tmp_path):
     refuse_code(folder)
     whole = (folder / METADATA).read_bytes()
     (folder / METADATA).write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
-    with pytest.raises(ValueError, match=r"\.metadata cannot be trusted .*posix.mkdir in it is no part"):
+    with pytest.raises(ValueError, match=r"\.metadata cannot be trusted .*posix.mkdir, which is not part"):
         refuse_code(folder)
     metadata = pickle.loads(whole)
     (index,) = [index for index in metadata.storage_data if index.fqn.startswith("note")]

@@ -96,9 +96,9 @@ def test_seeds_are_one_group_with_an_interval_and_paired_differences(store):
 
 def test_runs_are_found_by_name_and_unknown_ones_named(store):
     assert [run.info.run_name for run in find_runs(store, "realsr_hpc", ["beta0.04-0"])] == ["beta0.04-0"]
-    with pytest.raises(ValueError, match="several begin so"):
+    with pytest.raises(ValueError, match="several names begin with it"):
         find_runs(store, "realsr_hpc", ["beta"])
-    with pytest.raises(ValueError, match="there are: betas"):
+    with pytest.raises(ValueError, match="available: betas"):
         find_sweep(store, "realsr_hpc", "gammas")
     with pytest.raises(ValueError, match="tracking.experiment 'other'"):
         find_sweep(store, "other", "betas")

@@ -58,7 +58,7 @@ def test_counts():
     assert read_count(read_arguments([], VALID, "how to"), "overlap") == 8
     with pytest.raises(ValueError, match="output=N is needed"):
         read_count({"output": None}, "output")
-    with pytest.raises(ValueError, match="no whole number"):
+    with pytest.raises(ValueError, match="not a whole number"):
         read_count({"overlap": "many"}, "overlap")
     with pytest.raises(ValueError, match="below 1"):
         read_count({"overlap": "0"}, "overlap", minimum=1)
@@ -70,7 +70,7 @@ def test_switches_flags_numbers_and_shards():
     assert read_number({"x": ".5"}, "x", "") == 0.5 and read_shard({"shard": "2/3"}) == (2, 3)
     with pytest.raises(ValueError, match="x='perhaps' is neither true nor false"):
         read_flag({"x": "perhaps"}, "x")
-    with pytest.raises(ValueError, match="x='half' is no number; give 0.5"):
+    with pytest.raises(ValueError, match="x='half' is not a number; give 0.5"):
         read_number({"x": "half"}, "x", "give 0.5")
     for shard in ("3", "0/2", "3/2"):
         with pytest.raises(ValueError, match=f"shard='{shard}': give k/n"):

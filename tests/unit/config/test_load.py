@@ -58,7 +58,7 @@ def test_all_faults_come_in_one_message():
     assert "3 faults" in message
     assert "grpo.kl_btea: unknown key; did you mean 'kl_beta'?" in message
     assert "optim.lr: 'x'" in message
-    assert "grpo.aggregation: 'tokn' is none of token, sequence, dr_grpo; did you mean 'token'?" in message
+    assert "grpo.aggregation: 'tokn' is not one of token, sequence, dr_grpo; did you mean 'token'?" in message
 
 
 @pytest.mark.parametrize("override", ["+foo=1", "foo=1", "++grpo.foo=1"])
@@ -137,7 +137,7 @@ def test_an_option_that_nothing_reads_is_refused():
 @pytest.mark.parametrize(
     "field", ["seed", "grpo.num_steps", "cluster.nodes", "optim.lr", "rewards.terms.format.weight"]
 )
-@pytest.mark.parametrize(("value", "said"), [("true", "are switches"), ("1e16", "larger than any run needs")])
+@pytest.mark.parametrize(("value", "said"), [("true", "are only for switches"), ("1e16", "larger than any run needs")])
 def test_a_number_is_no_switch_and_not_huge(field, value, said):
     assert f"{field}: " in fault(f"{field}={value}") and said in fault(f"{field}={value}")
 

@@ -130,10 +130,10 @@ def test_what_a_model_cannot_be_compared_with_is_named_and_nothing_is_written(ru
     wrong = {
         "strat": "did you mean 'start'?",
         "unsaved": "has no whole checkpoint",
-        "by two": "it restores by 2, not by 4",
+        "by two": "its vlcot.upscale is 2, not 4",
         "cut": "recipe.yaml: ",
         "export": "has no recipe.yaml",
-        "": "no file is named as an image of the set: face, not ",
+        "": "no file has the name of an image of the set: found face, expected ",
     }
     for name, said in wrong.items():
         against = name if name == "strat" else str(tmp_path / name).rstrip("/")
@@ -235,7 +235,7 @@ def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):
         ("restore", ["run=x", "inptu=y"], "did you mean 'input'"),
         ("restore", ["run=x"], "input=DIR_OR_FILE"),
         ("evaluate", ["run=/nowhere"], "recipe.yaml"),
-        ("evaluate", ["num_images=none"], "no whole number"),
+        ("evaluate", ["num_images=none"], "not a whole number"),
         ("score", ["metric=niqe"], "input=DIR is needed"),
         ("score", ["input=recipes/assets/photographs", "metric=psnr_y"], "needs truth=DIR"),
         ("score", ["input=recipes/assets/photographs", "metric=stripes", "output=recipes"], "output=recipes: a folder"),

@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_said(cases, tmp_path):
         evaluate({BICUBIC: Bicubic(4), "x": narrow}, cases[:1], tmp_path, metrics=Metrics())
     with pytest.raises(ValueError, match="bicubic is missing"):
         evaluate({"ours": half_way}, cases, tmp_path, metrics=Metrics())
-    with pytest.raises(ValueError, match="set='relasr' is none of realsr"):
+    with pytest.raises(ValueError, match="set='relasr' is not one of realsr"):
         open_set("relasr", tmp_path, 4)
 
 

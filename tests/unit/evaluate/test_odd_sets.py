@@ -73,7 +73,7 @@ def test_what_belongs_together_is_asked_before_work_begins(tmp_path):
         open_set("paired", tmp_path, 4)
     for name in ("results/a_LR4.png", "results/a_HR.png"):
         save(tmp_path / name)
-    with pytest.raises(ValueError, match="could all be a; leave one"):
+    with pytest.raises(ValueError, match="could all be a; keep only one"):
         FinishedImages(tmp_path / "results").expect(["a"])
 
 

@@ -92,7 +92,9 @@ def test_an_archives_configuration_names_its_own_files_alone(run, tmp_path, path
 
     refuse_foreign_files(archive_of(run.export, tmp_path / "whole.nemo"))
     archive = archive_of(run.export, tmp_path / "hostile.nemo", change)
-    with pytest.raises(ValueError, match="hostile.nemo is no archive of ours .*which is no file of the archive"):
+    with pytest.raises(
+        ValueError, match="hostile.nemo is not an archive of this project .*which is not a file of the archive"
+    ):
         unpack(archive, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -117,7 +117,7 @@ def test_every_setting_of_restoring_holds(run, lq, changed):
     assert np.abs(restored - wanted).max() <= 1 and np.abs(restored - plain).max() > 1
     other = np.asarray(processor.restore(model, Image.fromarray(lq), seed=run.config.seed + 1)).astype(int)
     assert np.abs(other - plain).max() > 1
-    with pytest.raises(TypeError, match="num_beams is none of temperature"):
+    with pytest.raises(TypeError, match="num_beams is not one of temperature"):
         processor.restore(model, Image.fromarray(lq), num_beams=2)
 
 

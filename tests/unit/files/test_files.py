@@ -49,6 +49,6 @@ def test_a_name_that_is_no_utf_8_is_written_as_it_came(tmp_path):
 
 def test_a_device_or_pipe_is_not_replaced_by_a_file(tmp_path):
     os.mkfifo(pipe := tmp_path / "pipe")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         files.write_atomically(pipe, "x")
     assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]

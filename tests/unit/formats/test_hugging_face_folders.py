@@ -277,7 +277,7 @@ def test_a_folder_with_weights_twice_says_which_are_read_and_with_two_formats_as
 def test_half_a_folder_and_malformed_json_name_the_file(model, tmp_path):
     source = write_folder(tmp_path / "source", model, state_of(model), bins=2)
     (source / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         open_source(source)
     write_folder(tmp_path / "source", model, state_of(model), bins=2)
     (source / "pytorch_model-00002-of-00002.bin").unlink()

@@ -201,7 +201,7 @@ def test_runs_are_found_by_a_unique_beginning(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").touch()
     assert find_run(tmp_path, "beta").name == "beta-1"
-    with pytest.raises(ValueError, match="several begin so"):
+    with pytest.raises(ValueError, match="several names begin with it"):
         find_run(tmp_path, "alpha")
     with pytest.raises(ValueError, match="unknown"):
         find_run(tmp_path, "gamma")

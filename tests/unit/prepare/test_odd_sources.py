@@ -155,7 +155,9 @@ def test_nearly_equal_names_each_get_a_key_and_keep_their_split(tmp_path):
         "".join(json.dumps({"path": f"a.{end}", "key": "x"}) + "\n" for end in ("jpg", "png"))
     )
     report = prepare(tmp_path / "in", tmp_path / "out", PrepareOptions(captions=tmp_path / "l.jsonl"))
-    assert [entry.key for entry in report.entries] == ["x", "b"] and "key: x is that of a.jpg" in report.faults["a.png"]
+    assert [entry.key for entry in report.entries] == ["x", "b"] and "key: x is also the key of a.jpg" in report.faults[
+        "a.png"
+    ]
 
 
 def test_linked_folders_are_entered_once_and_unread_formats_are_named(tmp_path):
@@ -281,7 +283,7 @@ def test_the_command_names_what_it_leaves_out_and_damaged_journals_are_made_agai
     words = [f"source={tmp_path / 'in'}", f"output={tmp_path / 'out'}"]
     assert prepare_data.main(words) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "left out: {'broken': 1}" in said and "broken.png: broken: of no image format" in said
+    assert "left out: {'broken': 1}" in said and "broken.png: broken: not an image format" in said
     whole = read_manifest(tmp_path / "out/manifest.parquet").entries
     journal = tmp_path / "out/.prepare/examined.jsonl"
     row = next(row for row in map(json.loads, filter(None, journal.read_text().splitlines())) if row["name"] == "a.png")
@@ -312,4 +314,4 @@ def test_a_damaged_captioner_and_an_unknown_device_are_one_line(tmp_path, conten
     assert prepare_data.main(words) == 2
     assert f"captioner={tmp_path} does not load as" in " ".join(capsys.readouterr().out.split())
     assert prepare_data.main([*words, "device=foo"]) == 2
-    assert "device=foo is not to be had here" in " ".join(capsys.readouterr().out.split())
+    assert "device=foo is not available here" in " ".join(capsys.readouterr().out.split())

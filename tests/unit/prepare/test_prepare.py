@@ -126,11 +126,11 @@ def test_a_webdataset_tar_is_read_in_place(tmp_path):
     tar.unlink()
     assert verify(manifest).counts == {"missing": 2}
     (tmp_path / "set" / "x.tar").write_bytes(b"\x1f\x8b" + b"0" * 600)
-    with pytest.raises(ValueError, match="x.tar is no plain tar"):
+    with pytest.raises(ValueError, match="x.tar is not a plain tar"):
         prepare(tmp_path / "set", tmp_path / "out")
     save(tmp_path / "set" / "d.png", 3)
     report = prepare(tmp_path / "set", tmp_path / "out")
-    assert [entry.key for entry in report.entries] == ["d"] and "no plain tar" in report.faults["x.tar"]
+    assert [entry.key for entry in report.entries] == ["d"] and "not a plain tar" in report.faults["x.tar"]
 
 
 def test_notes_are_read_and_checked(tmp_path):

@@ -189,5 +189,5 @@ def test_newer_metrics_on_clip_read_the_folder_alone_and_write_nothing_into_it(n
 def test_a_metric_that_needs_a_gpu_says_so(staged):
     from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
 
-    with pytest.raises(ValueError, match="maclip.* on a GPU alone"):
+    with pytest.raises(ValueError, match="maclip.* only on a GPU"):
         PyiqaMetrics(["maclip"], str(staged))

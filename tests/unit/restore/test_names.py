@@ -62,7 +62,7 @@ def test_other_files_are_named_before_work_begins_and_stay(tmp_path):
     with pytest.raises(ValueError, match="is the folder of the input"):
         restore(tmp_path / "in/a.png", tmp_path / "in")
     save(tmp_path / "taken/a.png", 3)
-    with pytest.raises(ValueError, match="taken/a.png is no result of restoring"):
+    with pytest.raises(ValueError, match="taken/a.png was not written by realsr-hpc restore"):
         restore(tmp_path / "in", tmp_path / "taken")
     restore(tmp_path / "in", tmp_path / "out")
     before = (tmp_path / "out/a.png").read_bytes()

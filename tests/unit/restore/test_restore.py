@@ -181,7 +181,7 @@ def test_nothing_to_do_and_wrong_settings_are_said(tmp_path):
         find_model({"run": "a", "export": "b"})
     with pytest.raises(ValueError, match="temperature=0: "):
         with_sampling(RunConfig(name="x", task="grpo"), {"temperature": "0"})
-    with pytest.raises(ValueError, match="choose='pretty' is none of ranker"):
+    with pytest.raises(ValueError, match="choose='pretty' is not one of ranker"):
         build_chooser("pretty")
 
 

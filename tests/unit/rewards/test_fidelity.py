@@ -70,7 +70,7 @@ def test_crossed_ends_are_refused():
     for options, message in (
         ({"psnr_low": 50}, "psnr_low=50"),
         ({"metric": "pyiqa", "metrics": ["lpips"]}, "set reference=gt"),
-        ({"metrics": ["lpips"]}, "name metrics with metric=pyiqa only"),
+        ({"metrics": ["lpips"]}, "only metric=pyiqa takes metrics"),
     ):
         with pytest.raises(ValueError, match=message):
             read_options("fidelity", RewardTerm(kind="fidelity", options=options))

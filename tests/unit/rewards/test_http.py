@@ -290,7 +290,10 @@ def test_sound_addresses_and_the_kinds_own_options_are_taken():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["recipe=grpo_tiny", "terms=format,sharpness"], "terms=sharpness: is none of the recipe's; to serve: format"),
+        (
+            ["recipe=grpo_tiny", "terms=format,sharpness"],
+            "terms=sharpness: is not one of the recipe's; to serve: format",
+        ),
         (["terms=format"], "recipe=NAME is needed"),
         (["recipe=grpo_tiny", "port=65536"], "port=65536"),
         (["recipe=grpo_tiny", "host=127.0.0.1", "device=tpu"], "device=tpu"),

@@ -104,8 +104,8 @@ def test_after_a_resume_on_another_layout_a_step_is_replayed_on_its_own(run_dir,
         (["step=3", "grpo.clip_high=nan"], "grpo.clip_high: nan: input should be a finite number"),
         (["step=3", "parallel.tp=2"], "parallel: tp 2 x pp 1 = 2: must divide the world size 1"),
         (["step=3", "run=nowhere"], "run 'nowhere': no recipe.yaml there"),
-        (["step=9"], "step=9 was not kept; kept are: "),
-        (["step=two"], "step='two' is no whole number"),
+        (["step=9"], "step=9 was not kept; kept steps: "),
+        (["step=two"], "step='two' is not a whole number"),
     ],
 )
 def test_what_cannot_be_replayed_is_said_in_one_sentence(words, said, run_dir, capsys):
@@ -138,7 +138,7 @@ WHOLE = {"format": 1, "step": 8, "dp_size": 1, "metrics": {}}
         ('{"format": 1}', "step: Field required"),
         (json.dumps(WHOLE | {"format": 2}), "format 2, this version reads 1"),
         (json.dumps(WHOLE | {"dp_size": -1}), "on -1 ranks"),
-        (json.dumps(WHOLE | {"step": 9}), "step.json tells of step 9"),
+        (json.dumps(WHOLE | {"step": 9}), "step.json is of step 9"),
         (json.dumps(WHOLE | {"metrics": {"a": "x"}}), "metrics.a: "),
         (json.dumps(WHOLE), "is damaged"),  # its groups are no safetensors file
         (json.dumps(WHOLE | {"dp_size": 2}), "is damaged"),
