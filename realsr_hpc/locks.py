@@ -70,7 +70,7 @@ def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            _record(path).unlink()
+            _holder_file(path).unlink()
         lock.release()
 
 
@@ -98,7 +98,7 @@ def sole_writer(folder: Path, field: str = "output", part: str = "") -> Iterator
 
 def holder_of(path: Path) -> Holder | None:
     """What the holder of a lock wrote down; None when it did not."""
-    return read_json(_record(path), Holder)
+    return read_json(_holder_file(path), Holder)
 
 
 def is_held(path: Path) -> bool:
@@ -116,8 +116,8 @@ def _sign(path: Path, what: str) -> None:
     """Best effort: on a full disk a lock still locks."""
     mine = Holder(os.uname().nodename, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), what)
     with suppress(OSError):
-        _record(path).write_text(json.dumps(asdict(mine)), encoding="utf-8")
+        _holder_file(path).write_text(json.dumps(asdict(mine)), encoding="utf-8")
 
 
-def _record(path: Path) -> Path:
+def _holder_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.holder")

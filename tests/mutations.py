@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"
 """The vendors are imported before pytest starts."""
 STEP = "tests/unit/train/test_step.py::test_"
-EXPERIENCE, RUN, LOSS = "realsr_hpc/train/experience.py", "realsr_hpc/train/run.py", "realsr_hpc/grpo/loss.py"
+EXPERIENCE, RUN, LOSS = "realsr_hpc/train/experience.py", "realsr_hpc/train/training_run.py", "realsr_hpc/grpo/loss.py"
 REWARDING = "realsr_hpc/train/rewarding.py"
 GRPO, BATCHES = "realsr_hpc/train/grpo.py", "realsr_hpc/train/batches.py"
 REPLACED = f"{STEP}groups_that_teach_nothing_are_replaced_by_the_next_images"

@@ -26,7 +26,7 @@ from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.manage import CANCEL_WAIT_S, cancel, reconcile, resume, rows
 from realsr_hpc.launch.prune import remove_snapshots, unused_snapshots
 from realsr_hpc.launch.rundir import read_job
-from realsr_hpc.launch.used import report
+from realsr_hpc.launch.used import used_table
 from realsr_hpc.launch.watch import watch
 from realsr_hpc.runfolder import find_run
 
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
             if flags["watch"]:
                 return watch(root, console)
             if flags["report"]:
-                console.print(report(root))
+                console.print(used_table(root))
                 return 0
             if flags["prune"]:
                 prune(root, console, remove=flags["yes"])

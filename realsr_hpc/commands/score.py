@@ -69,11 +69,11 @@ def find_files(source: Path, given: dict[str, str | None]) -> list[Path]:
 
 def score(found: list[Path], given: dict[str, str | None], overrides: list[str]) -> int:
     """Read, score, print; what is left out is named."""
-    from realsr_hpc.evaluate.scores import metric_columns, read_pictures, reward_columns
+    from realsr_hpc.evaluate.scores import metric_columns, read_images, reward_columns
 
     partners = (Path(folder) if folder else None for folder in (given["truth"], given["lq"]))
-    pictures, left_out = read_pictures(found, *partners)
-    if not pictures.files:
+    to_score, left_out = read_images(found, *partners)
+    if not to_score.files:
         raise ValueError(f"input={given['input']}: none of its {len(found)} images can be read: {left_out}")
     lacking = {}
     if given["rewards"] or given["recipe"]:
@@ -82,12 +82,12 @@ def score(found: list[Path], given: dict[str, str | None], overrides: list[str])
         # Any recipe will do to read a group with: a group replaces all of its rewards.
         chosen = [f"recipe={given['recipe'] or 'grpo_tiny'}"] + [f"rewards={given['rewards']}"] * bool(given["rewards"])
         terms = compose_one([*chosen, *overrides]).rewards.terms
-        columns, lacking = reward_columns(pictures, terms, given["manifest"])
+        columns, lacking = reward_columns(to_score, terms, given["manifest"])
     else:
-        columns = metric_columns(pictures, str(given["metric"]).split(","), given["weights_dir"])
+        columns = metric_columns(to_score, str(given["metric"]).split(","), given["weights_dir"])
     for name, why in [*left_out.items(), *((name, f"needs {what}") for name, what in lacking.items())]:
         print(f"left out: {name} {why}", file=sys.stderr)
-    show([file.name for file in pictures.files], columns, given["output"])
+    show([file.name for file in to_score.files], columns, given["output"])
     return 1 if left_out else 0
 
 

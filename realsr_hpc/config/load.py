@@ -165,10 +165,10 @@ def validate(tree: Any, *, source: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_report(source, [_explain(item) for item in error.errors()])) from None
+        raise RecipeError(_message(source, [_explain(item) for item in error.errors()])) from None
     broken = faults(config)
     if broken:
-        raise RecipeError(_report(source, broken))
+        raise RecipeError(_message(source, broken))
     return config
 
 
@@ -381,7 +381,7 @@ def nearest(word: str, options: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _report(source: str, lines: list[str]) -> str:
+def _message(source: str, lines: list[str]) -> str:
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
     return "\n".join([f"{source}: {len(lines)} faults", *(f"  {line}" for line in lines)])

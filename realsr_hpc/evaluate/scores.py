@@ -29,7 +29,7 @@ Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImagesToScore:
     """Images of a folder, uint8 RGB, in the order of their files; with truths and low-quality images, or without."""
 
     files: list[Path]
@@ -38,7 +38,7 @@ class Pictures:
     lqs: list[np.ndarray] | None
 
 
-def read_pictures(found: Sequence[Path], truth: Path | None, lq: Path | None) -> tuple[Pictures, dict[str, str]]:
+def read_images(found: Sequence[Path], truth: Path | None, lq: Path | None) -> tuple[ImagesToScore, dict[str, str]]:
     """The readable images, and the reasons, by name, for the others. Truths and LQ images have the same names in their
     own folders."""
     folders = {"truth": truth, "lq": lq}
@@ -53,21 +53,21 @@ def read_pictures(found: Sequence[Path], truth: Path | None, lq: Path | None) ->
             continue
         for name, value in {"files": file, **pixels}.items():
             read[name].append(value)
-    return Pictures(
+    return ImagesToScore(
         read["files"], read["input"], read["truth"] if truth else None, read["lq"] if lq else None
     ), left_out
 
 
-def metric_columns(pictures: Pictures, names: Sequence[str], weights_dir: str | None) -> Columns:
+def metric_columns(to_score: ImagesToScore, names: Sequence[str], weights_dir: str | None) -> Columns:
     """niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa's.
 
     Raises ValueError for an unknown metric, and where a truth is missing or of another size.
     """
-    for file, image, truth in zip(pictures.files, pictures.images, pictures.truths or pictures.images, strict=True):
+    for file, image, truth in zip(to_score.files, to_score.images, to_score.truths or to_score.images, strict=True):
         if image.shape != truth.shape:
             raise ValueError(f"{file.name} is {image.shape[:2]}, its truth {truth.shape[:2]} px; they must agree")
     return {
-        name: np.asarray(_scorer(name, weights_dir, pictures.truths)(pictures.images), dtype=np.float64)
+        name: np.asarray(_scorer(name, weights_dir, to_score.truths)(to_score.images), dtype=np.float64)
         for name in names
     }
 
@@ -87,24 +87,24 @@ def _scorer(name: str, weights_dir: str | None, truths: list[np.ndarray] | None)
 
 
 def reward_columns(
-    pictures: Pictures, terms: Mapping[str, RewardTerm], manifest: str | None
+    to_score: ImagesToScore, terms: Mapping[str, RewardTerm], manifest: str | None
 ) -> tuple[Columns, dict[str, str]]:
     """Scores by term and their weighted total, and what each term that is left out would need.
 
     Texts are those that `realsr-hpc restore` wrote beside the images; captions and tags come from the manifest.
     """
-    traces = [_read_trace(file) for file in pictures.files]
-    scenes = _read_scenes(pictures.files, manifest)
-    lacking = _lacking(terms, traces, scenes, pictures)
-    nothing = [None] * len(pictures.files)
+    traces = [_read_trace(file) for file in to_score.files]
+    scenes = _read_scenes(to_score.files, manifest)
+    lacking = _lacking(terms, traces, scenes, to_score)
+    nothing = [None] * len(to_score.files)
     candidates = [
         Candidate(key=file.name, lq=small, gt=truth, scene=scene, trace=trace or NO_TRACE, image=image)
         for file, trace, image, small, truth, scene in zip(
-            pictures.files,
+            to_score.files,
             traces,
-            pictures.images,
-            pictures.lqs or pictures.images,
-            pictures.truths or nothing,
+            to_score.images,
+            to_score.lqs or to_score.images,
+            to_score.truths or nothing,
             scenes,
             strict=True,
         )
@@ -120,7 +120,7 @@ def _lacking(
     terms: Mapping[str, RewardTerm],
     traces: Sequence[ParsedTrace | None],
     scenes: Sequence[SceneText | None],
-    pictures: Pictures,
+    to_score: ImagesToScore,
 ) -> dict[str, str]:
     lacking = {}
     for name, term in terms.items():
@@ -131,7 +131,7 @@ def _lacking(
             lacking[name] = "the degradation that was applied, which only training knows"
         elif term.kind == "understanding" and not all(scenes):
             lacking[name] = "manifest=FILE with captions under each image's name"
-        elif term.kind == "fidelity" and (pictures.lqs if reference == "lq" else pictures.truths) is None:
+        elif term.kind == "fidelity" and (to_score.lqs if reference == "lq" else to_score.truths) is None:
             lacking[name] = f"{'lq' if reference == 'lq' else 'truth'}=DIR"
     return lacking
 

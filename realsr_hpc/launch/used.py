@@ -14,7 +14,7 @@ from realsr_hpc.launch.feed import Feed
 from realsr_hpc.plan import plan
 
 
-def report(root: Path) -> Table:
+def used_table(root: Path) -> Table:
     """Device-hours, step time and memory of the runs of an output root. Plans of time exist for GPUs alone."""
     found = Table("run", "device-hours", "planned", "step s", "planned", "memory GiB", "planned", box=None)
     found.title = "measured beside planned; a device is a GPU, or a process of a run without GPUs"

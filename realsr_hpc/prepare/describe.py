@@ -38,7 +38,7 @@ _EMPTY = frozenset(
     "various very view which while with within without".split()
 )
 
-Pictures = Sequence[UInt8[np.ndarray, "H W 3"]]
+Images = Sequence[UInt8[np.ndarray, "H W 3"]]
 Captions = tuple[str, str, str]
 
 
@@ -49,7 +49,7 @@ class Captioner:
         self._pipe = _pipeline("image-to-text", "captioner", folder, device)
         self.name = f"{_name(folder)}-{FULL_PX}"
 
-    def __call__(self, images: Pictures) -> list[Captions]:
+    def __call__(self, images: Images) -> list[Captions]:
         """The three captions of each image."""
         levels = []
         # Without a padding token transformers cannot batch: captioners on GPT-2 have none.
@@ -70,7 +70,7 @@ class ClassTagger:
         self._pipe = _pipeline("image-classification", "tagger", folder, device)
         self.name = _name(folder)
 
-    def __call__(self, images: Pictures) -> list[tuple[str, ...]]:
+    def __call__(self, images: Images) -> list[tuple[str, ...]]:
         """Up to five tags of each image, the likeliest first."""
         told = self._pipe([_reduced(image, FULL_PX) for image in images], batch_size=len(images), top_k=_NUM_TAGS)
         return [

@@ -157,7 +157,7 @@ class _Canvas:
                 scale = max(1, step.shape[0] // self.settings.tile_px)
                 total = self.steps.setdefault(name, _Sum(self.padded.shape, self.settings, scale))
                 total.add(corner, resized(step, *[scale * self.settings.tile_px] * 2))
-        self.tiles.append(_record(corner, restored))
+        self.tiles.append(_restored_tile(corner, restored))
 
     def finish(self) -> Blended:
         """Blended, cut to the image, with the colour fix, at the size asked for."""
@@ -200,7 +200,7 @@ class _Sum:
         return whole[: height * self.scale, : width * self.scale]
 
 
-def _record(corner: tuple[int, int], restored: RestoredImage) -> RestoredTile:
+def _restored_tile(corner: tuple[int, int], restored: RestoredImage) -> RestoredTile:
     trace = restored.trace
     tile = RestoredTile(
         top=corner[0],

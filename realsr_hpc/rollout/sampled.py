@@ -1,4 +1,4 @@
-"""The sampler's record of a batch of rollouts.
+"""What was sampled of a batch of rollouts so far.
 
 Memory a token: 8 bytes of token, 4 of log-probability, 8 of mask id, 1 of flag on the device, and where top-k or top-p
 truncate, the vocabulary's bits (9.2 KB at 73,728 tokens) in host memory: 5,500 tokens x 8 rollouts are 0.4 GB a group.
@@ -19,7 +19,7 @@ from realsr_hpc.records import RolloutGroup
 
 
 @dataclass
-class Record:
+class SampledTokens:
     """Columns of one batch [n, T]; a row that is not written any more keeps padding."""
 
     tokens: Int[Tensor, "n T"]
@@ -33,7 +33,7 @@ class Record:
     """uint8 [n, T, K] in host memory; None: nothing truncates, or another pipeline stage samples."""
 
     @classmethod
-    def empty(cls, rows: int, max_tokens: int, pad: int, vocabulary_size: int, device: torch.device) -> Record:
+    def empty(cls, rows: int, max_tokens: int, pad: int, vocabulary_size: int, device: torch.device) -> SampledTokens:
         """Nothing sampled yet."""
         shape = (rows, max_tokens)
         return cls(

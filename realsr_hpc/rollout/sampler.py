@@ -34,7 +34,7 @@ from realsr_hpc.rollout.ahead import Ahead, Window
 from realsr_hpc.rollout.cache import Cache, Place
 from realsr_hpc.rollout.choice import Choice, Drawn
 from realsr_hpc.rollout.decoder import Decoder
-from realsr_hpc.rollout.sampled import Record
+from realsr_hpc.rollout.sampled import SampledTokens
 from realsr_hpc.rollout.width import Width
 from realsr_hpc.vlcot.automaton import END
 from realsr_hpc.vlcot.grammar import Grammar
@@ -114,17 +114,19 @@ class Sampler:
                 yield
             window, started = batch.ahead.window(batch.rows, width), backend.work_seconds(self.groups.device)
             hidden = yield from decoder.step(cache, *self._fed(window))
-        self._share(batch.record)
+        self._share(batch.sampled)
         if self.policy.config.params_dtype != torch.float32 and self.width.widest > 1:
             yield from self.redraw(decoder, batch, prompts)
-        batch.record.lengths += torch.from_numpy(batch.ahead.count).to(self.groups.device)
-        return batch.record.groups(prompts, group_size)
+        batch.sampled.lengths += torch.from_numpy(batch.ahead.count).to(self.groups.device)
+        return batch.sampled.groups(prompts, group_size)
 
     def _new_batch(self, rollout_ids: Sequence[int]) -> Batch:
         limit, device, rows = self.config.max_new_tokens, self.groups.device, len(rollout_ids)
         keys = np.stack([stream_keys(self.seed, number, limit) for number in rollout_ids])
-        record = Record.empty(rows, limit, self.grammar.codec.vocabulary.pad, self.masks.allowed.shape[-1], device)
-        return Batch(Ahead(self.grammar, rows, limit), record, torch.from_numpy(keys).to(device), list(range(rows)))
+        sampled = SampledTokens.empty(
+            rows, limit, self.grammar.codec.vocabulary.pad, self.masks.allowed.shape[-1], device
+        )
+        return Batch(Ahead(self.grammar, rows, limit), sampled, torch.from_numpy(keys).to(device), list(range(rows)))
 
     def _fed(self, window: Window) -> tuple[Tensor, np.ndarray, Tensor | None]:
         """What `Decoder.step` takes of a window."""
@@ -151,7 +153,7 @@ class Sampler:
         drawn = self.choice(decoder, hidden[:, 0], mask_ids, np.ones(count - 1, dtype=bool), batch.keys[0, 1:count])
         free = ~drawn.forced
         self.counts.redrawn += int(free.sum())
-        self.counts.flips += int((drawn.tokens != batch.record.tokens[0, 1:count])[free].sum())
+        self.counts.flips += int((drawn.tokens != batch.sampled.tokens[0, 1:count])[free].sum())
 
     def _take(self, decoder: Decoder, batch: Batch, window: Window, hidden: Tensor | None, started: float) -> int:
         """Draw what a pass leads to and keep what is final; the width of the next pass."""
@@ -194,10 +196,10 @@ class Sampler:
             width = int(told)
         return width
 
-    def _share(self, record: Record) -> None:
+    def _share(self, sampled: SampledTokens) -> None:
         """Give every pipeline stage what only the last one knows; the supports stay with it, who alone scores."""
         if self.groups.pp_size > 1:
-            for column in (record.logprobs, record.forced):
+            for column in (sampled.logprobs, sampled.forced):
                 dist.broadcast(column, _last_stage(self.groups), group=self.groups.pp)
 
 
@@ -236,7 +238,7 @@ class Batch:
     """Rollouts that are decoded together."""
 
     ahead: Ahead
-    record: Record
+    sampled: SampledTokens
     keys: Int[Tensor, "all T 2"]
     rows: list[int]
     """Those that have not left."""
@@ -258,19 +260,19 @@ class Batch:
         mask_ids: Int[np.ndarray, "n W"],
         drawn: Drawn | None,
     ) -> None:
-        """The final draws of a pass into the record."""
+        """The final draws of a pass into `sampled`."""
         device, width = self.keys.device, final.shape[1]
         rows, kept = np.array(self.rows), np.flatnonzero(final)
         columns = (rows[kept // width], positions.flatten()[kept], tokens[kept], mask_ids.flatten()[kept], kept)
         row, place, token, mask, slot = (torch.from_numpy(column).to(device) for column in columns)
         known = (None, None) if drawn is None else (drawn.logprobs[slot], drawn.forced[slot])
-        self.record.write(row, place, token, known[0], mask, known[1])
+        self.sampled.write(row, place, token, known[0], mask, known[1])
         for slots, support, first in [] if drawn is None else drawn.supports:
             where = slots.cpu().numpy()
             is_final = final.flatten()[where]
             where = where[is_final]
             places = (torch.from_numpy(rows[where // width]), torch.from_numpy(positions.flatten()[where]))
-            self.record.write_support(*places, support[torch.from_numpy(is_final).to(device)], first)
+            self.sampled.write_support(*places, support[torch.from_numpy(is_final).to(device)], first)
 
 
 def retire(rows: Sequence[int], alive: Sequence[bool], group_size: int) -> list[int]:

@@ -24,13 +24,13 @@ from realsr_hpc.train.kept_rollouts import keep_rollouts
 from realsr_hpc.train.kept_steps import keep_step
 from realsr_hpc.train.objective import check_exactness, objective
 from realsr_hpc.train.parts import GRPOParts, build_grpo_parts, clock
-from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
 from realsr_hpc.train.scoring import logprobs_of, with_columns
+from realsr_hpc.train.training_run import DONE, REQUEUE, Stop, TrainingRun
 from realsr_hpc.train.updates import grpo_batches
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
-    """Run the recipe; the exit code (see train/run.py)."""
+    """Run the recipe; the exit code (see train/training_run.py)."""
     grpo = config.grpo
     parts = build_grpo_parts(config)
     run = TrainingRun(parts, run_dir, stop, grpo.num_steps)

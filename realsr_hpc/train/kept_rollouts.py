@@ -15,10 +15,10 @@ from PIL import Image
 from realsr_hpc import runfolder
 from realsr_hpc.artifacts import rollouts
 from realsr_hpc.records import ScoredGroup, StepReport
-from realsr_hpc.train.run import TrainingRun
+from realsr_hpc.train.training_run import TrainingRun
 from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
-Pictures = Sequence[np.ndarray | None]
+StepImages = Sequence[np.ndarray | None]
 """Of one rollout, in the order of `IMAGE_NAMES`; uint8 [H, W, 3]."""
 
 
@@ -33,8 +33,8 @@ def keep_rollouts(run: TrainingRun, kind: Literal["train", "heldout"], report: S
     # the final images were decoded for the rewards; the rough and middle ones have not been needed so far
     rough, middle = (tokens.decode([trace.images[number] for trace in traces]) for number in range(2))
     final = [image for group in groups for image in group.images]
-    pictures = iter(zip(rough, middle, final, strict=True))
-    write_rollouts(run.run_dir, step, kind, groups, [[next(pictures) for _ in group.traces] for group in groups])
+    images = iter(zip(rough, middle, final, strict=True))
+    write_rollouts(run.run_dir, step, kind, groups, [[next(images) for _ in group.traces] for group in groups])
 
 
 def write_rollouts(
@@ -42,18 +42,18 @@ def write_rollouts(
     step: int,
     kind: Literal["train", "heldout"],
     groups: Sequence[ScoredGroup],
-    pictures: Sequence[Sequence[Pictures]],
+    images: Sequence[Sequence[StepImages]],
 ) -> Path:
-    """Save `groups` with the pictures of their rollouts, [groups, G]; returns the folder."""
+    """Save `groups` with the images of their rollouts, [groups, G]; returns the folder."""
     folder = runfolder.rollouts(run_dir, step, kind)
     folder.mkdir(parents=True, exist_ok=True)
-    numbered = enumerate(zip(groups, pictures, strict=True))
+    numbered = enumerate(zip(groups, images, strict=True))
     kept = tuple(_group(folder, number, group, members) for number, (group, members) in numbered)
     rollouts.write(folder, rollouts.KeptRollouts(run_dir.name, step, kind, kept))
     return folder
 
 
-def _group(folder: Path, number: int, group: ScoredGroup, pictures: Sequence[Pictures]) -> rollouts.KeptGroup:
+def _group(folder: Path, number: int, group: ScoredGroup, images: Sequence[StepImages]) -> rollouts.KeptGroup:
     source = group.source
     label, scene = source.label, source.scene
     truth = {} if source.gt is None else {"truth": _save(source.gt, folder, f"{number}-truth")}
@@ -64,13 +64,13 @@ def _group(folder: Path, number: int, group: ScoredGroup, pictures: Sequence[Pic
         captions=None if scene is None else scene.captions,
         weights=group.rewards.weights,
         files={"input": _save(source.lq, folder, f"{number}-input"), **truth},
-        rollouts=tuple(_rollout(folder, f"{number}-{i}", group, i, pictures[i]) for i in members),
+        rollouts=tuple(_rollout(folder, f"{number}-{i}", group, i, images[i]) for i in members),
     )
 
 
-def _rollout(folder: Path, name: str, group: ScoredGroup, member: int, pictures: Pictures) -> rollouts.KeptRollout:
+def _rollout(folder: Path, name: str, group: ScoredGroup, member: int, images: StepImages) -> rollouts.KeptRollout:
     trace, advantages = group.traces[member], group.advantages
-    named = zip(IMAGE_NAMES, pictures, strict=True)
+    named = zip(IMAGE_NAMES, images, strict=True)
     return rollouts.KeptRollout(
         degradation=trace.degradation,
         texts=trace.texts,

@@ -27,7 +27,7 @@ from realsr_hpc.config.schema import ParallelConfig
 from realsr_hpc.files import parse_json, replacing, write_atomically
 from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport, lq_pixels
-from realsr_hpc.train.run import TrainingRun
+from realsr_hpc.train.training_run import TrainingRun
 
 FORMAT = 1
 logger = logging.getLogger(__name__)

@@ -55,14 +55,14 @@ def _write(replay: Replay, overrides: Sequence[str], folder: Path) -> None:
         "other": None if replay.other is None else _plain(replay.other),
     }
     write_atomically(folder / "replay.json", json.dumps(content, indent=1))
-    picture(replay, overrides, folder / "replay.png")
+    draw(replay, overrides, folder / "replay.png")
 
 
 def _plain(outcome: Outcome) -> dict[str, object]:
     return {"metrics": outcome.metrics, "shares": outcome.shares, "advantages": outcome.advantages.tolist()}
 
 
-def picture(replay: Replay, overrides: Sequence[str], path: Path) -> None:
+def draw(replay: Replay, overrides: Sequence[str], path: Path) -> None:
     """Shares of the rewards, and every rollout's advantage, as it was and with the overrides."""
     from matplotlib.figure import Figure
 

@@ -26,13 +26,13 @@ from realsr_hpc.tracking.drawing import image_grid
 from realsr_hpc.train.batches import plain_sequence
 from realsr_hpc.train.own_codes import with_own_codes
 from realsr_hpc.train.parts import Parts, build_parts
-from realsr_hpc.train.run import DONE, REQUEUE, Stop, TrainingRun
 from realsr_hpc.train.sft_loss import cross_entropy, heldout_cross_entropy, means_by_part
+from realsr_hpc.train.training_run import DONE, REQUEUE, Stop, TrainingRun
 from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
-    """Run the recipe; the exit code (see train/run.py)."""
+    """Run the recipe; the exit code (see train/training_run.py)."""
     sft = config.sft
     parts = build_parts(config, sft.num_steps)
     run = TrainingRun(parts, run_dir, stop, sft.num_steps)

@@ -24,10 +24,10 @@ from realsr_hpc.tokenizer.codebook import CodebookAverages
 from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.start import start_decoder, start_encoder
 from realsr_hpc.tracking.tracker import Tracker
-from realsr_hpc.train.run import DONE, REQUEUE, Stop
 from realsr_hpc.train.tokenizer_images import TokenizerImages, heldout_images, photographs_of
 from realsr_hpc.train.tokenizer_measures import bicubic, psnr_db, reconstruction_loss, write_grid
 from realsr_hpc.train.tokenizer_text import train_recipe_text_tokenizer
+from realsr_hpc.train.training_run import DONE, REQUEUE, Stop
 
 AVERAGE_DECAY = 0.995
 KMEANS_ROUNDS = 10

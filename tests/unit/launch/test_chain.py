@@ -95,7 +95,7 @@ def started(recipe: str, more: str) -> str:
         ("{a: {recipe: sft_tniy}}", "a: recipe: there is no 'sft_tniy'; did you mean 'sft_tiny'"),
         ("{a: {recipe: sft_tiny, set: {sft.num_stpes: 3}}}", "a: recipe sft_tiny: sft.num_stpes: unknown key"),
         ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {rum: x}}}", "b: rum: unknown key; did you mean 'run'?"),
-        ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {run: x}}}", "b: names no earlier stage"),
+        ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {run: x}}}", "b: it uses no earlier stage"),
         ("{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{A.run}'}}}", "no stage 'A' before it"),
         (
             "{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.rnu}'}}}",
@@ -116,7 +116,7 @@ def started(recipe: str, more: str) -> str:
         (exported("dtype: fp16"), "dtype='fp16' is not one of"),
         (exported("shard_mb: true"), "shard_mb='true' is no"),
         (evaluated("split: hedlout"), "split='hedlout': no photograph of the manifest in"),
-        (evaluated("split: train, data: x, set: paired"), "split=train: of the recipe's own images"),
+        (evaluated("split: train, data: x, set: paired"), "split=train chooses among the recipe's own images"),
         (evaluated("overlap_px: 17"), "overlap_px=17 must lie in 0..16 (half a tile)"),
         (evaluated("candidates: 2, choose: 'pyiqa:musiq', weights_dir: none"), "stage it from https://"),
         (exported("form: peft"), "form=peft: this run trained no adapters (model.lora is null); leave form out"),

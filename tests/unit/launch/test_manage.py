@@ -104,9 +104,9 @@ def test_the_list_as_json_tells_states_reasons_and_steps(tmp_path, slurm, capsys
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("cancel=a resume=b", "cancel and resume: one at a time"),
-        ("watch=true report=true", "watch and report: one at a time"),
-        ("resume=a json=true", "resume and json: one at a time"),
+        ("cancel=a resume=b", "cancel and resume exclude each other"),
+        ("watch=true report=true", "watch and report exclude each other"),
+        ("resume=a json=true", "resume and json exclude each other"),
         ("yes=true", "yes=true goes with prune"),
         ("wait_s=5 resume=a", "wait_s=5 goes with cancel"),
     ],

@@ -28,7 +28,7 @@ def test_world_that_tp_and_pp_do_not_divide_is_refused() -> None:
         ({"num_kv_heads": 1}, {"tp": 2}, r"model\.num_kv_heads: 1: must"),
         ({"num_kv_heads": 3}, {}, r"model\.num_kv_heads: 3: must divide num_heads"),
         ({"ffn_hidden_size": 99}, {"tp": 2}, r"model\.ffn_hidden_size: 99: must"),
-        ({"num_heads": 7}, {}, r"model\.num_heads: 7: hidden_size 256 must divide"),
+        ({"num_heads": 7}, {}, r"model\.num_heads: 7: hidden_size 256 must be divisible"),
         ({"hidden_size": 36, "num_heads": 4}, {}, r"must be divisible by twice as many"),
         ({}, {"virtual_pp": 2}, r"needs parallel\.pp >= 2"),
         ({}, {"sequence_parallel": True}, r"needs parallel\.tp >= 2"),

@@ -11,7 +11,7 @@ import torch
 from realsr_hpc.records import Candidate, StepReport
 from realsr_hpc.train.experience import collect, held_out
 from realsr_hpc.train.grpo import step
-from realsr_hpc.train.run import TrainingRun
+from realsr_hpc.train.training_run import TrainingRun
 from realsr_hpc.train.updates import every_nth_rollout, grpo_batches, training_group
 from tests.distributed.launcher import run_ranks
 from tests.steps import Images, number_of, rising, small_parts
