@@ -25,7 +25,7 @@ def file_fault(path: Path) -> str:
     if path.suffix == ".json" and path.stat().st_size <= LARGEST_JSON_BYTES and json_object(path.read_bytes()) is None:
         return f"{path} is truncated or not a JSON object; copy it again"
     if path.suffix in PICKLES and not _whole_pickle(path):
-        return f"{path} is cut or no file of torch.save; copy it again"
+        return f"{path} is truncated or not a file of torch.save; copy it again"
     return ""
 
 

@@ -138,7 +138,7 @@ def test_downloads_that_are_cut_or_no_such_file_get_no_command(tool, tmp_path, c
     said = listed(tool, tmp_path, capsys)
     assert len(said) == 12
     for name, (told, command) in said.items():
-        assert ("is cut or no" in told or "is empty" in told) and not command, name
+        assert ("is truncated or not" in told or "is empty" in told) and not command, name
 
 
 def test_a_linked_folder_is_found_and_a_whole_tokenizer_preferred(tool, tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_a_linked_folder_is_found_and_a_whole_tokenizer_preferred(tool, tmp_path
     (downloads / "a" / "tokenizer").mkdir(parents=True)
     (downloads / "a" / "tokenizer" / "vqgan.ckpt").write_text("<html>")
     (downloads / "nowhere").symlink_to(tmp_path / "gone")
-    assert "vqgan.ckpt is cut or no file of torch.save" in listed(tool, downloads, capsys)["Lumina"][0]
+    assert "vqgan.ckpt is truncated or not a file of torch.save" in listed(tool, downloads, capsys)["Lumina"][0]
     archive(downloads / "b" / "tokenizer" / "vqgan.ckpt")
     command = listed(tool, downloads, capsys)["Lumina"][1]
     assert f"source={downloads}/Lumina image_tokenizer={downloads}/b/tokenizer/vqgan.ckpt recipe=sft_7b" in command

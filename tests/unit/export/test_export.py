@@ -230,7 +230,7 @@ def test_a_missing_shard_is_named(tmp_path):
 @pytest.mark.parametrize("index", ["[" * 100_000, "{}", '{"weight_map": {"t": 1}}', '{"weight_map": {"t": "../t"}}'])
 def test_an_index_that_is_none_or_leaves_its_folder_is_named(index, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match="model.safetensors.index.json (is no index|names files outside)"):
+    with pytest.raises(ValueError, match="model.safetensors.index.json (is not an index|names files outside)"):
         weight_files(tmp_path)
 
 
