@@ -116,8 +116,8 @@ def test_a_broken_recipe_file_is_a_recipe_error(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("word", "mine.yaml: no recipe"),
-        ("defaults: 3", "mine.yaml: no recipe"),
+        ("word", "mine.yaml: not a recipe"),
+        ("defaults: 3", "mine.yaml: not a recipe"),
         ("defaults: [mine]", "extends itself (mine -> mine)"),
         ("defaults: [nowhere]", "recipe nowhere: not found"),
     ],
