@@ -80,9 +80,8 @@ def policy_loss(
 ) -> LossTerms:
     """Clipped surrogate, KL to the reference and entropy bonus of one microbatch; whole rollouts in any order.
 
-    advantages: of each rollout, or of each of its tokens. old_logprobs None: the policy's own, detached, hence a ratio
-    of exactly 1 (the first update of a step). Log-probabilities outside `loss_mask` may be anything, -inf included.
-    Raises ValueError where an option of `config` needs an argument that is missing.
+    advantages: of rollouts, or of their tokens. old_logprobs None: the policy's own, detached: ratio 1 (first update).
+    Outside `loss_mask` anything may stand, -inf included. ValueError: an option needs an argument that is missing.
     """
     _check(counts, config, reference_logprobs, entropy)
     mask = loss_mask
