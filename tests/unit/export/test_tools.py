@@ -46,7 +46,7 @@ def test_wrong_usage_names_what_is_wrong(capsys):
     parts = (
         "output=DIR are needed",
         "did you mean 'output'",
-        "none of bf16, fp32",
+        "not one of bf16, fp32",
         "give its short name",
         "are needed",
         "'grpo_tiny'",
