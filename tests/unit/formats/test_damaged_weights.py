@@ -55,7 +55,8 @@ def test_a_damaged_file_is_named(folder, name, damage):
         READERS[name](path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     if name.endswith("tokenizer.safetensors") or name.endswith(".json"):  # launching reads no numbers, but headers
-        with pytest.raises(ValueError, match=f"(image_tokenizer.weights|text_tokenizer.path): {path} is (truncated|empty)"):
+        said = f"(image_tokenizer.weights|text_tokenizer.path): {path} is (truncated|empty)"
+        with pytest.raises(ValueError, match=said):
             refuse_what_is_missing([config(folder)])
 
 
