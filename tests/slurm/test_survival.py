@@ -210,7 +210,7 @@ def the_disk_full(chaos: Chaos) -> None:
         fill(filler)
     wait_for(lambda: state_of(chaos.run_dir) == "failed", chaos.run_dir)
     assert os.strerror(errno.ENOSPC) in current_status(chaos.run_dir).message
-    assert "going on: 2 of 3" in log_of(chaos.run_dir)
+    assert "training continues (2 failed in a row, 3 end the run)" in log_of(chaos.run_dir)
     left = integrity.completed(chaos.run_dir / "checkpoints")
     assert left[-1] >= before[-1] and not any(integrity.fault(folder) for folder in left)
     filler.unlink()
