@@ -36,9 +36,7 @@ class Ranker(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB float [n, 3, H, W] in 0..1 -> score [n], higher is cleaner."""
-        field = self.body(high_pass(images))
-        spread = (field.var(dim=(2, 3), unbiased=False) + 1e-4).sqrt()
-        return self.head(torch.cat([field.mean(dim=(2, 3)), spread], dim=1))[:, 0]
+        return self._rated(self.body(high_pass(images)))[0]
 
     def save(self, path: Path) -> None:
         """Write the weights as safetensors."""
@@ -70,23 +68,31 @@ class Ranker(nn.Module):
         return scores
 
     @torch.no_grad()
-    def shares(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """By how much each place raises the score above the image's mean place, to first order, float64 [n, h, w].
+    def shares(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores [n] of images of one size, and each place's share in them [n, h, w], float64; places of 16 px.
 
-        The influence function of mean and spread at the place's features; images of one size, places of 16 px. The mean
-        over an image is 0.
+        A share is by how much the place raises the score above the image's mean place, to first order: the influence
+        function of mean and spread at the place's features. Its mean over an image is 0.
         """
         weight_mean, weight_spread = self.head.weight[0].chunk(2)  # [C] each
-        parts = []
+        scores, shares = [], []
         for pixels in self._pixels(np.stack(images)).split(_BATCH):
             field = self.body(high_pass(pixels))  # [n, C, h, w]
-            spread = (field.var(dim=(2, 3), unbiased=False, keepdim=True) + 1e-4).sqrt()
-            centred = field - field.mean(dim=(2, 3), keepdim=True)
+            score, mean, spread = self._rated(field)
+            centred = field - mean[..., None, None]
             squares = centred.square()
-            of_spread = (squares - squares.mean(dim=(2, 3), keepdim=True)) / (2 * spread)
-            parts.append(torch.einsum("nchw,c->nhw", centred, weight_mean))
-            parts[-1] += torch.einsum("nchw,c->nhw", of_spread, weight_spread)
-        return torch.cat(parts).double().cpu().numpy()
+            of_spread = (squares - squares.mean(dim=(2, 3), keepdim=True)) / (2 * spread[..., None, None])
+            scores.append(score)
+            shares.append(
+                torch.einsum("nchw,c->nhw", centred, weight_mean)
+                + torch.einsum("nchw,c->nhw", of_spread, weight_spread)
+            )
+        return torch.cat(scores).double().cpu().numpy(), torch.cat(shares).double().cpu().numpy()
+
+    def _rated(self, field: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score [n] of features [n, C, h, w], and their mean and spread over places, [n, C]."""
+        mean, spread = field.mean(dim=(2, 3)), (field.var(dim=(2, 3), unbiased=False) + 1e-4).sqrt()
+        return self.head(torch.cat([mean, spread], dim=1))[:, 0], mean, spread
 
     def _pixels(self, stack: np.ndarray) -> Tensor:
         """uint8 [n, H, W, 3] as the network takes them."""

@@ -108,16 +108,21 @@ class _Ranked:
         self.ranker = ranker
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        return 1.0 / (1.0 + np.exp(-self.ranker.score(images)))
+        return sigmoid(self.ranker.score(images))
 
     def places(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Scores of images of one size plus the first-order share of each place in them, float64 [n, h, w]."""
-        shares = self.ranker.shares(images)
-        score = self(images)[:, None, None]
+        scores, shares = self.ranker.shares(images)
+        score = sigmoid(scores)[:, None, None]
         return score + score * (1.0 - score) * shares  # the sigmoid's slope
 
     def to(self, device: torch.device) -> None:
         self.ranker.to(device)
+
+
+def sigmoid(scores: np.ndarray) -> np.ndarray:
+    """To 0..1."""
+    return 1.0 / (1.0 + np.exp(-scores))
 
 
 def niqe_to_unit(distance: np.ndarray) -> np.ndarray:

@@ -37,9 +37,12 @@ def grpo_batches(parts: GRPOParts, groups: Sequence[ScoredGroup], masks: MaskTab
 
 
 def teaches_nothing(group: ScoredGroup) -> bool:
-    """All advantages of the group are zero."""
+    """All advantages of the group are zero, and at no place do its rollouts differ either."""
     assert group.advantages is not None, "a group of one has no advantages: it is not to be trained on"
-    return bool(zero_variance(group.advantages))
+    weighted = [scores for name, scores in group.rewards.places.items() if group.rewards.weights[name]]
+    places = [scores[~scores.isnan().any(1)] for scores in weighted]  # [rollouts, codes] each
+    differ = any(len(scores) and not zero_variance(scores.T).all() for scores in places)
+    return bool(zero_variance(group.advantages)) and not differ
 
 
 def every_nth_rollout(groups: Sequence[TrainingGroup], first: int, nth: int) -> tuple[TrainingGroup, ...]:

@@ -47,7 +47,9 @@ def test_shares_are_the_scores_derivative_by_the_weight_of_a_place(ranker, photo
     np.testing.assert_allclose(score.detach().numpy(), ranker.score(images), rtol=1e-5)
     score.sum().backward()
     expected = (weights.grad - weights.grad.mean(-1, keepdim=True))[:, 0].numpy()
-    np.testing.assert_allclose(ranker.shares(images).reshape(2, -1), expected, rtol=1e-4, atol=1e-5)
+    scores, shares = ranker.shares(images)
+    np.testing.assert_array_equal(scores, ranker.score(images))
+    np.testing.assert_allclose(shares.reshape(2, -1), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_missing_weights_name_the_command(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from realsr_hpc.rewards.base import FINAL_IMAGE, Reward
 from realsr_hpc.train.credit import token_advantages
 from realsr_hpc.train.experience import collect
 from realsr_hpc.train.grpo import step
+from realsr_hpc.train.updates import teaches_nothing
 from realsr_hpc.vlcot.sequence import FIELDS
 from tests.steps import Images, small_parts
 
@@ -85,7 +87,7 @@ def test_a_reward_of_the_whole_trace_teaches_as_without_parts():
 
 def test_every_code_learns_from_its_own_place():
     """Two rollouts of four differ at one code each; all others have nothing to learn. The third has no valid image."""
-    parts = judging(small_parts(grpo={"credit": "part"}), FINAL_IMAGE)
+    parts = judging(small_parts(weight={"weight": 2.0}, grpo={"credit": "part"}), FINAL_IMAGE)
     [group, *_] = collect(parts, Images([0]))
     codes = group.traces[0].images[-1].size
     places = np.zeros((4, codes))
@@ -105,8 +107,9 @@ def test_every_code_learns_from_its_own_place():
         tokens = group.rollouts.tokens[row, :length].tolist()
         at = [i for i, part in enumerate(parts.tokens.codec.parts_of(tokens)) if part == 6]
         at = [i for i in at if parts.vocabulary.id_to_code(tokens[i]) is not None]
-        if row != 2:
-            torch.testing.assert_close(credit[row, at], by_hand[row], rtol=1e-3, atol=1e-6)
+        # without places: the rollout's own, as in any group
+        expected = 2 * by_hand[row] if row != 2 else group.advantages[row].expand(codes)
+        torch.testing.assert_close(credit[row, at], expected, rtol=1e-3, atol=1e-6)
         elsewhere = [i for i in range(length) if i not in at]
         assert (credit[row, elsewhere] == 0).all()
 
@@ -119,3 +122,13 @@ def test_places_are_centred_over_the_group_and_share_one_divisor():
     centred = known - np.nanmean(known, 0)
     np.testing.assert_allclose(advantages, centred / np.sqrt(np.nanvar(known, 0, ddof=1).mean()), equal_nan=True)
     assert np.isnan(advantages[1, 3])
+
+
+def test_a_group_whose_totals_tie_still_teaches_where_places_differ():
+    parts = judging(small_parts(grpo={"credit": "part"}), FINAL_IMAGE)
+    [group, *_] = collect(parts, Images([0]))
+    codes = group.traces[0].images[-1].size
+    same, different, none = np.zeros((4, codes)), np.eye(4, codes), np.full((4, codes), np.nan)
+    for places, weight, nothing in ((same, 1, True), (different, 1, False), (different, 0, True), (none, 1, True)):
+        rewards = replace(group.rewards, places={"told": torch.tensor(places)}, weights={"told": weight})
+        assert teaches_nothing(replace(group, rewards=rewards, advantages=torch.zeros(4))) is nothing
