@@ -1,6 +1,7 @@
-"""Public weight formats: recognised by their files and keys, read one tensor at a time under our names.
+"""Reads published weights: recognises a format by its files and keys, and gives its tensors under our names.
 
-Each format has one file with its detection and conversion; `table` lists them. None of these formats is written.
+Each format is one module with its detection and its conversion; `table` lists them. Tensors are read one at a time.
+This room only reads: `export` writes.
 """
 
 from realsr_hpc.formats.found import Found, FoundImage, FoundPolicy, Spec

@@ -1,6 +1,6 @@
-"""Checks that weights match a recipe; both importing and loading through `model.weights` use this check.
+"""Checks that weights fit a recipe, both when they are imported and when `model.weights` names them.
 
-Sizes, settings, tensors and token names are compared before anything is read; every difference is named.
+Sizes, settings, tensor shapes and token names are compared before any tensor is read. The error lists every difference.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _FIELDS = {
 def policy_faults(
     found: FoundPolicy, config: RunConfig, vocabulary: Vocabulary, wanted: Mapping[str, Shape]
 ) -> list[str]:
-    """What of a policy does not fit; wanted: Hugging Face's names and shapes of the recipe's model."""
+    """Everything in which a policy differs from the recipe; wanted: the names and shapes of the recipe's model in
+    Hugging Face's format."""
     sizes = _size_faults(found.sizes, config, vocabulary.size)
-    # with other sizes nearly every tensor has another shape: the cause is named, not its effects
+    # If a size differs, nearly every tensor has another shape. Report the cause and not its effects.
     tensors = [] if sizes else _tensor_faults(found, wanted)
     names = found.names or {}
     named = name_faults(names, vocabulary) if any(code_of(name) is not None for name in names) else []
@@ -82,7 +83,8 @@ def _some(names: Iterable[str]) -> str:
 
 
 def grouped(given: Shape, shape: Shape) -> bool:
-    """Whether a q or k norm stands for `shape` [heads, d]: [d], or [groups, d] of groups of neighbouring heads.
+    """Whether a q or k norm can be expanded to `shape` [heads, d]: from [d], or from [groups, d], one row per group of
+    neighbouring heads.
 
     Lumina-mGPT's 34B has one norm for each of the eight shards that Chameleon was trained in.
     """
@@ -91,7 +93,7 @@ def grouped(given: Shape, shape: Shape) -> bool:
 
 
 def whole(tensor: Tensor, shape: Shape) -> Tensor:
-    """A tensor in the shape wanted: a norm that several heads share is given to each of them."""
+    """The tensor in the given shape: a norm that several heads share is repeated for each of them."""
     if tuple(tensor.shape) == shape:
         return tensor
     rows = tensor.reshape(-1, shape[-1])
@@ -99,7 +101,8 @@ def whole(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def image_faults(found: FoundImage, config: ImageTokenizerConfig, wanted: Mapping[str, Shape]) -> list[str]:
-    """What of an image tokenizer (or its encoder alone) does not fit the recipe's image_tokenizer section."""
+    """Everything in which an image tokenizer (or only its encoder) differs from the recipe's section
+    image_tokenizer."""
     settings = [
         f"image_tokenizer.{key} {value!r} (recipe: {getattr(config, key)!r})"
         for key, value in found.settings.items()
@@ -119,6 +122,6 @@ def image_faults(found: FoundImage, config: ImageTokenizerConfig, wanted: Mappin
 
 
 def refuse(path: Path, what: str, config: RunConfig, faults: list[str]) -> None:
-    """ValueError with every fault in one line, if there are any."""
+    """ValueError with all faults in one line, if there are any."""
     if faults:
         raise ValueError(f"{what} {path} does not fit recipe {config.name}: {'; '.join(faults)}")

@@ -1,7 +1,8 @@
-"""The result of opening files in a format: tensors under our names, read one by one, and the model's settings.
+"""What every format returns: tensors under our names, and the settings of the model.
 
-A policy's tensors have Hugging Face's names, with queries and keys in the order of rotary halves. An image tokenizer's
-have those of `tokenizer/image.py`, which are taming-transformers'. Nothing is in memory until it is read.
+A policy's tensors have Hugging Face's names, with the rows of queries and keys in the order of rotary halves. An image
+tokenizer's tensors have the names of `tokenizer/image.py`, which are taming-transformers'. A tensor is loaded when
+`read` is called, not before.
 """
 
 from __future__ import annotations
@@ -20,70 +21,70 @@ VQ_PREFIX = "model.vqmodel."
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape and type of a tensor that was not read yet."""
+    """Shape and type of a tensor that has not been read yet."""
 
     shape: Shape
     dtype: torch.dtype
 
     @property
     def numel(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
 class FoundPolicy:
-    """A language model as a format found it."""
+    """A policy (language model) in a published format."""
 
     format: str
     path: Path
     tensors: Mapping[str, Spec]
-    """By Hugging Face's names; those of an image tokenizer inside stand in `FoundImage`."""
+    """By Hugging Face's names. If the folder also holds an image tokenizer, its tensors are in `FoundImage`."""
     read: Callable[[str], Tensor]
     sizes: Mapping[str, float]
-    """Under the names of config.json: vocab_size, hidden_size, ... , rms_norm_eps, rope_theta."""
+    """Sizes and constants under config.json's names: vocab_size, hidden_size, ..., rms_norm_eps, rope_theta."""
     rotary: str
-    """How queries and keys lay in the file, and how that is known."""
+    """Order of the rotary pairs of queries and keys in the file, and how we know it."""
     names: Mapping[str, int] | None = None
-    """Token names and ids that the weights themselves come with (config.json's vocabulary_map)."""
+    """Token names and ids in config.json (vocabulary_map)."""
     faults: tuple[str, ...] = ()
-    """Settings and tensors that our forward pass has no place for."""
+    """Settings and tensors that our forward pass does not support."""
     left: tuple[str, ...] = ()
-    """What is in the files and not read, and why that changes nothing."""
+    """Tensors in the files that are not read, each with the reason why the model does not need it."""
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors, as the files hold them."""
+        """Number of parameters in the files."""
         return sum(spec.numel for spec in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image tokenizer, or its encoder alone, as a format found it."""
+    """An image tokenizer, or only its encoder, in a published format."""
 
     format: str
     path: Path
     tensors: Mapping[str, Spec]
     read: Callable[[str], Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the recipe's image_tokenizer section that the file decides."""
+    """Fields of the recipe's section image_tokenizer that this file determines."""
     faults: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
-        """Whether the decoder is there."""
+        """Whether it has a decoder."""
         return any(name.startswith("decoder.") for name in self.tensors)
 
     @property
     def parameters(self) -> int:
-        """Numbers in all tensors."""
+        """Number of parameters."""
         return sum(spec.numel for spec in self.tensors.values())
 
 
 @dataclass(frozen=True)
 class Found:
-    """All that one source gives."""
+    """Everything that one source contains."""
 
     format: str
     policy: FoundPolicy | None = None
@@ -91,11 +92,11 @@ class Found:
     text: Path | None = None
     """The text tokenizer's file."""
     recipe: Path | None = None
-    """A recipe beside the weights: an export of ours."""
+    """The recipe beside the weights, which only our own exports have."""
 
 
 def finite(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """The tensor itself. ValueError naming it where it holds NaN or infinities."""
+    """Returns the tensor. ValueError, naming it, if it holds NaN or infinities."""
     if tensor.numel() and tensor.is_floating_point():
         low, high = torch.aminmax(tensor)
         if not (low.isfinite() and high.isfinite()):

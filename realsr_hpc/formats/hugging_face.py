@@ -1,8 +1,9 @@
-"""A Hugging Face folder of Chameleon's shape: facebook's, Lumina-mGPT's, PURE's, Anole's, safetensors or `.bin`.
+"""Hugging Face folders of Chameleon models: facebook's, Lumina-mGPT's, PURE's, Anole's; safetensors or `.bin`.
 
-config.json may lack `num_key_value_heads`, q and k norms may be [head_dim], [1, head_dim] or one per head. An image
-tokenizer inside (`model.vqmodel.*`) is transformers' encoder alone, or whole where a decoder was added to it. Folders
-that Anole's fork of transformers wrote hold queries and keys in Meta's order; their class's name gives them away.
+They differ in details. config.json may lack `num_key_value_heads`. The q and k norms may have the shape [head_dim],
+[1, head_dim] or one row per head. An image tokenizer in the folder (`model.vqmodel.*`) is usually only transformers'
+encoder; some folders add the decoder. Folders that Anole's fork of transformers wrote hold the rotary pairs of queries
+and keys in Meta's order; they are recognised by the class name in config.json.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ _BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 def plain(name: str) -> str:
-    """A tensor's name without the prefix that later releases put before the language model."""
+    """A tensor's name without the prefix that later releases of transformers add to the language model."""
     return name.replace("model.language_model.", "model.", 1)
 
 
 def look(place: Place) -> Signs:
-    """By files, then by keys of index or weights."""
+    """Recognised by its files, then by the tensor names in the index or the weights."""
     signs = Signs().ask(place.file("config.json") is not None, "config.json")
-    signs.ask(place.file(*(name for pair in INDEXED for name in pair)) is not None, "model.safetensors or its kin")
+    weights = place.file(*(name for pair in INDEXED for name in pair))
+    signs.ask(weights is not None, "model.safetensors, pytorch_model.bin or their index")
     if signs.against:
         return signs
     names = {plain(name) for name in open_folder(place.path).specs}
@@ -49,7 +51,8 @@ def look(place: Place) -> Signs:
 
 
 def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
-    """Everything mapped. ValueError names missing shards and malformed JSON."""
+    """The folder, with all weights memory-mapped. ValueError, naming the file, for a missing shard or malformed
+    JSON."""
     settings = read_json(place.path / "config.json")
     files = open_folder(place.path)
     given = {plain(name): name for name in files.specs}
@@ -76,20 +79,20 @@ def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
 
 
 def _beside(place: Place) -> list[str]:
-    """Weights in the second kind of files, which transformers does not read either where it finds the first."""
+    """Weight files that are not read because a preferred kind exists; transformers does the same."""
     kinds = [found.name for pair in INDEXED if (found := place.file(*pair)) is not None]
     return [f"{name} ({kinds[0]} holds the weights)" for name in kinds[1:]]
 
 
 def _adapters(place: Place) -> list[str]:
-    """Adapters that transformers would add to the weights when it loads the folder."""
+    """Low-rank adapters in the folder, which transformers would add to the weights on loading."""
     found = place.file("adapter_config.json")
     remedy = "merge them into the weights, or move them to a folder for model.lora.weights"
     return [f"{found.name} beside the weights (low-rank adapters, which change the model: {remedy})"] if found else []
 
 
 def _order(asked: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, str]:
-    """Rotary order, and how it is known: the fork keeps Meta's in its files and permutes within attention."""
+    """Rotary order, and how we know it. Anole's fork stores Meta's order and permutes within attention."""
     if asked is not None:
         return asked, "as asked for"
     if _FORK in (settings.get("architectures") or ()):
@@ -100,7 +103,7 @@ def _order(asked: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, s
 def with_heads_of_the_weights(
     settings: Mapping[str, Any], specs: Mapping[str, Spec], kept: Mapping[str, str]
 ) -> dict[str, float]:
-    """Sizes of config.json; a missing `num_key_value_heads` is what the rows of the keys' projection say."""
+    """Sizes of config.json; a missing `num_key_value_heads` follows from the rows of the key projection."""
     sizes = sizes_of(settings)
     heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
     rows = specs.get(kept.get("model.layers.0.self_attn.k_proj.weight", ""))

@@ -1,7 +1,8 @@
 """LlamaGen's image tokenizers, `vq_ds8_c2i.pt` and `vq_ds16_c2i.pt` (FoundationVision/LlamaGen, `VQModel`).
 
 `conv_blocks.N.res.M` and `.attn.M` become taming's `down.N.block.M` and `.attn.M`; the decoder's blocks run from the
-lowest resolution up there, from the highest down here. Files of its trainer hold several states and the options.
+lowest resolution up there, from the highest down here. A file that its trainer saved also holds several copies of the
+weights and the options of the training.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from realsr_hpc.formats.vqgan import SETTINGS
 
 NAME = "LlamaGen VQ (vq_ds*.pt)"
 _UNDER = ("model", "ema", "state_dict")
-"""Its own scripts take "model" for the codes that policies are trained on, and "ema", if there, for reconstructions."""
+"""Keys that the weights may be stored under, in the order of preference. LlamaGen's own scripts use "model" to make the
+codes that policies are trained on, and "ema", if present, for reconstructions."""
 _USAGE = "quantize.codebook_used"
 _MIDDLE = ("block_1", "attn_1", "block_2")
 
 
 def look(place: Place) -> Signs:
-    """A file with LlamaGen's keys."""
+    """Recognised by LlamaGen's keys in a single file."""
     signs = Signs().ask(place.content is not None, "one file of tensors (.pt, .pth, .safetensors)")
     keys = place.keys(*_UNDER)
     for key in ("encoder.conv_blocks.0.res.0.conv1.weight", "decoder.mid.0.conv1.weight", "post_quant_conv.weight"):
@@ -31,7 +33,7 @@ def look(place: Place) -> Signs:
 
 
 def our_name(name: str, levels: int) -> str:
-    """Our name of one of LlamaGen's tensors; levels: resolutions of encoder and decoder."""
+    """Our name of one of LlamaGen's tensors; levels: number of resolutions of encoder and decoder."""
     side, *rest = name.split(".")
     if side not in ("encoder", "decoder"):
         return name
@@ -45,7 +47,7 @@ def our_name(name: str, levels: int) -> str:
 
 
 def open_llamagen(place: Place, rotary: Rotary | None) -> Found:
-    """The tensors that its own code loads; the record of used codes is named and left."""
+    """The tensors that LlamaGen's own code loads. The record of used codes is reported as not read."""
     tensors = state_of(place.content, place.path, _UNDER)
     levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.conv_blocks."))
     stored = {our_name(name, levels): name for name in tensors if name != _USAGE}
@@ -65,7 +67,8 @@ def open_llamagen(place: Place, rotary: Rotary | None) -> Found:
 
 
 def _normalised(content: Any) -> bool:
-    """What the trainer's options say; both published tokenizers compare unit vectors."""
+    """Whether codes are compared as unit vectors: by the trainer's options, else true, as in both published
+    tokenizers."""
     options = content.get("args") if isinstance(content, Mapping) else None
     return bool(getattr(options, "codebook_l2_norm", True))
 

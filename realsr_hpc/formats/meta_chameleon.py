@@ -1,11 +1,12 @@
-"""Meta's Chameleon tree, and Anole's: `models/7b/consolidated.pth`, `params.json`, `tokenizer/`.
+"""Meta's Chameleon tree, also used by Anole: `models/7b/consolidated.pth`, `params.json`, `tokenizer/`.
 
-Names and the order of rows are those of facebookresearch/chameleon `inference/transformer.py`; wqkv and w13 may be
-fused, several `consolidated.0N.pth` are tensor-parallel shards with a q and a k norm each. Meta's rotary embedding
-turns neighbouring pairs, ours halves: rows of wq and wk, and the q and k norms, change places.
-Trees that were renamed from a
-Hugging Face folder (Anole's `bin_to_pth.py`) do not say so in any key; their norms or `rope.freqs` give them away.
-Anole's own fork of transformers keeps Meta's order, releases of transformers do not.
+Names and the order of rows follow facebookresearch/chameleon, `inference/transformer.py`. wqkv and w13 may be fused.
+Several `consolidated.0N.pth` are tensor-parallel shards, each with its own q and k norm.
+
+Meta's rotary embedding rotates neighbouring pairs of rows, ours rotates the two halves of a head. So the rows of wq, wk
+and the q and k norms are reordered. Trees that were converted from a Hugging Face folder (Anole's `bin_to_pth.py`) do
+not record their order in any key; they are recognised by their norms or by `rope.freqs`. Anole's own fork of
+transformers keeps Meta's order; releases of transformers do not.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ _MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_a
 _UNKNOWN = ("use_scaled_rope", "rope_scaling", "attention_bias", "qkv_bias", "sliding_window", "use_moe")
 """Settings of params.json that must be absent or false."""
 _FIXED = {"qk_normalization": True, "non_linearity": "swiglu", "activation": "swiglu", "norm_type": "rmsnorm"}
-"""Settings that must be absent, null or this."""
+"""Settings that must be absent, null or have this value."""
 
 
 def _folder(place: Place) -> Path | None:
-    """Where the weights of a tree lie: in it, or below models/."""
+    """Folder with the weights: the given one, or one below models/; None if there is none."""
     if place.file("consolidated*.pth") is not None:
         return place.path
     if place.path.is_dir():
@@ -49,7 +50,7 @@ def _folder(place: Place) -> Path | None:
 
 
 def look(place: Place) -> Signs:
-    """By file names, then by keys of the first file."""
+    """Recognised by file names, then by the keys of the first file."""
     folder = _folder(place)
     signs = Signs().ask(folder is not None, "consolidated*.pth, there or below models/*/")
     if folder is None:
@@ -63,7 +64,7 @@ def look(place: Place) -> Signs:
 
 
 def open_tree(place: Place, rotary: Rotary | None) -> Found:
-    """All shards mapped. ValueError names a missing shard, a key without a place, or an unclear rotary order."""
+    """The tree, with all shards memory-mapped. ValueError for a missing shard or an unclear rotary order."""
     folder = _folder(place)
     assert folder is not None, "opened without a look"
     files = _shard_files(folder)
@@ -150,7 +151,7 @@ def _order(asked: Rotary | None, content: dict[str, Any], tree: _Tree) -> tuple[
 
 
 class _Tree:
-    """Hugging Face's tensors made of all shards."""
+    """The tensors in Hugging Face's format, assembled from all shards."""
 
     def __init__(self, shards: list[TensorFiles], params: dict[str, Any], parts: int):
         self.shards, self.parts, self.params = shards, parts, params
@@ -170,7 +171,7 @@ class _Tree:
         return value
 
     def sizes(self) -> dict[str, float]:
-        """Under config.json's names."""
+        """Sizes under config.json's names."""
         specs = self.tensors_of("output.weight")
         gate = self.tensors_of(f"layers.0.feed_forward.{'w13' if self.fused_gate else 'w1'}.weight")
         return {
@@ -186,14 +187,14 @@ class _Tree:
         }
 
     def tensors_of(self, name: str) -> list[Spec]:
-        """What each shard says of a tensor. ValueError where one lacks it."""
+        """Spec of a tensor in each shard. ValueError if a shard lacks it."""
         for shard in self.shards:
             if name not in shard.specs:
                 raise ValueError(f"{shard.path_of(next(iter(shard.specs)))} has no tensor {name}; copy the tree again")
         return [shard.specs[name] for shard in self.shards]
 
     def _table(self) -> dict[str, tuple[tuple[str, ...], Callable[[list[Tensor], Rotary], Tensor]]]:
-        """Hugging Face's name -> names of the files' tensors, and how their shards become one tensor."""
+        """Hugging Face's name -> names in the files, and the function that merges the shards of one tensor."""
         rows = lambda parts, order: torch.cat(parts)  # noqa: E731
         columns = lambda parts, order: torch.cat(parts, 1)  # noqa: E731
         table = {
@@ -220,7 +221,7 @@ class _Tree:
         return table
 
     def _projection(self, number: int) -> Callable[[list[Tensor], Rotary], Tensor]:
-        """Of queries, keys or values; each shard holds its own heads."""
+        """Merges the projection of queries (0), keys (1) or values (2); each shard holds its own heads."""
         counts = [self.heads // self.parts, self.kv_heads // self.parts, self.kv_heads // self.parts]
         heads = (self.heads, self.kv_heads, self.kv_heads)[number]
 
@@ -236,7 +237,7 @@ class _Tree:
         return lambda parts, order: torch.cat([part.chunk(2)[number] for part in parts])
 
     def _head_norm(self, heads: int) -> Callable[[list[Tensor], Rotary], Tensor]:
-        """[heads, width] of each shard's one norm for its heads (or of norms that are already one per head)."""
+        """Merges q or k norms to [heads, width], from one norm per shard or from one per head."""
 
         def merge(parts: list[Tensor], order: Rotary) -> Tensor:
             rows = torch.cat([part.reshape(-1, self.width) for part in parts])
@@ -247,7 +248,7 @@ class _Tree:
         return merge
 
     def specs(self) -> dict[str, Spec]:
-        """Shapes after merging, without reading; those of a tensor that a shard lacks are left out."""
+        """Shapes after merging, without reading the tensors; a tensor that a shard lacks is left out."""
         sizes, found = self.sizes(), {}
         for name, (kept, _) in self.table.items():
             if all(kept[0] in shard.specs for shard in self.shards):
@@ -269,14 +270,14 @@ class _Tree:
         return (shapes[0][0], total) if beside else (total, shapes[0][1])
 
     def faults(self) -> list[str]:
-        """Tensors of the files that nothing is made of, and those that cannot be cut or put together."""
+        """Tensors that have no place in our model, and those whose shapes do not fit the settings."""
         used = {kept for names, _ in self.table.values() for kept in names} | {"rope.freqs"}
         given = {name for shard in self.shards for name in shard.specs}
         extra = [f"tensor {name} (no place for it)" for name in sorted(given - used)]
         return [*extra, *(fault for name in sorted(given & used - {"rope.freqs"}) if (fault := self._odd(name)))]
 
     def _odd(self, name: str) -> str | None:
-        """What is wrong with a tensor's shapes before its shards become one."""
+        """What is wrong with the shapes of a tensor's shards; None: nothing."""
         shapes = [shard.specs[name].shape for shard in self.shards if name in shard.specs]
         shape, part = shapes[0], name.split(".")[-2]
         if not shape:
@@ -293,7 +294,7 @@ class _Tree:
         return f"tensor {name} has {shape[0]} rows, which are no {part} of {self.heads} heads" if odd else None
 
     def read(self, name: str, order: Rotary) -> Tensor:
-        """One of Hugging Face's tensors; its shards alone are touched."""
+        """One tensor in Hugging Face's format; only its own shards are read."""
         if name not in self.table:
             raise ValueError(f"a {NAME} has no tensor {name}")
         kept, merge = self.table[name]
@@ -302,13 +303,13 @@ class _Tree:
 
 
 def halves_of(weight: Tensor, heads: int) -> Tensor:
-    """Rows [heads * d, hidden] of interleaved rotary pairs (0 1 0 1 ...) in the order of halves (0 0 ... 1 1 ...)."""
+    """Reorders rows [heads * d, hidden] from interleaved rotary pairs (0 1 0 1 ...) to halves (0 0 ... 1 1 ...)."""
     pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _mean(parts: list[Tensor], order: Rotary) -> Tensor:
-    """Norms are whole on each shard; where training let them drift apart, their mean (as transformers' converter)."""
+    """Every shard holds the whole norm. If they differ, their mean, as in transformers' converter."""
     return parts[0] if all(torch.equal(parts[0], part) for part in parts) else torch.stack(parts).mean(0)
 
 

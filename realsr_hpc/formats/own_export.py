@@ -1,4 +1,4 @@
-"""Exports of ours: a Hugging Face folder with `realsr.json`, the image decoder beside it and the run's recipe."""
+"""Our own exports: a Hugging Face folder that also holds `realsr.json`, the image decoder and the run's recipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DECODER_FILE = "vq_decoder.safetensors"
 
 
 def look(place: Place) -> Signs:
-    """The files that only our export has, then those of any folder."""
+    """Recognised by the files that only our exports have, then by those of any Hugging Face folder."""
     signs = Signs().ask(place.file("realsr.json") is not None, "realsr.json")
     signs.ask(place.file(RECIPE) is not None, RECIPE)
     if not signs.against:
@@ -26,7 +26,7 @@ def look(place: Place) -> Signs:
 
 
 def open_export(place: Place, rotary: Rotary | None) -> Found:
-    """Encoder and decoder of the image tokenizer are put together again."""
+    """The policy, and the image tokenizer put together from its encoder and its decoder."""
     found = hugging_face.open_hugging_face(place, rotary)
     assert found.policy is not None, "a folder always has a policy"
     if place.file("tokenizer.json") is None:
@@ -40,7 +40,11 @@ def open_export(place: Place, rotary: Rotary | None) -> Found:
 
 
 def _with_decoder(encoder: FoundImage, place: Place) -> FoundImage:
-    """The decoder's file repeats the codebook as it is used; where codes are normalised it has the raw one as well."""
+    """Image tokenizer with the encoder's tensors and those of the decoder's file.
+
+    The decoder's file also holds `codebook`, the codes as they are used (normalised where the recipe normalises them);
+    it is left out here, because the raw codes are among the other tensors.
+    """
     path = place.path / DECODER_FILE
     beside = TensorFiles([(path, safetensors_specs(path))])
     own = {name: spec for name, spec in beside.specs.items() if name != "codebook"}
@@ -49,7 +53,7 @@ def _with_decoder(encoder: FoundImage, place: Place) -> FoundImage:
         place.path,
         {**encoder.tensors, **own},
         lambda name: beside.read(name) if name in own else encoder.read(name),
-        {},  # the recipe beside it says everything
+        {},  # the recipe in the folder has all settings
         encoder.faults,
     )
 

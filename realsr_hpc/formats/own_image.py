@@ -1,4 +1,4 @@
-"""`image_tokenizer.safetensors` as recipes name it: written by training, or by an import."""
+"""Our own `image_tokenizer.safetensors`, as training and imports write it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAME = "image_tokenizer.safetensors of realsr_hpc"
 
 
 def look(place: Place) -> Signs:
-    """safetensors with an encoder, a codebook and a decoder."""
+    """A safetensors file with the keys of an encoder, a codebook and a decoder."""
     signs = Signs().ask(place.path.is_file() and place.path.suffix == ".safetensors", "one .safetensors file")
     for key in ("encoder.mid.block_1.conv1.weight", "quantize.embedding.weight", "decoder.conv_out.weight"):
         signs.ask(key in place.keys(), key)
@@ -18,7 +18,7 @@ def look(place: Place) -> Signs:
 
 
 def open_own(place: Place, rotary: Rotary | None) -> Found:
-    """As it is."""
+    """The tensors as stored: their names are ours already."""
     files = TensorFiles([(place.path, place.content)])
     return Found(NAME, image=FoundImage(NAME, place.path, files.specs, files.read))
 

@@ -1,7 +1,7 @@
-"""`.pth`, `.pt`, `.ckpt` and `.bin` are pickles: read as data, with a list of named classes, or refused by name.
+"""Reads pickled weights (`.pth`, `.pt`, `.ckpt`, `.bin`) without executing anything in them.
 
-torch's `weights_only` unpickler rebuilds tensors and plain containers and executes nothing else. Left out: any way to
-trust a file.
+torch's `weights_only` unpickler rebuilds tensors and plain containers; `ALLOWED` lists the few other classes. A file
+that names any other class is refused, and there is deliberately no option to trust a file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ ALLOWED: tuple[Any, ...] = (
     np._core.multiarray.scalar,  # pyright: ignore[reportAttributeAccessIssue]
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # its name before NumPy 2  # pyright: ignore[reportAttributeAccessIssue]
 )
-"""What a file of weights may hold beside tensors and plain containers."""
+"""Classes that a file of weights may contain besides tensors and plain containers."""
 _REFUSED = torch.serialization.pickle.UnpicklingError  # pyright: ignore[reportPrivateImportUsage]
 _NAMED = re.compile(r"(?:GLOBAL|global(?!: GLOBAL)|class(?! <class))\W+([\w.]+)")
 
 
 def read_pickle(path: Path) -> Any:
-    """Its content; tensors of files written by torch >= 1.6 stay mapped until they are used.
+    """The content of a file; in files written by torch >= 1.6, tensors are memory-mapped and read when they are used.
 
-    ValueError naming a class that is not on the list, or saying that the file is damaged.
+    ValueError if the file is damaged, or contains a class that is not allowed: the message names it.
     """
     mapped = zipfile.is_zipfile(path)
     if mapped:

@@ -1,4 +1,4 @@
-"""A file or folder given as a source of weights, and a format's answer when it inspects it."""
+"""The file or folder given as a source of weights, and what a format needs to define: how to recognise and open it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 
 @dataclass
 class Signs:
-    """What spoke for a format, and what against it; it is recognised when nothing did."""
+    """Which signs of a format a source shows. The format is recognised if none is absent."""
 
     support: list[str] = field(default_factory=list)
+    """Signs that are present."""
     against: list[str] = field(default_factory=list)
+    """Signs that are absent."""
 
     def ask(self, present: bool, sign: str) -> Signs:
-        """Note one sign: a file, or a key."""
+        """Record one sign (a file, a key) as present or absent."""
         (self.support if present else self.against).append(sign)
         return self
 
 
 @dataclass(frozen=True)
 class Format:
-    """One row of the table: how a format is known, and how it is opened."""
+    """One format: its name, how to recognise it (`look`), and how to open it."""
 
     name: str
     look: Callable[[Place], Signs]
@@ -41,7 +43,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Place:
-    """A source. ValueError when it does not exist."""
+    """A file or folder of weights. ValueError if it does not exist."""
 
     path: Path
 
@@ -50,14 +52,15 @@ class Place:
             raise ValueError(f"source {self.path} does not exist")
 
     def file(self, *names: str) -> Path | None:
-        """The first of some files (paths below the folder, wildcards allowed) that is there."""
+        """The first of these files that exists, as paths below the folder; wildcards are allowed."""
         if not self.path.is_dir():
             return None
         return next((path for name in names for path in sorted(self.path.glob(name)) if path.is_file()), None)
 
     @functools.cached_property
     def content(self) -> Any:
-        """Of a single file: specs by name, or what a pickle holds; None for a folder and for other kinds of files."""
+        """Content of a single file: tensor specs by name (safetensors) or the unpickled object; None for a folder and
+        for other kinds of files."""
         if not self.path.is_file():
             return None
         if self.path.suffix == ".safetensors":
@@ -65,7 +68,7 @@ class Place:
         return read_pickle(self.path) if self.path.suffix in PICKLED else None
 
     def keys(self, *under: str) -> set[str]:
-        """Names in a single file, those under one of some keys where it has one."""
+        """Tensor names in a single file; if it holds one of the keys `under`, the names below that key."""
         content = self.content
         if not isinstance(content, dict):
             return set()
@@ -74,7 +77,7 @@ class Place:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file. ValueError names the file."""
+    """The object in a JSON file. ValueError, naming the file, if it is missing or holds anything else."""
     try:
         content = json_value(path.read_text(encoding="utf-8"))
     except OSError:

@@ -1,7 +1,8 @@
-"""Which keys of a config.json decide the forward pass: used, or refused by name.
+"""Checks the keys of a config.json: does our forward pass compute what they ask for?
 
-Three lists: keys whose value must match our forward pass, keys that are compared with the recipe, and keys that have no
-effect here. Any other key with a meaningful value is refused, because its effect is unknown.
+There are three lists: keys that are compared with the recipe (`SIZES`), keys whose value must match our forward pass
+(`FIXED`), and keys without effect here (`WITHOUT_EFFECT`). Any other key with a meaningful value is refused, because
+its effect is unknown.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SIZES = {
     "rope_theta": 10000.0,
     "swin_norm": False,
 }
-"""Compared with the recipe; the value where the key is missing, as in transformers' `ChameleonConfig`."""
+"""Keys that are compared with the recipe, each with the value of a missing key (that of transformers'
+`ChameleonConfig`); None: the key must be there."""
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("chameleon",),
     "hidden_act": ("silu", "swish"),
@@ -38,7 +40,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("qk_norm", "use_qk_norm", "qk_layernorm", "qk_normalization"), (True, None)),
     **dict.fromkeys(("use_rope", "is_causal", "causal"), (True, None)),
 }
-"""The only values our forward pass computes."""
+"""The values that our forward pass supports, by key."""
 WITHOUT_EFFECT = frozenset(
     """_name_or_path _attn_implementation architectures auto_map transformers_version torch_dtype dtype use_cache
     cache_implementation bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id cls_token_id
@@ -57,7 +59,7 @@ WITHOUT_EFFECT = frozenset(
 
 
 def setting_faults(settings: Mapping[str, Any]) -> list[str]:
-    """What of a config.json our forward pass cannot compute; [] where all can."""
+    """Settings of a config.json that our forward pass does not support; [] if it supports all."""
     faults = [*_rotary_faults(settings)]
     for key, allowed in FIXED.items():
         value = settings.get(key, allowed[0])
@@ -94,14 +96,14 @@ def _rotary_faults(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _thetas(settings: Mapping[str, Any]) -> list[Any]:
-    """Every `rope_theta` that is given; releases of transformers from 5 on write it into `rope_parameters`."""
+    """All values of `rope_theta` in the file; transformers 5 and later write it into `rope_parameters`."""
     places = [settings, settings.get("rope_parameters"), settings.get("rope_scaling")]
     found = [place.get("rope_theta") for place in places if isinstance(place, Mapping)]
     return [theta for theta in found if theta is not None]
 
 
 def sizes_of(settings: Mapping[str, Any]) -> dict[str, float]:
-    """The sizes under config.json's names, those that are missing by their defaults; without default left out."""
+    """Sizes under config.json's names. A missing key gets its default; one without a default is left out."""
     given = {**settings, "rope_theta": next(iter(_thetas(settings)), None)}
     sizes = {key: default if given.get(key) is None else given[key] for key, default in SIZES.items()}
     return {key: value for key, value in sizes.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The known formats, most specific first. A new format is one file and one line here."""
+"""All formats, the most specific first. To add one, write its module and list it here."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ FORMATS: tuple[Format, ...] = (
 
 
 def open_source(path: Path, rotary: Rotary | None = None) -> Found:
-    """What `path` holds, opened by the format that recognises it.
+    """The weights at `path`, opened by the format that recognises them.
 
-    ValueError names the nearest format and what spoke against it, or what is missing or damaged.
+    ValueError if no format does: the message names the nearest format and which of its signs are absent. ValueError
+    also if a file is missing or damaged, or if a folder holds weights in two formats.
     """
     place = Place(path)
     looked, recognised = [], []
     for known in FORMATS:
         signs = known.look(place)
         if not signs.against and place.path.is_file():
-            return known.open(place, rotary)  # the most specific of those whose keys are there
+            return known.open(place, rotary)  # the first, most specific format whose keys are all there
         if not signs.against:
             recognised.append(known)
         looked.append((len(signs.support) / (len(signs.support) + len(signs.against)), known, signs))
@@ -62,7 +63,7 @@ def open_source(path: Path, rotary: Rotary | None = None) -> Found:
 
 
 def open_image(path: Path) -> FoundImage:
-    """The image tokenizer of a file or folder. ValueError where there is none, or its decoder is missing."""
+    """The image tokenizer of a file or folder. ValueError if there is none, or it has no decoder."""
     image = open_source(path).image
     if image is None or not image.whole:
         raise ValueError(f"image_tokenizer={path}: it has no image tokenizer with a decoder")

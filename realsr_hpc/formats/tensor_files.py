@@ -1,4 +1,4 @@
-"""Named tensors in one or several files: safetensors or pickles, with an index or without, read one by one."""
+"""Named tensors in one or several files (safetensors or pickles, with or without an index), read one at a time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ INDEXED = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-"""Index and single file of a Hugging Face folder's weights, in the order of preference."""
+"""Names of a Hugging Face folder's weights: index of several files, single file; in the order of preference."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class TensorFiles:
-    """Tensors by name over some files; a file is opened once and stays mapped."""
+    """The tensors of several files by name; each file is opened once and stays memory-mapped."""
 
     def __init__(self, opened: Iterable[tuple[Path, Mapping[str, Any]]], stored: Mapping[str, str] | None = None):
-        """opened: each file with its tensors or specs; stored: the files' own names where they are others."""
+        """
+        Args:
+            opened: each file with its tensors or specs by name.
+            stored: for tensors that the file stores under another name, that name.
+        """
         self._stored = stored or {}
         self._places: dict[str, tuple[Path, Any]] = {}
         self.specs: dict[str, Spec] = {}
@@ -39,7 +43,7 @@ class TensorFiles:
         self._handles: dict[Path, Any] = {}
 
     def read(self, name: str) -> Tensor:
-        """The tensor, finite. ValueError names one that holds NaN or infinities, or is not there."""
+        """A tensor. ValueError, naming it, if it does not exist or holds NaN or infinities."""
         if name not in self._places:
             raise ValueError(f"there is no tensor {name} in the files")
         path, value = self._places[name]
@@ -53,12 +57,12 @@ class TensorFiles:
         return finite(name, value, path)
 
     def path_of(self, name: str) -> Path:
-        """File that holds a tensor."""
+        """The file that holds a tensor."""
         return self._places[name][0]
 
 
 def safetensors_specs(path: Path) -> dict[str, Spec]:
-    """Name -> shape and type from the file's header. ValueError where the file is damaged."""
+    """Shape and type of each tensor, from the file's header. ValueError if the file is damaged."""
     specs = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -71,8 +75,10 @@ def safetensors_specs(path: Path) -> dict[str, Spec]:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of one safetensors file, finite, and its notes. ValueError where the file is damaged, or differs from
-    the `SHA256SUMS` beside it."""
+    """All tensors of one safetensors file, and its metadata.
+
+    ValueError if the file is damaged, holds NaN or infinities, or differs from the `SHA256SUMS` beside it.
+    """
     check_listed(path)
     tensors = TensorFiles([(path, safetensors_specs(path))])
     with safe_open(path, framework="pt") as file:
@@ -87,9 +93,10 @@ def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:
 
 
 def state_of(content: Any, path: Path, under: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Tensors (or specs) of an opened file, which may stand under one of some keys; what is no tensor is left out.
+    """The tensors (or specs) of an opened file, at the top level or below one of the keys `under`; everything else is
+    left out.
 
-    ValueError where there is none.
+    ValueError if there are none.
     """
     if isinstance(content, Mapping):
         content = next((content[key] for key in under if isinstance(content.get(key), Mapping)), content)
@@ -101,7 +108,7 @@ def state_of(content: Any, path: Path, under: tuple[str, ...] = ()) -> dict[str,
 
 
 def open_folder(folder: Path) -> TensorFiles:
-    """The weights of a Hugging Face folder. ValueError names a missing shard or a damaged file."""
+    """The weights of a Hugging Face folder. ValueError, naming the file, if a shard is missing or damaged."""
     for index, single in INDEXED:
         if (folder / index).is_file():
             return _indexed(folder, index)
@@ -112,7 +119,7 @@ def open_folder(folder: Path) -> TensorFiles:
 
 
 def open_file(path: Path) -> Mapping[str, Any]:
-    """Specs of a safetensors file, or the mapped tensors of a pickle."""
+    """The specs of a safetensors file, or the memory-mapped tensors of a pickle."""
     return safetensors_specs(path) if path.suffix == ".safetensors" else state_of(read_pickle(path), path)
 
 

@@ -1,4 +1,5 @@
-"""A folder of the tokenizers of Meta's release alone, `vqgan.ckpt` and `text_tokenizer.json`, or both in tokenizer/."""
+"""A folder with the tokenizers of Meta's release and no policy: `vqgan.ckpt` and `text_tokenizer.json`, there or in
+tokenizer/."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ _IMAGE, _TEXT = ("vqgan.ckpt", "tokenizer/vqgan.ckpt"), ("text_tokenizer.json", 
 
 
 def look(place: Place) -> Signs:
-    """By its image tokenizer; no weights of a policy."""
+    """Recognised by its image tokenizer, and by holding no weights of a policy."""
     signs = Signs().ask(place.file(*_IMAGE) is not None, "vqgan.ckpt")
     weights = place.file("config.json", "params.json", "models/*/params.json")
     return signs if weights is None else signs.ask(False, f"the absence of {weights.name}")
 
 
 def open_folder(place: Place, rotary: Rotary | None) -> Found:
-    """Image tokenizer, and the text tokenizer where it is there."""
+    """The image tokenizer, and the text tokenizer if there is one."""
     image = place.file(*_IMAGE)
     assert image is not None, "opened without a look"
     return Found(NAME, image=open_vqgan(Place(image), rotary).image, text=place.file(*_TEXT))

@@ -1,6 +1,6 @@
-"""`vqgan.ckpt` of Meta's Chameleon release, with `vqgan.yaml` beside it: encoder, codes and decoder, taming's names.
+"""`vqgan.ckpt` of Meta's Chameleon release: encoder, codebook and decoder; `vqgan.yaml` beside it holds the settings.
 
-Those are the names of our image tokenizer, so that nothing changes but the file.
+Its tensors have taming-transformers' names. Our image tokenizer uses the same names, so nothing is renamed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FIXED = {
     "attn_type": "vanilla",
 }
 _SIZES = {"z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "dropout"}
-"""Settings of `ddconfig` that show in the tensors, or matter to training alone."""
+"""Settings of `ddconfig` that the shapes of the tensors show, or that only training uses."""
 SETTINGS = {
     "normalised_codes": False,
     "attention": "middle",
@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 def look(place: Place) -> Signs:
-    """A pickle or safetensors file with taming's keys."""
+    """Recognised by taming-transformers' keys in a pickle or safetensors file."""
     signs = Signs().ask(place.content is not None, "one file of tensors (.ckpt, .pt, .pth, .bin, .safetensors)")
     keys = place.keys(*_UNDER)
     for key in ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"):
@@ -50,7 +50,7 @@ def look(place: Place) -> Signs:
 
 
 def open_vqgan(place: Place, rotary: Rotary | None) -> Found:
-    """Tensors of the file; what belongs to its training alone (`loss.*`) is named and left."""
+    """The tensors of the file; those that only training uses (`loss.*`) are reported as not read."""
     tensors = state_of(place.content, place.path, _UNDER)
     left = tuple(sorted(name for name in tensors if name.startswith("loss.")))
     files = TensorFiles([(place.path, {name: value for name, value in tensors.items() if name not in left})])
@@ -61,13 +61,14 @@ def open_vqgan(place: Place, rotary: Rotary | None) -> Found:
         files.read,
         SETTINGS,
         tuple(_yaml_faults(place.path.with_suffix(".yaml"))),
-        tuple(f"{name} (its training's)" for name in left),
+        tuple(f"{name} (used in training only)" for name in left),
     )
     return Found(NAME, image=image)
 
 
 def _yaml_faults(path: Path) -> list[str]:
-    """Settings that no shape shows; sizes show in the tensors, which are compared one by one."""
+    """Settings in vqgan.yaml that we cannot compute. Sizes are not checked here: the shapes of all tensors are
+    compared."""
     if not path.is_file():
         return []
     try:

@@ -117,7 +117,7 @@ def test_vqgan_ckpt_with_its_yaml_is_ours_bit_by_bit(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "vqgan.ckpt")
     (tmp_path / "vqgan.yaml").write_text("model:\n  params:\n    embed_dim: 6\n    ddconfig: {double_z: false}\n")
     done = import_weights(Sources(tmp_path / "vqgan.ckpt"), tmp_path / "out", recipe())
-    assert "not read: loss.discriminator.main.0.weight (its training's)" in done.recognised
+    assert "not read: loss.discriminator.main.0.weight (used in training only)" in done.recognised
     loaded = load_image_tokenizer(recipe(*done.overrides).image_tokenizer, "cpu").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in tokenizer.state_dict().items())
     with pytest.raises(ValueError, match=r"tensors where the recipe's image_tokenizer section has \d+, .* first"):
