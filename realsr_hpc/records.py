@@ -228,9 +228,9 @@ class GroupRewards:
     """Of the step: ramped terms change."""
     failures: dict[str, int] = field(default_factory=dict)
     """Rollouts on which a term broke, by name."""
-    places: dict[str, Float[Tensor, "G codes"]] = field(default_factory=dict)
-    """Of terms that also score every code of the final image by itself, in reading order, higher is better; NaN for a
-    rollout without a valid final image. Empty unless `grpo.credit` is part."""
+    places: dict[str, Float[Tensor, "G places"]] = field(default_factory=dict)
+    """Of terms that also score every place of their part by itself, higher is better: each code of the final image in
+    reading order, each slot of the degradation; NaN for a rollout without them. Empty unless `grpo.credit` is part."""
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,10 @@ class Reward(ABC):
         return [self.score_counted(batch) for batch in batches]
 
     def score_places(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
-        """Scores of every code of the final images by itself, float64 [n, codes] in reading order, higher is better.
+        """Scores of every place of the judged part by itself, float64 [n, places] in order, higher is better.
 
-        NaN where an image has none; None: this reward has only one score for an image. Never raises.
+        Places are those of `TraceCodec.places_of`: an image's codes, a phrase's pieces. A row of NaN: this trace cannot
+        be scored so; None: the reward has only one score for a trace. Never raises.
         """
         try:
             return self.compute_places(candidates)

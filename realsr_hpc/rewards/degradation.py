@@ -32,14 +32,26 @@ class DegradationReward(Reward):
         """Scores [n] in [0, 1]."""
         return np.array([self._score_phrase(item.trace.degradation, item.label) for item in candidates], np.float64)
 
+    def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """Each slot's credit times its weight, [n, 5]; their sum is the score.
+
+        NaN without a truth, and for a phrase that is not written slot by slot: five pieces between commas, in order.
+        """
+        weights = np.array(self.options.slot_weights) / sum(self.options.slot_weights)
+        scores = np.full((len(candidates), len(weights)), np.nan)
+        for row, item in enumerate(candidates):
+            if item.label is not None and item.trace.degradation is not None and _in_order(item.trace.degradation):
+                scores[row] = weights * self._credits(item.trace.degradation, item.label)
+        return scores
+
     def _score_phrase(self, phrase: str | None, label: DegradationLabel | None) -> float:
         if phrase is None or label is None:
             return 0.0
-        credits = [
-            _credit(said, true, self.options.neighbour)
-            for said, true in zip(read_phrase(phrase), astuple(label), strict=True)
-        ]
-        return float(np.average(credits, weights=self.options.slot_weights))
+        return float(np.average(self._credits(phrase, label), weights=self.options.slot_weights))
+
+    def _credits(self, phrase: str, label: DegradationLabel) -> list[float]:
+        slots = zip(read_phrase(phrase), astuple(label), strict=True)
+        return [_credit(said, true, self.options.neighbour) for said, true in slots]
 
 
 def read_phrase(phrase: str) -> Slots:
@@ -60,6 +72,13 @@ def slot_matches(phrase: str | None, label: DegradationLabel) -> np.ndarray:
 
 
 _KINDS = ("blur", "noise", "compression")
+
+
+def _in_order(phrase: str) -> bool:
+    """Whether each slot is a piece of its own, in the order of `DegradationLabel`."""
+    pieces = phrase.lower().split(",")
+    kinds = [next((kind for kind in _KINDS if piece.endswith(kind)), "resize") for piece in pieces]
+    return kinds == ["blur", "resize", "noise", "compression", "resize"]
 
 
 def _only(words: list[str]) -> str | None:

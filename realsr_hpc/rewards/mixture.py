@@ -48,7 +48,7 @@ class TermScores:
     failures: dict[str, np.ndarray]
     """bool [n]."""
     places: dict[str, np.ndarray] = field(default_factory=dict)
-    """float64 [n, codes] of the terms that also score every code of the final image, NaN where an image has none."""
+    """float64 [n, places] of the terms that also score every place of their part, NaN where they cannot."""
 
     @classmethod
     def joined(cls, parts: Sequence[TermScores]) -> TermScores:
@@ -79,7 +79,7 @@ class RewardMixture:
     def __init__(self, config: RewardsConfig, device: torch.device | str = "cpu", *, with_places: bool = False):
         """device: where the terms' networks score; with `offload` they are in host memory between.
 
-        with_places: also score every code of the final images, where a term can.
+        with_places: also score every place of the part that a term judges, where it can.
         """
         if not config.terms:
             raise ValueError("rewards.terms is empty; name at least one reward")
@@ -120,7 +120,7 @@ class RewardMixture:
                 scored_places = [reward.score_places(batch) for batch in batches]
                 if any(rows is not None for rows in scored_places):
                     rows = stacked(scored_places, [len(batch) for batch in batches])
-                    places[name] = np.where(malformed[:, None], np.nan, rows)
+                    places[name] = np.where(malformed[:, None] & reward.needs_image, np.nan, rows)
         return TermScores(breakdown, failures, places)
 
     def groups(self, scores: TermScores, sizes: Sequence[int]) -> list[GroupRewards]:
@@ -152,9 +152,9 @@ class RewardMixture:
 
 
 def stacked(parts: Sequence[np.ndarray | None], lengths: Sequence[int]) -> np.ndarray:
-    """Parts [length, codes] under each other; NaN rows for a part that is None or has no images."""
-    codes = max(part.shape[1] for part in parts if part is not None)
-    missing = [np.full((length, codes), np.nan) for length in lengths]
+    """Parts [length, places] under each other; NaN rows for a part that is None or has no places."""
+    places = max(part.shape[1] for part in parts if part is not None)
+    missing = [np.full((length, places), np.nan) for length in lengths]
     return np.concatenate(
         [empty if part is None or not part.size else part for part, empty in zip(parts, missing, strict=True)]
     )

@@ -2,8 +2,9 @@
 
 GRPO gives every token of a rollout the rollout's advantage. For a token that a reward does not depend on this is noise,
 with mean 0 but not small: the phrase that names the degradation hears mostly of how the image turned out. Here each
-reward's advantage goes to the tokens of the parts it judges (`Reward.judges`). A reward that also scores every code of
-the final image by itself gives each code its own place's advantage: hundreds of comparisons in place of one.
+reward's advantage goes to the tokens of the parts it judges (`Reward.judges`). A reward that also scores every place of
+its part by itself (each code of the final image, each slot of the degradation's phrase) gives the tokens of a place that
+place's advantage: hundreds of comparisons in place of one.
 
 What is given up: a token is no longer told of its later consequences, such as a text of the image it led to, and a code
 of its neighbours. The estimate is therefore biased, unlike GRPO's.
@@ -24,8 +25,8 @@ from realsr_hpc.vlcot.sequence import FIELDS
 def token_advantages(parts: GRPOParts, group: ScoredGroup) -> Float[Tensor, "G T"]:
     """Advantage of every response token of the group, aligned with `RolloutGroup.tokens`; 0 where nothing is taught.
 
-    Rewards are the terms of the recipe. A rollout without a valid final image has its whole advantage of the term at
-    every code.
+    Rewards are the terms of the recipe. A rollout that a term could not score place by place has the term's whole
+    advantage at every token.
     """
     rollouts, rewards, codec = group.rollouts, group.rewards, parts.tokens.codec
     shares = contributions(rewards.breakdown, rewards.weights, parts.config.grpo)
@@ -35,14 +36,15 @@ def token_advantages(parts: GRPOParts, group: ScoredGroup) -> Float[Tensor, "G T
     for row, length in enumerate(rollouts.lengths.tolist()):
         tokens = rollouts.tokens[row, :length].tolist()
         part, free = torch.tensor(codec.parts_of(tokens)), ~rollouts.forced[row, :length]
-        is_code = torch.tensor([codec.vocabulary.id_to_code(token) is not None for token in tokens])
-        codes = (is_code & (part == len(FIELDS) - 1)).nonzero()[:, 0]  # of the final image
+        place = torch.tensor(codec.places_of(tokens))
         for name, share in shares.items():
-            judged = free & _among(part, parts.rewards.rewards[name].judges)
+            judged = _among(part, parts.rewards.rewards[name].judges)
             advantage = share[row].repeat(length)
-            if name in places and len(codes) == places[name].shape[1] and places[name][row].isfinite().all():
-                advantage[codes] = places[name][row].double()
-            result[row, :length] += torch.where(judged, advantage, 0.0)
+            if name in places and places[name][row].isfinite().all():
+                own, at = places[name][row].double(), judged & (place >= 0)
+                if torch.equal(place[at].unique(), torch.arange(len(own))):
+                    advantage[at] = own[place[at]]
+            result[row, :length] += torch.where(free & judged, advantage, 0.0)
     return result.to(rewards.total.dtype)
 
 

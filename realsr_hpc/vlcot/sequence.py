@@ -161,6 +161,23 @@ class TraceCodec:
                 position = found + len(tag)
         return parts
 
+    def places_of(self, tokens: Sequence[int]) -> list[int]:
+        """Number of the place within its part that each response token belongs to, -1: none. Accepts any tokens.
+
+        Places of an image are its codes in reading order, those of a text its pieces between commas, the comma with
+        the piece before it.
+        """
+        vocabulary, parts = self.vocabulary, self.parts_of(tokens)
+        places, codes, commas = [-1] * len(parts), dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
+        for at, (token, part) in enumerate(zip(tokens, parts, strict=True)):
+            if vocabulary.id_to_code(token) is not None:
+                places[at] = codes[part]
+                codes[part] += 1
+            elif part >= 0 and FIELDS[part] not in IMAGE_FIELDS:
+                places[at] = commas[part]
+                commas[part] += self.decode_text([token]).count(",")
+        return places
+
     def parse_group(self, group: RolloutGroup) -> list[ParsedTrace]:
         """The traces of a group's responses, padding left out."""
         rows = zip(group.tokens, group.lengths.tolist(), strict=True)

@@ -39,6 +39,7 @@ from realsr_hpc.plan.sizes import (
 )
 from realsr_hpc.records import GRPOBatch, LossTokens, RolloutTokens, TrainingGroup, TrainingSequence
 from realsr_hpc.rewards.mixture import RewardMixture
+from realsr_hpc.rollout.cache import Cache
 from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.sampler import Sampler
 from realsr_hpc.tokenizer.trace import TraceTokenizer
@@ -275,27 +276,27 @@ class _Run:
         at_once = min(max(1, rollout.batch_size // grpo_config.group_size), grpo_config.prompts_per_step)
         prompts = torch.randint(0, self.codec.vocabulary.size, (at_once, sequence_tokens(self.config)[0]))
         last, rows = rollout.max_new_tokens - 1, at_once * grpo_config.group_size
-        with Allocations() as prefilled:
-            is_guided = self.sampler.masks.guided
-            cache = decoder.new_cache(
-                prompts, grpo_config.group_size, rollout.max_new_tokens + self.sampler.width.widest, is_guided
-            )
+        room, is_guided = rollout.max_new_tokens + self.sampler.width.widest, self.sampler.masks.guided
+
+        def prefill() -> Cache:
+            cache = decoder.new_cache(prompts, grpo_config.group_size, room, is_guided)
             _end(decoder.prefill(cache, prompts))
+            return cache
+
+        def draw() -> None:
+            hidden = _end(decoder.step(cache, fed, first, starts))
+            self._draw(decoder, hidden.flatten(1, 2))
+
+        prefilled, cache = _least(prefill), prefill()
         for stream in cache.streams:  # as if all tokens but the last were decoded
             stream.keys.zero_()
             stream.values.zero_()
         width = pass_tokens(rollout, rows) // rows
         fed, first = prompts.new_zeros(rows, width), np.full(rows, last)
         starts = torch.zeros_like(fed) if is_guided else None
-        peaks = []
-        for _ in range(3):  # gloo's threads release what they sent a moment later: the least is what is needed
-            with Allocations() as stepped:
-                hidden = _end(decoder.step(cache, fed, first, starts))
-                self._draw(decoder, hidden.flatten(1, 2))
-            peaks.append(stepped.peak)
         kept = sum(_sizes([stream.keys, stream.values]) for stream in cache.streams)
         kept += sum(_sizes(pair) for pair in cache.streams[0].prefix)
-        return kept, max(prefilled.peak, kept + min(peaks))
+        return kept, max(prefilled.peak, kept + _least(draw).peak)
 
     def _draw(self, decoder: Decoder, hidden: Tensor) -> None:
         """An image code behind each hidden state [streams, m, H], then a text token, as the sampler draws them."""
