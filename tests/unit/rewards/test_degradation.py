@@ -64,3 +64,15 @@ def test_slots_weigh_what_the_recipe_says():
 
 def test_the_first_resize_cannot_be_seen_and_does_not_count_by_default():
     assert DegradationOptions().slot_weights == (1.0, 0.0, 1.0, 1.0, 1.0)
+
+
+def test_each_slot_is_scored_by_itself_where_the_phrase_is_written_slot_by_slot():
+    reward = DegradationReward(DegradationOptions(compression_weight=3.0))  # 1, 0, 1, 3, 1
+    written = "medium blur, downsample, heavy noise, light compression, upsample"
+    others = ("light compression, medium blur, downsample, heavy noise, upsample", "heavy noise", None)
+    items = [make_candidate(None, make_trace(degradation=phrase), label=LABEL) for phrase in (written, *others)]
+    items.append(make_candidate(None, make_trace(degradation=written), label=None))
+    places = reward.score_places(items)
+    np.testing.assert_allclose(places[0], [0, 0, 0, 3 / 6, 1 / 6])
+    assert places[0].sum() == reward.score(items)[0]
+    assert np.isnan(places[1:]).all()

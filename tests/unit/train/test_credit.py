@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from realsr_hpc.config.reward_options import DegradationOptions
 from realsr_hpc.grpo.advantages import group_advantages, place_advantages
-from realsr_hpc.records import Candidate
+from realsr_hpc.records import Candidate, DegradationLabel
 from realsr_hpc.rewards.base import FINAL_IMAGE, Reward
+from realsr_hpc.rewards.degradation import DegradationReward
 from realsr_hpc.train.credit import token_advantages
 from realsr_hpc.train.experience import collect
 from realsr_hpc.train.grpo import step
@@ -132,3 +134,39 @@ def test_a_group_whose_totals_tie_still_teaches_where_places_differ():
     for places, weight, nothing in ((same, 1, True), (different, 1, False), (different, 0, True), (none, 1, True)):
         rewards = replace(group.rewards, places={"told": torch.tensor(places)}, weights={"told": weight})
         assert teaches_nothing(replace(group, rewards=rewards, advantages=torch.zeros(4))) is nothing
+
+
+class ToldSlots(DegradationReward):
+    """The true phrase is the same for every image."""
+
+    def __init__(self, truth: DegradationLabel):
+        super().__init__(DegradationOptions(blur_weight=2.0))
+        self.truth = truth
+
+    def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        return super().compute([replace(item, label=self.truth) for item in candidates])
+
+    def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        return super().compute_places([replace(item, label=self.truth) for item in candidates])
+
+
+def test_each_slot_of_the_phrase_learns_whether_its_own_word_is_right():
+    parts = small_parts(grpo={"credit": "part"})
+    parts.rewards.with_places = True
+    parts.rewards.rewards["told"] = ToldSlots(DegradationLabel("medium", "upsample", "heavy", "heavy", "upsample"))
+    [group, *_] = collect(parts, Images([0]))
+    said = [phrase.split(", ") for phrase in (trace.degradation for trace in group.traces) if phrase]
+    true = parts.rewards.rewards["told"].truth.phrase.split(", ")
+    weights = np.array([2, 0, 1, 1, 1]) / 5
+    right = np.array([[a == b for a, b in zip(words, true, strict=True)] for words in said]) * weights
+    assert 0 < (right.std(0) > 0).sum() < 5, "some slots tell rollouts apart, some do not"
+    by_hand = (right - right.mean(0)) / np.sqrt(right.var(0, ddof=1).mean())
+    credit = token_advantages(parts, group)
+    for row, length in enumerate(group.rollouts.lengths.tolist()):
+        tokens = group.rollouts.tokens[row, :length].tolist()
+        slot = dict(enumerate(parts.tokens.codec.places_of(tokens)))
+        phrase = [i for i, part in enumerate(parts.tokens.codec.parts_of(tokens)) if part == 0]
+        free = [i for i in phrase if not group.rollouts.forced[row, i]]
+        assert [slot[i] for i in free] == [0, 1, 2, 3, 4]
+        np.testing.assert_allclose(credit[row, free], by_hand[row], rtol=1e-3, atol=1e-6)
+        assert (np.delete(credit[row].numpy(), free) == 0).all()
