@@ -128,7 +128,8 @@ class GRPOConfig(Section, tasks=("grpo",)):
     """Each reward is normalised in its group before weighting (GDPO)."""
     credit: Literal["rollout", "part"] = "rollout"
     """Tokens that a reward teaches: all of the rollout (GRPO, the paper), or those of the parts of the trace that the
-    reward judges; then fidelity and generation teach each code of the final image by its own place, where they can."""
+    reward judges; then fidelity and generation teach each code of the final image by its own place, where they can, and
+    degradation each slot of the phrase."""
     zero_variance: Literal["drop", "resample", "keep"] = "drop"
     """Groups whose rewards are all equal: leave them out, sample other prompts instead, or keep them (advantage 0)."""
     max_resample_rounds: Count = 2
