@@ -3,8 +3,8 @@
 GRPO gives every token of a rollout the rollout's advantage. For a token that a reward does not depend on this is noise,
 with mean 0 but not small: the phrase that names the degradation hears mostly of how the image turned out. Here each
 reward's advantage goes to the tokens of the parts it judges (`Reward.judges`). A reward that also scores every place of
-its part by itself (each code of the final image, each slot of the degradation's phrase) gives the tokens of a place that
-place's advantage: hundreds of comparisons in place of one.
+its part by itself (each code of the final image, each slot of the degradation's phrase) gives the tokens of a place
+that place's advantage: hundreds of comparisons in place of one.
 
 What is given up: a token is no longer told of its later consequences, such as a text of the image it led to, and a code
 of its neighbours. The estimate is therefore biased, unlike GRPO's.
