@@ -1,7 +1,8 @@
-"""What rooms hand to each other: LQBatch -> RolloutGroup -> ScoredGroup -> TrainingGroup -> GRPOBatch -> StepReport.
+"""The records that rooms pass to each other.
 
-Plain frozen dataclasses of tensors and strings; no behaviour but what follows from the fields. A record is never
-changed: `dataclasses.replace` makes the next one. Shapes use B images, G rollouts of one prompt (a group), T response
+In one GRPO step: LQBatch -> RolloutGroup -> ScoredGroup -> TrainingGroup -> GRPOBatch -> StepReport. All are frozen
+dataclasses of tensors and strings, with no methods beyond views of their own fields. A record is never changed:
+`dataclasses.replace` makes the next one. Shapes use B images, G rollouts of one prompt (a group), T response
 tokens (right-padded), P prompt tokens, S tokens of prompt and response, L of them that carry loss, N rollouts.
 
 A group through one step, with G = 2 and a prompt of P = 4 tokens:
@@ -31,7 +32,7 @@ ResizeMode = Literal["area", "bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class DegradationLabel:
-    """The five slots of the degradation text (RealSR-R1), true to the applied parameters."""
+    """The five slots of the degradation text (RealSR-R1). What they describe depends on `degradation.labels`."""
 
     blur: Level
     resize1: Resize
@@ -41,20 +42,21 @@ class DegradationLabel:
 
     @property
     def phrase(self) -> str:
-        """As it stands between the tags: `B blur, R1, N noise, C compression, R2`."""
+        """The text between the tags: `B blur, R1, N noise, C compression, R2`."""
         return f"{self.blur} blur, {self.resize1}, {self.noise} noise, {self.compression} compression, {self.resize2}"
 
 
 @dataclass(frozen=True, eq=False)
 class Blur:
-    """Correlation with a kernel, borders reflected (101)."""
+    """Correlation with a kernel. Borders are reflected without repeating the edge pixel (OpenCV's
+    BORDER_REFLECT_101)."""
 
     kernel: Float[np.ndarray, "rows columns"]
 
 
 @dataclass(frozen=True)
 class ResizeTo:
-    """Of a square image, without antialiasing."""
+    """Resize of a square image, without antialiasing."""
 
     side_px: int
     mode: ResizeMode
@@ -62,13 +64,13 @@ class ResizeTo:
 
 @dataclass(frozen=True)
 class JPEG:
-    """Quality 1..100."""
+    """JPEG compression at a quality of 1..100."""
 
     quality: int
 
 
 Operators = tuple[Blur | ResizeTo | JPEG, ...]
-"""What was done to the truth, in this order, noise left out."""
+"""The operations that turned the truth into the LQ image, in order, without the noise."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class SceneText:
     final: str
     tags: tuple[str, ...]
     word: str = ""
-    """The word that the image shows, where it is known exactly (made signs)."""
+    """The word that the image shows, if it is known exactly (generated signs)."""
 
     @property
     def captions(self) -> tuple[str, str, str]:
@@ -90,19 +92,19 @@ class SceneText:
 
 @dataclass(frozen=True)
 class LQBatch:
-    """Degraded images with their truths; RGB, 0..255."""
+    """A batch of degraded images with their truths; RGB, 0..255."""
 
     lq: UInt8[Tensor, "B 3 h w"]
     gt: UInt8[Tensor, "B 3 H W"] | None
     labels: tuple[DegradationLabel | None, ...]
-    """None where the degradation is unknown (paired and LQ-only data)."""
+    """None: the degradation is unknown (paired and LQ-only data)."""
     scenes: tuple[SceneText | None, ...]
     keys: tuple[str, ...]
     """The image's name in the manifest."""
     index: Int[Tensor, " B"]
-    """Global sample index: with the seed it decides crop and degradation."""
+    """Global sample index. Together with the seed it determines crop and degradation."""
     operators: tuple[Operators | None, ...] | None = None
-    """What made each LQ image of its truth; None where it is unknown, as `labels`."""
+    """The operations that made each LQ image from its truth; None: unknown."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -121,21 +123,21 @@ def _hwc(images: Tensor) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Case:
-    """One image to restore, with what is known of it; images are RGB uint8 [h, w, 3]."""
+    """One image to restore, with what is known about it; images are RGB uint8 [h, w, 3]."""
 
     key: str
-    """The image's name in its manifest or test set; can be a file's name."""
+    """The image's name in its manifest or test set."""
     lq: np.ndarray
     gt: np.ndarray | None = None
     label: DegradationLabel | None = None
     scene: SceneText | None = None
     index: int = 0
-    """Decides a model's draws, whatever batch and rank the case falls to."""
+    """Determines a model's random draws for this case, in any batch and on any rank."""
     operators: Operators | None = None
-    """What made `lq` of `gt`, where it is known; siblings of a group share the object."""
+    """The operations that made `lq` from `gt`, if known; the rollouts of a group share this object."""
 
     def candidate(self, trace: ParsedTrace, image: np.ndarray | None, member: int = 0) -> Candidate:
-        """The case with what was made of it."""
+        """This case with one result: its trace and final image."""
         known = {item.name: getattr(self, item.name) for item in fields(Case)}
         return Candidate(**known, trace=trace, image=image, member=member)
 
@@ -148,27 +150,29 @@ class Candidate(Case):
     image: np.ndarray | None
     """Final image, uint8 [H, W, 3]; None when the trace has none."""
     member: int = 0
-    """Place among the rollouts of its prompt."""
+    """Number of the rollout within its group, from 0."""
 
 
 def lq_pixels(cases: Sequence[Case]) -> UInt8[Tensor, "B 3 h w"]:
-    """The LQ images of cases of one size, as a model takes them."""
+    """The LQ images of cases of one size, stacked as models expect them."""
     return torch.from_numpy(np.stack([case.lq for case in cases])).permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True)
 class ParsedTrace:
-    """What is well formed of a response; a field is None where it is not."""
+    """The well-formed parts of a response; a malformed or missing part is None."""
 
     degradation: str | None
     texts: tuple[str | None, str | None, str | None]
     images: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
     """Code grids, int64 [rows, columns] of codebook indices."""
     faults: tuple[str, ...]
+    """What is malformed, in words; empty for a well-formed trace."""
 
     @property
     def well_formed(self) -> bool:
-        """All seven tags in order, every image complete and of its size, nothing beside them."""
+        """Whether all seven tags are there in order, every image is complete and of the right size, and nothing else is
+        there."""
         return not self.faults
 
 
@@ -182,13 +186,14 @@ class RestoredImage:
 
     @property
     def image(self) -> np.ndarray | None:
-        """The final one."""
+        """The final image."""
         return self.images[-1]
 
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """Sampled responses of one prompt, with what is needed to score them exactly as sampled.
+    """Sampled responses of one prompt, with everything needed to score them under the distribution they were drawn
+    from.
 
     Example, G = 2 and T = 3; the second response ends after two tokens, the grammar forced the first of each:
 
@@ -201,20 +206,20 @@ class RolloutGroup:
     prompt: Int[Tensor, " P"]
     tokens: Int[Tensor, "G T"]
     lengths: Int[Tensor, " G"]
-    """Response tokens, the end-of-turn token included when it was reached."""
+    """Number of response tokens, including the end-of-turn token if it was reached."""
     rollout_logprobs: Float[Tensor, "G T"]
     """Log-probability under the behaviour distribution, float32; 0 where forced or padded."""
     forced: Bool[Tensor, "G T"]
-    """The grammar left one choice, or padding: no loss."""
+    """Positions without a choice, and padding: they carry no loss."""
     mask_ids: Int[Tensor, "G T"]
-    """Row of the grammar's mask table that was allowed at the position."""
+    """Row of the grammar's mask table that applied at the position."""
     support: UInt8[Tensor, "G T K"] | None = None
     """Bit-packed (numpy.packbits, vocabulary order) survivors of top-k / top-p; None: no truncation."""
 
 
 @dataclass(frozen=True)
 class GroupRewards:
-    """What the rollouts of one group earned.
+    """The rewards of one group.
 
     Example, G = 2: weights {"format": 1, "fidelity": 2} and breakdown {"format": [1, 1], "fidelity": [0.3, 0.5]} give
     total [1.6, 2.0].
@@ -225,32 +230,33 @@ class GroupRewards:
     breakdown: dict[str, Float[Tensor, " G"]]
     """Unweighted, higher is better, by the recipe's term names."""
     weights: dict[str, float]
-    """Of the step: ramped terms change."""
+    """Weights of the terms at this step (a ramp changes them)."""
     failures: dict[str, int] = field(default_factory=dict)
-    """Rollouts on which a term broke, by name."""
+    """Number of rollouts on which a term failed, by name."""
     places: dict[str, Float[Tensor, "G places"]] = field(default_factory=dict)
-    """Of terms that also score every place of their part by itself, higher is better: each code of the final image in
-    reading order, each slot of the degradation; NaN for a rollout without them. Empty unless `grpo.credit` is part."""
+    """From terms that also score every place of their part by itself: each code of the final image in reading order, or
+    each slot of the degradation. Higher is better; NaN for a rollout without them. Empty unless `grpo.credit` is
+    part."""
 
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """A group with what it restored and what it earned."""
+    """A group with its traces, final images, rewards and advantages."""
 
     source: Case
     """The image that all rollouts restore."""
     rollouts: RolloutGroup
     traces: tuple[ParsedTrace, ...]
     images: tuple[np.ndarray | None, ...]
-    """Decoded final images, uint8 [H, W, 3]; None where the trace has none."""
+    """Decoded final images, uint8 [H, W, 3]; None: the trace has none."""
     rewards: GroupRewards
     advantages: Float[Tensor, " G"] | None
-    """The rewards centred in the group as the recipe says; None for a group of one, which has no siblings."""
+    """The rewards, centred within the group as the recipe says; None for a group of one."""
 
 
 @dataclass(frozen=True)
 class RolloutTokens:
-    """What GRPO's loss needs of n loss tokens beside their distribution; they belong to N rollouts.
+    """What GRPO's loss needs for n loss tokens of N rollouts, besides their distribution.
 
     Example, N = 2 rollouts with three and one loss tokens: rollout [0, 0, 0, 1], column [0, 1, 2, 0], and `rows` puts
     values [a, b, c, d] at [[a, b, c], [d, 0, 0]].
@@ -261,24 +267,25 @@ class RolloutTokens:
     column: Int[Tensor, " n"]
     """Number of the token among its rollout's loss tokens, from 0."""
     advantages: Float[Tensor, " N"]
-    """Of each rollout."""
+    """Advantage of each rollout."""
     rollout_logprobs: Float[Tensor, " n"]
-    """The sampler's."""
+    """From the sampler."""
     reference_logprobs: Float[Tensor, " n"] | None = None
-    """The frozen reference's; None without a KL term, before scoring, and off the last pipeline stage."""
+    """From the frozen reference; None without a KL term, before scoring, and on all but the last pipeline stage."""
     old_logprobs: Float[Tensor, " n"] | None = None
-    """The policy's before the step's first update; None: this is the first, or as above."""
+    """From the policy before the step's first update; None with one update per step, before scoring, and on all but the
+    last pipeline stage."""
     token_advantages: Float[Tensor, " n"] | None = None
-    """Of each token, in place of its rollout's (`grpo.credit`: part)."""
+    """Advantage of each token, used instead of its rollout's (`grpo.credit=part`)."""
 
     def rows(self, values: Tensor) -> Tensor:
-        """[n] as [N, longest], 0 where a rollout has no such token."""
+        """Compact values [n] laid out as [N, longest]; 0 behind a rollout's last loss token."""
         shape = (len(self.advantages), int(self.column.max()) + 1)
         return values.new_zeros(shape).index_put((self.rollout, self.column), values)
 
     @property
     def mask(self) -> Bool[Tensor, "N longest"]:
-        """Where `rows` put a value."""
+        """Where `rows` places a value."""
         return self.rows(torch.ones_like(self.rollout)).bool()
 
 
@@ -290,14 +297,15 @@ class LossTokens:
     """
 
     positions: Int[Tensor, " n"]
-    """Where the prediction is made, the place before the target: in the sequence, or in the flattened [rows x S]."""
+    """Position that predicts the target, one before it: within the sequence, or in the flattened [rows x S] of a
+    microbatch."""
     targets: Int[Tensor, " n"]
     """Token ids."""
     mask_ids: Int[Tensor, " n"]
-    """Row of the mask table that was allowed."""
+    """Row of the mask table that applied."""
     temperature: Float[Tensor, " n"]
     support: UInt8[Tensor, "n K"] | None = None
-    """As of `RolloutGroup`."""
+    """As in `RolloutGroup`."""
     cfg_scale: Float[Tensor, " n"] | None = None
     """None: no guidance."""
     rollouts: RolloutTokens | None = None
@@ -312,16 +320,16 @@ class TrainingSequence:
     loss: LossTokens
     """Positions count from the first token of the prompt; a rollout's own number is 0."""
     image_blocks: Int[Tensor, " S"] | None = None
-    """With guidance: number of the image block (or lone token) a token belongs to, all that the unconditional stream
-    sees."""
+    """With guidance: number of the image block that each token belongs to; a token outside image blocks is a block of
+    its own. In the unconditional stream a token sees only its own block."""
 
 
 @dataclass(frozen=True)
 class TrainingGroup:
-    """Rollouts of one prompt that carry loss; what they have in common is computed once."""
+    """Rollouts of one prompt that carry loss; their common prompt is computed once."""
 
     prompt_tokens: int
-    """So many first tokens all sequences share."""
+    """Number of first tokens that all sequences share."""
     sequences: tuple[TrainingSequence, ...]
 
 
@@ -338,9 +346,9 @@ class GRPOBatch:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Numbers of one step; keys are `room/quantity/reduction`."""
+    """Metrics of one step; keys are `room/quantity/reduction`."""
 
     step: int
     metrics: dict[str, float]
     groups: tuple[ScoredGroup, ...] = ()
-    """This rank's rollouts that the numbers are of."""
+    """This rank's rollouts."""

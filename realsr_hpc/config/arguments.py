@@ -1,7 +1,7 @@
-"""The one reader of `key=value` command lines: commands, launching, chains and benchmarks declare their keys here.
+"""Reads `key=value` command lines, for all programs: commands, launching, chains and benchmarks.
 
-An error names the key, its value, the nearest valid key and a remedy. Hydra reads the overrides of a recipe
-(`section.field=value`); this module only separates them from a program's own keys.
+Errors name the key, its value, the nearest valid key and a remedy. The overrides of a recipe (`section.field=value`)
+are read by Hydra; this module only separates them from a program's own keys.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_arguments(
 def read_with_overrides(
     arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None, *, sections_only: bool = False
 ) -> tuple[dict[str, Default | str], list[str]]:
-    """As `read_arguments`, and beside the values the overrides of a recipe, in the order given.
+    """As `read_arguments`; also returns the overrides of a recipe, in the order given.
 
     sections_only: only keys with a dot (`grpo.group_size=4`) are overrides; otherwise every key that is not in
     `valid`, and `~key`, which deletes one.

@@ -6,7 +6,7 @@
       grpo: {recipe: grpo_tiny, set: {model.weights: "{sft.export}"}}
       evaluate: {command: evaluate, set: {run: "{grpo.run}"}}
 
-A stage names what an earlier one leaves as `{STAGE.WHAT}`; `OF_RUN` and `OF_COMMAND` list what there is.
+A stage refers to the output of an earlier one as `{STAGE.WHAT}`; `OF_RUN` and `OF_COMMAND` list the outputs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from realsr_hpc.config.operation import ClusterConfig
 NAME = r"[A-Za-z][A-Za-z0-9_-]*"
 PLACEHOLDER = re.compile(rf"\{{({NAME})\.([a-z_]+)\}}")
 OF_RUN = {
-    "run": "its folder; a command takes the newest checkpoint of it",
+    "run": "the run's folder; a command uses its newest checkpoint",
     "best": "its best checkpoint (checkpoint.keep_best)",
     "export": "a Hugging Face folder of its last checkpoint, exported when a stage asks for it",
     "best_export": "the same of its best checkpoint",
 }
-"""What a stage that runs a recipe leaves."""
+"""Outputs of a stage that runs a recipe."""
 OF_COMMAND = {"output": "the folder that the command wrote"}
 
 StageName = Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -40,15 +40,15 @@ class StageConfig(BaseModel):
     recipe: str | None = None
     """A run of this recipe."""
     command: Literal["evaluate", "export_hf"] | None = None
-    """A command, on what earlier stages left; the chain chooses its output=."""
+    """A command that works on the outputs of earlier stages; the chain sets its output=."""
     set: dict[str, Any] = {}
     """Overrides of the recipe, or arguments of the command."""
     cluster: dict[str, Any] = {}
-    """Of a command alone: fields of `cluster` for its job. Default: one task, otherwise as the run it works on."""
+    """Only for a command: fields of `cluster` for its job. Default: one task, otherwise as in the run it works on."""
 
     @model_validator(mode="after")
     def names_a_recipe_or_a_command(self) -> StageConfig:
-        """One of both; and only a command has a cluster section here, of known fields."""
+        """A stage has either a recipe or a command; only a command has `cluster`, with known fields."""
         if (self.recipe is None) == (self.command is None):
             raise ValueError("give either recipe or command")
         if self.recipe is not None and self.cluster:
@@ -60,7 +60,7 @@ class StageConfig(BaseModel):
 
 
 class ChainConfig(BaseModel):
-    """Stages in their order."""
+    """A named sequence of stages."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -68,7 +68,7 @@ class ChainConfig(BaseModel):
 
 
 def read_chain(name: str) -> ChainConfig:
-    """recipes/chains/NAME.yaml; RecipeError with every fault of it."""
+    """Read recipes/chains/NAME.yaml. RecipeError lists all its faults."""
     path = yaml_file(f"chains/{name}")
     if path is None:
         names = yaml_names("chains")

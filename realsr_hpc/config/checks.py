@@ -1,8 +1,8 @@
-"""Rules that need more than one section of a recipe, each a function named as the sentence it checks.
+"""Rules about several fields of a recipe. Each is a function, named by the sentence that it checks.
 
-A rule yields a fault for every breach: `field: value: what is wrong; remedy`. `faults` collects all of them, so a
-user mends a recipe in one go. What one field can judge alone stands in schema.py; here are the rules of what is learned
-and from what, in execution_checks.py those of where and how it executes.
+A rule yields one message per violation: `field: value: what is wrong; remedy`. `faults` collects all of them, so a user
+can correct a recipe in one pass. Checks of single fields are in schema.py. This module has the rules on data, model and
+algorithm; execution_checks.py has those on layout, cluster and precision.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from realsr_hpc.config.schema import APPLIED_EDGES, IMAGE_PLACEHOLDER, VISIBLE_E
 
 
 def faults(config: RunConfig) -> list[str]:
-    """All breaches of all rules, in the order of RULES; empty: the recipe is sound."""
+    """All violations of all rules, in the order of RULES; empty for a valid recipe."""
     return [fault for rule in RULES for fault in rule(config)]
 
 
 def name_fault(name: str) -> str:
-    """Why a run or a sweep cannot be called so, else nothing: folders, jobs and MLflow's runs bear the name."""
+    """Why a run or sweep cannot have this name, or "". Folders, jobs and MLflow runs get the name."""
     if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=,@-]{0,127}", name):
         return ""
     return (
@@ -56,7 +56,7 @@ def image_sizes_are_multiples_of_the_tokenizer_stride(config: RunConfig) -> Iter
 
 
 def image_sizes_grow_from_rough_to_final(config: RunConfig) -> Iterator[str]:
-    """Coarse to fine."""
+    """The images of a trace go from coarse to fine."""
     rough, middle, final = config.vlcot.image_sizes_px
     if not rough < middle < final:
         yield f"vlcot.image_sizes_px: {[rough, middle, final]}: must grow from rough to middle to final"
@@ -70,7 +70,7 @@ def the_truth_is_a_multiple_of_the_upscale(config: RunConfig) -> Iterator[str]:
 
 
 def tokenizer_strides_match_its_levels(config: RunConfig) -> Iterator[str]:
-    """Every level of the VQ but the last halves the image."""
+    """Every level of the image tokenizer but the last halves the image."""
     stride, levels = config.image_tokenizer.downsample, len(config.image_tokenizer.channel_multiplier)
     if stride != 2 ** (levels - 1):
         yield (
@@ -80,7 +80,7 @@ def tokenizer_strides_match_its_levels(config: RunConfig) -> Iterator[str]:
 
 
 def the_tokenizer_begins_with_a_feature_a_code(config: RunConfig) -> Iterator[str]:
-    """Its first codes are features of the start batches; crops come whole, halved and quartered."""
+    """The initial codes are features of the start batches; each crop is also used at half and quarter size."""
     training, stride = config.tokenizer_training, config.image_tokenizer.downsample
     if config.task != "tokenizer":
         return
@@ -96,7 +96,7 @@ def the_tokenizer_begins_with_a_feature_a_code(config: RunConfig) -> Iterator[st
 
 
 def a_trained_tokenizer_starts_from_principal_components(config: RunConfig) -> Iterator[str]:
-    """Its encoder is computed (tokenizer/start.py), which one shape of it allows."""
+    """Its encoder is computed, not learned (tokenizer/start.py), which needs this shape."""
     tokenizer = config.image_tokenizer
     for name, wanted in (("base_channels", 128), ("num_res_blocks", 0)):
         if config.task == "tokenizer" and getattr(tokenizer, name) != wanted:
@@ -117,7 +117,7 @@ def vocabulary_fits_the_image_tokenizer(config: RunConfig) -> Iterator[str]:
 
 
 def heads_divide_the_hidden_size(config: RunConfig) -> Iterator[str]:
-    """The head dimension is whole and even (rotary embedding turns pairs)."""
+    """The head dimension is an even whole number, because rotary embeddings rotate pairs."""
     model = config.model
     if model.hidden_size % (2 * model.num_heads):
         yield f"model.num_heads: {model.num_heads}: hidden_size {model.hidden_size} must be divisible by twice as many"
@@ -137,7 +137,7 @@ def a_trace_fits_the_rollout(config: RunConfig) -> Iterator[str]:
 
 
 def text_slots_fit_the_grammar(config: RunConfig) -> Iterator[str]:
-    """A text that training traces fill up can also be sampled."""
+    """The grammar can sample texts as long as those of the training traces."""
     longest = max(config.vlcot.text_slots or (0,))
     if longest > config.vlcot.max_text_tokens:
         yield f"vlcot.text_slots: {longest}: longer than vlcot.max_text_tokens {config.vlcot.max_text_tokens}"
@@ -155,7 +155,7 @@ def prompt_and_trace_fit_the_model(config: RunConfig) -> Iterator[str]:
 
 
 def clipping_has_both_bounds(config: RunConfig) -> Iterator[str]:
-    """Both bounds, or neither."""
+    """Both bounds are given, or neither."""
     low, high = config.grpo.clip_low, config.grpo.clip_high
     if (low is None) != (high is None):
         yield f"grpo.clip_low: {low}, grpo.clip_high: {high}: give both, or null for both (no clipping)"
@@ -164,7 +164,7 @@ def clipping_has_both_bounds(config: RunConfig) -> Iterator[str]:
 
 
 def mismatch_bounds_hold_one(config: RunConfig) -> Iterator[str]:
-    """A sampler that agrees with the trainer has ratio 1, which must not be masked."""
+    """If sampler and trainer agree, the ratio is 1; the bounds must not mask it."""
     bounds = config.grpo.mismatch_bounds
     if bounds is not None and not bounds[0] <= 1.0 <= bounds[1]:
         yield f"grpo.mismatch_bounds: {list(bounds)}: must hold 1, the ratio of equal numbers; try [0.5, 5]"
@@ -188,7 +188,7 @@ def reward_options_are_those_of_their_kind(config: RunConfig) -> Iterator[str]:
 
 
 def severity_edges_are_known_and_ascend(config: RunConfig) -> Iterator[str]:
-    """What is light, medium and heavy lies below, between and above two values of a known number."""
+    """Two thresholds of a known quantity separate light, medium and heavy."""
     known = VISIBLE_EDGES if config.degradation.labels == "visible" else APPLIED_EDGES
     for name, (low, high) in config.degradation.severity_edges.items():
         if name not in known:
@@ -201,7 +201,7 @@ def severity_edges_are_known_and_ascend(config: RunConfig) -> Iterator[str]:
 
 
 def a_ramp_has_both_ends(config: RunConfig) -> Iterator[str]:
-    """A reward whose weight changes has a last weight, and steps in order."""
+    """A weight that changes has a final value, and first and last step in order."""
     for name, term in config.rewards.terms.items():
         if (term.final_weight is None) != (term.ramp_steps is None):
             yield f"rewards.terms.{name}: final_weight and ramp_steps belong together: give both or neither"
@@ -210,7 +210,7 @@ def a_ramp_has_both_ends(config: RunConfig) -> Iterator[str]:
 
 
 def image_top_k_is_fixed_or_adaptive(config: RunConfig) -> Iterator[str]:
-    """Top-k by entropy and a fixed image top-k exclude each other."""
+    """Adaptive top-k and a fixed image_top_k exclude each other."""
     if config.rollout.image_adaptive_top_k and config.rollout.image_top_k:
         yield (
             f"rollout.image_top_k: {config.rollout.image_top_k}: image_adaptive_top_k chooses k itself; "
@@ -219,13 +219,13 @@ def image_top_k_is_fixed_or_adaptive(config: RunConfig) -> Iterator[str]:
 
 
 def sft_learns_from_degraded_photographs(config: RunConfig) -> Iterator[str]:
-    """A trace names the degradation that was applied; pairs and LQ images carry no such label."""
+    """A trace names the degradation; real pairs and LQ images have no such label."""
     if config.task == "sft" and config.data.mode != "unpaired":
         yield f"data.mode: {config.data.mode}: has no degradation labels, so no traces for SFT; set unpaired"
 
 
 def adapters_begin_at_the_reference(config: RunConfig) -> Iterator[str]:
-    """With adapters the reference is the policy without them: GRPO's must begin at it."""
+    """With adapters, the KL reference is the policy without them, so GRPO must start from there."""
     lora = config.model.lora
     if lora is not None and lora.weights is not None and config.task == "grpo" and config.grpo.kl_beta > 0:
         yield (
@@ -235,7 +235,7 @@ def adapters_begin_at_the_reference(config: RunConfig) -> Iterator[str]:
 
 
 def warm_up_ends_before_the_run(config: RunConfig) -> Iterator[str]:
-    """A warm-up as long as the run never reaches its learning rate."""
+    """A warm-up as long as the run would never reach the learning rate."""
     num_steps = {"grpo": config.grpo.num_steps * config.grpo.updates_per_step, "sft": config.sft.num_steps}
     if config.optim.warmup_steps >= num_steps.get(config.task, 10**9):
         steps = num_steps[config.task]

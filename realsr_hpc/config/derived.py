@@ -1,4 +1,4 @@
-"""Numbers that follow from a recipe, and sizes of work done at once: rules, rooms and the planner share them."""
+"""Numbers that follow from a recipe, and sizes of chunks of work. Checks, the program and the planner share them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ AUTO_WIDEST, AUTO_TOKENS = 32, 512
 """`rollout.lookahead=auto` tries passes of at most this many tokens per row, and this many tokens in total."""
 
 SIZE_UNIT_PX = 32
-"""What the size tokens before an image count in."""
+"""Unit of the size tokens at the beginning of an image block."""
 
 TAG_TOKENS, MOST_TAG_TOKENS = 130, 260
-"""Tokens of a trace's fourteen tags and its degradation phrase: in the 7B vocabulary, and at most, one a character."""
+"""Tokens of the fourteen tags and the degradation phrase of a trace: in the 7B vocabulary, and at most (one per
+character)."""
 
 LOGIT_CHUNK_TOKENS = 1024
 """Tokens whose logits are in memory at once when a loss is scored (behaviour/logprobs.py)."""
@@ -28,12 +29,12 @@ PIXELS_AT_ONCE = 2**21
 
 
 def world_size(config: RunConfig) -> int:
-    """Processes of a run."""
+    """Number of processes of a run."""
     return config.cluster.nodes * config.cluster.tasks_per_node
 
 
 def image_tokens(size_px: int, downsample: int) -> int:
-    """Tokens of an image block: brackets, two sizes, and rows of codes that end in a newline."""
+    """Tokens of an image block: begin, two size tokens, rows of codes that end in a newline, end."""
     side = size_px // downsample
     return side * (side + 1) + 4
 
@@ -49,19 +50,19 @@ def trace_image_tokens(config: RunConfig) -> int:
 
 
 def widest_lookahead(config: RolloutConfig) -> int:
-    """Most tokens per row that one pass of decoding feeds; the cache has room for as many behind the last."""
+    """Most tokens per row that one decoding pass feeds; the cache has that much room behind the last token."""
     return AUTO_WIDEST if config.lookahead == "auto" else config.lookahead
 
 
 def pass_tokens(config: RolloutConfig, rows: int) -> int:
-    """Most tokens that one pass over this many rows feeds."""
+    """Most tokens that one decoding pass over this many rows feeds."""
     if config.lookahead == "auto":
         return max(rows, min(rows * AUTO_WIDEST, AUTO_TOKENS))
     return rows * config.lookahead
 
 
 def fp8_widths(config: RunConfig) -> dict[str, int]:
-    """Input and output widths of the layers' matrices on one tensor-parallel rank, by the field that decides them."""
+    """Widths of the layers' matrices on one tensor-parallel rank, by the field that determines them."""
     model, tp = config.model, config.parallel.tp
     head_dim = model.hidden_size // model.num_heads
     rows = (model.num_heads + 2 * (model.num_kv_heads or model.num_heads)) * head_dim

@@ -1,8 +1,8 @@
-"""Public weights among somebody's downloads, by the names under which their owners publish them; nothing is opened.
+"""Finds published weights in a folder of downloads, by file names, config.json and file headers.
 
-What the import itself recognises by its keys (`formats`) is guessed here from file names, config.json and headers, so
-that it can be listed, with the command that converts it, on a machine without torch. So can what is cut, or is another
-model's: a command is given for what fits and is whole.
+This works without torch, so a login node can list what is there with the command that converts it. Truncated files and
+other models' weights are listed with what is wrong; only complete, fitting ones get a command. The import itself
+recognises weights by their keys (`formats`).
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ _SIZES = {
     "num_heads": ("n_heads", "num_attention_heads"),
     "swin_norm": ("swin_norm", "swin_norm"),
 }
-"""Of the recipe's model section, under the names of params.json and of config.json."""
+"""Fields of the recipe's section model, with their names in params.json and in config.json."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A policy that was found, and the words that import it."""
+    """A policy that was found, with the tokenizers to import it with."""
 
     policy: Path
     kind: str
     image_tokenizer: Path | None
     text_tokenizer: Path | None
     against: tuple[str, ...]
-    """Why it cannot be imported as it lies there: files that are missing or cut, sizes of another model."""
+    """Why it cannot be imported: missing or truncated files, sizes of another model; empty if it can."""
 
     def command(self, config: RunConfig) -> str:
-        """What to type for a recipe."""
+        """The import command for a recipe."""
         words = [f"source={self.policy}"]
         words += [f"image_tokenizer={self.image_tokenizer}"] if self.image_tokenizer else []
         words += [f"text_tokenizer={self.text_tokenizer}"] if self.text_tokenizer else []
@@ -54,20 +54,20 @@ class Start:
 
 @dataclass(frozen=True)
 class _Policy:
-    """A folder of weights, by its names alone."""
+    """A folder of weights, as its file names describe it."""
 
     folder: Path
     kind: str
     vocabulary: str
     settings: dict[str, Any]
     files: tuple[Path, ...]
-    """Of weights, whether they are there or only promised."""
+    """Weight files, including those that an index names but that do not exist."""
     root: Path
-    """Where its tokenizers may lie."""
+    """Folder in which its tokenizers are looked for."""
 
 
 def starts(folder: Path, config: RunConfig) -> list[Start]:
-    """Every policy below `folder` that fits the recipe's vocabulary. ValueError when there is no such folder."""
+    """All policies below `folder` with the recipe's vocabulary. ValueError if there is no such folder."""
     if not folder.is_dir():
         raise ValueError(f"downloads={folder} is not a folder; name the one that your downloads lie in")
     files = files_below(folder)
@@ -83,7 +83,7 @@ def starts(folder: Path, config: RunConfig) -> list[Start]:
 
 
 def _trees(files: Sequence[Path]) -> Iterator[_Policy]:
-    """Meta's trees. One with several models, such as 7b and 30b, is named by the folder of each."""
+    """Meta's trees. In a tree with several models, such as 7b and 30b, each model's own folder is named."""
     folders = {path.parent for path in files if path.name.startswith("consolidated") and path.suffix == ".pth"}
     for folder in sorted(folders & {path.parent for path in files if path.name == "params.json"}):
         tree = folder.parent.parent if folder.parent.name == "models" else folder
@@ -122,7 +122,8 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _start(policy: _Policy, images: Sequence[Path], texts: Sequence[Path], image_name: str, config: RunConfig) -> Start:
-    """Its own tokenizers where it has them, as the import takes them; else the first whole ones of all downloads."""
+    """The policy with its own tokenizers, which the import finds by itself; or, if it has none, with the first complete
+    ones among the downloads."""
     against = _other_sizes(policy, config) + [fault for path in policy.files if (fault := _fault(path))]
     image, text, inside = None, None, policy.root / "tokenizer" / image_name
     if inside.is_file():
@@ -151,7 +152,7 @@ def _other_sizes(policy: _Policy, config: RunConfig) -> list[str]:
 
 
 def _first_whole(paths: Sequence[Path], name: str) -> tuple[Path | None, list[str]]:
-    """The first of some files that is whole, or what is wrong with them."""
+    """The first complete file, or what is wrong with them."""
     faults = {path: file_fault(path) for path in paths}
     whole = next((path for path, fault in faults.items() if not fault), None)
     told = [fault for fault in faults.values() if fault] or [f"{name} is not there"]
@@ -163,7 +164,7 @@ def _fault(path: Path) -> str:
 
 
 def _has_decoder(folder: Path) -> bool:
-    """Whether the weights' index, or the header of one safetensors file, names an image decoder."""
+    """Whether the index of the weights, or the header of a single safetensors file, names an image decoder."""
     for name in _WEIGHTS[1::2]:
         if (folder / name).is_file():
             return any(key.startswith(_DECODER) for key in weight_map(folder / name) or {})

@@ -1,7 +1,7 @@
-"""Defines a run's identity from the marks of the schema's fields; signature, resume and compare all use it.
+"""Defines the identity of a run from the marks of the schema's fields. Signature, resume and compare all use it.
 
-- The signature, which names a run's folder, covers what decides the result and the layout (which changes rounding, and
-  so bits), as far as the run's task reads it.
+- The signature, which names a run's folder, covers the fields that decide the result, and the layout (which changes
+  rounding), as far as the run's task reads them.
 - Resuming may change layout and operation.
 - A comparison treats runs that differ in layout, operation or seed as repetitions of one experiment.
 """
@@ -39,7 +39,8 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, Mark]]:
 
 
 def fields_at(key: str) -> dict[str, Mark]:
-    """The fields that `key` sets: itself, those of a section, or the mapping that it reaches into; none if unknown."""
+    """The fields that an override of `key` sets: the field itself, all fields of a section, or the mapping that
+    contains the key; none if it is unknown."""
     return {
         path: mark
         for path, mark in marks().items()
@@ -48,19 +49,19 @@ def fields_at(key: str) -> dict[str, Mark]:
 
 
 def may_change_on_resume(key: str) -> bool:
-    """Whether a resumed run may have another value here: nothing that decides its result."""
+    """Whether a resumed run may change this key: it must not decide the result."""
     found = fields_at(key)
     return bool(found) and all(mark.role != "decides" for mark in found.values())
 
 
 def decides(key: str, task: str | None = None) -> bool:
-    """Whether runs that differ here (for `task`, if given) are different experiments; unknown fields are."""
+    """Whether runs that differ in this key (for `task`, if given) are different experiments; true for unknown keys."""
     found = fields_at(key).values()
     return not found or any(mark.role == "decides" and (task is None or task in (mark.tasks or ())) for mark in found)
 
 
 def identity(tree: dict[str, Any], task: str) -> dict[str, Any]:
-    """The part of a dumped recipe that `signature` covers, by path."""
+    """The fields of a dumped recipe that `signature` covers, by path."""
     return {
         path: _value(tree, path)
         for path, mark in marks().items()
@@ -69,13 +70,13 @@ def identity(tree: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def signature(config: RunConfig) -> str:
-    """12 hexadecimal digits of everything that decides the bits of a result, and of nothing else."""
+    """Hash, 12 hexadecimal digits, of exactly the fields that affect the bits of a result."""
     fields = identity(config.model_dump(mode="json"), config.task) | {"world_size": world_size(config)}
     return digest(fields)[:12]
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Both values of every leaf that makes two recipes of one task different runs, by key; None where one lacks it."""
+    """Both values of every key that makes two recipes of one task different runs; None: that recipe lacks the key."""
     one, two = flatten(before), flatten(now)
     found = {
         key: (one.get(key), two.get(key))
@@ -93,12 +94,12 @@ def _names_the_run(key: str, task: str) -> bool:
 
 @cache
 def scheme() -> str:
-    """8 hexadecimal digits of which fields signatures cover; a resolved recipe carries it in its first line."""
+    """Hash, 8 hexadecimal digits, of the list of fields that signatures cover; the first line of a resolved recipe."""
     return digest({path: [mark.role, sorted(mark.tasks or ())] for path, mark in marks().items()})[:8]
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys, as hexadecimal digits."""
+    """SHA-256 of a JSON value as hexadecimal digits, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -109,7 +110,7 @@ def _value(tree: dict[str, Any], path: str) -> Any:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """`{"grpo.kl_beta": 0.01, ...}`; lists stay values, empty mappings vanish."""
+    """All leaves by path: `{"grpo.kl_beta": 0.01, ...}`. Lists are leaves; empty mappings are left out."""
     return dict(_leaves(config.model_dump(mode="json"), ""))
 
 

@@ -173,7 +173,7 @@ class SFTConfig(Section, tasks=("sft",)):
     packing: bool = True
     """Pack several traces into one row up to the token budget; false: one trace per row."""
     heldout_every_steps: Count = 200
-    """Updates between measurements of the held-out loss; 0: never."""
+    """Updates between measurements of the held-out loss; it is also measured at the end."""
     heldout_traces: Count = 32
     """Held-out traces measured each time."""
     sample_every_steps: Annotated[int, Field(ge=0)] = 500

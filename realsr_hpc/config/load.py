@@ -1,8 +1,9 @@
 """Recipes and command-line overrides -> RunConfig. The one file that knows Hydra.
 
 Hydra only composes YAML (its compose API: no `outputs/` folder, no change of directory); the closed pydantic schema
-judges the result. So every field can be overridden whether or not the recipe mentions it, `+foo=1` is no back door,
-and all errors come in one message. Left out: Hydra's launchers, sweepers and logging; a sweep is a list of RunConfigs.
+validates the result. So every field can be overridden whether or not the recipe mentions it, `+foo=1` cannot add
+unknown fields, and all errors come in one message. Hydra's launchers, sweepers and logging are not used; a sweep is a
+list of RunConfigs.
 """
 
 from __future__ import annotations
@@ -38,15 +39,16 @@ SCHEME_LINE = "# fields that the signature covers: "
 """First line of a resolved recipe, before `identity.scheme`."""
 _CUT_LINE = "# cut off where the last line is not `# end`\n"
 _LAST_LINE = "# end\n"
-"""Half a YAML file is YAML: its other half would be the schema's defaults."""
+"""Marks the end of a resolved recipe. A truncated YAML file is often still valid YAML, and its missing fields would
+silently get the schema's defaults."""
 
 
 class RecipeError(ValueError):
-    """What is wrong with a recipe or its overrides: one line a fault, each with its path, value and remedy."""
+    """A recipe or its overrides are wrong. The message has one line per fault, with path, value and remedy."""
 
 
 def recipe_names() -> list[str]:
-    """Names that `recipe=` takes."""
+    """All valid values of `recipe=`."""
     return yaml_names()
 
 
@@ -62,7 +64,7 @@ def yaml_file(name: str) -> Path | None:
 
 
 def output_root(config: RunConfig) -> Path:
-    """Absolute folder of all runs of this recipe's owner."""
+    """Absolute path of the folder that holds all runs."""
     return (project_root() / expanded(config.output_root)).resolve()
 
 
@@ -94,11 +96,11 @@ def swept_keys(overrides: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Axis:
-    """What a sampler may choose for one key: one of `choices`, or a number from `low` to `high`."""
+    """The values that a sampler may choose for one key: one of `choices`, or a number from `low` to `high`."""
 
     key: str
     choices: tuple[str, ...] = ()
-    """As Hydra's override grammar writes them."""
+    """In the syntax of Hydra's overrides."""
     low: float = 0.0
     high: float = 0.0
     log: bool = False
@@ -120,7 +122,7 @@ def _axis(item: Override) -> Axis:
 
 
 def read_axes(name: str) -> list[str]:
-    """The overrides of recipes/sweeps/NAME.yaml: a list is a sweep, text is an override's value as it stands."""
+    """The overrides in recipes/sweeps/NAME.yaml. A list is swept; text is used as the value of an override."""
     if (path := yaml_file(f"sweeps/{name}")) is None:
         names = yaml_names("sweeps")
         raise RecipeError(f"axes: no {name!r}{nearest(name, names)}; available: {', '.join(names)}")
@@ -133,19 +135,19 @@ def read_axes(name: str) -> list[str]:
 
 
 def values_of(line: str) -> list[str]:
-    """The overrides that a swept one stands for; one that is not swept is itself."""
+    """The overrides that a swept override expands to; an override that is not swept expands to itself."""
     return [only for [only] in _expand([_parse_one(line)], True)]
 
 
 def _written(value: Any) -> str:
-    """A YAML value as Hydra's override grammar writes it: a list is a sweep, text is that grammar already."""
+    """A YAML value in the syntax of Hydra's overrides: a list becomes a sweep, text is already in that syntax."""
     if isinstance(value, list):
         return ",".join(map(written, value))
     return value if isinstance(value, str) else written(value)
 
 
 def written(value: Any) -> str:
-    """A plain value, as Hydra's override grammar reads it back: one of a sweep, or one inside it."""
+    """A plain value in the syntax of Hydra's overrides, which read it back unchanged."""
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):
@@ -154,14 +156,14 @@ def written(value: Any) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text that Hydra's override grammar reads back as it is."""
+    """Text, quoted so that Hydra's overrides read it back unchanged."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
     trailing = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{chr(92) * trailing}'"
 
 
 def validate(tree: Any, *, source: str) -> RunConfig:
-    """A plain tree -> RunConfig, the schema first and then the rules across sections; RecipeError lists every fault."""
+    """Plain tree -> RunConfig: checks the schema, then the rules across sections. RecipeError lists every fault."""
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -179,15 +181,15 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(path: Path) -> RunConfig:
-    """A resolved recipe; RecipeError where it is missing or faulty."""
+    """Read a resolved recipe. RecipeError if it is missing or faulty."""
     return validate(read_yaml(path, "launch the run again to write it"), source=str(path))
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping: the first would be lost in silence."""
+    """Refuses a key that occurs twice in one mapping, since YAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's. ConstructorError: a key is there twice."""
+        """As in SafeLoader. ConstructorError if a key occurs twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
@@ -197,7 +199,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, remedy: str = "name another file") -> Any:
-    """A YAML file's tree. RecipeError where it cannot be read, is cut, or is not YAML."""
+    """The content of a YAML file. RecipeError if it cannot be read, is truncated, or is not YAML."""
     try:
         text = path.read_text(encoding="utf-8")
         if _CUT_LINE in text and not text.endswith(_LAST_LINE):
@@ -212,7 +214,7 @@ def read_yaml(path: Path, remedy: str = "name another file") -> Any:
 
 
 def override(config: RunConfig, overrides: list[str]) -> RunConfig:
-    """A resolved recipe with plain `section.field=value` overrides."""
+    """Apply plain `section.field=value` overrides to a resolved recipe."""
     tree = OmegaConf.create(config.model_dump(mode="json"))
     for item in _parse(overrides):
         OmegaConf.update(tree, item.key_or_group, item.value(), merge=True, force_add=True)
@@ -224,7 +226,7 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 
 def _parse_one(line: str) -> Override:
-    """One override. What Hydra's grammar cannot read as a value (`don't`, `(1)`, `Größe`) is taken as text."""
+    """Parse one override. A value that Hydra's grammar cannot parse (`don't`, `(1)`, `Größe`) is taken as text."""
     parser = OverridesParser.create()
     if line.startswith("="):
         raise RecipeError(f"{line}: no field before '='; write section.field=value")
@@ -241,7 +243,8 @@ def _parse_one(line: str) -> Override:
 
 
 def _looks_composed(value: str) -> bool:
-    """Whether a value was meant as a list, mapping, quoted text or sweep, in which a fault is a fault."""
+    """Whether a value looks like a list, mapping, quoted text or sweep, so that a syntax error in it must be
+    reported."""
     return value[0] in "[{\"'" or re.match(r"(choice|range|interval|tag|sort|shuffle|glob)\(", value) is not None
 
 
@@ -295,7 +298,7 @@ class _Composer:
         return self._parsed[line]
 
     def tree(self, recipe: str, lines: list[str]) -> Any:
-        """The plain tree of a recipe, not yet judged."""
+        """The plain tree of a recipe, not yet validated."""
         groups, overrides = _groups_of(recipe), [self._parse(line) for line in lines]
         chosen = [item for item in overrides if item.key_or_group in GROUPS or item.is_delete()]
         key = (recipe, *(_as_hydra(item, groups) for item in chosen))
@@ -308,7 +311,7 @@ class _Composer:
             tree = copy.deepcopy(self._trees[key])
             for item in overrides:
                 if item not in chosen:
-                    # Values are forced in: the schema rejects unknown ones.
+                    # force_add: also fields that the recipe does not mention; the schema rejects unknown ones later
                     OmegaConf.update(tree, item.key_or_group, item.value(), merge=True, force_add=True)
             return OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
@@ -316,7 +319,7 @@ class _Composer:
 
 
 def _as_hydra(item: Override, groups: set[str]) -> str:
-    """A group that the recipe does not list is appended."""
+    """The override in Hydra's syntax; a group that the recipe does not list is appended with `+`."""
     line = item.input_line or ""
     if item.key_or_group in GROUPS:
         options = yaml_names(item.key_or_group)
@@ -328,7 +331,7 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
 
 
 def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
-    """Groups in the recipe's defaults list, those of the recipes it extends included."""
+    """Groups in the defaults list of the recipe and of the recipes it extends."""
     path = yaml_file(recipe)
     if path is None:
         raise RecipeError(f"recipe {recipe}: not found in {', '.join(map(str, recipe_folders()))}")
@@ -376,7 +379,7 @@ def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:
 
 
 def nearest(word: str, options: Iterable[str]) -> str:
-    """`; did you mean 'kl_beta'?` or nothing."""
+    """`; did you mean 'kl_beta'?`, or an empty string if no option is similar."""
     close = difflib.get_close_matches(word, list(options), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

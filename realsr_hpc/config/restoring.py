@@ -1,6 +1,7 @@
-"""Options that the commands share which restore: what each takes, told without loading what restores.
+"""Options shared by all commands that restore images, and their checks.
 
-realsr_hpc.restore acts on them; a chain asks here when it is launched.
+The checks load no model, so a chain can refuse a wrong option when it is launched. `realsr_hpc.restore` acts on the
+options.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from realsr_hpc.config.weights import pyiqa_needs
 ColourFix = Literal["none", "wavelet", "adain"]
 COLOUR_FIXES: tuple[ColourFix, ...] = get_args(ColourFix)
 CHOICES = ("ranker", "niqe", "fidelity", "mean")
-"""What chooses among candidates and needs nothing staged; besides them pyiqa:METRIC."""
+"""Experts that choose among candidates without staged weights; pyiqa:METRIC is the other possibility."""
 RESTORING: dict[str, str | None] = {
     "candidates": "1",
     "choose": "ranker",
@@ -27,11 +28,11 @@ RESTORING: dict[str, str | None] = {
     "overlap_px": "8",
     **dict.fromkeys(RestoreConfig.model_fields),
 }
-"""Each option's default."""
+"""The options with their defaults; None: as the recipe says, or not needed."""
 
 
 def check_restoring(given: Mapping[str, str | None]) -> None:
-    """ValueError for a value that no recipe makes right."""
+    """ValueError for a value that is wrong for every recipe."""
     read_choice(given, "colour", COLOUR_FIXES)
     read_count(given, "candidates", 1)
     read_count(given, "overlap_px")
@@ -40,7 +41,7 @@ def check_restoring(given: Mapping[str, str | None]) -> None:
 
 
 def refuse_what_does_not_fit(given: Mapping[str, str | None], config: RunConfig) -> None:
-    """ValueError for what restores nothing, and for options that the model or this machine does not allow."""
+    """ValueError for a recipe without a policy, and for options that the model or this machine does not support."""
     if config.task == "tokenizer":
         raise ValueError(f"{config.name} trained tokenizers, not a policy: name a run that uses them")
     refuse_wide_overlap(read_count(given, "overlap_px"), config.vlcot.image_sizes_px[-1] // config.vlcot.upscale)
@@ -52,20 +53,20 @@ def refuse_what_does_not_fit(given: Mapping[str, str | None], config: RunConfig)
 
 
 def refuse_wide_overlap(overlap_px: int, tile_px: int) -> None:
-    """ValueError where tiles of `tile_px` would overlap by more than a half."""
+    """ValueError if tiles of `tile_px` would overlap by more than half."""
     if overlap_px > tile_px // 2:
         raise ValueError(f"overlap_px={overlap_px} must lie in 0..{tile_px // 2} (half a tile)")
 
 
 def refuse_unknown_choice(choice: str) -> None:
-    """ValueError for what chooses among candidates and is not one of `CHOICES`, nor pyiqa:METRIC."""
+    """ValueError unless `choice` is one of `CHOICES` or pyiqa:METRIC."""
     kind, _, metric = choice.partition(":")
     if choice not in CHOICES and not (kind == "pyiqa" and metric):
         raise ValueError(f"choose={choice!r} is not one of {', '.join(CHOICES)}, pyiqa:METRIC; name one")
 
 
 def sampling(base: RestoreConfig, given: Mapping[str, str | None]) -> RestoreConfig:
-    """`base` with those of its fields that `given` names. ValueError for a value out of range."""
+    """`base` with the fields that `given` sets. ValueError for a value out of range."""
     chosen = {name: given[name] for name in RestoreConfig.model_fields if given.get(name) is not None}
     try:
         return RestoreConfig.model_validate({**base.model_dump(), **chosen})

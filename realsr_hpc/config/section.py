@@ -16,13 +16,13 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Task = Literal["grpo", "sft", "tokenizer"]
 Role = Literal["decides", "layout", "operation"]
-"""What a field is. decides: another value is another experiment. layout: how the same computation is cut over
-processes, which changes rounding alone. operation: where and how comfortably it runs."""
+"""What a field affects. decides: the result; another value is another experiment. layout: how the same computation is
+distributed over processes, which changes only rounding. operation: where the run executes and what it reports."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The role of a field, and the tasks that read it. None in a field's own mark: as its section says."""
+    """The role of a field, and the tasks that read it. None: as in the mark of its section."""
 
     role: Role | None = None
     tasks: frozenset[str] | None = None
@@ -35,17 +35,18 @@ POLICY: tuple[Task, ...] = ("grpo", "sft")
 
 
 def read_by(*tasks: Task) -> Mark:
-    """Mark of a field that fewer tasks read than its section's."""
+    """Mark of a field that only these of its section's tasks read."""
     return Mark(tasks=frozenset(tasks))
 
 
 LARGEST = 1e15
-"""No count, size, rate or seed of a run is larger; beyond, integers leave what tensors, seeds and floats hold."""
+"""Largest number in a recipe. No count, size, rate or seed of a run is larger, and larger integers would not fit
+tensors, seeds and floats."""
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys, NaN, infinities and huge numbers are errors, and so is true for a number;
-    numbers may stand where text is asked for.
+    """Base of every section. Unknown keys, NaN, infinities, huge numbers, and true in place of a number are errors; a
+    number in place of text is accepted.
 
     `class GRPOConfig(Section, tasks=("grpo",))` marks all fields of a section, `field: Annotated[int, OPERATION]` one.
     `identity.py` reads the marks.
@@ -61,7 +62,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would make 1 of true."""
+        """Refuses true and false for numbers, which pydantic would turn into 1 and 0."""
         kinds = _kinds(cls, info.field_name or "")
         if any(issubclass(kind, BaseModel) for kind in kinds):  # sections judge their own fields
             return value
@@ -81,7 +82,7 @@ def _plain_values(value: Any) -> list[Any]:
 
 @cache
 def _kinds(section: type[Section], field: str) -> frozenset[type]:
-    """The classes in a field's annotation."""
+    """All classes that occur in a field's annotation."""
     parts = [section.model_fields[field].annotation]
     for part in parts:
         parts.extend(get_args(part))

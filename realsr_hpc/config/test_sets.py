@@ -1,4 +1,4 @@
-"""Test sets of the field by name; `realsr_hpc.evaluate.sets` reads them."""
+"""The published test sets by name; `realsr_hpc.evaluate.sets` reads them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NamedSet:
-    """What a test set of this name is."""
+    """Properties of a published test set."""
 
     title: str
-    """As the paper's table has it."""
+    """Name in the paper's table."""
     paired: bool
     usual_size: int
-    """Images that the field's copy has; another number is said in the report."""
+    """Number of images in the commonly used copy; the report mentions any other number."""
 
 
 NAMED_SETS = {
@@ -27,6 +27,6 @@ NAMED_SETS = {
 
 
 def refuse_unknown_set(name: str | None) -> None:
-    """ValueError for a name that is not one of these, nor `paired` or `unpaired`."""
+    """ValueError unless the name is one of these, `paired` or `unpaired`."""
     if name not in NAMED_SETS and name not in ("paired", "unpaired"):
         raise ValueError(f"set={name!r} is not one of {', '.join(NAMED_SETS)}, paired, unpaired; name one")

@@ -1,7 +1,7 @@
-"""The files that a recipe needs in addition to the code, and their places: tokenizers, start weights, reward networks.
+"""The files that a recipe needs besides the code: tokenizers, start weights, reward networks, each with its place.
 
-Nothing is downloaded here or anywhere else: a cluster without a network is the usual case. pyiqa's files are known for
-the metrics of the super-resolution literature; of other metrics its adapter names what is missing when it is built.
+Nothing is downloaded, here or anywhere else, because compute nodes often have no network. pyiqa's files are listed for
+the metrics of the super-resolution literature; for other metrics, pyiqa's adapter names missing files when it is built.
 File names and addresses: pyiqa 0.1.15 (`default_model_urls`), torchvision and OpenAI's CLIP. A name that ends in
 `-0123abcd` carries the beginning of the file's SHA-256.
 """
@@ -87,8 +87,8 @@ PYIQA_FILES: dict[str, tuple[tuple[str, str], ...]] = {
     **{name: () for name in ("piqe", "psnr", "psnry", "ssim", "ssimc", "ms_ssim", "cw_ssim", "fsim", "vsi")},
     **{name: () for name in ("gmsd", "vif", "nlpd", "mad")},
 }
-"""Path below `weights_dir` and address of each file, by pyiqa's name of the metric; a folder is a hub's cache of one
-model."""
+"""Path below `weights_dir` and address of each file, by pyiqa's name of the metric. A folder is a Hugging Face cache of
+one model."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ class Need:
     """Field of the recipe, or reward and metric."""
     path: Path
     origin: str
-    """Where it comes from, in words or as an address."""
+    """Origin, in words or as an address."""
     weights_dir: Path | None = None
     """Folder whose SHA256SUMS must list it."""
     converted: bool = False
-    """Made of public files by import-weights, never one of them under its own name."""
+    """Whether import-weights makes it from published files."""
 
     def files(self) -> list[Path]:
-        """The files that are there: itself, or those below the folder."""
+        """The existing files: the file itself, or all below the folder."""
         if self.path.is_dir():
             return sorted(path for path in self.path.rglob("*") if path.is_file())
         return [self.path] if self.path.is_file() else []
@@ -137,11 +137,11 @@ OWN: dict[str, str] = {
     "weights/small/policy_sft": "realsr-hpc launch recipe=sft_small, then "
     "realsr-hpc export-hf run=RUN_DIR output=weights/small/policy_sft",
 }
-"""The commands that make what the small recipes name, which nobody publishes."""
+"""Commands that make the files of the small recipes, which are not published."""
 
 
 def start_files(config: RunConfig) -> dict[str, str | None]:
-    """What a run starts from, by field; None: from nothing."""
+    """Files that a run starts from, by field; None: random initial values."""
     if config.task == "tokenizer":  # makes its own
         return {}
     return {

@@ -1,4 +1,7 @@
-"""Whether a file is whole and of its kind, from its ends alone: launching and staging read no numbers."""
+"""Checks whether a file is complete and of the kind its suffix says, without reading its content.
+
+Launching and staging use it: only the beginning and the end of a file are read.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 def file_fault(path: Path) -> str:
-    """What is wrong with a file that is there: empty, cut, or not what its suffix says; "": nothing that shows.
+    """What is wrong with an existing file: empty, truncated, or not what its suffix says; "" if nothing is found.
 
-    A Git LFS pointer and a page that asks for a login are no weights either. OSError where it cannot be read.
+    Also finds Git LFS pointers and login pages saved in place of weights. OSError if the file cannot be read.
     """
     if path.stat().st_size == 0:
         return f"{path} is empty; copy it again"
@@ -30,7 +33,7 @@ def file_fault(path: Path) -> str:
 
 
 def _whole_safetensors(path: Path) -> bool:
-    """The header says how long the file is."""
+    """Whether the file has the length that its header states."""
     header, start = safetensors_header(path)
     try:
         ends = [item["data_offsets"][1] for name, item in (header or {}).items() if name != "__metadata__"]
@@ -40,6 +43,7 @@ def _whole_safetensors(path: Path) -> bool:
 
 
 def _whole_pickle(path: Path) -> bool:
-    """An archive, whose directory stands at its end; before torch 1.6 a bare pickle, whose end shows nothing."""
+    """Whether it is a zip archive, whose directory is at the end, or begins like a bare pickle (before torch 1.6),
+    whose end cannot be checked."""
     with path.open("rb") as stream:
         return zipfile.is_zipfile(path) or stream.read(1) == b"\x80"

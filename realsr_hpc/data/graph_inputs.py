@@ -1,6 +1,6 @@
-"""A sample's drawn numbers as the small arrays that the DALI graph reads: kernels, resize tables, noise levels.
+"""Turns a sample's drawn numbers into the small arrays that the DALI graph reads: kernels, resize tables, noise levels.
 
-Pure NumPy. Pixels are float32 on 0..255 inside the graph, so levels of noise are of 255.
+Pure NumPy. Inside the graph pixels are float32 in 0..255, and noise levels use the same scale.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ WHOLE, SEPARABLE, NOTHING = range(3)
 
 @dataclass(frozen=True)
 class DegradationInput:
-    """A sample's crop, drawn parameters and noise, as the graph takes them."""
+    """Crop, drawn parameters and noise generator of one sample."""
 
     crop: UInt8[np.ndarray, "side side 3"]
     """Square cut of the photograph, already mirrored."""
     parameters: DegradationParameters
     noise_rng: np.random.Generator
-    """Drawn from twice: the first stage's field, then the second's."""
+    """Draws two noise fields: for the first stage, then for the second."""
 
 
 def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int, *, tables: bool) -> dict[str, np.ndarray]:

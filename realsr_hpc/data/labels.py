@@ -1,4 +1,4 @@
-"""The five words of a sample's degradation: `degradation.labels` says what they are about.
+"""The five words that label a sample's degradation. `degradation.labels` selects what they describe.
 
 `applied` (`applied.py`): the drawn numbers. `visible` (`visible.py`): the damage still visible in the LQ image; light,
 medium and heavy are separated by the terciles for the recipe's preset and sizes, so that the words are about equally
@@ -18,7 +18,7 @@ from realsr_hpc.data.visible import Edges, tercile_edges, visible
 from realsr_hpc.records import LEVELS, DegradationLabel, Level, Operators
 
 BRIGHTNESS_STRIDE = 4
-"""Of a photograph's pixels every so many down and across tell its mean level."""
+"""The mean brightness of a photograph is computed from every 4th pixel down and across."""
 
 
 class Labeller:
@@ -33,7 +33,7 @@ class Labeller:
     def __call__(
         self, parameters: DegradationParameters, operators: Operators, photograph: np.ndarray
     ) -> DegradationLabel:
-        """Of one sample: its drawn parameters, the operators they give, and the photograph they degrade."""
+        """The label of one sample, from its drawn parameters, their operators, and the photograph."""
         if self._config.labels == "applied":
             return applied_words(parameters, PRESETS[self._config.preset], self._config.severity_edges)
         brightness = float(photograph[::BRIGHTNESS_STRIDE, ::BRIGHTNESS_STRIDE].mean())

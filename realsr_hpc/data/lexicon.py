@@ -1,6 +1,7 @@
-"""Words that made signs show: plain English of three to six letters, those of training and of held-out signs apart.
+"""The words on generated signs: plain English of three to six letters, in two disjoint lists for training and held-out
+signs.
 
-What a policy reads on a held-out sign it can only know letter by letter.
+So a policy can read a held-out sign only letter by letter.
 """
 
 from __future__ import annotations

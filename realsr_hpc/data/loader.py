@@ -1,8 +1,8 @@
-"""Endless, deterministic, resumable stream of `LQBatch`.
+"""An endless, deterministic, resumable stream of `LQBatch`.
 
-The stream's position is one number, the global index at which the next global batch starts. A global batch consists of
-`dp_size` rank batches, so any number of ranks reads the same samples in the same order. One background thread prepares
-batches ahead; a saved state counts only batches that were handed out, not those prepared.
+Its position is one number: the global index of the first sample of the next global batch. A global batch consists of
+one batch per data-parallel rank, so any number of ranks reads the same samples in the same order. A background thread
+prepares batches ahead; a saved position counts only the batches that were returned.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class LQLoader:
     """Batches of one split for one data-parallel rank.
 
     With `shuffle=False` the order is the manifest's: the first batch of a held-out split is the same fixed images
-    each time. `batch_size` is this rank's. With few photographs an epoch wraps around and the index counts on, so
-    each visit has a new window and degradation.
+    each time. `batch_size` is this rank's. The index counts on over epochs, so a
+    photograph gets a new window and degradation each time.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LQLoader:
         self._readers = ThreadPoolExecutor(config.data.num_threads, thread_name_prefix="lq-reader")
 
     def __len__(self) -> int:
-        """Photographs in the split."""
+        """Number of photographs in the split."""
         return len(self._samples.manifest)
 
     @property
@@ -95,21 +95,21 @@ class LQLoader:
         self._make_ahead(1)
         batch = self._ahead.popleft().result()
         self._position += self._batch_size * self._dp_size
-        # A caller that wants one fixed batch only should not pay for a second.
+        # No batch is prepared ahead at the first call: a caller may want only one fixed batch.
         if self._handed_out:
             self._make_ahead(self._config.data.prefetch)
         self._handed_out += 1
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position as JSON values, for `load_state_dict`."""
+        """The position and what it belongs to, as JSON values for `load_state_dict`."""
         return {"position": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken, also with other `dp_size`, batch size or threads.
+        """Continue at a saved position; `dp_size`, batch size and number of threads may differ.
 
         Raises:
-            ValueError: if the state is of another seed, split, order or set of photographs.
+            ValueError: if the position belongs to another seed, split, order or set of photographs.
         """
         for name, here in self._identity().items():
             if state.get(name) != here:
@@ -121,7 +121,7 @@ class LQLoader:
         self._position = int(state["position"])
 
     def close(self) -> None:
-        """Stop the threads and free the graph."""
+        """Stop the threads and free the DALI graph."""
         self._drop_ahead()
         self._maker.shutdown(wait=True, cancel_futures=True)
         self._readers.shutdown(wait=True, cancel_futures=True)
@@ -178,7 +178,7 @@ class LQLoader:
         return lq, np.stack(gt) if gt else None
 
     def _degrade(self, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray]:
-        # DALI takes over a second to import: not for paired data, nor for who only reads a manifest.
+        # DALI takes over a second to import, which paired data and readers of a manifest do not need.
         from realsr_hpc.data.dali_pipeline import DegradationPipeline
 
         if self._pipeline is None:

@@ -1,7 +1,7 @@
-"""The list of photographs a run reads: one Parquet table, with checksums, captions and tags.
+"""The list of photographs that a run reads: a Parquet table with checksums, captions and tags.
 
-Paths in the table are relative to it, so a folder of photographs can be moved whole. `verify` reads every file and
-reports what is missing, altered or broken; nothing here decides what to train on: that is the loader's.
+Paths in the table are relative to its folder, so a data set can be moved as a whole. `verify` reads every file and
+reports what is missing, altered or broken. What to train on is decided elsewhere (`loader`, `samples`).
 """
 
 from __future__ import annotations
@@ -41,16 +41,17 @@ SCHEMA = pa.schema(
     ]
 )
 LATER = {"word": ""}
-"""Columns that older manifests lack, and what they then hold."""
+"""Columns that older manifests lack, with their default values."""
 
 _PATHS = ("path", "lq_path")
 _DIGEST = b"realsr_hpc.rows_sha256"
 _MARKS = "<>\ue000\ue001"
-"""What a trace closes its fields with, and its private marks of an image."""
+"""Characters that captions must not contain: those of a trace's tags, and the internal marks of an image."""
 
 
 def caption_fault(captions: Iterable[str]) -> str | None:
-    """Why captions cannot stand in a trace, or None: one that closes its field would forge the rest of the trace."""
+    """Why captions cannot be used in a trace, or None. A caption that closes its field could forge the rest of the
+    trace."""
     held = [mark for mark in _MARKS if any(mark in text for text in captions)]
     return f"caption: {held[0]!r} in it could close a trace's field; leave it out" if held else None
 
@@ -78,7 +79,7 @@ class ManifestEntry:
 
     @property
     def scene(self) -> SceneText | None:
-        """Captions and tags, or None where none were written."""
+        """Captions and tags; None if the photograph has no captions."""
         if not self.caption_final:
             return None
         return SceneText(self.caption_rough, self.caption_middle, self.caption_final, self.tags, self.word)
@@ -86,7 +87,7 @@ class ManifestEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Entries in the table's order, and the folder their paths start from."""
+    """The entries in the order of the table, and the folder that their paths are relative to."""
 
     root: Path
     entries: tuple[ManifestEntry, ...]
@@ -99,7 +100,7 @@ class Manifest:
         """The entries of one split.
 
         Raises:
-            ValueError: if no entry has it.
+            ValueError: if no entry belongs to it.
         """
         chosen = tuple(entry for entry in self.entries if entry.split == name)
         if not chosen:
@@ -125,7 +126,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found: the good entries' manifest, and a fault for each other key."""
+    """Result of `verify`: a manifest of the good entries, and the fault of every other one."""
 
     good: Manifest
     faults: dict[str, str]
@@ -141,7 +142,7 @@ def read_manifest(path: Path | str) -> Manifest:
     """Read and check the table (not the photographs).
 
     Raises:
-        ValueError: if the file is not that of its checksum or is damaged, a column is missing or of another type, or a
+        ValueError: if the file is damaged or does not match its checksum, a column is missing or of another type, or a
             key occurs twice.
     """
     path = Path(path)
@@ -189,7 +190,7 @@ def _digest_of(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
-    """Write the table and its checksum beside it; the same entries give the same rows in the same order.
+    """Write the table, and its checksum beside it.
 
     Raises:
         ValueError: if a key occurs twice.

@@ -1,6 +1,6 @@
-"""Which files a folder holds, what each is called, and which two belong together: one rule for every command.
+"""Rules for files in folders, shared by all commands: which files there are, how results are named, which form pairs.
 
-A short name (without suffix, without tag) is used only if no other file would have the same one.
+A short name (without suffix, without tag) is used only if no two files would get the same one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _NOT_UTF_8 = "bytes:"
 
 
 def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
-    """Files under a folder sorted by path, and why by path for the folders that could not be read.
+    """Files below a folder, sorted by path; and by path, why a folder could not be read.
 
-    Linked folders are entered once, so loops end; a file that is reachable by two paths has the name of the real one.
+    Linked folders are entered once, so loops end. A file that is reachable by two paths is listed under the real one.
     """
     found: list[Path] = []
     faults: dict[str, str] = {}
@@ -44,7 +44,7 @@ def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
         for entry in inside:
             if entry.is_dir():
                 (linked if entry.is_symlink() else waiting).append(Path(entry.path))
-            elif entry.is_file() or entry.is_symlink():  # a dead link is a file that is missing
+            elif entry.is_file() or entry.is_symlink():  # a dead link is listed, and later reported as missing
                 found.append(Path(entry.path))
     return sorted(found), faults
 
@@ -69,14 +69,14 @@ def distinct(candidates: Sequence[Sequence[str]], reserved: Collection[str] = ()
 
 
 def without_endings(names: Sequence[str]) -> list[str]:
-    """Paths below a folder without their suffixes; where two would be equal, both keep theirs."""
+    """Paths without their suffixes; paths that would become equal keep them."""
     return distinct([(PurePosixPath(name).with_suffix("").as_posix(), name) for name in names])
 
 
 def flat_names(names: Sequence[str], files: Sequence[str] | None = None) -> list[str]:
-    """Printable names without folders, as files of one folder can bear them; folders come in where two are the same.
+    """Printable names for files in a single folder: without folders, or with as many as are needed to be distinct.
 
-    files: what decides where two differ in nothing else; the names themselves without.
+    files: distinct strings that tell apart names which print alike; default: the names themselves.
     """
     options = []
     for name, file in zip(names, files or names, strict=True):
@@ -87,9 +87,9 @@ def flat_names(names: Sequence[str], files: Sequence[str] | None = None) -> list
 
 
 def split_of(folders: Sequence[str]) -> str:
-    """`train`, `heldout` or nothing, by whole words of the innermost folder that says so.
+    """`train`, `heldout` or "", by whole words in the name of the innermost folder that has one.
 
-    `OutdoorSceneTest300` is a test set, `contest` none.
+    `OutdoorSceneTest300` is a test set, `contest` is not.
     """
     for folder in reversed(folders):
         words = {word.lower() for word in _WORDS.findall(folder)}
@@ -110,14 +110,14 @@ RULES: tuple[Callable[[PurePath], Hashable], ...] = (
     lambda path: path.stem,
     plain_stem,
 )
-"""What two files of a pair have in common, the strictest first."""
+"""Rules for what the two files of a pair have in common, the strictest first."""
 
 
 def matched(lows: Sequence[PurePath], truths: Sequence[PurePath]) -> tuple[list[tuple[int, int]], dict[int, str]]:
-    """Pairs of positions (low, truth), and why by position for lows that are one of several for the same truth.
+    """Pairs of positions (low, truth); and by position, the fault of lows whose truth is ambiguous.
 
-    Whole names come first, then names without ending, then without tags, so `box1` .. `box4` stay four images where
-    both sides have them. A low that has no truth is in neither.
+    Whole names are matched first, then names without suffix, then without tags. So `box1` .. `box4` stay four images if
+    both sides have them. A low without a truth is in neither result.
     """
     pairs, several = [], {}
     left, right = list(range(len(lows))), list(range(len(truths)))
@@ -144,7 +144,7 @@ def _by(rule: Callable[[PurePath], Hashable], paths: Sequence[PurePath], places:
 
 
 def as_text(path: str) -> str:
-    """A path as valid Unicode, for tables: as it is, or where its bytes are no UTF-8 `bytes:` and percent signs."""
+    """A path as valid Unicode for tables. One that is not UTF-8 becomes `bytes:` and percent-encoded bytes."""
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""One sample by its global index: which photograph, which window, which degradation.
+"""Makes the sample of a global index: its photograph, crop window and degradation parameters.
 
-The order is a permutation an epoch keyed on (seed, epoch); all else is keyed on (seed, index). Nothing here knows of
-batches, ranks or threads. A photograph that cannot be used is skipped, counted and named, and the next one of the
-epoch's order stands in for it under the same index.
+Each epoch has its own order, a permutation that depends on (seed, epoch). Everything else depends on (seed, index), and
+nothing on batches, ranks or threads. A photograph that cannot be used is skipped, counted and named; the next one in
+the order of the epoch takes its place under the same index.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from realsr_hpc.data.degradation import (
 from realsr_hpc.data.manifest import Manifest, ManifestEntry, caption_fault
 
 MIN_PHOTOGRAPH_PX = 32
-"""Shorter side below which a photograph is no truth."""
+"""Photographs with a shorter side below this are not used as truths."""
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes in px and shares from which crop windows follow."""
+    """Sizes and shares that determine crop windows."""
 
     gt_size_px: int
     upscale: int
@@ -50,10 +50,10 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Sample:
-    """A photograph's window and what is to be applied to it; images are RGB uint8 [h, w, 3].
+    """A window of a photograph; images are RGB uint8 [h, w, 3].
 
-    Unpaired: `gt` is the square window at its own size and `parameters` are to be applied. Paired: both windows at
-    their final sizes. LQ only: `lq` alone.
+    unpaired: `gt` is the square window at its original size, and `parameters` is the degradation to apply. paired: `gt`
+    and `lq` are windows at their final sizes. lq_only: only `lq`.
     """
 
     index: int
@@ -79,7 +79,7 @@ class Samples:
         self.manifest, self.mode, self.geometry, self.preset = manifest, mode, geometry, preset
         self.seed, self.shuffle = seed, shuffle
         self.skipped: dict[str, str] = {}
-        """Why, by key, for every photograph that could not be used so far."""
+        """Reason, by key, for every photograph that could not be used so far."""
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
 
     def __getitem__(self, index: int) -> Sample:

@@ -1,8 +1,8 @@
 """Generated images: overlapping shapes with the statistics of photographs, and true texts about them.
 
-A few photographs can be memorised, an unlimited number of shapes cannot; so a model that also trains on shapes has to
-use its input. Their texts name the colours that are there, counted, so that they are as true as a degradation
-label. Dead leaves: Lee, Mumford, Huang, "Occlusion models for natural images", 2001.
+A model can memorise a few photographs but not an unlimited number of shapes; so a model that also trains on shapes must
+use its input. The texts name the colours by measured area, so they are exactly true, as degradation labels are. Dead
+leaves: Lee, Mumford, Huang, "Occlusion models for natural images", 2001.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIN_SHARE = 0.08
 
 
 def describe(image: Image.Image) -> SceneText:
-    """Texts that name the (at most three) commonest colours, the commonest first."""
+    """Texts that name the most common colours, at most three, the most common first."""
     pixels = np.asarray(image.resize((32, 32), Image.Resampling.BOX)).reshape(-1, 1, 3).astype(np.float64)
     nearest = np.square(pixels - np.array(list(COLOURS.values()))).sum(-1).argmin(-1)
     shares = np.bincount(nearest, minlength=len(COLOURS)) / len(nearest)

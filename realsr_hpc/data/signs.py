@@ -1,8 +1,8 @@
 """Generated signs: a short word in one colour on a plain background or a photograph.
 
-What is written on a sign is known exactly, so reading and restoring can be measured exactly: the rough text must name
-the word, the final image must show it. Fonts are those that matplotlib ships (DejaVu, STIX, Computer Modern), those of
-held-out signs apart, as are their words (lexicon.py).
+The word on a sign is known exactly, so reading and restoring can be measured exactly: the rough text must name the
+word, the final image must show it. Fonts are those that matplotlib ships (DejaVu, STIX, Computer Modern). Held-out
+signs use other fonts and other words (lexicon.py) than training signs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from realsr_hpc.records import SceneText
 TRAINING_FONTS = ("DejaVuSans-Bold", "DejaVuSans", "DejaVuSansMono-Bold", "STIXGeneralBol", "cmb10", "DejaVuSerif")
 HELDOUT_FONTS = ("DejaVuSerif-Bold", "STIXGeneralBolIta")
 MIN_CONTRAST = 100
-"""Least difference in luma, of 255, between letters and what is behind them."""
+"""Smallest difference in luma (0..255) between letters and their background."""
 MAX_BUSY = 40
-"""Greatest standard deviation of luma behind letters that stand on a photograph without a plate."""
+"""Largest standard deviation of luma behind letters that are drawn directly on a photograph."""
 _LUMA = np.array([0.299, 0.587, 0.114])
 _FINE = 3
-"""Letters are drawn so many times larger and averaged down."""
+"""Factor by which letters are drawn larger before they are averaged down."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Reads a photograph's bytes from a file, or in place from a member of an uncompressed tar (WebDataset).
 
-A member is written as a path, `shard-0000.tar#name.jpg@offset+size`, so manifests and loaders treat both alike and any
-photograph of a tar is read by one seek.
+A member is written as a path, `shard-0000.tar#name.jpg@offset+size`, so manifests and loaders treat both alike. Reading
+a photograph from a tar takes one seek.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Member:
 
     @property
     def path(self) -> Path:
-        """How the member is written in a manifest."""
+        """The member as a path in a manifest."""
         return Path(f"{self.tar}#{self.name}@{self.offset}+{self.size}")
 
 
 def tar_members(tar: Path) -> Iterator[Member]:
-    """The files of a tar in its order, only headers being read.
+    """The files of a tar, in order; only headers are read.
 
     Raises:
         ValueError: if it cannot be read as an uncompressed tar.

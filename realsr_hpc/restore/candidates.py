@@ -1,4 +1,4 @@
-"""Choose among several restored images of one input: the one an expert rates highest, or their mean."""
+"""Combines several restored images of one input: takes the one that an expert rates highest, or their mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from realsr_hpc.rewards.fidelity import FidelityReward
 from realsr_hpc.rewards.generation import build_expert
 
 Expert = Callable[[Sequence[RestoredImage], Case], np.ndarray]
-"""Results and their case -> scores, higher is better, NaN where impossible."""
+"""Results and their case -> one score each; higher is better, NaN if a result cannot be scored."""
 
 
 class ManyRestorer(Protocol):
@@ -31,7 +31,7 @@ class Chosen(RestoredImage):
     """The chosen result and the expert's score of each candidate."""
 
     chosen: int
-    """Its number; -1: the mean of all."""
+    """Number of the chosen candidate; -1: the mean of all."""
     scores: tuple[float, ...]
 
 
@@ -39,11 +39,11 @@ class BestOf:
     """A restorer that samples `count` candidates and keeps one."""
 
     def __init__(self, restorer: ManyRestorer, count: int, expert: Expert | None):
-        """expert: of `build_chooser`; None: their mean."""
+        """expert: from `build_chooser`; None: take the mean."""
         self.restorer, self.count, self.expert = restorer, count, expert
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
-        """One image each; candidates without an image are never chosen while another has one."""
+        """One image per case. A candidate without an image is chosen only if none has one."""
         found = self.restorer.candidates(cases, self.count)
         return [self._choose(candidates, case) for candidates, case in zip(found, cases, strict=True)]
 
@@ -61,9 +61,9 @@ class BestOf:
 
 
 def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
-    """The expert called `choice`, of `config.restoring.CHOICES` or pyiqa:METRIC; None for `mean`.
+    """The expert named `choice`, one of `config.restoring.CHOICES` or pyiqa:METRIC; None for `mean`.
 
-    Raises ValueError for another name, or weights that are not staged.
+    Raises ValueError for any other name, or if its weights are missing.
     """
     refuse_unknown_choice(choice)
     if choice == "mean":
@@ -82,7 +82,7 @@ def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
 
 
 def _mean(given: list[RestoredImage]) -> RestoredImage:
-    """Pixel means of the rough, middle and final images; the words are those of the candidate nearest to the mean."""
+    """Pixel means of the rough, middle and final images, with the texts of the candidate nearest to the mean."""
     finals = np.stack([item.image for item in given if item.image is not None]).astype(np.float32)
     distances = np.square(finals - finals.mean(0)).mean((1, 2, 3))
     nearest = given[int(distances.argmin())]

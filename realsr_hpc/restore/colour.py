@@ -1,4 +1,4 @@
-"""Transfer the input's colours to a restored image: wavelet and AdaIN, named as in StableSR (Wang et al. 2024)."""
+"""Transfers the input's colours to a restored image, by wavelets or AdaIN as in StableSR (Wang et al. 2024)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _LEVELS = 5
 
 
 def fix_colour(image: np.ndarray, reference: np.ndarray, how: ColourFix) -> np.ndarray:
-    """uint8 [H, W, 3] with the colours of `reference` (same shape, the input at the result's size).
+    """uint8 [H, W, 3] with the colours of `reference`, the input resized to the same shape.
 
-    wavelet: low frequencies of the reference, high ones of the image. adain: mean and deviation of each channel.
+    wavelet: low frequencies from the reference, high frequencies from the image. adain: each channel gets the
+    reference's mean and standard deviation.
     """
     if how == "none":
         return image

@@ -31,10 +31,10 @@ class RestoreReport:
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """Why, by file."""
+    """Reason, by file."""
     num_tiles: int = 0
     num_tiles_bicubic: int = 0
-    """Tiles for which the model gave no image: filled in bicubically."""
+    """Tiles without an image from the model; they were upscaled bicubically."""
 
     def __str__(self) -> str:
         lines = [f"{len(self.done)} restored, {len(self.skipped)} already there, {len(self.failed)} failed"]
@@ -47,7 +47,7 @@ class RestoreReport:
 
 @dataclass(frozen=True)
 class _Work:
-    """One file on its way."""
+    """An input file that is being restored."""
 
     file: Path
     target: Path
@@ -113,7 +113,7 @@ def _restore_missing(
 
 
 def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: RestoreReport) -> Iterator[list[_Work]]:
-    """Readable files, as many at a time as fill every worker's batch of tiles."""
+    """Readable files, in groups whose tiles fill the batches of all workers."""
     part: list[_Work] = []
     waiting = 0
     for file, target in missing.items():
@@ -132,13 +132,13 @@ def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: Restore
 
 
 def _said(work: _Work, result: Blended) -> str:
-    """A line on what was done to a file."""
+    """The line that reports a restored file."""
     count, named = len(result.tiles), result.tiles[0].degradation or "nothing well formed"
     return printable(f"{work.target}: {count} tile{'s' if count > 1 else ''}, the first: {named}")
 
 
 def _write(work: _Work, result: Blended, settings: RestoreSettings, report: RestoreReport, steps: bool) -> None:
-    """The image last, an older one gone before: where it exists, its reasoning does."""
+    """Write the reasoning first and the image last, after removing an older one: an image that exists is complete."""
     try:
         work.target.parent.mkdir(parents=True, exist_ok=True)
         work.target.unlink(missing_ok=True)
@@ -153,7 +153,7 @@ def _write(work: _Work, result: Blended, settings: RestoreSettings, report: Rest
 
 
 def _is_done(file: Path, target: Path) -> bool:
-    """ValueError where the result's place is taken by something else."""
+    """Whether `target` is the finished result of `file`. ValueError if another file occupies its place."""
     if not target.exists():
         return False
     if not restoration.record_file(target).exists():
@@ -165,14 +165,14 @@ def _is_done(file: Path, target: Path) -> bool:
         if told.input_sha256 == sha256_of(file):
             return True
     except (Damaged, OSError):
-        return False  # of an unreadable input, reading it will say why
+        return False  # an unreadable input is reported when it is read
     if told.input != os.path.abspath(file):
         raise ValueError(f"{target} is the result of {told.input}, not of {file}: choose another output")
     return False
 
 
 def _claim(output: Path, settings: RestoreSettings) -> None:
-    """Note the settings in the folder; refuse a folder of other settings."""
+    """Record the settings in the folder. ValueError if it holds results of other settings."""
     path = output / restoration.SETTINGS_FILE
     wanted = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "workers")}
     if path.exists() and (held := _held(path)) != wanted:
@@ -191,7 +191,7 @@ def _held(path: Path) -> dict[str, object]:
 
 
 def _expected_tiles(file: Path, settings: RestoreSettings) -> int:
-    """From the file's header; one that cannot be read counts none."""
+    """Number of tiles, from the file's header; 0 if it cannot be read."""
     try:
         with opened(file) as picture:
             return count_tiles(picture.height, picture.width, settings)
@@ -200,7 +200,7 @@ def _expected_tiles(file: Path, settings: RestoreSettings) -> int:
 
 
 class _Rate(ProgressColumn):
-    """Tiles a second, of the last while."""
+    """Recent tiles per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.2f} tiles/s" if task.speed else "– tiles/s")

@@ -1,4 +1,4 @@
-"""Files to pixels and back: any common format, with transparency, grey, 16 bits, rotation and colour profile."""
+"""Reads and writes images in all common formats; handles transparency, grey, 16 bits, rotation and colour profiles."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from realsr_hpc.data.naming import distinct, files_below
 from realsr_hpc.files import replacing
 
 RESERVED = ("restore",)
-"""Name whose NAME.json holds a folder's settings."""
+"""Names that no result may have: restore.json holds the folder's settings."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file's pixels as the model reads them, and what is needed to write the result in the same form."""
+    """The pixels of a file, and what is needed to write the result in the same form."""
 
     rgb: np.ndarray
     """uint8 [h, w, 3]."""
@@ -30,10 +30,9 @@ class Picture:
 
 
 def find_images(source: Path, output: Path) -> tuple[list[Path], dict[str, str]]:
-    """Images below a folder sorted by name, or the single file; and the reasons, by path, for files that cannot be
-    read.
+    """Images below a folder, sorted by name, or the single file; and by path, why other images cannot be read.
 
-    Files below `output` are left out if it lies inside the folder.
+    Files below `output` are left out.
     """
     if source.is_file():
         return [source], {}
@@ -47,7 +46,7 @@ def find_images(source: Path, output: Path) -> tuple[list[Path], dict[str, str]]
 
 
 def read_picture(path: Path) -> Picture:
-    """Decode a whole file; more than 8 bits are scaled to 8, of an animation the first frame is taken.
+    """Decode a file. More than 8 bits are scaled to 8; an animation gives its first frame.
 
     Raises:
         BrokenImage: if it cannot be decoded.
@@ -58,7 +57,8 @@ def read_picture(path: Path) -> Picture:
         has_alpha = picture.has_transparency_data
         is_grey = picture.mode in ("1", "L", "LA")
         rgba = picture.convert("RGBA" if has_alpha else "RGB")
-        # A profile speaks of the stored colour space: a palette's is RGB, which the conversion of CMYK or Lab has left.
+        # A profile describes the stored colours. It stays valid for RGB, grey and palettes (whose colours are RGB), but
+        # not for CMYK or Lab, which were converted.
         keeps_profile = picture.mode in ("RGB", "RGBA", "L", "LA", "P", "PA")
     pixels = np.array(rgba)
     return Picture(
@@ -67,8 +67,8 @@ def read_picture(path: Path) -> Picture:
 
 
 def write_picture(pixels: np.ndarray, picture: Picture, target: Path) -> None:
-    """Write uint8 [H, W, 3] as PNG with `picture`'s alpha, greyness and profile. Renamed into place, so a file that
-    exists is complete."""
+    """Write uint8 [H, W, 3] as PNG with `picture`'s alpha, grey mode and profile. The file is renamed into place, so it
+    is complete if it exists."""
     image = Image.fromarray(pixels)
     if picture.is_grey:
         image = image.convert("L")
@@ -79,15 +79,14 @@ def write_picture(pixels: np.ndarray, picture: Picture, target: Path) -> None:
 
 
 def targets(files: Sequence[Path], root: Path, output: Path) -> Mapping[Path, Path]:
-    """A different output file for each input: its path without suffix, or with it if another input would have the same
-    name."""
+    """A distinct output file for each input: its path without suffix, or with it if two inputs would collide."""
     places = [file.relative_to(root) for file in files]
     options = [(str(place.with_suffix("")), str(place)) for place in places]
     return {file: output / f"{name}.png" for file, name in zip(files, distinct(options, RESERVED), strict=True)}
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 3] at another size by Pillow's bicubic (antialiased when it shrinks)."""
+    """uint8 [h, w, 3] resized with Pillow's bicubic filter (antialiased when shrinking)."""
     if pixels.shape[:2] == (height, width):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""Open a model for restoring: a run, one of its checkpoints, or one of our Hugging Face exports."""
+"""Opens a model for restoring: from a run, one of its checkpoints, or one of our Hugging Face exports."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 
 
 def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRestorer:
-    """A restorer that lives entirely in this process. checkpoint_path None: with the recipe's start weights.
+    """A restorer in this process, without model parallelism; with several processes, each opens its own.
 
-    Under a launcher of several processes each of them opens one. Raises ValueError when there is neither a checkpoint
-    nor start weights.
+    checkpoint_path None: use the recipe's start weights. Raises ValueError if there are neither.
     """
     if checkpoint_path is None and config.model.weights is None:
         raise ValueError("model.weights is not set and there is no checkpoint: name a run that has one")
-    # Megatron takes seconds to import: not for who only reads pictures.
+    # Megatron takes seconds to import, which callers that only read images should not pay.
     from realsr_hpc import checkpoint
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.parallel.process_groups import initialise
@@ -34,7 +33,7 @@ def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRest
 
     precision = config.precision.model_copy(update={"fp8": "none", "rollout_fp8": False})
     config = config.model_copy(update={"parallel": ParallelConfig(), "precision": precision})
-    if checkpoint_path is not None and config.model.lora is None:  # adapters stand on the start weights
+    if checkpoint_path is not None and config.model.lora is None:  # adapters need the start weights
         config = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
     groups = initialise(config.parallel, config.seed)
     tokens = TraceTokenizer.load(config, groups.device)
@@ -45,9 +44,10 @@ def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRest
 
 
 def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None, str]:
-    """Recipe, checkpoint (None: the weights the recipe names) and name of `run=`, `checkpoint=` or `export=`.
+    """Recipe, checkpoint folder and name of the model given by `run=`, `checkpoint=` or `export=`.
 
-    Raises ValueError when none or several are given, or what they name is not whole.
+    The checkpoint is None for an export, whose recipe names its weights. Raises ValueError unless exactly one is given
+    and it is complete.
     """
     named = [key for key in ("run", "checkpoint", "export") if given.get(key)]
     if len(named) != 1:
@@ -62,7 +62,7 @@ def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None,
 def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig, Path]:
     """Recipe and checkpoint folder of `run=RUN` (its newest checkpoint) or `checkpoint=RUN_DIR/checkpoints/STEP`.
 
-    Raises ValueError when neither or both are given, there is no complete checkpoint, or the one named is damaged.
+    Raises ValueError if neither or both are given, there is no complete checkpoint, or the named one is damaged.
     """
     if (run is None) == (checkpoint_folder is None):
         raise ValueError("give either run=RUN_DIR or checkpoint=RUN_DIR/checkpoints/step-N")
@@ -88,9 +88,9 @@ def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[Run
 
 
 def read_export(folder: Path) -> RunConfig:
-    """The recipe of an export, with its weights as start weights.
+    """The recipe of an export, with the export as its start weights.
 
-    ValueError where one of its files is damaged (`SHA256SUMS`), or a file it needs is not here.
+    ValueError if one of its files is damaged (`SHA256SUMS`) or missing.
     """
     if not (folder / runfolder.RECIPE).is_file():
         raise ValueError(f"export={folder} has no {runfolder.RECIPE}; name a folder that realsr-hpc export-hf wrote")
@@ -110,5 +110,5 @@ def read_export(folder: Path) -> RunConfig:
 
 
 def with_sampling(config: RunConfig, given: Mapping[str, str | None]) -> RunConfig:
-    """The recipe with those of its `restore` fields that `given` names. ValueError for a value out of range."""
+    """The recipe with the fields of its section `restore` that `given` sets. ValueError for a value out of range."""
     return config.model_copy(update={"restore": sampling(config.restore, given)})

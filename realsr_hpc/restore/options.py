@@ -1,4 +1,4 @@
-"""A restorer and its settings from the `key=value` options that the commands share."""
+"""Opens a restorer from the `key=value` options that several commands share."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ def open_with_options(
     batch_size: int = 0,
     steps: bool = True,
 ) -> tuple[Restorer, RestoreSettings]:
-    """The restorer and settings of candidates=, choose=, weights_dir=, colour= and overlap_px=. A wrong value raises
-    ValueError before anything is loaded.
+    """Restorer and settings from candidates=, choose=, weights_dir=, colour= and overlap_px=.
 
-    name, upscale, batch_size: for the settings (`RestoreSettings`); batch_size 0: as many as pay and fit the
-    free memory. steps: rough and middle images are decoded too.
+    A wrong value raises ValueError before anything is loaded.
+
+    Args:
+        given: the options by name.
+        config: recipe of the model.
+        checkpoint: its checkpoint; None: the recipe's start weights.
+        name: the model's name for the settings and records.
+        upscale: see `RestoreSettings`.
+        batch_size: see `RestoreSettings`; 0: the largest that speeds up decoding and fits the free memory.
+        steps: also decode the rough and middle images.
     """
     check_restoring(given)
     refuse_what_does_not_fit(given, config)

@@ -1,4 +1,4 @@
-"""Write how an image was restored next to it: NAME.json for programs, NAME.steps.jpg for people."""
+"""Writes the reasoning beside a restored image: NAME.json for programs, NAME.steps.jpg for people."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from realsr_hpc.restore.tiles import STEPS, Blended
 from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 MAX_SIDE_PX = 512
-"""Longer side of one image in the picture of steps."""
+"""Longer side of one image in NAME.steps.jpg."""
 _LINE_PX = 14
 _CHARACTER_PX = 6
 
 
 def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended, made_by: str, steps: bool) -> None:
-    """`target` is the restored image's path; lq: uint8 [h, w, 3]. steps: NAME.steps.jpg too.
+    """Write the record of `source`, restored as `target`, and with `steps` its NAME.steps.jpg. lq: uint8 [h, w, 3].
 
-    The record names the input by its absolute path and the digest of its content, since it may be read elsewhere and
-    the file may have been replaced by then.
+    The record has the input's absolute path and a digest of its content, so that a later reader can tell whether the
+    file has been replaced.
     """
     told = Restoration(result.tiles, os.path.abspath(source), sha256_of(source), target.name, made_by)
     restoration.write(target, told)
@@ -35,7 +35,7 @@ def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended,
 
 
 def steps_picture(lq: np.ndarray, result: Blended) -> Image.Image:
-    """Input, rough, middle and final image side by side, the words of the first tile below."""
+    """Input, rough, middle and final image side by side, with the texts of the first tile below."""
     height, width = result.image.shape[:2]
     shrink = min(1.0, MAX_SIDE_PX / max(height, width))
     size = (max(1, round(height * shrink)), max(1, round(width * shrink)))

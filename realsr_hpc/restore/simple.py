@@ -24,7 +24,7 @@ class Result:
     image: Image.Image
     """RGB, the input's size times `upscale`."""
     tiles: tuple[RestoredTile, ...]
-    """What the policy said of each tile: the degradation it named, its three texts, faults."""
+    """What the policy said about each tile: the degradation it named, its three texts, faults."""
 
 
 class Model:
@@ -44,7 +44,7 @@ def load(path: str | Path, **options: str | int | float) -> Model:
     """Open a run folder (its newest checkpoint), a checkpoint, or a Hugging Face export of ours.
 
     options: those of the command `restore`, such as candidates=4, choose="mean", temperature=0.7, upscale=2.
-    ValueError for a wrong one, and for a folder that holds none of the three.
+    ValueError for a wrong option, and for a folder that is none of the three.
     """
     folder = Path(path)
     kind = "checkpoint" if runfolder.is_checkpoint(folder) else "export"

@@ -1,6 +1,6 @@
-"""Restore images of any size with a model of one size: overlapping tiles are restored in batches and blended.
+"""Restores images of any size with a model of one fixed size: cuts overlapping tiles, restores and blends them.
 
-Tiles are independent: no context is passed from one to the next.
+Tiles are independent: no context passes from one to the next.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class RestoreSettings:
     settings never mix."""
 
     source: str
-    """What restores: the path of the checkpoint or export, and how it samples."""
+    """Path of the checkpoint or export, and how it samples."""
     tile_px: int
     """Side of a tile of the LQ image."""
     model_upscale: int
     """Factor that the model was trained for."""
     upscale: float = 0.0
-    """Factor of the result, 1 up to the model's; 0: the model's."""
+    """Factor of the result, from 1 to the model's; 0: the model's."""
     overlap_px: int = 8
-    """By which neighbouring tiles overlap, in LQ pixels."""
+    """Overlap of neighbouring tiles in LQ pixels."""
     colour: ColourFix = "none"
     batch_size: int = 64
-    """Most tiles restored at once, of several images where they are small."""
+    """Most tiles restored at once; tiles of several small images share a batch."""
     workers: int = 1
-    """Batches restored side by side, each by a thread of its own."""
+    """Number of batches restored in parallel, each in its own thread."""
 
     def __post_init__(self) -> None:
         refuse_wide_overlap(self.overlap_px, self.tile_px)
@@ -67,7 +67,7 @@ class Blended:
     steps: dict[str, np.ndarray]
     """The tiles' images of `STEPS`, blended in the same way, at their own size."""
     tiles: tuple[RestoredTile, ...]
-    """What the model said of each tile."""
+    """What the model said about each tile."""
 
 
 def restore_images(
@@ -79,8 +79,8 @@ def restore_images(
     """Restore images uint8 [h, w, 3] of any size; their tiles share batches. on_tiles: called with the size of each
     finished batch.
 
-    A tile's draws follow its number within its image, so they do not depend on what else is restored, nor on workers;
-    rounding may (as look-ahead measures which pass pays), where numbers are bf16.
+    A tile's random draws depend on its number within the image, not on other images or the number of workers. In bf16,
+    rounding may still differ between calls, because look-ahead chooses its width by measured speed.
     """
     canvases = [_Canvas(image, settings) for image in images]
     work = [(canvas, number) for canvas in canvases for number in range(len(canvas.corners))]

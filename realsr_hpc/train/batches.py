@@ -34,11 +34,11 @@ from realsr_hpc.parallel.pipeline import Microbatch
 from realsr_hpc.records import LossTokens, RolloutTokens, TrainingGroup, TrainingSequence
 
 Placed = tuple[TrainingSequence, Tensor]
-"""A sequence, and where in its row each of its tokens stands, int64 [S]."""
+"""A sequence, and the position in its row of each of its tokens, int64 [S]."""
 
 
 def plain_sequence(tokens: Tensor, first: int) -> TrainingSequence:
-    """Every token from number `first` >= 1 on carries loss, under the plain distribution: no mask, temperature 1.
+    """A sequence whose tokens carry loss from number `first` >= 1 on, under the plain softmax: no mask, temperature 1.
 
     tokens: int64 [S].
     """
@@ -130,13 +130,13 @@ def _pack(sequences: Sequence[TrainingSequence], row_tokens: int) -> list[list[T
 
 
 def _branch(sequence: TrainingSequence, shared: Branches, number: int) -> Tensor:
-    """Where the tokens of a row's response `number`, and of its prompt, stand; int64 [S]."""
+    """Positions in the row of the tokens of the prompt and of response `number`, int64 [S]."""
     start = shared.prompt + number * shared.response
     return torch.cat([torch.arange(shared.prompt), torch.arange(start, start + len(sequence.tokens) - shared.prompt)])
 
 
 def _parts(rows: list[list[Placed]], parallel: ParallelConfig, row_tokens: int) -> tuple[list[list[list[Placed]]], int]:
-    """The rows of each microbatch, and how many rows one has."""
+    """Distribute the rows over equally large microbatches: the rows of each, and the number of rows that each has."""
     most = max(1, parallel.microbatch_tokens // row_tokens)
     count, each = even_parts(len(rows), most, microbatch_multiple(parallel))
     return [rows[start * each : (start + 1) * each] for start in range(count)], each
@@ -152,15 +152,16 @@ def _microbatch(
     shared: Branches | None = None,
     guided: bool = False,
 ) -> Microbatch:
-    tokens, segments, blocks = torch.full(shape, pad), torch.full(shape, -1), torch.full(shape, -1)  # [rows, S] each
+    # [rows, S] each; -1: padding
+    tokens, segments, blocks = torch.full(shape, pad), torch.full(shape, -1), torch.full(shape, -1)
     losses = []
     for row, members in enumerate(rows):
         for number, (sequence, places) in enumerate(members):
-            tokens[row, places] = sequence.tokens  # branches write the prompt they share once each
+            tokens[row, places] = sequence.tokens  # each branch writes the same prompt to the same places
             segments[row, places] = number
             if sequence.image_blocks is not None:
                 blocks[row, places] = sequence.image_blocks
-            # positions count in the flattened [rows x S]
+            # loss positions: from the sequence [S], to the row [row_tokens], to the flattened [rows x row_tokens]
             losses.append(replace(sequence.loss, positions=row * shape[1] + places[sequence.loss.positions]))
     return Microbatch(
         # the unconditional twins hold the same tokens and follow all the conditional rows: [2 rows, S]
@@ -173,7 +174,8 @@ def _microbatch(
 
 
 def joined_microbatch(parts: Sequence[Microbatch]) -> Microbatch:
-    """Several microbatches of one shape as one with all their rows, to score: what only a loss needs is left out."""
+    """Several microbatches of one shape joined to one with all their rows, for scoring; what only the loss needs is
+    left out."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -210,7 +212,8 @@ def _joined(parts: Sequence[LossTokens], device: torch.device) -> LossTokens:
 
 
 def _joined_rollouts(parts: Sequence[RolloutTokens], device: torch.device) -> RolloutTokens:
-    """[n1 + n2 + ...] tokens of N1 + N2 + ... rollouts."""
+    """The tokens of all parts, [n1 + n2 + ...], of N1 + N2 + ... rollouts."""
+    # number of each part's first rollout in the joined batch: 0, N1, N1 + N2, ...
     firsts = itertools.accumulate((len(part.advantages) for part in parts[:-1]), initial=0)
     return RolloutTokens(
         rollout=torch.cat([part.rollout + first for part, first in zip(parts, firsts, strict=True)]).to(device),

@@ -1,4 +1,4 @@
-"""Rollouts with rewards and advantages, of the next training images and of the fixed held-out images."""
+"""Collects scored rollouts: of the next training images, and of the fixed held-out images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class BatchSource(Protocol):
     """Source of a step's images: `data.loader.LQLoader`."""
 
     def next(self) -> LQBatch:
-        """The next images of this rank; every call gives as many."""
+        """The next images of this rank, the same number each time."""
         ...
 
 

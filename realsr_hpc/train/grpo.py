@@ -1,11 +1,11 @@
-"""GRPO on VLCoT rollouts: read this file to know what a step does.
+"""GRPO on VLCoT rollouts. This file shows what a training step does.
 
     LQ images -> prompts -> a group of rollouts each, on the live policy weights -> parse, decode, rewards
       -> advantages within the group -> reference log-probs -> policy log-probs UNDER THE SAME BEHAVIOUR DISTRIBUTION
       -> clipped loss over the global token count -> optimizer -> report, checkpoint
 
-`step` is this line; `main` builds its parts and calls it. Left out of what others do: a critic, a second inference
-engine and its weight refit, a trust region beyond clipping.
+`step` does exactly this; `main` builds the parts and loops. Unlike other implementations there is no critic, no
+separate inference engine to copy weights to, and no trust region beyond clipping.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from realsr_hpc.train.updates import grpo_batches
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
-    """Run the recipe; the exit code (see train/training_run.py)."""
+    """Run the recipe; returns the exit code (see train/training_run.py)."""
     grpo = config.grpo
     parts = build_grpo_parts(config)
     run = TrainingRun(parts, run_dir, stop, grpo.num_steps)
@@ -69,7 +69,7 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
 
 
 def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds: dict[str, float]) -> dict[str, float]:
-    """Update the policy on this rank's scored groups; returns the step's report. Replays call this, too."""
+    """Update the policy on this rank's scored groups; returns the metrics. Replaying a step calls this as well."""
     metrics: dict[str, float] = {}
     batches = grpo_batches(parts, groups, parts.sampler.masks)
     collated = [parts.group_microbatches(batch.groups) for batch in batches]
@@ -87,7 +87,8 @@ def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds:
 
 
 def score_before_updates(parts: GRPOParts, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-    """With the reference's log-probs, and with several updates a step the policy's own before the first of them."""
+    """Add the reference's log-probabilities, and with several updates per step the policy's own from before the
+    first."""
     parallel, allowed, scored = parts.config.parallel, parts.sampler.masks.allowed, list(microbatches)
     with parts.as_reference() as reference:
         if reference is not None:

@@ -1,4 +1,4 @@
-"""Saves a few groups of rollouts for people to look at (`artifacts.rollouts`): images, words and rewards.
+"""Saves a few groups of rollouts for inspection (`artifacts.rollouts`): images, texts and rewards.
 
 A step that is repeated after a resume overwrites its files.
 """
@@ -19,11 +19,11 @@ from realsr_hpc.train.training_run import TrainingRun
 from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 StepImages = Sequence[np.ndarray | None]
-"""Of one rollout, in the order of `IMAGE_NAMES`; uint8 [H, W, 3]."""
+"""The images of one rollout in the order of `IMAGE_NAMES`; uint8 [H, W, 3]."""
 
 
 def keep_rollouts(run: TrainingRun, kind: Literal["train", "heldout"], report: StepReport) -> None:
-    """Save the first groups of a report for people to look at, where the recipe wants it at this step."""
+    """Save the first groups of a report if the recipe asks for it at this step."""
     tracking, step, tokens = run.config.tracking, report.step, run.parts.tokens
     every = tracking.rollouts_every_steps
     if not (run.parts.groups.is_main and every and (step % every == 0 or step in (1, run.num_steps))):

@@ -1,6 +1,6 @@
 """Saves whole steps so that they can be replayed: `RUN_DIR/replay/step-N/`. This module owns the format.
 
-    step.json                 step, the layout it was computed on, metrics of its updates as they were reported
+    step.json                 step, its layout, and the metrics that it reported
     dp-0.safetensors, ...     the groups of one data-parallel rank: `0.prompt`, `0.tokens`, `0.rewards.NAME`, ... of its
                               first group, `0.places.NAME` with grpo.credit=part; the file's metadata hold weights
                               and image names
@@ -55,7 +55,7 @@ class KeptStep:
 
 @dataclass(frozen=True)
 class _Stored:
-    """What step.json holds."""
+    """The content of step.json."""
 
     format: int
     step: int
@@ -140,5 +140,5 @@ def _group(file: Any, number: int, fact: dict[str, Any]) -> ScoredGroup:
 
 
 def all_groups(step: KeptStep) -> Sequence[ScoredGroup]:
-    """Of every rank."""
+    """The groups of all ranks."""
     return [group for rank in step.ranks for group in rank]

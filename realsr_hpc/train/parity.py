@@ -25,7 +25,7 @@ from realsr_hpc.train.scoring import logprobs_of
 logger = logging.getLogger(__name__)
 
 NUM_IMAGES = 2
-"""Held-out images whose prompts and true traces are scored; thousands of tokens at 7B."""
+"""Number of held-out images whose prompts and true traces are scored; at 7B these are thousands of tokens."""
 STOPPED = "fp8_stopped_at_step"
 """Counter in the checkpoint: FP8 was switched off after this step."""
 
@@ -95,6 +95,6 @@ class ParityGate:
             stop_fp8(policy)
 
     def _logprobs(self) -> Tensor:
-        """Of every token of the batch but the first of each row, on the last stage; empty on the others."""
+        """Log-probabilities of all tokens but the first of each row; empty on all but the last pipeline stage."""
         columns = logprobs_of(self.parts.policy, self._microbatches, self._allowed)
         return torch.cat([column.float() for column in columns if column is not None] or [torch.zeros(0)])

@@ -1,4 +1,4 @@
-"""The objects that a training step works with on this rank, built once and passed on. Writes and reports nothing."""
+"""The objects that a training step uses on this rank. They are built once and passed as arguments."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class Parts:
         return int(reduce_float(float(local), self.groups.dp, self.groups.device, "sum"))
 
     def total(self, outputs: list[Outputs]) -> dict[str, float]:
-        """Contributions of the last stage summed over microbatches and data-parallel ranks, on every rank."""
+        """The last stage's outputs, summed over microbatches and data-parallel ranks; the same on every rank."""
         local: dict[str, float] = {}
         for output in outputs:
             for name, value in output.items():
                 local[name] = local.get(name, 0.0) + float(value)
-        # A rank without loss tokens has no names of its own.
+        # a rank without loss tokens has no outputs, so the names come from all ranks
         named = gather_objects(broadcast_from_last_stage(local, self.groups), self.groups.dp)
         names = sorted({name for part in named for name in part})
         return {name: sum(part.get(name, 0.0) for part in named) for name in names}
@@ -88,7 +88,7 @@ class GRPOParts(Parts):
 
     @contextmanager
     def as_reference(self) -> Iterator[Policy | None]:
-        """Context with the frozen reference on its device."""
+        """Context in which the frozen reference is on its device; None without a KL term."""
         if self.reference is self.policy:
             with adapters_off(self.policy):
                 yield self.policy

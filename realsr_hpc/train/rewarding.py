@@ -1,4 +1,5 @@
-"""Rollouts to pixels, rewards and advantages. The ranks of a replica (TP x PP) share the work and all get the results.
+"""Turns rollouts into pixels, rewards and advantages. The ranks of a replica (TP x PP) share the work; all get the
+result.
 
 Every rank parses all traces, which is cheap. Final images are decoded and scored in batches of `rewards.batch_size`
 rollouts that are distributed over the ranks, and the scores are gathered so that every rank trains on the same numbers.

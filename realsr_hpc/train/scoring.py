@@ -1,4 +1,4 @@
-"""Log-probabilities of a microbatch's loss tokens, with the same masks and options as the sampler's."""
+"""Log-probabilities of a microbatch's loss tokens, under the same masks and options as in sampling."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def nothing_to_score(hidden: Tensor, output_weight: Tensor) -> Tensor:
 
 
 def with_columns(microbatch: Microbatch, **columns: Tensor | None) -> Microbatch:
-    """The microbatch with further columns of its rollouts' tokens."""
+    """The microbatch with further columns (`reference_logprobs`, `old_logprobs`) of its loss tokens."""
     loss = microbatch.loss
     if loss is None or loss.rollouts is None:
         return microbatch

@@ -1,9 +1,9 @@
 """Cold start: supervised fine-tuning on true VLCoT traces (RealSR-R1).
 
 A step reads: batch of degraded images with labels and captions -> prompts and traces -> microbatches -> cross-entropy
-of the response tokens plus z-loss -> optimizer -> report. With `sft.traces` prompts and traces were made before, and a
-step begins at the tokens. Cross-entropy is the scorer of the GRPO loss with a mask that allows everything. Left out:
-loss on the prompt, dropout.
+of the response tokens plus z-loss -> optimizer -> report. With `sft.traces`, prompts and traces are read
+as tokens that were made in advance. The cross-entropy uses the scorer of the GRPO loss with a mask that allows every
+token. There is no loss on the prompt, and no dropout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
-    """Run the recipe; the exit code (see train/training_run.py)."""
+    """Run the recipe; returns the exit code (see train/training_run.py)."""
     sft = config.sft
     parts = build_parts(config, sft.num_steps)
     run = TrainingRun(parts, run_dir, stop, sft.num_steps)
@@ -65,7 +65,7 @@ def _loader(parts: Parts, batch_size: int) -> LQLoader | TraceLoader:
 
 
 def _next_microbatches(parts: Parts, loader: LQLoader | TraceLoader) -> tuple[list[Microbatch], int]:
-    """Of the next batch that gives any trace on any rank: photographs without captions give none."""
+    """Microbatches of the next batch that has a trace on any rank; photographs without captions have none."""
     for _ in range(len(loader) + 1):
         microbatches, num_tokens = _microbatches(parts, next_sequences(parts.tokens, loader))
         if num_tokens:
@@ -77,7 +77,7 @@ def _next_microbatches(parts: Parts, loader: LQLoader | TraceLoader) -> tuple[li
 
 
 def next_sequences(tokens: TraceTokenizer, loader: LQLoader | TraceLoader) -> list[TrainingSequence]:
-    """The next batch of this rank as sequences: frozen ones as they are, images through the tokenizers."""
+    """The next batch of this rank as sequences: frozen traces, or images that are tokenized now."""
     if isinstance(loader, TraceLoader):
         return [_sequence(prompt, response) for prompt, response in loader.next()]
     return trace_sequences(tokens, loader.next())
@@ -102,8 +102,8 @@ def _microbatches(parts: Parts, sequences: list[TrainingSequence]) -> tuple[list
 def heldout_loss(parts: Parts, batch: LQBatch) -> dict[str, float]:
     """Cross-entropy of the held-out traces, nats a token, of all and of each part by itself.
 
-    The mean over texts and images can fall while images get worse: texts are short, and learnt by heart. Every
-    data-parallel rank scores the same traces. Nothing where no held-out photograph has captions.
+    The mean over texts and images can fall while images get worse, because the short texts are memorised. Every
+    data-parallel rank scores the same traces. Empty if no held-out photograph has captions.
     """
     microbatches, total = _microbatches(parts, trace_sequences(parts.tokens, batch))
     if not total:

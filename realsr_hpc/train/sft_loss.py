@@ -1,4 +1,4 @@
-"""The loss of supervised fine-tuning: cross-entropy plus z-loss, and how it divides among the parts of a trace."""
+"""The loss of supervised fine-tuning (cross-entropy plus z-loss), and its values for each part of a trace."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def loss_by_part(
 
 
 def images_begun(targets: Int[Tensor, " n"], vocabulary: Vocabulary) -> Int[Tensor, " n"]:
-    """Images begun up to each token in its own response; responses end in the end of turn."""
+    """Number of images begun up to each token within its response; a response ends with the end-of-turn token."""
     begun, ended = (targets == vocabulary.image_begin).long(), (targets == vocabulary.end_turn).long()
     response = ended.cumsum(0) - ended
     each = torch.zeros(int(response[-1]) + 1, dtype=torch.long, device=begun.device).index_add_(0, response, begun)

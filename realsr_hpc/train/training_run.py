@@ -29,7 +29,7 @@ Stop = Callable[[], bool]
 
 
 class TrainingRun:
-    """A run on this rank: its parts, tracker and checkpoints, and where it stands."""
+    """A run on this rank: its parts, tracker, checkpoints and counters."""
 
     def __init__(self, parts: Parts, run_dir: Path, stop: Stop, num_steps: int):
         config = parts.config
@@ -43,13 +43,13 @@ class TrainingRun:
         self._saver = checkpoint.Saver(runfolder.checkpoints(run_dir), self._keep, behind=keep.async_save)
         self._measured: float | None = None
         self._not_saved = 0
-        """Checkpoints in a row that could not be written."""
+        """Number of consecutive checkpoints that could not be written."""
         self._use = SystemUse(run_dir)
         self.parity = ParityGate(parts, self.counters) if config.precision.fp8 != "none" else None
         """The FP8 gate; None without FP8."""
 
     def resume(self, loader: Any) -> int:
-        """Load the newest complete checkpoint, if there is one; the number of steps already done."""
+        """Load the newest complete checkpoint, if there is one; returns the number of steps already done."""
         step = self._resume(loader)
         if self.parity is not None:
             self.parity.start(step)
@@ -68,7 +68,7 @@ class TrainingRun:
         return state["step"]
 
     def report(self, report: StepReport, text: str) -> None:
-        """Metrics to the tracker, one line to the log, progress for whoever watches."""
+        """Send the metrics to the tracker, a line to the log, and the progress to the run's status."""
         self._measured = report.metrics.get(best_metric(self.config))
         counted = {"optim/skipped_updates/count": float(self.parts.optimiser.num_skipped)}
         if self._not_saved:
@@ -123,7 +123,7 @@ class TrainingRun:
         self._not_saved = 0
 
     def save(self, step: int, loader: Any) -> None:
-        """Begin a checkpoint of everything that the run needs to continue."""
+        """Start a checkpoint with everything that the run needs to continue."""
         state = {"step": step, "data": loader.state_dict(), "counters": self.counters, "run_id": self.tracker.run_id}
         self._saver.start(step, self.parts.policy, self.parts.optimiser, state, self._measured)
 

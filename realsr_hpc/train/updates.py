@@ -1,4 +1,4 @@
-"""Scored groups to the updates of a step: rollouts with the distribution each of their tokens was sampled from."""
+"""Turns scored groups into the updates of a step: rollouts with the distribution that each token was sampled from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def grpo_batches(parts: GRPOParts, groups: Sequence[ScoredGroup], masks: MaskTab
 
 
 def teaches_nothing(group: ScoredGroup) -> bool:
-    """All advantages of the group are zero, and at no place do its rollouts differ either."""
+    """Whether all advantages of the group are zero, and its rollouts do not differ at any place of the image either."""
     assert group.advantages is not None, "a group of one has no advantages: it is not to be trained on"
     weighted = [scores for name, scores in group.rewards.places.items() if group.rewards.weights[name]]
     places = [scores[~scores.isnan().any(1)] for scores in weighted]  # [rollouts, codes] each
@@ -60,7 +60,7 @@ def training_group(group: ScoredGroup, masks: MaskTable, credit: Tensor | None =
     credit: advantages of every token, float [G, T]; None: each token has its rollout's.
     """
     rollouts = group.rollouts
-    # [length] each: where the grammar left a choice
+    # per rollout: positions at which there was a choice, int64 [n <= length]
     free = [(~rollouts.forced[row, :length]).nonzero()[:, 0] for row, length in enumerate(rollouts.lengths.tolist())]
     members = (_sequence(group, row, places, masks, credit) for row, places in enumerate(free) if len(places))
     return TrainingGroup(len(rollouts.prompt), tuple(members))
@@ -87,6 +87,6 @@ def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable, cred
             token_advantages=None if credit is None else credit[row, free],
         ),
     )
-    # a token that does not continue an image block begins one, or stands alone
+    # [P + length]: a token that does not continue an image block begins a new one (or is a block of its own)
     blocks = (~masks.continues_block.cpu()[tokens]).cumsum(0) if masks.guided else None
     return TrainingSequence(tokens, loss, blocks)

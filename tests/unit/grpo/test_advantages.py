@@ -89,3 +89,18 @@ def test_unweighted_rewards_are_refused():
 def test_zero_variance_is_a_verdict_per_group():
     rewards = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.9]])
     assert zero_variance(rewards).tolist() == [True, False]
+
+
+def test_differences_up_to_a_millionth_are_rounding():
+    """Such a group has no advantages at all, not small ones; beyond the tolerance it has."""
+    rewards = 0.5 + torch.tensor([[0.0, 0.9e-6], [0.0, 1.1e-6]], dtype=torch.float64)
+    assert zero_variance(rewards).tolist() == [True, False]
+    got = group_advantages(rewards, kind="mean")
+    assert got[0].eq(0).all() and got[1].ne(0).all()
+
+
+def test_advantages_of_float32_rewards_are_computed_in_float64():
+    """Far from 0 the group's mean is no float32 number."""
+    rewards = torch.tensor([1000.0, 1000.0001, 1000.0002, 1000.0007])
+    expected = group_advantages(rewards.double(), kind="mean")
+    torch.testing.assert_close(group_advantages(rewards, kind="mean"), expected.float(), rtol=1e-6, atol=0)

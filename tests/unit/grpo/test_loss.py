@@ -249,6 +249,26 @@ def test_mismatch_reports_mean_largest_and_divergence():
     assert mismatch(rollout[:0], policy[:0], mask[:0]).kl == 0
 
 
+@pytest.mark.parametrize("name", ["old", "reference", "rollout"])
+def test_only_the_policy_gets_a_gradient(name):
+    """The metrics keep no graph alive either: they are summed over microbatches."""
+    batch = Batch()
+    setattr(batch, name, getattr(batch, name).requires_grad_())
+    terms = batch.terms(GRPOConfig(kl_beta=0.1, mismatch_cap=2.0, entropy_weight=0.1))
+    assert not any(value.requires_grad for value in terms.metrics.values())
+    terms.loss.backward()
+    assert batch.policy.grad is not None and batch.policy.grad.abs().sum() > 0
+    assert getattr(batch, name).grad is None
+
+
+@pytest.mark.parametrize("counts", [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_an_update_without_loss_tokens_is_refused(counts):
+    batch = Batch()
+    batch.counts = GlobalCounts(*counts)
+    with pytest.raises(ValueError, match="skip the update"):
+        batch.terms(GRPOConfig())
+
+
 def test_missing_inputs_are_named():
     batch = Batch()
     arguments = (batch.policy, batch.rollout, batch.advantages, batch.mask)
