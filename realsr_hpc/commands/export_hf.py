@@ -15,8 +15,8 @@ from pathlib import Path
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_arguments, read_count
-from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.tracking import recipe_of
 
 DEFAULTS = {
     "run": None,
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         given = read_arguments(arguments, DEFAULTS, __doc__)
         check(given)
         run = runfolder.find_run(Path("runs").resolve(), given["run"] or "")
-        fits({**given, "run": str(run)}, lambda path: from_yaml(runfolder.recipe(Path(path))))
+        fits({**given, "run": str(run)}, lambda path: recipe_of(Path(path)))
         taken = _export(given, run, Path(given["output"] or ""))
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -1,7 +1,7 @@
 """Defines the identity of a run from the marks of the schema's fields. Signature, resume and compare all use it.
 
 - The signature, which names a run's folder, covers the fields that decide the result, and the layout (which changes
-  rounding), as far as the run's task reads them.
+  rounding), as far as the run's task reads them. Paths below the output root count from there: it may be moved.
 - Resuming may change layout and operation.
 - A comparison treats runs that differ in layout, operation or seed as repetitions of one experiment.
 """
@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from realsr_hpc.config.derived import world_size
+from realsr_hpc.config.places import ROOT, output_root, without_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.section import Mark, Section
 
@@ -72,7 +73,7 @@ def identity(tree: dict[str, Any], task: str) -> dict[str, Any]:
 def signature(config: RunConfig) -> str:
     """Hash, 12 hexadecimal digits, of exactly the fields that affect the bits of a result."""
     fields = identity(config.model_dump(mode="json"), config.task) | {"world_size": world_size(config)}
-    return digest(fields)[:12]
+    return digest(without_root(fields, output_root(config)))[:12]
 
 
 def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -94,8 +95,9 @@ def _names_the_run(key: str, task: str) -> bool:
 
 @cache
 def scheme() -> str:
-    """Hash, 8 hexadecimal digits, of the list of fields that signatures cover; the first line of a resolved recipe."""
-    return digest({path: [mark.role, sorted(mark.tasks or ())] for path, mark in marks().items()})[:8]
+    """Hash, 8 hexadecimal digits, of what signatures cover, and how; the first line of a resolved recipe."""
+    covered = {path: [mark.role, sorted(mark.tasks or ())] for path, mark in marks().items()}
+    return digest({"paths from": ROOT, **covered})[:8]
 
 
 def digest(value: Any) -> str:

@@ -32,7 +32,7 @@ from realsr_hpc.config.checks import faults
 from realsr_hpc.config.identity import scheme
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import first_line
-from realsr_hpc.paths import expanded, project_root, recipe_folders
+from realsr_hpc.paths import recipe_folders
 
 GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
 SCHEME_LINE = "# fields that the signature covers: "
@@ -61,11 +61,6 @@ def yaml_file(name: str) -> Path | None:
     """NAME.yaml, or GROUP/NAME.yaml, in the first recipe folder that holds it."""
     files = (folder / f"{name}.yaml" for folder in recipe_folders())
     return next((path for path in files if path.is_file()), None)
-
-
-def output_root(config: RunConfig) -> Path:
-    """Absolute path of the folder that holds all runs."""
-    return (project_root() / expanded(config.output_root)).resolve()
 
 
 def compose(overrides: list[str], *, multirun: bool = False) -> RunConfig | list[RunConfig]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from realsr_hpc import checkpoint, runfolder
-from realsr_hpc.config.load import from_yaml, to_yaml
+from realsr_hpc.config.load import to_yaml
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.export import hf_config
 from realsr_hpc.export.adapter import export_adapter
@@ -31,6 +31,7 @@ from realsr_hpc.paths import resolve
 from realsr_hpc.runfolder import RECIPE
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tokenizer.whole_file import read_text_tree
+from realsr_hpc.tracking import recipe_of
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
@@ -124,7 +125,7 @@ def export_run(
     wants (torchrun). ValueError when there is no checkpoint, or `output` exists.
     """
     refuse_existing(output)
-    config = from_yaml(runfolder.recipe(run_dir))
+    config = recipe_of(run_dir)
     groups = initialise(layout_here(config), config.seed)
     path = checkpoint_path or checkpoint.resume_path(runfolder.checkpoints(run_dir), groups)
     if path is None:

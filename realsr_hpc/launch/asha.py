@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from realsr_hpc import runfolder
-from realsr_hpc.config.load import RecipeError, compose_each, output_root, override, search_space
+from realsr_hpc.config.load import RecipeError, compose_each, override, search_space
 from realsr_hpc.config.metrics import num_steps
+from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.halving import Move, Trial, next_move, ranking

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from realsr_hpc import runfolder
 from realsr_hpc.config.chain import NAME, OF_COMMAND, OF_RUN, PLACEHOLDER, ChainConfig, StageConfig
 from realsr_hpc.config.identity import digest
-from realsr_hpc.config.load import GROUPS, RecipeError, compose_one, nearest, output_root, values_of, written
+from realsr_hpc.config.load import GROUPS, RecipeError, compose_one, nearest, values_of, written
 from realsr_hpc.config.operation import ClusterConfig
+from realsr_hpc.config.places import output_root, without_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import start_files
 from realsr_hpc.launch.rundir import run_folder
@@ -232,7 +233,7 @@ class _Resolver:
             fault = error.errors()[0]
             raise self._fault(name, f"cluster.{fault['loc'][0]}: {fault['input']!r}: {fault['msg']}") from None
         arguments = tuple(f"{key}={value}" for key, value in given.items())
-        folder = output_root(upstream) / "stages" / f"{command}-{digest([command, sorted(arguments)])[:12]}"
+        folder = _command_folder(output_root(upstream), command, arguments)
         config = upstream.model_copy(update={"cluster": own, "name": f"{self.chain.name}-{name}"})
         return Node(name, folder, config, after, command, arguments)
 
@@ -282,6 +283,13 @@ class _Resolver:
 
     def _fault(self, where: str, said: str) -> RecipeError:
         return RecipeError("\n".join(f"chain {self.chain.name}: {where}: {line}" for line in said.splitlines()))
+
+
+def _command_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
+    """Named by its arguments, in which paths below the output root count from there; once it was their full text."""
+    said = [command, sorted(arguments)]
+    folder, before = (root / "stages" / f"{command}-{digest(value)[:12]}" for value in (without_root(said, root), said))
+    return before if before.exists() and not folder.exists() else folder
 
 
 def _pairs(lines: Iterable[str]) -> dict[str, str]:

@@ -16,7 +16,8 @@ from rich.table import Table
 from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_flag, read_with_overrides, take_switch
 from realsr_hpc.config.chain import read_chain
-from realsr_hpc.config.load import RecipeError, output_root
+from realsr_hpc.config.load import RecipeError
+from realsr_hpc.config.places import output_root
 from realsr_hpc.files import writable_folder, write_atomically
 from realsr_hpc.launch.chain import Node, Valid, chain_nodes, signature_of
 from realsr_hpc.launch.chain_stage import prepare_stage, run_stage, stage_status, submit_stage

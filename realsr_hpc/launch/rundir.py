@@ -14,7 +14,8 @@ from typing import Literal
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.identity import scheme, signature
-from realsr_hpc.config.load import SCHEME_LINE, RecipeError, from_yaml, output_root
+from realsr_hpc.config.load import SCHEME_LINE, RecipeError, from_yaml
+from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.locks import holder_of, is_held

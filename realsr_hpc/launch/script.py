@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from realsr_hpc import runfolder
-from realsr_hpc.config.load import output_root
 from realsr_hpc.config.operation import ClusterConfig
+from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import SUMS_FILE
 from realsr_hpc.launch.rundir import run_folder

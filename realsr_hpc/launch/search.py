@@ -14,8 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from realsr_hpc.config.load import Axis, RecipeError, compose_one, output_root, search_space
+from realsr_hpc.config.load import Axis, RecipeError, compose_one, search_space
 from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
+from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.proposals import quiet_optuna, refuse_another_space
 from realsr_hpc.launch.rundir import current_status, make_private, run_folder

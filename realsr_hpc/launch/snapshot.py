@@ -19,7 +19,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from realsr_hpc.config.load import output_root
+from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import SUMS_FILE, sha256_of
 from realsr_hpc.launch.rundir import make_private

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from realsr_hpc import runfolder
-from realsr_hpc.config.load import output_root
+from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.job import node_job
 from realsr_hpc.launch.prune import link_code

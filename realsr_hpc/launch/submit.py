@@ -16,7 +16,8 @@ from pathlib import Path
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.identity import flatten
-from realsr_hpc.config.load import output_root, to_yaml
+from realsr_hpc.config.load import to_yaml
+from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import writable_folder, write_atomically
 from realsr_hpc.launch.console import plan_text

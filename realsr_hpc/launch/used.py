@@ -8,10 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from realsr_hpc import runfolder
-from realsr_hpc.config.load import RecipeError, from_yaml
+from realsr_hpc.config.load import RecipeError
 from realsr_hpc.launch.board import number
 from realsr_hpc.launch.feed import Feed
 from realsr_hpc.plan import plan
+from realsr_hpc.tracking import recipe_of
 
 
 def used_table(root: Path) -> Table:
@@ -22,7 +23,7 @@ def used_table(root: Path) -> Table:
         feed = Feed(run_dir)
         feed.read()
         try:
-            config = from_yaml(runfolder.recipe(run_dir))
+            config = recipe_of(run_dir)
         except RecipeError:
             found.add_row(Text(run_dir.name), *["-"] * 6)  # of another version: nothing to hold it against
             continue

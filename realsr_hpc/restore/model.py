@@ -12,6 +12,7 @@ from realsr_hpc.config.restoring import sampling
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.files import check_sums
 from realsr_hpc.paths import resolve
+from realsr_hpc.tracking import recipe_of
 
 if TYPE_CHECKING:
     from realsr_hpc.rollout.policy_restorer import PolicyRestorer
@@ -72,13 +73,13 @@ def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[Run
             raise ValueError(
                 f"checkpoint={checkpoint_folder}: not of the form RUN_DIR/checkpoints/step-N; name a run's checkpoint"
             )
-        config = from_yaml(runfolder.recipe(runfolder.run_of_checkpoint(path)))
+        config = recipe_of(runfolder.run_of_checkpoint(path))
         from realsr_hpc.checkpoint import integrity
 
         integrity.refuse_damaged(path)
         return config, path
     run_dir = runfolder.find_run(Path("runs").resolve(), run or "")
-    config = from_yaml(runfolder.recipe(run_dir))
+    config = recipe_of(run_dir)
     from realsr_hpc import checkpoint
 
     newest = checkpoint.latest(runfolder.checkpoints(run_dir))

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from realsr_hpc import runfolder
-from realsr_hpc.config.load import from_yaml, output_root
+from realsr_hpc.config.load import from_yaml
+from realsr_hpc.config.places import moved_below, output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 
@@ -36,23 +37,31 @@ def read_place(run_dir: Path) -> Place | None:
 
 
 def moved_to(path: Path, run_dir: Path) -> Path:
-    """Present location of `path`, which was below the run's folder when the run was launched."""
+    """Present location of `path`, which was below the run's folder or its output root when the run was launched."""
     place = read_place(run_dir)
-    if path.exists() or place is None or not path.is_relative_to(place.folder):
+    if path.exists() or place is None:
         return path
-    return run_dir / path.relative_to(place.folder)
+    if path.is_relative_to(place.folder):
+        return run_dir / path.relative_to(place.folder)
+    return _root_now(place, run_dir) / path.relative_to(place.root) if path.is_relative_to(place.root) else path
+
+
+def _root_now(place: Place, run_dir: Path) -> Path:
+    """Where the output root is, seen from the run's folder."""
+    return (run_dir.resolve() / os.path.relpath(place.root, place.folder)).resolve()
 
 
 def recipe_of(run_dir: Path) -> RunConfig:
-    """A run's recipe, with the present output root in case the run was moved. RecipeError: missing or faulty."""
+    """A run's recipe, with the present output root in case the run was moved. RecipeError: missing or faulty.
+
+    Of paths below the former output root those that are gone from there are below the present one.
+    """
     config = from_yaml(runfolder.recipe(run_dir))
-    return config.model_copy(update={"output_root": str(_root(config, run_dir))})
-
-
-def _root(config: RunConfig, run_dir: Path) -> Path:
-    written = output_root(config)
-    place = read_place(run_dir) or Place(str(written / run_dir.name), str(written))
+    written, place = output_root(config), read_place(run_dir)
+    place = place or Place(str(written / run_dir.name), str(written))
     folder = Path(place.folder)
     if folder.exists() and folder.samefile(run_dir):
-        return written
-    return (run_dir.resolve() / os.path.relpath(place.root, place.folder)).resolve()
+        return config.model_copy(update={"output_root": str(written)})
+    root = _root_now(place, run_dir)
+    tree = moved_below(config.model_dump(mode="json"), Path(place.root), root)
+    return RunConfig.model_validate({**tree, "output_root": str(root)})

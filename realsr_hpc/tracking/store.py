@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.identity import flatten, signature
-from realsr_hpc.config.load import output_root
+from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import parse_json, read_json, write_atomically
 from realsr_hpc.locks import hold

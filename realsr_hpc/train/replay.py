@@ -20,11 +20,12 @@ from realsr_hpc import checkpoint, runfolder
 from realsr_hpc.checkpoint import integrity
 from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.identity import may_change_on_resume
-from realsr_hpc.config.load import from_yaml, nearest, override, written
+from realsr_hpc.config.load import nearest, override, written
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.records import ScoredGroup
 from realsr_hpc.rewards.mixture import weight_at
+from realsr_hpc.tracking import recipe_of
 from realsr_hpc.train.grpo import learn
 from realsr_hpc.train.kept_steps import KeptStep, all_groups, read_step
 from realsr_hpc.train.parts import build_grpo_parts
@@ -78,7 +79,7 @@ def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptS
 
     ValueError if the step was not saved, or for an override that a replay does not support.
     """
-    config = from_yaml(runfolder.recipe(run_dir))
+    config = recipe_of(run_dir)
     if config.task != "grpo":
         raise ValueError(f"run={run_dir}: its task is {config.task}; only steps of GRPO are kept and replayed")
     keys = {line: line.partition("=")[0] for line in overrides}
@@ -162,7 +163,7 @@ def _outcome(
     everyone = [reweighted(group, weights, other) for group in all_groups(step)]
     mine = [reweighted(group, weights, other) for group in step.share(groups.dp_rank, groups.dp_size)]
     metrics = learn(parts, mine, step.number, {})
-    unsaid = from_yaml(runfolder.recipe(run_dir)).parallel
+    unsaid = recipe_of(run_dir).parallel
     same = {((kept.parallel or unsaid), len(kept.ranks)) for kept in steps} == {(other.parallel, groups.dp_size)}
     advantages = torch.cat([group.advantages for group in everyone if group.advantages is not None])
     return Outcome(metrics, shares(everyone, other), advantages), same

@@ -10,12 +10,14 @@ import pytest
 from realsr_hpc import runfolder
 from realsr_hpc.commands.launch import chained, main
 from realsr_hpc.config.chain import read_chain
-from realsr_hpc.config.load import RecipeError, written
+from realsr_hpc.config.identity import digest, signature
+from realsr_hpc.config.load import RecipeError, compose_one, to_yaml, written
 from realsr_hpc.launch.chain import Node, chain_nodes
 from realsr_hpc.launch.chain_stage import run_stage
 from realsr_hpc.launch.rundir import LAUNCH_VARIABLE, write_status
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import project_root
+from realsr_hpc.tracking import Place, recipe_of, write_place
 from tests.slurm.conftest import SMALL
 
 SMALL_RUN = [line for line in SMALL if not line.startswith(("recipe=", "cluster.kind", "model.weights"))]
@@ -50,6 +52,45 @@ def test_a_stage_is_made_new_by_its_own_change_and_by_those_of_what_it_builds_on
     assert changed("grpo:grpo.kl_beta=0.5") == {"grpo", "evaluate", "export"}
     assert changed("sft:optim.lr=1e-3") == set(before)
     assert changed("tracking.description=don't", "grpo:cluster.time_min=9") == set()
+
+
+def test_a_moved_output_root_holds_the_same_chain_and_its_runs_name_what_lies_there(tmp_path):
+    here = tmp_path / "runs"
+    before = nodes(f"output_root={here}")
+    for node in before.values():
+        node.folder.mkdir(parents=True)
+        if not node.command:
+            (node.folder / "recipe.yaml").write_text(to_yaml(node.config))
+            write_place(node.folder, Place(str(node.folder), str(here)))
+    before["sft.export"].output.mkdir()
+    here.rename(there := tmp_path / "B's runs")
+    after = nodes(f"output_root={written(str(there))}")
+    assert {stage: node.folder for stage, node in after.items()} == {
+        stage: there / node.folder.relative_to(here) for stage, node in before.items()
+    }
+    moved = recipe_of(after["grpo"].folder)
+    assert moved.model.weights == str(after["sft.export"].output) and moved.output_root == str(there)
+    assert moved.image_tokenizer == before["grpo"].config.image_tokenizer  # not below the root
+    assert signature(moved) == signature(before["grpo"].config)
+
+
+def test_the_root_that_holds_a_path_is_told_from_another(tmp_path):
+    def named(root: str, weights: str) -> str:
+        return signature(
+            compose_one(["recipe=grpo_tiny", f"output_root={tmp_path / root}", f"model.weights={weights}"])
+        )
+
+    assert named("a", f"{tmp_path}/a/x") == named("b", f"{tmp_path}/b/x")
+    assert len({named("a", f"{tmp_path}/{place}") for place in ("a/x", "b/x", "a/y", "ax", "a/a/x")}) == 5
+
+
+def test_a_command_of_an_earlier_version_keeps_its_folder(tmp_path):
+    node = nodes(f"output_root={tmp_path}")["sft.export"]
+    earlier = node.folder.with_name(f"export_hf-{digest(['export_hf', sorted(node.arguments)])[:12]}")
+    earlier.mkdir(parents=True)
+    again = nodes(f"output_root={tmp_path}")
+    assert again["sft.export"].folder == earlier != node.folder
+    assert again["grpo"].config.model.weights == str(earlier / "output")
 
 
 def test_a_sweep_of_chains_shares_the_stages_that_do_not_differ():

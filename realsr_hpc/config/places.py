@@ -1,0 +1,42 @@
+"""Where a recipe's runs lie, and paths below that folder, which is moved and copied as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.paths import expanded, project_root
+
+ROOT = "{output_root}/"
+"""Stands for the output root where its own place does not matter."""
+
+
+def output_root(config: RunConfig) -> Path:
+    """Absolute folder of all runs of this recipe's owner."""
+    return (project_root() / expanded(config.output_root)).resolve()
+
+
+def without_root(tree: Any, root: Path) -> Any:
+    """A plain tree whose texts name paths below `root` alike wherever it lies: a run stays itself when it is moved."""
+    return _each(tree, lambda text: text.replace(f"{root}/", ROOT))
+
+
+def moved_below(tree: Any, before: Path, now: Path) -> Any:
+    """A plain tree in which paths below `before` that are no longer there lie below `now`."""
+
+    def moved(text: str) -> str:
+        path = Path(text)
+        gone = path.is_relative_to(before) and not path.exists()
+        return str(now / path.relative_to(before)) if gone else text
+
+    return _each(tree, moved)
+
+
+def _each(tree: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(tree, dict):
+        return {key: _each(value, change) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_each(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
