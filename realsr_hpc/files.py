@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _said: set[tuple[Path, str]] = set()
 
 MIB, GIB = 2**20, 2**30
+ASIDE_BYTES = 120
+"""Of a file's name, in the name it is written under: with host, process and thread that has to fit in 255."""
 SUMS_FILE = "SHA256SUMS"
 LARGEST_HEADER_BYTES = 100 * MIB
 """Of a safetensors file, as its library has it."""
@@ -58,8 +60,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # a device or pipe, which would be gone
         raise OSError(errno.EINVAL, "not a regular file, so it is not replaced", str(path))
-    # Another host on the same file system may have our process id.
-    aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
+    # Another host on the same file system may have our process id; the name itself may be as long as names can be.
+    beginning = os.fsdecode(os.fsencode(path.name)[:ASIDE_BYTES])
+    aside = path.with_name(f".{beginning}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield aside
         flush(aside)
@@ -210,9 +213,14 @@ def check_listed(path: Path, largest_bytes: float = math.inf) -> None:
 
 def _listed(folder: Path) -> list[str]:
     listing = folder / SUMS_FILE
-    if not listing.is_file():
+    try:
+        lines = listing.read_bytes().decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
         return []
-    lines = listing.read_bytes().decode("utf-8", "replace").splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"{listing} cannot be read ({error.strerror}); copy the folder again, or remove it to go without"
+        ) from None
     if not lines:
         raise ValueError(f"{listing} is empty; copy the folder again, or remove it to go without")
     return lines
@@ -245,6 +253,8 @@ def checksum_fault(path: Path) -> str | None:
         words = listing.read_bytes().split()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        return f"{listing} cannot be read ({error.strerror}); copy it again, or remove it to go without"
     if not words or re.fullmatch(rb"[0-9a-f]{64}", words[0]) is None:
         return f"{listing} is damaged; copy it again, or remove it to go without"
     if sha256_of(path).encode() != words[0]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from realsr_hpc.config.arguments import read_with_overrides
-from realsr_hpc.files import printable
+from realsr_hpc.files import printable, replacing, writable_folder
 
 DEFAULTS = {
     "input": None,
@@ -41,33 +41,46 @@ def main(arguments: list[str]) -> int:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__, sections_only=True)
         if not given["input"]:
             raise ValueError("input=DIR is needed")
-        if given["output"] and Path(given["output"]).is_dir():
-            raise ValueError(f"output={given['output']}: a folder; name a file, such as scores.csv")
-        return score(find_files(Path(str(given["input"])), given), given, overrides)
+        refuse_bad_output(given["output"])
+        found, unread = find_files(Path(str(given["input"])), given)
+        return max(score(found, given, overrides), int(bool(unread)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def find_files(source: Path, given: dict[str, str | None]) -> list[Path]:
-    """The images. Raises ValueError without any, and where truth= or lq= lacks one of their names."""
+def refuse_bad_output(output: str | None) -> None:
+    """ValueError, before anything is computed, where no table can be written."""
+    if output and Path(output).is_dir():
+        raise ValueError(f"output={output}: a folder; name a file, such as scores.csv")
+    if output:
+        writable_folder(Path(output).absolute().parent, "output")
+
+
+def find_files(source: Path, given: dict[str, str | None]) -> tuple[dict[Path, str], dict[str, str]]:
+    """The images, each with its path below the folder, and why by path for what cannot be read.
+
+    ValueError without any, and where truth= or lq= lacks one of their names.
+    """
+    from realsr_hpc.data.decoding import SUFFIXES
     from realsr_hpc.restore.image_files import find_images
 
     found, unread = find_images(source, source / ".none")
     for name, why in unread.items():
         print(printable(f"left out: {name}: {why}"), file=sys.stderr)
-    files = [file for file in found if not file.name.endswith(".steps.jpg")]
+    root = source if source.is_dir() else source.parent
+    files = {file: str(file.relative_to(root)) for file in found if not file.name.endswith(".steps.jpg")}
     if not files:
-        raise ValueError(f"input={source}: no images there")
+        raise ValueError(f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))}")
     for field in ("truth", "lq"):
         folder = given[field]
-        missing = [file.name for file in files if folder and not (Path(folder) / file.name).is_file()]
+        missing = [printable(name) for name in files.values() if folder and not (Path(folder) / name).is_file()]
         if missing:
             raise ValueError(f"{field}={folder} has no {', '.join(missing[:3])}; the names must be those of input=")
-    return files
+    return files, unread
 
 
-def score(found: list[Path], given: dict[str, str | None], overrides: list[str]) -> int:
+def score(found: dict[Path, str], given: dict[str, str | None], overrides: list[str]) -> int:
     """Read, score, print; what is left out is named."""
     from realsr_hpc.evaluate.scores import metric_columns, read_images, reward_columns
 
@@ -87,7 +100,7 @@ def score(found: list[Path], given: dict[str, str | None], overrides: list[str])
         columns = metric_columns(to_score, str(given["metric"]).split(","), given["weights_dir"])
     for name, why in [*left_out.items(), *((name, f"needs {what}") for name, what in lacking.items())]:
         print(f"left out: {name} {why}", file=sys.stderr)
-    show([file.name for file in to_score.files], columns, given["output"])
+    show([printable(name) for name in to_score.names], columns, given["output"])
     return 1 if left_out else 0
 
 
@@ -100,5 +113,5 @@ def show(names: list[str], columns: dict[str, np.ndarray], output: str | None) -
         cells = [f"{value:>14.4f}" if isinstance(value, float) else f"{value:>14}" for value in values]
         print(f"{name:<32}", *cells)
     if output:
-        with open(output, "w", encoding="utf-8", newline="") as file:
+        with replacing(Path(output)) as aside, aside.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([["image", *columns], *rows])

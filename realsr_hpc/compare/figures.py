@@ -101,7 +101,7 @@ def _kept(run_dir: Path | None) -> dict[str, Shown]:
         except Damaged as error:
             logger.warning("not shown: %s", error)
             continue
-        return {group.key: _shown(folder, group.files, group.rollouts[0].files) for group in groups}
+        return {group.key: _shown(folder, group.files, group.rollouts[0].files) for group in groups if group.rollouts}
     return {}
 
 

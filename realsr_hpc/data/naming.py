@@ -22,9 +22,10 @@ _NOT_UTF_8 = "bytes:"
 
 
 def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
-    """Files below a folder, sorted by path; and by path, why a folder could not be read.
+    """Files below a folder, sorted by path; and by path, why a folder or link could not be read.
 
     Linked folders are entered once, so loops end. A file that is reachable by two paths is listed under the real one.
+    Pipes, sockets and devices are not files: reading them might never end.
     """
     found: list[Path] = []
     faults: dict[str, str] = {}
@@ -42,10 +43,18 @@ def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
             faults[str(folder)] = f"folder: {error.strerror}"
             continue
         for entry in inside:
-            if entry.is_dir():
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+                is_dead = entry.is_symlink() and not os.path.exists(entry.path)
+            except OSError as error:  # a link to itself, or through a folder that is closed to us
+                faults[entry.path] = f"link: {error.strerror}"
+                continue
+            if is_folder:
                 (linked if entry.is_symlink() else waiting).append(Path(entry.path))
-            elif entry.is_file() or entry.is_symlink():  # a dead link is listed, and later reported as missing
+            elif is_file or is_dead:  # a dead link is listed, and later reported as missing
                 found.append(Path(entry.path))
+            else:
+                faults[entry.path] = "special: a pipe, socket or device; name regular files"
     return sorted(found), faults
 
 

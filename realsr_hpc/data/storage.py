@@ -6,10 +6,12 @@ a photograph from a tar takes one seek.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ class Member:
     name: str
     offset: int
     size: int
+    is_file: bool = True
+    """Not a link or device, whose bytes are not here."""
 
     @property
     def path(self) -> Path:
@@ -35,7 +39,7 @@ class Member:
 
 
 def tar_members(tar: Path) -> Iterator[Member]:
-    """The files of a tar, in order; only headers are read.
+    """The files, links and devices of a tar, in order; only headers are read.
 
     Raises:
         ValueError: if it cannot be read as an uncompressed tar.
@@ -43,8 +47,8 @@ def tar_members(tar: Path) -> Iterator[Member]:
     try:
         with tarfile.open(tar, "r:") as archive:
             for info in archive:
-                if info.isfile():
-                    yield Member(tar, info.name, info.offset_data, info.size)
+                if not info.isdir():
+                    yield Member(tar, info.name, info.offset_data, info.size, info.isfile())
     except (tarfile.TarError, OSError, ValueError) as error:
         raise ValueError(f"{tar} is not a plain tar ({error}); unpack or re-pack it without compression") from error
 
@@ -54,8 +58,11 @@ def open_bytes(path: Path) -> BinaryIO:
 
     Raises:
         FileNotFoundError: if the file or its tar is missing.
+        OSError: also for what is no regular file: opening a pipe would wait for ever.
     """
     member = _MEMBER.fullmatch(str(path))
+    if not stat.S_ISREG(os.stat(member["tar"] if member else path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
     if member is None:
         return path.open("rb")
     with open(member["tar"], "rb") as tar:

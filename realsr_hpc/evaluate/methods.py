@@ -46,12 +46,12 @@ class FinishedImages:
     def __init__(self, folder: Path):
         """ValueError when the folder holds no images."""
         self.folder = folder
-        remarks: list[str] = []
-        found = [path for path in images_below(folder, remarks) if not restoration.is_steps(path)]
+        unread: dict[str, str] = {}
+        found = [path for path in images_below(folder, unread) if not restoration.is_steps(path)]
         if not found:
             raise ValueError(f"{folder}: no images there; name the folder of the method's results")
-        for remark in remarks:
-            log.warning("%s", printable(remark))
+        for name, why in unread.items():
+            log.warning("left out: %s: %s", name, why)
         self._names = dict(zip(names_of(found, folder), found, strict=True))
         self._files: dict[str, Path] = dict(self._names)
 

@@ -97,6 +97,8 @@ def _over_ranks(
         return None
     images = sorted((item for part, _ in gathered for item in part), key=lambda item: item.index)
     skipped = {key: reason for _, part in gathered for key, reason in part.items()}
+    if isinstance(cases, FolderSet):
+        skipped |= cases.unread
     if not images:
         raise ValueError(
             f"set={set_name}: none of its {len(cases)} images can be used: {dict(list(skipped.items())[:3])}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from realsr_hpc.config.learning import RewardTerm
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.evaluate.methods import NO_TRACE
+from realsr_hpc.files import printable
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.niqe import NIQEModel, niqe
 from realsr_hpc.quality.psnr_ssim import psnr_y, ssim_y
@@ -33,28 +34,30 @@ class ImagesToScore:
     """Images of a folder, uint8 RGB, in the order of their files; with truths and low-quality images, or without."""
 
     files: list[Path]
+    names: list[str]
+    """Their paths below the folder."""
     images: list[np.ndarray]
     truths: list[np.ndarray] | None
     lqs: list[np.ndarray] | None
 
 
-def read_images(found: Sequence[Path], truth: Path | None, lq: Path | None) -> tuple[ImagesToScore, dict[str, str]]:
-    """The readable images, and the reasons, by name, for the others. Truths and LQ images have the same names in their
-    own folders."""
+def read_images(found: Mapping[Path, str], truth: Path | None, lq: Path | None) -> tuple[ImagesToScore, dict[str, str]]:
+    """The readable images, and the reasons, by name, for the others. Truths and LQ images have the same paths below
+    their own folders."""
     folders = {"truth": truth, "lq": lq}
-    read: dict[str, list] = {"files": [], "input": [], "truth": [], "lq": []}
+    read: dict[str, list] = {"files": [], "names": [], "input": [], "truth": [], "lq": []}
     left_out = {}
-    for file in found:
-        paths = {"input": file} | {name: folder / file.name for name, folder in folders.items() if folder}
+    for file, place in found.items():
+        paths = {"input": file} | {name: folder / place for name, folder in folders.items() if folder}
         try:
             pixels = {name: decode_image(path) for name, path in paths.items()}
         except BrokenImage as error:
-            left_out[file.name] = f"cannot be read ({error})"
+            left_out[printable(place)] = f"cannot be read ({error})"
             continue
-        for name, value in {"files": file, **pixels}.items():
+        for name, value in {"files": file, "names": place, **pixels}.items():
             read[name].append(value)
     return ImagesToScore(
-        read["files"], read["input"], read["truth"] if truth else None, read["lq"] if lq else None
+        read["files"], read["names"], read["input"], read["truth"] if truth else None, read["lq"] if lq else None
     ), left_out
 
 
@@ -94,13 +97,13 @@ def reward_columns(
     Texts are those that `realsr-hpc restore` wrote beside the images; captions and tags come from the manifest.
     """
     traces = [_read_trace(file) for file in to_score.files]
-    scenes = _read_scenes(to_score.files, manifest)
+    scenes = _read_scenes(to_score.names, manifest)
     lacking = _lacking(terms, traces, scenes, to_score)
     nothing = [None] * len(to_score.files)
     candidates = [
-        Candidate(key=file.name, lq=small, gt=truth, scene=scene, trace=trace or NO_TRACE, image=image)
-        for file, trace, image, small, truth, scene in zip(
-            to_score.files,
+        Candidate(key=name, lq=small, gt=truth, scene=scene, trace=trace or NO_TRACE, image=image)
+        for name, trace, image, small, truth, scene in zip(
+            to_score.names,
             traces,
             to_score.images,
             to_score.lqs or to_score.images,
@@ -147,7 +150,7 @@ def _read_trace(file: Path) -> ParsedTrace | None:
     return ParsedTrace(tile.degradation, (rough, middle, final), (grid, grid, grid), tile.faults)
 
 
-def _read_scenes(files: Sequence[Path], manifest: str | None) -> list[SceneText | None]:
-    """Captions and tags of each image by its name without ending; None where unknown."""
+def _read_scenes(names: Sequence[str], manifest: str | None) -> list[SceneText | None]:
+    """Captions and tags of each image by its path below the folder, without ending; None where unknown."""
     scenes = {} if manifest is None else {entry.key: entry.scene for entry in read_manifest(manifest).entries}
-    return [scenes.get(file.stem) for file in files]
+    return [scenes.get(PurePosixPath(name).with_suffix("").as_posix()) for name in names]

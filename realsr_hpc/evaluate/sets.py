@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 
 from realsr_hpc.config.test_sets import NAMED_SETS, refuse_unknown_set
 from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES, BrokenImage, decode_image
 from realsr_hpc.data.naming import files_below, flat_names, matched, plain_stem, split_of
 from realsr_hpc.data.samples import fitted
+from realsr_hpc.files import printable
 from realsr_hpc.records import Case
 
 LQ_FOLDERS = ("lq", "lr", "test_lr", "lr_bicubic", "lq_x4", "lr_x4", "input", "low")
@@ -29,8 +30,11 @@ Pair = tuple[Path, Path]
 class FolderSet(Sequence[Case]):
     """Cases of a folder, read one at a time."""
 
-    def __init__(self, pairs: list[tuple[str, Path, Path | None]], upscale: int):
-        self._pairs, self._upscale = pairs, upscale
+    def __init__(
+        self, pairs: list[tuple[str, Path, Path | None]], upscale: int, unread: Mapping[str, str] | None = None
+    ):
+        """unread: files of the folder that cannot be cases, and why."""
+        self._pairs, self._upscale, self.unread = pairs, upscale, dict(unread or {})
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -62,28 +66,33 @@ def open_set(name: str, folder: Path, upscale: int) -> tuple[FolderSet, list[str
     known = NAMED_SETS.get(name)
     paired = known.paired if known else name == "paired"
     remarks: list[str] = []
-    found = _paired(folder, upscale, remarks, only_test=known is not None) if paired else _unpaired(folder, remarks)
+    unread: dict[str, str] = {}
+    found = (
+        _paired(folder, upscale, remarks, unread, only_test=known is not None) if paired else _unpaired(folder, unread)
+    )
     if known and len(found) != known.usual_size:
         remarks.append(f"{known.title} usually has {known.usual_size} images; {folder} has {len(found)}")
-    return FolderSet(found, upscale), remarks
+    return FolderSet(found, upscale, unread), remarks
 
 
-def images_below(folder: Path, remarks: list[str]) -> list[Path]:
-    """Images below a folder; files that cannot be read are added to the remarks."""
+def images_below(folder: Path, unread: dict[str, str]) -> list[Path]:
+    """Images below a folder; files that cannot be read are added to `unread`, with the reason."""
     files, faults = files_below(folder)
-    remarks += [f"left out: {name}: {why}" for name, why in faults.items()]
-    unread = [path for path in files if path.suffix.lower() in UNREAD_SUFFIXES]
-    if unread:
-        remarks.append(f"left out: {len(unread)} files of formats that are not read, first {unread[0]}")
+    unread |= {printable(name): why for name, why in faults.items()}
+    for path in files:
+        if path.suffix.lower() in UNREAD_SUFFIXES:
+            unread[printable(path)] = f"format: {path.suffix} is not read; convert it to PNG or JPEG"
     return [path for path in files if path.suffix.lower() in SUFFIXES]
 
 
-def _paired(folder: Path, upscale: int, remarks: list[str], *, only_test: bool) -> list[tuple[str, Path, Path | None]]:
+def _paired(
+    folder: Path, upscale: int, remarks: list[str], unread: dict[str, str], *, only_test: bool
+) -> list[tuple[str, Path, Path | None]]:
     """Pairs of the first two folders side by side, or of files side by side.
 
     ValueError where there is none, or it is not said which files belong together.
     """
-    files = images_below(folder, remarks)
+    files = images_below(folder, unread)
     pairs = _of_folders(folder, files, remarks, only_test) or _of_files(folder, files, upscale, remarks, only_test)
     if not pairs:
         raise ValueError(
@@ -163,10 +172,10 @@ def _matched(lows: Sequence[Path], truths: Sequence[Path]) -> list[Pair]:
     return [(lows[low], truths[truth]) for low, truth in pairs]
 
 
-def _unpaired(folder: Path, remarks: list[str]) -> list[tuple[str, Path, Path | None]]:
+def _unpaired(folder: Path, unread: dict[str, str]) -> list[tuple[str, Path, Path | None]]:
     inside = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
     place = next((inside[name] for name in LQ_FOLDERS if name in inside), folder)
-    files = images_below(place, remarks)
+    files = images_below(place, unread)
     if not files:
         raise ValueError(
             f"data={folder}: no images there, nor in a folder lq; known endings: {', '.join(sorted(SUFFIXES))}"

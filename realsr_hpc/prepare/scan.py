@@ -121,7 +121,12 @@ def _tar_items(tar: Path, prefix: str) -> tuple[list[Item], dict[str, str]]:
         for member in tar_members(tar):
             path = PurePosixPath(member.name)
             sample, ending = (path.parent / path.name.split(".")[0]).as_posix(), path.suffix.lower()
-            if ending in SUFFIXES and sound_name(member.name.encode("utf-8", "replace").decode()):
+            if not member.is_file:
+                if ending in SUFFIXES:
+                    faults[prefix + member.name] = (
+                        "link: the tar holds a link or device there; re-pack it with the file"
+                    )
+            elif ending in SUFFIXES and sound_name(member.name.encode("utf-8", "replace").decode()):
                 if member.name in photographs:
                     faults[f"{prefix}{member.name} (the first)"] = "name: the tar holds it again; the last counts"
                 photographs[member.name] = (sample, member)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+logger = logging.getLogger(__name__)
 CELL_PX = 128
 _MARGIN_PX = 4
 _HEADER_PX = 16
@@ -46,11 +48,15 @@ def image_grid(
 
 
 def read_pixels(path: Path | None) -> np.ndarray | None:
-    """RGB uint8 [h, w, 3] of an image file, for `image_grid`; None where there is no such file."""
+    """RGB uint8 [h, w, 3] of an image file of ours, for `image_grid`; None where it is not there or damaged."""
     if path is None or not path.is_file():
         return None
-    with Image.open(path) as picture:
-        return np.array(picture.convert("RGB"))
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture.convert("RGB"))
+    except Exception as error:  # Pillow's parsers trip over damage in many ways; a grid shows the others
+        logger.warning("%s is not shown: %s", path, error)
+        return None
 
 
 def _cell(image: np.ndarray | None, cell_px: int) -> Image.Image:

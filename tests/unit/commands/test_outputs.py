@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from realsr_hpc import commands
+from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.export.weight_files import Aside
+from realsr_hpc.files import write_atomically
 from realsr_hpc.locks import LockRefused, hold
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8))
@@ -88,7 +90,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(name, source, tmp_path, capsys
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        ("score input={source} output={file}/x.csv", "score: '{file}/x.csv': Not a directory"),
+        ("score input={source} output={file}/x.csv", "output={file} cannot be written (File exists)"),
         ("prepare-data source={source} output={source}/out captions={source}", "Is a directory"),
     ],
 )
@@ -130,5 +132,53 @@ def test_comparing_where_nothing_ran_makes_no_database(tmp_path, capsys):
 
 def test_score_names_files_of_formats_that_are_not_read(source, capsys):
     (source / "b.heic").touch()
-    assert commands.main(["score", f"input={source}", "metric=stripes"]) == 0
+    assert commands.main(["score", f"input={source}", "metric=stripes"]) == 1
     assert "b.heic: format: .heic is not read" in capsys.readouterr().err
+
+
+def test_score_tells_files_of_one_name_apart_and_pairs_each_with_its_own_truth(source, tmp_path, capsys):
+    truth, odd = tmp_path / "truth", os.fsdecode(b"caf\xe9.png")
+    for folder in (source, truth):
+        (folder / "sub").mkdir(parents=True)
+        NOISE.save(folder / "sub" / "a.png")
+    with (source / odd).open("wb") as named, (truth / odd).open("wb") as other:
+        NOISE.save(named, "PNG"), NOISE.save(other, "PNG")
+    Image.new("RGB", NOISE.size).save(truth / "a.png")
+    words = ["score", f"input={source}", f"truth={truth}", "metric=psnr_y"]
+    assert commands.main([*words, f"output={tmp_path / 'new' / 't.csv'}"]) == 0
+    rows = dict(line.split(",") for line in (tmp_path / "new" / "t.csv").read_text().splitlines()[1:])
+    assert set(rows) == {"a.png", "sub/a.png", "caf\\xe9.png"}
+    assert float(rows["a.png"]) < 20 and float(rows["sub/a.png"]) == float(rows["caf\\xe9.png"]) == 100
+    (truth / "sub" / "a.png").unlink()
+    assert commands.main(words) == 2 and "has no sub/a.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "score", "prepare-data"])
+def test_what_is_no_regular_file_is_named_and_nothing_waits_for_it(command, source, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(source / "pipe.png")
+    (source / "linked.png").symlink_to(tmp_path / "pipe")
+    (source / "itself.png").symlink_to("itself.png")
+    given = {
+        "evaluate": [f"images={source}", "against=none", "set=unpaired", f"data={source}", "pyiqa=none"],
+        "score": [f"input={source}", "metric=stripes"],
+        "prepare-data": [f"source={source}"],
+    }
+    output = tmp_path / "out" / ("t.csv" if command == "score" else "")
+    assert commands.main([command, *given[command], f"output={output}"]) == 1
+    told = "".join(capsys.readouterr()) + "".join(path.read_text() for path in output.glob("report.json"))
+    for name, why in {"pipe": "special: a pipe", "linked": "special: a pipe", "itself": "link: Too many"}.items():
+        assert f"{name}.png" in told and why in told
+
+
+def test_a_pipe_that_a_manifest_or_note_names_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BrokenImage, match="not a regular file"):
+        decode_image(tmp_path / "pipe.png")
+
+
+def test_a_file_is_written_whatever_the_length_of_its_name(tmp_path):
+    for name in ("x" * 255, "\u00fc" * 127):
+        write_atomically(tmp_path / name, "whole")
+        assert (tmp_path / name).read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 2
