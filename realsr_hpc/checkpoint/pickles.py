@@ -56,14 +56,14 @@ def refuse_code(folder: Path) -> None:
     try:
         with path.open("rb") as stream:
             metadata = _Restricted(stream).load()
-        storage = metadata.storage_data.items()
-        kinds = metadata.state_dict_metadata
-        parts = [info for index, info in storage if type(kinds[index.fqn]).__name__ == "BytesStorageMetadata"]
-        for part in parts:
-            path = folder / part.relative_path
-            if path.parent != folder:
+        storage, kinds = metadata.storage_data, metadata.state_dict_metadata
+        for part in storage.values():
+            if Path(part.relative_path).name != part.relative_path:  # of tensors too: their bytes would be exported
                 raise pickle.UnpicklingError(f"{METADATA} names {part.relative_path}, outside of the checkpoint")
-            _read_part(path, part.offset, part.length)
+        for index, part in storage.items():
+            if type(kinds[index.fqn]).__name__ == "BytesStorageMetadata":
+                path = folder / part.relative_path
+                _read_part(path, part.offset, part.length)
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path.parent} has no {path.name}; name a complete one") from None
     except Exception as error:  # a damaged pickle raises whatever its opcodes trip over

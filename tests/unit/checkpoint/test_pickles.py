@@ -59,6 +59,13 @@ def test_a_checkpoint_of_data_passes_and_one_with_code_does_not_run(tmp_path):
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match="outside of the checkpoint"):
         refuse_code(folder)
+    metadata = pickle.loads(whole)
+    (index,) = [index for index in metadata.storage_data if index.fqn == "weight"]  # data, but whose?
+    info = metadata.storage_data[index]
+    metadata.storage_data[index] = type(info)("/etc/hostname", 0, info.length)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="names /etc/hostname, outside of the checkpoint"):
+        refuse_code(folder)
     assert not (tmp_path / "ran").exists()
     shutil.copy(__file__, folder / METADATA)
     with pytest.raises(ValueError, match=r"\.metadata cannot be trusted or is damaged"):
