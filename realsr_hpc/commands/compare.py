@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(
                 f"root={root} has no mlflow.db: no run was launched there; name root=DIR or uri=MLFLOW_URI"
             )
-        comparison = read(options, options["uri"] or f"sqlite:///{root / 'mlflow.db'}")
+        comparison = read(options, options["uri"] or f"sqlite:///{root / 'mlflow.db'}", root)
         default = root / "compare" / (options["sweep"] or options["runs"].replace(",", "-vs-"))
         output = Path(options["output"] or default)
         files = write_report(comparison, output, options["sweep"] or options["runs"])
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read(options: dict[str, str], uri: str) -> Comparison:
+def read(options: dict[str, str], uri: str, root: Path) -> Comparison:
     """The runs that are named, from the store. ValueError: it does not answer, or they or the metric are unknown."""
     mlflow = connect(uri)
     with readable(uri):
@@ -62,7 +62,7 @@ def read(options: dict[str, str], uri: str) -> Comparison:
             runs = find_sweep(mlflow, options["experiment"], options["sweep"])
         else:
             runs = find_runs(mlflow, options["experiment"], options["runs"].split(","))
-        comparison = compare(runs, options["metric"], mlflow)
+        comparison = compare(runs, options["metric"], mlflow, root)
     if options["metric"]:
         refuse_unknown_metric(comparison)
     return comparison

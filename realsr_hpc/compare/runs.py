@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from realsr_hpc.config.identity import decides
 from realsr_hpc.config.metrics import TASK_METRIC, is_measured, lower_is_better
+from realsr_hpc.config.places import without_root
 from realsr_hpc.tracking.database import SQLITE, client
 from realsr_hpc.tracking.delivery import brief
 from realsr_hpc.tracking.store import PARENT_TAG, RUN_TAG, SWEEP_TAG
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 PROFILE_TAG = "profile"
 """Tag that the recipes of recipes/profile/ carry: the name of a bundle of overrides."""
-MAX_RUNS = 1000
+PAGE_RUNS = 1000
 PREFERRED = ("heldout/", "rewards/")
 """Beginnings of the metric keys that a comparison is made by, the better one first."""
 SHOWN = (*PREFERRED, "evaluate/")
@@ -126,25 +127,36 @@ def refuse_unknown_metric(comparison: Comparison) -> None:
 def find_sweep(mlflow: MlflowClient, experiment: str, sweep: str) -> list[Run]:
     """Children of a sweep's parent run; ValueError names the sweeps there are."""
     ids = _experiments(mlflow, experiment)
-    parents = mlflow.search_runs(ids, filter_string="tags.`realsr_hpc.kind` = 'sweep'", max_results=MAX_RUNS)
+    parents = _search(mlflow, ids, "tags.`realsr_hpc.kind` = 'sweep'")
     by_name = {run.data.tags.get(SWEEP_TAG, ""): run.info.run_id for run in parents}
     if sweep not in by_name:
         raise ValueError(f"sweep {sweep!r}: unknown; available: {', '.join(sorted(by_name)) or 'none'}")
-    condition = f"tags.`{PARENT_TAG}` = '{by_name[sweep]}'"
-    return list(mlflow.search_runs(ids, filter_string=condition, max_results=MAX_RUNS))
+    return _search(mlflow, ids, f"tags.`{PARENT_TAG}` = '{by_name[sweep]}'")
 
 
 def find_runs(mlflow: MlflowClient, experiment: str, names: list[str]) -> list[Run]:
     """Runs by name, a unique beginning of it, or run id; ValueError names the candidates."""
-    condition = f"tags.`{RUN_TAG}` != ''"
-    known = list(mlflow.search_runs(_experiments(mlflow, experiment), filter_string=condition, max_results=MAX_RUNS))
+    known = _search(mlflow, _experiments(mlflow, experiment), f"tags.`{RUN_TAG}` != ''")
     return [_one(known, name) for name in names]
 
 
-def compare(runs: list[Run], metric: str = "", mlflow: MlflowClient | None = None) -> Comparison:
+def _search(mlflow: MlflowClient, experiments: list[str], condition: str) -> list[Run]:
+    """All runs that fit, page after page."""
+    found: list[Run] = []
+    token: str | None = ""
+    while token is not None:
+        page = mlflow.search_runs(experiments, condition, max_results=PAGE_RUNS, page_token=token or None)
+        found, token = [*found, *page], page.token or None
+    return found
+
+
+def compare(
+    runs: list[Run], metric: str = "", mlflow: MlflowClient | None = None, root: Path | None = None
+) -> Comparison:
     """The comparison of these runs by `metric`, or by the best-suited one they have.
 
     With `mlflow`, each run also gets its histories: of the metric, of its steps' times and rollout rates (cost).
+    root: where the runs' folders are now, should they have been moved.
     """
     chosen = metric or _metric_of(runs)
     compared = tuple(
@@ -152,9 +164,9 @@ def compare(runs: list[Run], metric: str = "", mlflow: MlflowClient | None = Non
             run.info.run_id,
             run.info.run_name or run.info.run_id,
             run.info.status,
-            dict(run.data.params),
+            _params(run),
             dict(run.data.metrics),
-            dict(run.data.tags),
+            _tags(run, root),
             _histories(mlflow, run, chosen) if mlflow else {},
         )
         for run in sorted(runs, key=lambda run: run.info.run_name or "")
@@ -162,6 +174,21 @@ def compare(runs: list[Run], metric: str = "", mlflow: MlflowClient | None = Non
     keys = {key for run in compared for key in run.params} - {"output_root"}
     differing = tuple(sorted(key for key in keys if len({run.params.get(key) for run in compared}) > 1))
     return Comparison(compared, differing, chosen)
+
+
+def _params(run: Run) -> dict[str, str]:
+    """Recipe keys with their values, in which paths below the run's output root count from there."""
+    params = dict(run.data.params)
+    for root in (Path(params.get("output_root", "")), Path(run.data.tags.get(RUN_TAG, "")).parent):
+        params = without_root(params, root) if root.is_absolute() else params
+    return params
+
+
+def _tags(run: Run, root: Path | None) -> dict[str, str]:
+    """MLflow learns of a moved folder with the run's next attempt, or from sync-tracking."""
+    folder = Path(run.data.tags.get(RUN_TAG, ""))
+    moved = root is not None and not folder.is_dir() and (root / folder.name).is_dir()
+    return {**run.data.tags, RUN_TAG: str(root / folder.name)} if root and moved else dict(run.data.tags)
 
 
 def _histories(mlflow: MlflowClient, run: Run, metric: str) -> dict[str, list[tuple[int, float]]]:
@@ -186,7 +213,11 @@ def _metric_of(runs: list[Run]) -> str:
 def _experiments(mlflow: MlflowClient, name: str) -> list[str]:
     found = mlflow.get_experiment_by_name(name)
     if found is None:
-        raise ValueError(f"tracking.experiment {name!r}: MLflow has none of that name; launch a run first")
+        raise ValueError(f"experiment={name}: MLflow has none of that name; launch a run first, or name another")
+    if found.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"experiment={name}: it was deleted in MLflow; realsr-hpc sync-tracking brings it back, with its runs"
+        )
     return [found.experiment_id]
 
 

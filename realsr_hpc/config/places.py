@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def moved_below(tree: Any, before: Path, now: Path) -> Any:
 
     def moved(text: str) -> str:
         path = Path(text)
-        gone = path.is_relative_to(before) and not path.exists()
+        gone = path.is_relative_to(before) and not os.path.exists(path)
         return str(now / path.relative_to(before)) if gone else text
 
     return _each(tree, moved)

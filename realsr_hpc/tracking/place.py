@@ -33,13 +33,14 @@ def write_place(run_dir: Path, place: Place) -> None:
 
 def read_place(run_dir: Path) -> Place | None:
     """Where the run was launched last; None when that is not known."""
-    return read_json(runfolder.place(run_dir), Place)
+    place = read_json(runfolder.place(run_dir), Place)
+    return place if place and os.path.isabs(place.folder) and os.path.isabs(place.root) else None
 
 
 def moved_to(path: Path, run_dir: Path) -> Path:
     """Present location of `path`, which was below the run's folder or its output root when the run was launched."""
     place = read_place(run_dir)
-    if path.exists() or place is None:
+    if os.path.exists(path) or place is None:  # not Path's: a damaged place may be no name that a file can have
         return path
     if path.is_relative_to(place.folder):
         return run_dir / path.relative_to(place.folder)
@@ -60,7 +61,7 @@ def recipe_of(run_dir: Path) -> RunConfig:
     written, place = output_root(config), read_place(run_dir)
     place = place or Place(str(written / run_dir.name), str(written))
     folder = Path(place.folder)
-    if folder.exists() and folder.samefile(run_dir):
+    if os.path.exists(folder) and folder.samefile(run_dir):
         return config.model_copy(update={"output_root": str(written)})
     root = _root_now(place, run_dir)
     tree = moved_below(config.model_dump(mode="json"), Path(place.root), root)

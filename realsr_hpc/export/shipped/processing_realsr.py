@@ -9,6 +9,7 @@ transformers' own Chameleon processor makes a fixed 512 px crop without size and
 
 import itertools
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -94,6 +95,8 @@ class RealSRProcessor(ProcessorMixin):
         decoder = model.load_decoder(self.source, **self.options)
         decoded = ((decoder(codes)[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         restored = Image.fromarray(decoded.movedim(0, -1).numpy())
+        if image.mode in ("RGB", "RGBA", "P", "PA") and "icc_profile" in image.info:  # of RGB, so still the pixels' own
+            restored.info["icc_profile"] = image.info["icc_profile"]
         return (restored, fields) if details else restored
 
     @torch.no_grad()
@@ -270,6 +273,7 @@ class TraceSampler(TraceGrammar):
         unknown = sorted(self.settings.keys() - self.trace["restore"].keys())
         if unknown:
             raise TypeError(f"{unknown[0]} is not one of {', '.join(self.trace['restore'])}")
+        refuse_wrong(self.settings)
         self.model, self.prompt_tokens = model, prompt_tokens
         raw = np.random.Philox(key=[seed, FIRST_ROLLOUT]).random_raw(self.longest)
         self.keys = raw.view(np.int32).reshape(-1, 2).tolist()
@@ -294,9 +298,10 @@ class TraceSampler(TraceGrammar):
     def _draw(self, logits, is_image, key):
         """The token with the largest sum of tempered logit and Gumbel noise."""
         settings = self.settings
-        text_temperature = settings["text_temperature"] or settings["temperature"]
+        text_temperature = settings["text_temperature"] or settings["temperature"]  # None: as the images'
         temperature = settings["temperature"] if is_image else text_temperature
-        values = logits.topk(settings["image_top_k" if is_image else "text_top_k"] or len(logits)).values
+        most = settings["image_top_k" if is_image else "text_top_k"] or len(logits)
+        values = logits.topk(min(most, len(logits))).values
         keep = values > -torch.inf
         if settings["top_p"] < 1.0:
             shares = (values / temperature).softmax(-1)
@@ -333,6 +338,20 @@ class TraceSampler(TraceGrammar):
         )
         self.block, self.cache = (start, len(response)), outputs.past_key_values
         return outputs.logits[0, -1]
+
+
+def refuse_wrong(settings):
+    """ValueError for a value that nothing could be sampled with."""
+    for name, value in settings.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        wanted, fits = {
+            "temperature": ("above 0", is_number and value > 0),
+            "text_temperature": ("above 0, or None", value is None or (is_number and value > 0)),
+            "top_p": ("above 0, at most 1", is_number and 0 < value <= 1),
+            "cfg_scale": ("0 or more", is_number and value >= 0),
+        }.get(name, ("whole, 0: off", isinstance(value, int) and value >= 0))
+        if not fits:
+            raise ValueError(f"{name}={value!r}: give a number {wanted}")
 
 
 def as_rgb(image):

@@ -190,7 +190,7 @@ def test_a_loss_is_best_at_its_lowest_and_a_diverged_run_never():
     ("words", "said"),
     [
         ("sweep=betas metric=heldout/total/maen", "metric=heldout/total/maen: no run has it; the nearest are: heldout"),
-        ("sweep=betas experiment=nope", "tracking.experiment 'nope': MLflow has none of that name"),
+        ("sweep=betas experiment=nope", "experiment=nope: MLflow has none of that name"),
         ("sweep=betas uri=sqlite:///{damaged}", "cannot be opened"),
         ("sweep=betas uri=sqlite:///{root}/none.db", "no such file"),
         ("sweep=betas uri=nope://x", "MLflow does not answer"),
@@ -204,3 +204,62 @@ def test_a_store_or_metric_that_is_not_there_is_one_line(words, said, store, roo
     assert compare_command.main([*given, f"root={root}", f"output={tmp_path / 'out'}"]) == 2
     shown = capsys.readouterr().out
     assert said in shown and shown.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def a_run(root, name, **model):
+    """A run that MLflow knows, with one step."""
+    tree = {"name": name, "task": "grpo", "output_root": str(root), "seed": len(name), "model": model}
+    (run_dir := root / name).mkdir(parents=True)
+    (run_dir / "recipe.yaml").write_text(json.dumps(RunConfig.model_validate(tree).model_dump(mode="json")))
+    spool = Spool(run_dir)
+    spool.append({"kind": "metrics", "step": 1, "time_ms": 1, "metrics": {"heldout/total/mean": 1.0}})
+    spool.close()
+    sync(run_dir)
+    return run_dir
+
+
+def test_after_a_move_runs_are_repetitions_still_and_their_images_are_found(tmp_path):
+    keep_images(a_run(tmp_path / "runs", "a", weights=str(tmp_path / "runs" / "stages" / "x")), 1)
+    (tmp_path / "runs").rename(moved := tmp_path / "B")
+    keep_images(a_run(moved, "bb", weights=str(moved / "stages" / "x")), 2)
+    a_run(moved, "ccc", weights=str(tmp_path / "elsewhere"))
+    mlflow = connect(f"sqlite:///{moved / 'mlflow.db'}")
+    alike = compare(find_runs(mlflow, "realsr_hpc", ["a", "bb"]), root=moved)
+    assert alike.deciding == () and len(group_runs(alike)) == 1
+    assert [run.run_dir for run in alike.runs] == [moved / "a", moved / "bb"]
+    other = compare(find_runs(mlflow, "realsr_hpc", ["a", "ccc"]), root=moved)
+    assert other.deciding == ("model.weights",)
+
+
+def test_a_sweep_of_more_runs_than_a_page_is_whole(store, monkeypatch):
+    monkeypatch.setattr("realsr_hpc.compare.runs.PAGE_RUNS", 1)
+    assert len(find_sweep(store, "realsr_hpc", "betas")) == len(REWARDS)
+
+
+def test_a_deleted_experiment_says_how_it_comes_back(tmp_path, capsys):
+    run_dir = a_run(tmp_path, "a")
+    mlflow = connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow.delete_experiment(mlflow.get_experiment_by_name("realsr_hpc").experiment_id)
+    words = ["runs=a", f"root={tmp_path}", f"output={tmp_path / 'c'}"]
+    assert compare_command.main(words) == 2
+    assert "experiment=realsr_hpc: it was deleted in MLflow; realsr-hpc sync-tracking" in capsys.readouterr().out
+    assert sync(run_dir) == 0 and compare_command.main(words) == 0
+
+
+def test_a_damaged_picture_and_a_group_without_rollouts_hide_no_others(tmp_path, capsys):
+    folders = [a_run(tmp_path, name) for name in ("a", "bb")]
+    for number, run_dir in enumerate(folders):
+        keep_images(run_dir, number)
+        kept = run_dir / "rollouts" / "step-000003-heldout"
+        known = rollouts.read(kept)
+        rollouts.write(kept, replace(known, groups=(replace(known.groups[0], key="none", rollouts=()), *known.groups)))
+    (kept / "f.png").write_bytes((kept / "f.png").read_bytes()[:40])
+    mlflow = connect(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    headers, rows = image_rows(
+        [
+            Group(run.name, (replace(run, params={}),))
+            for run in compare(find_runs(mlflow, "realsr_hpc", ["a", "bb"])).runs
+        ]
+    )
+    assert headers == ["input", "a", "bb", "truth"] and len(rows) == 1
+    assert rows[0][1] is not None and rows[0][2] is None

@@ -1,6 +1,7 @@
 """The exported processor in a fresh process, as transformers finds it: by folder, by a name of the Hub, saved again."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,39 @@ def test_every_setting_of_restoring_holds(run, lq, changed):
     assert np.abs(other - plain).max() > 1
     with pytest.raises(TypeError, match="num_beams is not one of temperature"):
         processor.restore(model, Image.fromarray(lq), num_beams=2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0},
+        {"temperature": float("nan")},
+        {"text_temperature": 0.0},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"image_top_k": -1},
+        {"text_top_k": 2.5},
+        {"cfg_scale": float("inf")},
+        {"temperature": "0.3"},
+    ],
+)
+def test_a_setting_that_nothing_can_be_sampled_with_is_refused(run, lq, wrong):
+    processor = shipped(run.export, "processing_realsr").RealSRProcessor(run.export)
+    model = shipped(run.export, "modeling_realsr").RealSRForConditionalGeneration.from_pretrained(run.export).eval()
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: give a number ")):
+        processor.restore(model, Image.fromarray(lq), **wrong)
+
+
+def test_more_candidates_than_tokens_are_all_and_a_profile_of_rgb_stays(run, lq):
+    model = shipped(run.export, "modeling_realsr").RealSRForConditionalGeneration.from_pretrained(run.export).eval()
+    processor = shipped(run.export, "processing_realsr").RealSRProcessor(run.export)
+    image = Image.fromarray(lq)
+    plain = processor.restore(model, image, image_top_k=0, text_top_k=0)
+    image.info["icc_profile"] = b"profile"
+    restored = processor.restore(model, image, image_top_k=10**9, text_top_k=10**9)
+    np.testing.assert_array_equal(np.asarray(restored), np.asarray(plain))
+    assert restored.info == {"icc_profile": b"profile"} and plain.info == {}
 
 
 def test_sixteen_bits_floats_and_rotation_are_seen_as_restoring_sees_them(run, tmp_path):
