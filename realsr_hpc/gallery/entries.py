@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import isnan
+from math import isfinite
 from pathlib import Path
 
 from realsr_hpc import runfolder
@@ -59,7 +59,8 @@ def read_run(run_dir: Path) -> list[Entry]:
     entries = [entry for folder in runfolder.all_rollouts(run_dir) for entry in _told(_rollouts, folder)]
     evaluations = runfolder.evaluations(run_dir)
     for path in sorted(evaluations.glob(f"**/{evaluation.FILE}")):
-        entries += read_evaluation(path.parent, f"{run_dir.name} {path.parent.relative_to(evaluations)}")
+        name = f"{run_dir.name} {path.parent.relative_to(evaluations)}"
+        entries += _told(partial(read_evaluation, name=name), path.parent)
     if not entries:
         raise ValueError(
             f"run={run_dir}: neither rollouts/ nor evaluation/ there; train with tracking.rollouts_every_steps "
@@ -115,20 +116,29 @@ def _rollout(folder: Path, number: int, item: rollouts.KeptRollout) -> Result:
         item.degradation,
         item.texts,
         item.faults,
-        item.rewards,
-        item.reward,
-        item.advantage,
+        _numbers(item.rewards),
+        _finite(item.reward),
+        _finite(item.advantage),
     )
 
 
 def _evaluated(folder: Path, name: str, step: int, item: evaluation.EvaluatedImage) -> Entry:
     results = []
     for method, made in item.methods.items():
-        numbers = {key: value for key, value in made.metrics.items() if not isnan(value) and key != "restored"}
+        numbers = {key: value for key, value in _numbers(made.metrics).items() if key != "restored"}
         said = (made.degradation, made.texts, made.faults)
-        results.append(Result(method, _paths(folder, made.files), *said, numbers, item.total(made)))
+        results.append(Result(method, _paths(folder, made.files), *said, numbers, _finite(item.total(made))))
     images, captions = _paths(folder, item.files), item.captions or ()
     return Entry(name, "evaluation", step, item.key, images, tuple(results), item.degradation, captions)
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if isfinite(value)}
+
+
+def _finite(value: float | None) -> float | None:
+    """What is not finite is nothing to compare by: it would be the best, or hide it."""
+    return value if value is not None and isfinite(value) else None
 
 
 def _restored(folder: Path, image: Path) -> list[Entry]:

@@ -10,7 +10,7 @@ from realsr_hpc import runfolder
 from realsr_hpc.config.load import from_yaml
 from realsr_hpc.config.restoring import sampling
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
-from realsr_hpc.files import check_sums
+from realsr_hpc.files import SUMS_FILE, check_sums, sha256_of
 from realsr_hpc.paths import resolve
 from realsr_hpc.tracking import recipe_of
 
@@ -58,6 +58,19 @@ def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None,
         return read_export(folder), None, str(folder)
     config, path = find_checkpoint(given.get("run"), given.get("checkpoint"))
     return config, path, str(path)
+
+
+def origin_of(name: str) -> str:
+    """What restores, told from others wherever its folder is moved: its last names, and a digest of its list of files.
+
+    name: as `find_model` gives it; empty: unknown.
+    """
+    from realsr_hpc.checkpoint.integrity import MANIFEST
+
+    folder = Path(name)
+    parts = folder.parts[-3:] if runfolder.is_checkpoint(folder) else folder.parts[-1:]
+    lists = [path for file in (MANIFEST, SUMS_FILE) if name and (path := folder / file).is_file()]
+    return "/".join([*parts, *(f"sha256:{sha256_of(path)[:16]}" for path in lists)])
 
 
 def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[RunConfig, Path]:

@@ -11,7 +11,7 @@ from realsr_hpc.config.restoring import ColourFix, check_restoring, refuse_what_
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.parallel import backend
 from realsr_hpc.restore.candidates import BestOf, build_chooser
-from realsr_hpc.restore.model import open_restorer
+from realsr_hpc.restore.model import open_restorer, origin_of
 from realsr_hpc.restore.tiles import Restorer, RestoreSettings
 
 MEMORY_SHARE = 0.5
@@ -45,7 +45,7 @@ def open_with_options(
     refuse_what_does_not_fit(given, config)
     colour: ColourFix = given["colour"]  # type: ignore[assignment]
     count, choice = read_count(given, "candidates", 1), given["choose"] or ""
-    factor, source = config.vlcot.upscale, f"{name} {config.restore.model_dump(exclude_none=True)}"
+    factor, source = config.vlcot.upscale, f"{origin_of(name)} {config.restore.model_dump(exclude_none=True)}"
     expert = None
     if count > 1:
         source += f" best of {count} by {choice}"

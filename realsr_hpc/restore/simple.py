@@ -11,6 +11,7 @@ from PIL import Image
 from realsr_hpc import runfolder
 from realsr_hpc.artifacts.restoration import RestoredTile
 from realsr_hpc.config.restoring import RESTORING
+from realsr_hpc.data.decoding import upright_8_bit
 from realsr_hpc.restore.image_files import read_picture
 from realsr_hpc.restore.model import find_model, with_sampling
 from realsr_hpc.restore.options import open_with_options
@@ -34,8 +35,12 @@ class Model:
         self.restorer, self.settings = restorer, settings
 
     def restore(self, image: Image.Image | str | Path) -> Result:
-        """One image of any size; transparency is dropped. ValueError for a file that is not an image."""
-        pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else read_picture(Path(image)).rgb
+        """One image of any size, seen as `realsr-hpc restore` sees files: upright, more than 8 bits scaled, without
+        transparency. ValueError for a file that is not an image."""
+        if isinstance(image, Image.Image):
+            pixels = np.array(upright_8_bit(image).convert("RGB"))
+        else:
+            pixels = read_picture(Path(image)).rgb
         [found] = restore_images(self.restorer, [pixels], self.settings)
         return Result(Image.fromarray(found.image), found.tiles)
 

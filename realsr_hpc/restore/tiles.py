@@ -32,7 +32,7 @@ class RestoreSettings:
     settings never mix."""
 
     source: str
-    """Path of the checkpoint or export, and how it samples."""
+    """What restores (`origin_of`), and how it samples."""
     tile_px: int
     """Side of a tile of the LQ image."""
     model_upscale: int

@@ -28,6 +28,8 @@ _KINDS: dict[str, dict[str, type]] = {
     "artifact": {"path": str, "folder": str},
 }
 _NUMBERS = frozenset({float, int})
+LARGEST = 2**53
+"""No step, time or number that is logged whole is larger; one that a damaged line holds, no store takes."""
 logger = logging.getLogger(__name__)
 
 
@@ -92,7 +94,10 @@ def _event(line: bytes) -> Event | None:
         event = _parsed(line)
         whole = all(type(event[key]) is kind for key, kind in _KINDS[event["kind"]].items())
         values = event["metrics"].values() if event["kind"] == "metrics" and whole else ()
-        return event if whole and _NUMBERS.issuperset(map(type, values)) else None
+        kinds = set(map(type, values))
+        whole = whole and kinds <= _NUMBERS
+        numbers = [event.get("step", 0), event.get("time_ms", 0), *(values if int in kinds else ())]
+        return event if whole and not any(type(n) is int and abs(n) > LARGEST for n in numbers) else None
     except (ValueError, TypeError, KeyError):
         return None
 

@@ -9,6 +9,7 @@ itself).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,11 +115,17 @@ def read_bookmark(run_dir: Path) -> dict[str, str] | None:
 
 
 def set_status(run_dir: Path, status: str) -> None:
-    """Set the MLflow status of a run: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED."""
+    """Set the MLflow status of a run: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED.
+
+    ValueError where its store was moved or removed since: nothing is made in its place.
+    """
     bookmark = read_bookmark(run_dir)
     if bookmark is None:
         return
-    mlflow = client(bookmark["uri"])
+    uri = bookmark["uri"]
+    if uri.startswith(SQLITE) and not os.path.exists(uri.removeprefix(SQLITE)):
+        raise ValueError(f"{uri} is gone; realsr-hpc sync-tracking tells the store that is there now")
+    mlflow = client(uri)
     if status in ("RUNNING", "SCHEDULED"):
         mlflow.update_run(bookmark["run_id"], status=status)
     else:
@@ -128,12 +135,13 @@ def set_status(run_dir: Path, status: str) -> None:
 def _restored(mlflow: MlflowClient, run_id: str) -> str | None:
     """The run's id when the store has it, brought back if somebody deleted it there; None when it never had it."""
     from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
     try:
         run = mlflow.get_run(run_id)
     except MlflowException as error:
-        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+        # Invalid: a damaged bookmark, or another server's way of writing ids.
+        if error.error_code in map(ErrorCode.Name, (RESOURCE_DOES_NOT_EXIST, INVALID_PARAMETER_VALUE)):
             return None
         raise
     if (experiment := mlflow.get_experiment(run.info.experiment_id)).lifecycle_stage == "deleted":

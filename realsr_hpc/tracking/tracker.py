@@ -11,6 +11,9 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
@@ -106,14 +109,18 @@ def sync(run_dir: Path) -> int:
     return delivery.send_pending() + delivery.num_results
 
 
+Count = Annotated[int, Field(ge=0, le=10**15)]
+"""What a garbled file may hold beyond is no step, and would fill the screen."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """The last sign of life."""
 
-    step: int
-    total: int = 0
+    step: Count
+    total: Count = 0
     text: str = ""
-    time_ms: int = 0
+    time_ms: Count = 0
 
 
 def read_progress(run_dir: Path) -> Progress | None:

@@ -177,6 +177,32 @@ def test_values_of_other_types_and_files_of_elsewhere_are_left_out_and_named(cha
     assert f"groups.0.rollouts.0.{next(iter(change))}" in caplog.text
 
 
+@pytest.mark.parametrize("value", ["null", "NaN", "1e999", "-1e999"])
+def test_a_reward_that_is_not_finite_is_not_shown_and_never_best(value, run_dir, tmp_path):
+    shutil.copytree(run_dir, folder := tmp_path / run_dir.name)
+    file = folder / "rollouts" / "step-000016-heldout" / "rollouts.json"
+    kept = json.loads(file.read_text())
+    for item in (kept["groups"][0]["rollouts"][1], kept["groups"][0]["rollouts"][1]["rewards"]):
+        item["reward" if "reward" in item else "format"] = "HERE"
+    file.write_text(json.dumps(kept).replace('"HERE"', value))
+    [entry] = [entry for entry in read_run(folder) if entry.step == 16]
+    assert [result.total for result in entry.results] == [pytest.approx(0.4), None, pytest.approx(0.8)]
+    assert [sorted(result.numbers) for result in entry.results] == [
+        ["fidelity", "format"],
+        ["fidelity"],
+        ["fidelity", "format"],
+    ]
+    page = render([entry], "")
+    assert 'data-best="0.8' in page and 'data-spread="0.4' in page and page.count('class="best"') == 1
+    assert "nan" not in page.partition("<main>")[2].partition("</main>")[0].replace("data:", "").lower().split()
+
+
+def test_a_folder_in_the_place_of_a_record_hides_no_others(run_dir, tmp_path, caplog):
+    shutil.copytree(run_dir, folder := tmp_path / run_dir.name)
+    (folder / "evaluation" / "step-000016" / "images.json").mkdir(parents=True)
+    assert len(read_run(folder)) == len(read_run(run_dir)) and "has no images.json" in caplog.text
+
+
 def test_a_link_out_of_the_folder_and_a_replaced_input_are_not_shown(run_dir, tmp_path):
     shutil.copytree(run_dir, copy := tmp_path / "copy")
     folder, _ = sorted(copy.glob("rollouts/*"))

@@ -12,9 +12,20 @@ import pytest
 
 from realsr_hpc.config.load import to_yaml
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.tracking import Place, Tracker, prepare_run, prepare_sweep, read_bookmark, recipe_of, sync, write_place
+from realsr_hpc.tracking import (
+    Place,
+    Tracker,
+    prepare_run,
+    prepare_sweep,
+    read_bookmark,
+    recipe_of,
+    set_status,
+    sync,
+    write_place,
+)
 from realsr_hpc.tracking.database import client
 from realsr_hpc.tracking.results import log_results
+from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.tracking.store import PARENT_TAG, SWEEP_TAG, prepare_store, quoted, write_launch_tags
 
 EXPECTED = [(step, step / 2) for step in range(1, 5)]
@@ -203,6 +214,30 @@ def test_a_damaged_database_is_named_with_its_remedy(tmp_path):
     damaged = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
     with pytest.raises(ValueError, match="other.db cannot be opened.*sync-tracking"):
         prepare_run(damaged, run_dir)
+
+
+def test_a_moved_store_is_not_made_again_where_it_was(tmp_path):
+    run_dir = make_run(tmp_path / "runs")
+    (tmp_path / "runs").rename(moved := tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"runs/mlflow\.db is gone; realsr-hpc sync-tracking"):
+        set_status(moved / run_dir.name, "KILLED")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_numbers_and_ids_that_no_store_takes_cost_their_events_alone(tmp_path):
+    run_dir = make_run(tmp_path / "runs")
+    good = {"kind": "metrics", "step": 5, "time_ms": 5, "metrics": {"loss": 2.5}}
+    huge = 10**30
+    changes = ({"step": huge}, {"time_ms": -huge}, {"metrics": {"loss": 10**400}}, {})
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps({**good, **change}) + "\n" for change in changes)
+    bookmark = read_bookmark(run_dir) or {}
+    (run_dir / "mlflow.json").write_text(json.dumps({**bookmark, "run_id": "no id of MLflow's " * 9}))
+    assert sync(run_dir) == 1
+    assert (read_bookmark(run_dir) or {})["run_id"] == bookmark["run_id"]  # found again by its tag
+    points = client(bookmark["uri"]).get_metric_history(bookmark["run_id"], "loss")
+    assert sorted((point.step, point.value) for point in points) == [*EXPECTED, (5, 2.5)]
+    assert max(metrics_by_step(run_dir)) == 5
 
 
 def test_damaged_lines_of_the_spool_cost_their_events_alone(tmp_path):
