@@ -45,8 +45,10 @@ def run(given: dict[str, str], num_images: int, overrides: list[str]) -> None:
     from realsr_hpc.config.load import compose_one, from_yaml
     from realsr_hpc.data.loader import LQLoader
     from realsr_hpc.export.carry_over import carry_over
+    from realsr_hpc.export.weight_files import refuse_existing
     from realsr_hpc.tokenizer.trace import TraceTokenizer
 
+    refuse_existing(Path(given["output"]))
     new = compose_one(overrides)
     old = from_yaml(Path(given["policy"]) / runfolder.RECIPE)
     tokenizers = {"image_tokenizer": "weights", "text_tokenizer": "path"}
