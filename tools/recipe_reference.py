@@ -23,13 +23,14 @@ HEAD = """# Recipes
 
 <!-- Written by tools/recipe_reference.py from the classes of realsr_hpc/config: change them there. -->
 
-`python tools/launch.py recipe=NAME section.field=value ...`. A misspelt field is answered with the nearest valid one,
-and all faults of a recipe are said at once. `resolve=true` prints the whole recipe.
+`python tools/launch.py recipe=NAME section.field=value ...`. For a misspelt field, the error names the nearest valid
+one; one message lists all faults of a recipe. `resolve=true` prints the whole recipe.
 
-Each field has a role. *decides*: another value is another experiment. *layout*: how the same computation is cut over
-processes; it changes rounding alone. *operation*: where and how comfortably a run executes. A run's signature, which
-names its folder, covers the first two as far as the run's task reads them. Resuming may change the last two. A
-comparison takes runs that differ in nothing that decides as repetitions of one experiment.
+Each field has a role. *decides*: it affects the result; another value is another experiment. *layout*: how the same
+computation is distributed over processes; it changes only rounding. *operation*: where the run executes and what it
+reports. A run's signature, which names its folder, covers the first two, as far as the run's task reads them. Resuming
+may change the last two. A comparison treats runs as repetitions of one experiment if they differ in no field that
+decides, or only in their seed.
 """
 
 
@@ -81,7 +82,11 @@ def _lists() -> list[str]:
 def _read_by(section: type[Section]) -> list[str]:
     """A sentence about which tasks read a section, where not all do."""
     tasks = [f"`{task}`" for task in get_args(Task) if task in (section.mark.tasks or ())]
-    return [] if len(tasks) == len(get_args(Task)) else [f"Read by {' and '.join(tasks)} alone."]
+    if len(tasks) == len(get_args(Task)):
+        return []
+    return [
+        f"Only the tasks {' and '.join(tasks)} read it." if len(tasks) > 1 else f"Only the task {tasks[0]} reads it."
+    ]
 
 
 def _table(section: type[BaseModel], prefix: str | None = None) -> str:

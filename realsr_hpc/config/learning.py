@@ -74,7 +74,7 @@ class RolloutConfig(Section, tasks=POLICY):
 
 
 class RestoreConfig(Section, role="operation"):
-    """What restoring and evaluating sample from; training has `rollout`. Does not decide a run's result."""
+    """Sampling options for restoring and evaluating; training uses `rollout`. They do not decide a run's result."""
 
     temperature: Positive = 0.8
     """Divides the logits of image codes; lower than in training, where rollouts explore (values: docs/looking.md)."""
@@ -146,7 +146,7 @@ class GRPOConfig(Section, tasks=("grpo",)):
     heldout_every_steps: Annotated[int, Field(ge=0)] = 0
     """Steps between measurements on held-out images; 0: never."""
     heldout_prompts: Count = 16
-    """Held-out LQ images measured each time, the same ones."""
+    """Number of held-out LQ images; the same ones are measured each time."""
     heldout_rollouts: Count = 2
     """Rollouts of each held-out image, with the same draws each time."""
 

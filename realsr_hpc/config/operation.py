@@ -33,7 +33,7 @@ class CheckpointConfig(Section, role="operation"):
 
 
 class TrackingConfig(Section, role="operation"):
-    """MLflow; events pass through a spool beside the checkpoint first."""
+    """MLflow. Events are first written to a file in the run's folder and then delivered."""
 
     uri: str | None = None
     """MLflow tracking URI; None: an SQLite file in the output root."""
@@ -46,7 +46,7 @@ class TrackingConfig(Section, role="operation"):
     rollouts_every_steps: Annotated[int, Field(ge=0)] = 8
     """Steps between those that keep a few groups for inspection (realsr-hpc gallery); 0: never."""
     rollouts_groups: Count = 2
-    """Groups kept each time, training and held-out ones."""
+    """Groups kept each time, for training and for held-out images."""
     notify: Annotated[str, Field(min_length=1)] | None = None
     """Shell command that gets one line of JSON on its input when the run starts, is requeued, stops, fails or ends."""
     replay_every_steps: Annotated[int, Field(ge=0)] = 0
@@ -81,9 +81,9 @@ class ClusterConfig(Section, role="operation"):
     constraint: str | None = None
     """Slurm node features, such as `h100`."""
     container_image: str | None = None
-    """Image that ranks start in (enroot/pyxis); None: no container."""
+    """Container image that ranks run in (enroot/pyxis); None: no container."""
     extra_sbatch: dict[str, bool | int | str] = {}
-    """More sbatch options by name, `{exclusive: true, reservation: NAME}`; false leaves one out."""
+    """Further sbatch options by name, such as `{exclusive: true, reservation: NAME}`; false omits one."""
     environment_file: str | None = None
     """Shell file that each job sources first: modules, proxies, secrets."""
     array_parallelism: Count | None = None

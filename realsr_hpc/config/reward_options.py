@@ -21,9 +21,9 @@ class FormatOptions(Section):
     partial: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Reward of a trace with all seven parts but not well formed; 0: the paper's plain 1/0."""
     min_words: Annotated[int, Field(ge=0)] = 1
-    """Fewest words of a text for the full reward."""
+    """Fewest words of a valid text; a shorter one counts as missing."""
     max_words: Count = 120
-    """Most words of a text for the full reward."""
+    """Most words of a valid text; a longer one counts as missing."""
     min_distinct: Probability = 0.4
     """Smallest share of distinct words in a text of eight words or more (repetition guard)."""
 
@@ -34,15 +34,15 @@ class DegradationOptions(Section):
     neighbour: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Credit of a level one step off (light for medium); 0: the paper's plain match."""
     blur_weight: NonNegative = 1.0
-    """Weight of this slot; the five weights are normalised by their sum. The paper weights all slots equally."""
+    """Weight of the blur slot; the five weights are divided by their sum. The paper weights all slots equally."""
     resize1_weight: NonNegative = 0.0
     """Weight of the first resize; 0, because no probe can read it from the LQ image (docs/rewards.md)."""
     noise_weight: NonNegative = 1.0
-    """Share of this slot, as `blur_weight`."""
+    """Weight of the noise slot; see `blur_weight`."""
     compression_weight: NonNegative = 1.0
-    """Share of this slot, as `blur_weight`."""
+    """Weight of the compression slot; see `blur_weight`."""
     resize2_weight: NonNegative = 1.0
-    """Share of this slot, as `blur_weight`."""
+    """Weight of the second resize slot; see `blur_weight`."""
 
     @property
     def slot_weights(self) -> tuple[float, ...]:
@@ -71,7 +71,8 @@ class UnderstandingOptions(Section):
     tags_weight: Probability = 0.5
     """Weight of the tags; the similarity has 1 minus this. Unused with similarity=none."""
     word_weight: Probability = 0.5
-    """Share of the word where an image shows a known one (made signs); tags and similarity have the rest."""
+    """Weight of naming the word, for images that show a known word (generated signs); tags and similarity share the
+    rest."""
     word_credit: Literal["exact", "letters"] = "exact"
     """exact: 1 if the rough text contains the word, else 0; letters: 1 minus the share of letters that differ."""
     synonyms: Literal["none", "wordnet", "minilm"] = "none"
@@ -114,7 +115,7 @@ class FidelityOptions(Section):
     """Reward `fidelity`."""
 
     reference: Literal["lq", "gt"] = "lq"
-    """Image that the final image is compared with."""
+    """What the final image is compared with. lq: the LQ image; gt: the truth."""
     degradation: Literal["downscale", "known"] = "downscale"
     """What the final image undergoes before it is compared with the LQ image: area averaging to its size, or the blurs,
     resizes and JPEGs that made this LQ image of its truth. known scores 0 where they are not recorded."""
@@ -155,7 +156,7 @@ class HttpOptions(Section):
     expert: Literal["http"] = "http"
     """The reward is computed by another process, over HTTP."""
     url: str
-    """Where rollouts are sent, such as http://127.0.0.1:8090/terms/generation."""
+    """Address that rollouts are sent to, such as http://127.0.0.1:8090/terms/generation."""
     allow_remote: bool = False
     """Needed where the URL names another machine: images, captions and texts are sent there."""
     connect_timeout_s: Positive = 2.0

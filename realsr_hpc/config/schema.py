@@ -39,7 +39,7 @@ INSTRUCTION = (
 
 
 class VLCoTConfig(Section, tasks=POLICY):
-    """Shape of a trace: the paper's prompt, three texts, three images."""
+    """Shape of a prompt and a trace: the instruction, three texts, three images."""
 
     vocabulary: Literal["tiny", "chameleon_f16", "llamagen_f8"] = "tiny"
     """Token layout: `tiny` follows from the two tokenizers; `chameleon_f16` is Chameleon's, `llamagen_f8` adds a second
@@ -78,7 +78,8 @@ class ImageTokenizerConfig(Section):
     channel_multiplier: tuple[Count, ...] = (1, 1, 1, 1)
     """Channels of each encoder level over `base_channels`, finest first; every level but the last halves the side."""
     num_res_blocks: Annotated[int, Field(ge=0)] = 0
-    """Residual blocks an encoder level (the decoder has one more); 0 is the cheapest, and needs multipliers of 1."""
+    """Residual blocks per encoder level (the decoder has one more); 0 is the cheapest and needs channel multipliers of
+    1."""
     decoder_base_channels: Count | None = 64
     """Decoder channels at full resolution, before `decoder_channel_multiplier`; None: as the encoder."""
     decoder_norm: bool = False
@@ -115,7 +116,7 @@ class TextTokenizerConfig(Section):
 
 
 class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
-    """Recipe tokenizer_tiny: how the VQ is trained."""
+    """Training of the image tokenizer and the text vocabulary."""
 
     num_steps: Count = 6000
     """Optimizer updates."""
@@ -170,7 +171,7 @@ class LoRAConfig(Section, tasks=POLICY):
 
 
 class ModelConfig(Section, tasks=POLICY):
-    """Decoder of Chameleon's shape."""
+    """The policy, a decoder-only transformer with Chameleon's architecture."""
 
     num_layers: Count = 4
     """Transformer layers."""
@@ -199,7 +200,7 @@ class ModelConfig(Section, tasks=POLICY):
 
 
 class ParallelConfig(Section, role="layout", tasks=POLICY):
-    """Layout; data parallelism is what the world size leaves."""
+    """Parallel layout. The data-parallel size is the world size / (tp x pp)."""
 
     tp: Count = 1
     """Tensor-parallel ranks: each holds a slice of every layer."""
@@ -215,7 +216,7 @@ class ParallelConfig(Section, role="layout", tasks=POLICY):
     scoring_microbatches: Annotated[Count, read_by("grpo")] = 4
     """Microbatches that the reference scores at once: without gradients it keeps no activations."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass: none, those of the MLPs, or all of a layer's."""
+    """Activations that the backward pass recomputes: none, those of the MLPs (selective), or all (full)."""
     reference_offload: Annotated[bool, OPERATION] = False
     """Keep the frozen reference in host memory between its uses."""
     distributed_optimizer: bool = True
@@ -238,13 +239,13 @@ class PrecisionConfig(Section, tasks=POLICY):
     rollout_fp8: bool = False
     """Rollouts multiply FP8 copies of the weights (one scale per row), whatever training does."""
     first_last_layers_bf16: bool = True
-    """Keep the first and the last layer out of FP8."""
+    """Compute the first and the last layer in bf16 instead of FP8."""
     fp8_gate_logprob: Positive = 0.1
     """Largest mean |log-prob(FP8) - log-prob(bf16)| on a fixed batch, nats per token."""
     fp8_gate_every_steps: Annotated[int, Field(ge=0)] = 50
     """Steps between checks of the gate, after the one before the first step; 0: only that one."""
     fp8_gate_action: Literal["bf16", "stop"] = "bf16"
-    """What a closed gate does: go on in bf16 from there, or stop the run."""
+    """What happens above `fp8_gate_logprob`: continue in bf16, or stop the run."""
 
 
 class OptimConfig(Section, tasks=POLICY):
@@ -267,7 +268,7 @@ class OptimConfig(Section, tasks=POLICY):
     epsilon: Positive = 1e-8
     """Added to the denominator of the update."""
     clip_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Largest global norm of the gradients; larger ones are scaled down to it."""
     max_skipped_in_a_row: Count = 5
     """Stop the run after this many consecutive non-finite gradients; each update is skipped and its batch kept."""
     cpu_offload: bool = False
@@ -278,14 +279,14 @@ class OptimConfig(Section, tasks=POLICY):
 
 
 class DataConfig(Section):
-    """Manifest and loader."""
+    """Photographs to train and measure on, and how they are loaded."""
 
     manifest: str = "recipes/assets/photographs/manifest.parquet"
     """Parquet manifest of photographs, as `realsr-hpc prepare-data` writes it."""
     train_split: str = "train"
     """Split of the manifest that is trained on."""
     heldout_split: str = "heldout"
-    """Split that is measured on, never trained on."""
+    """Split of the manifest for measurements; it is never trained on."""
     mode: Annotated[Literal["unpaired", "paired", "lq_only"], read_by(*POLICY)] = "unpaired"
     """unpaired: photographs that are degraded on the fly; paired: LQ images with their truths; lq_only: LQ images
     alone."""

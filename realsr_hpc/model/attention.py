@@ -18,7 +18,7 @@ from realsr_hpc.parallel.layout import Branches
 
 
 class SdpaAttention(torch.nn.Module):
-    """Megatron's core attention by torch."""
+    """Megatron's core attention, computed with torch's scaled_dot_product_attention."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__()
@@ -35,21 +35,22 @@ class SdpaAttention(torch.nn.Module):
     ) -> Tensor:
         """query [S, b, heads/tp, d], key and value [S, b, kv_heads/tp, d] -> [S, b, heads/tp * d].
 
-        attention_mask: bool [b, 1, S, S], true where query (row) may look at key (column); None: causal.
-        attention_bias: what the rows hold, if not one sequence each. Megatron hands it through as it is.
+        attention_mask: bool [b, 1, S, S], true where a query (row) may attend to a key (column); None: causal.
+        attention_bias: the layout of branched rows; Megatron passes this argument through unchanged.
         """
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [S, b, heads, d] -> [b, heads, S, d]
         if attention_bias is not None:
             out = attention_bias.attend(q, k, v)
         else:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, enable_gqa=self.grouped
             )
+        # [b, heads, S, d] -> [S, b, heads, d] -> [S, b, heads * d]
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 
 def segment_mask(segment_ids: Tensor) -> Tensor:
-    """Causal within equal neighbouring ids: [b, S] -> bool [b, 1, S, S], true where a query may look."""
+    """Causal mask within segments: ids [b, S] -> bool [b, 1, S, S], true where a query may attend to a key."""
     same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return same.tril()
 
@@ -59,7 +60,7 @@ class BranchedRows:
     """Rows of one prompt and several responses, each of which sees the prompt and itself.
 
     A group's prompt is computed once and not once per rollout. With guidance the second half of the rows are the
-    unconditional twins, in which a response's token sees its own image block alone.
+    unconditional twins, in which a token of a response sees only its own image block.
     """
 
     branches: Branches
@@ -67,7 +68,8 @@ class BranchedRows:
     """Number of the image block of every token of the twins, [twins, S]; None: no guidance."""
 
     def positions(self, row_tokens: int, device: torch.device) -> Tensor:
-        """Where each token of a row stands in its own sequence, int64 [S]: responses all begin after the prompt."""
+        """Position of each token of a row within its own sequence, int64 [S]: every response begins right after the
+        prompt."""
         prompt, response = self.branches.prompt, self.branches.response
         places = torch.arange(row_tokens, device=device)
         return torch.where(places < prompt, places, prompt + (places - prompt) % response)
@@ -114,7 +116,7 @@ class BranchedRows:
         return torch.cat([prompt, self._responses(x)], 2)
 
     def _rows(self, prompt: Tensor, responses: Tensor, like: Tensor) -> Tensor:
-        """Inverse of `_responses`, with what stands before and after: [b, h, S, d]."""
+        """Inverse of `_responses`; adds the prompt before and zeros for the padding after: [b, h, S, d]."""
         # [b x count, h, response, d] -> [b, count, h, response, d] -> [b, h, count x response, d]
         beside = responses.unflatten(0, (-1, self.branches.count)).transpose(1, 2).flatten(2, 3)
         return torch.cat([prompt, beside, torch.zeros_like(like[:, :, self.branches.tokens :])], 2)

@@ -1,4 +1,4 @@
-"""Forward and backward over the pipeline stages, by Megatron's schedules.
+"""Runs forward and backward passes over the pipeline stages, with Megatron's schedules.
 
 Losses are summed: over microbatches, and (by the optimizer's reduction) over data-parallel ranks. The caller's loss
 function divides by the global token count beforehand; nothing here divides.
@@ -22,14 +22,15 @@ from realsr_hpc.records import LossTokens
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One pipeline pass. All microbatches of a call share b and S."""
+    """The input of one pipeline pass: b rows of S tokens. All microbatches of a call share b and S."""
 
     tokens: Tensor
     """int64 [b, S]."""
     segment_ids: Tensor | None = None
-    """Packed rows, [b, S]: attention stays within equal ids; None: a row is one causal sequence, or branched."""
+    """Packed rows, int64 [b, S]: attention stays within equal ids; None: each row is one causal sequence, or
+    branched."""
     branches: Branches | None = None
-    """Rows of one prompt and several responses; all microbatches of a call share this too."""
+    """How rows of one prompt and several responses are laid out; the same for all microbatches of a call."""
     image_blocks: Tensor | None = None
     """Branched rows with guidance, [b / 2, S]: the image block of every token of the unconditional twins, which are the
     second half of the rows; None: there are no twins."""
@@ -43,30 +44,31 @@ LossFunction = Callable[[Tensor, Tensor, Microbatch], tuple[Tensor, Outputs]]
 
 
 class Pipelined(Protocol):
-    """What the schedule runs: a policy, or an optimizer's wrapped chunks of one."""
+    """The model that a schedule runs: a policy, or the optimizer's wrapped chunks of one."""
 
     @property
     def chunks(self) -> list[Any]:
-        """Model chunks of this stage."""
+        """The model chunks of this stage."""
         ...
 
     @property
     def groups(self) -> ProcessGroups:
-        """Process groups."""
+        """The process groups of this rank."""
         ...
 
 
 def run_pipeline(
     model: Pipelined, microbatches: list[Microbatch], loss_fn: LossFunction, *, forward_only: bool
 ) -> list[Outputs]:
-    """Run all microbatches; the loss function's outputs in order on the last stage, [] on the others.
+    """Run all microbatches; returns the loss function's outputs in order on the last stage, [] on the others.
 
     forward_only: no gradients. Otherwise gradients are accumulated and, where the chunks are wrapped for it,
     reduced. ValueError when the microbatches do not fit the layout.
     """
     _check(model, microbatches)
     shape = microbatches[0].tokens.shape
-    # Megatron sends [S/sp, b, H] between stages and derives that from seq_length and micro_batch_size.
+    # Megatron sends hidden states [S/sp, b, H] between stages (sp = tp under sequence parallelism, else 1) and derives
+    # this shape from seq_length and micro_batch_size.
     arguments = {
         "forward_step_func": _forward_step(loss_fn),
         "data_iterator": [iter(microbatches) for _ in model.chunks],

@@ -1,10 +1,10 @@
-"""Exact look-ahead: guesses for the next tokens, and the check of which guesses were right.
+"""Exact look-ahead: guesses the next tokens and checks which guesses were right.
 
-A token is a function of its prefix and its own noise (behaviour/draws.py). So W tokens can be fed at once: the last
-sampled one and guesses for the next W - 1. As long as the guesses equal the draws at their positions, the prefix was
-right and the following draw is final. Everything after the first wrong guess is drawn again, with the discarded draws
-as the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). The result equals decoding token by
-token, whatever the guesses.
+A drawn token is a function of its prefix and of its own noise (behaviour/draws.py). So one pass can feed W tokens: the
+last sampled one and guesses for the next W - 1. As long as the guesses equal the draws at their positions, the prefix
+was right and the following draw is final. Everything after the first wrong guess is drawn again, with the discarded
+draws as the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). The result equals decoding token
+by token, whatever the guesses.
 
 This module only keeps small integer arrays on the host. Every rank knows all draws and does the same bookkeeping.
 """
@@ -25,20 +25,24 @@ WIDEST = 64
 
 @dataclass(frozen=True)
 class Window:
-    """A pass over n rows and W positions each, int64 arrays [n, W] but for `first`."""
+    """The input of one pass: n rows of W positions each; int64 arrays [n, W], except `first`.
+
+    Example, n = 1 and W = 3, a row with 5 final tokens: `first` [4], `fed` [[token 4, guess 5, guess 6]]. The pass
+    draws the tokens 5, 6 and 7. Token 5 is final; token 6 is final if guess 5 equals the drawn token 5, and so on.
+    """
 
     fed: np.ndarray
-    """The last final token, then guesses."""
+    """The last final token, then W - 1 guesses."""
     first: np.ndarray
     """[n]: position of the first fed token."""
     states: np.ndarray
-    """Grammar state of the token that is drawn behind each fed one."""
+    """Grammar state of the token drawn after each fed token."""
     starts: np.ndarray
     """First position that each fed token of the unconditional stream sees."""
 
 
 class Ahead:
-    """Tokens of a batch of rollouts: final up to `count`, guessed behind it."""
+    """The tokens of a batch of rollouts: final up to `count`, guesses after it."""
 
     def __init__(self, grammar: Grammar, rows: int, limit: int):
         vocabulary = grammar.codec.vocabulary
@@ -48,24 +52,25 @@ class Ahead:
         self._continues = grammar.continues_block
         self.tokens = np.full((rows, limit + WIDEST), vocabulary.pad, dtype=np.int64)
         self.count = np.zeros(rows, dtype=np.int64)
-        """Final tokens of each row."""
+        """[rows]: number of final tokens."""
         self.state = np.full(rows, grammar.start, dtype=np.int64)
-        """Grammar state of each row's next token."""
+        """[rows]: grammar state of the next token."""
         self._start = np.zeros(rows, dtype=np.int64)
-        """First position that the unconditional stream sees, of the token fed next."""
+        """[rows]: first position that the unconditional stream sees from the token fed next."""
         self._guessed = np.zeros(rows, dtype=np.int64)
-        """Guesses are kept up to this position."""
+        """[rows]: `tokens` holds guesses up to this position."""
 
     def alive(self, rows: Sequence[int]) -> np.ndarray:
-        """bool [n]: which of these rows have tokens to come."""
+        """Which of these rows are not finished, bool [n]."""
         rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         return (self.state[rows] != END) & (self.count[rows] < self.limit)
 
     def window(self, rows: Sequence[int], width: int) -> Window:
-        """What to feed these rows next. Before the first draw, `fed` is padding: the prompt gives the first logits."""
+        """What to feed to these rows next. Before the first draw, `fed` is padding and unused: the prompt gives the
+        first logits."""
         rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         count, state = self.count[rows], self.state[rows]
-        # column by column: the grammar state of a position follows from the token fed before it, [n] each
+        # Column by column, [n] each: the grammar state of a position follows from the token before it.
         fed, states, starts = (np.empty((len(rows), width), dtype=np.int64) for _ in range(3))
         fed[:, 0] = self.tokens[rows, count - 1]
         start = self._start[rows]
@@ -73,13 +78,15 @@ class Ahead:
             if step:
                 fed[:, step] = self._guess(rows, count + step - 1, state)  # pyright: ignore[reportArgumentType]
                 state = self.grammar.automaton.after(state, fed[:, step])
-            # A token that does not continue an image block starts the unconditional stream anew.
+            # The unconditional stream sees only the current image block: a token that does not continue it is the first
+            # one it sees. The fed token stands at position count + step - 1.
             start = np.where(self._continues[fed[:, step]], start, count + step - 1)
             states[:, step], starts[:, step] = state, start
         return Window(fed, count - 1, states, starts)
 
     def accept(self, rows: Sequence[int], window: Window, drawn: np.ndarray) -> np.ndarray:
-        """Keep the draws [n, W] whose prefix was right; bool [n, W] tells which. The others become guesses."""
+        """Keep the draws [n, W] whose prefix was right; the others become guesses. Returns which are kept, bool [n,
+        W]."""
         rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         width = drawn.shape[1]
         count = self.count[rows]
@@ -99,7 +106,7 @@ class Ahead:
         return final
 
     def replay(self, row: int) -> Ahead:
-        """One row as it was behind its first token, with guesses that are all right."""
+        """A copy of one row after its first token, whose guesses are the tokens that followed."""
         again, count = Ahead(self.grammar, 1, self.limit), self.count[row]
         again.tokens[0, :count] = self.tokens[row, :count]
         again.count[0], again._guessed[0] = 1, count
@@ -108,10 +115,11 @@ class Ahead:
 
     def _guess(self, rows: np.ndarray, position: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Token [n] at a position in a grammar state, kept in `tokens` for what is guessed from it."""
-        back = self.grammar.automaton.copies[state]
+        back = self.grammar.automaton.copies[state]  # [n]: distance to the code above; 0: unknown, guess the last token
         known = position < self._guessed[rows]
         guess = self.tokens[rows, np.where(known, position, position - np.maximum(back, 1))]
         masks = self.grammar.automaton.masks[state]
+        # a guess that the grammar does not allow cannot be drawn: take the first allowed token (the only one if forced)
         guess = np.where(self._table[masks, guess], guess, self._first_allowed[masks])
         self.tokens[rows, position] = guess
         return guess

@@ -16,7 +16,7 @@ from realsr_hpc.parallel import backend
 
 
 class Place:
-    """Where in the suffix the tokens of a pass stand: W of each of n rows, side by side."""
+    """Positions of the tokens of a pass in the suffix: W neighbouring ones in each of n rows."""
 
     def __init__(self, first: int | Tensor, width: int, length: int, starts: Tensor | None = None):
         """
@@ -28,9 +28,10 @@ class Place:
         """
         self.first, self.width, self.length = first, width, length
         self.hidden: Tensor | None = None
-        """bool [n, W, length]: positions that a token does not see, because they stand behind it; None: it sees all."""
+        """bool [n, W, length]: positions that a token must not see, because they come after it; None: it sees all."""
         self.outside: Tensor | None = None
-        """bool [n, W, length]: the same of the unconditional stream."""
+        """bool [n, W, length]: the same for the unconditional stream, which also hides earlier image blocks and
+        texts."""
         self._biases: dict[bool, Tensor] = {}
         if isinstance(first, Tensor):
             self.rows = torch.arange(len(first), device=first.device)[:, None]
@@ -48,7 +49,8 @@ class Place:
             cache[self.rows, :, self.positions] = x.unflatten(0, self.positions.shape)
 
     def bias(self, unconditional: bool, q: Tensor) -> Tensor | None:
-        """What is added to the scores of queries q [n, kv, W h/kv, d]: 0 or -inf [n, 1, W h/kv, length]; None: nothing.
+        """The bias to add to attention scores of q [n, kv, W h/kv, d]: 0 or -inf, [n, 1, W h/kv, length]; None:
+        nothing.
 
         Of the same shapes in every layer, so it is made once per pass and stream.
         """
@@ -60,7 +62,8 @@ class Place:
 
 
 class Stream:
-    """Keys and values of one stream of rows: shared prefix [P, kv, L, d] and own suffix [n, kv, T, d] a layer."""
+    """Keys and values of one stream, per layer: a shared prefix [P, kv, L, d] and each row's own suffix [n, kv, T,
+    d]."""
 
     def __init__(self, num_layers: int, rows: int, kv_heads: int, max_tokens: int, head_dim: int, like: Tensor):
         shape = (num_layers, rows, kv_heads, max_tokens, head_dim)
@@ -107,17 +110,17 @@ class Stream:
 
 @dataclass
 class Cache:
-    """What decoding a batch of rollouts keeps between its steps."""
+    """Everything that decoding a batch of rollouts keeps between its steps."""
 
     streams: list[Stream]
-    """The rollouts', and with guidance the unconditional one."""
+    """The conditional stream, and with guidance the unconditional one."""
     cos: Tensor
     """[L + T, d]; rotary tables of prompt and response positions."""
     sin: Tensor
     prompt_length: int
 
     def keep(self, rows: list[int], prompts: list[int], length: int) -> None:
-        """Go on with these rows and prompts (indices among the present ones) after `length` response tokens."""
+        """Keep only these rows and prompts (indices among the present ones); `length` suffix positions are in use."""
         device = self.cos.device
         for stream in self.streams:
             stream.keep(torch.tensor(rows, device=device), torch.tensor(prompts, device=device), length)

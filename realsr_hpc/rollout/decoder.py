@@ -1,4 +1,5 @@
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportOptionalOperand=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false,
+# reportOptionalMemberAccess=false, reportOptionalOperand=false
 """KV-cached decoding on the live policy weights: no second copy, no refit, at any TP x PP.
 
 Megatron's own inference path calls the training modules token by token; this one reads the same parameters and does
@@ -278,7 +279,8 @@ class Decoder:
         return x
 
     def _send(self, x: Tensor) -> None:
-        # What was sent two rounds of all batches ago has long been received: this bounds memory and never waits.
+        # A tensor sent two rounds of all batches ago has long been received: waiting for it takes no time, and memory
+        # stays bounded.
         if len(self._sent) > 2 * self.groups.pp_size * len(self.chunks):
             self._sent.popleft()[0].wait()
         x = x.contiguous()

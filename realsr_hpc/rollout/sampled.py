@@ -1,7 +1,8 @@
-"""What was sampled of a batch of rollouts so far.
+"""The tokens sampled so far in a batch of rollouts, with everything that scoring them needs.
 
-Memory a token: 8 bytes of token, 4 of log-probability, 8 of mask id, 1 of flag on the device, and where top-k or top-p
-truncate, the vocabulary's bits (9.2 KB at 73,728 tokens) in host memory: 5,500 tokens x 8 rollouts are 0.4 GB a group.
+Memory per token: 8 bytes of token, 4 of log-probability, 8 of mask id, 1 of flag on the device, and where top-k or
+top-p truncate, the vocabulary's bits (9.2 KB at 73,728 tokens) in host memory: 5,500 tokens x 8 rollouts are 0.4 GB a
+group.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from realsr_hpc.records import RolloutGroup
 
 @dataclass
 class SampledTokens:
-    """Columns of one batch [n, T]; a row that is not written any more keeps padding."""
+    """Columns [n, T] of one batch; positions that are not written hold padding."""
 
     tokens: Int[Tensor, "n T"]
     logprobs: Float[Tensor, "n T"]
@@ -28,7 +29,7 @@ class SampledTokens:
     forced: Bool[Tensor, "n T"]
     lengths: Int[Tensor, " n"]
     vocabulary_size: int
-    """Columns of a support."""
+    """Number of tokens that a support covers."""
     support: Tensor | None = None
     """uint8 [n, T, K] in host memory; None: nothing truncates, or another pipeline stage samples."""
 
@@ -64,11 +65,14 @@ class SampledTokens:
     def write_support(
         self, rows: Int[Tensor, " m"], positions: Int[Tensor, " m"], support: Bool[Tensor, "m width"], first: int
     ) -> None:
-        """What truncation left at these positions, of the vocabulary from `first` on; indices in host memory."""
+        """Record the tokens that survived truncation at these positions.
+
+        support covers the vocabulary from `first` on; rows and positions are in host memory.
+        """
         whole = F.pad(support, (first, self.vocabulary_size - first - support.shape[-1]))
         packed = pack_support(whole).cpu()
         if self.support is None:
-            # From NumPy, whose zeros take no memory before they are written: most rollouts end early.
+            # NumPy's zeros take no memory until they are written, and most rollouts end early.
             self.support = torch.from_numpy(np.zeros((*self.tokens.shape, packed.shape[-1]), np.uint8))
         self.support[rows, positions] = packed
 

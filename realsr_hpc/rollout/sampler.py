@@ -129,7 +129,7 @@ class Sampler:
         return Batch(Ahead(self.grammar, rows, limit), sampled, torch.from_numpy(keys).to(device), list(range(rows)))
 
     def _fed(self, window: Window) -> tuple[Tensor, np.ndarray, Tensor | None]:
-        """What `Decoder.step` takes of a window."""
+        """The arguments of `Decoder.step` for a window."""
         fed, starts = (torch.from_numpy(array).to(self.groups.device) for array in (window.fed, window.starts))
         return fed, window.first, starts if self.masks.guided else None
 
@@ -156,7 +156,7 @@ class Sampler:
         self.counts.flips += int((drawn.tokens != batch.sampled.tokens[0, 1:count])[free].sum())
 
     def _take(self, decoder: Decoder, batch: Batch, window: Window, hidden: Tensor | None, started: float) -> int:
-        """Draw what a pass leads to and keep what is final; the width of the next pass."""
+        """Draw the tokens after a pass and keep the final ones; returns the width of the next pass."""
         rows, limit, width = np.array(batch.rows), self.config.max_new_tokens, window.fed.shape[1]
         positions = window.first[:, None] + 1 + np.arange(width)
         mask_ids = self.grammar.automaton.masks[window.states]
@@ -186,7 +186,7 @@ class Sampler:
             self.width.saw(*batch.situation, final.shape[1], accepted, seconds)
 
     def _next_width(self, batch: Batch) -> int:
-        """The same on every tensor rank, whatever their clocks say."""
+        """The width of the next pass; the first tensor-parallel rank decides, because clocks differ."""
         masks = self.grammar.automaton.masks[batch.ahead.state[batch.rows]]
         batch.situation = (len(batch.rows), self.choice.in_images(masks))
         width, groups = self.width.choose(*batch.situation), self.groups
@@ -197,7 +197,8 @@ class Sampler:
         return width
 
     def _share(self, sampled: SampledTokens) -> None:
-        """Give every pipeline stage what only the last one knows; the supports stay with it, who alone scores."""
+        """Send log-probabilities and flags from the last pipeline stage to all. Supports stay there, where scoring
+        happens."""
         if self.groups.pp_size > 1:
             for column in (sampled.logprobs, sampled.forced):
                 dist.broadcast(column, _last_stage(self.groups), group=self.groups.pp)
@@ -205,7 +206,7 @@ class Sampler:
 
 @dataclass
 class Counts:
-    """What decoding took since the counts were last read."""
+    """Statistics of decoding since they were last read."""
 
     passes: int = 0
     row_passes: int = 0
@@ -214,7 +215,7 @@ class Counts:
     redrawn: int = 0
     """Tokens drawn again in a pass of another shape, see `Sampler.redraw`."""
     flips: int = 0
-    """Of these, how many came out differently."""
+    """How many of these differed from the first draw."""
 
     def add(self, final: Bool[np.ndarray, "n W"]) -> None:
         """A pass that kept these draws."""
@@ -241,7 +242,7 @@ class Batch:
     sampled: SampledTokens
     keys: Int[Tensor, "all T 2"]
     rows: list[int]
-    """Those that have not left."""
+    """The rows that are still in the batch."""
     situation: tuple[int, bool] | None = None
     """Rows and kind of tokens that the last width was chosen for; see width.py."""
 
@@ -260,7 +261,7 @@ class Batch:
         mask_ids: Int[np.ndarray, "n W"],
         drawn: Drawn | None,
     ) -> None:
-        """The final draws of a pass into `sampled`."""
+        """Write the final draws of a pass to `sampled`."""
         device, width = self.keys.device, final.shape[1]
         rows, kept = np.array(self.rows), np.flatnonzero(final)
         columns = (rows[kept // width], positions.flatten()[kept], tokens[kept], mask_ids.flatten()[kept], kept)

@@ -1,4 +1,4 @@
-"""How many tokens per row each pass looks ahead: as recipes say, or what accepts most tokens per second.
+"""Chooses how many tokens per row a pass feeds: as the recipe says, or the width that gives most tokens per second.
 
 With `auto` the first passes try widths 1, 2, 4, ... as long as they pay off. Later passes use the best width and
 occasionally measure a neighbour again, because the cost of a pass grows with the cache and guesses are better in some
@@ -22,7 +22,7 @@ WORSE = 0.7
 
 @dataclass
 class _Seen:
-    """What one width brought: running mean of accepted tokens per row, and what a pass takes."""
+    """Measurements of one width: running mean of accepted tokens per row, and seconds per pass."""
 
     passes: int = 0
     accepted: float = 0.0
@@ -31,7 +31,7 @@ class _Seen:
     def add(self, accepted: float, seconds: float) -> None:
         self.passes += 1
         self.accepted += (accepted - self.accepted) * max(1 / self.passes, 0.1)
-        # The least of the last passes: what else the machine does only adds. It grows slowly, as the cache does.
+        # The minimum of recent passes, because other load only adds time. It may grow slowly, as the cache does.
         self.seconds = seconds if self.passes == 1 else min(seconds, 1.02 * self.seconds)
 
     @property
@@ -41,14 +41,14 @@ class _Seen:
 
 @dataclass
 class _Situation:
-    """Widths tried with one number of rows and one kind of tokens."""
+    """The widths tried for one number of rows and one kind of tokens."""
 
     seen: dict[int, _Seen] = field(default_factory=dict)
     passes: int = 0
 
 
 class Width:
-    """Chooses the width of every pass and learns from what it brought.
+    """Chooses the width of every pass and measures the result.
 
     Example: `width.choose(16, images=True)` for 16 rows that mostly stand in image blocks, then
     `width.saw(16, True, 4, accepted=2.3, seconds=0.012)`.
@@ -57,12 +57,12 @@ class Width:
     def __init__(self, config: RolloutConfig):
         self.config = config
         self.fixed = None if config.lookahead == "auto" else config.lookahead
-        """None: what pays most."""
+        """The recipe's width; None: choose the fastest."""
         self.widest = widest_lookahead(config)
         self._situations: dict[tuple[int, bool], _Situation] = {}
 
     def choose(self, rows: int, images: bool) -> int:
-        """Width of the next pass over this many rows; images: most of them stand in image blocks."""
+        """Width of the next pass over this many rows; images: most of them are in image blocks."""
         if self.fixed is not None:
             return self.fixed
         situation = self._situation(rows, images)
@@ -81,7 +81,7 @@ class Width:
         return widths[min(max(place, 0), len(widths) - 1)]
 
     def saw(self, rows: int, images: bool, width: int, accepted: float, seconds: float) -> None:
-        """A pass of this width kept `accepted` tokens per row."""
+        """Record that a pass of this width kept `accepted` tokens per row and took `seconds`."""
         if self.fixed is None:
             situation = self._situation(rows, images)
             situation.passes += 1

@@ -108,6 +108,13 @@ def test_several_updates_begin_at_the_rollouts_policy():
     assert report.metrics["grpo/kl_reference/mean"] > 1e-7 and report.metrics["rollout/mismatch_kl"] < 1e-9
 
 
+@pytest.mark.parametrize("lookahead", [1, 5])
+def test_guided_rollouts_are_scored_as_they_were_sampled(lookahead):
+    """Sampler and loss cut the unconditional stream at the same token: each image block sees itself alone."""
+    parts = small_parts(rollout={"cfg_scale": 3.0, "lookahead": lookahead})
+    assert step(parts, Images([0, 1]), 1).metrics["rollout/mismatch_kl"] < 1e-9
+
+
 @pytest.mark.parametrize(("number", "weight"), [(10, 1.0), (15, 2.0), (20, 3.0)])
 def test_a_ramped_reward_has_the_weight_of_the_step(number, weight):
     parts = small_parts(weight={"weight": 1.0, "final_weight": 3.0, "ramp_steps": (10, 20)})
