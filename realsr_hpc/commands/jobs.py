@@ -45,13 +45,13 @@ OPTIONS = {
 }
 FLAGS = ("reconcile", "json", "prune", "yes", "watch", "report")
 ACTIONS = ("cancel", "resume", "follow", "watch", "report", "prune", "json")
-"""One of them a call; none: the list of runs."""
+"""At most one of these per call; without one, runs are listed."""
 GO_WITH = {"wait_s": "cancel", "yes": "prune"}
-"""Options that mean nothing without another."""
+"""Options that need another one."""
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0; 2 for a wrong option or an unknown run; with follow the job's."""
+    """Returns 0; 2 for a wrong option or an unknown run; with follow=RUN the job's exit code."""
     console = Console() if sys.stdout.isatty() else Console(width=200)
     try:
         options, overrides = read_with_overrides(arguments, OPTIONS, __doc__, sections_only=True)
@@ -74,22 +74,27 @@ def main(arguments: list[str]) -> int:
             job = read_job(run_dir)
             return follow(run_dir, console, slurm=job is not None and job.kind == "slurm")
         else:
-            if flags["reconcile"]:
-                console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}", markup=False)
-            if flags["watch"]:
-                return watch(root, console)
-            if flags["report"]:
-                console.print(used_table(root))
-                return 0
-            if flags["prune"]:
-                prune(root, console, remove=flags["yes"])
-            elif flags["json"]:
-                print(json.dumps([asdict(row) for row in rows(root)], default=str, indent=1))
-            else:
-                show(root, console)
+            return about_all(root, flags, console)
     except ValueError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 2
+    return 0
+
+
+def about_all(root: Path, flags: dict[str, bool], console: Console) -> int:
+    """Do what the flags ask for all runs; without one, list them. Returns the exit code."""
+    if flags["reconcile"]:
+        console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}", markup=False)
+    if flags["watch"]:
+        return watch(root, console)
+    if flags["report"]:
+        console.print(used_table(root))
+    elif flags["prune"]:
+        prune(root, console, remove=flags["yes"])
+    elif flags["json"]:
+        print(json.dumps([asdict(row) for row in rows(root)], default=str, indent=1))
+    else:
+        show(root, console)
     return 0
 
 
@@ -104,7 +109,7 @@ def refuse_what_would_be_lost(options: dict[str, str]) -> None:
 
 
 def prune(root: Path, console: Console, *, remove: bool) -> None:
-    """What can go, or has gone."""
+    """List the snapshots that no run needs, or remove them."""
     found = remove_snapshots(root) if remove else unused_snapshots(root)
     for item in found:
         word = "removed" if remove else "not needed"

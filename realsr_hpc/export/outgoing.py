@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,23 +53,22 @@ def export_policy(
     shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `output` from a live policy; every rank calls it, world rank 0 writes, all return when it is there.
+    """Write a live policy to `output`. All ranks call this together; world rank 0 writes.
 
-    The folder is written aside and renamed. ValueError when `output` exists or a file of the recipe does not fit.
-    dtype: rounds the policy's weights; None keeps theirs, and only that makes the way back the identity.
+    The folder gets its name when it is complete. ValueError if `output` exists or a file of the recipe does not fit.
+    dtype: round the weights to it; None: keep theirs, so that an import restores them exactly.
     """
     config = without_adapters(config)
     kept = next(policy.parameters()).dtype if dtype is None else dtype
     weights = _rounded(policy, kept)
     if policy.groups.is_main:
         vocabulary = tokens.codec.vocabulary
-        own = read_text_tree(resolve(config.text_tokenizer.path), vocabulary.text_first)
-        text = combined(own, hf_config.special_tokens(vocabulary), vocabulary)
+        text = _text_tree(config, vocabulary)
         image = encoder_tensors(tokens.image)
         sizes = {name: math.prod(hf_shape(name, policy.shapes)) * kept.itemsize for name in hf_names(policy.shapes)}
+        sizes |= {name: value.nbytes for name, value in image.items()}
         with Aside(output) as folder:
-            image_sizes = {name: value.nbytes for name, value in image.items()}
-            write_weights(folder, itertools.chain(weights, image.items()), sizes | image_sizes, shard_bytes)
+            write_weights(folder, itertools.chain(weights, image.items()), sizes, shard_bytes)
             save_decoder(tokens.image, folder)
             write_configs(folder, config, vocabulary, text["model"]["vocab"], kept)
             write_text_files(folder, text, config.model.max_sequence_tokens)
@@ -77,14 +78,19 @@ def export_policy(
             (folder / "README.md").write_text(card, encoding="utf-8")
             write_sums(folder, leave_out=("README.md",))  # people write their own
     else:
-        for _ in weights:  # its part in gathering
-            pass
+        collections.deque(weights, maxlen=0)  # takes part in gathering
     if dist.is_initialized():
         dist.barrier()
 
 
+def _text_tree(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The recipe's text tokenizer with the special tokens of the whole vocabulary."""
+    own = read_text_tree(resolve(config.text_tokenizer.path), vocabulary.text_first)
+    return combined(own, hf_config.special_tokens(vocabulary), vocabulary)
+
+
 def _rounded(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole weights in `dtype` on world rank 0, nothing on the others; all ranks go through it together."""
+    """Whole weights in `dtype` on world rank 0, nothing on the others; all ranks iterate together."""
     merged = None if policy.lora is None else lora.merging(policy)
     for name, value in hf_tensors(policy, merged):
         if value is not None:

@@ -35,6 +35,18 @@ from realsr_hpc.parallel.layout import kv_heads
 from realsr_hpc.parallel.process_groups import ProcessGroups
 
 HEAD_NORM_EPSILON = 1e-5
+_UNFUSED: dict[str, Any] = dict.fromkeys(
+    (
+        "bias_activation_fusion",
+        "bias_dropout_fusion",
+        "masked_softmax_fusion",
+        "persist_layer_norm",
+        "apply_rope_fusion",
+        "gradient_accumulation_fusion",
+    ),
+    False,
+)
+"""Megatron's fused kernels are off: the same layers must run on a CPU."""
 
 
 def transformer_config(config: RunConfig, groups: ProcessGroups) -> TransformerConfig:
@@ -60,13 +72,7 @@ def transformer_config(config: RunConfig, groups: ProcessGroups) -> TransformerC
         init_method_std=model.init_std,
         perform_initialization=False,
         use_cpu_initialization=on_cpu,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        # gradients are sums over tokens; who calls divides by the global token count
+        # gradients are sums over tokens; the loss function has divided by the global token count
         calculate_per_token_loss=True,
         tensor_model_parallel_size=groups.tp_size,
         pipeline_model_parallel_size=groups.pp_size,
@@ -75,6 +81,7 @@ def transformer_config(config: RunConfig, groups: ProcessGroups) -> TransformerC
         # on gloo the batched form is silently wrong for interleaved stages
         batch_p2p_comm=not on_cpu,
         deallocate_pipeline_outputs=True,
+        **_UNFUSED,
         **_recompute_arguments(parallel.recompute),
         **precision_arguments(config.precision, model.num_layers),
     )
@@ -104,7 +111,7 @@ def _parameter_device(device: str) -> torch.device:
 
 
 class _HeadNorm(torch.nn.Module):
-    """LayerNorm over the head dimension with weight and bias of each head; heads are cut over tp."""
+    """LayerNorm over the head dimension with weight and bias of each head; heads are sharded over tp."""
 
     def __init__(self, heads: int, hidden_size: int, config: TransformerConfig) -> None:
         super().__init__()
@@ -195,7 +202,11 @@ def _layer_spec(norm: Any, column: Any, row: Any, layer: type[TransformerLayer])
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column, core_attention=SdpaAttention, linear_proj=row, q_layernorm=QNorm, k_layernorm=KNorm  # pyright: ignore[reportArgumentType]
+            linear_qkv=column,
+            core_attention=SdpaAttention,  # pyright: ignore[reportArgumentType]
+            linear_proj=row,
+            q_layernorm=QNorm,
+            k_layernorm=KNorm,
         ),
     )
     return ModuleSpec(

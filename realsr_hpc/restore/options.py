@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from realsr_hpc.config.arguments import read_count
 from realsr_hpc.config.restoring import ColourFix, check_restoring, refuse_what_does_not_fit
 from realsr_hpc.config.schema import RunConfig
@@ -45,8 +47,8 @@ def open_with_options(
     refuse_what_does_not_fit(given, config)
     colour: ColourFix = given["colour"]  # type: ignore[assignment]
     count, choice = read_count(given, "candidates", 1), given["choose"] or ""
-    factor, source = config.vlcot.upscale, f"{origin_of(name)} {config.restore.model_dump(exclude_none=True)}"
-    expert = None
+    factor, expert = config.vlcot.upscale, None
+    source = f"{origin_of(name)} {config.restore.model_dump(exclude_none=True)}"
     if count > 1:
         source += f" best of {count} by {choice}"
         expert = build_chooser(choice, given["weights_dir"])
@@ -56,8 +58,12 @@ def open_with_options(
     restorer.with_steps = steps
     device = restorer.policy.groups.device
     workers = backend.workers(device)
-    tile_bytes = count * restorer.image_bytes()
-    fitting = int(MEMORY_SHARE * backend.free_bytes(device) / workers / tile_bytes)
-    batch_size = batch_size or max(1, min(backend.rows_at_once(device) // count, fitting))
+    batch_size = batch_size or _batch_size(device, count, count * restorer.image_bytes(), workers)
     settings = replace(settings, batch_size=batch_size, workers=workers)
     return (restorer if count == 1 else BestOf(restorer, count, expert)), settings
+
+
+def _batch_size(device: torch.device, count: int, tile_bytes: int, workers: int) -> int:
+    """Tiles of one batch, `count` candidates each: as many as speed up decoding and fit the free memory."""
+    fitting = int(MEMORY_SHARE * backend.free_bytes(device) / workers / tile_bytes)
+    return max(1, min(backend.rows_at_once(device) // count, fitting))

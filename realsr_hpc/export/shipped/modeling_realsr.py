@@ -52,7 +52,7 @@ class RealSRForConditionalGeneration(ChameleonForConditionalGeneration):
         return load_decoder(source, **options)
 
     def save_pretrained(self, save_directory, *arguments, **options):
-        """As usual, and what restoring needs beside the weights, from where this model was loaded."""
+        """Save as usual, and copy the other files that restoring needs from where this model was loaded."""
         super().save_pretrained(save_directory, *arguments, **options)
         if not options.get("is_main_process", True):
             return
@@ -65,7 +65,7 @@ class RealSRForConditionalGeneration(ChameleonForConditionalGeneration):
 
 
 class ImageBlockGrammar(LogitsProcessor):
-    """For `generate`: text outside image blocks; inside, what the block leaves no choice in is forced.
+    """Logits processor for `generate`: text outside image blocks; inside, tokens without a choice are forced.
 
     An image block is begin, size, size, rows of codes each closed by a newline, end. `trace` is realsr.json.
     """
@@ -81,7 +81,7 @@ class ImageBlockGrammar(LogitsProcessor):
         self.sizes = torch.tensor([trace["size_zero"] + size // 32 for size in trace["image_sizes_px"]])
 
     def __call__(self, input_ids, scores):
-        """Scores [batch, vocabulary] with everything that may not follow at -inf."""
+        """Scores [batch, vocabulary], -inf for tokens that must not follow."""
         allowed = torch.zeros_like(scores, dtype=torch.bool)
         for row, tokens in enumerate(input_ids[:, self.prompt_tokens :].tolist()):
             allowed[row, self.next_tokens(tokens).to(scores.device)] = True
@@ -107,7 +107,7 @@ class ImageBlockGrammar(LogitsProcessor):
 
 
 def group_norm(channels, present):
-    """32 groups, or nothing."""
+    """GroupNorm with 32 groups, or the identity."""
     return nn.GroupNorm(32, channels, eps=1e-6) if present else nn.Identity()
 
 
@@ -144,6 +144,15 @@ class SpatialAttention(nn.Module):
         return hidden + self.proj_out(mixed.transpose(1, 2).reshape(hidden.shape))
 
 
+def middle_blocks(channels, norm):
+    """Residual block, attention, residual block; only a container with taming-transformers' names."""
+    mid = nn.Module()
+    mid.block_1 = ResidualBlock(channels, channels, norm)
+    mid.attn_1 = SpatialAttention(channels, norm)
+    mid.block_2 = ResidualBlock(channels, channels, norm)
+    return mid
+
+
 class ImageDecoder(nn.Module):
     """Codes to pixels: codebook, post_quant_conv and taming-transformers' decoder."""
 
@@ -159,9 +168,10 @@ class ImageDecoder(nn.Module):
         patch_px,
         lowest_attention=False,
     ):
-        """codebook: [codes, features]; patch_px: side of the patch read linearly off each latent, None without.
+        """codebook: [codes, features]; patch_px: side of the patch that is projected linearly from each latent, or
+        None.
 
-        lowest_attention: attention behind each block of the lowest resolution (LlamaGen).
+        lowest_attention: attention after each block of the lowest resolution (LlamaGen).
         """
         super().__init__()
         self.register_buffer("codebook", codebook)
@@ -169,10 +179,7 @@ class ImageDecoder(nn.Module):
         widths = [base_channels * m for m in channel_multiplier]
         decoder = self.decoder = nn.Module()
         decoder.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
-        decoder.mid = nn.Module()
-        decoder.mid.block_1 = ResidualBlock(widths[-1], widths[-1], norm)
-        decoder.mid.attn_1 = SpatialAttention(widths[-1], norm)
-        decoder.mid.block_2 = ResidualBlock(widths[-1], widths[-1], norm)
+        decoder.mid = middle_blocks(widths[-1], norm)
         decoder.up = nn.ModuleList()
         for index, (wide_in, wide_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
             level = nn.Module()
