@@ -6,9 +6,10 @@ from typing import get_args
 
 import pytest
 
-from realsr_hpc.config.identity import decides, identity, marks, may_change_on_resume, scheme, signature
+from realsr_hpc.config import identity as room
+from realsr_hpc.config.identity import decides, differences, identity, marks, may_change_on_resume, scheme, signature
 from realsr_hpc.config.load import SCHEME_LINE, compose_one, to_yaml
-from realsr_hpc.config.section import Role, Task
+from realsr_hpc.config.section import Mark, Role, Task
 from realsr_hpc.launch.rundir import run_folder
 
 RECIPES = {"grpo": "grpo_tiny", "sft": "sft_tiny", "tokenizer": "tokenizer_tiny"}
@@ -18,6 +19,19 @@ def test_every_field_has_a_role_and_somebody_who_reads_it():
     assert len(marks()) > 150
     for path, mark in marks().items():
         assert mark.role in get_args(Role) and mark.tasks and mark.tasks <= set(get_args(Task)), path
+
+
+def test_a_fields_own_mark_takes_precedence_over_its_sections():
+    tasks = {
+        "vlcot.text_slots": {"sft"},
+        "vlcot.instruction": {"grpo", "sft", "tokenizer"},
+        "parallel.scoring_microbatches": {"grpo"},
+        "image_tokenizer.weights": {"grpo", "sft"},
+        "data.mode": {"grpo", "sft"},
+    }
+    assert {path: marks()[path].tasks for path in tasks} == tasks
+    roles = {"rewards.batch_size": "layout", "rewards.offload": "operation", "cluster.nodes": "layout"}
+    assert {path: marks()[path].role for path in roles} == roles
 
 
 @pytest.mark.parametrize("task", RECIPES)
@@ -76,6 +90,25 @@ def test_comparing_sees_what_decides_for_the_task():
     assert not decides("grpo.kl_beta", "sft")
     assert not decides("parallel.tp", "grpo") and not decides("checkpoint.every_steps", "grpo")
     assert decides("a.field.of.an.older.version", "grpo")
+
+
+def test_differences_are_those_that_make_two_runs():
+    """A name too: folders bear it. What only the operation reads, or another task, is none."""
+    before = compose_one(["recipe=grpo_tiny"])
+    changes = ["name=other", "seed=1", "parallel.microbatch_tokens=2048", "data.num_threads=3", "sft.z_loss=0.5"]
+    now = compose_one(["recipe=grpo_tiny", *changes, "cluster.tasks_per_node=4"])
+    found = differences(before, now)
+    assert found.pop("cluster.nodes x cluster.tasks_per_node") == (2, 4)
+    assert found.pop("parallel.microbatch_tokens")[1] == 2048
+    assert found == {"name": ("grpo_tiny", "other"), "seed": (0, 1)}
+
+
+@pytest.mark.parametrize("mark", [Mark("layout", marks()["seed"].tasks), Mark("decides", frozenset({"sft"}))])
+def test_the_scheme_covers_roles_and_tasks(mark, monkeypatch):
+    """Otherwise a run of an earlier program would be sought under a signature that covers other fields."""
+    of_today, changed = scheme(), marks() | {"seed": mark}
+    monkeypatch.setattr(room, "marks", lambda: changed)
+    assert scheme.__wrapped__() != of_today
 
 
 def test_a_run_of_an_earlier_signature_is_found(tmp_path):

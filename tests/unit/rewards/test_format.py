@@ -31,3 +31,11 @@ def test_paper_profile_is_one_or_nothing():
 @pytest.mark.parametrize("text", ["lion " * 20, "!!!", " ".join(f"word{i}" for i in range(200))])
 def test_repetition_emptiness_and_length_break_a_text(text):
     assert scores(make_trace(texts=(text, "fine", "fine")))[0] == pytest.approx(0.5 * 6 / 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"), [("a b c d a b c d a b", True), ("a b c a b c a b c a", False), ("a " * 7, True)]
+)
+def test_a_text_of_eight_words_or_more_needs_two_fifths_of_them_distinct(words, passes):
+    """Four of ten are 0.4, three are not; shorter texts may repeat themselves."""
+    assert (scores(make_trace(texts=(words, "fine", "fine")))[0] == 1.0) == passes

@@ -38,6 +38,7 @@ def test_gate_gives_malformed_traces_the_minimum_of_image_rewards(photograph, ga
     mixture = RewardMixture(RewardsConfig(terms=TEXT_TERMS, gate_malformed=gate))
     scored = mixture.score([make_candidate(photograph, make_trace(faults=("x",)))])
     assert (scored.breakdown["fidelity"][0] > 0.5) == kept
+    assert scored.breakdown["format"][0] == 0.5  # judges the text as well: it is not gated
 
 
 def test_many_groups_score_as_each_alone(photograph, other_photograph):

@@ -175,3 +175,19 @@ def test_modality_walk_offers_no_fourth_image(codec):
         for token in codec.image_block(np.zeros((4, 4), dtype=np.int64)):
             mask_id = walk.send(token)
     assert not grammar.mask_table[mask_id][vocabulary.image_begin]
+
+
+@pytest.mark.parametrize("kind", ["constrained", "modality"])
+def test_a_code_is_guessed_from_the_one_above_and_in_the_first_row_from_the_left(codec, kind):
+    grammar = Grammar(codec, kind)
+    phrase, grids = degradation_phrases()[0], random_trace(codec, 3).images
+    tokens, state, guesses = codec.build(Trace(phrase, ("a", "b", "c"), grids)), np.int64(grammar.start), []
+    for position, token in enumerate(tokens):
+        if codec.vocabulary.id_to_code(token) is not None:
+            guesses.append(codec.vocabulary.id_to_code(tokens[position - grammar.automaton.copies[state]]))
+        state = grammar.automaton.after(state, np.int64(token))
+    for grid in grids:
+        side = len(grid)
+        block, guesses = np.array(guesses[: side * side]).reshape(side, side), guesses[side * side :]
+        assert (block[1:] == grid[:-1]).all() and (block[0, 1:] == grid[0, :-1]).all()
+    assert not guesses
