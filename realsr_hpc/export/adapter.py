@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from realsr_hpc.config.adapters import PEFT_BASE, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.export.weight_files import Aside, as_other_files, write_json
 from realsr_hpc.files import write_sums
-from realsr_hpc.model.lora import whole_tensors
-from realsr_hpc.model.policy import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, Policy
+from realsr_hpc.model.policy import BASE_NOTE, Policy
+from realsr_hpc.model.whole_adapters import whole_tensors
 
 
 def export_adapter(policy: Policy, config: RunConfig, output: Path, dtype: torch.dtype | None = None) -> None:
@@ -30,14 +31,14 @@ def export_adapter(policy: Policy, config: RunConfig, output: Path, dtype: torch
     }
     if policy.groups.is_main:
         with Aside(output) as folder:
-            save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+            save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt", BASE_NOTE: policy.base})
             as_other_files(folder / PEFT_WEIGHTS)
             write_json(
                 folder / PEFT_CONFIG,
                 {
                     "peft_type": "LORA",
                     "task_type": "CAUSAL_LM",
-                    "base_model_name_or_path": config.model.weights,
+                    PEFT_BASE: config.model.weights,
                     "r": lora.rank,
                     "lora_alpha": lora.alpha,
                     "lora_dropout": 0.0,

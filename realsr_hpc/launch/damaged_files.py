@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from realsr_hpc.config.adapters import refuse_other_function
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import Need, missing_shards, needs_of
 from realsr_hpc.config.whole_files import PICKLES, file_fault
@@ -30,8 +31,20 @@ def faults_of(config: RunConfig) -> dict[Need, str]:
     return {
         need: fault
         for need in needs_of(config)
-        if need.weights_dir is None and (fault := _fault(need.purpose, need.path))
+        if need.weights_dir is None
+        and (fault := _fault(need.purpose, need.path) or _other_adapters(config, need.purpose, need.path))
     }
+
+
+def _other_adapters(config: RunConfig, field: str, folder: Path) -> str:
+    """Adapters of another function than the recipe's, as far as their configuration tells."""
+    if field != "model.lora.weights" or config.model.lora is None:
+        return ""
+    try:
+        refuse_other_function(folder, config.model.lora)
+        return ""
+    except ValueError as error:
+        return f"{folder}: {error}"
 
 
 def _fault(field: str, path: Path) -> str:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
@@ -194,7 +193,7 @@ def attach(policy: Policy, lora: LoRAConfig, seed: int) -> None:
     policy.lora = lora
     for name, parameter in parameters(policy):
         if parameter.device.type != "meta" and name.endswith("lora_A.weight"):
-            parameter.data.copy_(_part(_draw(name, parameter, policy, seed), name, policy))
+            parameter.data.copy_(part_of(_draw(name, parameter, policy, seed), name, policy))
 
 
 def _ask_for_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
@@ -319,7 +318,8 @@ def cut_axis(name: str) -> int | None:
     return None if inputs_cut else 0
 
 
-def _part(whole: Tensor, name: str, policy: Policy) -> Tensor:
+def part_of(whole: Tensor, name: str, policy: Policy) -> Tensor:
+    """This rank's part of a whole A or B."""
     axis = cut_axis(name)
     return whole if axis is None else whole.chunk(policy.groups.tp_size, axis)[policy.groups.tp_rank]
 
@@ -330,53 +330,3 @@ def _draw(name: str, parameter: Tensor, policy: Policy, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
-
-
-@torch.no_grad()
-def whole_tensors(
-    policy: Policy, part: Callable[[Tensor], Tensor] = Tensor.detach
-) -> Iterator[tuple[str, Tensor | None]]:
-    """Every whole A and B by PEFT's name, in host memory on world rank 0, None elsewhere; all ranks take all of it.
-
-    part: what to take of a parameter, e.g. its gradient.
-    """
-    groups, local = policy.groups, {name: part(parameter) for name, parameter in parameters(policy)}
-    kinds = dict.fromkeys(name.split(".", 3)[3] for name in local)
-    first = next(iter(local.values()))
-    for layer in range(policy.shapes.num_layers):
-        for kind in kinds:
-            name = f"model.layers.{layer}.{kind}"
-            stage = policy.stage_of(layer)
-            if stage == groups.pp_rank:
-                whole = _gathered(local[name], cut_axis(name), policy)
-            else:
-                whole = first.new_empty(whole_shape(name, policy))
-            if groups.pp_size > 1:
-                dist.broadcast(whole, dist.get_global_rank(groups.pp, stage), group=groups.pp)
-            yield name, whole.cpu().clone() if groups.is_main else None
-
-
-def _gathered(value: Tensor, axis: int | None, policy: Policy) -> Tensor:
-    if axis is None or policy.groups.tp_size == 1:
-        return value.contiguous()
-    shards = [torch.empty_like(value) for _ in range(policy.groups.tp_size)]
-    dist.all_gather(shards, value.contiguous(), group=policy.groups.tp)
-    return torch.cat(shards, axis)
-
-
-def load(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the adapters from whole tensors by PEFT's names; ValueError for one that does not fit, or is left over."""
-    kinds = {name.split(".", 3)[-1] for name, _ in parameters(policy)}
-    if over := sorted(name for name in tensors if name.split(".", 3)[-1] not in kinds):
-        raise ValueError(f"model.lora.weights: {over[0]} has no place here; add it to model.lora.targets")
-    for name, parameter in parameters(policy):
-        if name not in tensors:
-            raise ValueError(f"model.lora.weights: no tensor {name}; set model.lora.targets to those of the adapter")
-        whole, wanted = tensors[name], whole_shape(name, policy)
-        if tuple(whole.shape) != wanted:
-            raise ValueError(
-                f"model.lora.weights: {name} has shape {tuple(whole.shape)}, the recipe wants {wanted}: set "
-                "model.lora.rank and the model section to those of the adapter"
-            )
-        with torch.no_grad():
-            parameter.copy_(_part(whole, name, policy))

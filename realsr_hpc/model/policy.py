@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from realsr_hpc.config.adapters import PEFT_BASE, PEFT_PREFIX, PEFT_WEIGHTS, adapter_config, refuse_other_function
 from realsr_hpc.config.schema import LoRAConfig, RunConfig
-from realsr_hpc.files import check_sums, parse_json
+from realsr_hpc.files import check_sums
 from realsr_hpc.formats.tensor_files import read_weights
-from realsr_hpc.model import lora
+from realsr_hpc.model import lora, whole_adapters
 from realsr_hpc.model.chunks import Policy, PolicyChunk, WeightShapes
 from realsr_hpc.model.fp8 import start_emulation
 from realsr_hpc.model.hf_mapping import init_weights, mark_cuts
@@ -26,14 +27,8 @@ from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.parallel.reduce import broadcast_object
 from realsr_hpc.paths import resolve
 
-PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
-"""File of PEFT's adapters, and what it puts before the names of the model's modules."""
-PEFT_CONFIG = "adapter_config.json"
-PEFT_VARIANTS = (
-    "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "modules_to_save", "layers_to_transform", "lora_bias",
-    "trainable_token_indices", "fan_in_fan_out",
-)  # fmt: skip
-"""Fields of it that change the function; absent or empty in plain LoRA."""
+BASE_NOTE = "base"
+"""In the notes of exported adapters: what they were trained on (`base_name`)."""
 
 
 def build_policy(
@@ -70,7 +65,8 @@ def build_policy(
         if not meta:
             policy.base = broadcast_object(base_name(config) if groups.is_main else None, dist.group.WORLD)  # pyright: ignore[reportArgumentType]
             if config.model.lora.weights is not None:
-                lora.load(policy, read_adapters(resolve(config.model.lora.weights), config.model.lora))
+                folder = resolve(config.model.lora.weights)
+                whole_adapters.load(policy, read_adapters(folder, config.model.lora, policy.base))
     if not trainable:
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
@@ -112,39 +108,46 @@ def base_name(config: RunConfig) -> str:
     """Which weights adapters are trained on: a checksum of every weight file, or how they were drawn."""
     if config.model.weights is None:
         return f"random weights of seed {config.seed}"
+    return weights_name(resolve(config.model.weights))
+
+
+def weights_name(folder: Path) -> str:
+    """A checksum of every weight file of a folder."""
     total = hashlib.sha256()
     kinds = (".safetensors", ".bin", ".pth")
-    for path in sorted(path for path in resolve(config.model.weights).rglob("*") if path.suffix in kinds):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in kinds):
         with path.open("rb") as stream:
             total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return f"weights of sha256 {total.hexdigest()}"
 
 
-def read_adapters(folder: Path, ours: LoRAConfig) -> dict[str, torch.Tensor]:
+def read_adapters(folder: Path, ours: LoRAConfig, base: str) -> dict[str, torch.Tensor]:
     """Adapters of a PEFT folder by the names of `lora.parameters`.
 
-    ValueError where there are none, or its adapter_config.json says another function than the recipe.
+    base: what they are put on (`base_name`). ValueError where there are none, where adapter_config.json says another
+    function than the recipe, or where they tell that they were trained on other weights.
     """
-    path = folder / PEFT_WEIGHTS
-    if not path.is_file() or not (folder / PEFT_CONFIG).is_file():
-        raise ValueError(f"model.lora.weights = {folder}: no {PEFT_WEIGHTS} with {PEFT_CONFIG}: name a PEFT folder")
     try:
+        refuse_other_function(folder, ours)
         check_sums(folder)
-        theirs = parse_json((folder / PEFT_CONFIG).read_bytes(), dict[str, Any])
-        tensors, _ = read_weights(path)
+        tensors, notes = read_weights(folder / PEFT_WEIGHTS)
+        refuse_other_base(folder, notes, base)
     except ValueError as error:
         raise ValueError(f"model.lora.weights = {folder}: {error}") from None
-    wanted = {"peft_type": "LORA", "r": ours.rank, "lora_alpha": ours.alpha, "bias": "none"}
-    wanted |= dict.fromkeys(PEFT_VARIANTS)
-    differing = [
-        f"{name} {theirs.get(name)!r}" for name, value in wanted.items() if (theirs.get(name) or None) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"model.lora.weights = {folder}: {PEFT_CONFIG} has {', '.join(differing)}; set model.lora.rank and alpha "
-            "to the adapter's; its variants of LoRA, if any, cannot be represented"
-        )
     return {
         name.removeprefix(PEFT_PREFIX).replace("model.language_model.", "model."): tensor
         for name, tensor in tensors.items()
     }
+
+
+def refuse_other_base(folder: Path, notes: Mapping[str, str], base: str) -> None:
+    """ValueError where adapters name other weights than `base`: our exports by checksum, PEFT by a folder's name."""
+    named = adapter_config(folder).get(PEFT_BASE)
+    theirs = notes.get(BASE_NOTE)
+    if theirs is None and isinstance(named, str) and named and resolve(named).is_dir():
+        theirs = weights_name(resolve(named))
+    if theirs not in (None, base):
+        raise ValueError(
+            f"its adapters were trained on {theirs} ({PEFT_BASE} {named!r}), the recipe puts them on {base}; set "
+            "model.weights to their base"
+        )

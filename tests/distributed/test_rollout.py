@@ -27,7 +27,7 @@ def one_update(
     """A whole step of two prompts x four rollouts; numbers of this rank."""
     import torch
 
-    from realsr_hpc.model import lora
+    from realsr_hpc.model import whole_adapters
     from realsr_hpc.parallel.layout import microbatch_multiple
     from realsr_hpc.parallel.reduce import broadcast_from_last_stage, reduce_floats
     from realsr_hpc.train.grpo import step
@@ -50,7 +50,7 @@ def one_update(
     parts.rewards.rewards["told"].judges = ("degradation", "final_image")
     groups, reference = parts.groups, parts.reference
     if adapted:  # as if trained: no reference has its weights, so the policy that does not move is asked again
-        lora.load(parts.policy, DrawnAdapters(parts.policy))
+        whole_adapters.load(parts.policy, DrawnAdapters(parts.policy))
         reference = parts.policy
     assert reference is not None
     share = 2 // groups.dp_size

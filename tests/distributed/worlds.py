@@ -115,14 +115,14 @@ def loss_of(policy: Any) -> Any:
 
 def start(config: RunConfig) -> Any:
     """Groups and a policy on this rank."""
-    from realsr_hpc.model import lora
+    from realsr_hpc.model import whole_adapters
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.parallel.process_groups import initialise
 
     groups = initialise(config.parallel, config.seed)
     policy = build_policy(config, groups, VOCAB)
     if policy.lora is not None:
-        lora.load(policy, DrawnAdapters(policy))
+        whole_adapters.load(policy, DrawnAdapters(policy))
     return policy
 
 
@@ -140,7 +140,7 @@ class DrawnAdapters(dict[str, Tensor]):
 def trained(policy: Any, part: Any = Tensor.detach) -> dict[str, np.ndarray]:
     """Whole trained tensors on world rank 0: the adapters, or all weights where there are none."""
     from realsr_hpc.model.hf_mapping import local_to_hf
-    from realsr_hpc.model.lora import whole_tensors
+    from realsr_hpc.model.whole_adapters import whole_tensors
 
     whole = whole_tensors(policy, part) if policy.lora is not None else local_to_hf(policy, part).items()
     return {name: tensor.numpy() for name, tensor in whole if tensor is not None}

@@ -1,0 +1,52 @@
+"""Adapters of the package `peft` that a recipe starts from: is their adapter_config.json about the recipe's function?
+
+Reads the configuration alone, so that launching can ask; tensors are compared when the policy is filled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from realsr_hpc.config.schema import LoRAConfig
+from realsr_hpc.files import parse_json
+
+PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+"""File of PEFT's adapters, and what it puts before the names of the model's modules."""
+PEFT_CONFIG = "adapter_config.json"
+PEFT_BASE = "base_model_name_or_path"
+_SAME_FUNCTION = {
+    "auto_mapping", PEFT_BASE, "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
+    "init_lora_weights", "layers_pattern", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+"""Fields that leave y = W x + (alpha / r) B A x as it is; which projections have adapters their tensors say. Any other
+field that is set is a variant, also one of a later release."""
+_BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Initialisations that train on W itself; PiSSA's, OLoRA's and their kin on what is left of it."""
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a PEFT folder. ValueError where a file is missing or unreadable."""
+    if not (folder / PEFT_WEIGHTS).is_file() or not (folder / PEFT_CONFIG).is_file():
+        raise ValueError(f"no {PEFT_WEIGHTS} with {PEFT_CONFIG}: name a PEFT folder")
+    try:
+        return parse_json((folder / PEFT_CONFIG).read_bytes(), dict[str, Any])
+    except ValueError as error:
+        raise ValueError(f"{PEFT_CONFIG}: {error}") from None
+
+
+def refuse_other_function(folder: Path, ours: LoRAConfig) -> None:
+    """ValueError naming every field in which a PEFT folder says another function than the recipe's `model.lora`."""
+    theirs = adapter_config(folder)
+    wanted = {"peft_type": "LORA", "r": ours.rank, "lora_alpha": ours.alpha, "bias": "none"}
+    numbers = [name for name, value in wanted.items() if theirs.get(name) != value]
+    variants = [name for name, value in theirs.items() if value and name not in wanted | dict.fromkeys(_SAME_FUNCTION)]
+    if theirs.get("init_lora_weights") not in _BASE_KEPT:
+        variants.append("init_lora_weights")
+    if numbers or variants:
+        said = ", ".join(f"{name} {theirs.get(name)!r}" for name in [*numbers, *variants])
+        raise ValueError(
+            f"{PEFT_CONFIG} has {said}; set model.lora.rank and alpha to the adapter's; its variants of LoRA, if any, "
+            "cannot be represented"
+        )

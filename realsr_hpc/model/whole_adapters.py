@@ -1,0 +1,79 @@
+"""Whole adapters by PEFT's names: gathered from the ranks that hold their parts, and dealt out to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from realsr_hpc.model.chunks import Policy
+from realsr_hpc.model.lora import SITES, cut_axis, parameters, part_of, whole_shape
+
+
+@torch.no_grad()
+def whole_tensors(
+    policy: Policy, part: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Every whole A and B by PEFT's name, in host memory on world rank 0, None elsewhere; all ranks take all of it.
+
+    part: what to take of a parameter, e.g. its gradient.
+    """
+    groups, local = policy.groups, {name: part(parameter) for name, parameter in parameters(policy)}
+    kinds = dict.fromkeys(name.split(".", 3)[3] for name in local)
+    first = next(iter(local.values()))
+    for layer in range(policy.shapes.num_layers):
+        for kind in kinds:
+            name = f"model.layers.{layer}.{kind}"
+            stage = policy.stage_of(layer)
+            if stage == groups.pp_rank:
+                whole = _gathered(local[name], cut_axis(name), policy)
+            else:
+                whole = first.new_empty(whole_shape(name, policy))
+            if groups.pp_size > 1:
+                dist.broadcast(whole, dist.get_global_rank(groups.pp, stage), group=groups.pp)
+            yield name, whole.cpu().clone() if groups.is_main else None
+
+
+def _gathered(value: Tensor, axis: int | None, policy: Policy) -> Tensor:
+    if axis is None or policy.groups.tp_size == 1:
+        return value.contiguous()
+    shards = [torch.empty_like(value) for _ in range(policy.groups.tp_size)]
+    dist.all_gather(shards, value.contiguous(), group=policy.groups.tp)
+    return torch.cat(shards, axis)
+
+
+@torch.no_grad()
+def load(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the adapters from whole tensors by PEFT's names, of all layers, whichever this rank holds.
+
+    ValueError, on every rank, for one that does not fit, is missing, or is left over.
+    """
+    assert policy.lora is not None, "the policy has no adapters"
+    _refuse_others(policy, policy.lora.targets, tensors)
+    for name, parameter in parameters(policy):
+        parameter.copy_(part_of(tensors[name], name, policy))
+
+
+def _refuse_others(policy: Policy, targets: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    wanted = [
+        f"model.layers.{layer}.{site.block}.{projection}.{which}.weight"
+        for layer in range(policy.shapes.num_layers)
+        for site in SITES
+        for projection in site.projections
+        if projection in targets
+        for which in ("lora_A", "lora_B")
+    ]
+    for name in sorted(tensors.keys() - set(wanted)):
+        why = f"the recipe has model.num_layers {policy.shapes.num_layers} and model.lora.targets {list(targets)}"
+        raise ValueError(f"model.lora.weights: {name} has no place here: {why}; set both to those of the adapter")
+    for name in wanted:
+        if name not in tensors:
+            raise ValueError(f"model.lora.weights: no tensor {name}; set model.lora.targets to those of the adapter")
+        shape, ours = tuple(tensors[name].shape), whole_shape(name, policy)
+        if shape != ours:
+            raise ValueError(
+                f"model.lora.weights: {name} has shape {shape}, the recipe wants {ours}: set model.lora.rank and the "
+                "model section to those of the adapter"
+            )
