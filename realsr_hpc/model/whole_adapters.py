@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -50,23 +50,29 @@ def load(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
 
     ValueError, on every rank, for one that does not fit, is missing, or is left over.
     """
-    assert policy.lora is not None, "the policy has no adapters"
-    _refuse_others(policy, policy.lora.targets, tensors)
+    _refuse_others(policy, tensors)
     for name, parameter in parameters(policy):
         parameter.copy_(part_of(tensors[name], name, policy))
 
 
-def _refuse_others(policy: Policy, targets: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    wanted = [
+def names(policy: Policy) -> list[str]:
+    """PEFT's names of every whole A and B, of all layers."""
+    assert policy.lora is not None, "the policy has no adapters"
+    return [
         f"model.layers.{layer}.{site.block}.{projection}.{which}.weight"
         for layer in range(policy.shapes.num_layers)
         for site in SITES
         for projection in site.projections
-        if projection in targets
+        if projection in policy.lora.targets
         for which in ("lora_A", "lora_B")
     ]
+
+
+def _refuse_others(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
+    assert policy.lora is not None, "the policy has no adapters"
+    wanted, targets = names(policy), list(policy.lora.targets)
     for name in sorted(tensors.keys() - set(wanted)):
-        why = f"the recipe has model.num_layers {policy.shapes.num_layers} and model.lora.targets {list(targets)}"
+        why = f"the recipe has model.num_layers {policy.shapes.num_layers} and model.lora.targets {targets}"
         raise ValueError(f"model.lora.weights: {name} has no place here: {why}; set both to those of the adapter")
     for name in wanted:
         if name not in tensors:

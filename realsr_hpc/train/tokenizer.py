@@ -164,7 +164,7 @@ class TokenizerTraining:
         """Continue exactly from `path`; False if there is none. Images and random choices depend on the step alone."""
         if not path.exists():
             return False
-        stored = torch.load(path, weights_only=True, map_location=self.device)
+        stored = torch.load(path, weights_only=True, map_location=_CPU)  # copied from there
         self.step = stored.pop("step")
         for part, state in stored.items():
             getattr(self, part).load_state_dict(state)

@@ -130,9 +130,10 @@ class DrawnAdapters(dict[str, Tensor]):
     """Whole adapters by name; a trained B is not zero, and only then does A have a gradient."""
 
     def __init__(self, policy: Any):
-        from realsr_hpc.model.lora import parameters, whole_shape
+        from realsr_hpc.model.lora import whole_shape
+        from realsr_hpc.model.whole_adapters import names
 
-        for name, _ in parameters(policy):
+        for name in names(policy):
             generator = torch.Generator().manual_seed(sum(name.encode()))
             self[name] = 0.1 * torch.randn(whole_shape(name, policy), generator=generator)
 

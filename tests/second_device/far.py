@@ -86,6 +86,10 @@ class FarTensor(torch.Tensor):
         """Copied to the CPU first, as of a GPU's tensor."""
         return self.cpu().tolist()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved as the CPU's tensor."""
+        return self.host.__reduce_ex__(protocol)
+
     def __repr__(self, **_: Any) -> str:
         return f"far({self.host!r})"
 
@@ -186,6 +190,7 @@ def far_device() -> Iterator[torch.device]:
     """
     if not _REGISTERED:
         _setup_privateuseone_for_python_backend(NAME)
+        getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]  # autocast's scopes ask
         everything, factories = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
         everything.fallback(_kernel, "PrivateUse1")
         for name in CONSTRUCTORS:
