@@ -30,7 +30,7 @@ from realsr_hpc.rewards.exchange import scores_of, sent
 from realsr_hpc.vlcot.sequence import FIELDS
 
 logger = logging.getLogger(__name__)
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line a retry, beside ours a call
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # lines a retry, beside ours a call
 
 RETRIED = (429, 500, 502, 503, 504)
 PATIENCE = 8
@@ -159,9 +159,10 @@ class HttpReward(Reward):
             self._silent += 1
             raise
         self._silent = 0
+        body = reply.data or b""  # urllib3 has None for an empty one
         if reply.status != 200:
-            raise ValueError(f"status {reply.status}: {reply.data[:200].decode(errors='replace')}")
-        return reply.data
+            raise ValueError(f"status {reply.status}: {body[:200].decode(errors='replace')}")
+        return body
 
     def _retries(self) -> urllib3.Retry:
         return urllib3.Retry(

@@ -23,7 +23,8 @@ def scored(terms: dict[str, Any]) -> dict[str, Any]:
     from realsr_hpc.rewards.mixture import RewardMixture
     from tests.unit.rewards.conftest import make_candidate, make_trace
 
-    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).normal(size=(64, 64, 3))
+    images = [(127 + strength * noise).astype(np.uint8) for strength in (10, 25, 5)]
     scene = SceneText("a lion", "a lion on a rock", "a lion rests on a rock", ("lion", "rock"))
     texts = make_trace(texts=("a big cat", "a lion on a stone", "a lion rests"))
     items = [make_candidate(image, texts, gt=images[2], scene=scene, member=n) for n, image in enumerate(images[:2])]
@@ -45,7 +46,7 @@ def assert_scored_alike(terms: dict[str, Any]) -> None:
 
 
 def test_rewards_that_rest_in_host_memory_score_the_same():
-    terms = {"ranker": {"kind": "generation"}, "fidelity": {"kind": "fidelity"}}
+    terms = {"ranker": {"kind": "generation"}, "fidelity": {"kind": "fidelity", "options": {"reference": "gt"}}}
     assert_scored_alike(terms | {"niqe": {"kind": "generation", "options": {"expert": "niqe"}}})
 
 

@@ -191,6 +191,52 @@ def test_an_answer_that_trickles_in_is_given_the_time_of_one_answer(kind):
             assert scores.tolist() == [0.5] and not broken.any()
 
 
+BROKEN = {
+    "closes": b"",
+    "closes within the head": b"HTTP/1.1 200 OK\r\nContent-Le",
+    "closes within the body": b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"scores"',
+    "closes within a chunk": b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n11\r\n{"sco',
+    "speaks another protocol": b"220 mail ready\r\n",
+    "redirects": b"HTTP/1.1 302 Found\r\nLocation: {elsewhere}\r\nContent-Length: 0\r\n\r\n",
+    "redirects for good": b"HTTP/1.1 308 Permanent Redirect\r\nLocation: {elsewhere}\r\nContent-Length: 0\r\n\r\n",
+    "serves a page": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 13\r\n\r\n<html></html>",
+    "packs what is not packed": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\n{{}}",
+    "answers without a body": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    "is not there": b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+    "has nothing to say": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "has a head without end": b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_judge_that_breaks_the_protocol_fails_its_rollout_alone(kind, caplog):
+    """Each in no more time than its retries take; nobody follows where a judge points to."""
+    with judge(answers) as (elsewhere, asked):
+
+        def reply(connection: socket.socket) -> None:
+            with connection:
+                connection.settimeout(0.2)
+                with suppress(OSError):
+                    while connection.recv(1 << 16):
+                        pass
+                with suppress(OSError):
+                    connection.sendall(BROKEN[kind].replace(b"{elsewhere}", elsewhere.encode()))
+
+        with listening(reply) as url:
+            began = time.monotonic()
+            scores, broken = build_reward("x", asking(url)).score_counted([make_candidate(None), make_candidate(None)])
+        assert broken.all() and not scores.any() and not asked
+    assert time.monotonic() - began < 10 and url in caplog.text and "Traceback" not in caplog.text
+
+
+def test_no_proxy_stands_between_a_run_and_its_judge(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with judge(answers) as (url, asked):
+        scores, broken = build_reward("judge", asking(url)).score_counted([make_candidate(None, key="fine")])
+    assert scores.tolist() == [0.5] and not broken.any() and asked == ["fine"]
+
+
 @contextmanager
 def endless(kind: str) -> Iterator[tuple[str, list[int]]]:
     """A judge whose answers never end; its address, and the bytes that each connection took of it."""
