@@ -64,6 +64,8 @@ def one_step(sections: dict[str, Any]) -> dict[str, Any]:
     parts = small_parts(**sections)
     share = 2 // parts.groups.dp_size
     report = step(parts, Images(range(parts.groups.dp_rank * share, (parts.groups.dp_rank + 1) * share)), 1)
+    rollouts = [value for group in report.groups for value in vars(group.rollouts).values() if torch.is_tensor(value)]
+    assert rollouts and all(value.device.type == "cpu" for value in rollouts), "rollouts are in host memory"
     [batch, *_] = grpo_batches(parts, report.groups, parts.sampler.masks)
     scored = logprobs_of(parts.policy, parts.group_microbatches(batch.groups), parts.sampler.masks.allowed)
     return {

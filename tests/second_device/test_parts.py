@@ -14,13 +14,14 @@ TOLERANCE = 1e-5
 
 
 def scored(terms: dict[str, Any]) -> dict[str, Any]:
-    """Two rollouts' scores by terms whose networks rest in host memory between, their places' scores, and failures."""
+    """Two rollouts' scores by terms whose networks stay, or rest in host memory, their places' scores, and failures."""
     import numpy as np
 
     from realsr_hpc.config.learning import RewardsConfig, RewardTerm
     from realsr_hpc.parallel import backend
     from realsr_hpc.records import SceneText
     from realsr_hpc.rewards.mixture import RewardMixture
+    from tests.second_device.far import FarTensor
     from tests.unit.rewards.conftest import make_candidate, make_trace
 
     noise = np.random.default_rng(0).normal(size=(64, 64, 3))
@@ -28,14 +29,19 @@ def scored(terms: dict[str, Any]) -> dict[str, Any]:
     scene = SceneText("a lion", "a lion on a rock", "a lion rests on a rock", ("lion", "rock"))
     texts = make_trace(texts=("a big cat", "a lion on a stone", "a lion rests"))
     items = [make_candidate(image, texts, gt=images[2], scene=scene, member=n) for n, image in enumerate(images[:2])]
-    config = RewardsConfig(terms={name: RewardTerm(**term) for name, term in terms.items()}, offload=True)
-    mixture = RewardMixture(config, backend.device(), with_places=True)
-    scores = mixture.score_batches([items])
-    return {
-        "scores": {name: column.tolist() for name, column in scores.breakdown.items()},
-        "failures": {name: column.tolist() for name, column in scores.failures.items()},
-        "places": {name: rows.tolist() for name, rows in scores.places.items()},
-    }
+    read = {name: RewardTerm(**term) for name, term in terms.items()}
+    found: dict[str, Any] = {"scores": {}, "failures": {}, "places": {}}
+    for offload in (False, True):
+        mixture = RewardMixture(RewardsConfig(terms=read, offload=offload), backend.device(), with_places=True)
+        scores = mixture.score_batches([items])
+        for kind, columns in zip(found, (scores.breakdown, scores.failures, scores.places), strict=True):
+            found[kind] |= {f"{name} {offload}": column.tolist() for name, column in columns.items()}
+        for name in terms.keys() - {"fidelity"}:
+            with mixture._at_work(mixture.rewards[name]):
+                made = FarTensor.made
+                mixture.rewards[name].score(items)
+                assert backend.device().type == "cpu" or FarTensor.made > made, f"{name} was not computed there"
+    return found
 
 
 def assert_scored_alike(terms: dict[str, Any]) -> None:
@@ -45,7 +51,7 @@ def assert_scored_alike(terms: dict[str, Any]) -> None:
     assert apart(far, near) <= TOLERANCE
 
 
-def test_rewards_that_rest_in_host_memory_score_the_same():
+def test_rewards_that_stay_or_rest_in_host_memory_score_the_same():
     terms = {"ranker": {"kind": "generation"}, "fidelity": {"kind": "fidelity", "options": {"reference": "gt"}}}
     assert_scored_alike(terms | {"niqe": {"kind": "generation", "options": {"expert": "niqe"}}})
 
@@ -60,7 +66,7 @@ def test_pyiqas_metrics_are_the_same():
 def test_similarities_of_texts_are_the_same():
     options = {"similarity": "minilm", "synonyms": "minilm"}
     [near], [far] = on_both(scored, {"texts": {"kind": "understanding", "options": options}})
-    assert 0 < near["scores"]["texts"][0] < 1 and apart(far, near) <= TOLERANCE
+    assert 0 < near["scores"]["texts False"][0] < 1 and apart(far, near) <= TOLERANCE
 
 
 def tokenizer_trained(folder: Path) -> dict[str, Any]:
