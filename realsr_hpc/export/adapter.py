@@ -31,7 +31,7 @@ def export_adapter(policy: Policy, config: RunConfig, output: Path, dtype: torch
     }
     if policy.groups.is_main:
         with Aside(output) as folder:
-            save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt", BASE_NOTE: policy.base})
+            save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt", BASE_NOTE: policy.base or ""})
             as_other_files(folder / PEFT_WEIGHTS)
             write_json(
                 folder / PEFT_CONFIG,

@@ -66,7 +66,7 @@ def build_policy(
             policy.base = broadcast_object(base_name(config) if groups.is_main else None, dist.group.WORLD)  # pyright: ignore[reportArgumentType]
             if config.model.lora.weights is not None:
                 folder = resolve(config.model.lora.weights)
-                whole_adapters.load(policy, read_adapters(folder, config.model.lora, policy.base))
+                whole_adapters.load(policy, read_adapters(folder, config.model.lora, policy.base or ""))
     if not trainable:
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
@@ -144,9 +144,9 @@ def refuse_other_base(folder: Path, notes: Mapping[str, str], base: str) -> None
     """ValueError where adapters name other weights than `base`: our exports by checksum, PEFT by a folder's name."""
     named = adapter_config(folder).get(PEFT_BASE)
     theirs = notes.get(BASE_NOTE)
-    if theirs is None and isinstance(named, str) and named and resolve(named).is_dir():
+    if not theirs and isinstance(named, str) and named and resolve(named).is_dir():
         theirs = weights_name(resolve(named))
-    if theirs not in (None, base):
+    if theirs and theirs != base:
         raise ValueError(
             f"its adapters were trained on {theirs} ({PEFT_BASE} {named!r}), the recipe puts them on {base}; set "
             "model.weights to their base"
