@@ -10,9 +10,6 @@ REWARDING = "realsr_hpc/train/rewarding.py"
 GRPO, BATCHES = "realsr_hpc/train/grpo.py", "realsr_hpc/train/batches.py"
 REPLACED = f"{STEP}groups_that_teach_nothing_are_replaced_by_the_next_images"
 HELD_OUT = f"{STEP}held_out_images_are_sampled_alike_at_every_step_and_unlike_training"
-DEVICE = "tests/second_device/test_second_device.py::test_"
-DECIDES = f"{DEVICE}a_step_decides_the_same"
-WHOLE_RUN = f"{DEVICE}a_run_its_resumption_its_evaluation_and_what_it_restores_are_the_same"
 OWN_CODES = "tests/distributed/test_own_codes.py::test_"
 BEST = f"{STEP}the_best_steps_keep_their_checkpoints"
 GUIDED = f"{STEP}guided_rollouts_are_scored_as_they_were_sampled"
@@ -164,62 +161,6 @@ MUTATIONS = (
         "_k3(difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))",
         "_k3(difference)",
         "tests/unit/grpo/test_loss.py",
-    ),
-    Mutation(
-        "device: places in the sampler's cache",
-        "realsr_hpc/rollout/cache.py",
-        "torch.arange(width, device=first.device)",
-        "torch.arange(width)",
-        DECIDES,
-    ),
-    Mutation(
-        "device: what a token does not see yet",
-        "realsr_hpc/rollout/cache.py",
-        "torch.arange(length, device=first.device)",
-        "torch.arange(length)",
-        DECIDES,
-    ),
-    Mutation(
-        "device: ranks of truncated logits",
-        "realsr_hpc/behaviour/distribution.py",
-        "torch.arange(values.shape[-1], device=values.device)",
-        "torch.arange(values.shape[-1])",
-        DECIDES,
-    ),
-    Mutation(
-        "device: codes that become rewarded and restored pixels",
-        "realsr_hpc/tokenizer/trace.py",
-        "self.image.decode(part.to(self.device))",
-        "self.image.decode(part)",
-        WHOLE_RUN,
-    ),
-    Mutation(
-        "device: restored pixels that NumPy reads",
-        "realsr_hpc/tokenizer/trace.py",
-        ".movedim(1, -1).cpu()",
-        ".movedim(1, -1)",
-        WHOLE_RUN,
-    ),
-    Mutation(
-        "device: borders in NIQE's filter",
-        "realsr_hpc/quality/niqe.py",
-        "torch.arange(-pad, size + pad, device=field.device)",
-        "torch.arange(-pad, size + pad)",
-        f"{DEVICE}niqe_is_the_same",
-    ),
-    Mutation(
-        "device: a reference that stays in host memory",
-        "realsr_hpc/model/chunks.py",
-        'torch.device("cpu") if to_host else self.groups.device',
-        'torch.device("cpu")',
-        WHOLE_RUN,
-    ),
-    Mutation(
-        "device: responses of supervised training",
-        "realsr_hpc/train/sft_loss.py",
-        "dtype=torch.long, device=begun.device)",
-        "dtype=torch.long)",
-        f"{DEVICE}supervised_training_and_its_resumption_are_the_same",
     ),
     Mutation(
         "look-ahead: the unconditional stream begins a token late",
