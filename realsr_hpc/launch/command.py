@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 done or submitted, 2 a faulty recipe or option, else the job's."""
     console = Console()
     if not arguments or "-h" in arguments or "--help" in arguments:
-        console.print(USAGE.format(recipes=", ".join(recipe_names())), markup=False, highlight=False)
+        print(USAGE.format(recipes=", ".join(recipe_names())))  # not through rich, which cuts its columns
         return 0 if arguments else 2
     try:
         options, multirun, overrides = read_command_line(arguments)

@@ -10,6 +10,7 @@ import sys
 from PIL import Image
 
 from realsr_hpc import commands
+from realsr_hpc.launch import command
 from realsr_hpc.paths import PACKAGE, project_root
 
 MODULES = sorted(path.stem for path in (PACKAGE / "commands").glob("*.py") if not path.stem.startswith("_"))
@@ -93,3 +94,9 @@ def test_no_command_depends_on_the_locales_encoding(tmp_path):
     assert told.count("größe") > len(wrong) / 2  # the others miss a key before they come to it
     table = (tmp_path / "bilder-ü-evaluation" / "unpaired" / "metrics.csv").read_text(encoding="utf-8")
     assert "é" in table
+
+
+def test_launchings_help_keeps_its_columns_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert command.main(["--help"]) == 0
+    assert f"\n{command.USAGE.strip().splitlines()[-1]}\n" in capsys.readouterr().out

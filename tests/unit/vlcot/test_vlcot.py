@@ -191,3 +191,21 @@ def test_a_code_is_guessed_from_the_one_above_and_in_the_first_row_from_the_left
         block, guesses = np.array(guesses[: side * side]).reshape(side, side), guesses[side * side :]
         assert (block[1:] == grid[:-1]).all() and (block[0, 1:] == grid[0, :-1]).all()
     assert not guesses
+
+
+def test_free_text_has_at_most_its_tokens_and_no_bracket(codec):
+    grammar = Grammar(codec, "constrained")
+    state, text = np.int64(grammar.start), []
+    is_text = np.arange(codec.vocabulary.size) >= codec.vocabulary.text_first
+    while len(text) < 20:  # the first text: always its likeliest continuation, never the closing tag
+        allowed = np.flatnonzero(grammar.mask_table[grammar.automaton.masks[state]])
+        if text and len(allowed) == 1:
+            break
+        if len(allowed) > 50 and is_text[allowed].all():
+            brackets = [token for token in allowed if "<" in codec.decode_text([token])]
+            assert brackets == ([] if not text else codec.encode_text("</rough_understand>")[:1])
+            text.append(next(token for token in allowed if token not in brackets))
+            state = grammar.automaton.after(state, np.int64(text[-1]))
+        else:
+            state = grammar.automaton.after(state, np.int64(allowed[0]))
+    assert len(text) == codec.config.max_text_tokens
