@@ -7,11 +7,14 @@ the package and a relative path starts from the current folder, where a user's o
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import realsr_hpc
 
 PACKAGE = Path(realsr_hpc.__file__).resolve().parent
+SAFE_PATH = "PYTHONSAFEPATH"
+"""Set: Python does not look for modules in the current folder. As its -P, for processes that others start."""
 CHECKOUT_VARIABLE = "REALSR_HPC_CHECKOUT"
 """In the environment of a job that runs from a snapshot of the code: the folder it was launched from."""
 
@@ -19,6 +22,20 @@ CHECKOUT_VARIABLE = "REALSR_HPC_CHECKOUT"
 def code_root() -> Path:
     """The folder that holds `realsr_hpc/`: what PYTHONPATH must name for a child process to run this very code."""
     return PACKAGE.parent
+
+
+def module_command(module: str, *arguments: str) -> list[str]:
+    """`python -m MODULE ARGUMENTS`, to be started with `python_path()`: it runs this very code from any folder.
+
+    Without -P Python would look in the current folder first, which may be another checkout's.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def python_path() -> str:
+    """PYTHONPATH of a child process that runs this very code."""
+    named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join(dict.fromkeys([str(code_root()), *named]))
 
 
 def is_checkout() -> bool:

@@ -6,6 +6,7 @@ each: launch, evaluate, restore, export, gallery. Overrides go to the recipe grp
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from realsr_hpc.config.arguments import read_with_overrides
 from realsr_hpc.config.load import compose
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.rundir import run_folder
-from realsr_hpc.paths import project_root, resolve
+from realsr_hpc.paths import module_command, project_root, python_path, resolve
 from realsr_hpc.tracking.drawing import curves, image_grid
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.tracking.store import tracking_uri
@@ -60,8 +61,9 @@ def main(arguments: list[str]) -> int:
         foreign = command[0] == "-c"
         shown = "python -c '(load it with transformers)'" if foreign else f"realsr-hpc {' '.join(command)}"
         console.rule(shown, align="left")
-        program = command if foreign else ["-m", "realsr_hpc.commands", *command]
-        code = subprocess.run([sys.executable, *program], cwd=project_root()).returncode
+        program = [sys.executable, *command] if foreign else module_command("realsr_hpc.commands", *command)
+        here = {**os.environ, "PYTHONPATH": python_path()}
+        code = subprocess.run(program, cwd=project_root(), env=here).returncode
         if code:
             console.print(f"that failed with exit code {code}", style="red")
             return code

@@ -22,7 +22,7 @@ from pathlib import Path
 from realsr_hpc import runfolder
 from realsr_hpc.config.arguments import read_count, read_with_overrides
 from realsr_hpc.config.derived import world_size
-from realsr_hpc.paths import code_root
+from realsr_hpc.paths import module_command, python_path
 
 DEFAULTS = {"run": None, "step": None, "output": None}
 
@@ -62,8 +62,7 @@ def _replay(run_dir: Path, number: int, overrides: list[str], output: str | None
 
 def _spread(arguments: list[str], processes: int) -> int:
     """The same command on as many processes of this machine as the layout has."""
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    path = os.pathsep.join(filter(None, [str(code_root()), os.environ.get("PYTHONPATH")]))
-    here = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
-    command = [sys.executable, *words, "-m", "realsr_hpc.commands", "replay", *arguments]
-    return subprocess.run(command, env=here, check=False).returncode
+    spread = module_command("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python")
+    here = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": python_path()}
+    rank = module_command("realsr_hpc.commands", "replay", *arguments)
+    return subprocess.run([*spread, *rank], env=here, check=False).returncode

@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +37,7 @@ from realsr_hpc.launch.signals import die_with_parent
 from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.start import NOT_SUBMITTED, refusal
 from realsr_hpc.locks import hold
-from realsr_hpc.paths import code_root, project_root
+from realsr_hpc.paths import module_command, project_root, python_path
 
 STAGE_FILE = "stage.json"
 WROTE = {"evaluate": "metrics.csv", "export_hf": "config.json"}
@@ -116,7 +115,7 @@ def run_stage(folder: Path) -> int:
         if command == "export_hf" and output.exists():  # of an attempt that was killed before it could say so
             shutil.rmtree(output)
         started = time.time()
-        called = [sys.executable, "-m", "realsr_hpc.commands", command, *words.arguments, f"output={output}"]
+        called = module_command("realsr_hpc.commands", command, *words.arguments, f"output={output}")
         code = _call(called, folder / "log.txt")
         wrote = output / WROTE[command]
         if code in WORKED[command] and wrote.exists() and wrote.stat().st_mtime >= started - 1.0:
@@ -130,13 +129,12 @@ def run_stage(folder: Path) -> int:
 
 
 def _call(words: list[str], log: Path) -> int:
-    path = os.pathsep.join(filter(None, [str(code_root()), os.environ.get("PYTHONPATH")]))
     with log.open("ab") as output:
         output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {os.uname().nodename}\n".encode())
         output.flush()
         return subprocess.run(
             words,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": python_path()},
             cwd=project_root(),
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.paths import code_root
+from realsr_hpc.paths import python_path
 
 FIRST_JOB_PORT = 20000
 NUM_JOB_PORTS = 10000
@@ -68,7 +68,6 @@ class Placement:
 
     def rank_environment(self, config: RunConfig, local_rank: int) -> dict[str, str]:
         """What torch.distributed, OpenMP and Python need to be told."""
-        paths = [str(code_root()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         return {
             "RANK": str(self.node_rank * self.tasks_per_node + local_rank),
             "WORLD_SIZE": str(self.num_nodes * self.tasks_per_node),
@@ -79,7 +78,7 @@ class Placement:
             **({"GLOO_SOCKET_IFNAME": "lo"} if self.num_nodes == 1 and LOOPBACK.exists() else {}),
             "OMP_NUM_THREADS": str(config.cluster.cpus_per_task),
             "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+            "PYTHONPATH": python_path(),
         }
 
     def port_fault(self) -> str:

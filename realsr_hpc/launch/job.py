@@ -55,7 +55,7 @@ from realsr_hpc.launch.verdict import (
     wait_for_requeue,
 )
 from realsr_hpc.locks import LockRefused, hold
-from realsr_hpc.paths import project_root
+from realsr_hpc.paths import module_command, project_root
 from realsr_hpc.tracking import read_progress, recipe_of, set_status
 from realsr_hpc.tracking.delivery import brief
 
@@ -156,7 +156,7 @@ def start_ranks(
 
     `command` is what a rank runs; None: this run's training.
     """
-    command = command or [sys.executable, "-m", "realsr_hpc", str(run_dir)]
+    command = command or module_command("realsr_hpc", str(run_dir))
     ranks = {}
     for local_rank in range(placement.tasks_per_node):
         extra = placement.rank_environment(config, local_rank)

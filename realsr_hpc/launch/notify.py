@@ -23,7 +23,7 @@ from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, from_yaml
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.rundir import State
-from realsr_hpc.paths import project_root
+from realsr_hpc.paths import SAFE_PATH, project_root
 from realsr_hpc.tracking import read_progress
 
 EVENTS: dict[State, str] = {
@@ -112,6 +112,7 @@ def _run(run_dir: Path, command: str, line: str, limit_s: float) -> str:
                 command,
                 shell=True,
                 cwd=project_root(),
+                env={name: value for name, value in os.environ.items() if name != SAFE_PATH},  # ours, not its own
                 start_new_session=True,
                 stdin=source,
                 stdout=output,

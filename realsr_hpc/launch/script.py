@@ -13,7 +13,7 @@ from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import SUMS_FILE
 from realsr_hpc.launch.rundir import run_folder
-from realsr_hpc.paths import resolve
+from realsr_hpc.paths import SAFE_PATH, resolve
 
 
 def executor_parameters(
@@ -62,9 +62,9 @@ def _srun_arguments(cluster: ClusterConfig) -> list[str]:
 def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
     """Shell lines of the batch script before srun: the site's file, then the snapshot, checked and made current.
 
-    A line that fails ends the job, as outside of its snapshot it would run something else. Python looks in the current
-    folder first, hence `cd`. A supervisor that was killed (137: by the memory killer, say) can ask Slurm for nothing:
-    the script asks in its stead.
+    A line that fails ends the job, as outside of its snapshot it would run something else. Python is kept from looking
+    in the current folder, which a container chooses. A supervisor that was killed (137: by the memory killer, say) can
+    ask Slurm for nothing: the script asks in its stead.
     """
     there, sums = shlex.quote(str(code)), f"sha256sum --check --quiet --strict {SUMS_FILE}"
     lines = [
@@ -72,7 +72,7 @@ def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
         """trap 'echo "set-up of the job failed: $BASH_COMMAND" >&2' ERR""",
         f"cd {there}",
         f'{sums} || {{ echo "the snapshot of the code in $PWD is damaged; launch the run again" >&2; exit 1; }}',
-        f'export PYTHONPATH={there}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f'export PYTHONPATH={there}"${{PYTHONPATH:+:$PYTHONPATH}}" {SAFE_PATH}=1',
         "trap - ERR",
         *AGAIN.format(max_requeues=cluster.max_requeues).strip().splitlines(),
         "trap again EXIT",

@@ -27,7 +27,7 @@ from realsr_hpc.launch.rundir import Job, make_private, write_job
 from realsr_hpc.launch.script import executor_parameters, setup_lines
 from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.turns import node_job_in_turn
-from realsr_hpc.paths import code_root
+from realsr_hpc.paths import SAFE_PATH, python_path
 
 NOT_SUBMITTED = (RuntimeError, OSError, subprocess.SubprocessError)
 """What submitit raises where sbatch fails or names no job, and where srun or sbatch are missing."""
@@ -148,14 +148,14 @@ def _start_local(item: Submission, num_runs: int) -> None:
 
 @contextmanager
 def _outliving_the_terminal(log: Path) -> Iterator[None]:
-    """What is started here ignores Ctrl-C and hang-up, finds the project, and writes to `log`.
+    """What is started here ignores Ctrl-C and hang-up, finds this very code, and writes to `log`.
 
     With the terminal's own streams it would keep a pipe open that somebody reads (`launch.py ... follow=false | tee`).
     """
     numbers = (signal.SIGINT, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code_root()), path]))
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", SAFE_PATH)}
+    os.environ |= {"PYTHONPATH": python_path(), SAFE_PATH: "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
     streams = [os.dup(number) for number in (1, 2)]
     with log.open("ab") as file:
@@ -169,7 +169,7 @@ def _outliving_the_terminal(log: Path) -> Iterator[None]:
             os.close(stream)
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = path
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value

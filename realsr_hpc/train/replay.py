@@ -9,6 +9,7 @@ replay neither samples again nor predicts how a changed earlier step would have 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,11 +68,16 @@ class Replay:
         return [name for name, value in self.again.metrics.items() if not self.agrees(name, value)]
 
     def agrees(self, name: str, value: float) -> bool:
-        """Whether a metric is the reported one."""
+        """Whether a metric is the reported one, bit for bit or as near as another layout comes."""
         reported = self.step.metrics.get(name)
-        if reported is None or self.same_layout:
-            return reported == value
+        if reported is None or self.same_layout or not math.isfinite(value - reported):
+            return is_equal(reported, value)
         return abs(value - reported) <= self.tolerance * max(abs(reported), abs(value), 1e-3)
+
+
+def is_equal(reported: float | None, value: float) -> bool:
+    """The same number; what is not a number equals only another such, as in a step whose update was skipped."""
+    return reported == value or (reported is not None and math.isnan(reported) and math.isnan(value))
 
 
 def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptStep, RunConfig, RunConfig]:

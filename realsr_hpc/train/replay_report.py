@@ -8,7 +8,7 @@ from pathlib import Path
 
 from realsr_hpc.files import write_atomically
 from realsr_hpc.locks import sole_writer
-from realsr_hpc.train.replay import Outcome, Replay
+from realsr_hpc.train.replay import Outcome, Replay, is_equal
 
 
 def table(replay: Replay, overrides: Sequence[str]) -> str:
@@ -17,7 +17,7 @@ def table(replay: Replay, overrides: Sequence[str]) -> str:
     for name, value in sorted(replay.again.metrics.items()):
         reported = replay.step.metrics.get(name)
         cells = ["-" if reported is None else f"{reported:.9g}", f"{value:.9g}"]
-        cells.append("equal" if reported == value else "near" if replay.agrees(name, value) else "DIFFERS")
+        cells.append("equal" if is_equal(reported, value) else "near" if replay.agrees(name, value) else "DIFFERS")
         rows.append([name, *cells, *([f"{other.metrics.get(name, float('nan')):.9g}"] if other else [])])
     for name, share in replay.again.shares.items():
         cells = [f"share of {name} in the advantages", "-", f"{share:.1%}", "-"]

@@ -1,6 +1,6 @@
 """Successive halving of 27 tiny runs beside all 27 to their end: its share of the steps, and whether it finds the best.
 
-    python tools/bench.py halving output=DIR [kind=slurm] [at_once=3]
+    python tools/bench.py halving output=DIR [kind=slurm] [at_once=3] [cluster.partition=gpu ...]
 
 About 60 starts of a process that trains for up to 27 steps: half an hour on two cores. Started again with the same
 output it goes on. Exit code 1 where halving misses the best, takes more than 40 % of the steps, or a number of a run
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from realsr_hpc.commands.launch import main as launch
-from realsr_hpc.config.arguments import read_arguments, read_choice, read_count
+from realsr_hpc.config.arguments import read_choice, read_count, read_with_overrides
 from realsr_hpc.config.load import from_yaml, written
 from realsr_hpc.launch.rundir import ALIVE, current_status
 from realsr_hpc.runfolder import list_runs, recipe
@@ -39,9 +39,11 @@ Sweep = dict[float, dict[int, dict[str, float]]]
 
 def main(arguments: list[str]) -> int:
     """Run both sweeps and print what became of them."""
-    given = read_arguments(arguments, {"output": "runs/halving", "kind": "local", "at_once": "3"}, __doc__)
+    defaults = {"output": "runs/halving", "kind": "local", "at_once": "3"}
+    given, overrides = read_with_overrides(arguments, defaults, __doc__, sections_only=True)
     kind, at_once = read_choice(given, "kind", ("local", "slurm")), read_count(given, "at_once", 1)
     words = [*NARROW, f"optim.lr={','.join(RATES)}", f"cluster.kind={kind}", f"cluster.array_parallelism={at_once}"]
+    words += overrides
     found = {}
     for name, options in {"halved": ["sampler=asha", "rungs=3,9"], "all": []}.items():
         root = Path(given["output"]).resolve() / name

@@ -226,7 +226,12 @@ def test_a_snapshot_is_shared_by_equal_code_and_importable(tmp_path):
     assert recipes == str(code / "recipes")
 
 
-def test_a_local_job_reports_its_failure_and_does_not_hang(tmp_path):
+def test_a_local_job_reports_its_failure_and_does_not_hang(tmp_path, monkeypatch):
+    other = tmp_path / "another checkout"
+    for module in ("realsr_hpc", "submitit"):  # what lies where the launcher was called is not what runs
+        (other / module).mkdir(parents=True)
+        (other / module / "__init__.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(other)
     overrides = ["recipe=sft_tiny", f"output_root={tmp_path}", "text_tokenizer.path=nowhere.json"]
     submissions = submit([compose(overrides)])
     run_dir = submissions[0].run_dir

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from realsr_hpc.commands.replay import main
 from realsr_hpc.config.learning import GRPOConfig
@@ -76,7 +79,10 @@ def test_a_reward_left_out_and_another_clip_change_what_they_act_on_and_the_rest
 def test_another_layout_agrees_within_its_tolerance(run_dir, tmp_path):
     words = [f"run={run_dir}", "step=3", f"output={tmp_path}", "parallel.tp=2", "cluster.tasks_per_node=2"]
     command = [sys.executable, str(project_root() / "tools" / "replay.py"), *words]
-    answer = subprocess.run(command, capture_output=True, text=True)
+    other = tmp_path / "another checkout"
+    (other / "realsr_hpc").mkdir(parents=True)
+    (other / "realsr_hpc" / "__init__.py").write_text("raise SystemExit('imported from the current folder')")
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=other)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     found = json.loads((tmp_path / "replay.json").read_text())
     assert not found["same_layout"] and found["again"]["metrics"] != found["reported"]
@@ -93,6 +99,23 @@ def test_after_a_resume_on_another_layout_a_step_is_replayed_on_its_own(run_dir,
     assert found["same_layout"] and again["metrics"] == found["reported"]
     assert other["advantages"] != again["advantages"]
     assert other["metrics"]["optim/grad_norm/step"] != again["metrics"]["optim/grad_norm/step"]
+
+
+def test_a_step_whose_update_was_skipped_is_the_runs_where_its_numbers_are_not_finite(run_dir, tmp_path, capsys):
+    broken, output = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(run_dir, broken)
+    words = [f"run={broken}", "step=3", f"output={output}"]
+    kept, groups = (broken / "replay" / "step-000003" / name for name in ("step.json", "dp-0.safetensors"))
+    tensors, facts = load_file(groups), safe_open(groups, "pt").metadata()
+    save_file(tensors | {"0.rollout_logprobs": torch.full_like(tensors["0.rollout_logprobs"], math.nan)}, groups, facts)
+    assert main(words) == 1 and "Step 3 is NOT what was reported" in capsys.readouterr().out
+    again = json.loads((output / "replay.json").read_text())["again"]["metrics"]
+    unknown = [name for name, value in again.items() if math.isnan(value)]
+    assert unknown
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"metrics": again}))  # as training reported that step
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "Step 3 is what was reported" in told and all(f"| {name} | nan | nan | equal |" in told for name in unknown)
 
 
 @pytest.mark.parametrize(
