@@ -95,7 +95,9 @@ def _cancel_slurm(run_dir: Path, job: Job, wait_s: float) -> str:
         return f"{run_dir.name}: job {job.job_id} cancelled; launch its chain again to run it from its beginning"
     state = _slurm_state(job)
     if state == "PENDING":
-        _scancel("--state=PENDING", job.job_id)  # it may begin at this very moment
+        # Not with --state=PENDING: scancel would take the whole array that a waiting task belongs to. A job that begins
+        # at this very moment has computed nothing yet.
+        _scancel(job.job_id)
         state = _slurm_state(job)
     if state != "RUNNING":
         if state not in ("", "PENDING"):

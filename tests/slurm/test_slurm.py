@@ -15,7 +15,8 @@ import pytest
 from realsr_hpc import runfolder
 from realsr_hpc.compare import connect, find_sweep
 from realsr_hpc.config.load import compose
-from realsr_hpc.launch.rundir import read_job, read_status, write_status
+from realsr_hpc.launch.manage import cancel
+from realsr_hpc.launch.rundir import current_status, read_job, read_status, write_status
 from realsr_hpc.paths import project_root
 from tests.slurm.watching import log_of, steps_done, wait_for_end
 
@@ -67,6 +68,9 @@ def test_a_sweep_of_60_is_two_arrays_where_slurm_takes_50_and_the_last_run_of_th
     arrays = Counter(job.partition("_")[0] for job in jobs)
     [large, small] = sorted(arrays, key=arrays.__getitem__, reverse=True)
     assert set(jobs) == {f"{large}_{task}" for task in range(50)} | {f"{small}_{task}" for task in range(10)}
+    assert "cancelled" in cancel(jobs[f"{large}_7"])
+    waiting = {job for job, run in jobs.items() if current_status(run).state == "submitted"}
+    assert waiting == set(jobs) - {f"{large}_7"}  # the other runs of its array wait on
     last = jobs[f"{small}_9"]
     subprocess.run(["scontrol", "release", f"{small}_9"], check=True)
     assert wait_for_end(last) == "done" and steps_done(last) == 1, log_of(last)

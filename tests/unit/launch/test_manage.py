@@ -54,7 +54,7 @@ def test_a_job_that_waits_is_cancelled_at_once(tmp_path, slurm):
     run_dir = make_run(tmp_path / "runs", "run", "submitted")
     slurm(squeue="echo 12 PENDING Priority", scancel=f"echo $* >> {tmp_path}/calls")
     cancel(run_dir)
-    assert (tmp_path / "calls").read_text() == "--state=PENDING 12\n"
+    assert (tmp_path / "calls").read_text() == "12\n"
     status = read_status(run_dir)
     assert status is not None and (status.state, status.launch) == ("stopped", "a")
 
@@ -71,7 +71,7 @@ def test_cancelling_knows_what_the_job_is_doing(tmp_path, slurm):
     begins = f"if [ -e {tmp_path}/asked ]; then echo 12 RUNNING None; else echo 12 PENDING Priority; fi"
     slurm(squeue=begins, scancel=scancel)
     assert "without a checkpoint, after 1 s" in cancel(make_run(runs, "begins", "submitted"), wait_s=1)
-    assert calls.read_text().splitlines() == ["--state=PENDING 12", "--signal=TERM 12", "12"]
+    assert calls.read_text().splitlines() == ["12", "--signal=TERM 12", "12"]
     (tmp_path / "asked").unlink()
     slurm(squeue=f"[ -e {tmp_path}/asked ] || echo 12 RUNNING None", scancel=scancel)
     assert "job 12 left without a word; see log" in cancel(make_run(runs, "silently"))
