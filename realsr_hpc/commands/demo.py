@@ -7,6 +7,7 @@ each: launch, evaluate, restore, export, gallery. Overrides go to the recipe grp
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -108,7 +109,8 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
         "Hugging Face export": export,
     }.items():
         console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
-    mlflow = f"{Path(sys.executable).parent}/mlflow ui --backend-store-uri {tracking_uri(config)}"
+    program = str(Path(sys.executable).parent / "mlflow")
+    mlflow = shlex.join([program, "ui", "--backend-store-uri", tracking_uri(config)])
     console.print(f"open MLflow: {mlflow}", markup=False, highlight=False, soft_wrap=True)
 
 

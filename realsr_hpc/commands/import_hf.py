@@ -5,6 +5,7 @@ What it writes are start weights (model.weights=DIR) and tokenizers, no longer a
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 
@@ -13,5 +14,5 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print((__doc__ or "").strip())
         return 0
-    print(f"import-hf is now: realsr-hpc import-weights {' '.join(arguments)}".rstrip(), file=sys.stderr)
+    print(f"import-hf is now: realsr-hpc import-weights {shlex.join(arguments)}".rstrip(), file=sys.stderr)
     return 2

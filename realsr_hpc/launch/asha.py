@@ -31,7 +31,7 @@ from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private,
 from realsr_hpc.launch.start import Submission
 from realsr_hpc.launch.submit import submit_into
 from realsr_hpc.locks import hold
-from realsr_hpc.tracking import metrics_by_step, recipe_of
+from realsr_hpc.tracking import compare_command, metrics_by_step, recipe_of
 
 POLL_LOCAL_S = 1.0
 POLL_SLURM_S = 5.0
@@ -232,7 +232,7 @@ class Halving:
         self.console.print(table)
         whole = len(self.seen) * rungs[-1]
         self._say(f"{self.space.metric}: {used} of {whole} steps, {used / max(whole, 1):.0%} of all runs' whole length")
-        self._say(f"compare: realsr-hpc compare sweep={self.name}")
+        self._say(f"compare: {compare_command(self.configs[0], self.name)}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from realsr_hpc.launch.console import print_plan, print_submissions
 from realsr_hpc.launch.follow import follow
 from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing, unchecked_manifests
 from realsr_hpc.launch.submit import prepare, submit
+from realsr_hpc.tracking import compare_command
 
 if TYPE_CHECKING:
     from realsr_hpc.launch.proposals import Space
@@ -155,7 +156,7 @@ def launch(
     if any(item.failed for item in submissions):
         return 1
     if sweep:
-        console.print(f"compare: realsr-hpc compare sweep={sweep}", markup=False, highlight=False)
+        console.print(f"compare: {compare_command(configs[0], sweep)}", markup=False, highlight=False, soft_wrap=True)
     elif options.follow and (submissions[0].submitted or submissions[0].note.startswith("already r")):
         item = submissions[0]
         return follow(item.run_dir, console, slurm=item.config.cluster.kind == "slurm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 
 from rich.console import Console
 from rich.table import Table
@@ -65,7 +66,7 @@ def print_submissions(submissions: list[Submission], console: Console) -> None:
             "note": item.note,
             "folder": str(item.run_dir),
             "log": str(runfolder.rank_log(item.run_dir, 0)),
-            "tracking": f"mlflow ui --backend-store-uri {tracking_uri(item.config)}",
+            "tracking": f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri(item.config))}",
         }
         for name, value in rows.items():
             if value:

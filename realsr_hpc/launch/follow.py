@@ -5,6 +5,7 @@ Following only reads files and the queue: Ctrl-C stops following, not the run.
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def follow(run_dir: Path, console: Console, *, slurm: bool = False) -> int:
         except KeyboardInterrupt:
             status = None
     if status is None:
-        console.print(f"The run goes on. Follow it: realsr-hpc jobs follow={run_dir.name}; end it: cancel=...")
+        known = run_dir.name if run_dir.parent == Path("runs").resolve() else str(run_dir)
+        told = [shlex.join(["realsr-hpc", "jobs", f"{action}={known}"]) for action in ("follow", "cancel")]
+        console.print(f"The run goes on. Follow it: {told[0]}; end it: {told[1]}", markup=False, soft_wrap=True)
         return 0
     console.print(f"{run_dir.name}: {status.state}" + (f"\n{status.message}" if status.message else ""), markup=False)
     return EXIT_CODES.get(status.state, status.code or 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def missing(configs: list[RunConfig], promised: Collection[Path] = ()) -> list[s
 
 
 def _manifest_need(config: RunConfig) -> Need:
-    made = f"realsr-hpc prepare-data source=DIR output={Path(config.data.manifest).parent}"
+    output = shlex.quote(f"output={Path(config.data.manifest).parent}")
+    made = f"realsr-hpc prepare-data source=DIR {output}"
     return Need("data.manifest", resolve(config.data.manifest), made)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,11 +115,12 @@ def read_export(folder: Path) -> RunConfig:
         "image_tokenizer.weights": config.image_tokenizer.weights,
         "text_tokenizer.path": config.text_tokenizer.path,
     }
+    source = shlex.quote(f"source={folder}")
     for field, file in files.items():
         if not resolve(file).is_file():
             raise ValueError(
                 f"export={folder}: {field} of its recipe, {file}, is not on this machine; unpack the export's own "
-                f"with realsr-hpc import-weights source={folder} output=DIR, then give export=DIR"
+                f"with realsr-hpc import-weights {source} output=DIR, then give export=DIR"
             )
     return config.model_copy(update={"model": config.model.model_copy(update={"weights": str(folder)})})
 

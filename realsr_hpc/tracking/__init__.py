@@ -3,6 +3,7 @@
 from realsr_hpc.tracking.place import Place, moved_to, read_place, recipe_of, write_place
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.tracking.store import (
+    compare_command,
     prepare_run,
     prepare_store,
     prepare_sweep,
@@ -19,6 +20,7 @@ __all__ = [
     "Place",
     "Progress",
     "Tracker",
+    "compare_command",
     "metrics_by_step",
     "moved_to",
     "prepare_run",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,15 @@ PARENT_TAG = "mlflow.parentRunId"
 def tracking_uri(config: RunConfig) -> str:
     """The recipe's server, or sqlite in the output root."""
     return config.tracking.uri or f"sqlite:///{output_root(config) / 'mlflow.db'}"
+
+
+def compare_command(config: RunConfig, sweep: str) -> str:
+    """What a person types to compare a sweep's runs, as a shell takes it."""
+    root, tracking = output_root(config), config.tracking
+    words = {"sweep": sweep, "root": root, "uri": tracking.uri, "experiment": tracking.experiment}
+    usual = {"root": Path("runs").resolve(), "experiment": type(tracking)().experiment}
+    given = [f"{key}={value}" for key, value in words.items() if value is not None and value != usual.get(key)]
+    return shlex.join(["realsr-hpc", "compare", *given])
 
 
 def write_launch_tags(run_dir: Path, tags: dict[str, str]) -> None:
@@ -103,7 +113,7 @@ def prepare_sweep(config: RunConfig, sweep: str) -> str:
     with hold(root / ".mlflow-sweeps.lock", f"opening sweep {sweep}", MAKING_WAIT_S):
         experiment = _experiment(mlflow, config)
         found = _find(mlflow, experiment, SWEEP_TAG, sweep, extra="tags.`realsr_hpc.kind` = 'sweep'")
-        note = config.tracking.description or f"Compare its runs: `realsr-hpc compare sweep={sweep}`"
+        note = config.tracking.description or f"Compare its runs: `{compare_command(config, sweep)}`"
         tags = {SWEEP_TAG: sweep, "realsr_hpc.kind": "sweep", "mlflow.note.content": note}
         return found or _create(mlflow, experiment, sweep, tags)
 
@@ -254,11 +264,12 @@ def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
 
 def _describe(config: RunConfig, run_dir: Path) -> str:
     """What a person who meets the run in MLflow wants to know first (Markdown)."""
+    run = shlex.quote(f"run={run_dir}")
     profile = f", profile {config.tracking.tags['profile']}" if "profile" in config.tracking.tags else ""
     return (
         f"Recipe `{config.name}` ({config.task}){profile}, seed {config.seed}; folder `{run_dir}`\n\n"
-        f"- images, words and rewards: `realsr-hpc gallery run={run_dir}`\n"
-        f"- metrics: `realsr-hpc evaluate run={run_dir}`"
+        f"- images, words and rewards: `realsr-hpc gallery {run}`\n"
+        f"- metrics: `realsr-hpc evaluate {run}`"
     )
 
 

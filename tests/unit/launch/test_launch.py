@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from realsr_hpc.config.arguments import ArgumentError
+from realsr_hpc.commands.compare import OPTIONS
+from realsr_hpc.config.arguments import ArgumentError, read_arguments
 from realsr_hpc.config.identity import signature
-from realsr_hpc.config.load import compose
+from realsr_hpc.config.load import compose, written
 from realsr_hpc.launch.command import Options, main, read_command_line
+from realsr_hpc.launch.console import print_submissions
 from realsr_hpc.launch.rundir import (
     Job,
     Status,
@@ -27,9 +32,11 @@ from realsr_hpc.launch.rundir import (
 )
 from realsr_hpc.launch.script import sbatch_script
 from realsr_hpc.launch.snapshot import take_snapshot
+from realsr_hpc.launch.start import Submission
 from realsr_hpc.launch.submit import submit
 from realsr_hpc.paths import CHECKOUT_VARIABLE, project_root
 from realsr_hpc.runfolder import find_run
+from realsr_hpc.tracking import compare_command, tracking_uri
 
 LAUNCH = [sys.executable, str(project_root() / "tools" / "launch.py")]
 
@@ -244,3 +251,17 @@ def test_a_local_job_reports_its_failure_and_does_not_hang(tmp_path, monkeypatch
     assert json.loads((run_dir / "mlflow.json").read_text())["run_id"]
     settled = read_status(run_dir)
     assert settled is not None and settled.state == "failed"
+
+
+def test_the_commands_that_are_told_are_what_a_shell_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(project_root())
+    for root in ("runs", str(tmp_path / "it's a root")):
+        config = compose(["recipe=grpo_tiny", f"output_root={written(root)}"])
+        print_submissions([Submission(config, run_folder(config), True)], Console(width=80))
+        [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tracking")]
+        assert shlex.split(told)[-1] == tracking_uri(config)
+        words = read_arguments(shlex.split(compare_command(config, "mine"))[2:], OPTIONS, None)
+        assert (words["sweep"], Path(words["root"]).resolve()) == ("mine", Path(root).resolve())
+    assert compare_command(compose(["recipe=grpo_tiny"]), "mine") == "realsr-hpc compare sweep=mine"
+    elsewhere = compose(["recipe=grpo_tiny", "tracking.uri=http://host:5000", "tracking.experiment='a b'"])
+    assert compare_command(elsewhere, "mine").endswith(" sweep=mine uri=http://host:5000 'experiment=a b'")
