@@ -31,6 +31,7 @@ from realsr_hpc.launch.rundir import (
     Queue,
     Status,
     current_status,
+    is_alive,
     is_slurm,
     make_private,
     queue_of,
@@ -130,6 +131,7 @@ def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
         if state == "done":
             _say(f"{node.stage}: already done, {node.folder.name}", console)
             continue
+        _refuse_what_outlived_its_job(node, job, queue)
         if state in ALIVE and is_slurm(job):
             raise ValueError(f"{node.stage}: {_alive(state, job)}; cancel it, or launch with cluster.kind=slurm")
         _say(f"{node.stage}: {node.folder.name}", console)
@@ -163,6 +165,7 @@ def _submit(nodes: list[Node], parent: str, console: Console) -> int:
         if state == "done":
             _say(f"{'done':11}{node.stage}", console)
             continue
+        _refuse_what_outlived_its_job(node, job, queue)
         if state in ALIVE and not is_slurm(job):
             raise ValueError(f"{node.stage}: {_alive(state, job)}; wait for its end, then launch the chain again")
         if state in ALIVE and job and _waits_in_vain(job, queue, new.intersection(node.after)):
@@ -178,6 +181,13 @@ def _submit(nodes: list[Node], parent: str, console: Console) -> int:
         behind = f" after {', '.join(after)}" if after else ""
         _say(f"{word:11}{node.stage}  job {job.job_id if job else '?'}{behind}  {node.folder}", console)
     return 0
+
+
+def _refuse_what_outlived_its_job(node: Node, job: Job | None, queue: Queue) -> None:
+    """ValueError where a process goes on after its job: a new job would find the folder taken."""
+    status = _status(node, queue)
+    if status and status.state in ALIVE and job and not is_alive(job, status, queue):
+        raise ValueError(f"{node.stage}: {status.message}; then launch the chain again")
 
 
 def _waits_in_vain(job: Job, queue: Queue, renewed: Collection[Path]) -> bool:

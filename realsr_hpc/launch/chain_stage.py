@@ -8,10 +8,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +22,6 @@ from pathlib import Path
 from realsr_hpc import runfolder
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.chain import OUTPUT, Node
-from realsr_hpc.launch.requeue import SAME_JOB_WAIT_S
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
     Job,
@@ -92,7 +93,12 @@ def submit_stage(node: Node, after: Sequence[str]) -> str:
 def stage_job(folder: Path, launch: str) -> int:
     """What submitit calls; SystemExit for anything but success, which keeps jobs that depend on it from starting."""
     os.environ[LAUNCH_VARIABLE] = launch
-    if run_stage(folder):
+    try:
+        code = run_stage(folder)
+    except ValueError as error:
+        print(error, file=sys.stderr, flush=True)
+        code = 1
+    if code:
         raise SystemExit(1)
     return 0
 
@@ -100,6 +106,7 @@ def stage_job(folder: Path, launch: str) -> int:
 def run_stage(folder: Path) -> int:
     """Run a prepared command to its end: 0 it wrote all it should, else its exit code; its state says the same.
 
+    A requeued job waits, as long as Slurm lets it, for a first attempt that still runs where Slurm lost sight of it.
     LockRefused, a ValueError, where another process runs it.
     """
     words = read_json(folder / STAGE_FILE, Words)
@@ -107,7 +114,7 @@ def run_stage(folder: Path) -> int:
         raise ValueError(f"{folder / STAGE_FILE} is missing or damaged; launch the chain again to write it")
     command, output = words.command, folder / OUTPUT
     again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-    with hold(runfolder.lock(folder), command, SAME_JOB_WAIT_S if again else 0.0):
+    with hold(runfolder.lock(folder), command, math.inf if again else 0.0):
         before = read_status(folder)
         if again and before and before.state == "done" and before.launch == os.environ.get(LAUNCH_VARIABLE):
             return 0  # its first attempt came to its end after Slurm had given it up

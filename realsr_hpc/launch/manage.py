@@ -19,6 +19,7 @@ from realsr_hpc.launch.rundir import (
     Queue,
     Status,
     current_status,
+    process_of,
     queue_of,
     read_job,
     read_status,
@@ -90,10 +91,13 @@ def cancel(run_dir: Path, wait_s: float = CANCEL_WAIT_S) -> str:
 
 
 def _cancel_slurm(run_dir: Path, job: Job, wait_s: float) -> str:
+    state = _slurm_state(job)
+    if not state and (holder := process_of(run_dir)):
+        told = f"job {job.job_id} is over, yet {holder} still runs it"
+        raise ValueError(f"{run_dir.name}: {told}: end that process yourself")
     if not runfolder.recipe(run_dir).exists():  # a command of a chain: it saves nothing
         _scancel(job.job_id)
         return f"{run_dir.name}: job {job.job_id} cancelled; launch its chain again to run it from its beginning"
-    state = _slurm_state(job)
     if state == "PENDING":
         # Not with --state=PENDING: scancel would take the whole array that a waiting task belongs to. A job that begins
         # at this very moment has computed nothing yet.

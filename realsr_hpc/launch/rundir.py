@@ -18,7 +18,7 @@ from realsr_hpc.config.load import SCHEME_LINE, RecipeError, from_yaml
 from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
-from realsr_hpc.locks import holder_of, is_held
+from realsr_hpc.locks import Holder, holder_of, is_held
 
 State = Literal["submitted", "running", "stopping", "requeued", "stopped", "done", "failed", "lost"]
 """stopping: asked to, saving. stopped: launching it again goes on. lost: its job ended without a word."""
@@ -133,6 +133,7 @@ def read_job(run_dir: Path) -> Job | None:
 def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
     """The true state: a run that calls itself alive without a living job was stopped, or is `lost`.
 
+    A run whose job is gone but whose process goes on, on a node that Slurm lost sight of, is `running`.
     `queue` is `slurm_queue()`'s answer, to ask Slurm once for many runs.
     """
     status, job = read_status(run_dir), read_job(run_dir)
@@ -152,6 +153,9 @@ def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
     settled = read_status(run_dir)  # it may have ended between the two looks
     if settled is not None and settled.launch == job.launch and settled.state not in ALIVE:
         return settled
+    if holder := process_of(run_dir):
+        message = f"job {job.job_id} is over, yet {holder} still runs it: wait for its end, or end it"
+        return Status("running", None, message, status.time_s)
     return _without_a_word(run_dir, status, job, known.ended.get(job.job_id, ""))
 
 
@@ -159,9 +163,15 @@ def _without_job(run_dir: Path, status: Status | None) -> Status | None:
     """A run whose job.json is missing or damaged; who runs it holds its lock."""
     if status is None or status.state not in ALIVE:
         return status
-    if holder := holder_of(runfolder.lock(run_dir)) if is_held(runfolder.lock(run_dir)) else None:
+    if holder := process_of(run_dir):
         return Status(status.state, None, f"run by {holder}", status.time_s)
     return Status("lost", None, "no job of it is known (job.json); launch it again to go on", status.time_s)
+
+
+def process_of(run_dir: Path) -> Holder | None:
+    """The process that runs a folder now, whatever is known of its job; None: there is none."""
+    lock = runfolder.lock(run_dir)
+    return holder_of(lock) if is_held(lock) else None
 
 
 def _without_a_word(run_dir: Path, status: Status, job: Job, ended: str) -> Status:

@@ -26,6 +26,7 @@ from realsr_hpc.launch.rundir import (
     ALIVE,
     Queue,
     current_status,
+    is_alive,
     make_private,
     queue_of,
     read_job,
@@ -147,7 +148,8 @@ def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
     status = current_status(run_dir, queue)
     if status is not None and status.state in ALIVE:
         job = read_job(run_dir)
-        note = f"already {status.state} as job {job.job_id if job else '?'}"
+        over = job is not None and not is_alive(job, status, queue)
+        note = status.message if over else f"already {status.state} as job {job.job_id if job else '?'}"
         silent = f"; squeue does not answer here: if that job is over, remove {runfolder.job(run_dir)}"
         return Submission(config, run_dir, False, note if queue.answered else note + silent)
     if status is not None and status.state == "done":

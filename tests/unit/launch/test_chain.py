@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,15 @@ def test_a_command_that_slurm_gave_up_too_early_is_not_run_again_once_it_has_end
     write_status(tmp_path, "done", 0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run_stage(tmp_path) == 0 and not (tmp_path / "log.txt").exists()
+    write_status(tmp_path, "running")
+    first = """import time; from pathlib import Path; from realsr_hpc.locks import hold
+from realsr_hpc.launch.rundir import write_status
+with hold(Path("run.lock")): print(flush=True); time.sleep(2); write_status(Path(), "done", 0)
+"""
+    assert runfolder.lock(tmp_path) == tmp_path / "run.lock"
+    with subprocess.Popen([sys.executable, "-c", first], stdout=subprocess.PIPE, cwd=tmp_path) as attempt:
+        assert attempt.stdout is not None and attempt.stdout.readline()
+        assert run_stage(tmp_path) == 0 and not (tmp_path / "log.txt").exists()  # waited for it
     (tmp_path / "stage.json").write_text("{")
     with pytest.raises(ValueError, match="stage.json is missing or damaged; launch the chain again"):
         run_stage(tmp_path)

@@ -9,21 +9,25 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, compose
 from realsr_hpc.launch.chain import Node
+from realsr_hpc.launch.chain_command import _submit
 from realsr_hpc.launch.chain_stage import submit_stage
 from realsr_hpc.launch.command import main
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.manage import cancel, resume, rows
 from realsr_hpc.launch.refusals import refuse_what_is_missing, unchecked_manifests
 from realsr_hpc.launch.requeue import exclude, requeue
-from realsr_hpc.launch.rundir import Job, Status, current_status, make_private, write_job
+from realsr_hpc.launch.rundir import Job, Status, current_status, make_private, run_folder, write_job
 from realsr_hpc.launch.rundir import write_status as set_state
 from realsr_hpc.launch.script import setup_lines
 from realsr_hpc.launch.snapshot import take_snapshot
@@ -38,6 +42,17 @@ HOLDER = (
     "import sys, time; from pathlib import Path; from realsr_hpc.locks import hold\n"
     "with hold(Path(sys.argv[1]), 'Slurm job 7'): print('held', flush=True); time.sleep(600)"
 )
+
+
+@contextmanager
+def outliving(lock: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds a run's lock."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, lock], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
 
 
 @pytest.fixture
@@ -154,6 +169,30 @@ def test_a_second_supervisor_of_a_folder_leaves_it_as_it_is_and_names_the_first(
     assert not is_held(runfolder.lock(tmp_path))  # a lock dies with its holder
     assert (current_status(tmp_path) or Status("done")).state == "lost"
     holder.stdout.close()
+
+
+def test_a_run_whose_process_outlives_its_job_is_running_until_that_has_ended(tmp_path, slurm):
+    """The node's daemon was killed: Slurm gave the job up, and the process goes on."""
+    slurm(squeue="echo 12 FAILED NonZeroExitCode", sbatch="echo Submitted batch job 13", scancel="exit 1")
+    config = compose([*SLURM, f"output_root={tmp_path / 'runs'}"])
+    run_dir = make_private(run_folder(config))
+    write_job(run_dir, Job("slurm", "12", "", "the log", "a"))
+    set_state(run_dir, "running", launch="a")
+    lock = str(runfolder.lock(run_dir))
+    with outliving(lock) as holder:
+        status = current_status(run_dir) or Status("lost")
+        said = f"job 12 is over, yet process {holder.pid} on {os.uname().nodename}"
+        assert status.state == "running" and status.message.startswith(said)
+        [left] = submit([config])
+        assert not left.submitted and left.note == status.message
+        with pytest.raises(ValueError, match=f"{said}.*: end that process yourself"):
+            cancel(run_dir)
+        node = Node("report", run_dir, config, (), "evaluate", ())
+        with pytest.raises(ValueError, match=f"report: {said}.*then launch the chain again"):
+            _submit([node], "chain", Console())
+    assert (current_status(run_dir) or Status("done")).state == "lost"
+    [again] = submit([config])
+    assert again.submitted and json.loads((run_dir / "job.json").read_text())["job_id"] == "13"
 
 
 def test_who_waits_too_long_for_a_lock_is_told_who_holds_it(tmp_path):
