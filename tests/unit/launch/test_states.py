@@ -368,8 +368,8 @@ def test_set_up_lines_quote_and_end_the_job_where_they_fail(tmp_path, slurm):
     root = tmp_path / "it's $(touch X) root"
     config = compose([*SLURM, "output_root=" + json.dumps(str(root))])
     code = take_snapshot([config])
-    shown = run_setup(tmp_path, config, code, 'echo "$PWD|$PYTHONPATH"')
-    assert shown.stdout == f"{code}|{code}\n" and shown.returncode == 0, shown.stderr
+    shown = run_setup(tmp_path, config, code, 'echo "$PWD|$PYTHONPATH|$PYTHONSAFEPATH"')
+    assert shown.stdout == f"{code}|{code}|1\n" and shown.returncode == 0, shown.stderr
     assert not list(tmp_path.rglob("X"))
     (tmp_path / "site.sh").write_text("export SITE=1\nfalse\n")
     for file in (tmp_path / "site.sh", tmp_path / "missing.sh"):
