@@ -31,20 +31,13 @@ from pydantic import BaseModel, ValidationError
 from realsr_hpc.config.checks import faults
 from realsr_hpc.config.identity import scheme
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.yaml_files import CUT_LINE, LAST_LINE, RecipeError, read_yaml
 from realsr_hpc.files import first_line
 from realsr_hpc.paths import recipe_folders
 
 GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
 SCHEME_LINE = "# fields that the signature covers: "
 """First line of a resolved recipe, before `identity.scheme`."""
-_CUT_LINE = "# cut off where the last line is not `# end`\n"
-_LAST_LINE = "# end\n"
-"""Marks the end of a resolved recipe. A truncated YAML file is often still valid YAML, and its missing fields would
-silently get the schema's defaults."""
-
-
-class RecipeError(ValueError):
-    """A recipe or its overrides are wrong. The message has one line per fault, with path, value and remedy."""
 
 
 def recipe_names() -> list[str]:
@@ -75,6 +68,8 @@ def compose(overrides: list[str], *, multirun: bool = False) -> RunConfig | list
 
 def compose_one(overrides: list[str]) -> RunConfig:
     """One recipe with its overrides, none of them swept."""
+    if several := [item.input_line or "" for item in _parse(overrides) if item.is_sweep_override()]:
+        raise RecipeError(f"{several[0]}: several values where one is needed; launch -m sweeps, or quote the text")
     return _Composer().config(overrides)
 
 
@@ -172,40 +167,12 @@ def validate(tree: Any, *, source: str) -> RunConfig:
 def to_yaml(config: RunConfig) -> str:
     """The resolved recipe; `from_yaml` reads it back to an equal RunConfig."""
     tree = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
-    return f"{SCHEME_LINE}{scheme()}\n{_CUT_LINE}{tree}{_LAST_LINE}"
+    return f"{SCHEME_LINE}{scheme()}\n{CUT_LINE}{tree}{LAST_LINE}"
 
 
 def from_yaml(path: Path) -> RunConfig:
     """Read a resolved recipe. RecipeError if it is missing or faulty."""
     return validate(read_yaml(path, "launch the run again to write it"), source=str(path))
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that occurs twice in one mapping, since YAML would silently drop the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As in SafeLoader. ConstructorError if a key occurs twice."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value if isinstance(key.value, str) else "")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path, remedy: str = "name another file") -> Any:
-    """The content of a YAML file. RecipeError if it cannot be read, is truncated, or is not YAML."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if _CUT_LINE in text and not text.endswith(_LAST_LINE):
-            raise RecipeError(f"{path}: cut off; copy it again, or {remedy}")
-        return yaml.load(text, _Loader)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 ({error.reason}); {remedy}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())[:200]}); {remedy}") from None
 
 
 def override(config: RunConfig, overrides: list[str]) -> RunConfig:
@@ -321,8 +288,16 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
         if item.value() not in options:
             hint = nearest(str(item.value()), options)
             raise RecipeError(f"{item.key_or_group}: no {item.value()!r}{hint}; available: {', '.join(options)}")
+        _refuse_odd_yaml(item.key_or_group, item.value())
         return line if item.key_or_group in groups else f"+{line.lstrip('+')}"
     return line
+
+
+def _refuse_odd_yaml(group: str, option: Any) -> None:
+    """RecipeError where a group's file holds what Hydra would read as something else than it says."""
+    path = yaml_file(f"{group}/{option}") if isinstance(option, str) else None
+    if path is not None:
+        read_yaml(path)
 
 
 def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
@@ -339,7 +314,10 @@ def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
     groups: set[str] = set()
     for entry in listed:
         if isinstance(entry, dict):
-            groups.update(str(key).removeprefix("override ").lstrip("/") for key in entry)
+            chosen = {str(key).removeprefix("override ").lstrip("/"): option for key, option in entry.items()}
+            groups |= chosen.keys()
+            for group, option in chosen.items():
+                _refuse_odd_yaml(group, option)
         elif entry != "_self_":
             groups |= _groups_of(str(entry).lstrip("/"), (*extended_by, recipe))
     return groups

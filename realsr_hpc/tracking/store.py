@@ -18,7 +18,7 @@ from realsr_hpc import runfolder
 from realsr_hpc.config.identity import flatten, signature
 from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import parse_json, read_json, write_atomically
+from realsr_hpc.files import parse_json, printable, read_json, write_atomically
 from realsr_hpc.locks import hold
 from realsr_hpc.tracking.database import MAKING_WAIT_S, SQLITE, client, move_artifacts
 from realsr_hpc.tracking.place import read_place
@@ -85,7 +85,7 @@ def prepare_run(config: RunConfig, run_dir: Path) -> str:
             _retell(mlflow, run_id, known, config, run_dir)
             if known["uri"] != uri:
                 _experiment(mlflow, config)  # the store was moved, and its artifacts with it
-                mlflow.set_tag(run_id, RUN_TAG, str(run_dir))
+                mlflow.set_tag(run_id, RUN_TAG, printable(run_dir))
         else:
             experiment = _experiment(mlflow, config)
             run_id = _find_run(mlflow, experiment, run_dir)
@@ -185,7 +185,7 @@ def _retell(mlflow: MlflowClient, run_id: str, known: dict[str, str], config: Ru
     if description != config.tracking.description:
         new["mlflow.note.content"] = config.tracking.description or _describe(config, run_dir)
     for name, value in new.items():
-        mlflow.set_tag(run_id, name, value)
+        mlflow.set_tag(run_id, printable(name), printable(value))
     there = mlflow.get_run(run_id).data.tags
     for name in [name for name in tags if name not in config.tracking.tags and there.get(name) == tags[name]]:
         mlflow.delete_tag(run_id, name)
@@ -222,7 +222,7 @@ def _make_experiment(mlflow: MlflowClient, name: str, location: str | None) -> s
 def _find_run(mlflow: MlflowClient, experiment: str, run_dir: Path) -> str | None:
     """By its folder as it is now, or as it was when the run was launched."""
     place = read_place(run_dir)
-    folders: dict[str, None] = dict.fromkeys([str(run_dir), *([place.folder] if place else [])])
+    folders: dict[str, None] = dict.fromkeys(map(printable, [run_dir, *([place.folder] if place else [])]))
     found = (_find(mlflow, experiment, RUN_TAG, folder) for folder in folders)
     return next((run_id for run_id in found if run_id), None)
 
@@ -250,7 +250,7 @@ def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
     launched = _launch_tags(run_dir)
     # A parent of another store means nothing here: the sweep's name finds, or makes, this store's.
     parent = {PARENT_TAG: prepare_sweep(config, launched[SWEEP_TAG])} if SWEEP_TAG in launched else {}
-    return {
+    found = {
         RUN_TAG: str(run_dir),
         "realsr_hpc.recipe": config.name,
         "realsr_hpc.task": config.task,
@@ -260,6 +260,7 @@ def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
         **launched,
         **parent,
     }
+    return {printable(name): printable(value) for name, value in found.items()}  # no store takes half characters
 
 
 def _describe(config: RunConfig, run_dir: Path) -> str:
@@ -283,6 +284,6 @@ def _log_params(mlflow: MlflowClient, run_id: str, config: RunConfig) -> None:
 
 
 def _in_parts(name: str, value: Any) -> list[tuple[str, str]]:
-    text = value if isinstance(value, str) else json.dumps(value)
+    name, text = printable(name), printable(value) if isinstance(value, str) else json.dumps(value)
     parts = [text[start : start + MAX_PARAM_CHARACTERS] for start in range(0, len(text), MAX_PARAM_CHARACTERS)]
     return [(name, text)] if len(parts) <= 1 else [(f"{name}.{number}", part) for number, part in enumerate(parts, 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import sqlite3
 from pathlib import Path
@@ -238,6 +239,18 @@ def test_numbers_and_ids_that_no_store_takes_cost_their_events_alone(tmp_path):
     points = client(bookmark["uri"]).get_metric_history(bookmark["run_id"], "loss")
     assert sorted((point.step, point.value) for point in points) == [*EXPECTED, (5, 2.5)]
     assert max(metrics_by_step(run_dir)) == 5
+
+
+def test_text_and_folders_that_are_not_utf_8_reach_the_store(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    run_dir = make_run(tmp_path / odd)
+    change(run_dir, description=odd, tags={"who": odd, odd: "x"})
+    bookmark = read_bookmark(run_dir) or {}
+    run = client(bookmark["uri"]).get_run(bookmark["run_id"])
+    assert run.data.tags["who"] == run.data.tags["mlflow.note.content"] == "caf\\xe9"
+    assert run.data.params["output_root"].endswith("caf\\xe9")
+    (run_dir / "mlflow.json").unlink()
+    assert prepare_run(recipe_of(run_dir), run_dir) == bookmark["run_id"]
 
 
 def test_damaged_lines_of_the_spool_cost_their_events_alone(tmp_path):
