@@ -10,7 +10,10 @@ data=DIR reads, labels.csv with each image's true words, and grid.png. The same 
 from __future__ import annotations
 
 import csv
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from realsr_hpc.locks import sole_writer
 
 DEFAULTS = {"output": None, "images": "64", "split": "heldout"}
 SHOWN, SHOWN_A_ROW, BATCH = 32, 4, 16
+NAME_CHARACTERS = 60
+"""Of a photograph's name, behind its number: a file's name has room for 255 bytes."""
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +40,8 @@ def main(arguments: list[str]) -> int:
         with sole_writer(output):
             if any(not path.name.startswith(".") for path in output.iterdir()):
                 raise ValueError(f"output={output}: not empty; name a new folder")
-            skipped = degrade(config, output, count, str(given["split"]))
+            with _gone_unless_whole(output):
+                skipped = degrade(config, output, count, str(given["split"]))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -43,6 +49,17 @@ def main(arguments: list[str]) -> int:
         print(f"left out: {key}: {reason}", file=sys.stderr)
     print(f"{output}: {count} pairs, labels.csv, grid.png")
     return 1 if skipped else 0
+
+
+@contextmanager
+def _gone_unless_whole(output: Path) -> Iterator[None]:
+    """What was written into the folder, empty before, is removed if the block raises: the command can be repeated."""
+    try:
+        yield
+    except BaseException:
+        for path in (path for path in output.iterdir() if not path.name.startswith(".")):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str, str]:
@@ -62,7 +79,7 @@ def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str
     loader.close()
     for folder in ("lq", "gt"):
         (output / folder).mkdir(parents=True)
-    named = [(f"{case.index:05d}_{Path(case.key).stem}", case) for case in cases[:count]]
+    named = [(f"{case.index:05d}_{Path(case.key).stem[:NAME_CHARACTERS]}", case) for case in cases[:count]]
     with (output / "labels.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", *SLOTS])

@@ -31,6 +31,7 @@ from realsr_hpc.launch.rundir import (
     queue_of,
     read_job,
     run_folder,
+    saved_step,
     slurm_queue,
 )
 from realsr_hpc.launch.snapshot import code_version, environment, take_snapshot
@@ -154,7 +155,11 @@ def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
         return Submission(config, run_dir, False, note if queue.answered else note + silent)
     if status is not None and status.state == "done":
         return Submission(config, run_dir, False, "already done; fresh=true starts it anew")
-    return Submission(config, run_dir, True, "goes on from its last checkpoint" if status else "")
+    if status is None:
+        return Submission(config, run_dir, True)
+    step = saved_step(run_dir)
+    begins = "starts again: it had saved no checkpoint" if step is None else f"goes on from step {step}"
+    return Submission(config, run_dir, True, begins)
 
 
 def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) -> str:

@@ -26,6 +26,9 @@ _SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
 _SHAPES = torch.arange(0.2, 10.0005, 0.001, dtype=torch.float64)
 """Candidate shape parameters of the fits, as in the authors' release."""
 
+DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError)
+"""What reading a damaged .npz raises, besides its archive's own errors."""
+
 
 @dataclass(frozen=True)
 class NIQEModel:
@@ -50,10 +53,21 @@ class NIQEModel:
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
                 model = cls(held["mean"], held["covariance"], int(held["patch_px"]), int(held["stride_px"]))
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            TypeError,
+            MemoryError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise ValueError(f"NIQE model {path} is damaged ({error}); make it with realsr-hpc fit-experts") from None
         if model.mean.shape != (NUM_FEATURES,) or model.covariance.shape != (NUM_FEATURES, NUM_FEATURES):
             raise ValueError(f"NIQE model {path} has mean {model.mean.shape}; it must be ({NUM_FEATURES},)")
+        if not (8 <= model.patch_px <= 1024 and 1 <= model.stride_px <= 1024):
+            raise ValueError(f"NIQE model {path} has patches of {model.patch_px} px at {model.stride_px}; give another")
         if not (np.isfinite(model.mean).all() and np.isfinite(model.covariance).all()):
             raise ValueError(f"NIQE model {path} holds NaN or infinite numbers; make it with realsr-hpc fit-experts")
         return model

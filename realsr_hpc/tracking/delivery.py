@@ -20,8 +20,7 @@ from realsr_hpc import runfolder
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import first_line, read_json, write_atomically
 from realsr_hpc.tracking.database import client
-from realsr_hpc.tracking.place import moved_to
-from realsr_hpc.tracking.results import METRICS_A_BATCH, send_results
+from realsr_hpc.tracking.results import METRICS_A_BATCH, send_file, send_metrics, send_results
 from realsr_hpc.tracking.spool import Event, read_events
 from realsr_hpc.tracking.store import prepare_run, set_status, tracking_uri
 
@@ -85,9 +84,8 @@ class Delivery:
             self._note(self._noted.offset, pending[-1][1])
             sent += self._send_metrics(mlflow, run_id, [event for event, _ in pending])
             for event, _ in pending:
-                if event["kind"] == "artifact" and (path := moved_to(Path(event["path"]), self.run_dir)).exists():
-                    mlflow.log_artifact(run_id, str(path), event["folder"] or None)
-                    sent += 1
+                if event["kind"] == "artifact":
+                    sent += send_file(mlflow, run_id, Path(event["path"]), event["folder"], self.run_dir)
             self._note(pending[-1][1], pending[-1][1])
         return sent
 
@@ -113,7 +111,7 @@ class Delivery:
                     metrics.append(Metric(key, value, event["time_ms"], event["step"]))
         try:
             for start in range(0, len(metrics), METRICS_A_BATCH):
-                mlflow.log_batch(run_id, metrics=metrics[start : start + METRICS_A_BATCH])
+                send_metrics(mlflow, run_id, metrics[start : start + METRICS_A_BATCH])
         except Exception:
             self._arrived.difference_update((metric.key, metric.step) for metric in metrics)
             raise

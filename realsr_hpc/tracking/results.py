@@ -8,14 +8,15 @@ a metric with the same key, step, time and value, and times come from the file: 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from realsr_hpc import runfolder
-from realsr_hpc.files import parse_json, read_json, write_atomically
+from realsr_hpc.files import first_line, parse_json, read_json, write_atomically
 from realsr_hpc.locks import hold
 from realsr_hpc.tracking.database import MAKING_WAIT_S, client
 from realsr_hpc.tracking.place import moved_to, recipe_of
@@ -23,8 +24,12 @@ from realsr_hpc.tracking.store import prepare_run, read_bookmark, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
 
 METRICS_A_BATCH = 500
+REFUSED = "INVALID_PARAMETER_VALUE"
+"""MLflow's word for what it will not take however often it is sent."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,42 @@ def _send(mlflow: MlflowClient, run_id: str, run_dir: Path, found: Results) -> i
 
     values = [Metric(key, value, found.time_ms, found.step) for key, value in found.metrics.items()]
     for start in range(0, len(values), METRICS_A_BATCH):
-        mlflow.log_batch(run_id, metrics=values[start : start + METRICS_A_BATCH])
-    here = [path for name in found.files if (path := moved_to(Path(name), run_dir)).is_file()]
-    for path in here:
-        mlflow.log_artifact(run_id, str(path), found.folder)
-    return len(values) + len(here)
+        send_metrics(mlflow, run_id, values[start : start + METRICS_A_BATCH])
+    return len(values) + sum(send_file(mlflow, run_id, Path(name), found.folder, run_dir) for name in found.files)
+
+
+def send_file(mlflow: MlflowClient, run_id: str, path: Path, folder: str, run_dir: Path) -> int:
+    """Send one file; how many were sent. One that is gone, or that nobody can send, keeps no other from being sent."""
+    here, place = moved_to(path, run_dir), PurePosixPath(folder)
+    try:
+        if place.is_absolute() or ".." in place.parts or not folder.isprintable():
+            raise ValueError(f"{folder!r} is no folder of artifacts")
+        with here.open("rb"):
+            pass
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError) as error:
+        logger.warning("tracking: %s is not sent: %s", here, error)
+        return 0
+    mlflow.log_artifact(run_id, str(here), folder or None)
+    return 1
+
+
+def send_metrics(mlflow: MlflowClient, run_id: str, metrics: list[Metric]) -> None:
+    """Send at most METRICS_A_BATCH values; those that MLflow refuses, as a damaged line may name them, are left out."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow.log_batch(run_id, metrics=metrics)
+    except MlflowException as error:
+        if error.error_code != REFUSED:
+            raise
+        if len(metrics) == 1:
+            logger.warning("tracking: metric %r is left out: %s", metrics[0].key, first_line(error))
+            return
+        half = len(metrics) // 2
+        for part in (metrics[:half], metrics[half:]):
+            send_metrics(mlflow, run_id, part)
 
 
 def _append(path: Path, found: Results) -> None:

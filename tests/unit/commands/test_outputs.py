@@ -182,3 +182,17 @@ def test_a_file_is_written_whatever_the_length_of_its_name(tmp_path):
         write_atomically(tmp_path / name, "whole")
         assert (tmp_path / name).read_text() == "whole"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_degrading_that_was_interrupted_can_be_repeated(tmp_path, monkeypatch, capsys):
+    words = ["degrade", "recipe=grpo_tiny", "images=1", f"output={tmp_path / 'out'}"]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("realsr_hpc.tracking.drawing.image_grid", interrupted)  # the last that is written
+        assert commands.main(words) == 130
+    assert "the same command continues it, or starts it over" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
+    assert commands.main(words) == 0 and len(list((tmp_path / "out" / "lq").iterdir())) == 1

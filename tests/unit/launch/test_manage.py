@@ -9,10 +9,12 @@ import time
 import pytest
 
 from realsr_hpc.commands.jobs import main
+from realsr_hpc.config.load import compose_one
 from realsr_hpc.launch.manage import cancel
 from realsr_hpc.launch.prune import link_code
-from realsr_hpc.launch.rundir import Job, Status, read_status, write_job
+from realsr_hpc.launch.rundir import Job, Queue, Status, read_status, write_job
 from realsr_hpc.launch.rundir import write_status as set_state
+from realsr_hpc.launch.submit import _look
 from realsr_hpc.tracking.tracker import Progress
 
 
@@ -136,3 +138,14 @@ def test_snapshots_that_no_run_refers_to_go_when_asked_twice(tmp_path, capsys):
 def test_a_switch_is_true_or_false_and_a_root_is_there(words, capsys):
     assert main(words) == 2
     assert words[-1].split("=")[0] in capsys.readouterr().out
+
+
+def test_launching_again_says_where_it_goes_on(tmp_path):
+    config = compose_one(["recipe=sft_tiny", f"output_root={tmp_path}"])
+    run_dir = make_run(tmp_path, "a", "failed", "local")
+    assert _look(config, run_dir, Queue({})).note == "starts again: it had saved no checkpoint"
+    (step := run_dir / "checkpoints" / "step-000004").mkdir(parents=True)
+    assert _look(config, run_dir, Queue({})).note == "starts again: it had saved no checkpoint"  # never completed
+    (step / "manifest.json").touch()
+    assert _look(config, run_dir, Queue({})).note == "goes on from step 4"
+    assert _look(config, tmp_path / "new", Queue({})).note == ""

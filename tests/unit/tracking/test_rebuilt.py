@@ -241,16 +241,46 @@ def test_numbers_and_ids_that_no_store_takes_cost_their_events_alone(tmp_path):
     assert max(metrics_by_step(run_dir)) == 5
 
 
-def test_text_and_folders_that_are_not_utf_8_reach_the_store(tmp_path):
+def test_text_that_is_not_utf_8_reaches_the_store(tmp_path):
     odd = os.fsdecode(b"caf\xe9")
-    run_dir = make_run(tmp_path / odd)
-    change(run_dir, description=odd, tags={"who": odd, odd: "x"})
+    run_dir = make_run(tmp_path / "runs")
+    change(run_dir, description=odd, tags={"who": odd})
+    bookmark = read_bookmark(run_dir) or {}
+    tags = client(bookmark["uri"]).get_run(bookmark["run_id"]).data.tags
+    assert tags["who"] == tags["mlflow.note.content"] == "caf\\xe9"
+    (run_dir / "mlflow.json").unlink()
+    client(bookmark["uri"]).delete_run(bookmark["run_id"])
+    (tmp_path / "runs" / "mlflow.db").unlink()
+    afresh(goes_to_a_new_store_with_its_text, run_dir)
+
+
+def goes_to_a_new_store_with_its_text(run_dir: Path) -> None:
+    assert sync(run_dir) > 0
     bookmark = read_bookmark(run_dir) or {}
     run = client(bookmark["uri"]).get_run(bookmark["run_id"])
-    assert run.data.tags["who"] == run.data.tags["mlflow.note.content"] == "caf\\xe9"
-    assert run.data.params["output_root"].endswith("caf\\xe9")
-    (run_dir / "mlflow.json").unlink()
-    assert prepare_run(recipe_of(run_dir), run_dir) == bookmark["run_id"]
+    assert run.data.tags["who"] == run.data.params["tracking.description"] == "caf\\xe9"
+
+
+def test_what_mlflow_refuses_and_files_that_nobody_can_send_hold_nothing_up(tmp_path, caplog):
+    run_dir = make_run(tmp_path / "runs")
+    (run_dir / "folder").mkdir()
+    lines = [
+        {"kind": "metrics", "step": 5, "time_ms": 5, "metrics": {"lo\x7fss": 1.0, "loss": 2.5, "x" * 999: 1.0}},
+        {"kind": "artifact", "path": str(run_dir / "note.txt"), "folder": "../outside"},
+        {"kind": "artifact", "path": str(run_dir / "folder"), "folder": "notes"},
+        {"kind": "artifact", "path": "a\0b", "folder": "notes"},
+        {"kind": "metrics", "step": 6, "time_ms": 6, "metrics": {"loss": 3.0}},
+    ]
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    sync(run_dir)
+    assert sync(run_dir) == 0
+    bookmark = read_bookmark(run_dir) or {}
+    points = client(bookmark["uri"]).get_metric_history(bookmark["run_id"], "loss")
+    assert sorted((point.step, point.value) for point in points) == [*EXPECTED, (5, 2.5), (6, 3.0)]
+    said = caplog.text
+    assert "'lo\\x7fss' is left out" in said and "note.txt is not sent" in said and "folder is not sent" in said
+    assert log_results(run_dir, 6, {"evaluate/a/b/c": 1.0, "?": 2.0}, [run_dir / "folder"], "evaluation/a") == ""
 
 
 def test_damaged_lines_of_the_spool_cost_their_events_alone(tmp_path):
