@@ -24,10 +24,14 @@ from realsr_hpc.compare import (
     write_report,
 )
 from realsr_hpc.config.arguments import read_arguments
+from realsr_hpc.config.identity import digest
 
 OPTIONS = {
     "sweep": "", "runs": "", "metric": "", "output": "", "root": "runs", "uri": "", "experiment": "realsr_hpc",
 }  # fmt: skip
+
+LONGEST_NAME = 200
+"""Bytes; file systems end at 255."""
 
 
 def main(arguments: list[str]) -> int:
@@ -43,8 +47,7 @@ def main(arguments: list[str]) -> int:
                 f"root={root} has no mlflow.db: no run was launched there; name root=DIR or uri=MLFLOW_URI"
             )
         comparison = read(options, options["uri"] or f"sqlite:///{root / 'mlflow.db'}", root)
-        default = root / "compare" / (options["sweep"] or options["runs"].replace(",", "-vs-"))
-        output = Path(options["output"] or default)
+        output = Path(options["output"] or root / "compare" / folder_name(options))
         files = write_report(comparison, output, options["sweep"] or options["runs"])
     except ValueError as error:
         console.print(str(error), style="red", markup=False, soft_wrap=True)
@@ -52,6 +55,12 @@ def main(arguments: list[str]) -> int:
     show(comparison, console)
     console.print(f"{output}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
     return 0
+
+
+def folder_name(options: dict[str, str]) -> str:
+    """Of the report: the sweep or the runs; of so many that no folder's name holds them, the first and a digest."""
+    name = options["sweep"] or options["runs"].replace(",", "-vs-")
+    return name if len(name.encode()) <= LONGEST_NAME else f"{name[:80]}-{digest(name)[:8]}"
 
 
 def read(options: dict[str, str], uri: str, root: Path) -> Comparison:

@@ -137,7 +137,11 @@ def find_sweep(mlflow: MlflowClient, experiment: str, sweep: str) -> list[Run]:
 def find_runs(mlflow: MlflowClient, experiment: str, names: list[str]) -> list[Run]:
     """Runs by name, a unique beginning of it, or run id; ValueError names the candidates."""
     known = _search(mlflow, _experiments(mlflow, experiment), f"tags.`{RUN_TAG}` != ''")
-    return [_one(known, name) for name in names]
+    found = [_one(known, name) for name in names]
+    ids = [run.info.run_id for run in found]
+    if twice := [name for name, run_id in zip(names, ids, strict=True) if ids.count(run_id) > 1]:
+        raise ValueError(f"run {twice[0]!r}: is named twice, also as {twice[-1]!r}; a run is no repetition of itself")
+    return found
 
 
 def _search(mlflow: MlflowClient, experiments: list[str], condition: str) -> list[Run]:

@@ -263,3 +263,12 @@ def test_a_damaged_picture_and_a_group_without_rollouts_hide_no_others(tmp_path,
     )
     assert headers == ["input", "a", "bb", "truth"] and len(rows) == 1
     assert rows[0][1] is not None and rows[0][2] is None
+
+
+def test_a_run_named_twice_is_no_repetition_and_many_runs_have_a_folder(store):
+    with pytest.raises(ValueError, match="run 'beta0.0-0': is named twice, also as 'beta0.0-0'"):
+        find_runs(store, "realsr_hpc", ["beta0.0-0", "beta0.04-0", "beta0.0-0"])
+    many = [",".join(f"run-{start + number}-of-a-long-name" for number in range(30)) for start in (0, 1)]
+    names = [compare_command.folder_name({"sweep": "", "runs": runs}) for runs in many]
+    assert max(map(len, names)) < 100 and len(set(names)) == 2
+    assert compare_command.folder_name({"sweep": "", "runs": "a,b"}) == "a-vs-b"
