@@ -27,7 +27,7 @@ _ASIDE = ".tmp-"
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the newest `last`, and the `best` ones by the metric in their manifests."""
+    """Which checkpoints are kept: the newest `last`, and the `best` ones by the metric in their manifests."""
 
     last: int
     best: int = 0
@@ -44,22 +44,22 @@ class FileFacts:
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """Folder of the checkpoint of a step."""
     return root / step_name(step)
 
 
 def aside_of(root: Path, step: int) -> Path:
-    """Where it is written first."""
+    """Temporary folder in which it is written first."""
     return root / f"{_ASIDE}{step_name(step)}"
 
 
 def content(folder: Path) -> list[Path]:
-    """The files a manifest lists, in name order."""
+    """The files that a manifest lists, sorted by name."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
 def describe(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Name -> {size, sha256} of some files of a folder, after flushing them to disk."""
+    """Size and SHA-256, by name, of these files of a folder, after flushing them to disk."""
     described = {}
     for path in files:
         flush(path)
@@ -68,7 +68,8 @@ def describe(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def complete(aside: Path, final: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write the manifest and rename: from here on the checkpoint exists. An older one of the step is replaced."""
+    """Write the manifest and rename the folder; then the checkpoint exists. An older one of the same step is
+    replaced."""
     (aside / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True), encoding="utf-8")
     if final.exists():
         shutil.rmtree(final)
@@ -76,7 +77,7 @@ def complete(aside: Path, final: Path, files: dict[str, dict[str, Any]], facts: 
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; ValueError when there is none, or a damaged one."""
+    """The manifest of a checkpoint. ValueError if it is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it was never completed; name another one")
@@ -89,7 +90,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _listed(facts: dict[str, Any]) -> dict[str, FileFacts]:
-    """The files of a manifest; ValueError for what is no manifest, or lists none."""
+    """The files in a manifest. ValueError if it is not a manifest or lists none."""
     listed = parse_json(json.dumps(facts.get("files")).encode(), dict[str, FileFacts])
     if not listed or not isinstance(facts.get("step"), int):
         raise ValueError("it lists no files, or no step")
@@ -97,12 +98,12 @@ def _listed(facts: dict[str, Any]) -> dict[str, FileFacts]:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, every byte read; None when it is whole."""
+    """What is wrong with a checkpoint, after reading every byte; None if it is complete and undamaged."""
     return next(faults_of_share(folder, 0, 1), None)
 
 
 def faults_of_share(folder: Path, number: int, num_shares: int) -> Iterator[str]:
-    """What is wrong with one of `num_shares` equal shares of a checkpoint's bytes, each byte of it read."""
+    """What is wrong with one of `num_shares` about equal shares of a checkpoint's files, after reading every byte."""
     try:
         listed = _listed(read(folder))
     except ValueError as error:
@@ -126,37 +127,37 @@ def _file_fault(path: Path, name: str, facts: FileFacts) -> str:
 
 
 def completed(root: Path) -> list[Path]:
-    """Folders that bear a manifest, oldest step first; their bytes are not read."""
+    """Folders with a manifest, oldest step first; their files are not read."""
     folders = (path for path in root.glob(f"{STEP}*") if is_step(path))
     return sorted((path for path in folders if (path / MANIFEST).is_file()), key=step_of)
 
 
 def candidates(root: Path) -> list[Path]:
-    """Every folder that was a checkpoint once, its manifest lost or not, newest step first."""
+    """All folders of checkpoints, newest step first, including those whose manifest is lost."""
     folders = (path for path in root.glob(f"{STEP}*") if is_step(path))
     return sorted((path for path in folders if path.is_dir() and any(path.iterdir())), key=step_of, reverse=True)
 
 
 def refuse_damaged(folder: Path) -> None:
-    """ValueError unless a checkpoint is whole, every byte of it read."""
+    """ValueError unless a checkpoint is undamaged; reads every byte."""
     if wrong := fault(folder):
         raise ValueError(damaged(folder, wrong))
 
 
 def damaged(folder: Path, wrong: str) -> str:
-    """What to say of a checkpoint that was asked for by name."""
+    """The error message for a damaged checkpoint that was named explicitly."""
     return wrong if str(folder) in wrong else f"checkpoint {folder}: {wrong}; name another one, or copy it again"
 
 
 def reject(folder: Path, wrong: str) -> None:
-    """Say loudly that a checkpoint is passed over."""
+    """Log as an error that a checkpoint is skipped."""
     logger.error("checkpoint %s rejected: %s; trying the one before", folder, wrong)
 
 
 def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint; each newer one that had to be passed over is logged as an error.
+    """The newest undamaged checkpoint; each newer one that is skipped is logged as an error.
 
-    ValueError when there are checkpoints and none of them is whole: starting anew would throw the run away.
+    ValueError if there are checkpoints but all are damaged: starting over would lose the run.
     """
     found = candidates(root)
     for folder in found:
@@ -170,7 +171,7 @@ def latest(root: Path) -> Path | None:
 
 
 def none_is_whole(root: Path, found: list[Path]) -> str:
-    """What to say, and what to do, when all checkpoints are damaged."""
+    """The error message, with remedy, if all checkpoints are damaged."""
     return (
         f"{root}: all {len(found)} checkpoints are damaged (the log says how), the newest is {found[0].name}; bring "
         "one back from a copy, or move the folder away to start anew from step 0"
@@ -178,14 +179,15 @@ def none_is_whole(root: Path, found: list[Path]) -> str:
 
 
 def best(root: Path, count: int, *, highest: bool) -> list[tuple[Path, float]]:
-    """The `count` checkpoints with the best metric and its value, the best first; ties go to the newer."""
+    """The `count` checkpoints with the best metric, each with its value, the best first; of equal ones the newer
+    first."""
     rated = [(folder, _metric(folder)) for folder in reversed(completed(root))] if count else []
     finite = [(folder, value) for folder, value in rated if value is not None and math.isfinite(value)]
     return sorted(finite, key=lambda item: item[1], reverse=highest)[:count]
 
 
 def _metric(folder: Path) -> float | None:
-    """A checkpoint's metric; None without one. A damaged old manifest keeps no new checkpoint from being saved."""
+    """A checkpoint's metric, or None. A damaged old manifest must not prevent saving a new checkpoint."""
     try:
         value = read(folder).get("metric")
     except ValueError as error:
@@ -195,7 +197,7 @@ def _metric(folder: Path) -> float | None:
 
 
 def prune(root: Path, keep: Keep) -> None:
-    """Remove what was left half-written, and every checkpoint that `keep` does not name; link the best one."""
+    """Remove incomplete folders and every checkpoint that `keep` does not keep; link the best one."""
     ranked = [folder for folder, _ in best(root, keep.best, highest=keep.highest)]
     stay = {*completed(root)[-keep.last :], *ranked}
     for folder in [*(set(completed(root)) - stay), *root.glob(f"{_ASIDE}{STEP}*")]:

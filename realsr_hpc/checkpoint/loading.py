@@ -39,7 +39,7 @@ _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Optimiser(Protocol):
-    """What is kept of an optimizer: Megatron's own, and the counters beside it."""
+    """The optimizer as checkpoints see it: Megatron's own and our counters."""
 
     vendor: Any
     distributed: bool
@@ -48,9 +48,9 @@ class Optimiser(Protocol):
 
 
 def resume_path(root: Path, groups: ProcessGroups) -> Path | None:
-    """The newest whole checkpoint, the same answer on every rank; each rank reads and hashes its share of the files.
+    """The newest undamaged checkpoint, the same on every rank; each rank reads and hashes its share of the files.
 
-    ValueError, on every rank, when there are checkpoints and none of them is whole.
+    ValueError, on every rank, if there are checkpoints but all are damaged.
     """
     world: Any = dist.group.WORLD
     found = broadcast_object(integrity.candidates(root) if groups.is_main else None, world)
@@ -194,12 +194,12 @@ def _take_model(policy: Policy, loaded: dict[str, Any]) -> None:
 
 
 def counters(optimiser: Optimiser) -> dict[str, int]:
-    """What the schedule goes by."""
+    """The counters that the learning-rate schedule depends on."""
     return {"updates": optimiser.num_updates, "skipped": optimiser.num_skipped}
 
 
 def layout(groups: ProcessGroups, policy: Policy) -> dict[str, int]:
-    """The sizes that decide which rank holds what."""
+    """The sizes that determine which rank holds what."""
     sizes = {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
     return sizes | {"virtual_pp": len(policy.chunks)}
 
@@ -234,7 +234,8 @@ def _restore_random_states(path: Path, facts: dict[str, Any], policy: Policy, gr
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Take what `random_states` gave; the device's generators only where a device of the same kind gave them."""
+    """Restore the states from `random_states`; the device's generators only if they come from the same kind of
+    device."""
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

@@ -1,4 +1,4 @@
-"""Writes a checkpoint: planned collectively, written by each rank on its own, completed collectively.
+"""Writes a checkpoint in three phases: all ranks plan it, each rank writes its files, all ranks complete it.
 
 Only the first and the last phase are collective. The middle phase writes tensors that were copied before, so it may run
 during the next training steps (`Saver(behind=True)`). If one rank cannot write (full disk, quota, lost file server),
@@ -56,7 +56,7 @@ class _HeldCommon(TorchCommonSaveStrategy):
     state: Any = None
 
     def save_common(self, common_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Keep it until this rank writes alone."""
+        """Keep the state until this rank writes on its own."""
         self.state = common_state_dict
 
 
@@ -100,7 +100,7 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class NotSaved(RuntimeError):
-    """A checkpoint that could not be written, said on every rank; those before it are as they were."""
+    """A checkpoint could not be written; raised on every rank. Earlier checkpoints are unchanged."""
 
 
 def save(
@@ -124,7 +124,7 @@ def save(
 
 
 class Saver:
-    """The saves of one run, one at a time, before the caller goes on or behind it."""
+    """Saves the checkpoints of one run, one at a time, either before returning or in a background thread."""
 
     def __init__(self, root: Path, keep: integrity.Keep, *, behind: bool) -> None:
         self.root, self.keep, self.behind = root, keep, behind
@@ -133,12 +133,12 @@ class Saver:
 
     @property
     def pending(self) -> bool:
-        """A save was started and not completed; the same on all ranks."""
+        """Whether a save was started and not completed; the same on all ranks."""
         return self._saving is not None
 
     @property
     def writing(self) -> bool:
-        """This rank's files are still being written."""
+        """Whether this rank's files are still being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(
@@ -163,7 +163,7 @@ class Saver:
 
 
 class _Saving:
-    """One checkpoint on its way to disk."""
+    """One checkpoint that is being written."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class _Saving:
         return staged
 
     def write(self) -> None:
-        """This rank's files, flushed and hashed; no collective. An error waits for `complete`."""
+        """Write, flush and hash this rank's files; not collective. An error is reported by `complete`."""
         self._attempt(self._write)
 
     def _write(self) -> None:
@@ -266,7 +266,7 @@ class _Saving:
         return outcome
 
     def complete(self, keep: integrity.Keep) -> Path:
-        """Metadata, manifest, name; all ranks together."""
+        """Write metadata and manifest and rename the folder; all ranks together."""
         self._agree()
         if self._groups.is_main:
             (self._root / RESERVE).unlink(missing_ok=True)

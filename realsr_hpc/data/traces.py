@@ -1,11 +1,12 @@
 """Frozen VLCoT traces: prompts and true responses as tokens, made once, so that SFT needs no image and no tokenizer.
 
-A folder of `traces-00000.safetensors`, each with the tokens of some traces one after another, where each starts and how
-long its prompt is. Files are written aside and renamed, and each is decided by its number alone: a killed run goes on
-at the first missing file, and tasks of an array write disjoint ones. What decided the tokens (seed, photographs,
-degradation, both tokenizers, shape of a trace) stands in each file and is compared when they are read; only the seed of
-the run that reads may be another one. Each visit of a photograph has its own window and degradation, as when degrading
-on the fly; after the last trace they come again in another order. Packing into rows is the collator's (`sft.packing`).
+The folder holds `traces-00000.safetensors` and so on. Each file has the tokens of some traces in sequence, the start of
+each, and the length of its prompt. Files are written under a temporary name and renamed. The content of a file depends
+only on its number: a killed command continues at the first missing file, and the tasks of a job array write disjoint
+files. Each file records what its tokens depend on (seed, photographs, degradation, both tokenizers, shape of a trace);
+this is compared on reading, except for the seed. As with on-the-fly degradation, each visit of a photograph has its own
+window and degradation. After the last trace the same traces are repeated in another order. Packing traces into rows is
+done later (`sft.packing`).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from realsr_hpc.tracking.drawing import image_grid, read_pixels
 GRID_ROWS = 12
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationReport:
     """All images with every method's results, and the statistics computed from them."""
 
@@ -40,9 +40,9 @@ class EvaluationReport:
     metrics: Metrics
     remarks: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Cases that could not be used, and why."""
-    set_scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Of the whole set, by metric and method: no mean over images (FID)."""
+    """Reason, by case, for each case that could not be used."""
+    set_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Metrics of the whole set, which are not means over images (FID), by metric and method."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,10 +67,6 @@ class EvaluationReport:
         """Confusion table of each degradation slot: true against predicted words."""
         said = [image.methods[method].degradation for image in self.images]
         return confusions(said, [image.degradation for image in self.images])
-
-    def add_set_scores(self, scores: Mapping[str, dict[str, float]]) -> None:
-        """Scores of whole sets, by metric and method."""
-        self.set_scores |= scores
 
     def summary(self) -> dict[str, float]:
         """`evaluate/SET/METHOD/METRIC` -> mean, for trackers; means without images are left out."""

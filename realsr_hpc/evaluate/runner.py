@@ -104,8 +104,8 @@ def _over_ranks(
             f"set={set_name}: none of its {len(cases)} images can be used: {dict(list(skipped.items())[:3])}"
         )
     evaluation.write(folder, Evaluation(set_name, tuple(images)))
-    report = EvaluationReport(folder, set_name, tuple(methods), images, metrics, tuple(remarks), skipped)
-    report.add_set_scores(_set_scores(methods, folder, metrics))
+    of_set = _set_scores(methods, folder, metrics)
+    report = EvaluationReport(folder, set_name, tuple(methods), images, metrics, tuple(remarks), skipped, of_set)
     report.write()
     return report
 

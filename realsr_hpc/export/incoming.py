@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,15 @@ class Sources:
     rotary: Rotary | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Imported:
-    """What was recognised and written."""
+    """Result of an import."""
 
     output: Path
-    recognised: list[str] = field(default_factory=list)
-    overrides: list[str] = field(default_factory=list)
-    """What a recipe must say to start from it, where it does not name these files already."""
+    recognised: Sequence[str] = ()
+    """What was recognised and read, one line per item."""
+    overrides: Sequence[str] = ()
+    """Overrides that make a recipe start from the output; empty if it already names these files."""
 
 
 @dataclass(frozen=True)
