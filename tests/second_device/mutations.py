@@ -114,4 +114,11 @@ DEVICE_MUTATIONS = (
         "dtype=torch.long)",
         f"{DEVICE}supervised_training_and_its_resumption_are_the_same",
     ),
+    Mutation(
+        "device: sequences of a packed row",
+        "realsr_hpc/train/batches.py",
+        "segments.to(device)",
+        "segments",
+        f"{DEVICE}supervised_training_and_its_resumption_are_the_same",
+    ),
 )

@@ -128,7 +128,7 @@ def test_niqe_is_the_same():
 
 
 def test_supervised_training_and_its_resumption_are_the_same(tmp_path):
-    [near], [far] = on_both(train_and_use, [*SFT, *SMALL], tmp_path, False)
+    [near], [far] = on_both(train_and_use, [*SFT, *SMALL, "sft.packing=true"], tmp_path, False)
     assert near["metrics"][2]["sft/loss/mean"] > 1
     assert apart(far, near) <= 10 * TOLERANCE  # two updates blow rounding up
 
