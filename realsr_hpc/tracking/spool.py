@@ -29,7 +29,9 @@ _KINDS: dict[str, dict[str, type]] = {
 }
 _NUMBERS = frozenset({float, int})
 LARGEST = 2**53
-"""No step, time or number that is logged whole is larger; one that a damaged line holds, no store takes."""
+"""No step or time is larger; one that a damaged line holds, no store takes."""
+MOST_FLOAT = 10**308
+"""Whole numbers beyond are no floats."""
 logger = logging.getLogger(__name__)
 
 
@@ -96,8 +98,10 @@ def _event(line: bytes) -> Event | None:
         values = event["metrics"].values() if event["kind"] == "metrics" and whole else ()
         kinds = set(map(type, values))
         whole = whole and kinds <= _NUMBERS
-        numbers = [event.get("step", 0), event.get("time_ms", 0), *(values if int in kinds else ())]
-        return event if whole and not any(type(n) is int and abs(n) > LARGEST for n in numbers) else None
+        whole = whole and all(abs(event.get(key, 0)) <= LARGEST for key in ("step", "time_ms"))
+        if int in kinds and any(abs(value) > MOST_FLOAT for value in values if type(value) is int):
+            return None
+        return event if whole else None
     except (ValueError, TypeError, KeyError):
         return None
 
