@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from realsr_hpc.launch.environment import reserved_port
 from realsr_hpc.paths import project_root
 
 SCRIPT = str(project_root() / "slurm" / "mlflow_server.sh")
@@ -21,9 +21,7 @@ class Server:
     """Up when made; `uri` stays the same whatever happens to it."""
 
     def __init__(self, root: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = reserved_port()
         self.root = root
         self._environment = {**os.environ, "MLFLOW_ROOT": str(root), "PORT": str(self.port), "PYTHON": sys.executable}
         self.uri = self.up()

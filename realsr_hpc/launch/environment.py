@@ -42,7 +42,7 @@ class Placement:
         tasks = config.cluster.tasks_per_node
         # `bash` inside an allocation shows SLURM_JOB_ID too; only a step has a node id.
         if config.cluster.kind == "local" or "SLURM_NODEID" not in environment:
-            return cls(0, 1, tasks, "127.0.0.1", _free_port(), "", 0)
+            return cls(0, 1, tasks, "127.0.0.1", reserved_port(), "", 0)
         num_nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment["SLURM_JOB_NUM_NODES"])
         if num_nodes != config.cluster.nodes:
             raise ValueError(
@@ -56,14 +56,14 @@ class Placement:
             num_nodes=num_nodes,
             tasks_per_node=tasks,
             master_addr="127.0.0.1" if alone else environment["SLURM_LAUNCH_NODE_IPADDR"],
-            master_port=_free_port() if alone else job_port(int(environment["SLURM_JOB_ID"]), restarts),
+            master_port=reserved_port() if alone else job_port(int(environment["SLURM_JOB_ID"]), restarts),
             job_id=slurm_job_id(environment),
             restarts=restarts,
         )
 
     def again(self) -> Placement:
         """The next attempt inside the same allocation, at another port."""
-        port = _free_port() if self.num_nodes == 1 else _after(self.master_port)
+        port = reserved_port() if self.num_nodes == 1 else _after(self.master_port)
         return replace(self, attempt=self.attempt + 1, master_port=port)
 
     def rank_environment(self, config: RunConfig, local_rank: int) -> dict[str, str]:
@@ -110,7 +110,15 @@ def slurm_job_id(environment: Mapping[str, str]) -> str:
     return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment.get("SLURM_JOB_ID", "")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def reserved_port() -> int:
+    """A port of the loopback that nobody else is given while this process lives, though rank 0 can listen on it.
+
+    It is bound and stays so, without listening: a port that was only seen to be free went to any outgoing connection
+    of the node in the seconds until rank 0 had started. Sockets that all set SO_REUSEADDR share a bound port.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    port = holder.getsockname()[1]
+    holder.detach()  # open until the process ends; children do not inherit it
+    return port

@@ -9,24 +9,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from realsr_hpc.launch.environment import reserved_port
 
 RANK_TIMEOUT_S = 300
 _IMPORTED_BY_SERVER = [
     "pytest", "realsr_hpc.model.policy", "realsr_hpc.optim.step", "realsr_hpc.checkpoint",
     "tests.stores", "mlflow.store.tracking.sqlalchemy_store",
 ]  # fmt: skip
-
-
-def free_port() -> int:
-    """A port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -38,7 +32,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED_BY_SERVER)
     results: Any = context.Queue()
-    port = free_port()
+    port = reserved_port()
     ranks = [
         context.Process(target=_rank, args=(rank, world_size, port, results, function, arguments))
         for rank in range(world_size)

@@ -11,15 +11,17 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from realsr_hpc.config.load import compose
-from realsr_hpc.launch.environment import Placement, job_port, slurm_job_id
+from realsr_hpc.launch.environment import Placement, job_port, reserved_port, slurm_job_id
 from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.job import start_ranks, watch
 from realsr_hpc.launch.signals import StopFlag
 from realsr_hpc.launch.verdict import CRASHED, DONE, FAILED, HUNG, STOPPED, Verdict, agree, count_requeue
+from realsr_hpc.parallel.process_groups import meeting_point
 from realsr_hpc.runfolder import rank_log
 
 PREAMBLE = (
@@ -199,6 +201,16 @@ def test_a_taken_port_is_noticed_before_ranks_meet_and_jobs_of_one_node_take_fre
     with socket.create_server(("127.0.0.1", placement.master_port)):
         assert f"port {placement.master_port}" in placement.port_fault()
         assert Placement.find(alone, environment).master_port != placement.master_port
+
+
+def test_a_port_is_reserved_until_rank_0_listens_on_it():
+    """Whoever else asks for it, as connections and other programs do, is refused."""
+    port = reserved_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    store = meeting_point("127.0.0.1", port, 0, 1, timedelta(seconds=30))
+    store.set("met", "yes")
+    assert store.get("met") == b"yes"
 
 
 def test_a_node_without_its_gpus_is_unfit(tmp_path, monkeypatch):
