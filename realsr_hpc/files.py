@@ -43,6 +43,25 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def as_other_files(path: Path) -> None:
+    """Give a weights file the permissions of other new files (umask); safetensors makes it readable by its owner
+    only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def other_content(path: Path) -> str:
+    """What a file is that was downloaded in place of another: a Git LFS pointer, a web page; "": neither."""
+    with path.open("rb") as stream:
+        head = stream.read(512).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file that it stands for; fetch that one with `git lfs pull`"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not the file; download it again, logged in where its owner asks for that"
+    return ""
+
+
 def publish(aside: Path, final: Path) -> None:
     """Give a finished folder its name: everything in it is on disk before, the name itself when this returns."""
     for path in (*aside.rglob("*"), aside):
@@ -65,6 +84,8 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{beginning}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     try:
         yield aside
+        if aside.is_file():
+            as_other_files(aside)
         flush(aside)
         os.replace(aside, path)
     except BaseException:

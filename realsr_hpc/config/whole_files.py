@@ -8,7 +8,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from realsr_hpc.files import MIB, json_object, safetensors_header
+from realsr_hpc.files import MIB, json_object, other_content, safetensors_header
 
 LARGEST_JSON_BYTES = 64 * MIB
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -21,6 +21,8 @@ def file_fault(path: Path) -> str:
     """
     if path.stat().st_size == 0:
         return f"{path} is empty; copy it again"
+    if other := other_content(path):
+        return f"{path} {other}"
     if path.suffix == ".safetensors":
         return "" if _whole_safetensors(path) else f"{path} is truncated or not a safetensors file; copy it again"
     if path.suffix == ".npz" and not zipfile.is_zipfile(path):

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from realsr_hpc.config.adapters import PEFT_BASE, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.export.weight_files import Aside, as_other_files, write_json
-from realsr_hpc.files import write_sums
+from realsr_hpc.export.weight_files import Aside, write_json
+from realsr_hpc.files import as_other_files, write_sums
 from realsr_hpc.model.policy import BASE_NOTE, Policy
 from realsr_hpc.model.whole_adapters import whole_tensors
 

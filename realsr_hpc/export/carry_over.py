@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from realsr_hpc.export.weight_files import SINGLE, Aside, refuse_existing, weight_files
+from realsr_hpc.files import as_other_files
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -44,6 +45,7 @@ def carry_over(
         weights[name] = _rows(weights[name], old, new, shares)
     with Aside(output) as folder:
         save_file(weights, folder / SINGLE, metadata={"format": "pt"})
+        as_other_files(folder / SINGLE)
 
 
 def code_shares(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from realsr_hpc.config.schema import ImageTokenizerConfig
-from realsr_hpc.export.weight_files import as_other_files
+from realsr_hpc.files import as_other_files
 from realsr_hpc.formats.found import VQ_PREFIX, FoundImage
 from realsr_hpc.formats.own_export import DECODER_FILE
 from realsr_hpc.tokenizer.image import ImageTokenizer

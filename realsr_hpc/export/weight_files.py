@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realsr_hpc.files import checked_weight_map, publish, writable_folder
+from realsr_hpc.files import as_other_files, checked_weight_map, publish, writable_folder
 from realsr_hpc.locks import hold
 
 INDEX = "model.safetensors.index.json"
@@ -90,14 +89,6 @@ def _save(path: Path, tensors: dict[str, Tensor], names: list[str]) -> None:
     assert list(tensors) == names, f"{path.name}: tensors {list(tensors)} come in another order than planned: {names}"
     save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata={"format": "pt"})
     as_other_files(path)
-
-
-def as_other_files(path: Path) -> None:
-    """Give a weights file the permissions of other new files (umask); safetensors makes it readable by its owner
-    only."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:

@@ -28,8 +28,16 @@ NAME = "Meta Chameleon tree"
 _UNFUSED, _FUSED = "layers.0.attention.wq.weight", "layers.0.attention.wqkv.weight"
 _NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _MATRICES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_UNKNOWN = ("use_scaled_rope", "rope_scaling", "attention_bias", "qkv_bias", "sliding_window", "use_moe")
+_UNKNOWN = (
+    "use_scaled_rope", "rope_scaling", "attention_bias", "qkv_bias", "sliding_window", "use_moe",
+    "weight_tying", "tie_embeddings", "tie_word_embeddings", "parallel_residual", "logit_softcap", "n_experts", "moe",
+)  # fmt: skip
 """Settings of params.json that must be absent or false."""
+_USED = (
+    "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "multiple_of", "norm_eps",
+    "rope_theta", "swin_norm", "head_dim", "model_parallel_size",
+)  # fmt: skip
+"""Settings that sizes or shapes are compared with."""
 _FIXED = {"qk_normalization": True, "non_linearity": "swiglu", "activation": "swiglu", "norm_type": "rmsnorm"}
 """Settings that must be absent, null or have this value."""
 
@@ -54,7 +62,8 @@ def look(place: Place) -> Signs:
     folder = _folder(place)
     signs = Signs().ask(folder is not None, "consolidated*.pth, there or below models/*/")
     if folder is None:
-        return signs
+        beside = place.file("params.json", "models/*/params.json")
+        return signs if beside is None else signs.ask(True, str(beside.relative_to(place.path)))
     signs.ask((folder / "params.json").is_file(), f"{folder.name}/params.json")
     first = sorted(folder.glob("consolidated*.pth"))[0]
     content = read_pickle(first)
@@ -84,7 +93,7 @@ def open_tree(place: Place, rotary: Rotary | None) -> Found:
         sizes=tree.sizes(),
         rotary=f"{order} ({known})",
         faults=(*_setting_faults(params, len(shards)), *tree.faults()),
-        left=("rope.freqs (follows from rope_theta)",) if "rope.freqs" in contents[0] else (),
+        left=(*(["rope.freqs (follows from rope_theta)"] if "rope.freqs" in contents[0] else []), *_not_read(params)),
     )
     opened = open_vqgan(Place(image), None).image if image and image.is_file() else None
     return Found(NAME, policy, opened, text if text and text.is_file() else None)
@@ -132,6 +141,14 @@ def _setting_faults(params: dict[str, Any], shards: int) -> list[str]:
     if parts is not None and parts != shards:
         faults.append(f"model_parallel_size {parts} ({shards} files consolidated*.pth are there)")
     return faults
+
+
+def _not_read(params: dict[str, Any]) -> list[str]:
+    """Settings of the model that neither Meta's own code nor ours knows."""
+    model = params.get("model")
+    nested = model if isinstance(model, dict) else {}
+    given = [key for key in nested if key not in {*_USED, *_FIXED, *_UNKNOWN} and nested[key] not in (None, False)]
+    return [f"params.json: {', '.join(given)} (Meta's own loader reads none of them)"] if given else []
 
 
 def _order(asked: Rotary | None, content: dict[str, Any], tree: _Tree) -> tuple[Rotary, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from realsr_hpc.files import first_line
+from realsr_hpc.files import first_line, other_content
 
 _DTYPES = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
 ALLOWED: tuple[Any, ...] = (
@@ -70,4 +70,6 @@ def _refusal(path: Path, classes: list[str]) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
+    if path.is_file() and (other := other_content(path)):
+        return ValueError(f"{path} {other}")
     return ValueError(f"{path} is damaged, or no file of torch.save ({first_line(error)[:160]}); copy it again")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from realsr_hpc.files import json_value
+from realsr_hpc.files import json_value, other_content
 from realsr_hpc.formats.found import Found
 from realsr_hpc.formats.pickles import read_pickle
 from realsr_hpc.formats.tensor_files import safetensors_specs
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError:
         raise ValueError(f"{path} is missing; copy the folder again") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+        raise ValueError(f"{path} {other_content(path) or f'is not JSON ({error}); copy it again'}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; copy it again")
     return content

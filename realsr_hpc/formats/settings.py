@@ -71,7 +71,8 @@ def setting_faults(settings: Mapping[str, Any]) -> list[str]:
         faults.append(f"head_dim {width} (ours: hidden_size / num_attention_heads = {hidden // heads})")
     known = SIZES.keys() | FIXED.keys() | WITHOUT_EFFECT
     for key in sorted(settings.keys() - known):
-        if settings[key] not in (None, False, {}, []):
+        value = settings[key]
+        if not (value is None or value is False or value in ({}, [])):  # 0 is a value: a scale, a limit
             faults.append(f"{key} {settings[key]!r} (unknown here; take it out of config.json if it changes nothing)")
     return faults
 

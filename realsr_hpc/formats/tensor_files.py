@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from realsr_hpc.files import check_listed, checked_weight_map
+from realsr_hpc.files import check_listed, checked_weight_map, other_content
 from realsr_hpc.formats.found import Spec, finite
 from realsr_hpc.formats.pickles import read_pickle
 
@@ -70,7 +70,8 @@ def safetensors_specs(path: Path) -> dict[str, Spec]:
                 part = file.get_slice(name)
                 specs[name] = Spec(tuple(part.get_shape()), _dtype(part.get_dtype(), name, path))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+        other = other_content(path) if path.is_file() else ""
+        raise ValueError(f"{path} {other or f'is damaged ({error}); copy it again'}") from None
     return specs
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 
 from realsr_hpc.formats.found import Found
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs
+from realsr_hpc.formats.tensor_files import INDEXED
 from realsr_hpc.formats.vqgan import open_vqgan
 
 NAME = "Chameleon tokenizer folder"
+_OF_A_POLICY = (
+    *("config.json", "params.json", "models/*/params.json", "consolidated*.pth", "models/*/consolidated*.pth"),
+    *(name for pair in INDEXED for name in pair),
+)
+"""With one of these it is a policy's folder that lacks a file, not one of tokenizers."""
 _IMAGE, _TEXT = ("vqgan.ckpt", "tokenizer/vqgan.ckpt"), ("text_tokenizer.json", "tokenizer/text_tokenizer.json")
 
 
 def look(place: Place) -> Signs:
     """Recognised by its image tokenizer, and by holding no weights of a policy."""
     signs = Signs().ask(place.file(*_IMAGE) is not None, "vqgan.ckpt")
-    weights = place.file("config.json", "params.json", "models/*/params.json")
+    weights = place.file(*_OF_A_POLICY)
     return signs if weights is None else signs.ask(False, f"the absence of {weights.name}")
 
 

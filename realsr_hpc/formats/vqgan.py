@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from realsr_hpc.files import other_content
 from realsr_hpc.formats.found import Found, FoundImage
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs
 from realsr_hpc.formats.tensor_files import TensorFiles, state_of
@@ -78,7 +79,9 @@ def _yaml_faults(path: Path) -> list[str]:
     params: Any = content
     for key in ("model", "params"):
         params = params.get(key, params) if isinstance(params, Mapping) else {}
-    inner = params.get("ddconfig") if isinstance(params.get("ddconfig"), Mapping) else {}
+    inner = params.get("ddconfig") if isinstance(params, Mapping) else None
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"{path} {other_content(path) or 'holds no model.params.ddconfig; copy it again'}")
     given = {**params, **inner}
     unknown = sorted(key for key in inner if key not in _SIZES | _FIXED.keys() and inner[key] not in (None, False))
     faults = [f"{path.name}: ddconfig.{key} {inner[key]!r} (unknown here)" for key in unknown]

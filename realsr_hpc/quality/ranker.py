@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from realsr_hpc.files import as_other_files
 from realsr_hpc.formats.tensor_files import read_weights
 from realsr_hpc.quality.batching import same_shapes
 
@@ -41,6 +42,7 @@ class Ranker(nn.Module):
     def save(self, path: Path) -> None:
         """Write the weights as safetensors."""
         save_file({name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}, path)
+        as_other_files(path)
 
     @classmethod
     def load(cls, path: Path) -> Ranker:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from realsr_hpc.files import json_value
+from realsr_hpc.files import json_value, other_content
 from realsr_hpc.vlcot.token_names import code_of, is_text
 
 
@@ -18,7 +18,8 @@ def read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = json_value(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of json and of UTF-8
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+        other = other_content(path) or f"is not a tokenizer.json ({error}); copy it again"
+        raise ValueError(f"{path} {other}") from None
     vocab = tree.get("model", {}).get("vocab") if isinstance(tree, dict) else None
     if not isinstance(vocab, dict) or not all(isinstance(token, int) for token in vocab.values()):
         raise ValueError(f"{path} is not a tokenizer.json whose model.vocab maps pieces to ids (byte-pair encoding)")

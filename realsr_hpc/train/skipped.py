@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from realsr_hpc.files import as_other_files
 from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.pipeline import Microbatch
 
@@ -32,6 +33,7 @@ class SkippedUpdates:
         if optimiser.num_skipped <= MAX_KEPT and groups.tp_rank == 0 and groups.pp_rank == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
             save_file(_tensors(microbatches), target)
+            as_other_files(target)
         if groups.is_main:
             logger.error(
                 "update %d was skipped: its gradient is not finite (%d in all); its batch is in %s",

@@ -11,13 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from realsr_hpc.config.load import compose
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.whole_files import file_fault
 from realsr_hpc.files import write_sums
+from realsr_hpc.formats.pickles import read_pickle
+from realsr_hpc.formats.tensor_files import safetensors_specs
 from realsr_hpc.launch.refusals import refuse_what_is_missing
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.niqe import NIQEModel
 from realsr_hpc.quality.ranker import Ranker
-from realsr_hpc.tokenizer.image import load_image_tokenizer
+from realsr_hpc.tokenizer.image import load_image_tokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
+from realsr_hpc.tokenizer.whole_file import read_tree
 
 TINY = resolve("recipes/assets/tiny")
 
@@ -60,6 +64,30 @@ def test_a_damaged_file_is_named(folder, name, damage):
             refuse_what_is_missing([config(folder)])
 
 
+IN_PLACE_OF_IT = {
+    "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "web page": b"<!DOCTYPE html>\n<html><body>Log in to continue</body></html>\n",
+}
+
+
+@pytest.mark.parametrize("kind", IN_PLACE_OF_IT)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin", ".ckpt", "tokenizer.json"])
+def test_what_was_downloaded_in_place_of_a_file_is_said(tmp_path, kind, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(IN_PLACE_OF_IT[kind])
+    readers = {".safetensors": safetensors_specs, "tokenizer.json": read_tree}
+    with pytest.raises(ValueError, match=f"{path} is a {kind}, not the file"):
+        readers.get(suffix, read_pickle)(path)
+    assert f"is a {kind}" in file_fault(path)
+
+
+def test_a_file_of_weights_has_the_permissions_of_any_other(tmp_path):
+    (tmp_path / "other").touch()
+    save_image_tokenizer(load_image_tokenizer(config(TINY).image_tokenizer, "cpu"), tmp_path / "image.safetensors")
+    Ranker().save(tmp_path / "ranker.safetensors")
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
 @pytest.mark.parametrize("name", ["image_tokenizer.safetensors", "ranker.safetensors"])
 def test_numbers_that_are_none_are_named(folder, name):
     weights = load_file(folder / name)
@@ -97,7 +125,5 @@ def test_a_shard_of_start_weights_that_is_listed_and_not_there_is_refused_at_lau
         refuse_what_is_missing([composed])
     (policy / "SHA256SUMS").unlink()
     (policy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
-    with pytest.raises(
-        ValueError, match=r"model.weights: .* names model-00002-of-00002.safetensors, not there"
-    ):
+    with pytest.raises(ValueError, match=r"model.weights: .* names model-00002-of-00002.safetensors, not there"):
         refuse_what_is_missing([composed])

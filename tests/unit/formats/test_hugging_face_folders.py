@@ -14,6 +14,7 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from realsr_hpc.export import Sources, import_weights
 from realsr_hpc.export.hf_config import special_tokens, vq_config
 from realsr_hpc.formats import open_source
+from realsr_hpc.formats.settings import setting_faults
 from realsr_hpc.model.chunks import WeightShapes
 from realsr_hpc.model.hf_mapping import hf_shapes
 from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
@@ -338,3 +339,10 @@ def test_the_7b_inventory_is_transformers():
 
 VQ_16_SIZES = ["vlcot.vocabulary=chameleon_f16", "image_tokenizer.codebook_size=8192", "image_tokenizer.downsample=16",
                "image_tokenizer.channel_multiplier=[1,1,2,2,4]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.5, "", "x", [1]])
+def test_an_unknown_key_of_config_json_is_refused_whatever_it_says(value):
+    faults = setting_faults({"logit_scale": value})
+    assert len(faults) == 1 and faults[0].startswith(f"logit_scale {value!r} (unknown here")
+    assert not setting_faults({"logit_scale": None, "use_it": False, "layers_of_it": [], "map_of_it": {}})

@@ -125,6 +125,10 @@ def test_vqgan_ckpt_with_its_yaml_is_ours_bit_by_bit(tmp_path):
     with pytest.raises(ValueError, match=r"normalised_codes False \(recipe: True\)"):
         wrong = recipe("image_tokenizer.normalised_codes=true")
         import_weights(Sources(tmp_path / "vqgan.ckpt"), tmp_path / "no", wrong)
+    for wrong in ("", "[1, 2]", "model: {params: {embed_dim: 6}}"):
+        (tmp_path / "vqgan.yaml").write_text(wrong)
+        with pytest.raises(ValueError, match=r"vqgan.yaml holds no model.params.ddconfig; copy it again"):
+            open_source(tmp_path / "vqgan.ckpt")
     (tmp_path / "vqgan.yaml").write_text("model:\n  params:\n    ddconfig: {double_z: true, norm: batch}\n")
     with pytest.raises(ValueError, match=r"vqgan.yaml: ddconfig.norm 'batch' .*vqgan.yaml: double_z True"):
         import_weights(Sources(tmp_path / "vqgan.ckpt"), tmp_path / "no", recipe())

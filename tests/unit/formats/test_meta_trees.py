@@ -90,7 +90,15 @@ def test_half_of_a_tree_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"without a text tokenizer; add text_tokenizer=FILE \(text_tokenizer.json"):
         import_weights(Sources(tree), tmp_path / "out", recipe())
     (tree / "models/7b/params.json").unlink()
+    shutil.copy(tree / "models/7b/consolidated.00.pth", tree / "tokenizer/vqgan.ckpt")  # with its tokenizers as well
     with pytest.raises(ValueError, match="nearest is Meta Chameleon tree.*but not 7b/params.json"):
+        open_source(tree)
+    for path in tree.glob("models/7b/consolidated.0*.pth"):
+        path.unlink()
+    (tree / "models/7b/params.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"nearest is Meta Chameleon tree: models/7b/params.json found, but not consol"
+    ):
         open_source(tree)
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
@@ -104,6 +112,8 @@ def test_half_of_a_tree_names_what_is_missing(tmp_path):
         ({"norm_eps": 1e-6}, "rms_norm_eps 1e-06"),
         ({"non_linearity": "gelu"}, r"non_linearity 'gelu' \(ours: 'swiglu'\)"),
         ({"head_dim": 16}, "head_dim 16"),
+        ({"weight_tying": True}, "weight_tying True"),
+        ({"logit_softcap": 30.0}, "logit_softcap 30.0"),
     ],
 )
 def test_settings_of_params_json_are_used_or_refused(setting, message, tmp_path):
@@ -163,3 +173,12 @@ def test_a_tensor_without_a_place_is_refused_by_name(tmp_path):
     shards[1]["layers.1.adapter.weight"] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"tensor layers\.1\.adapter\.weight \(no place for it\)"):
         import_weights(Sources(write_tree(tmp_path / "two", shards, recipe())), tmp_path / "out", recipe())
+
+
+def test_settings_that_metas_loader_does_not_read_are_named(tmp_path):
+    tree = write_tree(tmp_path / "tree", meta_state(), recipe())
+    path = tree / "models/7b/params.json"
+    params = json.loads(path.read_text())
+    path.write_text(json.dumps({**params, "model": {**params["model"], "attn_dropout": 0.1, "init": {"std": 0.02}}}))
+    done = import_weights(Sources(tree), tmp_path / "out", recipe())
+    assert "not read: params.json: attn_dropout, init (Meta's own loader reads none of them)" in done.recognised
