@@ -137,8 +137,10 @@ def test_downloads_that_are_cut_or_no_such_file_get_no_command(tool, tmp_path, c
         (tmp_path / f"text_{name}/tokenizer.json").write_text("<html>log in</html>")
     said = listed(tool, tmp_path, capsys)
     assert len(said) == 12
+    wrongs = ("is truncated or not", "is empty", "is a Git LFS pointer", "is a web page")
     for name, (told, command) in said.items():
-        assert ("is truncated or not" in told or "is empty" in told) and not command, name
+        assert any(wrong in told for wrong in wrongs) and not command, name
+    assert "is a Git LFS pointer" in said["image_pointer"][0] and "is a web page" in said["text_cut"][0]
 
 
 def test_a_linked_folder_is_found_and_a_whole_tokenizer_preferred(tool, tmp_path, capsys):
