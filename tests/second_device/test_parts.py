@@ -99,13 +99,22 @@ def test_an_image_tokenizer_is_trained_the_same(tmp_path):
 
 def exported(folder: Path, parallel: dict[str, Any]) -> dict[str, Any]:
     """Sums of the tensors of an adapted policy's two exports, written by the ranks of a layout together."""
+    import torch.distributed as dist
     from safetensors.torch import load_file
 
     from realsr_hpc.config.schema import TextTokenizerConfig
     from realsr_hpc.export.adapter import export_adapter
     from realsr_hpc.export.outgoing import export_policy
+    from realsr_hpc.parallel import backend
     from tests.steps import small_parts
 
+    broadcast: Any = dist.broadcast
+
+    def as_nccl(tensor: Any, *arguments: Any, **named: Any) -> Any:
+        assert tensor.device.type == backend.device().type, "NCCL sends no tensor in host memory"
+        return broadcast(tensor, *arguments, **named)
+
+    dist.broadcast = as_nccl  # of this process alone
     parts = small_parts(model={"lora": {"rank": 3, "alpha": 6.0}}, parallel=parallel)
     config = parts.config.model_copy(update={"text_tokenizer": TextTokenizerConfig()})
     folder.mkdir(exist_ok=True)
