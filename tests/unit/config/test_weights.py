@@ -152,7 +152,7 @@ def test_a_linked_folder_is_found_and_a_whole_tokenizer_preferred(tool, tmp_path
     (downloads / "a" / "tokenizer").mkdir(parents=True)
     (downloads / "a" / "tokenizer" / "vqgan.ckpt").write_text("<html>")
     (downloads / "nowhere").symlink_to(tmp_path / "gone")
-    assert "vqgan.ckpt is truncated or not a file of torch.save" in listed(tool, downloads, capsys)["Lumina"][0]
+    assert "vqgan.ckpt is a web page, not the file" in listed(tool, downloads, capsys)["Lumina"][0]
     archive(downloads / "b" / "tokenizer" / "vqgan.ckpt")
     command = listed(tool, downloads, capsys)["Lumina"][1]
     assert f"source={downloads}/Lumina image_tokenizer={downloads}/b/tokenizer/vqgan.ckpt recipe=sft_7b" in command
