@@ -107,7 +107,7 @@ def with_heads_of_the_weights(
     sizes = sizes_of(settings)
     heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
     rows = specs.get(kept.get("model.layers.0.self_attn.k_proj.weight", ""))
-    if "num_key_value_heads" not in sizes and heads and hidden and rows is not None:
+    if "num_key_value_heads" not in sizes and heads and hidden and hidden >= heads and rows is not None:
         sizes["num_key_value_heads"] = rows.shape[0] // (hidden // heads)
     return sizes
 

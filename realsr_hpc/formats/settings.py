@@ -107,4 +107,7 @@ def sizes_of(settings: Mapping[str, Any]) -> dict[str, float]:
     """Sizes under config.json's names. A missing key gets its default; one without a default is left out."""
     given = {**settings, "rope_theta": next(iter(_thetas(settings)), None)}
     sizes = {key: default if given.get(key) is None else given[key] for key, default in SIZES.items()}
+    for key, value in sizes.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"config.json: {key} is {value!r}, no number; copy the folder again")
     return {key: value for key, value in sizes.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 from realsr_hpc.export import Sources, import_weights
 from realsr_hpc.export.hf_config import special_tokens, vq_config
 from realsr_hpc.formats import open_source
-from realsr_hpc.formats.settings import setting_faults
+from realsr_hpc.formats.settings import setting_faults, sizes_of
 from realsr_hpc.model.chunks import WeightShapes
 from realsr_hpc.model.hf_mapping import hf_shapes
 from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
@@ -346,3 +347,11 @@ def test_an_unknown_key_of_config_json_is_refused_whatever_it_says(value):
     faults = setting_faults({"logit_scale": value})
     assert len(faults) == 1 and faults[0].startswith(f"logit_scale {value!r} (unknown here")
     assert not setting_faults({"logit_scale": None, "use_it": False, "layers_of_it": [], "map_of_it": {}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", "112"), ("rope_theta", "10000"), ("num_hidden_layers", [2])]
+)
+def test_a_size_that_is_no_number_is_named(key, value):
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {key} is {value!r}, no number")):
+        sizes_of({"num_attention_heads": 4, key: value})
