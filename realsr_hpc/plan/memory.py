@@ -39,8 +39,9 @@ SCORES = 2
 """Float32 numbers per pair of positions in the image tokenizer's attention: no fused kernel accepts its wide head."""
 DISTANCES = 3
 """Float32 numbers a code and latent while the nearest code is sought."""
-SAMPLE_BYTES, CHOSEN_BYTES = 18, 32
-"""Per logit that a token is drawn from, and per logit that is also guided or truncated; see rollout/choice.py."""
+SAMPLE_BYTES, CHOSEN_BYTES, CHOSEN_TEXT_BYTES = 18, 32, 24
+"""Per logit that a token is drawn from, that a code is drawn from with guidance or truncation, and that a text token is
+drawn from with truncation; see rollout/choice.py."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,9 @@ def _rollout(config: RunConfig) -> dict[str, float]:
     length = sequence_tokens(config)[0] + config.rollout.max_new_tokens
     attention = fed * model.num_heads / tp * length * (6 + 2 * width(config) + 2 * streams)
     codes = config.image_tokenizer.codebook_size * (CHOSEN_BYTES if streams > 1 or truncated(config) else SAMPLE_BYTES)
-    sampling = min(fed, DRAWN_AT_ONCE) * max(codes, vocabulary_size(config) * SAMPLE_BYTES)
+    cuts_text = config.rollout.text_top_k > 0 or config.rollout.top_p < 1.0
+    text = vocabulary_size(config) * (CHOSEN_TEXT_BYTES if cuts_text else SAMPLE_BYTES)
+    sampling = streams * fed * model.hidden_size * width(config) + min(fed, DRAWN_AT_ONCE) * max(codes, text)
     return {
         "KV cache": kv_cache_bytes(config),
         "prefill or pass": max(prefill, attention, sampling),

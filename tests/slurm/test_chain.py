@@ -81,7 +81,9 @@ def test_a_chain_of_which_each_stage_is_killed_once_ends_with_the_undisturbed_on
         assert results(disturbed[name]) == results(calm[name]) and list(results(calm[name])) == [*range(1, 9)]
     assert [checksums(path) for path in disturbed.values()] == [checksums(path) for path in calm.values()]
     assert all(checksums(path) for path in calm.values())
-    told = [json.loads(line) for line in (root / "what it said").read_text().splitlines()]
+    said = root / "what it said"  # a run is done a moment before its end is told
+    wait_for(lambda: len(said.read_text().splitlines()) >= 6, second)
+    told = [json.loads(line) for line in said.read_text().splitlines()]
     assert Counter(line["event"] for line in told) == {"start": 4, "end": 2}  # each run began twice
     assert {line["folder"] for line in told} == {str(first), str(second)}
 

@@ -100,7 +100,7 @@ def test_runs_are_found_by_name_and_unknown_ones_named(store):
         find_runs(store, "realsr_hpc", ["beta"])
     with pytest.raises(ValueError, match="available: betas"):
         find_sweep(store, "realsr_hpc", "gammas")
-    with pytest.raises(ValueError, match="tracking.experiment 'other'"):
+    with pytest.raises(ValueError, match="experiment=other: MLflow has none of that name"):
         find_sweep(store, "other", "betas")
 
 
