@@ -111,8 +111,8 @@ def contributions(
 
 
 def place_advantages(
-    scores: Float[Tensor, "*prompts G codes"], *, epsilon: float = 1e-4
-) -> Float[Tensor, "*prompts G codes"]:
+    scores: Float[Tensor, "*prompts G places"], *, epsilon: float = 1e-4
+) -> Float[Tensor, "*prompts G places"]:
     """Each place's scores centred over the group's rollouts, divided by one number for all places.
 
     The divisor is the root mean square over places of the unbiased std, so that a place at which rollouts differ more
@@ -122,7 +122,7 @@ def place_advantages(
     known = ~exact.isnan()
     count = known.sum(-2, keepdim=True)
     centred = exact - exact.nansum(-2, keepdim=True) / count.clamp_min(1)
-    variance = centred.square().nansum(-2, keepdim=True) / (count - 1).clamp_min(1)  # [*prompts, 1, codes]
+    variance = centred.square().nansum(-2, keepdim=True) / (count - 1).clamp_min(1)  # [*prompts, 1, places]
     return (centred / (variance.mean(-1, keepdim=True).sqrt() + epsilon)).to(scores.dtype)
 
 

@@ -35,7 +35,7 @@ class Placement:
 
     @classmethod
     def find(cls, config: RunConfig, environment: Mapping[str, str]) -> Placement:
-        """From Slurm's variables, or one local node with a free port.
+        """From Slurm's variables, or one local node with a port reserved for it.
 
         ValueError when Slurm gave another number of nodes than the recipe's.
         """

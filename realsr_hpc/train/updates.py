@@ -40,7 +40,7 @@ def teaches_nothing(group: ScoredGroup) -> bool:
     """Whether all advantages of the group are zero, and its rollouts do not differ at any place of the image either."""
     assert group.advantages is not None, "a group of one has no advantages: it is not to be trained on"
     weighted = [scores for name, scores in group.rewards.places.items() if group.rewards.weights[name]]
-    places = [scores[~scores.isnan().any(1)] for scores in weighted]  # [rollouts, codes] each
+    places = [scores[~scores.isnan().any(1)] for scores in weighted]  # [rollouts, places] each
     differ = any(len(scores) and not zero_variance(scores.T).all() for scores in places)
     return bool(zero_variance(group.advantages)) and not differ
 
