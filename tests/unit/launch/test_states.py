@@ -1,4 +1,4 @@
-"""What is written follows what happened: refused submissions, two launchers, damaged files, places and names."""
+"""What is written follows what happened: refused submissions, two launchers, damaged files, unfit nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -29,15 +28,14 @@ from realsr_hpc.launch.refusals import refuse_what_is_missing, unchecked_manifes
 from realsr_hpc.launch.requeue import exclude, requeue
 from realsr_hpc.launch.rundir import Job, Status, current_status, make_private, run_folder, write_job
 from realsr_hpc.launch.rundir import write_status as set_state
-from realsr_hpc.launch.script import setup_lines
-from realsr_hpc.launch.snapshot import take_snapshot
 from realsr_hpc.launch.submit import submit
 from realsr_hpc.launch.verdict import HEALTH_S, UNHEALTHY, Verdict, agree, count_requeue, tell_fit
 from realsr_hpc.locks import LockRefused, hold, is_held
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import read_progress, sweep_tags
 
-SLURM = ["recipe=sft_tiny", "cluster.kind=slurm", "data=bundled"]
+from .conftest import SLURM
+
 HOLDER = (
     "import sys, time; from pathlib import Path; from realsr_hpc.locks import hold\n"
     "with hold(Path(sys.argv[1]), 'Slurm job 7'): print('held', flush=True); time.sleep(600)"
@@ -53,21 +51,6 @@ def outliving(lock: str) -> Iterator[subprocess.Popen[str]]:
             yield holder
         finally:
             holder.kill()
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """Commands of a Slurm that says what a test wants: `slurm(sbatch="exit 1")`."""
-    (bin_dir := tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", str(bin_dir), prepend=os.pathsep)
-
-    def say(**commands):
-        for name, body in ({"squeue": "", "scontrol": "", "srun": "", "sbatch": "exit 1"} | commands).items():
-            (bin_dir / name).write_text(f"#!/bin/bash\n{body}\n")
-            (bin_dir / name).chmod(0o755)
-
-    say()
-    return say
 
 
 def test_a_refused_submission_says_slurms_words_and_leaves_the_run_launchable(tmp_path, slurm, capsys):
@@ -306,128 +289,7 @@ def test_launching_compares_a_manifest_with_its_checksum_and_says_where_there_is
         refuse_what_is_missing([config])
 
 
-def test_a_snapshot_is_verified_repaired_and_private(tmp_path):
-    config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}"])
-    (tmp_path / "code").mkdir(mode=0o777)
-    os.chmod(tmp_path / "code", 0o777)
-    code = take_snapshot([config])
-    assert all(folder.stat().st_mode & 0o077 == 0 for folder in (code, code.parent))
-    sources = {path.relative_to(code): (path.read_bytes(), path.stat().st_mode) for path in code.rglob("*.*")}
-    victim, slurm, script = code / "realsr_hpc" / "files.py", code / "slurm", code / "slurm" / "dev_cluster.sh"
-    damages = {
-        "purged": victim.unlink,
-        "altered": lambda: victim.write_text("planted = True"),
-        "added": lambda: (code / "torch.py").write_text("planted = True"),
-        "emptied": lambda: [subprocess.run(["rm", "-r", path], check=True) for path in code.iterdir()],
-        "a link": lambda: (victim.rename(tmp_path / "files.py"), victim.symlink_to(tmp_path / "files.py")),
-        "a linked folder": lambda: (slurm.rename(tmp_path / "slurm"), slurm.symlink_to(tmp_path / "slurm")),
-        "compiled elsewhere": lambda: ((pyc := victim.parent / "__pycache__").mkdir(), (pyc / "x").symlink_to(victim)),
-        "open to all": lambda: victim.chmod(0o666),
-        "a folder open to all": lambda: slurm.chmod(0o777),
-        "closed": lambda: victim.chmod(0),
-        "no program any more": lambda: script.chmod(0o644),
-        "a file": lambda: (code.rename(tmp_path / "old"), code.write_text("x")),
-        "a dead link": lambda: (code.rename(tmp_path / "older"), code.symlink_to("/nowhere")),
-    }
-    for damage, do in damages.items():
-        do()
-        assert take_snapshot([config]) == code
-        found = {path.relative_to(code): (path.read_bytes(), path.stat().st_mode) for path in code.rglob("*.*")}
-        assert found == sources and not code.is_symlink(), damage
-        assert slurm.stat().st_mode & 0o022 == 0 and not slurm.is_symlink(), damage
-    if os.getuid() == 0:
-        os.chown(code, 12345, -1)
-        with pytest.raises(ValueError, match="belongs to user 12345"):
-            take_snapshot([config])
-
-
-def test_a_snapshot_stays_where_the_file_system_knows_no_modes(tmp_path, monkeypatch):
-    """As an SMB mount shows them, whatever chmod said."""
-    monkeypatch.setattr("realsr_hpc.launch.snapshot._mode", lambda path: 0o777)
-    config = compose(["recipe=grpo_tiny", f"output_root={tmp_path}"])
-    code = take_snapshot([config])
-    before = code.stat().st_ino
-    assert take_snapshot([config]).stat().st_ino == before
-    (code / "realsr_hpc" / "files.py").write_text("planted = True")
-    assert take_snapshot([config]).stat().st_ino != before
-
-
 def test_an_open_run_folder_is_closed(tmp_path):
     (folder := tmp_path / "run").mkdir()
     folder.chmod(0o777)
     assert make_private(folder).stat().st_mode & 0o777 == 0o700
-
-
-def run_setup(tmp_path: Path, config, code: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    script = "\n".join(["#!/bin/bash", *setup_lines(config.cluster, code), *more, ""])
-    return subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path,
-                          env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"})  # fmt: skip
-
-
-def test_set_up_lines_quote_and_end_the_job_where_they_fail(tmp_path, slurm):
-    root = tmp_path / "it's $(touch X) root"
-    config = compose([*SLURM, "output_root=" + json.dumps(str(root))])
-    code = take_snapshot([config])
-    shown = run_setup(tmp_path, config, code, 'echo "$PWD|$PYTHONPATH|$PYTHONSAFEPATH"')
-    assert shown.stdout == f"{code}|{code}|1\n" and shown.returncode == 0, shown.stderr
-    assert not list(tmp_path.rglob("X"))
-    (tmp_path / "site.sh").write_text("export SITE=1\nfalse\n")
-    for file in (tmp_path / "site.sh", tmp_path / "missing.sh"):
-        site = compose([*SLURM, f"cluster.environment_file={file}"])
-        ended = run_setup(tmp_path, site, code, "echo went on")
-        assert ended.returncode != 0 and "went on" not in ended.stdout, file
-    (code / "realsr_hpc" / "files.py").unlink()
-    ended = run_setup(tmp_path, config, code, "echo went on")
-    assert ended.returncode == 1 and "went on" not in ended.stdout and "is damaged" in ended.stderr
-
-
-@pytest.mark.parametrize(("code", "state", "asked"), [(137, "RUNNING", True), (137, "CANCELLED", False),
-                                                       (85, "RUNNING", False), (1, "RUNNING", False)])  # fmt: skip
-def test_the_batch_script_asks_for_a_killed_supervisor_alone(tmp_path, slurm, code, state, asked):
-    slurm(scontrol=f"echo $* >> {tmp_path}/asked; echo 'JobId=7 JobState={state} Reason=None'")
-    config = compose([*SLURM, f"output_root={tmp_path / 'runs'}"])
-    assert run_setup(tmp_path, config, take_snapshot([config]), f"(exit {code})").returncode == code
-    calls = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
-    assert ("requeue 7" in calls) is asked
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("name='two\nlines'", "name: "),
-        ("name='a b'", "name: "),
-        ("name='#SBATCH'", "name: "),
-        ("output_root='/tmp/100%'", "Slurm's file names"),
-        ("output_root='/tmp/a:b'", "PYTHONPATH"),
-        ("output_root='/tmp/\"it\\'s\"'", "both kinds of quotation marks"),
-        ("cluster.partition='a\n#SBATCH --uid=0'", "cluster.partition: "),
-        ("cluster.extra_sbatch={array: 0-9}", "launching gives --array itself"),
-        ("cluster.extra_sbatch={Mail: END}", "not an option of sbatch"),
-        ("tracking.uri='http://host:5000/?password=x'", "tracking.uri: holds a password"),
-        ("tracking.uri='postgresql://me:x@host/db'", "tracking.uri: holds a password"),
-        ("cluster.environment_file=nowhere.sh", "cluster.environment_file: "),
-        ("output_root=~nobody-of-that-name/runs", "no such user"),
-        ("tracking.uri=runs/mlflow", "tracking.uri: 'runs/mlflow': not an address"),
-        ("tracking.uri=http://", "tracking.uri: 'http://': not an address"),
-        ("tracking.experiment=''", "tracking.experiment: "),
-        ("image_tokenizer.weights=recipes", "image_tokenizer.weights: "),
-        ("image_tokenizer.weights=''", "is a folder; name a file"),
-        ("text_tokenizer.path=pyproject.toml", "is not a kind of file that is read there"),
-        ("model.weights=''", "holds no weights"),
-        ("model.lora={rank: 4, weights: nowhere}", "model.lora.weights: "),
-        ("trials=3", "trials: goes with sampler="),
-    ],
-)
-def test_what_no_script_or_search_can_hold_is_refused_before_anything_is_written(tmp_path, capsys, override, said):
-    assert main([*SLURM, f"output_root={tmp_path / 'runs'}", override]) == 2
-    shown = capsys.readouterr().out
-    assert said in shown and "=x" not in shown and ":x@" not in shown
-    assert not (tmp_path / "runs").exists()
-
-
-def test_options_of_sbatch_keep_their_types(tmp_path, capsys):
-    extra = "cluster.extra_sbatch={exclusive: true, mail_type: END, nice: 5, contiguous: false}"
-    assert main([*SLURM, f"output_root={tmp_path}", extra, "plan=true"]) == 0
-    shown = capsys.readouterr().out.splitlines()
-    assert {"#SBATCH --exclusive", "#SBATCH --mail-type=END", "#SBATCH --nice=5"} <= set(shown)
-    assert not any("contiguous" in line for line in shown)
