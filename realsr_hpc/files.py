@@ -46,7 +46,7 @@ def flush(path: Path) -> None:
 def as_other_files(path: Path) -> None:
     """Give a weights file the permissions of other new files (umask); safetensors makes it readable by its owner
     only."""
-    mask = os.umask(0)
+    mask = os.umask(0o077)  # it can only be read by setting it; a file of another thread would be closed meanwhile
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
