@@ -14,6 +14,8 @@ OWN_CODES = "tests/distributed/test_own_codes.py::test_"
 BEST = f"{STEP}the_best_steps_keep_their_checkpoints"
 GUIDED = f"{STEP}guided_rollouts_are_scored_as_they_were_sampled"
 ONE_GRADIENT = "tests/unit/grpo/test_loss.py::test_only_the_policy_gets_a_gradient"
+LOGPROBS = "realsr_hpc/behaviour/logprobs.py"
+PLAIN_SOFTMAX = "tests/unit/behaviour/test_logprobs.py::test_values_and_gradients_equal_plain_softmax"
 AHEAD, CACHE, IDENTITY = "realsr_hpc/rollout/ahead.py", "realsr_hpc/rollout/cache.py", "realsr_hpc/config/identity.py"
 IDENTITIES, MANIFESTS = "tests/unit/config/test_identity.py", "tests/unit/checkpoint/test_manifest.py"
 
@@ -189,6 +191,20 @@ MUTATIONS = (
         "< starts[..., None]",
         "<= starts[..., None]",
         GUIDED,
+    ),
+    Mutation(
+        "scores: blocks of columns weighed alike",
+        LOGPROBS,
+        "(totals * scale).sum(0)",
+        "totals.sum(0)",
+        PLAIN_SOFTMAX,
+    ),
+    Mutation(
+        "scores: a block's targets counted from the shard's first column",
+        LOGPROBS,
+        "- (first_id + columns.start)",
+        "- first_id",
+        PLAIN_SOFTMAX,
     ),
     Mutation(
         "loss: gradient through the policy before the updates",

@@ -1,9 +1,10 @@
 # pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-"""Log-probabilities of given tokens under the behaviour distribution, over vocabulary shards, chunk by chunk.
+"""Log-probabilities of given tokens under the behaviour distribution, over vocabulary shards, tile by tile.
 
 GRPO's loss needs one number per token, but Megatron's cross-entropy holds [tokens, vocabulary] in float32. Here the
-forward pass keeps three numbers per token and the backward pass recomputes the logits chunk by chunk: peak memory is
-chunk_tokens x vocabulary shard, whatever the number of tokens.
+forward pass keeps three numbers per token and the backward pass recomputes the logits. Both walk over tiles of
+chunk_tokens x block_columns logits, which alone decide the peak memory. A GPU takes all columns of its shard at once; a
+CPU takes blocks that stay in its caches, and then recomputing costs little time.
 
 Supervised fine-tuning is the same function with a mask table whose single row is all True and temperature 1; its z-loss
 is the square of `logsumexp`, that of the logits before mask and temperature.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from realsr_hpc.behaviour.distribution import guided, penalty_of, project, restricted, unpack_support
 from realsr_hpc.config.derived import LOGIT_CHUNK_TOKENS
+from realsr_hpc.parallel import backend
 
 
 class TokenScores(NamedTuple):
@@ -44,6 +46,7 @@ class _Options:
     first_id: int
     """Vocabulary id of the shard's first row."""
     chunk_tokens: int
+    block_columns: int
     with_entropy: bool
     with_logsumexp: bool
     group: dist.ProcessGroup | None
@@ -62,34 +65,39 @@ class _Inputs(NamedTuple):
     temperature: Tensor
     support: Tensor | None
 
-    def logits(self, rows: slice) -> Tensor:
-        """Guided logits of a chunk on this shard, [c, V/tp]."""
-        logits = project(self.hidden[rows], self.weight)
+    def logits(self, rows: slice, columns: slice) -> Tensor:
+        """Guided logits of a tile, [c, b]."""
+        logits = project(self.hidden[rows], self.weight[columns])
         if self.unconditional is None or self.cfg_scale is None:
             return logits
-        return guided(logits, project(self.unconditional[rows], self.weight), self.cfg_scale[rows])
+        return guided(logits, project(self.unconditional[rows], self.weight[columns]), self.cfg_scale[rows])
 
     def masks(self, first_id: int, dtype: torch.dtype) -> Tensor:
         """What is allowed on this shard, [M, V/tp]; a single mask is returned as a penalty, which is faster to add."""
         allowed = self.mask_table[:, first_id : first_id + len(self.weight)]
         return penalty_of(allowed, dtype) if len(allowed) == 1 else allowed
 
-    def behaviour(self, logits: Tensor, rows: slice, masks: Tensor, first_id: int, *, overwrite: bool) -> Tensor:
-        """Restricted and tempered logits of a chunk, [c, V/tp]; overwrite: in the memory of `logits`."""
-        stop = first_id + len(self.weight)
-        support = None if self.support is None else unpack_support(self.support[rows], first_id, stop)
-        allowed = masks if len(masks) == 1 else masks[self.mask_ids[rows]]
+    def behaviour(
+        self, logits: Tensor, rows: slice, columns: slice, masks: Tensor, first_id: int, *, overwrite: bool
+    ) -> Tensor:
+        """Restricted and tempered logits of a tile, [c, b]; overwrite: in the memory of `logits`."""
+        support, allowed = None, masks[:, columns]  # [M, b]
+        if self.support is not None:
+            support = unpack_support(self.support[rows], first_id + columns.start, first_id + columns.stop)
+        if len(masks) > 1:
+            allowed = allowed[self.mask_ids[rows]]  # [c, b]
         return restricted(logits, allowed, self.temperature[rows], support, overwrite=overwrite)
 
-    def local_targets(self, rows: slice, first_id: int) -> tuple[Tensor, Tensor]:
-        """Column of the target in this shard (0 where another shard owns it) [c, 1], and whether it is ours [c, 1]."""
-        column = self.targets[rows, None] - first_id
-        ours = (column >= 0) & (column < len(self.weight))
+    def local_targets(self, rows: slice, columns: slice, first_id: int) -> tuple[Tensor, Tensor]:
+        """Column of the target within the tile (0 where it is in another) [c, 1], and whether it is in this one
+        [c, 1]."""
+        column = self.targets[rows, None] - (first_id + columns.start)
+        ours = (column >= 0) & (column < columns.stop - columns.start)
         return column.where(ours, 0), ours
 
 
 class _Partial(NamedTuple):
-    """One shard's share of a chunk's softmax: shift [c] and sums [c] relative to it."""
+    """What a tile, or one shard, contributes to a chunk's softmax: shift [c], and sums [c] relative to it."""
 
     shift: Tensor
     total: Tensor
@@ -107,6 +115,16 @@ def _partial_softmax(values: Tensor, *, with_weighted: bool = False, overwrite: 
     return _Partial(shift, exponential.sum(-1), weighted)
 
 
+def _merged(blocks: list[_Partial]) -> _Partial:
+    """One chunk's blocks of columns as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    shifts, totals, weighted = (torch.stack(column) for column in zip(*blocks, strict=True))  # [blocks, c] each
+    shift = shifts.amax(0)
+    scale = (shifts - shift.clamp_min(torch.finfo(shift.dtype).min)).exp()  # 0 for a block with nothing allowed
+    return _Partial(shift, (totals * scale).sum(0), (weighted * scale).sum(0))
+
+
 def _combine(partial: _Partial, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """Global shift, logarithm of the total relative to it, and mean value of softmax; all [n]."""
     if group is None:
@@ -118,8 +136,8 @@ def _combine(partial: _Partial, group: dist.ProcessGroup | None) -> tuple[Tensor
     return shift, sums[0].log(), sums[1] / sums[0]
 
 
-def _chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:
-    return [slice(start, min(start + chunk_tokens, num_tokens)) for start in range(0, num_tokens, chunk_tokens)]
+def _slices(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _joined(parts: list[_Partial]) -> _Partial:
@@ -132,18 +150,15 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: _Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         inputs = _Inputs(*tensors)  # type: ignore[arg-type]
-        behaviour, raw, chosen = [], [], []
+        behaviour, raw, chosen = [], [], []  # of each chunk
         masks = inputs.masks(options.first_id, torch.promote_types(inputs.weight.dtype, torch.float32))
-        for rows in _chunks(len(inputs.hidden), options.chunk_tokens):
-            logits = inputs.logits(rows)  # [c, V/tp], the largest tensor; only sums over it [c] outlive the loop
+        for rows in _slices(len(inputs.hidden), options.chunk_tokens):
+            of_chunk = [_scored_tile(inputs, options, rows, columns, masks) for columns in _blocks(inputs, options)]
+            targets, parts, raw_parts = zip(*of_chunk, strict=True)
+            chosen.append(torch.stack(targets).amax(0))
+            behaviour.append(_merged(parts))
             if options.with_logsumexp:
-                raw.append(_partial_softmax(logits))
-            values = inputs.behaviour(logits, rows, masks, options.first_id, overwrite=True)
-            column, ours = inputs.local_targets(rows, options.first_id)
-            # The target's owner contributes its value, the other shards -inf: a maximum keeps -inf (not allowed) too.
-            chosen.append(values.gather(-1, column).masked_fill(~ours, -torch.inf)[:, 0])
-            weighted = options.with_entropy
-            behaviour.append(_partial_softmax(values, with_weighted=weighted, overwrite=not weighted))
+                raw.append(_merged(raw_parts))
         shift, log_total, mean = _combine(_joined(behaviour), options.group)  # [n] each, over the whole vocabulary
         target = torch.cat(chosen)
         if options.group is not None:
@@ -166,39 +181,71 @@ class _Score(torch.autograd.Function):
         # Chunks are summed in at least float32: bf16 would lose all but the first.
         grad_weight = torch.zeros_like(inputs.weight, dtype=normaliser.dtype) if ctx.needs_input_grad[2] else None
         grad_unconditional = None if inputs.unconditional is None else torch.empty_like(inputs.unconditional)
-        for rows in _chunks(len(inputs.hidden), options.chunk_tokens):
+        for rows in _slices(len(inputs.hidden), options.chunk_tokens):
             grads = [grad[rows, None] for grad in grad_outputs]
             saved = [column[rows, None] for column in (normaliser, entropy, logsumexp)]
-            grad_logits = _grad_logits(inputs, options, rows, masks, grads, saved)
-            conditional = grad_logits  # [c, V/tp]
-            if grad_unconditional is not None and inputs.unconditional is not None and inputs.cfg_scale is not None:
-                # guided = u + s (c - u): s of the gradient goes to c, 1 - s to u
-                scale = inputs.cfg_scale[rows, None].to(grad_logits.dtype)
-                conditional = grad_logits * scale
-                of_unconditional = (grad_logits - conditional).to(inputs.weight.dtype)
-                grad_unconditional[rows] = of_unconditional @ inputs.weight
-                _add_product(grad_weight, of_unconditional, inputs.unconditional[rows])
-            conditional = conditional.to(inputs.weight.dtype)
-            grad_hidden[rows] = conditional @ inputs.weight
-            _add_product(grad_weight, conditional, inputs.hidden[rows])
+            to_hidden = torch.zeros_like(inputs.hidden[rows], dtype=normaliser.dtype)  # [c, H]
+            to_unconditional = None if grad_unconditional is None else torch.zeros_like(to_hidden)
+            for columns in _blocks(inputs, options):
+                weight = inputs.weight[columns]  # [b, H]
+                to_weight = None if grad_weight is None else grad_weight[columns]
+                conditional = grad_logits = _grad_logits(inputs, options, rows, columns, masks, grads, saved)  # [c, b]
+                if inputs.unconditional is not None and inputs.cfg_scale is not None:
+                    # guided = u + s (c - u): s of the gradient goes to c, 1 - s to u
+                    conditional = grad_logits * inputs.cfg_scale[rows, None].to(grad_logits.dtype)
+                    of_unconditional = (grad_logits - conditional).to(weight.dtype)
+                    _add_product(to_unconditional, of_unconditional, weight)
+                    _add_product(to_weight, of_unconditional.t(), inputs.unconditional[rows])
+                conditional = conditional.to(weight.dtype)
+                _add_product(to_hidden, conditional, weight)
+                _add_product(to_weight, conditional.t(), inputs.hidden[rows])
+            grad_hidden[rows] = to_hidden
+            if grad_unconditional is not None and to_unconditional is not None:
+                grad_unconditional[rows] = to_unconditional
         grad_weight = None if grad_weight is None else grad_weight.to(inputs.weight.dtype)
         return None, grad_hidden, grad_weight, grad_unconditional, *(None,) * 6
 
 
-def _add_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total += grad_logits^T hidden; in place if the dtypes agree, so that no second [V/tp, H] is allocated."""
+def _blocks(inputs: _Inputs, options: _Options) -> list[slice]:
+    """Columns of this shard, block by block."""
+    return _slices(len(inputs.weight), options.block_columns)
+
+
+def _scored_tile(
+    inputs: _Inputs, options: _Options, rows: slice, columns: slice, masks: Tensor
+) -> tuple[Tensor, _Partial, _Partial | None]:
+    """Of a tile: the targets' values [c], and its share of the softmax of the behaviour and, on request, of the raw
+    logits."""
+    logits = inputs.logits(rows, columns)  # [c, b], the largest tensor; only sums over it [c] outlive this call
+    raw = _partial_softmax(logits) if options.with_logsumexp else None
+    values = inputs.behaviour(logits, rows, columns, masks, options.first_id, overwrite=True)
+    column, ours = inputs.local_targets(rows, columns, options.first_id)
+    # The target's tile gives its value, all others -inf: a maximum over tiles and shards keeps -inf (not allowed) too.
+    chosen = values.gather(-1, column).masked_fill(~ours, -torch.inf)[:, 0]
+    weighted = options.with_entropy
+    return chosen, _partial_softmax(values, with_weighted=weighted, overwrite=not weighted), raw
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> None:
+    """total += left right; in place if the dtypes agree, so that no second result is allocated."""
     if total is None:
         return
-    if total.dtype == hidden.dtype:
-        total.addmm_(grad_logits.t(), hidden)
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
     else:
-        total += grad_logits.t() @ hidden
+        total += left @ right
 
 
 def _grad_logits(
-    inputs: _Inputs, options: _Options, rows: slice, masks: Tensor, grads: list[Tensor], saved: list[Tensor]
+    inputs: _Inputs,
+    options: _Options,
+    rows: slice,
+    columns: slice,
+    masks: Tensor,
+    grads: list[Tensor],
+    saved: list[Tensor],
 ) -> Tensor:
-    """Gradient of a chunk's guided logits, [c, V/tp].
+    """Gradient of a tile's guided logits, [c, b].
 
     grads: columns [c, 1] of the gradients of log-probability, entropy and logsumexp; saved: of the softmax's
     normaliser, and of entropy and logsumexp. With x = logits / T where allowed and p = softmax(x):
@@ -207,12 +254,12 @@ def _grad_logits(
     """
     grad_logprob, grad_entropy, grad_logsumexp = grads
     normaliser, entropy, logsumexp = saved
-    logits, kept = inputs.logits(rows), options.with_logsumexp
-    values = inputs.behaviour(logits, rows, masks, options.first_id, overwrite=not kept)
+    logits, kept = inputs.logits(rows, columns), options.with_logsumexp
+    values = inputs.behaviour(logits, rows, columns, masks, options.first_id, overwrite=not kept)
     log_probability = values.sub_(normaliser)
     probability = log_probability.exp() if options.with_entropy else log_probability.exp_()
     grad = probability * -grad_logprob if options.with_entropy else probability.mul_(-grad_logprob)
-    column, ours = inputs.local_targets(rows, options.first_id)
+    column, ours = inputs.local_targets(rows, columns, options.first_id)
     grad.scatter_add_(-1, column, grad_logprob * ours)
     if options.with_entropy:
         finite = log_probability.masked_fill_(log_probability == -torch.inf, 0.0)
@@ -251,6 +298,7 @@ def behaviour_scores(
     cfg_scale: Float[Tensor, " n"] | None = None,
     tp_group: dist.ProcessGroup | None = None,
     chunk_tokens: int = LOGIT_CHUNK_TOKENS,
+    block_columns: int = 0,
     with_entropy: bool = False,
     with_logsumexp: bool = False,
 ) -> TokenScores:
@@ -258,6 +306,9 @@ def behaviour_scores(
 
     `hidden` is the output layer's input, whole on every rank of `tp_group`; `output_weight` is its vocabulary shard. A
     target that its mask or support excludes has log-probability -inf. Computes in float32 or better for any input.
+
+    chunk_tokens, block_columns: most tokens and vocabulary columns of the logits that exist at once; 0 columns: as many
+    as suit the device (`backend.logit_columns`).
     """
     parts = 1 if tp_group is None else dist.get_world_size(tp_group)
     rank = 0 if tp_group is None else dist.get_rank(tp_group)
@@ -265,9 +316,9 @@ def behaviour_scores(
         hidden, output_weight, unconditional_hidden, cfg_scale, targets, mask_table, mask_ids, temperature, support
     )
     _check(inputs, parts)
-    options = _Options(
-        rank * len(output_weight), chunk_tokens, with_entropy, with_logsumexp, tp_group if parts > 1 else None
-    )
+    block_columns = block_columns or backend.logit_columns(hidden.device, len(output_weight))
+    group = tp_group if parts > 1 else None
+    options = _Options(rank * len(output_weight), chunk_tokens, block_columns, with_entropy, with_logsumexp, group)
     if not len(hidden):
         # Keeps the graph (gradients of zero) for a rank that holds no loss token of this microbatch.
         nothing = (hidden @ output_weight.t()).sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))

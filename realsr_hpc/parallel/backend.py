@@ -122,6 +122,14 @@ def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
     return replay
 
 
+def logit_columns(where: torch.device, vocabulary: int) -> int:
+    """Vocabulary columns whose logits are computed at once when tokens are scored.
+
+    On a CPU 2048, which with 1024 tokens stay in its caches (docs/benchmarks.md); at most 8192 columns are not divided.
+    """
+    return 2048 if where.type == "cpu" and vocabulary > 8192 else vocabulary
+
+
 def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(q k / sqrt(d) + bias) v and the softmax's log-sum-exp, by torch's fused kernel where it tells the latter.
 

@@ -1,10 +1,10 @@
 """Log-probabilities: peak memory and time of ours and of the plain way over the whole [tokens, vocabulary].
 
-    python tools/bench.py logprobs [tokens=1024] [vocabulary=65536] [hidden=512] [chunk=128] [rounds=3]
+    python tools/bench.py logprobs [tokens=1024] [vocabulary=65536] [hidden=512] [rounds=3]
 
 Forward and backward in float32 on one core. The plain way projects all tokens, takes log_softmax and gathers; ours
-walks over chunks and computes their logits again in the backward pass. Peak is what resident memory rises by (Linux
-only: the kernel's own high-water mark).
+walks over tiles that fit the caches and computes their logits again in the backward pass. Peak is what resident memory
+rises by (Linux only: the kernel's own high-water mark).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIB = 1024.0
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for wrong arguments, 1 when the two ways disagree."""
-    defaults = {"tokens": "1024", "vocabulary": "65536", "hidden": "512", "chunk": "128", "rounds": "3"}
+    defaults = {"tokens": "1024", "vocabulary": "65536", "hidden": "512", "rounds": "3"}
     options = read_counts(read_arguments(arguments, defaults, __doc__), defaults)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -37,8 +37,7 @@ def main(arguments: list[str]) -> int:
         return torch.log_softmax(hidden @ weight.t(), -1).gather(-1, targets[:, None])[:, 0]
 
     def ours() -> torch.Tensor:
-        scores = behaviour_scores(hidden, weight, targets, everything, zeros, ones, chunk_tokens=options["chunk"])
-        return scores.logprobs
+        return behaviour_scores(hidden, weight, targets, everything, zeros, ones).logprobs
 
     def run(way: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
         logprobs = way()
@@ -50,8 +49,8 @@ def main(arguments: list[str]) -> int:
     worst = max(float((a - b).abs().max()) for a, b in zip(run(ours), run(plain), strict=True))
     whole = options["tokens"] * options["vocabulary"] * 4 / MIB**2
     show(
-        f"log-probs of {options['tokens']} tokens over {options['vocabulary']} (whole logits: {whole:.0f} MiB), chunks "
-        f"of {options['chunk']}; values and gradients differ by at most {worst:.1e}",
+        f"log-probs of {options['tokens']} tokens over {options['vocabulary']} (whole logits: {whole:.0f} MiB); "
+        f"values and gradients differ by at most {worst:.1e}",
         ["", "peak MiB", "of plain", "CPU s", "of plain"],
         [
             [

@@ -96,10 +96,10 @@ def objective(scores: TokenScores) -> torch.Tensor:
     return (weights * scores.logprobs).sum() + 0.3 * scores.entropy.sum() + 0.1 * scores.logsumexp.square().sum()
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 1024])
-def test_values_and_gradients_equal_plain_softmax(chunk_tokens):
+@pytest.mark.parametrize("tile", [(1, 0), (7, 0), (1024, 0), (7, 5), (1024, 1), (1024, 51)])
+def test_values_and_gradients_equal_plain_softmax(tile):
     case = make_case()
-    ours, plain = case.scores(chunk_tokens=chunk_tokens), case.reference()
+    ours, plain = case.scores(chunk_tokens=tile[0], block_columns=tile[1]), case.reference()
     for got, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     leaves = (case.hidden, case.weight, case.unconditional)
@@ -150,9 +150,10 @@ def test_scorer_gives_the_samplers_log_probability(dtype, tolerance):
     torch.testing.assert_close(case.scores(chunk_tokens=5).logprobs, sampled, rtol=0, atol=tolerance)
 
 
-def test_bf16_inputs_give_fp32_scores_near_float64():
+@pytest.mark.parametrize("block_columns", [0, 3])
+def test_bf16_inputs_give_fp32_scores_near_float64(block_columns):
     low = make_case(torch.bfloat16)
-    ours = low.scores()
+    ours = low.scores(block_columns=block_columns)
     exact = make_case()
     exact.hidden, exact.weight, exact.unconditional = (
         tensor.detach().double().requires_grad_() for tensor in (low.hidden, low.weight, low.unconditional)
@@ -164,10 +165,13 @@ def test_bf16_inputs_give_fp32_scores_near_float64():
     assert low.weight.grad.dtype == torch.bfloat16
     difference = (low.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm()
     assert difference < 0.02
+    difference = (low.hidden.grad.double() - exact.hidden.grad).norm() / exact.hidden.grad.norm()
+    assert difference < 0.01  # blocks are summed in float32
 
 
 def test_no_tensor_of_tokens_by_vocabulary_lives():
-    """The largest tensor any operation makes is a chunk's, in both passes; saved ones do not see the vocabulary."""
+    """The largest tensor of logits that any operation makes is a tile's, in both passes; what is saved has no
+    vocabulary."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     case = make_case(torch.float32)
@@ -214,7 +218,7 @@ def shard_of_the_case() -> list[np.ndarray]:
     dist.init_process_group("gloo")
     case = make_case()
     shard = case.weight.detach().chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
-    scores = case.scores(weight=shard, tp_group=dist.group.WORLD, chunk_tokens=6)
+    scores = case.scores(weight=shard, tp_group=dist.group.WORLD, chunk_tokens=6, block_columns=5)
     objective(scores).backward()
     result = [*scores, case.hidden.grad, shard.grad, case.unconditional.grad]
     return [tensor.detach().numpy() for tensor in result]
