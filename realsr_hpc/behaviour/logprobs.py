@@ -16,6 +16,7 @@ sums over the group; the gradient of the weight is local.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ def _partial_softmax(values: Tensor, *, with_weighted: bool = False, overwrite: 
     return _Partial(shift, exponential.sum(-1), weighted)
 
 
-def _merged(blocks: list[_Partial]) -> _Partial:
+def _merged(blocks: Sequence[_Partial]) -> _Partial:
     """One chunk's blocks of columns as one."""
     if len(blocks) == 1:
         return blocks[0]
