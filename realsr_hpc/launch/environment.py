@@ -77,6 +77,7 @@ class Placement:
             "MASTER_PORT": str(self.master_port),
             **({"GLOO_SOCKET_IFNAME": "lo"} if self.num_nodes == 1 and LOOPBACK.exists() else {}),
             "OMP_NUM_THREADS": str(config.cluster.cpus_per_task),
+            "THP_MEM_ALLOC_ENABLE": "1",  # torch's large tensors of the CPU lie in huge pages
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": python_path(),
         }
