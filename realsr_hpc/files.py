@@ -101,17 +101,25 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted; linked folders are entered as well, each once, and broken links left out."""
+    """Every file below a folder, sorted; linked folders are entered as well, each once, and broken links left out.
+
+    A folder below it that cannot be read is logged and passed over; OSError: the folder itself.
+    """
+    os.scandir(folder).close()
     found: list[Path] = []
     entered: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_say_closed, followlinks=True):
         if (real := os.path.realpath(place)) in entered:
             folders.clear()  # a link to where we have been
             continue
         entered.add(real)
         folders.sort()
-        found += [path for name in names if (path := Path(place) / name).is_file()]
+        found += [Path(place) / name for name in names if os.path.isfile(os.path.join(place, name))]
     return sorted(found)
+
+
+def _say_closed(error: OSError) -> None:
+    logger.warning("%s: passed over (%s)", printable(error.filename), error.strerror)
 
 
 def sha256_of(path: Path) -> str:

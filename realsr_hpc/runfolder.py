@@ -16,6 +16,7 @@ Paths only: what a file holds is known to the module that writes and reads it.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 STEP = "step-"
@@ -234,7 +235,9 @@ def step_of(folder: Path) -> int:
 
 
 def list_runs(root: Path) -> list[Path]:
-    """Run folders of an output root, oldest first."""
+    """Run folders of an output root, oldest first; those closed to us are left out. OSError: a closed root."""
+    if root.is_dir():
+        os.scandir(root).close()  # glob finds nothing where it may not look
     found = {path.parent: path.stat().st_mtime for path in root.glob(f"*/{RECIPE}") if path.is_file()}
     return sorted(found, key=lambda path: found[path])
 

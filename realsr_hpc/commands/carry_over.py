@@ -45,10 +45,10 @@ def run(given: dict[str, str], num_images: int, overrides: list[str]) -> None:
     from realsr_hpc.config.load import compose_one, from_yaml
     from realsr_hpc.data.loader import LQLoader
     from realsr_hpc.export.carry_over import carry_over
-    from realsr_hpc.export.weight_files import refuse_existing
+    from realsr_hpc.export.weight_files import refuse_taken
     from realsr_hpc.tokenizer.trace import TraceTokenizer
 
-    refuse_existing(Path(given["output"]))
+    refuse_taken(Path(given["output"]))
     new = compose_one(overrides)
     old = from_yaml(Path(given["policy"]) / runfolder.RECIPE)
     tokenizers = {"image_tokenizer": "weights", "text_tokenizer": "path"}
@@ -56,9 +56,11 @@ def run(given: dict[str, str], num_images: int, overrides: list[str]) -> None:
         if f"policy.{section}" in given:
             changed = getattr(old, section).model_copy(update={field: given[f"policy.{section}"]})
             old = old.model_copy(update={section: changed})
-    loader, cpu = LQLoader(new, new.data.train_split, 16), torch.device("cpu")
-    batches = [loader.next() for _ in range(-(-num_images // 16))]
-    loader.close()
-    images = [picture for batch in batches for picture in (batch.gt, batch.lq) if picture is not None]
-    before, after = (TraceTokenizer.load(config, cpu) for config in (old, new))
-    carry_over(Path(given["policy"]), before, after, images, Path(given["output"]))
+    before, after = (TraceTokenizer.load(config, torch.device("cpu")) for config in (old, new))
+    loader = LQLoader(new, new.data.train_split, 16)
+    try:
+        batches = (loader.next() for _ in range(-(-num_images // 16)))
+        images = (picture for batch in batches for picture in (batch.gt, batch.lq) if picture is not None)
+        carry_over(Path(given["policy"]), before, after, images, Path(given["output"]))
+    finally:
+        loader.close()

@@ -45,8 +45,6 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    for key, reason in skipped.items():
-        print(f"left out: {key}: {reason}", file=sys.stderr)
     print(f"{output}: {count} pairs, labels.csv, grid.png")
     return 1 if skipped else 0
 
@@ -63,7 +61,7 @@ def _gone_unless_whole(output: Path) -> Iterator[None]:
 
 
 def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str, str]:
-    """Write the folder; the photographs that could not be used, and why."""
+    """Write the folder; the photographs that could not be used (the loader names them), and why."""
     from PIL import Image
     from rich.progress import track
 

@@ -55,6 +55,7 @@ DEFAULTS: dict[str, str | None] = {
 Given = dict[str, str | None]
 COUNTS = {"upscale": 1, "num_images": 1, "draws": 1, "crop_px": 0}
 """Whole numbers and their smallest."""
+MAX_UPSCALE = 64
 SOURCES = ("run", "checkpoint", "export", "images")
 TAKEN = ("input", "truth")
 """Folders beside those of the methods in a report's `images/`."""
@@ -79,13 +80,15 @@ def main(arguments: list[str]) -> int:
         fault = log_results(run_dir, step, report.summary(), files, f"evaluation/{report.set_name}")
         print(f"not in MLflow: {fault}" if fault else f"in MLflow: evaluate/{report.set_name}/METHOD/METRIC")
     print(f"{report.folder}: metrics.md, metrics.csv, grid.png, worst.png, images/")
-    return 1 if report.skipped or report.lacking else 0
+    return 1 if report.skipped or report.lacking or report.absent else 0
 
 
 def check(given: Given) -> None:
     """ValueError for what no run and no data make right: told before anything is read, also for a stage of a chain."""
     for key, minimum in COUNTS.items():
         read_count(given, key, minimum)
+    if read_count(given, "upscale") > MAX_UPSCALE:
+        raise ValueError(f"upscale={given['upscale']} is above {MAX_UPSCALE}; give the set's factor, such as 4")
     check_restoring(given)
     if len([key for key in SOURCES if given[key]]) != 1:
         raise ValueError("give one of run=RUN_DIR, checkpoint=RUN_DIR/checkpoints/step-N, export=DIR, images=DIR")

@@ -20,7 +20,7 @@ DEFAULTS = {"output": None, "samples": None, "per_file": "1024", "shard": "1/1",
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 written, 1 no photograph gave a trace, 2 wrong usage."""
+    """Exit code: 0 written, 1 no photograph gave a trace or some could not be read, 2 wrong usage."""
     try:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
         if not given["output"]:
@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
         from realsr_hpc.data.traces import freeze_traces
         from realsr_hpc.parallel.backend import named_device
 
+        skipped: dict[str, str] = {}
         count = freeze_traces(
             config,
             Path(str(given["output"])),
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
             device=named_device(str(given["device"])),
             shard=shard,
             on_file=lambda done, total: print(f"\r{done} of {total} files", end="", file=sys.stderr, flush=True),
+            skipped=skipped,
         )
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -48,4 +50,4 @@ def main(arguments: list[str]) -> int:
     print(f"\n{given['output']}: {count} traces")
     if not count:
         print("no photograph has captions; write them with realsr-hpc prepare-data", file=sys.stderr)
-    return 0 if count else 1
+    return 0 if count and not skipped else 1

@@ -15,9 +15,9 @@ from __future__ import annotations
 import sys
 
 from realsr_hpc.config.arguments import read_with_overrides
+from realsr_hpc.config.downloads import ORDERS
 
 DEFAULTS = {"source": None, "output": None, "image_tokenizer": None, "text_tokenizer": None, "rotary": None}
-ORDERS = ("interleaved", "halves")
 
 
 def main(arguments: list[str]) -> int:

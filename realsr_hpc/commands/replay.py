@@ -7,6 +7,7 @@ stated tolerance.
 
   grpo.FIELD=VALUE                  fields that act after scoring: clip_low, clip_high, kl_beta, advantage, ...
   rewards.terms.NAME.weight=VALUE   another weight; 0: without this term
+  grpo.mismatch_kl_gate=null        compare although sampler and policy differ by more than the gate allows
   parallel.FIELD=VALUE              another layout with as many processes; cluster.tasks_per_node=N for another number
   output=DIR                        default: RUN_DIR/replay/step-K/ and a name for the overrides
 """
@@ -17,6 +18,8 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from realsr_hpc import runfolder
@@ -25,6 +28,11 @@ from realsr_hpc.config.derived import world_size
 from realsr_hpc.paths import module_command, python_path
 
 DEFAULTS = {"run": None, "step": None, "output": None}
+CODE_FILE = "REALSR_HPC_REPLAY_CODE"
+"""Environment variable: where rank 0 leaves its exit code. Of a rank that ends with another than 0, torchrun tells more
+than the rank does."""
+OTHER_RANKS_WAIT_S = 5
+"""Before they tell an error, which is most likely rank 0's as well."""
 
 
 def main(arguments: list[str]) -> int:
@@ -42,27 +50,56 @@ def main(arguments: list[str]) -> int:
             return _spread(arguments, world_size(config))
         return _replay(run_dir, number, overrides, given["output"])
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _refused(str(error))
+
+
+def _refused(message: str) -> int:
+    """Rank 0 tells what every rank finds; the others only what it did not."""
+    if _rank() and CODE_FILE in os.environ:
+        time.sleep(OTHER_RANKS_WAIT_S)
+        if Path(os.environ[CODE_FILE]).read_text():
+            return 0
+    print(message, file=sys.stderr)
+    return _ended(2)
+
+
+def _ended(code: int) -> int:
+    """The process's own exit code, where rank 0's is `code`."""
+    if CODE_FILE in os.environ and not _rank():
+        Path(os.environ[CODE_FILE]).write_text(str(code))
+        return 0
+    return code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _replay(run_dir: Path, number: int, overrides: list[str], output: str | None) -> int:
     from realsr_hpc.train import replay_report
-    from realsr_hpc.train.replay import replay
+    from realsr_hpc.train.objective import InexactStep
+    from realsr_hpc.train.replay import GATE, replay
 
-    replayed = replay(run_dir, number, overrides)
-    if int(os.environ.get("RANK", "0")) == 0:
-        name = f"with-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}" if overrides else "again"
-        folder = Path(output) if output else runfolder.replay(run_dir, number) / name
-        replay_report.write(replayed, overrides, folder)
-        print(replay_report.table(replayed, overrides))
-        print(f"{folder}: replay.md, replay.json, replay.png")
-    return 1 if replayed.faults() else 0
+    try:
+        replayed = replay(run_dir, number, overrides)
+    except InexactStep as error:
+        remedy = f"{GATE}=null compares its numbers all the same" if GATE in str(error) else "replay on its own layout"
+        raise ValueError(f"replay of {error}; {remedy}") from None
+    if _rank():
+        return 0
+    name = f"with-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:6]}" if overrides else "again"
+    folder = Path(output) if output else runfolder.replay(run_dir, number) / name
+    replay_report.write(replayed, overrides, folder)
+    print(replay_report.table(replayed, overrides))
+    print(f"{folder}: replay.md, replay.json, replay.png")
+    return _ended(1 if replayed.faults() else 0)
 
 
 def _spread(arguments: list[str], processes: int) -> int:
     """The same command on as many processes of this machine as the layout has."""
     spread = module_command("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python")
-    here = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": python_path()}
     rank = module_command("realsr_hpc.commands", "replay", *arguments)
-    return subprocess.run([*spread, *rank], env=here, check=False).returncode
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as code:
+        here = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": python_path(), CODE_FILE: code.name}
+        ended = subprocess.run([*spread, *rank], env=here, check=False).returncode
+        return ended or int(code.read() or 2)

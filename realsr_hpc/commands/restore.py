@@ -55,6 +55,8 @@ def _restore(given: dict[str, str | None]):
     steps, upscale = read_flag(given, "steps"), 0.0  # 0: the model's
     if given["upscale"]:
         upscale = read_number(given, "upscale", "give one from 1 up to the model's factor")
+        if not upscale >= 1.0:
+            raise ValueError(f"upscale={given['upscale']} is below 1; give one from 1 up to the model's factor")
     from realsr_hpc.restore import find_model, open_with_options, restore_folder, with_sampling
 
     config, checkpoint, name = find_model(given)

@@ -96,7 +96,8 @@ def show_downloads(folder: Path, config: RunConfig, console: Console) -> None:
         told = "; ".join([f"{start.policy}: {start.kind}", *start.against])
         console.print(printable(told), markup=False, highlight=False)
         if not start.against:
-            console.print(printable(start.command(config)), markup=False, highlight=False)
+            for command in start.commands(config):
+                console.print(printable(command), markup=False, highlight=False)
 
 
 def shown(path: Path) -> str:

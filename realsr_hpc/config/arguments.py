@@ -10,9 +10,12 @@ import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from realsr_hpc.config.schema import GROUPS, RunConfig
 from realsr_hpc.paths import expanded
 
 Default = TypeVar("Default", str, str | None)
+RECIPE_KEYS = {"recipe", *GROUPS, *RunConfig.model_fields}
+"""What an override without a dot may name."""
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
@@ -111,6 +114,7 @@ def _read(
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key not in valid and not key.startswith("-") and (equals or key.startswith("~")) and is_override(key):
+            _refuse_unknown_override(key, valid)
             overrides.append(argument)
             continue
         if not equals or key.startswith("-"):
@@ -123,6 +127,17 @@ def _read(
             raise ArgumentError(f"key {key!r} is given twice: {given[key]!r} and {value!r}; keep one")
         given[key] = ",".join(str(expanded(part)) if part.startswith("~") else part for part in value.split(","))
     return {**valid, **given}, overrides
+
+
+def _refuse_unknown_override(key: str, valid: Collection[str]) -> None:
+    """ArgumentError for a key without a dot that neither the program nor a recipe has: it may be meant for either."""
+    bare = key.lstrip("+~")
+    if not {".", ":"} & set(bare) and bare not in RECIPE_KEYS:  # STAGE:KEY may be of a chain's command
+        close = difflib.get_close_matches(bare, [*valid, *sorted(RECIPE_KEYS)], n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        own = f"{', '.join(valid)}; " if valid else ""
+        of_recipe = ", ".join(sorted(RECIPE_KEYS))
+        raise ArgumentError(f"unknown key {key!r}; {hint}valid keys: {own}of the recipe: {of_recipe}")
 
 
 def _valid_keys(key: str, valid: Collection[str]) -> str:

@@ -7,7 +7,9 @@ recognises weights by their keys (`formats`).
 
 from __future__ import annotations
 
+import pickletools
 import shlex
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,13 @@ from realsr_hpc.files import files_below, json_object, safetensors_header, weigh
 IMAGE_FILES = {"chameleon_f16": "vqgan.ckpt", "llamagen_f8": "vq_ds8_c2i.pt"}
 """File of the image tokenizer, by `vlcot.vocabulary`."""
 TEXT_FILE = "text_tokenizer.json"
+MODEL_TYPES = ("chameleon", "chameleon_xllmx")
+ORDERS = {
+    "interleaved": "trained with Anole's own fork of transformers",
+    "halves": "trained with a release of transformers",
+}
+"""Of the rotary pairs, and whose they are where the files do not say."""
+CHOOSE = "choose " + " or ".join(f"rotary={order} ({whose})" for order, whose in ORDERS.items())
 _VOCABULARY = {65536: "chameleon_f16", 73728: "llamagen_f8"}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _DECODER = "model.vqmodel.decoder."
@@ -32,6 +41,10 @@ _SIZES = {
 """Fields of the recipe's section model, with their names in params.json and in config.json."""
 
 
+_TENSOR = ("GLOBAL", "BINGET", "LONG_BINGET")
+"""How a tensor begins in a pickle: torch's function by name, or where it stood before."""
+
+
 @dataclass(frozen=True)
 class Start:
     """A policy that was found, with the tokenizers to import it with."""
@@ -42,12 +55,18 @@ class Start:
     text_tokenizer: Path | None
     against: tuple[str, ...]
     """Why it cannot be imported: missing or truncated files, sizes of another model; empty if it can."""
+    orders: tuple[str, ...] = ()
+    """Values of rotary= to choose from; empty: the files say it."""
 
-    def command(self, config: RunConfig) -> str:
-        """The import command for a recipe."""
+    def commands(self, config: RunConfig) -> list[str]:
+        """The import command for a recipe; one for each order where the files do not say it."""
+        return [self._command(config, order) for order in self.orders or ("",)]
+
+    def _command(self, config: RunConfig, order: str) -> str:
         words = [f"source={self.policy}"]
         words += [f"image_tokenizer={self.image_tokenizer}"] if self.image_tokenizer else []
         words += [f"text_tokenizer={self.text_tokenizer}"] if self.text_tokenizer else []
+        words += [f"rotary={order}"] if order else []
         words += [f"recipe={config.name}", f"output={config.model.weights}"]
         return f"python tools/import_weights.py {shlex.join(words)}"
 
@@ -64,6 +83,7 @@ class _Policy:
     """Weight files, including those that an index names but that do not exist."""
     root: Path
     """Folder in which its tokenizers are looked for."""
+    orders: tuple[str, ...] = ()
 
 
 def starts(folder: Path, config: RunConfig) -> list[Start]:
@@ -98,7 +118,21 @@ def _trees(files: Sequence[Path]) -> Iterator[_Policy]:
         places = (folder, folder.parent.parent, folder.parent)
         root = next((place for place in places if (place / "tokenizer").is_dir()), folder)
         name = tree if alone else folder
-        yield _Policy(name, "Meta's tree", "chameleon_f16", settings, tuple(weights), root)
+        orders = tuple(ORDERS) if _is_renamed(weights[0]) else ()
+        kind = f"Meta's tree, renamed from a Hugging Face folder: {CHOOSE}" if orders else "Meta's tree"
+        yield _Policy(name, kind, "chameleon_f16", settings, tuple(weights), root, orders)
+
+
+def _is_renamed(path: Path) -> bool:
+    """Whether a tree was made from a Hugging Face folder (Anole's bin_to_pth.py): then `rope.freqs` is no tensor, and
+    nothing says in which order the rotary pairs stand. The import asks the same, with torch."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inner = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            words = (item for item in pickletools.genops(archive.read(inner)) if "PUT" not in item[0].name)
+            return any(said == "rope.freqs" and next(words)[0].name not in _TENSOR for _, said, _ in words)
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
+        return False  # what is wrong with the file is told elsewhere
 
 
 def _folders(files: Sequence[Path]) -> Iterator[_Policy]:
@@ -110,7 +144,7 @@ def _folders(files: Sequence[Path]) -> Iterator[_Policy]:
         settings = _settings(path)  # another model's is left out; the import says what is wrong with one asked for
         size = settings.get("vocab_size")
         vocabulary = _VOCABULARY.get(size, "") if isinstance(size, int) else ""
-        if not str(settings.get("model_type")).startswith("chameleon"):
+        if settings.get("model_type") not in MODEL_TYPES:
             continue
         shards = (weight_map(named[0]) or {}).values() if named[0].suffix == ".json" else (named[0].name,)
         weights = sorted({path.parent / Path(name).name for name in shards}) or named[:1]
@@ -138,7 +172,7 @@ def _start(policy: _Policy, images: Sequence[Path], texts: Sequence[Path], image
     else:
         text, faults = _first_whole(texts, TEXT_FILE)
         against += faults
-    return Start(policy.folder, policy.kind, image, text, tuple(against))
+    return Start(policy.folder, policy.kind, image, text, tuple(against), policy.orders)
 
 
 def _other_sizes(policy: _Policy, config: RunConfig) -> list[str]:

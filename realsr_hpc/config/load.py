@@ -30,12 +30,11 @@ from pydantic import BaseModel, ValidationError
 
 from realsr_hpc.config.checks import faults
 from realsr_hpc.config.identity import scheme
-from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.config.schema import GROUPS, RunConfig
 from realsr_hpc.config.yaml_files import CUT_LINE, LAST_LINE, RecipeError, read_yaml
 from realsr_hpc.files import first_line
 from realsr_hpc.paths import recipe_folders
 
-GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
 SCHEME_LINE = "# fields that the signature covers: "
 """First line of a resolved recipe, before `identity.scheme`."""
 
@@ -234,7 +233,9 @@ def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
     names = recipe_names()
     chosen = [item.partition("=")[2] for item in overrides if item.startswith("recipe=")]
     rest = [item for item in overrides if not item.startswith("recipe=")]
-    if len(chosen) != 1:
+    if len(chosen) > 1:
+        raise RecipeError(f"recipe: named {len(chosen)} times ({', '.join(chosen)}); name one")
+    if not chosen:
         raise RecipeError(f"recipe: name one, recipe=NAME; available: {', '.join(names)}")
     if chosen[0] not in names:
         hint = nearest(chosen[0], names)
@@ -283,7 +284,7 @@ class _Composer:
 def _as_hydra(item: Override, groups: set[str]) -> str:
     """The override in Hydra's syntax; a group that the recipe does not list is appended with `+`."""
     line = item.input_line or ""
-    if item.key_or_group in GROUPS:
+    if item.key_or_group in GROUPS and not item.is_delete():
         options = yaml_names(item.key_or_group)
         if item.value() not in options:
             hint = nearest(str(item.value()), options)

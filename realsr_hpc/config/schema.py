@@ -26,6 +26,8 @@ from realsr_hpc.config.section import (
     read_by,
 )
 
+GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
+"""Folders of the recipes with ready sections: `model=7b`."""
 IMAGE_PLACEHOLDER = "<|image|>"
 INSTRUCTION = (
     "Perceive the degradation, understand the image content, and restore the high-quality image step by step "

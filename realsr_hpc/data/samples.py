@@ -7,6 +7,7 @@ the order of the epoch takes its place under the same index.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,11 @@ from realsr_hpc.data.degradation import (
     sample_degradation,
 )
 from realsr_hpc.data.manifest import Manifest, ManifestEntry, caption_fault
+from realsr_hpc.files import printable
 
+logger = logging.getLogger(__name__)
+_said: set[tuple[Path, str]] = set()
+"""Photographs that were named as left out: once in a process, however many read the same manifest."""
 MIN_PHOTOGRAPH_PX = 32
 """Photographs with a shorter side below this are not used as truths."""
 
@@ -97,8 +102,17 @@ class Samples:
             try:
                 return self._make(index, entry)
             except BrokenImage as error:
-                self.skipped[entry.key] = str(error)
-        raise ValueError(f"no photograph of {self.manifest.root} can be used: {dict(list(self.skipped.items())[:5])}")
+                self._skip(entry, str(error))
+        told = printable("; ".join(f"{key}: {why}" for key, why in list(self.skipped.items())[:5]))
+        raise ValueError(
+            f"data.manifest: none of the {len(order)} photographs of {self.manifest.root} can be used: {told}"
+        )
+
+    def _skip(self, entry: ManifestEntry, why: str) -> None:
+        self.skipped[entry.key] = why
+        if (self.manifest.root, entry.key) not in _said:
+            _said.add((self.manifest.root, entry.key))
+            logger.warning("left out: %s: %s", printable(entry.key), printable(why))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
@@ -137,7 +151,11 @@ class Samples:
     def _paired(self, index: int, entry: ManifestEntry, rng: np.random.Generator) -> Sample:
         """Windows at native resolution: resampling would alter the real degradation."""
         upscale = self.geometry.upscale
-        truth, low = decode_image(self.manifest.path(entry)), decode_image(self.manifest.lq_path(entry))
+        try:
+            partner = self.manifest.lq_path(entry)
+        except ValueError as error:
+            raise BrokenImage(f"pair: {error}") from None
+        truth, low = decode_image(self.manifest.path(entry)), decode_image(partner)
         lq, gt = fitted(low, truth, upscale)
         _refuse_small(lq, self.geometry.lq_size_px)
         crop = _window(rng, lq, self.geometry.lq_size_px, self.geometry.hflip)

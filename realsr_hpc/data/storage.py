@@ -81,7 +81,7 @@ def relative_to(path: Path, folder: Path) -> str:
 def exists(path: Path) -> bool:
     """Whether the file, or the tar it is in, is there."""
     member = _MEMBER.fullmatch(str(path))
-    return Path(member["tar"] if member else path).is_file()
+    return os.path.isfile(member["tar"] if member else path)
 
 
 def stamp(path: Path) -> str:

@@ -47,17 +47,21 @@ def freeze_traces(
     device: torch.device | None = None,
     shard: tuple[int, int] = (1, 1),
     on_file: Callable[[int, int], None] = lambda done, total: None,
+    skipped: dict[str, str] | None = None,
 ) -> int:
     """Tokenise the first `num_samples` samples of the training split. Returns the number of traces in the folder.
 
-    A photograph without captions gives no trace. `shard` (k, n) writes every n-th file only.
+    A photograph without captions gives no trace. `shard` (k, n) writes every n-th file only. skipped: receives the
+    photographs that could not be used, by key, and why.
 
     Raises:
         ValueError: if the folder holds files of another recipe or cannot be written, or another process writes this
             shard.
     """
     with sole_writer(output, part="{}-of-{}".format(*shard)):
-        return _frozen(config, output, num_samples, samples_per_file, device, shard, on_file)
+        return _frozen(
+            config, output, num_samples, samples_per_file, device, shard, on_file, {} if skipped is None else skipped
+        )
 
 
 def _frozen(
@@ -68,6 +72,7 @@ def _frozen(
     device: torch.device | None,
     shard: tuple[int, int],
     on_file: Callable[[int, int], None],
+    skipped: dict[str, str],
 ) -> int:
     identity = trace_identity(config)
     for path in sorted(output.glob("traces-*.safetensors")):
@@ -78,7 +83,8 @@ def _frozen(
         path = output / f"traces-{number:05d}.safetensors"
         if not path.is_file():
             stop = min(starts[number] + samples_per_file, num_samples)
-            _write(path, list(_pairs(config, tokens, starts[number], stop)), identity | {"samples": samples_per_file})
+            pairs = list(_pairs(config, tokens, starts[number], stop, skipped))
+            _write(path, pairs, identity | {"samples": samples_per_file})
         on_file(number // shard[1] + 1, -(-(len(starts) - shard[0] + 1) // shard[1]))
     if tokens.codec.shortened_texts:
         logger.warning(
@@ -210,7 +216,9 @@ def _require_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -
             )
 
 
-def _pairs(config: RunConfig, tokens: TraceTokenizer, start: int, stop: int) -> Iterator[TracePair]:
+def _pairs(
+    config: RunConfig, tokens: TraceTokenizer, start: int, stop: int, skipped: dict[str, str]
+) -> Iterator[TracePair]:
     """Traces of the samples start..stop; the batch divides the range so that no sample is read twice."""
     size = next(size for size in range(16, 0, -1) if (stop - start) % size == 0)
     loader = LQLoader(config, config.data.train_split, size)
@@ -220,6 +228,7 @@ def _pairs(config: RunConfig, tokens: TraceTokenizer, start: int, stop: int) -> 
         for prompt, response in zip(tokens.prompts(batch.lq), tokens.responses(batch), strict=True):
             if response is not None:
                 yield prompt, response
+    skipped |= loader.skipped
     loader.close()
 
 

@@ -114,7 +114,11 @@ class Metrics:
             pair = (image[None], case.gt[None], self.crop_px)
             _measure(measured, "psnr_y", lambda: psnr_y(*pair)[0], "nothing is left inside the border")
             _measure(measured, "ssim_y", lambda: ssim_y(*pair)[0], f"a side below {SSIM_MIN_PX} px")
-        _measure(measured, "niqe", lambda: niqe([image], self._niqe)[0], f"a side below {2 * self._niqe.patch_px} px")
+        least = 2 * self._niqe.patch_px
+        too_small = (
+            f"a side below {least} px" if min(image.shape[:2]) < least else "too flat: its patches hold no detail"
+        )
+        _measure(measured, "niqe", lambda: niqe([image], self._niqe)[0], too_small)
         per_image: dict[str, PyiqaScore] = {name: score for name, score in self.pyiqa.items() if score.name != FID}
         for name, score in per_image.items():
             _measure(measured, name, partial(score, image, case.gt))

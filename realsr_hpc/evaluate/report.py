@@ -41,6 +41,8 @@ class EvaluationReport:
     remarks: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Reason, by case, for each case that could not be used."""
+    absent: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By method of finished images: the cases for which it has no image that can be read."""
     set_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Metrics of the whole set, which are not means over images (FID), by metric and method."""
 
@@ -92,6 +94,10 @@ class EvaluationReport:
             f"{self.set_name}: {len(self.images)} images; images given: {counts}. Mean [95 % bootstrap interval].",
             *(f"- {remark}" for remark in self.remarks),
             *(f"- left out: {key}: {reason}" for key, reason in self.skipped.items()),
+            *(
+                f"- {method} has no readable image for {len(keys)} of {len(self.images)}: {', '.join(keys[:5])}"
+                for method, keys in self.absent.items()
+            ),
         ]
         sections = [
             head,

@@ -103,11 +103,26 @@ def _over_ranks(
         raise ValueError(
             f"set={set_name}: none of its {len(cases)} images can be used: {dict(list(skipped.items())[:3])}"
         )
+    absent = _absent(methods, images)
     evaluation.write(folder, Evaluation(set_name, tuple(images)))
     of_set = _set_scores(methods, folder, metrics)
-    report = EvaluationReport(folder, set_name, tuple(methods), images, metrics, tuple(remarks), skipped, of_set)
+    report = EvaluationReport(
+        folder, set_name, tuple(methods), images, metrics, tuple(remarks), skipped, absent, of_set
+    )
     report.write()
     return report
+
+
+def _absent(methods: Mapping[str, Method], images: Sequence[EvaluatedImage]) -> dict[str, list[str]]:
+    """Cases by method of finished images that lacks them. ValueError: it has none that can be read."""
+    found: dict[str, list[str]] = {}
+    for name, method in methods.items():
+        if isinstance(method, FinishedImages):
+            keys = [image.key for image in images if FINAL not in image.methods[name].files]
+            if len(keys) == len(images):
+                raise ValueError(f"{method.folder}: none of its images can be read; give them again, or leave it out")
+            found |= {name: keys} if keys else {}
+    return found
 
 
 def _read(cases: Sequence[Case], places: range, skipped: dict[str, str]) -> list[Case]:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realsr_hpc.export.weight_files import SINGLE, Aside, refuse_existing, weight_files
+from realsr_hpc.export.weight_files import SINGLE, Aside, weight_files
 from realsr_hpc.files import as_other_files
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
@@ -32,18 +32,17 @@ def carry_over(
     """Write `output/model.safetensors`: the weights of the export folder `policy`, its rows those of `new`.
 
     images: what both tokenizers are shown, each at the size of a prompt's image; the more, the more codes are met.
-    ValueError when `output` exists, or the export is damaged.
+    ValueError, before an image is taken, when `output` exists, another process writes it, or the export is damaged.
     """
-    refuse_existing(output)
-    weights = {}
-    for name, path in weight_files(policy).items():
-        if "vqmodel" not in name:
-            with safe_open(path, framework="pt") as file:
-                weights[name] = file.get_tensor(name).float()
-    shares = code_shares(old, new, images)
-    for name in ROWS:
-        weights[name] = _rows(weights[name], old, new, shares)
     with Aside(output) as folder:
+        weights = {}
+        for name, path in weight_files(policy).items():
+            if "vqmodel" not in name:
+                with safe_open(path, framework="pt") as file:
+                    weights[name] = file.get_tensor(name).float()
+        shares = code_shares(old, new, images)
+        for name in ROWS:
+            weights[name] = _rows(weights[name], old, new, shares)
         save_file(weights, folder / SINGLE, metadata={"format": "pt"})
         as_other_files(folder / SINGLE)
 

@@ -7,7 +7,6 @@ state.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from realsr_hpc.export import hf_config
 from realsr_hpc.export.image_weights import encoder_tensors, image_shapes, read_image, save_decoder
 from realsr_hpc.export.outgoing import write_configs, write_shipped_code
 from realsr_hpc.export.text_files import combined, write_text_files
-from realsr_hpc.export.weight_files import SHARD_BYTES, Aside, write_json, write_weights
+from realsr_hpc.export.weight_files import SHARD_BYTES, Aside, refuse_taken, write_json, write_weights
 from realsr_hpc.files import check_sums, write_sums
 from realsr_hpc.formats import Found, FoundImage, FoundPolicy, Rotary, open_image, open_source
 from realsr_hpc.formats.fitting import image_faults, policy_faults, refuse, whole
 from realsr_hpc.formats.found import VQ_PREFIX
+from realsr_hpc.formats.place import read_json
 from realsr_hpc.model.chunks import WeightShapes
 from realsr_hpc.model.hf_mapping import hf_shapes
 from realsr_hpc.paths import resolve
@@ -84,6 +84,7 @@ def import_weights(
 
     ValueError naming what does not fit, is missing (and what would bring it) or damaged; nothing is left then.
     """
+    refuse_taken(output)
     if sources.source.is_dir():
         check_sums(sources.source)
     found = open_source(sources.source, sources.rotary)
@@ -157,8 +158,10 @@ def _vocabulary(text: Path, policy: FoundPolicy, config: RunConfig) -> tuple[Voc
         vocabulary = build_vocabulary(config.vlcot, codes, len(names))
         names = {}  # it counts from 0 and names no code: then the weights' own map must
     elif policy.path == text.parent and (policy.path / "realsr.json").is_file():
-        count = json.loads((policy.path / "realsr.json").read_text(encoding="utf-8"))["num_text"]
-        vocabulary = build_vocabulary(config.vlcot, codes, int(count))
+        count = read_json(policy.path / "realsr.json").get("num_text")
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{policy.path / 'realsr.json'}: num_text is {count!r}, no number; copy the export again")
+        vocabulary = build_vocabulary(config.vlcot, codes, count)
     else:
         vocabulary = build_vocabulary(config.vlcot, codes, num_text(names, first))
     sides = [(text, names), (policy.path / "config.json", beside)]

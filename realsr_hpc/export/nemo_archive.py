@@ -21,7 +21,7 @@ from torch import Tensor
 
 from realsr_hpc.config.identity import flatten
 from realsr_hpc.config.load import from_yaml
-from realsr_hpc.export.weight_files import INDEX, SHARD_BYTES, Aside, weight_files, write_weights
+from realsr_hpc.export.weight_files import INDEX, SHARD_BYTES, Aside, refuse_taken, weight_files, write_weights
 from realsr_hpc.files import check_sums, first_line, replacing
 from realsr_hpc.runfolder import RECIPE
 
@@ -68,6 +68,7 @@ def unpack(archive: Path, folder: Path) -> None:
     _check_name(archive)
     if not archive.is_file():
         raise ValueError(f"{archive} is not there; {_REMEDY}")
+    refuse_taken(folder)
     refuse_foreign_files(archive)
     vendor = _Vendor()
     carrier = vendor.restore(archive)

@@ -23,7 +23,7 @@ from realsr_hpc.export.card import model_card
 from realsr_hpc.export.image_weights import encoder_tensors, save_decoder
 from realsr_hpc.export.recipe import portable
 from realsr_hpc.export.text_files import combined, write_text_files
-from realsr_hpc.export.weight_files import SHARD_BYTES, Aside, refuse_existing, write_json, write_weights
+from realsr_hpc.export.weight_files import SHARD_BYTES, Aside, refuse_taken, write_json, write_weights
 from realsr_hpc.files import write_sums
 from realsr_hpc.model import lora
 from realsr_hpc.model.hf_mapping import hf_names, hf_shape, hf_tensors
@@ -130,7 +130,7 @@ def export_run(
     form: merged, a whole model, or peft, the trained adapters alone. One process, or as many as the recipe's layout
     wants (torchrun). ValueError when there is no checkpoint, or `output` exists.
     """
-    refuse_existing(output)
+    refuse_taken(output)
     config = recipe_of(run_dir)
     groups = initialise(layout_here(config), config.seed)
     path = checkpoint_path or checkpoint.resume_path(runfolder.checkpoints(run_dir), groups)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from realsr_hpc.files import as_other_files, checked_weight_map, publish, writable_folder
-from realsr_hpc.locks import hold
+from realsr_hpc.locks import Holder, LockRefused, hold, holder_of, is_held
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,9 +37,12 @@ class Aside:
     def __enter__(self) -> Path:
         refuse_existing(self.output)
         writable_folder(self.output.parent, "the folder of output")
-        lock = self.output.with_name(f".{self.output.name}.lock")
+        lock = _lock_of(self.output)
         with ExitStack() as stack:
-            stack.enter_context(hold(lock, f"writing {self.output}"))
+            try:
+                stack.enter_context(hold(lock, f"writing {self.output}"))
+            except LockRefused as error:
+                raise error if error.holder is None else _taken(self.output, error.holder) from None
             stack.callback(lock.unlink, missing_ok=True)
             refuse_existing(self.output)  # written while we waited for the lock
             shutil.rmtree(self.folder, ignore_errors=True)  # of one that was killed
@@ -59,6 +62,23 @@ def refuse_existing(output: Path) -> None:
     """ValueError if the folder to be written exists. Checked before hours of work, and again afterwards."""
     if output.exists():
         raise ValueError(f"output={output} exists; name a new folder, or remove that one first")
+
+
+def refuse_taken(output: Path) -> None:
+    """As `refuse_existing`, also where another process is about to write it: told before the work, not after it."""
+    refuse_existing(output)
+    if is_held(_lock_of(output)):
+        raise _taken(output, holder_of(_lock_of(output)))
+
+
+def _lock_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
+
+
+def _taken(output: Path, holder: Holder | None) -> LockRefused:
+    return LockRefused(
+        f"output={output}: {holder or 'another process'} writes it; wait for it, or name another", holder
+    )
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from realsr_hpc.formats.found import VQ_PREFIX, Found, FoundImage, FoundPolicy, Spec
 from realsr_hpc.formats.meta_chameleon import halves_of
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs, read_json
-from realsr_hpc.formats.settings import setting_faults, sizes_of
+from realsr_hpc.formats.settings import mapping_of, setting_faults, sizes_of, token_ids
 from realsr_hpc.formats.tensor_files import INDEXED, TensorFiles, open_folder
 from realsr_hpc.formats.vqgan import SETTINGS
 
@@ -61,7 +61,6 @@ def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
     policy = {name: kept for name, kept in given.items() if not name.startswith(VQ_PREFIX) and name not in left}
     sizes = with_heads_of_the_weights(settings, files.specs, policy)
     order, known = _order(rotary, settings)
-    names = settings.get("vocabulary_map")
     found = FoundPolicy(
         format=NAME,
         path=place.path,
@@ -69,11 +68,12 @@ def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
         read=lambda name: _read(files, policy, name, order),
         sizes=sizes,
         rotary=f"{order} ({known})",
-        names=names if isinstance(names, Mapping) else None,
+        names=token_ids(settings),
         faults=(*setting_faults(settings), *_adapters(place)),
         left=(*(f"{name} (follows from rope_theta)" for name in left[:1]), *_beside(place)),
     )
-    image = _image(files, inside, settings, place.path) if inside else None
+    vq = mapping_of(settings, "vq_config")
+    image = _image(files, inside, vq, place.path) if inside else None
     text = place.file("tokenizer.json", "text_tokenizer.json", "tokenizer/text_tokenizer.json")
     return Found(NAME, found, image, text)
 
@@ -95,7 +95,8 @@ def _order(asked: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, s
     """Rotary order, and how we know it. Anole's fork stores Meta's order and permutes within attention."""
     if asked is not None:
         return asked, "as asked for"
-    if _FORK in (settings.get("architectures") or ()):
+    named = settings.get("architectures")
+    if isinstance(named, list) and _FORK in named:
         return "interleaved", f"{_FORK}: Anole's fork of transformers"
     return "halves", "as transformers computes"
 
@@ -127,8 +128,7 @@ def _read(files: TensorFiles, kept: Mapping[str, str], name: str, order: Rotary)
     return tensor
 
 
-def _image(files: TensorFiles, inside: Mapping[str, str], settings: Mapping[str, Any], path: Path) -> FoundImage:
-    vq = settings.get("vq_config") or {}
+def _image(files: TensorFiles, inside: Mapping[str, str], vq: Mapping[str, Any], path: Path) -> FoundImage:
     faults = [f"vq_config.{key} {vq[key]!r}" for key in ("double_latent", "double_z") if vq.get(key)]
     attended = any(".attn." in name and ".mid." not in name for name in inside)
     return FoundImage(

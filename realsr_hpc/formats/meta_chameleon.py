@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from realsr_hpc.config.downloads import CHOOSE
 from realsr_hpc.formats.found import Found, FoundPolicy, Spec
 from realsr_hpc.formats.pickles import read_pickle
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs, read_json
@@ -160,9 +161,7 @@ def _order(asked: Rotary | None, content: dict[str, Any], tree: _Tree) -> tuple[
     if "rope.freqs" in content and not isinstance(content["rope.freqs"], Tensor):
         raise ValueError(
             f"{tree.shards[0].path_of('norm.weight')}: rope.freqs is {content['rope.freqs']!r}, so its tensors were "
-            "renamed from a Hugging Face folder, and no key says in which order their rotary pairs stand: add "
-            "rotary=interleaved (trained with Anole's own fork of transformers) or rotary=halves (with a release of "
-            "transformers)"
+            f"renamed from a Hugging Face folder, and no key says in which order their rotary pairs stand: {CHOOSE}"
         )
     return "interleaved", "Meta's own files"
 

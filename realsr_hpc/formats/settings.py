@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from realsr_hpc.config.downloads import MODEL_TYPES
+
 SIZES = {
     "vocab_size": None,
     "hidden_size": None,
@@ -24,7 +26,7 @@ SIZES = {
 """Keys that are compared with the recipe, each with the value of a missing key (that of transformers'
 `ChameleonConfig`); None: the key must be there."""
 FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("chameleon",),
+    "model_type": MODEL_TYPES,
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -63,7 +65,7 @@ def setting_faults(settings: Mapping[str, Any]) -> list[str]:
     faults = [*_rotary_faults(settings)]
     for key, allowed in FIXED.items():
         value = settings.get(key, allowed[0])
-        if value not in allowed and not (key == "model_type" and str(value).startswith("chameleon")):
+        if value not in allowed:
             faults.append(f"{key} {value!r} (ours: {allowed[0]!r})")
     heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
     width = settings.get("head_dim")
@@ -75,6 +77,25 @@ def setting_faults(settings: Mapping[str, Any]) -> list[str]:
         if not (value is None or value is False or value in ({}, [])):  # 0 is a value: a scale, a limit
             faults.append(f"{key} {settings[key]!r} (unknown here; take it out of config.json if it changes nothing)")
     return faults
+
+
+def mapping_of(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The mapping under a key; {} for null or no such key. ValueError: it is something else."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {key} is {value!r:.60}, no mapping; copy the folder again")
+    return value or {}
+
+
+def token_ids(settings: Mapping[str, Any]) -> Mapping[str, int]:
+    """Ids by token name; {} where the file has none. ValueError: the map is none, or an id is no number."""
+    ids = mapping_of(settings, "vocabulary_map")
+    for name, token in ids.items():
+        if type(token) is not int:
+            raise ValueError(
+                f"config.json: vocabulary_map: {name!r} has id {token!r}, no number; copy the folder again"
+            )
+    return ids
 
 
 def _rotary_faults(settings: Mapping[str, Any]) -> list[str]:

@@ -148,10 +148,17 @@ def _restored(folder: Path, image: Path) -> list[Entry]:
     source, steps = image.parent / found.input, restoration.steps_file(image)
     images = {"final": image} | ({"steps": steps} if steps.is_file() else {})
     name = "restored" if count == 1 else f"restored in {count} tiles (words of the first)"
-    is_same = source.is_file() and found.input_sha256 in ("", sha256_of(source))  # else another has its name by now
-    inputs = {"input": source} if is_same else {}
+    inputs = {"input": source} if _is_the_input(source, found.input_sha256) else {}
     result = Result(name, images, tile.degradation, tile.texts, tile.faults)
     return [Entry(folder.name, "restored", 0, printable(image.stem), inputs, (result,))]
+
+
+def _is_the_input(source: Path, sha256: str) -> bool:
+    """Whether the input can be read and is the one that was restored: another may have its name by now."""
+    try:
+        return source.is_file() and sha256 in ("", sha256_of(source))
+    except OSError:  # in a folder that is closed to us
+        return False
 
 
 def _told(read: Callable[[Path], list[Entry]], path: Path) -> list[Entry]:

@@ -24,6 +24,7 @@ from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.places import output_root, without_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import start_files
+from realsr_hpc.files import read_json
 from realsr_hpc.launch.rundir import run_folder
 from realsr_hpc.paths import resolve
 
@@ -33,8 +34,18 @@ NOT_A_PATH = ("", "start", "none")
 """What `against` takes besides folders."""
 OUTPUT = "output"
 """Of a command's folder: where it writes."""
+STAGE_FILE = "stage.json"
+"""Of a command's folder: what runs."""
 TIME_MIN = {"evaluate": 240, "export_hf": 60}
 """Of a command's job on Slurm, where neither the chain's `cluster` nor its run says a shorter one."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """stage.json: what runs."""
+
+    command: str
+    arguments: list[str]
 
 
 @dataclass(frozen=True)
@@ -286,10 +297,30 @@ class _Resolver:
 
 
 def _command_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
-    """Named by its arguments, in which paths below the output root count from there; once it was their full text."""
-    said = [command, sorted(arguments)]
-    folder, before = (root / "stages" / f"{command}-{digest(value)[:12]}" for value in (without_root(said, root), said))
-    return before if before.exists() and not folder.exists() else folder
+    """Named by its arguments, in which paths below the output root count from there."""
+    wanted = without_root([command, sorted(arguments)], root)
+    folder = root / "stages" / f"{command}-{digest(wanted)[:12]}"
+    return folder if folder.exists() else _of_earlier_version(folder, arguments) or folder
+
+
+def _of_earlier_version(folder: Path, arguments: Sequence[str]) -> Path | None:
+    """The same command's folder from when paths counted in full; the output root may have been moved since."""
+    root, wanted = folder.parent.parent, sorted(arguments)
+    for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{STAGE_FILE}")):
+        words = read_json(path, Words)
+        given = sorted(words.arguments) if words else []
+        if given and without_root(given, _root_then(given, wanted, root)) == without_root(wanted, root):
+            return path.parent
+    return None
+
+
+def _root_then(given: Sequence[str], wanted: Sequence[str], root: Path) -> Path:
+    """The output root that arguments were written with: what stands in them where `root` stands today."""
+    for before, now in zip(given, wanted, strict=False):
+        key, _, below = now.partition(f"={root}/")
+        if below and before.startswith(f"{key}=") and before.endswith(f"/{below}"):
+            return Path(before[len(key) + 1 : -len(below) - 1])
+    return root
 
 
 def _pairs(lines: Iterable[str]) -> dict[str, str]:

@@ -42,7 +42,9 @@ from realsr_hpc.launch.submit import LAUNCH_WAIT_S, submit_into
 from realsr_hpc.locks import hold
 from realsr_hpc.plan import plan
 
-NOT_WITH_A_CHAIN = ("recipe", "fresh", "follow", "prepare", "resolve", "sampler", "axes")
+NOT_WITH_A_CHAIN = (
+    "recipe", "fresh", "follow", "prepare", "resolve", "sampler", "axes", "sweep", "trials", "rungs", "keep",
+)  # fmt: skip
 
 
 def main(arguments: list[str], valid: Valid) -> int:
@@ -79,10 +81,10 @@ def _launch(name: str, nodes: list[Node], console: Console) -> int:
 def _read(arguments: list[str]) -> tuple[str, bool, list[str], bool]:
     """The chain's name, whether only to plan it, the overrides of its stages, and whether it is a sweep."""
     multirun, rest = take_switch(arguments, "-m", "--multirun")
+    for word in rest:
+        if word.partition("=")[0] in NOT_WITH_A_CHAIN:
+            raise RecipeError(f"{word}: not with chain=, which takes plan=true, -m and [STAGE:]section.field=value")
     given, overrides = read_with_overrides(rest, {"chain": "", "plan": "false"}, None)
-    for override in overrides:
-        if override.partition("=")[0] in NOT_WITH_A_CHAIN:
-            raise RecipeError(f"{override}: not with chain=, which takes plan=true, -m and [STAGE:]section.field=value")
     return given["chain"], read_flag(given, "plan"), overrides, multirun
 
 

@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from realsr_hpc import runfolder
 from realsr_hpc.files import read_json, write_atomically
-from realsr_hpc.launch.chain import OUTPUT, Node
+from realsr_hpc.launch.chain import OUTPUT, STAGE_FILE, Node, Words
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
     Job,
@@ -40,20 +40,11 @@ from realsr_hpc.launch.start import NOT_SUBMITTED, refusal
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import module_command, project_root, python_path
 
-STAGE_FILE = "stage.json"
 WROTE = {"evaluate": "metrics.csv", "export_hf": "config.json"}
 """What lies in a command's output when it has written all of it."""
 WORKED = {"evaluate": (0, 1), "export_hf": (0,)}
 """Exit codes of a command that has; evaluate's 1: without some images or numbers, which it names."""
 LAST_WORDS_CHARACTERS = 2000
-
-
-@dataclass(frozen=True)
-class Words:
-    """stage.json: what runs."""
-
-    command: str
-    arguments: list[str]
 
 
 def stage_status(node: Node, queue: Queue) -> Status | None:

@@ -53,10 +53,12 @@ def remove_snapshots(root: Path) -> list[Unused]:
 
 
 def _users(root: Path, folder: Path) -> Iterator[Path]:
+    """Runs whose snapshots are needed. OSError where one cannot be looked at: its snapshot may be any of them."""
     yield from runfolder.list_runs(root)
-    with suppress(OSError):
+    text = ""
+    with suppress(FileNotFoundError):
         text = (folder / USERS).read_text(encoding="utf-8", errors="surrogateescape")
-        yield from (path for path in map(Path, text.splitlines()) if path.is_dir())
+    yield from (path for path in map(Path, text.splitlines()) if path.is_dir())
 
 
 def _size(path: Path) -> int:

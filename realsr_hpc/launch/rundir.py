@@ -14,11 +14,12 @@ from typing import Literal
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.identity import scheme, signature
-from realsr_hpc.config.load import SCHEME_LINE, RecipeError, from_yaml
+from realsr_hpc.config.load import SCHEME_LINE, from_yaml
 from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.locks import Holder, holder_of, is_held
+from realsr_hpc.tracking import recipe_of
 
 State = Literal["submitted", "running", "stopping", "requeued", "stopped", "done", "failed", "lost"]
 """stopping: asked to, saving. stopped: launching it again goes on. lost: its job ended without a word."""
@@ -88,9 +89,12 @@ def _of_earlier_scheme(base: Path, config: RunConfig) -> Path | None:
         try:
             with path.open(encoding="utf-8", errors="replace") as file:
                 current = file.readline().strip() == f"{SCHEME_LINE}{scheme()}"
-            if not current and signature(from_yaml(path)) == signature(config):
+            if current:
+                continue
+            written, found = from_yaml(path), recipe_of(path.parent)  # the root may have been copied, or moved
+            if signature(config) in (signature(written), signature(found)):
                 return path.parent
-        except (RecipeError, OSError):
+        except (ValueError, OSError):
             continue  # a recipe that today's schema refuses is not this one
     return None
 

@@ -10,6 +10,7 @@ captions and with fields we do not know is another program's: passed over, and c
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -102,7 +103,7 @@ def note_beside(path: Path) -> tuple[Note, bool]:
         WrongNote: naming the file, where it is ours and wrong, or no JSON.
     """
     file = path.with_name(path.name + ".json")
-    if not file.is_file():
+    if not os.path.isfile(file):  # not Path's, which raises in a folder that is closed: the photograph says so
         return {}, False
     try:
         raw = _parsed(file.read_bytes())

@@ -49,24 +49,28 @@ def _rows(rollouts: RolloutTokens, values: Tensor | None) -> Tensor | None:
     return None if values is None else rollouts.rows(values)
 
 
+class InexactStep(RuntimeError):
+    """Sampler, policy and reference do not agree where they must."""
+
+
 def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> None:
     """Stop a run if sampler and trainer disagree, or if the first update does not start at ratio 1 (in step 1 at KL 0).
 
     `first` holds the metrics of the step's first update. These numbers are invariants of the method: if one is
-    violated, further training would learn from noise.
+    violated, further training would learn from noise. Raises InexactStep.
     """
     gate, drift = config.grpo.mismatch_kl_gate, first.get("rollout/mismatch_kl", 0.0)
     if gate is not None and not drift <= gate:
-        raise RuntimeError(
+        raise InexactStep(
             f"step {step}: KL(rollout || policy) is {drift:.3g} nats per token, above grpo.mismatch_kl_gate={gate}: "
             "sampler and scorer disagree; lower rollout precision, or raise the gate if this drift is known"
         )
     ratio = first.get("grpo/ratio/mean", 1.0)
     if not abs(ratio - 1.0) <= 1e-5:
-        raise AssertionError(f"step {step}: the mean ratio of its first update is {ratio}, not 1: the policy changed")
+        raise InexactStep(f"step {step}: the mean ratio of its first update is {ratio}, not 1: the policy changed")
     divergence = first.get("grpo/kl_reference/mean", 0.0)
     if step == 1 and not abs(divergence) <= rounding(config):
-        raise AssertionError(f"first update: KL(policy || reference) is {divergence}, not 0; their weights differ")
+        raise InexactStep(f"first update: KL(policy || reference) is {divergence}, not 0; their weights differ")
 
 
 def rounding(config: RunConfig) -> float:

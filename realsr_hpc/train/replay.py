@@ -38,6 +38,8 @@ MAY_DIFFER = (
 )  # fmt: skip
 """Fields of `grpo` that a replay may change: those that act after the rollouts are scored."""
 
+GATE = "grpo.mismatch_kl_gate"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -91,7 +93,7 @@ def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptS
     keys = {line: line.partition("=")[0] for line in overrides}
     elsewhere = {
         key for key in keys.values() if key.startswith(("parallel.", "cluster.")) and may_change_on_resume(key)
-    }
+    } | {GATE}  # it changes no number, only whether they are told
     layout = [line for line, key in keys.items() if key in elsewhere]
     terms = config.rewards.terms
     allowed = {f"grpo.{name}" for name in MAY_DIFFER} | {f"rewards.terms.{name}.weight" for name in terms}
@@ -99,7 +101,8 @@ def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptS
         if key not in allowed | elsewhere:
             hint = nearest(key, allowed).removeprefix("; ")
             raise ValueError(
-                f"{line}: {hint and hint + ' '}a replay may change parallel.*, cluster.*, {', '.join(sorted(allowed))}"
+                f"{line}: {hint and hint + ' '}a replay may change parallel.*, cluster.*, {GATE}, "
+                f"{', '.join(sorted(allowed))}"
             )
     if number not in (kept := runfolder.replay_steps(run_dir)):
         there = ", ".join(map(str, kept)) or "none"

@@ -88,9 +88,12 @@ class TrainingRun:
         asked = self._stop() or step == self.config.checkpoint.stop_at_step
         mine = {"stop": asked, "best": self._is_among_best(), "writing": self._saver.writing}
         flags = {name: float(flag) for name, flag in mine.items()}
+        flags["left_out"] = float(len(getattr(loader, "skipped", ())))  # frozen traces leave none out
         world = torch.distributed.group.WORLD
         assert world is not None, "the parts of a run exist in a process group only"
         agreed = reduce_floats(flags, world, self.parts.groups.device, "max")
+        if agreed["left_out"]:  # photographs so far, by the rank that met most
+            self.tracker.log_metrics(step, {"data/skipped/count": agreed["left_out"]})
         leaving = agreed["stop"] > 0 or step == self.num_steps
         due = leaving or agreed["best"] > 0 or step % self.config.checkpoint.every_steps == 0
         began = time.perf_counter()

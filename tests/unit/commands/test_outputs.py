@@ -79,6 +79,19 @@ def test_an_export_about_to_be_written_is_another_processs_and_a_killed_ones_res
     assert (tmp_path / "export2").is_dir()
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["carry-over policy={source} recipe=sft_tiny", "import-weights source={source} recipe=sft_tiny"],
+)
+def test_a_second_writer_of_weights_is_told_so_before_anything_is_read(command, source, tmp_path, capsys):
+    (source / "model.safetensors").write_bytes(b"nothing that could be read")
+    with Aside(tmp_path / "out"):
+        assert commands.main([*command.format(source=source).split(), f"output={tmp_path / 'out'}"]) == 2
+        said = capsys.readouterr().err
+    assert f"output={tmp_path / 'out'}: process {os.getpid()} on " in said and "writes it; wait for it" in said
+    (tmp_path / "out").rmdir()
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_folder_that_cannot_be_made_is_one_line(name, source, tmp_path, capsys):
     (tmp_path / "file").touch()

@@ -79,3 +79,16 @@ def test_switches_flags_numbers_and_shards():
 
 def test_a_deleted_group_is_an_override():
     assert read_with_overrides(["~model"], VALID, "how to")[1] == ["~model"]
+
+
+@pytest.mark.parametrize("key", ["ouput", "+ouput", "grpo_", "sed", "hydra/launcher"])
+def test_a_bare_key_that_neither_tool_nor_recipe_has_is_refused_with_the_keys_of_both(key):
+    with pytest.raises(ValueError, match="unknown key .* valid keys: input, output, overlap; of the recipe: .*, seed,"):
+        read_with_overrides([f"{key}=x", "recipe=a"], VALID, "how to")
+    with pytest.raises(ValueError, match="did you mean 'output'"):
+        read_with_overrides(["ouput=x"], VALID, "how to")
+
+
+def test_overrides_that_stages_and_hydra_read_stay_theirs():
+    words = ["eval:num_images=4", "+cluster=slurm", "~cluster", "profile=quick", "grop.kl_beta=0"]
+    assert read_with_overrides(words, VALID, "how to")[1] == words

@@ -5,6 +5,7 @@ import tarfile
 import zipfile
 
 import pytest
+import torch
 
 from realsr_hpc.commands import stage_weights
 from realsr_hpc.config.load import compose_one
@@ -141,6 +142,21 @@ def test_downloads_that_are_cut_or_no_such_file_get_no_command(tool, tmp_path, c
     for name, (told, command) in said.items():
         assert any(wrong in told for wrong in wrongs) and not command, name
     assert "is a Git LFS pointer" in said["image_pointer"][0] and "is a web page" in said["text_cut"][0]
+
+
+@pytest.mark.parametrize(("freqs", "orders"), [(None, ["interleaved", "halves"]), (torch.zeros(2), [])])
+def test_a_renamed_tree_gets_a_command_for_each_rotary_order(freqs, orders, tool, tmp_path, capsys):
+    """As Anole's bin_to_pth.py leaves it: `rope.freqs` None, which the import asks about."""
+    tree(tmp_path / "anole")
+    shard = {"norm.weight": torch.ones(2), "rope.freqs": freqs, "output.weight": torch.ones(2, 2)}
+    torch.save(shard, tmp_path / "anole/models/7b/consolidated.pth")
+    assert tool.main(["recipe=sft_7b", f"downloads={tmp_path}"]) == 1
+    told = capsys.readouterr().out
+    commands = [line for line in told.splitlines() if line.startswith("python tools/import_weights.py ")]
+    assert [f"rotary={order}" for order in orders] == [
+        word for line in commands for word in line.split() if "rotary" in word
+    ]
+    assert len(commands) == max(1, len(orders)) and ("choose rotary=interleaved (" in told) == bool(orders)
 
 
 def test_a_linked_folder_is_found_and_a_whole_tokenizer_preferred(tool, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The stream: the same bytes however it is read, exact resumption, the three modes, faults."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_a_broken_photograph_is_skipped_named_and_counted(opened, tmp_path):
 def test_nothing_usable_is_an_error(opened, tmp_path):
     report = prepare(folder(tmp_path, num=1), tmp_path, ALL_TRAIN)
     (tmp_path / "photo0.png").unlink()
-    with pytest.raises(ValueError, match="no photograph of .* can be used"):
+    with pytest.raises(ValueError, match="data.manifest: none of the 1 photographs of .* can be used: photo0: missing"):
         opened(config(report.manifest), "train", 1).next()
 
 
@@ -201,6 +202,21 @@ def test_a_pair_of_wrong_sizes_is_skipped(opened, tmp_path):
     loader = opened(config(paired_folder(tmp_path, factor=3).manifest, mode="paired"), "train", 1)
     with pytest.raises(ValueError, match="pair: truth"):
         loader.next()
+
+
+def test_an_entry_without_its_partner_is_skipped(opened, tmp_path):
+    manifest = read_manifest(paired_folder(tmp_path).manifest)
+    entries = [
+        dataclasses.replace(entry, lq_path=entry.lq_path if entry.key == "photo2" else None)
+        for entry in manifest.entries
+    ]
+    write_manifest(tmp_path / "mixed.parquet", entries)
+    loader = opened(config(tmp_path / "mixed.parquet", mode="paired"), "train", 4, shuffle=False)
+    assert loader.next().keys == ("photo2",) * 4
+    assert (
+        loader.skipped["photo0"]
+        == "pair: lq_path of 'photo0' is empty: paired data needs it, or set data.mode=unpaired"
+    )
 
 
 def test_lq_only_has_no_truth(opened, tmp_path):

@@ -171,6 +171,13 @@ def test_broken_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
     assert command("evaluate")([f"images={tmp_path / 'other'}", f"data={tmp_path}", "set=unpaired", "pyiqa=none"]) == 1
     printed = capsys.readouterr().out
     assert "bicubic 2, other 1" in printed and "left out: empty: cannot be read (broken" in printed
+    assert "- other has no readable image for 1 of 2: torn" in printed
+    (tmp_path / "lq/empty.jpg").unlink()
+    arguments = [f"images={tmp_path / 'other'}", f"data={tmp_path}", "set=unpaired", "pyiqa=none"]
+    assert command("evaluate")(arguments) == 1  # of the method alone something is missing
+    (tmp_path / "other/cat.png").write_bytes(b"")
+    assert command("evaluate")([*arguments, f"output={tmp_path / 'none'}"]) == 2
+    assert f"{tmp_path / 'other'}: none of its images can be read" in capsys.readouterr().err
 
 
 def test_degraded_photographs_are_the_recipes_and_a_test_set(tmp_path, capsys):
@@ -192,7 +199,7 @@ def test_degraded_photographs_are_the_recipes_and_a_test_set(tmp_path, capsys):
     assert command("degrade")(arguments) == 2 and "not empty" in capsys.readouterr().err
 
 
-def test_degrading_ends_with_1_where_a_photograph_was_left_out(tmp_path, capsys):
+def test_degrading_and_freezing_end_with_1_where_a_photograph_was_left_out(tmp_path, capsys, caplog):
     (tmp_path / "in").mkdir()
     for name in ("a", "b", "c"):
         Image.fromarray(data.chelsea()[:160, :160]).save(tmp_path / "in" / f"{name}.png")
@@ -200,8 +207,9 @@ def test_degrading_ends_with_1_where_a_photograph_was_left_out(tmp_path, capsys)
     (tmp_path / "in" / "b.png").write_bytes(b"")
     words = ["recipe=grpo_tiny", f"data.manifest={tmp_path / 'out/manifest.parquet'}", f"output={tmp_path / 'set'}"]
     assert command("degrade")([*words, "images=3", "split=train", "data.num_threads=1"]) == 1
-    told = capsys.readouterr()
-    assert "left out: b: broken" in told.err and "3 pairs" in told.out
+    assert "left out: b: broken" in caplog.text and "3 pairs" in capsys.readouterr().out
+    words[-1] = f"output={tmp_path / 'traces'}"
+    assert command("freeze_traces")([*words, "samples=3", "data.train_split=train", "data.num_threads=1"]) == 1
 
 
 def test_score_takes_the_rewards_of_a_recipe_group(tmp_path, capsys):

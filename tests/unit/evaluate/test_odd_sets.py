@@ -89,6 +89,15 @@ def test_an_image_too_small_for_a_window_has_no_such_number_and_the_rest_is_meas
     assert "- ssim_y of bicubic is without 1 of 2 images, first small (a side below 11 px)" in report.markdown()
 
 
+def test_a_flat_image_has_no_niqe_and_the_reason_is_not_its_size(tmp_path):
+    save(tmp_path / "set/usual.png", size=(32, 32))
+    Image.new("RGB", (32, 32), (9, 99, 199)).save(tmp_path / "set/flat.png")
+    cases, _ = open_set("unpaired", tmp_path / "set", 4)
+    report = evaluate({BICUBIC: Bicubic(4)}, cases, tmp_path / "out", metrics=Metrics(), set_name="mine")
+    assert report.interval(BICUBIC, "niqe").num_images == 1
+    assert "niqe of bicubic is without 1 of 2 images, first flat (flat: fewer than two" in report.markdown()
+
+
 def test_names_of_any_bytes_are_evaluated(tmp_path):
     save(tmp_path / "in/x.png", size=(32, 32))
     os.rename(tmp_path / "in/x.png", tmp_path / "in" / os.fsdecode(b"k\xfc.png"))

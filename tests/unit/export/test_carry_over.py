@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 
 from realsr_hpc.export import carry_over as room
 from realsr_hpc.export.carry_over import ROWS, carry_over, code_shares
+from realsr_hpc.export.weight_files import Aside
+from realsr_hpc.locks import LockRefused
 from realsr_hpc.tokenizer.text import train_text_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.vlcot.sequence import FIELDS
@@ -59,3 +61,18 @@ def test_another_stride_is_refused(run):
     )
     with pytest.raises(ValueError, match="downsample: 8 and 16"):
         code_shares(run.tokens, other, images())
+
+
+def test_no_image_is_taken_where_the_result_could_not_be_written(run, tmp_path):
+    def taken():
+        raise AssertionError("work was begun")
+        yield
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="output=.*there exists; name a new folder"):
+        carry_over(run.export, run.tokens, run.tokens, taken(), tmp_path / "there")
+    with Aside(tmp_path / "other"), pytest.raises(LockRefused, match="output=.*other: process .* writes it"):
+        carry_over(run.export, run.tokens, run.tokens, taken(), tmp_path / "other")
+    with pytest.raises(ValueError, match="neither model.safetensors nor"):
+        carry_over(tmp_path / "there", run.tokens, run.tokens, taken(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -208,6 +208,7 @@ FOREIGN = {
     "rope_interleaved": True,
     "layer_types": ["sliding_attention", "full_attention"],
     "model_type": "llama",
+    "model_type chameleonic": "chameleonic",
     "num_key_value_heads": 2,
 }
 
@@ -347,6 +348,23 @@ def test_an_unknown_key_of_config_json_is_refused_whatever_it_says(value):
     faults = setting_faults({"logit_scale": value})
     assert len(faults) == 1 and faults[0].startswith(f"logit_scale {value!r} (unknown here")
     assert not setting_faults({"logit_scale": None, "use_it": False, "layers_of_it": [], "map_of_it": {}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("vocabulary_map", [], "is [], no mapping"),
+        ("vocabulary_map", "IMGIMGAZ", "is 'IMGIMGAZ', no mapping"),
+        ("vocabulary_map", {"IMGIMGAZ": "4"}, ": 'IMGIMGAZ' has id '4', no number"),
+        ("vq_config", [1], "is [1], no mapping"),
+    ],
+)
+def test_maps_of_another_kind_are_named_at_both_doors(key, value, said, model, tmp_path, logits_of):
+    source = write_folder(tmp_path / "source", model, state_of(model), **{key: value})
+    with pytest.raises(ValueError, match=re.escape(f"config.json: {key} {said}".replace(" :", ":"))):
+        import_weights(Sources(source), tmp_path / "out", recipe())
+    with pytest.raises(ValueError, match=f"model.weights = .*config.json: {key}"):
+        logits_of(source, recipe(), TOKENS, 1024)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from realsr_hpc.config.chain import read_chain
 from realsr_hpc.config.identity import digest, signature
 from realsr_hpc.config.load import RecipeError, compose_one, to_yaml, written
 from realsr_hpc.launch.chain import Node, chain_nodes
-from realsr_hpc.launch.chain_stage import run_stage
+from realsr_hpc.launch.chain_stage import prepare_stage, run_stage
 from realsr_hpc.launch.rundir import LAUNCH_VARIABLE, write_status
 from realsr_hpc.locks import hold
 from realsr_hpc.paths import project_root
@@ -86,13 +87,30 @@ def test_the_root_that_holds_a_path_is_told_from_another(tmp_path):
     assert len({named("a", f"{tmp_path}/{place}") for place in ("a/x", "b/x", "a/y", "ax", "a/a/x")}) == 5
 
 
-def test_a_command_of_an_earlier_version_keeps_its_folder(tmp_path):
-    node = nodes(f"output_root={tmp_path}")["sft.export"]
-    earlier = node.folder.with_name(f"export_hf-{digest(['export_hf', sorted(node.arguments)])[:12]}")
-    earlier.mkdir(parents=True)
-    again = nodes(f"output_root={tmp_path}")
-    assert again["sft.export"].folder == earlier != node.folder
-    assert again["grpo"].config.model.weights == str(earlier / "output")
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_chain_of_an_earlier_version_keeps_its_folders_also_where_its_root_was_moved(moved, tmp_path):
+    """Then a command's name counted paths in full, and a run's signature too."""
+    here = there = tmp_path / "runs"
+    earlier: dict[str, Path] = {}
+    for stage in ("sft", "sft.export", "grpo", "evaluate", "export"):
+        node = nodes(f"output_root={here}")[stage]  # what came before has the names of then
+        name = f"{node.command}-{digest([node.command, sorted(node.arguments)])[:12]}"
+        earlier[stage] = node.folder.with_name(name if node.command else f"{node.config.name}-0000000000{len(earlier)}")
+        earlier[stage].mkdir(parents=True)
+        if node.command:
+            prepare_stage(replace(node, folder=earlier[stage]))
+        else:
+            text = to_yaml(node.config).partition("\n")[2]
+            (earlier[stage] / "recipe.yaml").write_text(f"# fields that the signature covers: 00000000\n{text}")
+            write_place(earlier[stage], Place(str(earlier[stage]), str(here)))
+    if moved:
+        here.rename(there := tmp_path / "B's runs")
+    after = nodes(f"output_root={written(str(there))}")
+    assert {stage: node.folder for stage, node in after.items()} == {
+        stage: there / folder.relative_to(here) for stage, folder in earlier.items()
+    }
+    changed = nodes(f"output_root={written(str(there))}", "evaluate:num_images=3")
+    assert changed["evaluate"].folder != after["evaluate"].folder and changed["grpo"].folder == after["grpo"].folder
 
 
 def test_a_sweep_of_chains_shares_the_stages_that_do_not_differ():

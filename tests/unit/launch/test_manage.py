@@ -134,6 +134,29 @@ def test_snapshots_that_no_run_refers_to_go_when_asked_twice(tmp_path, capsys):
     assert {name for name, path in snapshots.items() if path.exists()} == {"used", "elsewhere"}
 
 
+def test_no_snapshot_goes_while_a_run_elsewhere_cannot_be_looked_at(tmp_path):
+    root = tmp_path / "runs"
+    (snapshot := root / "code" / "needed").mkdir(parents=True)
+    (root / "code" / ".users").write_text(f"{tmp_path / ('x' * 300)}\n")  # no name that a file can have
+    link_code(make_run(tmp_path / "mine", "prepared"), snapshot)
+    with pytest.raises(OSError, match="File name too long"):
+        main([f"root={root}", "prune=true", "yes=true"])
+    assert snapshot.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"step": -1}, {"step": 10**15 + 1}, {"total": -1}, {"total": 10**400}, {"time_ms": 10**300}, {"step": 1.5}],
+)
+def test_progress_beyond_what_a_run_can_reach_counts_as_none(damage, tmp_path, slurm, capsys):
+    slurm(squeue="echo 12 RUNNING None")
+    run_dir = make_run(tmp_path / "runs", "run")
+    (run_dir / "progress.json").write_text(json.dumps(vars(Progress(3, 30, "x")) | damage))
+    assert main([f"root={tmp_path / 'runs'}", "json=true"]) == 0
+    [shown] = json.loads(capsys.readouterr().out)
+    assert (shown["state"], shown["step"], shown["total"]) == ("running", None, None)
+
+
 @pytest.mark.parametrize("words", [["prune=true", "yes=maybe"], ["json=2"], ["report=nope"], ["root=/nowhere"]])
 def test_a_switch_is_true_or_false_and_a_root_is_there(words, capsys):
     assert main(words) == 2

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,30 @@ def test_batch_equals_one_by_one_and_small_or_flat_images_are_nan(photograph, ot
     both = niqe([photograph, other_photograph], model)
     assert np.array_equal(both, [niqe([image], model)[0] for image in (photograph, other_photograph)])
     assert np.isnan(niqe([photograph[:32], np.full_like(photograph, 90)], model)).all()
+
+
+def test_two_patches_a_side_are_enough_and_one_pixel_less_is_not(photograph, model):
+    side = 2 * model.patch_px
+    sides = {(side, side): True, (side - 1, 200): False, (200, side - 1): False, (1, 1): False, (side + 1, side): True}
+    images = [np.resize(photograph, (200, 200, 3))[:height, :width] for height, width in sides]
+    assert np.isfinite(niqe(images, model)).tolist() == list(sides.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("patch_px", 7, "patches of 7 px"),
+        ("patch_px", 1025, "patches of 1025 px"),
+        ("stride_px", 0, "at 0"),
+        ("mean", np.full(36, np.nan), "NaN or infinite"),
+        ("covariance", np.full((36, 36), np.inf), "NaN or infinite"),
+        ("covariance", np.eye(35), "it must be"),
+    ],
+)
+def test_a_model_out_of_bounds_is_refused(field, value, said, model, tmp_path):
+    dataclasses.replace(model, **{field: value}).save(tmp_path / "model.npz")
+    with pytest.raises(ValueError, match=said):
+        NIQEModel.load(tmp_path / "model.npz")
 
 
 def test_model_survives_its_file(model, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from realsr_hpc.config.schema import PrecisionConfig, RunConfig
-from realsr_hpc.train.objective import check_exactness
+from realsr_hpc.train.objective import InexactStep, check_exactness
 
 CONFIG = RunConfig(name="t", task="grpo")
 EXACT = {"grpo/ratio/mean": 1.0, "grpo/kl_reference/mean": 0.0, "rollout/mismatch_kl": 1e-9}
@@ -16,7 +16,7 @@ def test_an_exact_first_update_passes_and_an_empty_one_too():
 
 @pytest.mark.parametrize("broken", [1.001, float("nan")])
 def test_the_first_update_of_any_step_starts_at_ratio_one(broken):
-    with pytest.raises(AssertionError, match="mean ratio"):
+    with pytest.raises(InexactStep, match="mean ratio"):
         check_exactness(CONFIG, 7, EXACT | {"grpo/ratio/mean": broken})
 
 
@@ -24,10 +24,10 @@ def test_a_fresh_run_starts_at_its_reference():
     moved = EXACT | {"grpo/kl_reference/mean": 5e-4}
     check_exactness(CONFIG, 2, moved)
     check_exactness(CONFIG.model_copy(update={"precision": PrecisionConfig(params="bf16")}), 1, moved)
-    with pytest.raises(AssertionError, match="reference"):
+    with pytest.raises(InexactStep, match="reference"):
         check_exactness(CONFIG, 1, moved)
 
 
 def test_a_drifting_sampler_meets_the_gate():
-    with pytest.raises(RuntimeError, match="mismatch_kl_gate=0.001"):
+    with pytest.raises(InexactStep, match="mismatch_kl_gate=0.001"):
         check_exactness(CONFIG, 9, EXACT | {"rollout/mismatch_kl": 2e-3})

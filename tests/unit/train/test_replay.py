@@ -118,6 +118,25 @@ def test_a_step_whose_update_was_skipped_is_the_runs_where_its_numbers_are_not_f
     assert "Step 3 is what was reported" in told and all(f"| {name} | nan | nan | equal |" in told for name in unknown)
 
 
+@pytest.mark.parametrize("layout", [[], ["parallel.tp=2", "cluster.tasks_per_node=2"]])
+def test_a_step_above_the_gate_is_one_line_with_the_remedy_and_compared_without_the_gate(
+    layout, run_dir, tmp_path, capfd
+):
+    strict = tmp_path / "strict"
+    shutil.copytree(run_dir, strict)
+    (strict / "recipe.yaml").write_text(
+        to_yaml(override(from_yaml(run_dir / "recipe.yaml"), ["grpo.mismatch_kl_gate=1e-30"]))
+    )
+    words = [f"run={strict}", "step=3", f"output={tmp_path / 'out'}", *layout]
+    assert main(words) == 2
+    said = capfd.readouterr().err
+    [told] = [line for line in said.splitlines() if "mismatch_kl_gate" in line]
+    assert "above grpo.mismatch_kl_gate=1e-30" in told and told.endswith("=null compares its numbers all the same")
+    assert "Traceback" not in said and "ChildFailedError" not in said
+    assert main([*words, "grpo.mismatch_kl_gate=null"]) == 0
+    assert json.loads((tmp_path / "out" / "replay.json").read_text())["other"] is None
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
