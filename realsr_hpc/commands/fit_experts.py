@@ -10,10 +10,15 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from realsr_hpc.config.arguments import read_arguments, read_count
+from realsr_hpc.files import json_object
 from realsr_hpc.locks import sole_writer
 from realsr_hpc.paths import resolve
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PHOTOGRAPHS = "recipes/assets/photographs"
 DEFAULTS = {"only": None, "steps": "800", "seed": "0", "output": "recipes/assets/tiny", "photographs": PHOTOGRAPHS}
@@ -35,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _fit(given: dict[str, str | None], steps: int, seed: int) -> None:
-    from realsr_hpc.quality.fit import fit_niqe, photographs, train_ranker
+    from realsr_hpc.quality.fit import fit_niqe, train_ranker
     from realsr_hpc.rewards.generation import NIQE_PATH, RANKER_PATH
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -47,6 +52,36 @@ def _fit(given: dict[str, str | None], steps: int, seed: int) -> None:
         train_ranker(train, num_steps=steps, seed=seed).save(output / Path(RANKER_PATH).name)
     if given["only"] in (None, "measure"):
         print_measures(output, photographs(folder, "heldout"))
+
+
+def photographs(folder: Path, split: str) -> list[Image]:
+    """The scenes of one split in the folder itself, as its photographs.jsonl lists them; its sub-folders are left out.
+
+    What ships was fitted on the 20 training scenes there, and the same command shall give it again. ValueError names
+    the line or photograph that cannot be read: without it the fit would be another one.
+    """
+    from PIL import Image
+
+    from realsr_hpc.data.decoding import decode_image
+
+    listing = folder / "photographs.jsonl"
+    pictures = []
+    for number, line in enumerate(listing.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        if not line.strip():
+            continue
+        row = json_object(line) or {}
+        path, its_split = row.get("path"), row.get("split")
+        if not isinstance(path, str) or not isinstance(its_split, str):
+            raise ValueError(f"{listing}:{number}: not a JSON object with path and split; correct the line")
+        if its_split != split or "/" in path:
+            continue
+        try:
+            pictures.append(Image.fromarray(decode_image(folder / path)))
+        except ValueError as error:  # BrokenImage, and no name that a file can have
+            raise ValueError(f"{folder / path} cannot be read ({error}); bring a whole one") from None
+    if not pictures:
+        raise ValueError(f"{listing}: lists no photograph of split {split!r} in the folder itself")
+    return pictures
 
 
 def print_measures(output: Path, heldout: list) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from realsr_hpc.config.derived import VOCABULARY_SIZES, fp8_widths, world_size
 from realsr_hpc.config.schema import RunConfig
@@ -15,7 +16,9 @@ from realsr_hpc.paths import resolve
 
 Rule = Callable[[RunConfig], Iterator[str]]
 
-_SECRET_KEY = re.compile(r"(^|[&;#])[^=&;]*(passw|pwd|secret|token|api_?key|credential)[^=&;]*=", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(^|[&;#])([^=&;]*(passw|pwd|secret|token|api_?key|credential|signature)[^=&;]*|auth|sig|key)=", re.IGNORECASE
+)
 _STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
 """Schemes of MLflow's stores; a database's may bear a driver, `postgresql+psycopg2`."""
 _UNFIT_IN_PATHS = {
@@ -167,9 +170,9 @@ def a_checkpoint_can_be_taken_before_time_is_up(config: RunConfig) -> Iterator[s
 
 def a_tracking_uri_holds_no_password(config: RunConfig) -> Iterator[str]:
     """The URI is logged as a parameter and stands in files that people share."""
-    uri = config.tracking.uri or ""
-    before_host = uri.partition("://")[2].partition("?")[0].rpartition("@")[0]
-    if ":" in before_host or _SECRET_KEY.search(uri.partition("?")[2]):
+    uri = unquote(config.tracking.uri or "")
+    place, *rest = re.split("[?#;]", uri.partition("://")[2], maxsplit=1)
+    if ":" in place.rpartition("@")[0] or any(_SECRET_KEY.search(part) for part in rest):
         yield (
             "tracking.uri: holds a password; leave it out and give MLFLOW_TRACKING_USERNAME and "
             "MLFLOW_TRACKING_PASSWORD (a server) or PGPASSFILE (PostgreSQL) in cluster.environment_file"

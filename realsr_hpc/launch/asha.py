@@ -29,7 +29,7 @@ from realsr_hpc.launch.halving import Move, Trial, next_move, ranking
 from realsr_hpc.launch.proposals import Space, refuse_another_space
 from realsr_hpc.launch.rundir import ALIVE, Queue, current_status, make_private, queue_of, run_folder
 from realsr_hpc.launch.start import Submission
-from realsr_hpc.launch.submit import submit_into
+from realsr_hpc.launch.submit import submit_into, submit_patiently
 from realsr_hpc.locks import hold
 from realsr_hpc.tracking import compare_command, metrics_by_step, recipe_of
 
@@ -71,6 +71,8 @@ class Halving:
         self.interrupted: list[int] = []
         """Runs that an earlier launch left before their rung."""
         self.refused: list[Submission] = []
+        self.started = False
+        """Whether Slurm has answered this launch once."""
 
     def run(self, *, follow: bool) -> int:
         """Run the sweep to its end, or without `follow` submit what can start now. 1: a submission was refused."""
@@ -181,7 +183,11 @@ class Halving:
             folders.append((override(config, [f"checkpoint.stop_at_step={stop}"]), folder))
             word = "new" if move.rung == 0 else "goes on"
             self._say(f"{word:8}{folder.name}  {' '.join(self.kept.trials[number].overrides)}  to step {step}")
-        submissions = submit_into(folders, sweep=self.name, varied=self.space.keys)
+        if self.started:
+            submissions = submit_patiently(folders, self._say, sweep=self.name, varied=self.space.keys)
+        else:  # whoever launches wants to know at once
+            submissions = submit_into(folders, sweep=self.name, varied=self.space.keys)
+        self.started = True
         self.refused = [item for item in submissions if item.failed]
         for item in self.refused:
             self._say(f"REFUSED {item.run_dir.name}: {item.note}; launch the sweep again to go on")

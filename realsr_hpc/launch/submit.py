@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import writable_folder, write_atomically
 from realsr_hpc.launch.console import plan_text
 from realsr_hpc.launch.prune import link_code
+from realsr_hpc.launch.requeue import FIRST_PAUSE_S, LAST_PAUSE_S, PATIENCE_S
 from realsr_hpc.launch.rundir import (
     ALIVE,
     Queue,
@@ -52,7 +54,13 @@ from realsr_hpc.tracking.delivery import brief
 from realsr_hpc.tracking.store import SWEEP_TAG, VARIED_TAG
 
 LAUNCH_WAIT_S = 120.0
+AWAY = "unable to contact slurm controller"
+"""In sbatch's words where nothing was submitted."""
 logger = logging.getLogger(__name__)
+
+
+class SlurmAway(ValueError):
+    """Slurm's commands are there, but its controller does not answer them."""
 
 
 def submit(
@@ -92,12 +100,40 @@ def submit_into(
         return [_with_note(became.get(item.run_dir, item), note) for item in planned]
 
 
+def submit_patiently(
+    folders: list[tuple[RunConfig, Path]],
+    say: Callable[[str], None],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    sweep: str = "",
+    varied: list[str] | None = None,
+) -> list[Submission]:
+    """As `submit_into`; while Slurm's controller is away (a restart, a failover) it is asked again for minutes.
+
+    For a launcher that follows a sweep for hours. SlurmAway: it stays away.
+    """
+    waited, pause = 0.0, FIRST_PAUSE_S
+    while True:
+        try:
+            found = submit_into(folders, sweep=sweep, varied=varied)
+            away = next((item.note for item in found if item.failed and AWAY in item.note.lower()), "")
+            if not away or waited >= PATIENCE_S:
+                return found
+        except SlurmAway as error:
+            if waited >= PATIENCE_S:
+                raise
+            away = str(error)
+        say(f"{away}; asking again in {pause:.0f} s")
+        sleep(pause)
+        waited, pause = waited + pause, min(2 * pause, LAST_PAUSE_S)
+
+
 def _queue(folders: list[tuple[RunConfig, Path]]) -> Queue:
     """The queue, where one of the runs goes to Slurm or was there last: a local job beside a Slurm job spoils a run."""
     if not any(config.cluster.kind == "slurm" for config, _ in folders):
         return queue_of(run_dir for _, run_dir in folders)
     if not (queue := slurm_queue()).answered:
-        raise ValueError(
+        raise SlurmAway(
             "cluster.kind: slurm: squeue does not answer; launch where Slurm's commands work, or cluster=local"
         )
     return queue

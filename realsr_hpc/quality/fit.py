@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from realsr_hpc.files import first_line, json_object
 from realsr_hpc.quality.ladder import OPERATORS, ladder, random_crop
 from realsr_hpc.quality.niqe import NIQEModel, fit_pristine, luminance
 from realsr_hpc.quality.ranker import Ranker
@@ -23,31 +21,6 @@ from realsr_hpc.quality.ranker import Ranker
 logger = logging.getLogger(__name__)
 SIZE_PX = 128
 SEVERITIES = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
-
-
-def photographs(folder: Path, split: str) -> list[Image.Image]:
-    """The scenes of one split in the folder itself, as its photographs.jsonl lists them; its sub-folders are left out.
-
-    What ships was fitted on the 20 training scenes there, and the same command shall give it again. ValueError names
-    the line or photograph that cannot be read: without it the fit would be another one.
-    """
-    listing = folder / "photographs.jsonl"
-    pictures = []
-    for number, line in enumerate(listing.read_bytes().splitlines(), start=1):
-        row = json_object(line) or {}
-        path, its_split = row.get("path"), row.get("split")
-        if not isinstance(path, str) or not isinstance(its_split, str):
-            raise ValueError(f"{listing}:{number}: not a JSON object with path and split; correct the line")
-        if its_split != split or "/" in path:
-            continue
-        try:
-            with Image.open(folder / path) as picture:
-                pictures.append(picture.convert("RGB"))
-        except Exception as error:  # whatever Pillow's parsers trip over
-            raise ValueError(f"{folder / path} cannot be read ({first_line(error)}); bring a whole one") from None
-    if not pictures:
-        raise ValueError(f"{listing}: lists no photograph of split {split!r} in the folder itself")
-    return pictures
 
 
 def fit_niqe(pictures: Sequence[Image.Image], patch_px: int = 32, stride_px: int = 32) -> NIQEModel:

@@ -105,9 +105,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(name, source, tmp_path, capsys
     [
         ("score input={source} output={file}/x.csv", "output={file} cannot be written (File exists)"),
         ("prepare-data source={source} output={source}/out captions={source}", "Is a directory"),
+        ("restore export=x input={source} output={source}/out upscale=0", "upscale=0 is below 1; give one from 1 up"),
+        ("evaluate images={source} set=unpaired data={source} upscale=65", "upscale=65 is above 64; give the set's"),
     ],
 )
-def test_what_the_system_refuses_is_one_line(command, line, source, tmp_path, capsys):
+def test_what_the_system_refuses_or_no_number_can_be_is_one_line(command, line, source, tmp_path, capsys):
     (file := tmp_path / "file").touch()
     assert commands.main(command.format(source=source, file=file).split()) == 2
     said = " ".join("".join(capsys.readouterr()).split())

@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from realsr_hpc.commands.launch import main
-from realsr_hpc.config.load import RecipeError, compose
+from realsr_hpc.config.load import RecipeError, compose, compose_one
 from realsr_hpc.launch.command import choose, read_command_line
 from realsr_hpc.launch.halving import Move, Trial, even_rungs, next_move
 from realsr_hpc.launch.proposals import refuse_another_space
-from realsr_hpc.launch.rundir import current_status, run_folder
+from realsr_hpc.launch.rundir import current_status, read_job, run_folder
+from realsr_hpc.launch.submit import SlurmAway, submit_patiently
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking import metrics_by_step
 from tests.slurm.conftest import SMALL
@@ -165,6 +166,28 @@ def test_a_sweep_launched_again_names_what_decides_its_results_and_differs(fixed
         refuse_another_space("rates", first, now)
     told = str(error.value)
     assert told.startswith("sweep: rates: was launched with ") and said in told and told.count("=") < 8
+
+
+def test_a_followed_sweep_outlives_a_controller_that_is_away(tmp_path, slurm):
+    """Of the sweep's own queue: first squeue finds it away, then sbatch."""
+    config = compose_one(["recipe=sft_tiny", "cluster.kind=slurm", f"output_root={tmp_path / 'runs'}"])
+    away = "{ echo 'sbatch: error: Unable to contact slurm controller (connect failure)' >&2; exit 1; }"
+    said, pauses = [], []
+    asked = f"echo x >> {tmp_path}/$(basename $0); [ $(wc -l < {tmp_path}/$(basename $0)) -ge 2 ] || {away}"
+    slurm(squeue=asked, sbatch=f"{asked}; echo Submitted batch job 12")
+    [found] = submit_patiently([(config, run_folder(config))], said.append, sleep=pauses.append)
+    assert found.submitted and not found.failed and pauses == [1, 2]
+    assert "squeue does not answer" in said[0] and "Unable to contact slurm controller" in said[1]
+    job = read_job(run_folder(config))
+    assert job is not None and job.job_id == "12"
+    slurm(sbatch="echo 'sbatch: error: Invalid account' >&2; exit 1")
+    other = compose_one(["recipe=sft_tiny", "seed=1", "cluster.kind=slurm", f"output_root={tmp_path / 'runs'}"])
+    [refused] = submit_patiently([(other, run_folder(other))], said.append, sleep=pauses.append)
+    assert refused.failed and "Invalid account" in refused.note and pauses == [1, 2]
+    slurm(squeue="exit 1")
+    with pytest.raises(SlurmAway):
+        submit_patiently([(other, run_folder(other))], said.append, sleep=pauses.append)
+    assert 600 <= sum(pauses) < 700
 
 
 @pytest.mark.timeout(1800)
