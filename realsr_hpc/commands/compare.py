@@ -36,7 +36,7 @@ LONGEST_NAME = 200
 
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 for a wrong option or an unknown run."""
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
     try:
         options = read_arguments(arguments, OPTIONS, __doc__)
         if bool(options["sweep"]) == bool(options["runs"]):
@@ -50,10 +50,10 @@ def main(arguments: list[str]) -> int:
         output = Path(options["output"] or root / "compare" / folder_name(options))
         files = write_report(comparison, output, options["sweep"] or options["runs"])
     except ValueError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        console.print(str(error), style="red", soft_wrap=True)
         return 2
     show(comparison, console)
-    console.print(f"{output}: {', '.join(file.name for file in files)}", markup=False, soft_wrap=True)
+    console.print(f"{output}: {', '.join(file.name for file in files)}", soft_wrap=True)
     return 0
 
 
@@ -91,4 +91,4 @@ def show(comparison: Comparison, console: Console) -> None:
     if best is None:
         console.print(f"no run has {comparison.metric} yet")
     else:
-        console.print(f"best by {comparison.metric}: {best.name} ({best.metrics[comparison.metric]:.4g})", markup=False)
+        console.print(f"best by {comparison.metric}: {best.name} ({best.metrics[comparison.metric]:.4g})")

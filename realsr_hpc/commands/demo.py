@@ -39,12 +39,12 @@ LOAD_EXPORT = (
 
 def main(arguments: list[str]) -> int:
     """Exit code of the first command that failed, else 0; 2 for wrong usage."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     try:
         _, overrides = read_with_overrides(arguments, {}, __doc__)
         config = compose(["recipe=grpo_tiny", *overrides])
     except ValueError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red")
         return 2
     assert isinstance(config, RunConfig)
     run_dir = run_folder(config)
@@ -108,10 +108,10 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
         "what it thinks, and what GRPO rewards": report / "gallery.html",
         "Hugging Face export": export,
     }.items():
-        console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
     program = str(Path(sys.executable).parent / "mlflow")
     mlflow = shlex.join([program, "ui", "--backend-store-uri", tracking_uri(config)])
-    console.print(f"open MLflow: {mlflow}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"open MLflow: {mlflow}", highlight=False, soft_wrap=True)
 
 
 def draw_story(report: Path, num_rows: int = 6) -> None:

@@ -30,6 +30,7 @@ from realsr_hpc.config.load import nearest
 from realsr_hpc.config.restoring import RESTORING, check_restoring, refuse_what_does_not_fit
 from realsr_hpc.config.schema import ParallelConfig, RunConfig
 from realsr_hpc.config.test_sets import refuse_unknown_set
+from realsr_hpc.files import printable
 from realsr_hpc.paths import resolve
 
 if TYPE_CHECKING:
@@ -290,7 +291,7 @@ def _kinds(against: str) -> Iterator[tuple[str, str]]:
 
 
 def _cases(given: Given, config: RunConfig | None, count: int, upscale: int):
-    """What is restored, and remarks about it."""
+    """What is restored, and remarks about it; another photograph stands for one that cannot be used."""
     from realsr_hpc.evaluate import cases_of, open_set
 
     if given["data"]:
@@ -300,7 +301,8 @@ def _cases(given: Given, config: RunConfig | None, count: int, upscale: int):
 
     loader = LQLoader(config, given["split"] or config.data.heldout_split, count, shuffle=False)
     try:
-        return cases_of(loader.next()), []
+        cases = cases_of(loader.next())
+        return cases, [f"left out: {printable(key)}: {why}" for key, why in loader.skipped.items()]
     finally:
         loader.close()
 

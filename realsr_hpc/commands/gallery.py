@@ -7,11 +7,18 @@ serve=true serves it on 127.0.0.1 (port=8000) until Ctrl-C. limit=200: the newes
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from realsr_hpc.config.arguments import read_arguments, read_count, read_flag
+
+if TYPE_CHECKING:
+    from realsr_hpc.gallery import Entry
 
 DEFAULTS: dict[str, str | None] = {
     "run": None,
@@ -63,15 +70,32 @@ def serve(page: Path, port: int) -> None:
             print()
 
 
+def told_apart(read: Mapping[Path, Sequence[Entry]]) -> list[Entry]:
+    """All entries; sources that are called alike in several folders have these before their names."""
+    folders: dict[str, list[Path]] = {}
+    for folder, entries in read.items():
+        for source in {entry.source for entry in entries}:
+            folders.setdefault(source, []).append(folder.parent)
+
+    def named(folder: Path, entry: Entry) -> Entry:
+        alike = folders[entry.source]
+        above = os.path.relpath(folder.parent, os.path.commonpath(alike))
+        return entry if len(alike) == 1 else replace(entry, source=os.path.normpath(f"{above}/{entry.source}"))
+
+    return [named(folder, entry) for folder, entries in read.items() for entry in entries]
+
+
 def _write(given: dict[str, str | None], limit: int, output: Path) -> int:
     from realsr_hpc.gallery import read_evaluation, read_restored, read_run, write_page
 
     readers = {"run": read_run, "evaluation": read_evaluation, "restored": read_restored}
-    entries = []
-    for key, read in readers.items():
-        for name in (given[key] or "").split(","):
-            if name:
-                entries += read(Path(name).resolve())[-limit:]
+    read: dict[Path, list[Entry]] = {}
+    for key, reader in readers.items():
+        for folder in (Path(name).resolve() for name in (given[key] or "").split(",") if name):
+            if folder in read:
+                raise ValueError(f"{key}={folder}: is given twice; name it once")
+            read[folder] = reader(folder)[-limit:]
+    entries = told_apart(read)
     if not entries:
         raise ValueError("give run=RUN_DIR, evaluation=DIR or restored=DIR, several with commas")
     write_page(entries, output, given["title"] or "")

@@ -52,7 +52,7 @@ GO_WITH = {"wait_s": "cancel", "yes": "prune"}
 
 def main(arguments: list[str]) -> int:
     """Returns 0; 2 for a wrong option or an unknown run; with follow=RUN the job's exit code."""
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
     try:
         options, overrides = read_with_overrides(arguments, OPTIONS, __doc__, sections_only=True)
         if overrides and not options["resume"]:
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"root={root}: no such folder; name the output_root of your runs")
         if options["cancel"]:
             wait_s = read_count(options, "wait_s")
-            console.print(cancel(find_run(root, options["cancel"]), wait_s), markup=False, soft_wrap=True)
+            console.print(cancel(find_run(root, options["cancel"]), wait_s), soft_wrap=True)
         elif options["resume"]:
             submission = resume(find_run(root, options["resume"]), overrides)
             print_submissions([submission], console)
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
         else:
             return about_all(root, flags, console)
     except ValueError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        console.print(str(error), style="red", soft_wrap=True)
         return 2
     return 0
 
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
 def about_all(root: Path, flags: dict[str, bool], console: Console) -> int:
     """Do what the flags ask for all runs; without one, list them. Returns the exit code."""
     if flags["reconcile"]:
-        console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}", markup=False)
+        console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}")
     if flags["watch"]:
         return watch(root, console)
     if flags["report"]:
@@ -113,7 +113,7 @@ def prune(root: Path, console: Console, *, remove: bool) -> None:
     found = remove_snapshots(root) if remove else unused_snapshots(root)
     for item in found:
         word = "removed" if remove else "not needed"
-        console.print(f"{word}: {item.path} ({item.num_bytes / GIB:.3f} GiB)", markup=False, soft_wrap=True)
+        console.print(f"{word}: {item.path} ({item.num_bytes / GIB:.3f} GiB)", soft_wrap=True)
     if not found:
         console.print(f"every snapshot of {root} belongs to a run")
     elif not remove:

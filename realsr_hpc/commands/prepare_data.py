@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
     A shard ends with 0 nonetheless: what waits for it will name them.
     """
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
         absent = [key for key in ("source", "output") if not given[key]]
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{absent[0]} is missing; give {absent[0]}=DIR")
         report = run(given, console)
     except ValueError as error:
-        console.print(f"error: {printable(error)}", style="red", markup=False)
+        console.print(f"error: {printable(error)}", style="red")
         return 2
     show(report, console)
     return 0 if report.is_clean or report.manifest is None else 1
@@ -90,7 +90,7 @@ def read_options(given: dict[str, str | None]):
 def show(report, console: Console) -> None:
     """Print what was written and what was found wrong."""
     where = report.manifest or "shard done (the same command without shard= writes the manifest)"
-    console.print(f"{printable(where)}: {len(report.entries)} photographs, {report.splits}", markup=False)
+    console.print(f"{printable(where)}: {len(report.entries)} photographs, {report.splits}")
     lacking = sorted({"train", "heldout"} - set(report.splits)) if report.manifest and report.entries else []
     if lacking:
         remedy = "give another heldout_fraction; recipes read both splits"
@@ -100,12 +100,12 @@ def show(report, console: Console) -> None:
     if report.without_captions:
         console.print(f"without captions: {report.without_captions}")
     for group in report.duplicates[:20]:
-        console.print(f"look alike: {', '.join(group)}", markup=False)
+        console.print(f"look alike: {', '.join(group)}")
     for title, found in (("left out", report.faults), ("passed over", report.passed_over)):
         if found:
             kinds = dict(Counter(why.split(":")[0] for why in found.values()))
-            console.print(f"{title}: {kinds}", style="yellow", markup=False)
+            console.print(f"{title}: {kinds}", style="yellow")
         for path, why in list(found.items())[:20]:
-            console.print(f"  {path}: {why}", style="yellow", markup=False)
+            console.print(f"  {path}: {why}", style="yellow")
     if max(len(report.faults), len(report.passed_over), len(report.duplicates)) > 20:
         console.print("  ... the rest is in report.json beside the manifest")

@@ -43,7 +43,7 @@ ACTIONS = {"downloads": "", "collect": "", "pack": "", "check": ""}
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 all there, 1 something missing or different, 2 wrong usage."""
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
     try:
         actions, overrides = read_with_overrides(arguments, ACTIONS, __doc__)
         if not any(word.startswith("recipe=") for word in overrides):
@@ -64,12 +64,12 @@ def main(arguments: list[str]) -> int:
         if actions["check"]:
             faults += differing(Path(actions["check"]))
         for fault in faults:
-            console.print(fault, style="red", markup=False)
+            console.print(fault, style="red")
         if actions["pack"] and not faults:
             count = pack(needs, Path(actions["pack"]))
-            console.print(f"{actions['pack']}: {count} files; unpack it in the project's folder there", markup=False)
+            console.print(f"{actions['pack']}: {count} files; unpack it in the project's folder there")
     except ValueError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red")
         return 2
     return 1 if faults else 0
 
@@ -91,13 +91,13 @@ def show_downloads(folder: Path, config: RunConfig, console: Console) -> None:
         raise ValueError(f"downloads={folder}: {config.name} starts from no public weights; leave it out")
     found = starts(folder, config)
     if not found:
-        console.print(f"{folder}: no policy of vocabulary {config.vlcot.vocabulary} below it", markup=False)
+        console.print(f"{folder}: no policy of vocabulary {config.vlcot.vocabulary} below it")
     for start in found:
         told = "; ".join([f"{start.policy}: {start.kind}", *start.against])
-        console.print(printable(told), markup=False, highlight=False)
+        console.print(printable(told), highlight=False)
         if not start.against:
             for command in start.commands(config):
-                console.print(printable(command), markup=False, highlight=False)
+                console.print(printable(command), highlight=False)
 
 
 def shown(path: Path) -> str:
@@ -124,7 +124,7 @@ def collect(needs: list[Need], source: Path, console: Console) -> None:
         if state(need) == "missing" and origin is not None and origin.resolve() != need.path:
             with sole_writer(need.path.parent, f"{need.purpose}: the folder"):
                 copy(origin, need.path)
-            console.print(printable(f"{origin} -> {shown(need.path)}"), markup=False)
+            console.print(printable(f"{origin} -> {shown(need.path)}"))
     for folder in {need.weights_dir for need in needs if need.weights_dir}:
         with sole_writer(folder, "weights_dir"):
             add_sums(folder, [need for need in needs if need.weights_dir == folder])

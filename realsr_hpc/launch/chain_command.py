@@ -49,7 +49,7 @@ NOT_WITH_A_CHAIN = (
 
 def main(arguments: list[str], valid: Valid) -> int:
     """Exit code: 0 done or submitted, 2 a faulty chain or option, else that of the stage at which it stopped."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     try:
         name, plan_only, overrides, multirun = _read(arguments)
         chain = read_chain(name)
@@ -60,7 +60,7 @@ def main(arguments: list[str], valid: Valid) -> int:
         _refuse(nodes)
         return _launch(chain.name, nodes, console)
     except ValueError as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(str(error), style="red", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         _say("interrupted; launch the chain again to go on", console)
@@ -246,4 +246,4 @@ def _hours(node: Node, gpus: int) -> float | None:
 
 
 def _say(text: str, console: Console) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True)

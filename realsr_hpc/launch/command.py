@@ -76,7 +76,7 @@ COUNTS = {"trials": 1, "keep": 2}
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done or submitted, 2 a faulty recipe or option, else the job's."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not arguments or "-h" in arguments or "--help" in arguments:
         print(USAGE.format(recipes=", ".join(recipe_names())))  # not through rich, which cuts its columns
         return 0 if arguments else 2
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
             return halve(configs, options, overrides, console)
         return launch(configs, options, swept_keys(overrides) if multirun else [], overrides, console)
     except ValueError as error:
-        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(str(error), style="red", highlight=False, soft_wrap=True)
         return 2
 
 
@@ -147,7 +147,7 @@ def launch(
     refuse_what_cannot_fit(configs)
     refuse_what_is_missing(configs)
     for note in unchecked_manifests(configs):
-        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
     sweep = (options.sweep or _sweep_name(overrides)) if varied else ""
     if options.sampler == "optuna":
         configs = _draw(options, overrides, keep=True)  # what was refused is not remembered as drawn
@@ -156,7 +156,7 @@ def launch(
     if any(item.failed for item in submissions):
         return 1
     if sweep:
-        console.print(f"compare: {compare_command(configs[0], sweep)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"compare: {compare_command(configs[0], sweep)}", highlight=False, soft_wrap=True)
     elif options.follow and (submissions[0].submitted or submissions[0].note.startswith("already r")):
         item = submissions[0]
         return follow(item.run_dir, console, slurm=item.config.cluster.kind == "slurm")
@@ -171,10 +171,10 @@ def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
     refuse_what_cannot_fit(configs)
     refuse_what_is_missing(configs)
     for unchecked in unchecked_manifests(configs):
-        console.print(unchecked, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(unchecked, style="yellow", highlight=False, soft_wrap=True)
     writable_folder(run_dir.parent, "prepare")
     note = prepare(configs[0], run_dir)
-    console.print(f"prepared {run_dir}" + (f" ({note})" if note else ""), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"prepared {run_dir}" + (f" ({note})" if note else ""), highlight=False, soft_wrap=True)
     return 0
 
 

@@ -35,20 +35,20 @@ def print_missing(faults: list[str], console: Console) -> None:
     """What launching, here and now, would be refused for; a plan is made elsewhere too."""
     if faults:
         console.print("From this machine, launching would be refused:", style="yellow")
-        console.print("\n".join(f"  {fault}" for fault in faults), markup=False, highlight=False, soft_wrap=True)
+        console.print("\n".join(f"  {fault}" for fault in faults), highlight=False, soft_wrap=True)
 
 
 def plan_text(config: RunConfig) -> str:
     """The plan of one recipe as plain text: what a run's folder and MLflow keep of it."""
     text = io.StringIO()
-    _print_one(config, Console(file=text, width=PLAN_WIDTH), 1)
+    _print_one(config, Console(file=text, width=PLAN_WIDTH, markup=False, emoji=False), 1)
     return text.getvalue()
 
 
 def _print_one(config: RunConfig, console: Console, num_runs: int) -> None:
     estimate = plan(config)
     if config.cluster.kind == "slurm":
-        console.print(sbatch_script(config, num_runs), markup=False, highlight=False, soft_wrap=True)
+        console.print(sbatch_script(config, num_runs), highlight=False, soft_wrap=True)
     if estimate.memory_gib:
         console.print(_memory_table(estimate, config))
         console.print(_facts_table(estimate, config))
@@ -70,12 +70,12 @@ def print_submissions(submissions: list[Submission], console: Console) -> None:
         }
         for name, value in rows.items():
             if value:
-                console.print(f"{name:9}{value}", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"{name:9}{value}", highlight=False, soft_wrap=True)
         return
     for item in submissions:
         note = f"  ({item.note})" if item.note else ""
         state = "submitted" if item.submitted else "REFUSED" if item.failed else "left alone"
-        console.print(f"{state:11}{item.run_dir.name}{note}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{state:11}{item.run_dir.name}{note}", highlight=False, soft_wrap=True)
 
 
 def _memory_table(estimate: Plan, config: RunConfig) -> Table:

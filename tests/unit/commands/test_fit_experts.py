@@ -17,7 +17,7 @@ GREY = np.tile(np.arange(64, dtype=np.uint16) * 1024, (64, 1))
 def folder(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "grey.png")
     Image.new("RGB", (64, 64), (9, 99, 199)).save(tmp_path / "blue.jpg")
-    (tmp_path / "torn.png").write_bytes((tmp_path / "grey.png").read_bytes()[:100])
+    (tmp_path / "torn.png").write_bytes((tmp_path / "grey.png").read_bytes()[:60])
     return tmp_path
 
 

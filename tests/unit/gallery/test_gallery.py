@@ -217,3 +217,16 @@ def test_a_link_out_of_the_folder_and_a_replaced_input_are_not_shown(run_dir, tm
     for digest, shown in ((sha256_of(restored / "input.png"), {"input"}), ("0" * 64, set())):
         restoration.write(restored / "a.png", Restoration((tile,), "input.png", digest))
         assert set(read_restored(restored)[0].images) == shown
+
+
+def test_sources_that_are_called_alike_are_told_apart_by_the_folders_above(run_dir, tmp_path, capsys):
+    for place in ("one", "two/more"):
+        shutil.copytree(run_dir, tmp_path / place / run_dir.name)
+    runs = [tmp_path / "one" / run_dir.name, tmp_path / "two/more" / run_dir.name]
+    page = tmp_path / "page.html"
+    assert gallery.main([f"run={runs[0]},{runs[1]}", f"output={page}"]) == 0
+    text = page.read_text()
+    assert f"one/{run_dir.name}" in text and f"two/more/{run_dir.name}" in text
+    assert gallery.main([f"run={runs[0]}", f"output={page}"]) == 0 and f"one/{run_dir.name}" not in page.read_text()
+    assert gallery.main([f"run={runs[0]},{runs[0]}", f"output={page}"]) == 2
+    assert "is given twice; name it once" in capsys.readouterr().err

@@ -119,6 +119,16 @@ def test_nothing_that_was_asked_for_is_passed_over(words, said, tmp_path, capsys
     assert said in capsys.readouterr().out
 
 
+def test_folders_whose_names_look_like_marks_of_a_text_are_shown_as_they_are(tmp_path, slurm, capsys):
+    """Brackets would be taken for a style, `[/` for its end, `:dog:` for a picture."""
+    root = tmp_path / "[old]" / "[" / "b]:dog:"
+    run_dir = make_run(root, "run")
+    (root / "code" / "[unused]").mkdir(parents=True)
+    assert main([f"root={root}"]) == 0 and main([f"root={root}", "prune=true"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert str(run_dir / "logs" / "rank-0.log") in shown and str(root / "code" / "[unused]") in shown
+
+
 def test_snapshots_that_no_run_refers_to_go_when_asked_twice(tmp_path, capsys):
     root = tmp_path / "runs"
     snapshots = {name: root / "code" / name for name in ("used", "elsewhere", "unused", ".old.damaged.1")}
