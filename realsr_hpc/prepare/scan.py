@@ -122,7 +122,7 @@ def _tar_items(tar: Path, prefix: str) -> tuple[list[Item], dict[str, str]]:
             path = PurePosixPath(member.name)
             sample, ending = (path.parent / path.name.split(".")[0]).as_posix(), path.suffix.lower()
             if not member.is_file:
-                if ending in SUFFIXES:
+                if ending in SUFFIXES or ending in (".json", ".txt"):
                     faults[prefix + member.name] = (
                         "link: the tar holds a link or device there; re-pack it with the file"
                     )

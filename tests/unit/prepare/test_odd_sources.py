@@ -306,6 +306,21 @@ def test_a_member_that_a_tar_holds_twice_is_its_last_and_named(tmp_path):
     assert (decode_image(manifest.path(manifest.entries[0])) == decode_image(tmp_path / "x.png")).all()
 
 
+def test_links_and_devices_in_a_tar_are_named_and_reach_nothing_outside(tmp_path):
+    save(tmp_path / "secret.png", 1)
+    kinds = {"sym.png": tarfile.SYMTYPE, "hard.png": tarfile.LNKTYPE, "device.png": tarfile.CHRTYPE}
+    kinds |= {"disk.png": tarfile.BLKTYPE, "pipe.png": tarfile.FIFOTYPE, "whole.json": tarfile.SYMTYPE}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "secret.png", "whole.png")
+        for name, kind in kinds.items():
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "whole.png" if name == "hard.png" else str(tmp_path / "secret.png")
+            tar.addfile(entry)
+    report = prepare(tmp_path / "a.tar", tmp_path / "out", PrepareOptions())
+    assert [entry.key for entry in report.entries] == ["whole"] and not report.is_clean
+    assert report.faults.keys() == kinds.keys() and all(why.startswith("link: ") for why in report.faults.values())
+
+
 @pytest.mark.parametrize("content", ["null", "[]", "{", '{"model_type": "no such"}'])
 def test_a_damaged_captioner_and_an_unknown_device_are_one_line(tmp_path, content, capsys):
     save(tmp_path / "in/a.png")
