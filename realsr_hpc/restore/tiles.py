@@ -165,7 +165,7 @@ class _Canvas:
         large = self.final.blended(height, width)
         large = fix_colour(large, resized(self.rgb, *large.shape[:2]), self.settings.colour)
         factor = self.settings.factor
-        image = resized(large, max(1, round(height * factor)), max(1, round(width * factor)))
+        image = resized(large, round(height * factor), round(width * factor))  # factor >= 1: never empty
         steps = {name: total.blended(height, width) for name, total in self.steps.items()}
         return Blended(image, steps, tuple(self.tiles))
 

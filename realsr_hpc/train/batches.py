@@ -212,7 +212,7 @@ def _joined(parts: Sequence[LossTokens], device: torch.device) -> LossTokens:
 
 
 def _joined_rollouts(parts: Sequence[RolloutTokens], device: torch.device) -> RolloutTokens:
-    """The tokens of all parts, [n1 + n2 + ...], of N1 + N2 + ... rollouts."""
+    """The tokens of all parts, [n1 + n2 + ...], of N1 + N2 + ... rollouts; scores are added to the result later."""
     # number of each part's first rollout in the joined batch: 0, N1, N1 + N2, ...
     firsts = itertools.accumulate((len(part.advantages) for part in parts[:-1]), initial=0)
     return RolloutTokens(
@@ -220,8 +220,6 @@ def _joined_rollouts(parts: Sequence[RolloutTokens], device: torch.device) -> Ro
         column=torch.cat([part.column for part in parts]).to(device),
         advantages=torch.cat([part.advantages for part in parts]).to(device),
         rollout_logprobs=torch.cat([part.rollout_logprobs for part in parts]).to(device),
-        reference_logprobs=_cat([part.reference_logprobs for part in parts], device),
-        old_logprobs=_cat([part.old_logprobs for part in parts], device),
         token_advantages=_cat([part.token_advantages for part in parts], device),
     )
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from realsr_hpc.config.learning import GRPOConfig
 from realsr_hpc.config.reward_options import is_elsewhere
 from realsr_hpc.parallel.reduce import reduce_float, reduce_floats
 from realsr_hpc.records import LQBatch, ScoredGroup, StepReport
@@ -48,6 +49,12 @@ def _next_groups(parts: GRPOParts, source: BatchSource, seconds: dict[str, float
     with clock(seconds, "rollout"):
         batch = source.next()
     return batch, rollout(parts, batch, parts.config.grpo.group_size, batch.index.tolist(), seconds)
+
+
+def heldout_due(grpo: GRPOConfig, step: int) -> bool:
+    """Whether the held-out images are sampled after `step`; 0: before the first."""
+    every = grpo.heldout_every_steps
+    return every > 0 and (step % every == 0 or step == grpo.num_steps)
 
 
 def held_out(parts: GRPOParts, batch: LQBatch, step: int) -> StepReport:

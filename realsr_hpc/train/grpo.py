@@ -18,8 +18,8 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.parallel.layout import microbatch_multiple
 from realsr_hpc.parallel.pipeline import Microbatch
-from realsr_hpc.records import ScoredGroup, StepReport
-from realsr_hpc.train.experience import BatchSource, collect, group_metrics, held_out
+from realsr_hpc.records import LQBatch, ScoredGroup, StepReport
+from realsr_hpc.train.experience import BatchSource, collect, group_metrics, held_out, heldout_due
 from realsr_hpc.train.kept_rollouts import keep_rollouts
 from realsr_hpc.train.kept_steps import keep_step
 from realsr_hpc.train.objective import check_exactness, objective
@@ -34,23 +34,21 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     grpo = config.grpo
     parts = build_grpo_parts(config)
     run = TrainingRun(parts, run_dir, stop, grpo.num_steps)
-    if parts.reference not in (None, parts.policy) and run.parity is not None:
-        run.parity.watch(parts.reference)
-    source = _loader(parts, config.data.train_split, grpo.prompts_per_step, "grpo.prompts_per_step")
+    source = training_source(parts)
     done = run.resume(source)
-    fixed = _loader(parts, config.data.heldout_split, grpo.heldout_prompts, "grpo.heldout_prompts", False).next()
-    if done == 0 and grpo.heldout_every_steps:
-        before = held_out(parts, fixed, 0)
+    heldout = heldout_images(parts)
+    if done == 0 and heldout_due(grpo, 0):
+        before = held_out(parts, heldout, 0)
         run.report(before, "held-out, before the first step")
         keep_rollouts(run, "heldout", before)
     for number in range(done + 1, grpo.num_steps + 1):
         report = step(parts, source, number)
         keep_rollouts(run, "train", report)
         keep_step(run, report)
-        if grpo.heldout_every_steps and (number % grpo.heldout_every_steps == 0 or number == grpo.num_steps):
-            seen = held_out(parts, fixed, number)
-            keep_rollouts(run, "heldout", seen)
-            report = replace(report, metrics=report.metrics | seen.metrics)
+        if heldout_due(grpo, number):
+            after = held_out(parts, heldout, number)
+            keep_rollouts(run, "heldout", after)
+            report = replace(report, metrics=report.metrics | after.metrics)
         run.report(report, _text(report.metrics))
         if run.must_stop(number, source):
             run.tracker.close("KILLED")
@@ -69,7 +67,10 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
 
 
 def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds: dict[str, float]) -> dict[str, float]:
-    """Update the policy on this rank's scored groups; returns the metrics. Replaying a step calls this as well."""
+    """Update the policy on this rank's scored groups; returns the last update's metrics.
+
+    Replaying a step (train/replay.py) calls this as well.
+    """
     metrics: dict[str, float] = {}
     batches = grpo_batches(parts, groups, parts.sampler.masks)
     collated = [parts.group_microbatches(batch.groups) for batch in batches]
@@ -80,7 +81,7 @@ def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds:
             loss = objective(parts.config, parts.policy, batch, parts.sampler.masks)
             result = parts.optimiser.step(microbatches, loss)
             totals = parts.total(result.outputs)
-            if batch is batches[0]:
+            if batch is batches[0]:  # nothing has moved since the rollouts were sampled
                 check_exactness(parts.config, number, totals)
             metrics |= totals | {"optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
     return metrics
@@ -101,9 +102,19 @@ def score_before_updates(parts: GRPOParts, microbatches: Sequence[Microbatch]) -
     return scored
 
 
-def _loader(parts: GRPOParts, split: str, prompts: int, field: str, shuffle: bool = True) -> LQLoader:
-    rank, size = parts.groups.dp_rank, parts.groups.dp_size
-    return LQLoader(parts.config, split, parts.per_rank(prompts, field), dp_rank=rank, dp_size=size, shuffle=shuffle)
+def training_source(parts: GRPOParts) -> LQLoader:
+    """This rank's share of `grpo.prompts_per_step` training images a step."""
+    config, groups = parts.config, parts.groups
+    share = parts.per_rank(config.grpo.prompts_per_step, "grpo.prompts_per_step")
+    return LQLoader(config, config.data.train_split, share, dp_rank=groups.dp_rank, dp_size=groups.dp_size)
+
+
+def heldout_images(parts: GRPOParts) -> LQBatch:
+    """This rank's share of the split's first `grpo.heldout_prompts` images: the same whenever they are sampled."""
+    config, groups = parts.config, parts.groups
+    share = parts.per_rank(config.grpo.heldout_prompts, "grpo.heldout_prompts")
+    rank, size = groups.dp_rank, groups.dp_size
+    return LQLoader(config, config.data.heldout_split, share, dp_rank=rank, dp_size=size, shuffle=False).next()
 
 
 def _text(metrics: dict[str, float]) -> str:

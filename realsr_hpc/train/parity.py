@@ -16,7 +16,6 @@ from torch import Tensor
 from realsr_hpc.behaviour.masks import everything_allowed
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.model.fp8 import stop_fp8, without_fp8
-from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel.reduce import broadcast_from_last_stage, reduce_float
 from realsr_hpc.train.batches import plain_sequence
 from realsr_hpc.train.parts import Parts
@@ -36,19 +35,12 @@ class ParityGate:
     def __init__(self, parts: Parts, counters: dict[str, int]):
         """counters: the run's, which its checkpoints keep; falling back is written there."""
         self.parts, self.counters, self.precision = parts, counters, parts.config.precision
-        self._policies = [parts.policy]
         batch = LQLoader(parts.config, parts.config.data.heldout_split, NUM_IMAGES, shuffle=False).next()
         rows = zip(parts.tokens.prompts(batch.lq), parts.tokens.responses(batch), strict=True)
         texts = [torch.cat([prompt, torch.tensor(response or [], dtype=prompt.dtype)]) for prompt, response in rows]
         self._microbatches = parts.microbatches([plain_sequence(tokens, 1) for tokens in texts], packing=False)
         policy = parts.policy
         self._allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, parts.groups.device)
-
-    def watch(self, reference: Policy) -> None:
-        """Also switch FP8 off in this frozen copy of the policy when the policy falls back, to keep numerics equal."""
-        self._policies.append(reference)
-        if STOPPED in self.counters:
-            stop_fp8(reference)
 
     def start(self, step: int) -> None:
         """Call before the first step after `step`: stays in bf16 if the run had fallen back, otherwise measures."""
@@ -91,7 +83,8 @@ class ParityGate:
         return metrics | {"fp8/on/step": 0.0}
 
     def _stop_fp8(self) -> None:
-        for policy in self._policies:
+        """In a frozen reference too, so that policy and reference go on rounding alike."""
+        for policy in self.parts.policies:
             stop_fp8(policy)
 
     def _logprobs(self) -> Tensor:

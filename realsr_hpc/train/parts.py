@@ -39,6 +39,11 @@ class Parts:
         """Token ids of the recipe."""
         return self.tokens.codec.vocabulary
 
+    @property
+    def policies(self) -> list[Policy]:
+        """Every model in memory."""
+        return [self.policy]
+
     def per_rank(self, count: int, field: str) -> int:
         """One data-parallel rank's share of `count`; ValueError if it does not divide evenly."""
         if count % self.groups.dp_size:
@@ -85,6 +90,13 @@ class GRPOParts(Parts):
     """None without a KL term; with low-rank adapters the policy itself, which is the reference with them off."""
     sampler: Sampler
     rewards: RewardMixture
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The trained policy, and the frozen reference where it is a second model."""
+        if self.reference is None or self.reference is self.policy:
+            return [self.policy]
+        return [self.policy, self.reference]
 
     @contextmanager
     def as_reference(self) -> Iterator[Policy | None]:

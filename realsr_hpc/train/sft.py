@@ -36,7 +36,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     sft = config.sft
     parts = build_parts(config, sft.num_steps)
     run = TrainingRun(parts, run_dir, stop, sft.num_steps)
-    loader = _loader(parts, parts.per_rank(sft.batch_size, "sft.batch_size"))
+    loader = training_source(parts)
     heldout = LQLoader(config, config.data.heldout_split, sft.heldout_traces, shuffle=False).next()
     for step in range(run.resume(loader) + 1, sft.num_steps + 1):
         microbatches, num_tokens = _next_microbatches(parts, loader)
@@ -57,11 +57,13 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     return DONE
 
 
-def _loader(parts: Parts, batch_size: int) -> LQLoader | TraceLoader:
+def training_source(parts: Parts) -> LQLoader | TraceLoader:
+    """This rank's share of `sft.batch_size` traces a step: frozen ones, or images that are tokenized when they come."""
     config, rank, size = parts.config, parts.groups.dp_rank, parts.groups.dp_size
+    share = parts.per_rank(config.sft.batch_size, "sft.batch_size")
     if config.sft.traces is not None:
-        return TraceLoader(config, resolve(config.sft.traces), batch_size, dp_rank=rank, dp_size=size)
-    return LQLoader(config, config.data.train_split, batch_size, dp_rank=rank, dp_size=size)
+        return TraceLoader(config, resolve(config.sft.traces), share, dp_rank=rank, dp_size=size)
+    return LQLoader(config, config.data.train_split, share, dp_rank=rank, dp_size=size)
 
 
 def _next_microbatches(parts: Parts, loader: LQLoader | TraceLoader) -> tuple[list[Microbatch], int]:

@@ -60,8 +60,7 @@ def training_group(group: ScoredGroup, masks: MaskTable, credit: Tensor | None =
     credit: advantages of every token, float [G, T]; None: each token has its rollout's.
     """
     rollouts = group.rollouts
-    # per rollout: positions at which there was a choice, int64 [n <= length]
-    free = [(~rollouts.forced[row, :length]).nonzero()[:, 0] for row, length in enumerate(rollouts.lengths.tolist())]
+    free = [(~forced).nonzero()[:, 0] for forced in rollouts.forced]  # positions at which there was a choice, int64 [n]
     members = (_sequence(group, row, places, masks, credit) for row, places in enumerate(free) if len(places))
     return TrainingGroup(len(rollouts.prompt), tuple(members))
 

@@ -132,12 +132,15 @@ def test_a_float_image_with_a_nan_keeps_its_range(tmp_path):
     assert rgb[3, 3] == 0 and rgb[5, 5] == 255 and rgb[-1, -1] == 255 and abs(int(rgb[20, 0]) - 128) <= 1
 
 
-def test_a_palette_keeps_its_profile(tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "name", "stays"), [("P", "x.png", True), ("L", "x.png", True), ("CMYK", "x.jpg", False)]
+)
+def test_a_profile_stays_where_the_colours_stay(tmp_path, mode, name, stays):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    Image.fromarray(noise(20, 24)).convert("P").save(tmp_path / "x.png", icc_profile=profile)
-    restore(tmp_path / "x.png", tmp_path / "out", RestoreSettings("x", tile_px=32, model_upscale=4))
+    Image.fromarray(noise(20, 24)).convert(mode).save(tmp_path / name, icc_profile=profile)
+    restore(tmp_path / name, tmp_path / "out", RestoreSettings("x", tile_px=32, model_upscale=4))
     with Image.open(tmp_path / "out/x.png") as result:
-        assert result.info["icc_profile"] == profile
+        assert result.info.get("icc_profile") == (profile if stays else None)
 
 
 def test_damaged_files_of_every_format_are_named_or_read(tmp_path, capfd):

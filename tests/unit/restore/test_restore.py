@@ -15,6 +15,7 @@ from realsr_hpc.restore import (
     Chosen,
     RestoreSettings,
     find_model,
+    folder,
     read_picture,
     restore_folder,
     restore_images,
@@ -23,6 +24,7 @@ from realsr_hpc.restore import (
 )
 from realsr_hpc.restore.candidates import build_chooser
 from realsr_hpc.restore.colour import fix_colour, low_frequencies
+from realsr_hpc.restore.tiles import count_tiles
 
 torch.set_num_threads(1)
 SETTINGS = RestoreSettings("here", tile_px=32, model_upscale=4, overlap_px=8, batch_size=3)
@@ -51,6 +53,8 @@ def test_tiles_blend_to_the_whole_image_whatever_its_size(size):
     np.testing.assert_array_equal(result.image, rgb.repeat(4, axis=0).repeat(4, axis=1))
     np.testing.assert_array_equal(small.image, rgb[:1, :1].repeat(4, axis=0).repeat(4, axis=1))
     np.testing.assert_array_equal(result.steps["rough"], rgb)
+    corners = [(tile.top, tile.left) for tile in result.tiles]
+    assert corners == sorted(corners) and len(set(corners)) == len(corners) == count_tiles(*size, SETTINGS)
     assert result.tiles[0].texts == ("a", "b", "c") and "middle" not in result.steps
 
 
@@ -70,7 +74,11 @@ def test_workers_restore_the_same_and_share_the_tiles_evenly():
         np.testing.assert_array_equal(one.image, other.image)
         assert one.tiles == other.tiles
     assert len(threads) == 2 and threading.get_ident() not in threads
-    assert len(sizes) % 2 == 0 and max(sizes) - min(sizes) <= 1 and max(sizes) <= SETTINGS.batch_size
+    assert len(sizes) == 6 and max(sizes) - min(sizes) <= 1 and max(sizes) <= SETTINGS.batch_size
+    sizes.clear()
+    told: list[int] = []
+    restore_images(seen, images[1:], replace(SETTINGS, workers=5), told.append)
+    assert sizes == told == [1, 1]  # no batch is empty
 
 
 def test_without_steps_there_is_the_image_and_its_reasoning(tmp_path):
@@ -83,7 +91,9 @@ def test_without_steps_there_is_the_image_and_its_reasoning(tmp_path):
 def test_tiles_cover_a_side_with_their_overlap(size):
     starts = tile_starts(size, 32, 8)
     assert starts[0] == 0 and starts[-1] == size - 32
-    assert all(0 < b - a <= 24 for a, b in zip(starts, starts[1:], strict=False))
+    gaps = [b - a for a, b in zip(starts, starts[1:], strict=False)] or [24]
+    assert 0 < min(gaps) and max(gaps) <= 24 and max(gaps) - min(gaps) <= 1
+    assert (len(starts) - 2) * 24 + 32 < size  # one tile fewer would not do
 
 
 def test_seams_fade_over_the_overlap():
@@ -92,8 +102,45 @@ def test_seams_fade_over_the_overlap():
         return [RestoredImage(TRACE, (None, None, np.full((128, 128, 3), v, np.uint8))) for v in values]
 
     restored = restore_images(tinted, [noise(32, 56)], SETTINGS)[0].image
-    steps = np.abs(np.diff(restored[64, :, 0].astype(int)))
-    assert restored[0, 0, 0] == 200 and restored[0, -1, 0] == 40 and steps.max() <= 160 / 8
+    share = np.arange(1, 33) / 33  # of the second tile, over the overlap of 8 px
+    across = np.concatenate([np.full(96, 200.0), 200 - 160 * share, np.full(96, 40.0)]).round()
+    np.testing.assert_array_equal(restored, np.broadcast_to(across[None, :, None], (128, 224, 3)))
+
+
+def test_images_on_the_way_are_blended_at_their_own_size_and_small_inputs_are_mirrored():
+    """Twice the tile's size is kept, grey stands where a tile has none; a tile is filled up with its mirror image."""
+    shown = []
+
+    def with_middle(cases):
+        shown.extend(cases)
+        large = [case.lq.repeat(2, axis=0).repeat(2, axis=1) for case in cases]
+        finals = [restored.image for restored in nearest(cases)]
+        faulty = replace(TRACE, faults=("no end of turn",))
+        rows = zip(cases, large, finals, strict=True)
+        return [
+            RestoredImage(faulty if case.index else TRACE, (None, None if case.index else middle, final))
+            for case, middle, final in rows
+        ]
+
+    rgb = noise(20, 56)
+    result = restore_images(with_middle, [rgb], SETTINGS)[0]
+    np.testing.assert_array_equal(shown[0].lq[:20], rgb[:, :32])
+    np.testing.assert_array_equal(shown[0].lq[20:], rgb[:7:-1, :32])
+    middle = result.steps["middle"]
+    assert middle.shape == (40, 112, 3) and (middle[:, 64:] == 128).all()
+    np.testing.assert_array_equal(middle[:, :64], rgb[:, :32].repeat(2, axis=0).repeat(2, axis=1))
+    assert [(tile.well_formed, tile.faults) for tile in result.tiles] == [(True, ()), (False, ("no end of turn",))]
+
+
+def test_the_colour_fix_is_applied_to_the_whole_image():
+    def brighter(cases):
+        return [RestoredImage(TRACE, (None, None, 55 + image.image // 2)) for image in nearest(cases)]
+
+    rgb = noise(40, 50)
+    off, fixed = (restore_images(brighter, [rgb], replace(SETTINGS, colour=how))[0].image for how in ("none", "adain"))
+    wanted = Image.fromarray(rgb).resize((200, 160), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(fixed.mean((0, 1)), np.asarray(wanted).mean((0, 1)), atol=1)
+    assert abs(off.mean() - fixed.mean()) > 5 and fixed.std() > off.std() * 1.3
 
 
 @pytest.fixture
@@ -104,6 +151,8 @@ def pictures(tmp_path):
     Image.fromarray(noise(20, 40)).save(folder / "plain.jpg")
     Image.fromarray(noise(20, 40)).save(folder / "plain.png")
     Image.fromarray(noise(20, 40, 4), "RGBA").save(folder / "alpha.png")
+    Image.fromarray(noise(20, 40, 2), "LA").save(folder / "both.PNG")
+    Image.fromarray(noise(20, 40)[..., 0] > 99).save(folder / "bits.png")
     Image.fromarray(noise(20, 40)[..., 0]).save(folder / "deeper/grey.png")
     Image.fromarray(noise(20, 40)[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
     Image.fromarray(noise(20, 40)).convert("P").save(folder / "palette.gif")
@@ -128,6 +177,8 @@ def test_every_format_comes_out_as_it_went_in(pictures, tmp_path):
         "plain.jpg.png": (wide, "RGB"),
         "plain.png.png": (wide, "RGB"),
         "alpha.png": (wide, "RGBA"),
+        "both.png": (wide, "LA"),
+        "bits.png": (wide, "L"),
         "deeper/grey.png": (wide, "L"),
         "sixteen.png": (wide, "L"),
         "palette.png": (wide, "RGB"),
@@ -136,6 +187,10 @@ def test_every_format_comes_out_as_it_went_in(pictures, tmp_path):
     }
     reasoning = json.loads((tmp_path / "out/alpha.json").read_text())
     assert reasoning["tiles"][0]["degradation"] == "light blur" and not reasoning["tiles"][0]["bicubic"]
+    assert reasoning["output"] == "alpha.png"
+    alpha = Image.fromarray(noise(20, 40, 4)[..., 3]).resize(wide, Image.Resampling.BICUBIC)
+    with Image.open(tmp_path / "out/alpha.png") as image:
+        np.testing.assert_array_equal(np.asarray(image)[..., 3], alpha)
 
 
 def test_sixteen_bits_keep_their_values(tmp_path):
@@ -151,22 +206,54 @@ def test_a_second_call_does_only_what_is_missing(pictures, tmp_path):
     first = restore_folder(nearest, pictures, output, SETTINGS, show_progress=False)
     (output / "alpha.png").unlink()
     second = restore_folder(nearest, pictures, output, SETTINGS, show_progress=False)
-    assert len(first.done) == 8 and [name.rsplit("/", 1)[1] for name in second.done] == ["alpha.png"]
-    assert len(second.skipped) == 7
+    assert len(first.done) == 10 and [name.rsplit("/", 1)[1] for name in second.done] == ["alpha.png"]
+    assert len(second.skipped) == 9
 
 
 def test_results_of_other_settings_are_not_mixed(pictures, tmp_path):
     restore_folder(nearest, pictures, tmp_path / "out", SETTINGS, show_progress=False)
-    other = RestoreSettings("elsewhere", tile_px=32, model_upscale=4)
-    with pytest.raises(ValueError, match=r"other settings \(source=here\); choose an empty folder"):
-        restore_folder(nearest, pictures, tmp_path / "out", other, show_progress=False)
+    for changed, told in (({"source": "elsewhere"}, "source=here"), ({"colour": "adain"}, "colour=none")):
+        with pytest.raises(ValueError, match=rf"other settings \({told}\); choose an empty folder"):
+            restore_folder(nearest, pictures, tmp_path / "out", replace(SETTINGS, **changed), show_progress=False)
+    faster = replace(SETTINGS, batch_size=9, workers=2)  # decides no pixel
+    assert not restore_folder(nearest, pictures, tmp_path / "out", faster, show_progress=False).done
+
+
+def test_small_files_share_batches(tmp_path):
+    for number in range(6):
+        Image.fromarray(noise(20, 20)).save(tmp_path / f"{number}.png")
+    sizes: list[int] = []
+    restore_folder(
+        lambda cases: sizes.append(len(cases)) or nearest(cases), tmp_path, tmp_path / "out", SETTINGS,
+        show_progress=False,
+    )  # fmt: skip
+    assert sizes == [3, 3]
+
+
+def test_a_result_that_cannot_be_written_leaves_no_older_image_beside_its_new_record(tmp_path, monkeypatch):
+    """Else the old image would count as the result of the new input."""
+    Image.fromarray(noise(20, 20)).save(tmp_path / "x.png")
+    restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", SETTINGS, show_progress=False)
+    Image.fromarray(noise(24, 20)).save(tmp_path / "x.png")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "write_picture", full)
+        report = restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", SETTINGS, show_progress=False)
+    assert "No space left" in report.failed[str(tmp_path / "x.png")] and not (tmp_path / "out/x.png").exists()
+    report = restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", SETTINGS, show_progress=False)
+    assert report.done == [str(tmp_path / "x.png")]
 
 
 def test_tiles_without_an_image_are_bicubic_and_said_so(tmp_path):
-    Image.fromarray(noise(32, 32)).save(tmp_path / "x.png")
-    report = restore_folder(silent, tmp_path / "x.png", tmp_path / "out", SETTINGS, show_progress=False)
-    assert (report.num_tiles, report.num_tiles_bicubic) == (1, 1) and "1 of 1 tiles are bicubic" in str(report)
-    with Image.open(tmp_path / "x.png") as lq, Image.open(tmp_path / "out/x.png") as restored:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(noise(32, 32)).save(tmp_path / "in/x.png")
+    Image.fromarray(noise(32, 40)).save(tmp_path / "in/y.png")
+    report = restore_folder(silent, tmp_path / "in", tmp_path / "out", SETTINGS, show_progress=False)
+    assert (report.num_tiles, report.num_tiles_bicubic) == (3, 3) and "3 of 3 tiles are bicubic" in str(report)
+    with Image.open(tmp_path / "in/x.png") as lq, Image.open(tmp_path / "out/x.png") as restored:
         np.testing.assert_array_equal(restored, lq.resize((128, 128), Image.Resampling.BICUBIC))
 
 
@@ -175,8 +262,9 @@ def test_nothing_to_do_and_wrong_settings_are_said(tmp_path):
         restore_folder(nearest, tmp_path, tmp_path / "out", SETTINGS)
     with pytest.raises(ValueError, match="overlap_px=20"):
         RestoreSettings("x", tile_px=32, model_upscale=4, overlap_px=20)
-    with pytest.raises(ValueError, match=r"upscale=5 must lie in 1\.\.4"):
-        RestoreSettings("x", tile_px=32, model_upscale=4, upscale=5)
+    for upscale in (0.5, 5):
+        with pytest.raises(ValueError, match=rf"upscale={upscale} must lie in 1\.\.4"):
+            RestoreSettings("x", tile_px=32, model_upscale=4, upscale=upscale)
     with pytest.raises(ValueError, match="one of run="):
         find_model({"run": "a", "export": "b"})
     with pytest.raises(ValueError, match="temperature=0: "):
@@ -185,7 +273,7 @@ def test_nothing_to_do_and_wrong_settings_are_said(tmp_path):
         build_chooser("pretty")
 
 
-@pytest.mark.parametrize(("upscale", "size"), [(1, (48, 20)), (2.5, (120, 50)), (4, (192, 80))])
+@pytest.mark.parametrize(("upscale", "size"), [(1, (48, 20)), (1.33, (64, 27)), (4, (192, 80))])
 def test_the_result_has_the_size_asked_for(upscale, size, tmp_path):
     Image.fromarray(noise(20, 48)).save(tmp_path / "x.png")
     settings = RestoreSettings("x", tile_px=32, model_upscale=4, upscale=upscale)
@@ -217,6 +305,25 @@ def test_the_candidate_that_the_expert_likes_best_is_kept_and_said():
     assert isinstance(only, Chosen) and only.chosen == 0
 
 
+def test_what_an_expert_cannot_rate_is_not_chosen_and_the_mean_has_the_nearest_texts():
+    images = [np.full((4, 4, 3), value, np.uint8) for value in (10, 13, 21)]
+    rated = [RestoredImage(replace(TRACE, degradation=str(n)), (None, None, image)) for n, image in enumerate(images)]
+    unseen = [RestoredImage(replace(TRACE, degradation=str(n)), (None,) * 3) for n in range(3)]
+
+    class Told:
+        def candidates(self, cases, count):
+            return [rated, unseen]
+
+    cases = _one(images[0]) * 2
+    best, nothing = BestOf(Told(), 3, lambda found, case: np.array([np.nan, 0.1, 0.9]))(cases)
+    assert isinstance(best, Chosen) and (best.chosen, best.trace.degradation) == (2, "2")
+    assert best.image is images[2] and best.scores == (-np.inf, 0.1, 0.9) and nothing is unseen[0]
+    mean, _ = BestOf(Told(), 3, None)(cases)
+    assert isinstance(mean, Chosen) and (mean.chosen, mean.trace.degradation) == (-1, "1")
+    assert (mean.image == 15).all()  # of 14.67
+    assert mean.scores == pytest.approx([-((44 / 3 - value) ** 2) for value in (10, 13, 21)], rel=1e-5)
+
+
 def _one(image: np.ndarray) -> list[Case]:
     return [Case("x", image)]
 
@@ -237,3 +344,24 @@ def test_colour_fixes_keep_detail_and_take_the_colours_of_the_input():
     )
     high = wavelet - low_frequencies(wavelet) - (ours - low_frequencies(ours))
     assert float(high[:, inside, inside].abs().max()) < 3
+    bright = fix_colour((90 + detail + 0 * smooth).astype(np.uint8), np.full_like(image, 250), "wavelet")
+    assert set(np.unique(bright[inside, inside])) == {235, 255}  # 265 is cut off
+    faint = (10 + np.indices((96, 96)).sum(0) % 2)[..., None].repeat(3, 2).astype(np.uint8)
+    strong = (50 + 100 * (faint - 10)).astype(np.uint8)
+    np.testing.assert_array_equal(fix_colour(faint, strong, "adain"), strong)
+    third = np.full((96, 96, 3), 101, np.uint8)
+    third[::3] = 100  # 100.67 on average
+    assert (fix_colour(np.full_like(third, 7), third, "adain") == 101).all()
+
+
+def test_low_frequencies_are_five_dilated_filters():
+    line = np.ones(1)
+    for spread in (1, 2, 4, 8, 16):
+        taps = np.zeros(2 * spread + 1)
+        taps[[0, spread, -1]] = 0.25, 0.5, 0.25
+        line = np.convolve(line, taps)
+    impulse = torch.zeros(1, 97, 97)
+    impulse[0, 48, 48] = 1.0
+    found = low_frequencies(impulse)[0].numpy()
+    np.testing.assert_allclose(found[17:-17, 17:-17], np.outer(line, line), atol=1e-7)
+    np.testing.assert_allclose(low_frequencies(torch.full((3, 40, 9), 7.0)), 7.0, rtol=1e-5)  # borders are repeated

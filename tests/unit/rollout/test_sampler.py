@@ -80,6 +80,9 @@ def test_leaving_changes_no_rollout(sampler, monkeypatch):
     for ours, whole in zip(shrinking, padded, strict=True):
         assert torch.equal(ours.tokens, whole.tokens) and torch.equal(ours.lengths, whole.lengths)
         assert torch.equal(ours.forced, whole.forced)
+        behind = torch.arange(ours.tokens.shape[1]) >= ours.lengths[:, None]
+        assert behind.any() and (ours.tokens[behind] == sampler.grammar.codec.vocabulary.pad).all()
+        assert ours.forced[behind].all() and (ours.rollout_logprobs[behind] == 0).all()
         torch.testing.assert_close(ours.rollout_logprobs, whole.rollout_logprobs, rtol=0, atol=1e-5)
         free = ~whole.forced
         assert torch.equal(ours.support[free], whole.support[free])

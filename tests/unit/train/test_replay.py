@@ -22,6 +22,7 @@ from realsr_hpc.paths import project_root
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.train import grpo
 from realsr_hpc.train.kept_steps import read_step
+from realsr_hpc.train.parts import build_grpo_parts
 from tests.distributed.test_training import GRPO, SMALL
 
 RUN = [*GRPO, *SMALL, "cluster.tasks_per_node=1", "grpo.num_steps=3", "grpo.heldout_every_steps=0", "grpo.credit=part"]
@@ -51,6 +52,14 @@ def replayed(run_dir: Path, number: int, *overrides: str) -> dict:
     assert main([f"run={run_dir}", f"step={number}", f"output={output}", *overrides]) == 0
     assert (output / "replay.png").stat().st_size > 1000
     return json.loads((output / "replay.json").read_text())
+
+
+def test_the_parts_of_a_run_are_those_of_its_recipe(run_dir):
+    parts = build_grpo_parts(from_yaml(run_dir / "recipe.yaml"))
+    assert parts.optimiser.total_steps == 3 * 2  # where the learning rate's decay ends: updates, not steps
+    assert parts.rewards.with_places and parts.sampler.seed == 3
+    assert parts.reference is not None and parts.reference is not parts.policy
+    assert not any(parameter.requires_grad for parameter in parts.reference.parameters())
 
 
 @pytest.mark.parametrize("number", [2, 3])

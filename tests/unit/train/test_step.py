@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from realsr_hpc.config.learning import SFTConfig
+from realsr_hpc.config.schema import DataConfig
+from realsr_hpc.data.manifest import read_manifest
+from realsr_hpc.paths import resolve
 from realsr_hpc.records import Candidate, StepReport
-from realsr_hpc.train.experience import collect, held_out
-from realsr_hpc.train.grpo import step
+from realsr_hpc.rollout.policy_restorer import FIRST_ID
+from realsr_hpc.train import sft
+from realsr_hpc.train.experience import collect, held_out, heldout_due
+from realsr_hpc.train.grpo import heldout_images, step, training_source
+from realsr_hpc.train.parts import clock
 from realsr_hpc.train.training_run import TrainingRun
-from realsr_hpc.train.updates import every_nth_rollout, grpo_batches, training_group
+from realsr_hpc.train.updates import grpo_batches, training_group
 from tests.distributed.launcher import run_ranks
 from tests.steps import Images, number_of, rising, small_parts
 
@@ -57,25 +65,34 @@ def test_without_resampling_a_dull_group_is_dropped_or_kept():
         assert len(grpo_batches(parts, groups, parts.sampler.masks)[0].groups) == left
 
 
-def test_a_step_that_can_learn_nothing_changes_nothing():
+def test_a_step_that_can_learn_nothing_makes_no_update():
+    """An update of zeros would still move the weights, by Adam's momentum, and advance the learning rate."""
     parts = small_parts(dull(0, 1))
-    before = [parameter.clone() for parameter in parts.policy.parameters()]
     report = step(parts, Images([0, 1]), 1)
     assert report.metrics["grpo/dropped_groups/mean"] == 1 and "grpo/loss/mean" not in report.metrics
-    assert all(torch.equal(a, b) for a, b in zip(before, parts.policy.parameters(), strict=True))
+    assert parts.optimiser.num_updates == 0
 
 
-def resampled_on_a_rank() -> tuple[list[str], int]:
-    """Rank 0's image 0 is dull; rank 1's both teach."""
+def resampled_on_a_rank() -> tuple[list[str], int, list[int]]:
+    """Rank 0's image 0 is dull; rank 1's both teach. Also: rollouts and loss tokens of an update, here and in all."""
     torch.set_num_threads(1)
     parts = small_parts(dull(0), grpo=RESAMPLE)
     source = Images([0, 1] if parts.groups.dp_rank == 0 else [50, 51], advance=True)
-    return keys(collect(parts, source)), source.batches
+    groups = collect(parts, source)
+    [batch] = grpo_batches(parts, groups[: 1 + parts.groups.dp_rank], parts.sampler.masks)
+    mine = [len(sequence.loss.positions) for group in batch.groups for sequence in group.sequences]
+    outputs = [[{"a": torch.tensor(1.0)}, {"a": torch.tensor(2.0)}], [{"b": torch.tensor(5.0)}]][parts.groups.dp_rank]
+    assert parts.total(outputs) == {"a": 3.0, "b": 5.0}  # microbatches and ranks, also where one has none
+    assert parts.slowest({"time/x/s": float(parts.groups.dp_rank)}) == {"time/x/s": 1.0}
+    return keys(groups), source.batches, [len(mine), sum(mine), batch.num_rollouts_global, batch.num_tokens_global]
 
 
-def test_all_ranks_take_as_many_rounds():
+def test_all_ranks_take_as_many_rounds_and_count_the_updates_of_all():
     """Their sources share one order of images: who needs none reads on with the others, and keeps its own."""
-    assert run_ranks(2, resampled_on_a_rank) == [(["1", "2"], 2), (["50", "51"], 2)]
+    (first, second) = run_ranks(2, resampled_on_a_rank)
+    assert first[:2] == (["1", "2"], 2) and second[:2] == (["50", "51"], 2)
+    together = [4 + 8, first[2][1] + second[2][1]]
+    assert [first[2], second[2]] == [[4, first[2][1], *together], [8, second[2][1], *together]]
 
 
 def test_advantages_are_the_rewards_centred_in_their_group():
@@ -92,20 +109,95 @@ def test_advantages_are_the_rewards_centred_in_their_group():
     assert gains == [[-0.4, -0.2, -0.4, -0.2], [0.2, 0.4, 0.2, 0.4]]
 
 
-def test_updates_take_every_nth_rollout_of_all_groups():
-    parts = small_parts()
-    groups = [training_group(group, parts.sampler.masks) for group in collect(parts, Images([0, 1]))]
-    parts_of_three = [every_nth_rollout(groups, first, 3) for first in range(3)]
-    assert [[len(group.sequences) for group in share] for share in parts_of_three] == [[2, 1], [1, 2], [1, 1]]
-    assert parts_of_three[1][1].sequences[1] is groups[1].sequences[3]
-
-
 def test_several_updates_begin_at_the_rollouts_policy():
     """The first update has ratio 1 and the last one the ratio to the policy before the first."""
     parts = small_parts(grpo={"updates_per_step": 4, "kl_beta": 0.01}, optim={"lr": 3e-3})
     report = step(parts, Images([0, 1]), 1)
     assert abs(report.metrics["grpo/ratio/mean"] - 1) > 1e-4
     assert report.metrics["grpo/kl_reference/mean"] > 1e-7 and report.metrics["rollout/mismatch_kl"] < 1e-9
+    assert report.metrics["optim/lr/step"] == parts.optimiser.vendor.param_groups[0]["lr"] > 0
+
+
+def test_the_policy_is_held_to_its_reference_and_not_to_itself():
+    parts = small_parts(grpo={"kl_beta": 0.01})
+    assert parts.policies == [parts.policy, parts.reference] and small_parts().policies[1:] == []
+    for parameter in parts.reference.parameters():
+        parameter.mul_(1.2)
+    assert step(parts, Images([0]), 2).metrics["grpo/kl_reference/mean"] > 1e-3
+    with pytest.raises(AssertionError, match="their weights differ"):
+        step(parts, Images([0]), 1)
+
+
+def test_a_sampler_that_tells_other_log_probabilities_stops_the_step():
+    parts = small_parts()
+    generate = parts.sampler.generate
+
+    def drifted(*arguments):
+        groups = generate(*arguments)
+        return [replace(group, rollout_logprobs=group.rollout_logprobs - 0.1 * ~group.forced) for group in groups]
+
+    parts.sampler.generate = drifted
+    with pytest.raises(RuntimeError, match="mismatch_kl_gate"):
+        step(parts, Images([0]), 1)
+
+
+def test_every_rollout_has_a_number_of_its_own_for_its_draws():
+    parts = small_parts(grpo={"heldout_rollouts": 2})
+    generate, numbers = parts.sampler.generate, []
+
+    def told(prompts, group_size, ids):
+        numbers.append([number - ids[0] for number in ids] + [ids[0]])
+        return generate(prompts, group_size, ids)
+
+    parts.sampler.generate = told
+    collect(parts, Images([3, 5]))
+    held_out(parts, Images([3, 5]).next(), 0)
+    assert numbers == [[0, 1, 2, 3, 8, 9, 10, 11, 12], [0, 1, 4, 5, 2 * (FIRST_ID + 3)]]
+    assert parts.sampler.counts.passes == 0  # a step's counts are those of its training rollouts
+
+
+def test_the_metrics_of_a_step_are_of_its_groups():
+    """One rollout of the eight breaks the reward; image 1 is dull."""
+
+    def rule(items):
+        if any((number_of(item), item.member) == (0, 2) for item in items):
+            raise ValueError("breaks")
+        return dull(1)(items)
+
+    parts = small_parts(rule)
+    report = step(parts, Images([0, 1]), 1)
+    lengths = torch.cat([group.rollouts.lengths for group in report.groups]).double()
+    assert report.metrics["rewards/failures/count"] == 1 and report.metrics["grpo/dropped_groups/mean"] == 0.5
+    spread = torch.tensor([0.1, 0.7, 0.0, 0.9]).std() / 2
+    assert report.metrics["rewards/total/std_in_group"] == pytest.approx(float(spread))
+    assert report.metrics["rewards/told/mean"] == pytest.approx((0.1 + 0.7 + 0.9 + 2.0) / 8)
+    assert report.metrics["rollout/length/mean"] == pytest.approx(float(lengths.mean()))
+    tokens = report.metrics["rollout/tokens_per_s/mean"] * report.metrics["time/rollout/s"]
+    assert tokens == pytest.approx(float(lengths.sum()))
+    times = {"time/rollout/s": 5.0}
+    with clock(times, "rollout"):
+        pass
+    assert 5 < times["time/rollout/s"] < 6  # rounds of resampling add up
+
+
+def test_held_out_images_are_the_first_of_their_split_whenever_they_are_due():
+    parts = small_parts(grpo={"heldout_every_steps": 4, "num_steps": 6, "heldout_prompts": 3})
+    parts = replace(parts, config=parts.config.model_copy(update={"data": DataConfig(mode="lq_only")}))
+    names = [entry.key for entry in read_manifest(resolve(parts.config.data.manifest)).split("heldout").entries]
+    assert list(heldout_images(parts).keys) == names[:3]
+    assert [number for number in range(7) if heldout_due(parts.config.grpo, number)] == [0, 4, 6]
+    assert not any(heldout_due(small_parts().config.grpo, number) for number in range(7))
+
+
+def test_each_rank_reads_images_of_its_own():
+    parts = small_parts(grpo={"prompts_per_step": 4, "heldout_prompts": 2})
+    config = parts.config.model_copy(update={"data": DataConfig(mode="lq_only"), "sft": SFTConfig(batch_size=4)})
+    for rank in range(2):
+        one = replace(parts, config=config, groups=replace(parts.groups, dp_rank=rank, dp_size=2))
+        for loader in (training_source(one), sft.training_source(one)):
+            assert loader.next().index.tolist() == [2 * rank, 2 * rank + 1]
+            loader.close()
+        assert heldout_images(one).index.tolist() == [rank]
 
 
 @pytest.mark.parametrize("lookahead", [1, 5])
@@ -113,6 +205,20 @@ def test_guided_rollouts_are_scored_as_they_were_sampled(lookahead):
     """Sampler and loss cut the unconditional stream at the same token: each image block sees itself alone."""
     parts = small_parts(rollout={"cfg_scale": 3.0, "lookahead": lookahead})
     assert step(parts, Images([0, 1]), 1).metrics["rollout/mismatch_kl"] < 1e-9
+
+
+TRUNCATED = {"image_top_k": 5, "text_top_k": 3, "top_p": 0.8, "temperature": 0.7, "text_temperature": 1.3}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [{"rollout": TRUNCATED}, {"model": {"num_kv_heads": 2, "rope_theta": 300.0}}, {"model": {"swin_norm": True}}],
+    ids=["truncated", "grouped heads", "swin norm"],
+)
+def test_rollouts_are_scored_as_they_were_sampled(sections):
+    """Of truncated ones the scorer knows only the survivors, which the sampler has written down."""
+    metrics = step(small_parts(**sections), Images([0, 1]), 1).metrics
+    assert metrics["rollout/mismatch_kl"] < 1e-9 and metrics["rollout/mismatch_abs"] < 1e-4
 
 
 @pytest.mark.parametrize(("number", "weight"), [(10, 1.0), (15, 2.0), (20, 3.0)])
