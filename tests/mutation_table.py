@@ -67,7 +67,7 @@ MUTATIONS = (
         EXPERIENCE,
         'if not reduce_float(float(missing), parts.groups.dp, parts.groups.device, "max")',
         "if not missing",
-        f"{STEP}all_ranks_take_as_many_rounds",
+        f"{STEP}all_ranks_take_as_many_rounds_and_count_the_updates_of_all",
     ),
     Mutation("held-out: training's draws", EXPERIENCE, "FIRST_ID + index", "index", HELD_OUT),
     Mutation(
@@ -97,7 +97,7 @@ MUTATIONS = (
         "realsr_hpc/train/updates.py",
         "% nth == first",
         "// nth == first",
-        f"{STEP}updates_take_every_nth_rollout_of_all_groups",
+        "tests/unit/train/test_updates.py::test_updates_take_every_nth_rollout_of_all_groups",
     ),
     Mutation("best: direction", RUN, "sign = 1.0 if", "sign = -1.0 if", BEST),
     Mutation("best: not saved when measured", RUN, 'leaving or agreed["best"] > 0', "leaving", BEST),

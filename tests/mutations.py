@@ -2,8 +2,8 @@
 
     python -m tests.mutations [WORD ...]     only mutations whose file, name or test holds one of the words
 
-Exit code 1 when a changed line survives. Add a row to `mutation_table.py` or `second_device/mutations.py` for
-every rule whose loss nobody would see in the metrics.
+Exit code 1 when a changed line survives. Add a row to `mutation_rooms.py`, `mutation_table.py` or
+`second_device/mutations.py` for every rule whose loss nobody would see in the metrics.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation_rooms import ROOM_MUTATIONS
 from tests.mutation_table import MUTATIONS, Mutation
 from tests.second_device.mutations import DEVICE_MUTATIONS
 
@@ -79,7 +80,7 @@ def main(words: list[str]) -> int:
     """Run the chosen mutations one after another, after their tests on the unchanged tree."""
     chosen = [
         m
-        for m in (*MUTATIONS, *DEVICE_MUTATIONS)
+        for m in (*MUTATIONS, *ROOM_MUTATIONS, *DEVICE_MUTATIONS)
         if not words or any(w in f"{m.name} {m.file} {m.test}" for w in words)
     ]
     sys.path.insert(0, str(ROOT))

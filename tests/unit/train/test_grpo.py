@@ -28,6 +28,7 @@ def test_a_fresh_run_starts_at_its_reference():
         check_exactness(CONFIG, 1, moved)
 
 
-def test_a_drifting_sampler_meets_the_gate():
+@pytest.mark.parametrize("drift", [2e-3, float("nan")])
+def test_a_drifting_sampler_meets_the_gate(drift):
     with pytest.raises(InexactStep, match="mismatch_kl_gate=0.001"):
-        check_exactness(CONFIG, 9, EXACT | {"rollout/mismatch_kl": 2e-3})
+        check_exactness(CONFIG, 9, EXACT | {"rollout/mismatch_kl": drift})

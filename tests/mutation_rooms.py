@@ -1,0 +1,166 @@
+"""More lines that a test must defend (see `mutations.py`), by file and test: name, line, changed line."""
+
+from __future__ import annotations
+
+from tests.mutation_table import Mutation
+
+TRAIN, UPDATES = "tests/unit/train/", "tests/unit/train/test_updates.py::test_"
+STEP, SFT = "tests/unit/train/test_step.py::test_", "tests/unit/train/test_sft.py::test_"
+RESTORE, OPENED = "tests/unit/restore/test_restore.py::test_", "tests/unit/restore/test_model.py::test_"
+AHEAD = "tests/unit/rollout/test_ahead.py::test_"
+
+ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
+    ("train/batches.py", f"{TRAIN}test_batches.py"): (
+        ("a token predicts itself", "torch.arange(first - 1, len(tokens) - 1)", "torch.arange(first, len(tokens))"),
+        ("packed sequences see each other", "segments[row, places] = number", "segments[row, places] = 0"),
+        ("packed from the shortest", "key=lambda n: -len", "key=lambda n: len"),
+        ("responses overlap", "number * shared.response", "number * (shared.response - 1)"),
+        ("twins not counted", "_parts(rows, parallel, row_tokens * streams)", "_parts(rows, parallel, row_tokens)"),
+        ("branches forgotten in joining", "branches=first.branches", "branches=None"),
+        ("positions of the first in joining", "part.loss.positions + number * stream_tokens", "part.loss.positions"),
+        ("advantages of tokens lost", "_cat([part.token_advantages for part in parts], device)", "None"),
+        ("one image block", "places] = sequence.image_blocks", "places] = sequence.image_blocks * 0"),
+    ),
+    ("train/updates.py", f"{UPDATES}a_rollouts_loss_tokens_carry_what_they_were_drawn_under"): (
+        ("rollouts without a choice", "enumerate(free) if len(places))", "enumerate(free))"),
+        ("padding is read", "rollouts.tokens[row, : rollouts.lengths[row]]", "rollouts.tokens[row]"),
+        ("masks of the first rollout", "rollouts.mask_ids[row, free]", "rollouts.mask_ids[0, free]"),
+        ("support of the first rollout", "rollouts.support[row, free]", "rollouts.support[0, free]"),
+        ("every token begins an image block", "(~masks.continues_block", "(masks.continues_block"),
+    ),
+    ("train/updates.py", f"{STEP}all_ranks_take_as_many_rounds_and_count_the_updates_of_all"): (
+        ("rollouts of this rank alone", "parts.count(len(sequences))", "len(sequences)"),
+    ),
+    ("train/updates.py", f"{STEP}a_step_that_can_learn_nothing_makes_no_update"): (
+        ("an update of zeros", "        if num_tokens:\n", "        if True:\n"),
+    ),
+    ("train/parts.py", f"{STEP}all_ranks_take_as_many_rounds_and_count_the_updates_of_all"): (
+        ("the last microbatch's metrics", "local.get(name, 0.0) + float(value)", "float(value)"),
+        ("the mean of the times", 'self.groups.device, "max")', "self.groups.device)"),
+    ),
+    ("train/objective.py", f"{UPDATES}the_loss_is_that_of_the_whole_update"): (
+        (
+            "tokens for rollouts",
+            "batch.num_tokens_global, batch.num_rollouts_global",
+            "batch.num_rollouts_global, batch.num_tokens_global",
+        ),
+        ("no constant length", "config.rollout.max_new_tokens)", "1)"),
+        ("the sampler against the moved policy", "logprobs if old is None else old", "logprobs"),
+        ("sums for means", "name: value / counts.num_tokens for", "name: value for"),
+        ("no entropy", "rollouts.rows(scores.entropy)", "rollouts.rows(scores.entropy * 0)"),
+    ),
+    ("train/objective.py", f"{TRAIN}test_grpo.py"): (
+        ("a drift of NaN passes", "not drift <= gate", "drift > gate"),
+        ("KL of any step", "step == 1 and not", "not"),
+    ),
+    ("train/scoring.py", f"{UPDATES}microbatches_are_scored_together_as_alone"): (
+        ("not filled up", "(passes * together - len(microbatches))", "0"),
+        ("guided by itself", "rows[1] if guided else", "rows[0] if guided else"),
+        (
+            "one by one",
+            "even_parts(len(microbatches), at_once, multiple)",
+            "even_parts(len(microbatches), 1, multiple)",
+        ),
+    ),
+    ("train/grpo.py", f"{STEP}the_policy_is_held_to_its_reference_and_not_to_itself"): (
+        ("the policy as its reference", "logprobs_of(reference, scored", "logprobs_of(parts.policy, scored"),
+    ),
+    ("train/grpo.py", f"{STEP}a_sampler_that_tells_other_log_probabilities_stops_the_step"): (
+        ("exactness unchecked", "check_exactness(parts.config, number, totals)", "pass"),
+    ),
+    ("train/grpo.py", f"{STEP}held_out_images_are_the_first_of_their_split_whenever_they_are_due"): (
+        ("held-out images shuffled", "shuffle=False)", "shuffle=True)"),
+    ),
+    ("train/experience.py", f"{STEP}every_rollout_has_a_number_of_its_own_for_its_draws"): (
+        ("images share draws", "sample * group_size + member", "sample + member"),
+        ("held-out rollouts counted", "parts.sampler.counts.read()  # a", "pass  # a"),
+    ),
+    ("train/sft.py", f"{SFT}responses_are_learnt_and_prompts_and_images_without_captions_are_not"): (
+        ("loss on the prompt", "first=len(prompt)", "first=1"),
+    ),
+    ("train/sft.py", f"{STEP}each_rank_reads_images_of_its_own"): (
+        ("all ranks read the same", "data.train_split, share, dp_rank=rank", "data.train_split, share, dp_rank=0"),
+    ),
+    ("train/sft_loss.py", f"{SFT}the_loss_is_weighted_cross_entropy_over_the_global_count_plus_z_loss"): (
+        ("the rough image's codes are perception", "vocabulary) == 0", "vocabulary) <= 1"),
+        ("the microbatch's mean", "-logprobs.sum() / num_tokens", "-logprobs.mean()"),
+        ("z-loss not squared", "scores.logsumexp.square().sum()", "scores.logsumexp.sum()"),
+    ),
+    ("train/own_codes.py", f"{SFT}a_share_of_the_updates_reads_own_codes"): (
+        ("every update alike", "default_rng([seed, step])", "default_rng([seed, 1])"),
+        (
+            "one noise for all microbatches",
+            "keys_of(microbatch, seed, first + number)",
+            "keys_of(microbatch, seed, first)",
+        ),
+    ),
+    ("train/kept_rollouts.py", f"{TRAIN}test_kept_rollouts.py"): (
+        ("rough for middle", "for number in range(2))", "for number in (1, 0))"),
+        ("all have the first's advantage", "float(advantages[member])", "float(advantages[0])"),
+    ),
+    ("rollout/choice.py", f"{STEP}rollouts_are_scored_as_they_were_sampled"): (
+        ("drawn from all", "keys, support, first=columns.start", "keys, None, first=columns.start"),
+        ("survivors not told", "(positions, kept, columns.start)", "(positions, allowed, columns.start)"),
+    ),
+    ("rollout/choice.py", f"{AHEAD}top_p_is_of_the_tempered_distribution"): (
+        ("top-p before the temperature", "truncation, temperature) if", "truncation) if"),
+    ),
+    ("rollout/sampler.py", f"{AHEAD}tokens_do_not_depend_on_batches_and_follow_from_seed_and_number"): (
+        ("every seed alike", "stream_keys(self.seed, number, limit)", "stream_keys(0, number, limit)"),
+        ("a later batch has the first's numbers", "rollout_ids[first * group_size", "rollout_ids[0 * group_size"),
+    ),
+    ("rollout/sampled.py", "tests/unit/rollout/test_sampler.py::test_leaving_changes_no_rollout"): (
+        ("padding carries loss", "torch.ones(shape, dtype=torch.bool", "torch.zeros(shape, dtype=torch.bool"),
+    ),
+    ("rollout/policy_restorer.py", f"{OPENED}each_candidate_of_each_image_draws_by_a_number_of_its_own"): (
+        ("candidates alike", "FIRST_ID + case.index * count + member", "FIRST_ID + case.index * count"),
+        ("training's draws", "FIRST_ID + case.index * count + member", "case.index * count + member"),
+    ),
+    ("rollout/policy_restorer.py", f"{OPENED}the_memory_of_an_image_is_that_of_its_keys_and_values"): (
+        ("one stream's memory", "2 if options.cfg_scale != 1.0 else 1", "1"),
+    ),
+    ("restore/model.py", f"{OPENED}the_checkpoints_weights_restore_in_one_process_and_with_exact_products"): (
+        ("start weights", "        checkpoint.load(checkpoint_path, policy, None, groups)\n", "        pass\n"),
+        ("rollouts' FP8", '"fp8": "none", "rollout_fp8": False', '"fp8": "none"'),
+    ),
+    ("restore/options.py", f"{OPENED}options_become_settings"): (
+        ("the rough image's size", "image_sizes_px[-1] // factor", "image_sizes_px[0] // factor"),
+        ("each worker has all the memory", "/ workers / tile_bytes", "/ tile_bytes"),
+        ("candidates without memory", "count * restorer.image_bytes()", "restorer.image_bytes()"),
+    ),
+    (
+        "restore/candidates.py",
+        f"{RESTORE}what_an_expert_cannot_rate_is_not_chosen_and_the_mean_has_the_nearest_texts",
+    ): (
+        ("NaN is best", "nan=-np.inf", "nan=np.inf"),
+        ("the first's texts", "item.trace, item.images, best", "found[0].trace, item.images, best"),
+        ("the farthest's texts", "distances.argmin()", "distances.argmax()"),
+    ),
+    ("restore/colour.py", f"{RESTORE}low_frequencies_are_five_dilated_filters"): (
+        ("four levels", "_LEVELS = 5", "_LEVELS = 4"),
+        ("dark borders", 'mode="replicate"', 'mode="constant"'),
+    ),
+    ("restore/tiles.py", f"{RESTORE}seams_fade_over_the_overlap"): (
+        ("every tile draws alike", "index=n)", "index=0)"),
+        ("the overlap in LQ pixels", "settings.overlap_px * scale + 1.0", "settings.overlap_px + 1.0"),
+        ("not rounded", "np.round(self.total, out=self.total)", "self.total"),
+    ),
+    ("restore/tiles.py", f"{RESTORE}images_on_the_way_are_blended_at_their_own_size_and_small_inputs_are_mirrored"): (
+        ("filled up with black", 'mode="symmetric"', 'mode="constant"'),
+        ("steps at the input's size", "max(1, step.shape[0] // self.settings.tile_px)", "1"),
+    ),
+    ("restore/folder.py", f"{RESTORE}a_result_that_cannot_be_written_leaves_no_older_image_beside_its_new_record"): (
+        ("the older image stays", "work.target.unlink(missing_ok=True)", "pass"),
+    ),
+    ("restore/folder.py", f"{RESTORE}results_of_other_settings_are_not_mixed"): (
+        ("colours mixed", 'not in ("batch_size", "workers")', 'not in ("batch_size", "workers", "colour")'),
+    ),
+    ("restore/image_files.py", "tests/unit/restore/test_names.py::test_a_profile_stays_where_the_colours_stay"): (
+        ("a CMYK profile on RGB", "icc_profile if keeps_profile else None", "icc_profile"),
+    ),
+}
+ROOM_MUTATIONS = tuple(
+    Mutation(f"{file.removesuffix('.py')}: {name}", f"realsr_hpc/{file}", old, new, test)
+    for (file, test), changes in ROWS.items()
+    for name, old, new in changes
+)
