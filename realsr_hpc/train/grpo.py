@@ -67,14 +67,14 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
 
 
 def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds: dict[str, float]) -> dict[str, float]:
-    """Update the policy on this rank's scored groups; returns the last update's metrics.
+    """Update the policy on this rank's scored groups; returns the last update's metrics, and adds times to `seconds`.
 
     Replaying a step (train/replay.py) calls this as well.
     """
     metrics: dict[str, float] = {}
     batches = grpo_batches(parts, groups, parts.sampler.masks)
     collated = [parts.group_microbatches(batch.groups) for batch in batches]
-    with clock(seconds, "score"):
+    with clock(seconds, "score"):  # for all updates, before the first of them moves the policy
         scored = [score_before_updates(parts, microbatches) for microbatches in collated]
     with clock(seconds, "update"):
         for batch, microbatches in zip(batches, scored, strict=True):
