@@ -12,6 +12,7 @@ from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import SUMS_FILE
+from realsr_hpc.launch.requeue import PATIENCE_S
 from realsr_hpc.launch.rundir import run_folder
 from realsr_hpc.paths import SAFE_PATH, resolve
 
@@ -74,7 +75,7 @@ def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
         f'{sums} || {{ echo "the snapshot of the code in $PWD is damaged; launch the run again" >&2; exit 1; }}',
         f'export PYTHONPATH={there}"${{PYTHONPATH:+:$PYTHONPATH}}" {SAFE_PATH}=1',
         "trap - ERR",
-        *AGAIN.format(max_requeues=cluster.max_requeues).strip().splitlines(),
+        *AGAIN.format(max_requeues=cluster.max_requeues, patience_s=int(PATIENCE_S)).strip().splitlines(),
         "trap again EXIT",
     ]
     if cluster.environment_file:
@@ -83,17 +84,28 @@ def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
 
 
 AGAIN = """
+asked() {{
+    local said pause=1 waited=0
+    while ! said=$(scontrol "$@" 2>&1); do
+        case $said in *"nable to contact"*|*"onnection refused"*) ;; *) break ;; esac
+        [ $waited -lt {patience_s} ] || break
+        sleep $pause
+        waited=$((waited + pause)) pause=$((pause < 30 ? 2 * pause : 60))
+    done
+    echo "$said"
+}}
 again() {{
     local code=$? id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
     id=${{id:-$SLURM_JOB_ID}}
     case $code in 134|135|137|139) ;; *) return 0 ;; esac
     [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ] || return 0
-    case $(scontrol show job --oneliner "$id") in *" JobState=RUNNING "*) ;; *) return 0 ;; esac
+    case $(asked show job --oneliner "$id") in *" JobState=RUNNING "*) ;; *) return 0 ;; esac
     echo "the run's supervisor was killed (code $code): requeueing $id" >&2
-    scontrol requeue "$id"
+    asked requeue "$id" >&2
 }}
 """
-"""Not for a job that is being cancelled, or that its supervisor has requeued."""
+"""Not for a job that is being cancelled, or that its supervisor has requeued. A controller that is away (a restart, a
+failover) is asked again for minutes."""
 
 
 def sbatch_script(config: RunConfig, num_runs: int = 1) -> str:

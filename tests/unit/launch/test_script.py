@@ -50,6 +50,27 @@ def test_the_batch_script_asks_for_a_killed_supervisor_alone(tmp_path, slurm, co
     assert ("requeue 7" in calls) is asked
 
 
+def test_the_batch_script_asks_again_while_the_controller_is_away(tmp_path, slurm):
+    away = "{ echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1; }"
+    calls, slept = tmp_path / "asked", tmp_path / "slept"
+    back = f"echo $1 >> {calls}; n=$(wc -l < {calls}); [ $n = 3 -o $n = 6 ] || {away}; echo 'Id=7 JobState=RUNNING '"
+    slurm(scontrol=back, sleep=f"echo $1 >> {slept}")
+    config = compose([*SLURM, f"output_root={tmp_path / 'runs'}"])
+    code = take_snapshot([config])
+    assert run_setup(tmp_path, config, code, "(exit 137)").returncode == 137
+    assert calls.read_text().split() == ["show"] * 3 + ["requeue"] * 3
+    assert slept.read_text().split() == ["1", "2", "1", "2"]
+    slept.unlink()
+    slurm(scontrol=away, sleep=f"echo $1 >> {slept}")
+    assert run_setup(tmp_path, config, code, "(exit 137)").returncode == 137
+    assert 600 <= sum(map(int, slept.read_text().split())) < 700
+    slept.unlink()
+    refused = "echo 'Id=7 JobState=RUNNING '; [ $1 = show ] || { echo 'Operation is presently disabled' >&2; exit 1; }"
+    slurm(scontrol=refused, sleep=f"echo $1 >> {slept}")
+    ended = run_setup(tmp_path, config, code, "(exit 137)")
+    assert "presently disabled" in ended.stderr and not slept.exists()
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
