@@ -2,6 +2,7 @@
 
 OUTPUT_ROOT/<name>-<signature>/
     recipe.yaml  plan.txt  environment.json  tags.json  place.json      the launcher, once
+    again.sh                                                            prepare, for a batch file of one's own
     code                                                                link to the snapshot of the code (Slurm)
     job.json  status.json  requeues.json  notified.json  run.lock       launch
     progress.json  events.jsonl  delivered.json  mlflow.json            tracking
@@ -43,6 +44,11 @@ def environment(run_dir: Path) -> Path:
 def launch_tags(run_dir: Path) -> Path:
     """MLflow tags that the launcher knows."""
     return run_dir / "tags.json"
+
+
+def again(run_dir: Path) -> Path:
+    """Shell function that requeues a job whose supervisor was killed, for a batch file to source."""
+    return run_dir / "again.sh"
 
 
 def place(run_dir: Path) -> Path:

@@ -75,12 +75,17 @@ def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
         f'{sums} || {{ echo "the snapshot of the code in $PWD is damaged; launch the run again" >&2; exit 1; }}',
         f'export PYTHONPATH={there}"${{PYTHONPATH:+:$PYTHONPATH}}" {SAFE_PATH}=1',
         "trap - ERR",
-        *AGAIN.format(max_requeues=cluster.max_requeues, patience_s=int(PATIENCE_S)).strip().splitlines(),
+        *again_lines(cluster),
         "trap again EXIT",
     ]
     if cluster.environment_file:
         lines.insert(2, f"source {shlex.quote(str(resolve(cluster.environment_file)))}")
     return lines
+
+
+def again_lines(cluster: ClusterConfig) -> list[str]:
+    """The shell function `again`, for `trap again EXIT`: asks Slurm to requeue the job of a killed supervisor."""
+    return AGAIN.format(max_requeues=cluster.max_requeues, patience_s=int(PATIENCE_S)).strip().splitlines()
 
 
 AGAIN = """

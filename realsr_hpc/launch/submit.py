@@ -36,6 +36,7 @@ from realsr_hpc.launch.rundir import (
     saved_step,
     slurm_queue,
 )
+from realsr_hpc.launch.script import again_lines
 from realsr_hpc.launch.snapshot import code_version, environment, take_snapshot
 from realsr_hpc.launch.start import Submission, start_together
 from realsr_hpc.locks import hold
@@ -178,6 +179,7 @@ def prepare(config: RunConfig, run_dir: Path) -> str:
         code = take_snapshot([config])
         note = _prepare_tracking([Submission(config, run_dir, True)], "", [])
         link_code(run_dir, code)
+        write_atomically(runfolder.again(run_dir), "\n".join([*again_lines(config.cluster), ""]))
     return note
 
 

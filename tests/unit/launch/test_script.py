@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from realsr_hpc.config.load import compose
 from realsr_hpc.launch.command import main
 from realsr_hpc.launch.script import setup_lines
 from realsr_hpc.launch.snapshot import take_snapshot
+from realsr_hpc.launch.submit import prepare
+from realsr_hpc.paths import project_root
 
 from .conftest import SLURM
 
@@ -48,6 +51,17 @@ def test_the_batch_script_asks_for_a_killed_supervisor_alone(tmp_path, slurm, co
     assert run_setup(tmp_path, config, take_snapshot([config]), f"(exit {code})").returncode == code
     calls = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert ("requeue 7" in calls) is asked
+
+
+@pytest.mark.parametrize("code", [0, 1, 137])
+def test_the_plain_batch_file_asks_for_a_killed_supervisor_too(tmp_path, slurm, code):
+    run_dir, calls = tmp_path / "plain", tmp_path / "asked"
+    prepare(compose([*SLURM, f"output_root={tmp_path / 'runs'}"]), run_dir)
+    slurm(srun=f"exit {code}", scontrol=f"echo $1 >> {calls}; echo 'Id=7 JobState=RUNNING '")
+    batch = ["bash", str(project_root() / "slurm" / "grpo_7b.sbatch")]
+    named = {"RUN_DIR": str(run_dir), "PYTHON": sys.executable, "SLURM_JOB_ID": "7", "PATH": os.environ["PATH"]}
+    assert subprocess.run(batch, env=named, capture_output=True, check=False).returncode == code
+    assert (calls.read_text().split() if calls.exists() else []) == (["show", "requeue"] if code == 137 else [])
 
 
 def test_the_batch_script_asks_again_while_the_controller_is_away(tmp_path, slurm):
