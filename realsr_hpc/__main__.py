@@ -1,7 +1,7 @@
-"""`python -m realsr_hpc RUN_DIR`: run what RUN_DIR/recipe.yaml says.
+"""`python -m realsr_hpc RUN_DIR`: execute the recipe RUN_DIR/recipe.yaml.
 
-Without RANK in the environment it is this node's supervisor, which starts one process per task and watches them; with
-RANK (set by that supervisor, or by torchrun) it is one of those processes. Submitting is `realsr-hpc launch`'s work.
+Without RANK in the environment this process is the node's supervisor, which starts one process per task and watches
+them. With RANK, set by the supervisor or by torchrun, it is one of those processes. `realsr-hpc launch` submits runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from realsr_hpc.tracking.place import read_place, recipe_of
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, 2 wrong usage or recipe, 85 stopped to be requeued, anything else failed."""
+    """Returns the exit code: 0 done, 2 wrong usage or invalid recipe, 85 stopped with a checkpoint, else failed."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m realsr_hpc RUN_DIR   (a run folder made by realsr-hpc launch)", file=sys.stderr)
         return 2
@@ -44,13 +44,14 @@ def run_rank(config: RunConfig, run_dir: Path) -> int:
     """One process of the run."""
     from realsr_hpc.launch.signals import StopFlag
 
-    # Before the heavy imports: a signal that comes while they run must not kill the rank.
+    # Before the slow imports, so that a signal during them does not kill the rank.
     stop = StopFlag.install()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
     train = import_module(f"realsr_hpc.train.{config.task}")
-    # A million objects of imported modules live to the end. Megatron collects garbage at every checkpoint, and Python
-    # several times while it leaves: frozen, they are passed over, which saves half a second there and seconds here.
+    # The imported modules have a million objects that live until the end. Megatron runs the garbage collector at every
+    # checkpoint, and Python several times at exit. Frozen objects are skipped, which saves half a second per checkpoint
+    # and seconds at exit.
     gc.freeze()
     atexit.register(gc.freeze)
     code = train.main(config, run_dir, stop)

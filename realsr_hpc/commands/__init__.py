@@ -1,7 +1,7 @@
-"""`realsr-hpc COMMAND ...`: every program of the project; `python tools/COMMAND.py` in a checkout is the same.
+"""`realsr-hpc COMMAND ...`: all commands of the project; `python tools/COMMAND.py` in a checkout does the same.
 
-Each module here is one command with `main(arguments) -> int`. A command is imported only when it is asked for, and
-imports what is heavy inside its functions: help is immediate, and submitting a run never imports torch.
+Each module here is one command with `main(arguments) -> int`. A command is imported only when it is called, and has
+slow imports inside its functions, so that help is immediate and submitting a run does not import torch.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ COMMANDS = {
     "nemo-archive": "convert an export to a NeMo archive and back",
     "sync-tracking": "send to MLflow what runs logged while it was unreachable",
 }
-"""What each command does, in the order in which a project uses them."""
+"""Description of each command, in the order in which a project uses them."""
 RENAMED = {"make-shapes": "make-scenes"}
-"""Commands of earlier versions, and what they are called now."""
+"""Names of commands in earlier versions, with their present names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code, or 2 for one that does not exist."""
+    """Run one command; returns its exit code, or 2 for an unknown command."""
     if arguments is None:
         _use_utf8()
-        atexit.register(gc.freeze)  # leaving, Python would look through all that was imported: seconds
+        atexit.register(gc.freeze)  # else Python's garbage collection at exit takes seconds
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
@@ -73,16 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answered(command: Callable[[list[str]], int], words: list[str]) -> int:
-    """Run a command; what the system refuses it, and Ctrl-C, are a line and no traceback. 2: refused, 130: Ctrl-C."""
+    """Run a command. OSErrors and Ctrl-C print one line instead of a traceback, with exit codes 2 and 130."""
     try:
         code = command(words[1:])
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `... | head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is not wanted either
+    except BrokenPipeError:  # the reader closed the pipe, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards buffered output
         return 1
     except OSError as error:
-        if error.strerror is None:  # not the system's words but a library's
+        if error.strerror is None:  # raised by a library, not by the system
             raise
         from realsr_hpc.files import printable
 
@@ -95,20 +95,20 @@ def _answered(command: Callable[[list[str]], int], words: list[str]) -> int:
 
 
 def _use_utf8() -> None:
-    """Start this program again in Python's UTF-8 mode where the locale has another encoding, its children included.
+    """If the locale has another encoding, restart this program, and so its children, in Python's UTF-8 mode.
 
-    Otherwise names of files outside ASCII would be half characters, which no table, JSON or MLflow takes.
+    Otherwise file names outside ASCII would contain lone surrogates, which Parquet, JSON and MLflow refuse.
     """
     if codecs.lookup(locale.getencoding()).name != "utf-8" and not sys.flags.utf8_mode:
         words = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
         os.execve(sys.executable, words, {**os.environ, "PYTHONUTF8": "1"})
-    for stream in (sys.stdout, sys.stderr):  # names of files that are no UTF-8 are shown with escapes
+    for stream in (sys.stdout, sys.stderr):  # file names that are not valid UTF-8 are shown with escapes
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def usage() -> str:
-    """The commands, a line each."""
+    """Help text with one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: realsr-hpc COMMAND [key=value ...]    (realsr-hpc COMMAND --help: its keys)", "", *lines])

@@ -1,4 +1,4 @@
-"""Carry a policy over to a recipe's tokenizers: realsr-hpc carry-over policy=DIR recipe=sft_tiny output=DIR
+"""Adapt a trained policy to a recipe's tokenizers: realsr-hpc carry-over policy=DIR recipe=sft_tiny output=DIR
 
 policy=DIR      export folder with its recipe.yaml, which names the policy's tokenizers
 images=2000     training samples of the recipe that are encoded with both tokenizers

@@ -31,7 +31,7 @@ OPTIONS = {
 }  # fmt: skip
 
 LONGEST_NAME = 200
-"""Bytes; file systems end at 255."""
+"""In bytes; most file systems allow 255."""
 
 
 def main(arguments: list[str]) -> int:
@@ -58,13 +58,13 @@ def main(arguments: list[str]) -> int:
 
 
 def folder_name(options: dict[str, str]) -> str:
-    """Of the report: the sweep or the runs; of so many that no folder's name holds them, the first and a digest."""
+    """Name of the report's folder: the sweep or the runs, shortened with a hash if it is too long for a folder name."""
     name = options["sweep"] or options["runs"].replace(",", "-vs-")
     return name if len(name.encode()) <= LONGEST_NAME else f"{name[:80]}-{digest(name)[:8]}"
 
 
 def read(options: dict[str, str], uri: str, root: Path) -> Comparison:
-    """The runs that are named, from the store. ValueError: it does not answer, or they or the metric are unknown."""
+    """Read the named runs from MLflow. ValueError if it does not answer, or a run or the metric is unknown."""
     mlflow = connect(uri)
     with readable(uri):
         if options["sweep"]:
@@ -78,7 +78,7 @@ def read(options: dict[str, str], uri: str, root: Path) -> Comparison:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """A line per group, and the best run in words."""
+    """Print one line per group, and the best run."""
     metrics = comparison.columns()[:6]
     table = Table("runs", "n", "finished", *metrics)
     for group in group_runs(comparison):

@@ -1,10 +1,11 @@
-"""Degrade photographs as training does, to look at or to test on: realsr-hpc degrade recipe=NAME output=DIR
+"""Degrade photographs as training does, for inspection or testing: realsr-hpc degrade recipe=NAME output=DIR
 
-images=64          how many; more than there are photographs visits them again, with another window and degradation
-split=heldout      of the recipe's manifest (data.manifest=FILE: another one)
+images=64          number of images; if there are fewer photographs, they recur with other crops and degradations
+split=heldout      split of the recipe's manifest (data.manifest=FILE names another manifest)
 
-Anything else is an override of the recipe. Writes lq/NAME.png and gt/NAME.png, which realsr-hpc evaluate set=paired
-data=DIR reads, labels.csv with each image's true words, and grid.png. The same recipe and seed give the same images.
+All other arguments override the recipe. Writes lq/NAME.png and gt/NAME.png (for realsr-hpc evaluate set=paired
+data=DIR), labels.csv with the true degradation words of each image, and grid.png. The same recipe and seed give the
+same images.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from realsr_hpc.locks import sole_writer
 DEFAULTS = {"output": None, "images": "64", "split": "heldout"}
 SHOWN, SHOWN_A_ROW, BATCH = 32, 4, 16
 NAME_CHARACTERS = 60
-"""Of a photograph's name, behind its number: a file's name has room for 255 bytes."""
+"""Length of the photograph's name in a file name, after the number; most file systems allow 255 bytes in all."""
 
 
 def main(arguments: list[str]) -> int:
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 @contextmanager
 def _gone_unless_whole(output: Path) -> Iterator[None]:
-    """What was written into the folder, empty before, is removed if the block raises: the command can be repeated."""
+    """Empty the folder again if the block raises, so that the command can be repeated."""
     try:
         yield
     except BaseException:
@@ -61,7 +62,7 @@ def _gone_unless_whole(output: Path) -> Iterator[None]:
 
 
 def degrade(config: RunConfig, output: Path, count: int, split: str) -> dict[str, str]:
-    """Write the folder; the photographs that could not be used (the loader names them), and why."""
+    """Write the folder; returns by key why photographs could not be used, which the loader has already logged."""
     from PIL import Image
     from rich.progress import track
 

@@ -1,7 +1,7 @@
-"""The whole system in minutes on a CPU: GRPO on the bundled photographs, and what it learned.
+"""The whole system in minutes on a CPU: GRPO on the bundled photographs, and its effect.
 
-realsr-hpc demo [section.field=value ...] runs the commands that a user would type, one after another, and shows
-each: launch, evaluate, restore, export, gallery. Overrides go to the recipe grpo_tiny. A finished run is not repeated.
+realsr-hpc demo [section.field=value ...] runs launch, evaluate, restore, export-hf and gallery one after another and
+prints each command. Overrides change the recipe grpo_tiny. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
 
 
 def small_photograph(folder: Path) -> Path:
-    """A held-out photograph of 64 px: something that needs restoring."""
+    """Write a held-out photograph reduced to 64 px, as an input to restore."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "flower_64px.png"
     with Image.open(resolve("recipes/assets/photographs/flower.jpg")) as photograph:
@@ -82,7 +82,7 @@ def small_photograph(folder: Path) -> Path:
 
 
 def show(console: Console, config: RunConfig, run_dir: Path, report: Path, export: Path) -> None:
-    """Reward before and after, where the pictures lie, and the command that opens MLflow."""
+    """Print rewards before and after, the paths of all results, and the command that opens MLflow."""
     steps = metrics_by_step(run_dir)
     heldout = {step: metrics for step, metrics in steps.items() if "heldout/total/mean" in metrics}
     first, last = min(heldout), max(heldout)
@@ -103,9 +103,9 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
     console.print(table)
     for name, path in {
         "reward curve": report / "reward.png",
-        "input | bicubic | before | after | truth, and what was said": report / "story.png",
+        "input | bicubic | before | after | truth, with the model's texts": report / "story.png",
         "a restored photograph": report / "restored",
-        "what it thinks, and what GRPO rewards": report / "gallery.html",
+        "page with all images, texts and rewards": report / "gallery.html",
         "Hugging Face export": export,
     }.items():
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
@@ -115,7 +115,7 @@ def show(console: Console, config: RunConfig, run_dir: Path, report: Path, expor
 
 
 def draw_story(report: Path, num_rows: int = 6) -> None:
-    """`story.png`: a few images of an evaluation with what the policy said under each, signs before photographs."""
+    """Write `story.png`: a few images of an evaluation with the model's texts under each, signs first."""
     images = evaluation.read(report).images
     signs = [image for image in images if image.word][: num_rows // 2]
     chosen = signs + [image for image in images if not image.word][: num_rows - len(signs)]
@@ -131,7 +131,7 @@ def draw_story(report: Path, num_rows: int = 6) -> None:
 
 
 def _said(degradation: str | None, texts: Sequence[str | None]) -> str:
-    """The degradation's words and the rough text, as far as there are any."""
+    """Degradation phrase and rough text, if there are any."""
     return "; ".join(part for part in (degradation, texts[0] if texts else None) if part)
 
 

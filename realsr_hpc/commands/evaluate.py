@@ -55,11 +55,11 @@ DEFAULTS: dict[str, str | None] = {
 }
 Given = dict[str, str | None]
 COUNTS = {"upscale": 1, "num_images": 1, "draws": 1, "crop_px": 0}
-"""Whole numbers and their smallest."""
+"""Integer arguments and their smallest values."""
 MAX_UPSCALE = 64
 SOURCES = ("run", "checkpoint", "export", "images")
 TAKEN = ("input", "truth")
-"""Folders beside those of the methods in a report's `images/`."""
+"""Names of subfolders of a report's `images/` that methods cannot have."""
 
 
 def main(arguments: list[str]) -> int:
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check(given: Given) -> None:
-    """ValueError for what no run and no data make right: told before anything is read, also for a stage of a chain."""
+    """Raise ValueError for arguments that are invalid for every run; called before anything is read, also by chains."""
     for key, minimum in COUNTS.items():
         read_count(given, key, minimum)
     if read_count(given, "upscale") > MAX_UPSCALE:
@@ -104,7 +104,10 @@ def check(given: Given) -> None:
 
 
 def fits(given: Given, recipe_of: Callable[[str], RunConfig | None]) -> None:
-    """ValueError for what the recipes of the models, where they are known, do not allow; for a stage of a chain."""
+    """Raise ValueError for arguments that do not suit the models' recipes, as far as `recipe_of` knows them.
+
+    For stages of a chain, whose runs may not exist yet.
+    """
     named = next(given[key] for key in SOURCES if given[key]) or ""
     if given["images"] or (config := recipe_of(named)) is None:
         return
@@ -134,7 +137,7 @@ def _refuse_other_factor(other: RunConfig, upscale: int) -> None:
 
 @contextmanager
 def _about_against(name: str) -> Iterator[None]:
-    """A ValueError from inside says which model of `against=` it is about."""
+    """Prefix a ValueError from the block with the model of `against=` that it is about."""
     try:
         yield
     except ValueError as error:
@@ -146,7 +149,7 @@ def _evaluate(given: Given):
 
     config, checkpoint, upscale = None, None, read_count(given, "upscale", 1)
     count, draws = read_count(given, "num_images", 1), read_count(given, "draws", 1)
-    against = list(_kinds(given["against"] or ""))  # refused, where they must be, before a model is loaded
+    against = list(_kinds(given["against"] or ""))  # raises for unknown ones before a model is loaded
     crop_px = read_count(given, "crop_px")
     if given["images"]:
         folder = Path(given["images"]).resolve()
@@ -179,7 +182,7 @@ def _evaluate(given: Given):
 
 
 def _model(given: Given):
-    """Recipe, checkpoint, the method called `ours`, and where its report goes."""
+    """Recipe, checkpoint, the method named `ours`, and the default folder of the report."""
     from realsr_hpc.restore import find_model, with_sampling
 
     config, checkpoint, name = find_model(given)
@@ -193,7 +196,7 @@ def _model(given: Given):
 
 
 def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
-    """A method that restores with a policy: images of the model's own size whole, others in tiles."""
+    """A method that restores with a policy: images of the model's input size directly, others in tiles."""
     from realsr_hpc.evaluate.methods import finished
     from realsr_hpc.records import Case, RestoredImage
     from realsr_hpc.restore import open_with_options, restore_images
@@ -219,9 +222,9 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
 
 
 def names_of_folders(folders: Sequence[Path], reserved: Collection[str]) -> dict[Path, str]:
-    """A name by folder: its own, with as many of those above it as set it apart from the others and `reserved` ones.
+    """A unique name for each folder: its own, preceded by as many parent folders as necessary.
 
-    ValueError where one is given twice.
+    reserved: names that must not be used. Raises ValueError if a folder is given twice.
     """
     from realsr_hpc.data.naming import distinct
 
@@ -242,7 +245,7 @@ def _others(
     checkpoint: Path | None,
     upscale: int,
 ) -> dict[str, Method]:
-    """Methods of `against=` (as `_kinds` has them) by name, none of which is `taken`."""
+    """Methods of `against=` (the result of `_kinds`) by name; none of the names is in `taken`."""
     named = names_of_folders([Path(name).resolve() for name, kind in against if kind != "start"], {*taken, "start"})
     opened = _opened(against, given, config, checkpoint, upscale)
     return {("start" if name == "start" else named[Path(name).resolve()]): method for name, method in opened}
@@ -251,7 +254,7 @@ def _others(
 def _opened(
     against: list[tuple[str, str]], given: Given, config: RunConfig | None, checkpoint: Path | None, upscale: int
 ) -> Iterator[tuple[str, Method]]:
-    """Each of them, opened."""
+    """Yields name and opened method for each entry of `against`."""
     from realsr_hpc.evaluate import FinishedImages
     from realsr_hpc.restore import find_model, with_sampling
 
@@ -270,7 +273,7 @@ def _opened(
 
 
 def _kinds(against: str) -> Iterator[tuple[str, str]]:
-    """What each name is: `start`, or a folder that is a `run`, a `checkpoint`, an `export` or `images`. ValueError."""
+    """Yields each name with its kind: `start`, `run`, `checkpoint`, `export` or `images`. ValueError if unknown."""
     for name in against.split(","):
         folder = Path(name)
         if name == "start":
@@ -291,7 +294,7 @@ def _kinds(against: str) -> Iterator[tuple[str, str]]:
 
 
 def _cases(given: Given, config: RunConfig | None, count: int, upscale: int):
-    """What is restored, and remarks about it; another photograph stands for one that cannot be used."""
+    """The cases to restore, and remarks for the report. Photographs that cannot be used are replaced by others."""
     from realsr_hpc.evaluate import cases_of, open_set
 
     if given["data"]:
@@ -319,7 +322,7 @@ def _rewards(config: RunConfig | None, step: int):
 
 
 def _world():
-    """This rank among those that torchrun started."""
+    """This rank and the size of the world that torchrun started; a single rank without torchrun."""
     from realsr_hpc.evaluate import World
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

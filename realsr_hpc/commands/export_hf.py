@@ -1,9 +1,10 @@
-"""Run folder -> Hugging Face folder: realsr-hpc export-hf run=RUN_DIR output=DIR [checkpoint=DIR] [dtype=bf16].
+"""Export a run to a Hugging Face folder: realsr-hpc export-hf run=RUN_DIR output=DIR [key=value ...]
 
-checkpoint=RUN_DIR/checkpoints/step-N takes that one instead of the newest; licence=ID goes into the model card;
-dtype=bf16|fp32 rounds the policy's weights (default: as they are); shard_mb=N bounds a weights file (default: 1000),
-and with it what is held in memory beside the weights. form=peft writes the adapters of a run with model.lora alone, for
-`peft` to load onto their base (default form=merged: a whole model, adapters merged in).
+checkpoint=RUN_DIR/checkpoints/step-N   this checkpoint instead of the newest
+licence=ID          licence in the model card
+dtype=bf16|fp32     round the policy's weights (default: as they are)
+shard_mb=1000       largest size of a weights file, which is also the memory needed in addition to the weights
+form=merged|peft    a whole model with adapters merged in, or the adapters of a run with model.lora alone, for `peft`
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ DEFAULTS = {
     "form": "merged",
 }
 LICENCE = re.compile(r"\w[\w .+()-]*")
-"""One line: it goes into the head of the model card, which is YAML."""
+"""A single line, because it is written to the YAML header of the model card."""
 FORMS = ("merged", "peft")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check(given: dict[str, str | None]) -> None:
-    """ValueError for what no run makes right: told before anything is read, also for a stage of a chain."""
+    """Raise ValueError for arguments that are invalid for every run; called before anything is read, also by chains."""
     if not given["run"] or not given["output"]:
         raise ValueError("run=RUN_DIR and output=DIR are needed")
     if given["dtype"] not in (None, *DTYPES):
@@ -62,7 +63,7 @@ def check(given: dict[str, str | None]) -> None:
 
 
 def fits(given: dict[str, str | None], recipe_of: Callable[[str], RunConfig | None]) -> None:
-    """ValueError for what the run's recipe, where it is known, does not allow; also for a stage of a chain."""
+    """Raise ValueError for arguments that do not suit the run's recipe, as far as `recipe_of` knows it; for chains."""
     run, checkpoint = Path(given["run"] or ""), given["checkpoint"]
     if checkpoint and runfolder.run_of_checkpoint(Path(checkpoint).resolve()) != run.resolve():
         raise _no_checkpoint_of(run, checkpoint)
@@ -76,7 +77,7 @@ def fits(given: dict[str, str | None], recipe_of: Callable[[str], RunConfig | No
 
 def _no_checkpoint_of(run: Path, checkpoint: str) -> ValueError:
     folder = runfolder.checkpoints(run)
-    return ValueError(f"checkpoint={checkpoint}: none of {run}; name one of {folder}, or leave it out")
+    return ValueError(f"checkpoint={checkpoint}: not a checkpoint of {run}; name one of {folder}, or leave it out")
 
 
 def _export(given: dict[str, str | None], run: Path, output: Path) -> Path:

@@ -1,8 +1,8 @@
-"""Make and measure the generation experts: realsr-hpc fit-experts [only=niqe|ranker|measure] [steps=800].
+"""Fit and measure the generation experts: realsr-hpc fit-experts [only=niqe|ranker|measure] [steps=800].
 
-Fits NIQE's pristine model and trains the ranker on the bundled train photographs, then prints how often each puts
-two rungs of a degradation ladder of held-out photographs in the right order.
-Files go to output=DIR, by default recipes/assets/tiny.
+Fits NIQE's pristine model and trains the ranker on the bundled training photographs, then prints how often each expert
+ranks two versions of a held-out photograph in the right order of degradation. Files are written to output=DIR, by
+default recipes/assets/tiny.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def photographs(folder: Path, split: str) -> list[Image]:
 
 
 def print_measures(output: Path, heldout: list) -> None:
-    """A Markdown table, an operator a row."""
+    """Print a Markdown table with one row per operator."""
     from realsr_hpc.quality.fit import measure
     from realsr_hpc.quality.niqe import NIQEModel, niqe
     from realsr_hpc.quality.ranker import Ranker

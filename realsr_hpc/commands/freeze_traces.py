@@ -1,12 +1,12 @@
 """Tokenise VLCoT traces once, for SFT without images: realsr-hpc freeze-traces recipe=sft_7b output=DIR samples=N
 
-samples=N       samples of the training split, each with its own window and degradation; more than there are photographs
-                visits them again
-per_file=1024   samples a file; a killed run goes on at the first missing file
+samples=N       number of samples of the training split, each with its own crop and degradation; if it exceeds the
+                number of photographs, they are used again
+per_file=1024   samples per file; a killed command continues at the first missing file
 shard=k/n       write every n-th file only, as task k of a Slurm array
 device=cuda     where the image tokenizer runs
 
-Anything else is an override of the recipe.
+All other arguments override the recipe.
 """
 
 from __future__ import annotations

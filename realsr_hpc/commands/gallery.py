@@ -1,8 +1,8 @@
-"""Look at results: realsr-hpc gallery run=RUN_DIR[,RUN_DIR] [evaluation=DIR] [restored=DIR] [output=gallery.html].
+"""Show results: realsr-hpc gallery run=RUN_DIR[,RUN_DIR] [evaluation=DIR] [restored=DIR] [output=gallery.html].
 
-Writes one HTML file that holds everything it shows: input, steps of the chain of thought, output and truth with a
-before/after slider, the rewards of a group's rollouts side by side, filters by run, step, degradation and reward.
-serve=true serves it on 127.0.0.1 (port=8000) until Ctrl-C. limit=200: the newest entries of each source.
+Writes one self-contained HTML file: input, steps of the chain of thought, output and truth with a before/after slider,
+the rewards of a group's rollouts side by side, filters by run, step, degradation and reward. serve=true serves it on
+127.0.0.1 (port=8000) until Ctrl-C. limit=200 shows the newest entries of each source.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def serve(page: Path, port: int) -> None:
-    """The page, and nothing else of its folder, on loopback until Ctrl-C."""
+    """Serve the page, and no other file, on the loopback interface until Ctrl-C."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

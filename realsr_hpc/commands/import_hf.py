@@ -1,6 +1,6 @@
-"""Was realsr-hpc import-hf; realsr-hpc import-weights takes the same source=, output= and recipe=, and more formats.
+"""Renamed: realsr-hpc import-weights has the same source=, output= and recipe=, and reads more formats.
 
-What it writes are start weights (model.weights=DIR) and tokenizers, no longer a run folder.
+It writes start weights (model.weights=DIR) and tokenizers, no longer a run folder.
 """
 
 from __future__ import annotations

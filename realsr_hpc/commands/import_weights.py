@@ -1,13 +1,13 @@
-"""Public weights -> the files a recipe starts from: policy folder, tokenizer.json, image_tokenizer.safetensors.
+"""Convert public weights to the files a recipe starts from: policy, tokenizer.json, image_tokenizer.safetensors.
 
 realsr-hpc import-weights source=DIR_OR_FILE output=DIR [recipe=NAME field=value ...]
-    image_tokenizer=FILE   vqgan.ckpt, vq_ds8_c2i.pt, vq_ds16_c2i.pt, where the source has no image decoder
-    text_tokenizer=FILE    text_tokenizer.json or tokenizer.json, where the source has none
-    rotary=interleaved     order of queries and keys in the source (or halves), where its files do not say
+    image_tokenizer=FILE   vqgan.ckpt, vq_ds8_c2i.pt or vq_ds16_c2i.pt, if the source has no image decoder
+    text_tokenizer=FILE    text_tokenizer.json or tokenizer.json, if the source has none
+    rotary=interleaved     order of queries and keys in the source (or halves), if its files do not state it
 
-Recognised: Meta's Chameleon tree and Anole's, Hugging Face folders of Chameleon's shape (facebook's, Lumina-mGPT's,
-Anole's, PURE's; safetensors or .bin), vqgan.ckpt, LlamaGen's tokenizers, exports of ours (which need no recipe). The
-output holds start weights, no training state: start from it with model.weights=DIR.
+Recognised: Meta's folder of Chameleon and Anole's, Hugging Face folders of Chameleon's architecture (facebook's,
+Lumina-mGPT's, Anole's, PURE's; safetensors or .bin), vqgan.ckpt, LlamaGen's tokenizers, and exports of this project
+(which need no recipe). The output has start weights and no training state: use it with model.weights=DIR.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     try:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__)
         if not given["source"] or not given["output"]:
-            raise ValueError("source=DIR_OR_FILE and output=DIR are needed, and recipe=NAME for weights of others")
+            raise ValueError("source=DIR_OR_FILE and output=DIR are needed, and recipe=NAME unless it is our export")
         if given["rotary"] not in (None, *ORDERS):
             raise ValueError(f"rotary={given['rotary']} is not one of {', '.join(ORDERS)}")
         _import(given, overrides)

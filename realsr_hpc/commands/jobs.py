@@ -82,9 +82,9 @@ def main(arguments: list[str]) -> int:
 
 
 def about_all(root: Path, flags: dict[str, bool], console: Console) -> int:
-    """Do what the flags ask for all runs; without one, list them. Returns the exit code."""
+    """Perform the action of the given flag on all runs, or list them; returns the exit code."""
     if flags["reconcile"]:
-        console.print(f"ended without a word: {', '.join(reconcile(root)) or 'none'}")
+        console.print(f"ended without reporting a state: {', '.join(reconcile(root)) or 'none'}")
     if flags["watch"]:
         return watch(root, console)
     if flags["report"]:
@@ -99,7 +99,7 @@ def about_all(root: Path, flags: dict[str, bool], console: Console) -> int:
 
 
 def refuse_what_would_be_lost(options: dict[str, str]) -> None:
-    """ValueError for a second action, and for an option of one that is not asked for."""
+    """Raise ValueError for two actions at once, and for an option of an action that is not given."""
     asked = [key for key in ACTIONS if options[key] not in ("", "false")]
     if len(asked) > 1:
         raise ValueError(f"{asked[0]} and {asked[1]} exclude each other; run the command once for each")
@@ -109,7 +109,7 @@ def refuse_what_would_be_lost(options: dict[str, str]) -> None:
 
 
 def prune(root: Path, console: Console, *, remove: bool) -> None:
-    """List the snapshots that no run needs, or remove them."""
+    """List the code snapshots that no run needs, or remove them."""
     found = remove_snapshots(root) if remove else unused_snapshots(root)
     for item in found:
         word = "removed" if remove else "not needed"
@@ -121,7 +121,7 @@ def prune(root: Path, console: Console, *, remove: bool) -> None:
 
 
 def show(root: Path, console: Console) -> None:
-    """One line per run."""
+    """Print one line per run."""
     table = Table("run", "state", "step", "job", box=None)
     table.add_column("log", overflow="fold")
     for column in table.columns[:-1]:

@@ -1,4 +1,4 @@
-"""Run, plan or sweep a recipe or a chain: `realsr-hpc launch recipe=grpo_tiny`; --help tells the rest."""
+"""Run, plan or sweep a recipe or a chain: `realsr-hpc launch recipe=grpo_tiny`; see --help."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from realsr_hpc.launch.chain import ChainCommand
 
 
 def chained() -> dict[str, ChainCommand]:
-    """The commands that a chain's stages may be; their modules import nothing heavy before they are called."""
+    """The commands that stages of a chain can run, by name; importing their modules is fast."""
     modules = {name: importlib.import_module(f"realsr_hpc.commands.{name}") for name in ("evaluate", "export_hf")}
     return {name: ChainCommand(module.DEFAULTS, module.check, module.fits) for name, module in modules.items()}
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done or submitted, 2 a faulty recipe, chain or option, else the job's."""
+    """Returns 0 if done or submitted, 2 for an invalid recipe, chain or option, else the job's exit code."""
     if any(argument.startswith("chain=") for argument in arguments) and not {"-h", "--help"} & set(arguments):
         return chain_command.main(arguments, chained())
     return command.main(arguments)

@@ -1,12 +1,12 @@
-"""Make the scenes that sft_tiny trains on beside the photographs: realsr-hpc make-scenes
+"""Generate the scenes that sft_tiny trains on in addition to photographs: realsr-hpc make-scenes
 
-shapes=1600          images of overlapping shapes, with the colours that are there as texts
-signs=6000           images with a known word, on plain grounds and on the bundled training photographs
-heldout_signs=36     signs of other words in other fonts, on the held-out photographs: split `heldout`
-photographs=24       how often each bundled training photograph is listed; held-out ones once
-output=runs/scenes   folder of the made images and of one manifest of all
+shapes=1600          images of overlapping shapes; their texts name the colours
+signs=6000           images with a known word, on plain backgrounds and on the bundled training photographs
+heldout_signs=36     signs with other words and fonts, on the held-out photographs: split `heldout`
+photographs=24       how often each bundled training photograph is listed; held-out ones are listed once
+output=runs/scenes   folder of the generated images and of the manifest of all
 
-Deterministic: an image depends on its kind and number alone, so a larger set continues a smaller one.
+Deterministic: an image depends only on its kind and number, so a larger set contains the smaller one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULTS = {
 }
 SEED, SHAPES_PX, SIGNS_PX = 0, 144, 128
 SIGNS, HELDOUT_SIGNS = 1, 2
-"""Streams of random numbers, behind SEED and an image's number."""
+"""Last part of the random seed of a sign, after SEED and its number."""
 
 
 def main(arguments: list[str]) -> int:
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make(folder: Path, counts: dict[str, int]) -> None:
-    """Write into the folder: the made images, and the manifest of all."""
+    """Write the generated images and the manifest of all images into the folder."""
     from rich.progress import track
 
     from realsr_hpc.data.manifest import read_manifest, write_manifest
@@ -66,14 +66,14 @@ def make(folder: Path, counts: dict[str, int]) -> None:
     heldout_signs = make_signs(folder, photographs.split("heldout"), counts["heldout_signs"], heldout=True)
     listed = list_photographs(folder, photographs, counts["photographs"])
     heldout = [entry for entry in listed if entry.split == "heldout"]
-    # held-out photographs and signs take turns, so that the first few hold both
+    # held-out photographs and signs alternate, so that the first few images include both
     turns = [entry for pair in itertools.zip_longest(heldout, heldout_signs) for entry in pair if entry is not None]
     train = [entry for entry in listed if entry.split != "heldout"]
     write_manifest(folder / "manifest.parquet", [*shapes, *signs, *train, *turns])
 
 
 def make_shapes(folder: Path, number: int) -> ManifestEntry:
-    """Image of shapes `number`."""
+    """Generate and write image `number` of shapes; returns its entry."""
     import numpy as np
 
     from realsr_hpc.data.shapes import dead_leaves, describe
@@ -83,7 +83,7 @@ def make_shapes(folder: Path, number: int) -> ManifestEntry:
 
 
 def make_signs(folder: Path, photographs: Manifest, count: int, *, heldout: bool) -> list[ManifestEntry]:
-    """The first `count` signs on photographs of one split."""
+    """Generate and write the first `count` signs on photographs of one split; returns their entries."""
     import numpy as np
     from PIL import Image
     from rich.progress import track
@@ -103,7 +103,7 @@ def make_signs(folder: Path, photographs: Manifest, count: int, *, heldout: bool
 
 
 def list_photographs(folder: Path, photographs: Manifest, times: int) -> list[ManifestEntry]:
-    """Entries of the bundled photographs, seen from `folder`; those of training `times` times."""
+    """Entries of the bundled photographs with paths relative to `folder`; training photographs occur `times` times."""
     entries = []
     for entry in photographs.entries:
         path = os.path.relpath(photographs.path(entry), folder)

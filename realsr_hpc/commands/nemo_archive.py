@@ -1,6 +1,9 @@
-"""Export folder <-> `.nemo`: realsr-hpc nemo-archive pack=EXPORT output=FILE.nemo | unpack=FILE.nemo output=DIR.
+"""Convert an export to `.nemo` and back.
 
-Needs the extra `nemo`. EXPORT is a folder that export-hf wrote; import-weights takes what was unpacked.
+realsr-hpc nemo-archive pack=EXPORT output=FILE.nemo
+realsr-hpc nemo-archive unpack=FILE.nemo output=DIR
+
+Needs the extra `nemo`. EXPORT is a folder that export-hf wrote; import-weights reads an unpacked one.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Turn folders of photographs or WebDataset tars into a checked manifest; after a kill the same command continues.
+"""Turn folders of photographs or WebDataset tars into a checked manifest; repeating the command continues it.
 
 realsr-hpc prepare-data source=DIR_OR_TAR output=DIR [key=value ...]
 
-captions=FILE.jsonl    existing captions, tags, splits and partners
-captioner=DIR          a transformers image-to-text model describes photographs without captions
+captions=FILE.jsonl    existing captions, tags, splits and low-quality partners
+captioner=DIR          transformers image-to-text model for photographs without captions
 tagger=captions|folder|DIR   tags from the captions' words, from the folder's name, or by an image-classification model
-heldout_fraction=.1    share held out from training, unless a note or a folder decides
-num_threads=N          photographs examined at once (default: this process's cores)
+heldout_fraction=.1    share held out from training, of photographs whose split no note and no folder gives
+num_threads=N          photographs examined in parallel (default: the number of available cores)
 device=cpu|cuda        where captioner and tagger run
 shard=k/n              examine and describe every n-th photograph only, as task k of a Slurm array
                        (slurm/prepare_data.sbatch); the same command without shard= then writes the manifest
@@ -38,9 +38,9 @@ DEFAULTS = {
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 prepared, 1 prepared but for some files or notes, which are named, 2 wrong arguments or data.
+    """Returns 0 if prepared, 1 if some files or notes were left out (they are named), 2 for invalid arguments or data.
 
-    A shard ends with 0 nonetheless: what waits for it will name them.
+    A shard returns 0 also with files left out, so that jobs depending on it start; the final command reports them.
     """
     console = Console(soft_wrap=True, markup=False, emoji=False)
     try:
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
 def run(given: dict[str, str | None], console: Console):
     """Prepare with a progress bar."""
-    from realsr_hpc.prepare.folders import prepare
+    from realsr_hpc.prepare.build_manifest import prepare
 
     options = read_options(given)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -72,9 +72,9 @@ def run(given: dict[str, str | None], console: Console):
 
 
 def read_options(given: dict[str, str | None]):
-    """The arguments as `PrepareOptions`; loads the models they name. Raises ValueError naming the wrong one."""
+    """The arguments as `PrepareOptions`, with their models loaded. Raises ValueError naming the invalid argument."""
+    from realsr_hpc.prepare.build_manifest import PrepareOptions
     from realsr_hpc.prepare.describe import Captioner, ClassTagger
-    from realsr_hpc.prepare.folders import PrepareOptions
 
     tagger, device = given["tagger"], str(given["device"])
     return PrepareOptions(
@@ -88,7 +88,7 @@ def read_options(given: dict[str, str | None]):
 
 
 def show(report, console: Console) -> None:
-    """Print what was written and what was found wrong."""
+    """Print the result and everything that was left out."""
     where = report.manifest or "shard done (the same command without shard= writes the manifest)"
     console.print(f"{printable(where)}: {len(report.entries)} photographs, {report.splits}")
     lacking = sorted({"train", "heldout"} - set(report.splits)) if report.manifest and report.entries else []

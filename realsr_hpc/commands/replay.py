@@ -36,7 +36,7 @@ OTHER_RANKS_WAIT_S = 5
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 the numbers are the reported ones, 1 they are not, 2 nothing can be replayed."""
+    """Returns 0 if the numbers equal the reported ones, 1 if not, 2 if the step cannot be replayed."""
     try:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__, sections_only=True)
         if not given["run"] or not given["step"]:
@@ -96,7 +96,7 @@ def _replay(run_dir: Path, number: int, overrides: list[str], output: str | None
 
 
 def _spread(arguments: list[str], processes: int) -> int:
-    """The same command on as many processes of this machine as the layout has."""
+    """Run the same command in as many processes on this machine as the layout needs."""
     spread = module_command("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python")
     rank = module_command("realsr_hpc.commands", "replay", *arguments)
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as code:

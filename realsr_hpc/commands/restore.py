@@ -1,8 +1,8 @@
 """Restore images: realsr-hpc restore run=RUN_DIR input=DIR_OR_FILE output=DIR.
 
-Also checkpoint=RUN_DIR/checkpoints/step-N or export=DIR (a Hugging Face export of ours) instead of run=. Each NAME.png
-comes with NAME.json and NAME.steps.jpg: the degradation that the model named, its texts, its rough and middle images.
-Running the command again restores only what is missing.
+checkpoint=RUN_DIR/checkpoints/step-N or export=DIR (a Hugging Face export of this project) can replace run=. Beside
+each NAME.png are NAME.json and NAME.steps.jpg with the degradation that the model named, its texts, and its rough and
+middle images. Repeating the command restores only missing images.
 
   upscale=4            1 up to the model's factor
   candidates=4         results sampled per tile, of which choose= takes one: ranker, niqe, fidelity (to the input),

@@ -1,14 +1,14 @@
-"""Score a folder of images, to look at a reward before training on it: realsr-hpc score input=DIR [key=value ...]
+"""Score a folder of images, to inspect a reward before training with it: realsr-hpc score input=DIR [key=value ...]
 
-metric=NAME,...    niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa (extra `iqa`); default:
-                   niqe,ranker. Higher is better, except for niqe (the distance itself) and stripes (share of stripes)
-rewards=GROUP      instead: the rewards of recipes/rewards/GROUP.yaml (recipe=NAME: those that this recipe trains on),
-                   and overrides such as rewards.terms.generation.options.expert=niqe. With the NAME.json of restore
-                   beside an image its texts are scored, too; what needs something that is not given is left out, named
-lq=DIR truth=DIR   low-quality images and truths of the same names
+metric=NAME,...    niqe, ranker, stripes, psnr_y, ssim_y or a no-reference metric of pyiqa (extra `iqa`); default:
+                   niqe,ranker. Higher is better, except for niqe (a distance) and stripes (share of stripes)
+rewards=GROUP      instead of metrics, the rewards of recipes/rewards/GROUP.yaml (or recipe=NAME: those of a recipe),
+                   with overrides such as rewards.terms.generation.options.expert=niqe. Texts are scored if the
+                   NAME.json of realsr-hpc restore is beside an image; terms without their inputs are left out, named
+lq=DIR truth=DIR   low-quality images and truths with the same names
 manifest=FILE      captions and tags by key, for the understanding reward
 weights_dir=DIR    staged weights of pyiqa's metrics
-output=FILE.csv    keeps the table
+output=FILE.csv    also write the table to a file
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def refuse_bad_output(output: str | None) -> None:
-    """ValueError, before anything is computed, where no table can be written."""
+    """Raise ValueError, before anything is computed, if the table cannot be written."""
     if output and Path(output).is_dir():
         raise ValueError(f"output={output}: a folder; name a file, such as scores.csv")
     if output:
@@ -58,9 +58,9 @@ def refuse_bad_output(output: str | None) -> None:
 
 
 def find_files(source: Path, given: dict[str, str | None]) -> tuple[dict[Path, str], dict[str, str]]:
-    """The images, each with its path below the folder, and why by path for what cannot be read.
+    """The images with their paths relative to the folder, and by path why others cannot be read.
 
-    ValueError without any, and where truth= or lq= lacks one of their names.
+    ValueError if there are none, or truth= or lq= lacks a file of the same name.
     """
     from realsr_hpc.data.decoding import SUFFIXES
     from realsr_hpc.restore.image_files import find_images
@@ -81,7 +81,7 @@ def find_files(source: Path, given: dict[str, str | None]) -> tuple[dict[Path, s
 
 
 def score(found: dict[Path, str], given: dict[str, str | None], overrides: list[str]) -> int:
-    """Read, score, print; what is left out is named."""
+    """Read the images, score them and print the table and what was left out; returns the exit code."""
     from realsr_hpc.evaluate.scores import metric_columns, read_images, reward_columns
 
     partners = (Path(folder) if folder else None for folder in (given["truth"], given["lq"]))
@@ -92,7 +92,7 @@ def score(found: dict[Path, str], given: dict[str, str | None], overrides: list[
     if given["rewards"] or given["recipe"]:
         from realsr_hpc.config.load import compose_one
 
-        # Any recipe will do to read a group with: a group replaces all of its rewards.
+        # To read a rewards group any recipe can be used, because the group replaces all of its rewards.
         chosen = [f"recipe={given['recipe'] or 'grpo_tiny'}"] + [f"rewards={given['rewards']}"] * bool(given["rewards"])
         terms = compose_one([*chosen, *overrides]).rewards.terms
         columns, lacking = reward_columns(to_score, terms, given["manifest"])
@@ -105,7 +105,7 @@ def score(found: dict[Path, str], given: dict[str, str | None], overrides: list[
 
 
 def show(names: list[str], columns: dict[str, np.ndarray], output: str | None) -> None:
-    """Print the table, and keep it where `output` says."""
+    """Print the table, and write it to `output` if given."""
     rows = list(zip(names, *(column.tolist() for column in columns.values()), strict=True))
     known = [column[~np.isnan(column)] for column in columns.values()]
     means = ["mean", *(float(values.mean()) if values.size else float("nan") for values in known)]

@@ -1,9 +1,9 @@
 """Serve a recipe's rewards to runs elsewhere: realsr-hpc serve-rewards recipe=NAME [section.field=value ...]
 
-terms=NAME,...     which of the recipe's rewards; the default is all that it does not ask another process for
-host=127.0.0.1     address to listen on; another one lets other machines in: give token_env as well
-port=8090          0: any free one, which is printed
-device=auto        where their networks live: auto, cpu or cuda
+terms=NAME,...     which of the recipe's rewards; default: all that the recipe computes itself
+host=127.0.0.1     address to listen on; for requests from other machines set another one, and token_env
+port=8090          0 chooses a free port; the address is printed
+device=auto        device of the rewards' networks: auto, cpu or cuda
 token_env=NAME     environment variable with a secret that callers must send
 
 A run uses a served term with expert=http and the printed address as url (docs/judge.md). Stops with Ctrl-C.
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 
 def chosen_terms(given: Mapping[str, str | None], overrides: list[str]) -> dict[str, RewardTerm]:
-    """The terms to serve. Raises ValueError for one that is not there or is itself computed elsewhere."""
+    """The terms to serve. Raises ValueError for a term that is missing or itself computed by another process."""
     from realsr_hpc.config.load import compose_one
 
     if not given["recipe"]:

@@ -1,12 +1,12 @@
 """List the files that a recipe needs, check them, and move them to a cluster without a network.
 
-realsr-hpc stage-weights recipe=NAME [override ...]        each file, its place, its state and its source
-    ... downloads=DIR   public weights below DIR that fit the recipe, and the command that converts each
-    ... collect=DIR     copy files found by name below DIR (say, your downloads) to their places; list their checksums
-    ... pack=FILE.tar   check all, then pack it with its SHA256SUMS; unpack with `tar -xf FILE.tar` in the project
-    ... check=FILE      compare with such a SHA256SUMS
+realsr-hpc stage-weights recipe=NAME [override ...]        each file with its path, state and source
+    ... downloads=DIR   list public weights below DIR that fit the recipe, and the command that converts each
+    ... collect=DIR     copy files found by name below DIR (your downloads) to their paths; list their checksums
+    ... pack=FILE.tar   check all files and pack them with a SHA256SUMS; unpack with `tar -xf FILE.tar` in the project
+    ... check=FILE      compare the files with such a SHA256SUMS
 
-Exit code: 0 all there, 1 something is missing or differs, 2 wrong usage.
+Exit code: 0 all files are there, 1 a file is missing or differs, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ def show(states: dict[Need, State], console: Console) -> None:
 
 
 def show_downloads(folder: Path, config: RunConfig, console: Console) -> None:
-    """The starts that were found, one command each. ValueError for no folder, or a recipe of nobody's vocabulary."""
+    """Print the public weights that were found, each with its command.
+
+    ValueError if the folder is missing, or the recipe's vocabulary is not that of public weights.
+    """
     if config.vlcot.vocabulary not in IMAGE_FILES:
         raise ValueError(f"downloads={folder}: {config.name} starts from no public weights; leave it out")
     found = starts(folder, config)
@@ -101,16 +104,15 @@ def show_downloads(folder: Path, config: RunConfig, console: Console) -> None:
 
 
 def shown(path: Path) -> str:
-    """From the project's folder where it lies below it."""
+    """The path, relative to the project's folder if it is below it."""
     return path.relative_to(project_root()).as_posix() if path.is_relative_to(project_root()) else str(path)
 
 
 def collect(needs: list[Need], source: Path, console: Console) -> None:
-    """Copy what is missing from below `source`, and list every weights folder's checksums anew where all is consistent.
+    """Copy missing files from below `source`, and add the checksums of unlisted files to each weights folder.
 
-    Of what import-weights makes, only a folder that it made is copied: a `tokenizer.json` may be any model's.
-
-    Raises ValueError when `source` is not a folder.
+    Outputs of import-weights are copied only as whole folders with SHA256SUMS, because a lone `tokenizer.json` may
+    belong to any model. Raises ValueError if `source` is not a folder.
     """
     if not source.is_dir():
         raise ValueError(f"collect={source} is not a folder; name the one that your downloads lie in")
@@ -131,19 +133,19 @@ def collect(needs: list[Need], source: Path, console: Console) -> None:
 
 
 def copy(origin: Path, place: Path) -> None:
-    """A file or folder, whole or not there: what is there has its checksum listed."""
+    """Copy a file or folder atomically."""
     if not origin.is_dir():
         with replacing(place) as aside:
             shutil.copy2(origin, aside)
         return
     aside = place.with_name(f".{place.name}.aside")
-    shutil.rmtree(aside, ignore_errors=True)  # of a copy that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
     shutil.copytree(origin, aside)
     publish(aside, place)
 
 
 def add_sums(folder: Path, needs: list[Need]) -> None:
-    """List what is not listed yet; a file that differs from its line or its name is left for `state` to report."""
+    """Add unlisted files to SHA256SUMS. Files that differ from their checksum are left for `state` to report."""
     sums = read_sums(folder)
     for need in needs:
         if state(need) == "unlisted":
@@ -154,7 +156,7 @@ def add_sums(folder: Path, needs: list[Need]) -> None:
 
 
 def pack(needs: list[Need], target: Path) -> int:
-    """Write the tar; the number of files. Raises ValueError for a file outside the project's folder."""
+    """Write the tar; returns the number of files. Raises ValueError for a file outside the project's folder."""
     files = {path for need in needs for path in need.files()}
     files |= {need.weights_dir / SUMS_FILE for need in needs if need.weights_dir}
     outside = [path for path in sorted(files) if not path.is_relative_to(project_root())]
@@ -173,7 +175,7 @@ def pack(needs: list[Need], target: Path) -> int:
 
 
 def differing(listing: Path) -> list[str]:
-    """Faults of the files of a SHA256SUMS, whose paths start from the project's folder."""
+    """Messages about missing and differing files of a SHA256SUMS with paths relative to the project's folder."""
     if not listing.is_file():
         raise ValueError(f"check={listing} does not exist; packing writes weights/{SUMS_FILE}")
     faults = []

@@ -13,7 +13,7 @@ from realsr_hpc.runfolder import find_run, list_runs
 from realsr_hpc.tracking import set_status, sync
 
 ENDS = {"done": "FINISHED", "failed": "FAILED"}
-"""MLflow's words; a run that was stopped or lost was KILLED."""
+"""MLflow's status by state; that of stopped and lost runs is KILLED."""
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
-"""Runs side by side, from MLflow: tables with intervals over seeds, curves, images of the same inputs, cost.
+"""Compares runs from MLflow: tables with intervals over seeds, curves, images of the same inputs, cost.
 
-A sweep is the MLflow parent run that the launcher made; its children are the runs. Reading only: nothing is written
-to MLflow. `runs` finds the runs, `repetitions` groups them over seeds, `figures` and `axes` draw, `summary` writes.
+A sweep is the MLflow parent run that the launcher created; its children are the runs. Nothing is written to MLflow.
+`runs` finds the runs, `repetitions` groups them over seeds, `figures` and `axes` draw, `summary` writes the report.
 """
 
 from realsr_hpc.compare.figures import image_rows, plot_curves

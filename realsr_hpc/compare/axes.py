@@ -1,6 +1,6 @@
-"""The compared metric over a sweep's axes: points for one axis, a heat map for two, parallel coordinates for more.
+"""Plots the compared metric over a sweep's axes: points for one, a heat map for two, parallel coordinates for more.
 
-Recipes that differ in more keys than a picture can show (profiles) are points as well, a group each.
+Recipes that differ in more than MAX_AXES keys (profiles) are shown as points, one position per group.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def plot_axes(groups: Sequence[Group], keys: Sequence[str], metric: str, path: Path) -> bool:
-    """PNG of the groups' last values of `metric` by the recipe keys that differ; False where there is nothing to draw.
+    """Write a PNG of the groups' last values of `metric` over the recipe keys that differ.
 
-    Values stand at equal distances in their order, numbers by size: a sweep's grid is seldom linear.
+    Values of a key are placed at equal distances in increasing order, because a sweep's grid is seldom linear. Returns
+    False, without a file, if fewer than two groups have a value or no key differs.
     """
     from matplotlib.figure import Figure
 
@@ -46,7 +47,7 @@ def plot_axes(groups: Sequence[Group], keys: Sequence[str], metric: str, path: P
 
 Rated = Sequence[tuple[Group, Estimate]]
 Order = dict[str, list[str]]
-"""A key's values as they stand on its axis."""
+"""By key: its values in the order of the axis."""
 
 
 def _points(axes: Axes, rated: Rated, metric: str) -> None:
@@ -99,7 +100,7 @@ def _value(group: Group, key: str) -> str:
 
 
 def _ordered(values: set[str]) -> list[str]:
-    """Numbers by size, before words by letter."""
+    """Numbers in increasing order, then words in alphabetical order."""
 
     def rank(value: str) -> tuple[bool, float, str]:
         try:

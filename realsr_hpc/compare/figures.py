@@ -1,4 +1,4 @@
-"""Curves with bands over seeds, and images of the same inputs by every group."""
+"""Draws curves with bands over seeds, and collects every group's images of the same inputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from realsr_hpc.tracking.drawing import read_pixels
 
 MAX_ROWS = 8
 Shown = dict[str, Path | None]
-"""Files by what they show: input, truth, final."""
+"""Files by what they show (input, truth, final); None if there is no such file."""
 logger = logging.getLogger(__name__)
 
 
 def plot_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> int:
-    """PNG, a panel a metric: mean over a group's runs, the band from its lowest to its highest; lines drawn."""
+    """Write a PNG with one panel per metric: mean over each group's runs, with a band from lowest to highest value.
+
+    Returns the number of lines drawn.
+    """
     from matplotlib.figure import Figure
 
     columns = min(3, len(metrics))
@@ -30,7 +33,7 @@ def plot_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> 
     figure = Figure(figsize=(5.2 * columns + 1.5, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     drawn = 0
-    for metric, panel in zip(metrics, panels, strict=False):  # in this order none is taken for no metric
+    for metric, panel in zip(metrics, panels, strict=False):  # metrics first, so that no panel is consumed without one
         for number, group in enumerate(groups):
             steps, mean, low, high = group.curve(metric)
             if len(steps):
@@ -51,11 +54,11 @@ def plot_curves(groups: Sequence[Group], metrics: Sequence[str], path: Path) -> 
 
 
 def image_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[np.ndarray | None]]]:
-    """Headers and rows of the inputs that every group has images of: input, one run of each group, truth.
+    """Column headers and rows of images for inputs that all groups share: input, one run of each group, truth.
 
-    The runs are of one seed, which decides crops and degradations: of another the input would be another one. From
-    their evaluations where every group has one, else from the held-out rollouts that training kept last. Empty where
-    the runs' folders are not on this machine, or have no input in common.
+    Images are RGB uint8 [H, W, 3]. All runs have the same seed, because the seed decides crops and degradations. Images
+    come from the runs' evaluations if every group has one, else from the held-out rollouts that training stored last.
+    Empty if the runs' folders are not on this machine, or have no input in common.
     """
     by_seed = [{run.params.get("seed"): run for run in group.runs} for group in groups]
     seeds = [seed for seed in by_seed[0] if all(seed in runs for runs in by_seed)] if by_seed else []
@@ -77,7 +80,7 @@ def image_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[np.ndarray
 
 
 def _evaluated(run_dir: Path | None) -> dict[str, Shown]:
-    """Images by key of a run's newest evaluation on its held-out split."""
+    """By key: images of a run's newest evaluation on its held-out split."""
     folders = sorted(runfolder.evaluations(run_dir).glob(f"{runfolder.STEP}*")) if run_dir else []
     for folder in reversed([folder for folder in folders if (folder / evaluation.FILE).is_file()]):
         try:
@@ -94,7 +97,7 @@ def _evaluated(run_dir: Path | None) -> dict[str, Shown]:
 
 
 def _kept(run_dir: Path | None) -> dict[str, Shown]:
-    """First rollout of each held-out group that training kept at its last step."""
+    """By key: the first rollout of each held-out group that training stored last."""
     for folder in reversed(runfolder.all_rollouts(run_dir, "heldout") if run_dir else []):
         try:
             groups = rollouts.read(folder).groups

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone are repetitions: one group, its mean and interval; and what they cost."""
+"""Groups runs that differ only in layout, operation or seed (repetitions); computes means, intervals and cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_LABEL_KEYS = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over runs with its 95 % Student interval; no interval (NaN) from a single run."""
+    """Mean over runs with its 95 % Student interval, which is NaN for a single run."""
 
     mean: float
     low: float
@@ -30,44 +30,44 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether an interval of a difference speaks of more than chance."""
+        """Whether the interval does not contain 0."""
         return self.num_runs > 1 and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Repetitions of one recipe."""
+    """Runs that are repetitions of one recipe."""
 
     label: str
     runs: tuple[ComparedRun, ...]
 
     def final(self, metric: str) -> Estimate:
-        """Last values."""
+        """Mean of the runs' last values."""
         return estimate([run.metrics[metric] for run in self.runs if metric in run.metrics])
 
     def diverged(self, metric: str) -> int:
-        """Runs whose last value is not finite; they are left out of means, and their group is never the best."""
+        """Number of runs whose last value is not finite; means leave them out, and their group is never the best."""
         return sum(not is_measured(run.metrics[metric]) for run in self.runs if metric in run.metrics)
 
     def less(self, other: Group, metric: str) -> Estimate:
-        """Difference to another group, paired by seed; runs without a partner are left out."""
+        """Mean difference from another group, paired by seed; runs without a counterpart are left out."""
         theirs = {run.params.get("seed"): run.metrics.get(metric) for run in other.runs}
         pairs = [(run.metrics.get(metric), theirs.get(run.params.get("seed"))) for run in self.runs]
         return estimate([ours - base for ours, base in pairs if ours is not None and base is not None])
 
     def change(self, metric: str) -> Estimate:
-        """Last less first value of each run's history."""
+        """Mean of last minus first value of the runs' histories."""
         histories = [run.histories.get(metric, []) for run in self.runs]
         return estimate([points[-1][1] - points[0][1] for points in histories if len(points) > 1])
 
     def gain(self, metric: str, start: str) -> Estimate:
-        """A last value less another of the same run."""
+        """Mean difference of the runs' last values of two metrics, `metric` - `start`."""
         return estimate(
             [run.metrics[metric] - run.metrics[start] for run in self.runs if {metric, start} <= {*run.metrics}]
         )
 
     def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Steps that every run of the group has, mean, lowest and highest value at each."""
+        """Steps that every run of the group has, with mean, lowest and highest value; all arrays [steps]."""
         histories = [dict(run.histories[metric]) for run in self.runs if run.histories.get(metric)]
         steps = sorted(set.intersection(*map(set, histories))) if histories else []
         if not steps:
@@ -76,16 +76,16 @@ class Group:
         return np.array(steps), values.mean(0), values.min(0), values.max(0)
 
     def process_hours(self) -> Estimate:
-        """Hours of a process (GPU-hours on GPUs): measured parts of all steps, times the processes."""
+        """Process-hours (GPU-hours on GPUs): measured time of all steps times the number of processes."""
         return estimate([hours for run in self.runs if (hours := process_hours(run)) > 0])
 
     def rollout_tokens(self) -> Estimate:
-        """Tokens sampled in training, over all data-parallel ranks."""
+        """Number of tokens sampled in training, over all data-parallel ranks."""
         return estimate([tokens for run in self.runs if (tokens := rollout_tokens(run)) > 0])
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % Student interval of independent runs."""
+    """Mean and 95 % Student interval of the finite values of independent runs."""
     kept = np.array([value for value in values if is_measured(value)])
     if len(kept) < 2:
         return Estimate(float(kept[0]) if len(kept) else float("nan"), float("nan"), float("nan"), len(kept))
@@ -94,7 +94,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def group_runs(comparison: Comparison) -> list[Group]:
-    """Groups in the order of their labels; a profile called `default` first."""
+    """Groups of runs that agree in all keys that decide results but the seed, sorted by label, `default` first."""
     found: dict[tuple[str | None, ...], list[ComparedRun]] = {}
     for run in comparison.runs:
         found.setdefault(tuple(run.params.get(key) for key in comparison.deciding), []).append(run)
@@ -103,13 +103,13 @@ def group_runs(comparison: Comparison) -> list[Group]:
 
 
 def process_hours(run: ComparedRun) -> float:
-    """0 where the run has no times."""
+    """Process-hours of a run; 0 if it has no measured times."""
     seconds = sum(value for key, points in run.histories.items() if key.startswith("time/") for _, value in points)
     return seconds * run.num_processes / 3600
 
 
 def rollout_tokens(run: ComparedRun) -> float:
-    """Rate of each step times its duration, over the data-parallel ranks; 0 where either is missing."""
+    """Tokens that a run sampled: rate times duration of each step, over the data-parallel ranks; 0 if unmeasured."""
     seconds = dict(run.histories.get("time/rollout/s", []))
     rates = dict(run.histories.get("rollout/tokens_per_s/mean", []))
     model_parallel = int(run.params.get("parallel.tp", 1)) * int(run.params.get("parallel.pp", 1))
@@ -117,7 +117,7 @@ def rollout_tokens(run: ComparedRun) -> float:
 
 
 def _label(run: ComparedRun, comparison: Comparison) -> str:
-    """The profile's name where there is one; else the few keys that differ, without their section; else the name."""
+    """The profile's name if there is one, else the differing keys if they are few, else the run's name."""
     if run.tags.get(PROFILE_TAG):
         return run.tags[PROFILE_TAG]
     keys = comparison.deciding

@@ -1,4 +1,4 @@
-"""Runs as MLflow knows them: found by sweep or name, with what tells them apart."""
+"""Finds runs in MLflow by sweep or name, and reads what distinguishes them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PROFILE_TAG = "profile"
-"""Tag that the recipes of recipes/profile/ carry: the name of a bundle of overrides."""
+"""Tag of recipes with a profile of recipes/profile/: the name of a set of overrides."""
 PAGE_RUNS = 1000
 PREFERRED = ("heldout/", "rewards/")
-"""Beginnings of the metric keys that a comparison is made by, the better one first."""
+"""Prefixes of the metrics that runs are compared by, the preferred one first."""
 SHOWN = (*PREFERRED, "evaluate/")
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run as MLflow knows it."""
+    """One run with its parameters and metrics from MLflow."""
 
     run_id: str
     name: str
@@ -41,23 +41,23 @@ class ComparedRun:
     """Last values."""
     tags: dict[str, str] = field(default_factory=dict)
     histories: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    """(step, value) in step order, of the metrics that were asked for."""
+    """By metric: (step, value) in step order, for the metrics that `compare` reads."""
 
     @property
     def run_dir(self) -> Path | None:
-        """Its folder, where it lies on this machine."""
+        """The run's folder; None if it is not on this machine."""
         path = Path(self.tags.get(RUN_TAG, ""))
         return path if self.tags.get(RUN_TAG) and path.is_dir() else None
 
     @property
     def num_processes(self) -> int:
-        """Processes, one per GPU on a GPU machine."""
+        """Number of processes, one per GPU on a GPU machine."""
         return int(self.params.get("cluster.nodes", 1)) * int(self.params.get("cluster.tasks_per_node", 1))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs with what tells them apart; `metric` is what `best` is best by."""
+    """Several runs, the recipe keys in which they differ, and the metric by which they are compared."""
 
     runs: tuple[ComparedRun, ...]
     differing: tuple[str, ...]
@@ -66,7 +66,7 @@ class Comparison:
 
     @property
     def best(self) -> ComparedRun | None:
-        """The best last value in the metric's direction; None when no run has a finite one."""
+        """The run with the best last value in the metric's direction; None if no run has a finite one."""
         rated = [run for run in self.runs if is_measured(run.metrics.get(self.metric))]
         best = min if lower_is_better(self.metric) else max
         return best(rated, key=lambda run: run.metrics[self.metric]) if rated else None
@@ -78,13 +78,13 @@ class Comparison:
         return tuple(key for key in self.differing if key != "seed" and any(decides(key, task) for task in tasks))
 
     def columns(self) -> list[str]:
-        """Metric keys worth showing: those of rewards, held-out images and evaluations that any run has."""
+        """Metrics to show: those of rewards, held-out images and evaluations that any run has."""
         keys = {key for run in self.runs for key in run.metrics if key.startswith(SHOWN)}
         order = {beginning: place for place, beginning in enumerate(SHOWN)}
         return sorted(keys, key=lambda key: (key != self.metric, order[f"{key.split('/')[0]}/"], key))
 
     def write_csv(self, path: Path) -> None:
-        """One line per run: state, differing recipe keys, metrics."""
+        """Write one line per run: status, differing recipe keys, metrics."""
         columns = self.columns()
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
@@ -95,7 +95,7 @@ class Comparison:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client that reports to nobody and makes no database. ValueError: there is none at `uri`, or a damaged one."""
+    """An MLflow client for reading. ValueError if there is no database at `uri` (none is created) or it is damaged."""
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
         raise ValueError(f"uri={uri}: no such file; name the store that the runs were launched with")
     with readable(uri):
@@ -104,7 +104,7 @@ def connect(uri: str) -> MlflowClient:
 
 @contextmanager
 def readable(uri: str) -> Iterator[None]:
-    """What MLflow or its database raises inside becomes a ValueError in one line."""
+    """Turn exceptions of MLflow and its database inside the block into a one-line ValueError."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -117,7 +117,7 @@ def readable(uri: str) -> Iterator[None]:
 
 
 def refuse_unknown_metric(comparison: Comparison) -> None:
-    """ValueError, with the nearest keys, for a metric that none of the runs has although they have others."""
+    """Raise ValueError, with similar names, if the runs have metrics but none has the one to compare by."""
     keys = sorted({key for run in comparison.runs for key in run.metrics})
     if keys and comparison.metric not in keys:
         close = difflib.get_close_matches(comparison.metric, keys, n=3, cutoff=0.3) or comparison.columns()[:3]
@@ -125,7 +125,7 @@ def refuse_unknown_metric(comparison: Comparison) -> None:
 
 
 def find_sweep(mlflow: MlflowClient, experiment: str, sweep: str) -> list[Run]:
-    """Children of a sweep's parent run; ValueError names the sweeps there are."""
+    """The runs of a sweep, by its parent run. ValueError lists the available sweeps."""
     ids = _experiments(mlflow, experiment)
     parents = _search(mlflow, ids, "tags.`realsr_hpc.kind` = 'sweep'")
     by_name = {run.data.tags.get(SWEEP_TAG, ""): run.info.run_id for run in parents}
@@ -135,17 +135,17 @@ def find_sweep(mlflow: MlflowClient, experiment: str, sweep: str) -> list[Run]:
 
 
 def find_runs(mlflow: MlflowClient, experiment: str, names: list[str]) -> list[Run]:
-    """Runs by name, a unique beginning of it, or run id; ValueError names the candidates."""
+    """Runs by name, unique prefix of a name, or run id. ValueError lists the candidates."""
     known = _search(mlflow, _experiments(mlflow, experiment), f"tags.`{RUN_TAG}` != ''")
     found = [_one(known, name) for name in names]
     ids = [run.info.run_id for run in found]
     if twice := [name for name, run_id in zip(names, ids, strict=True) if ids.count(run_id) > 1]:
-        raise ValueError(f"run {twice[0]!r}: is named twice, also as {twice[-1]!r}; a run is no repetition of itself")
+        raise ValueError(f"run {twice[0]!r}: is named twice, also as {twice[-1]!r}; name each run once")
     return found
 
 
 def _search(mlflow: MlflowClient, experiments: list[str], condition: str) -> list[Run]:
-    """All runs that fit, page after page."""
+    """All runs that match the condition, over all pages of results."""
     found: list[Run] = []
     token: str | None = ""
     while token is not None:
@@ -157,10 +157,12 @@ def _search(mlflow: MlflowClient, experiments: list[str], condition: str) -> lis
 def compare(
     runs: list[Run], metric: str = "", mlflow: MlflowClient | None = None, root: Path | None = None
 ) -> Comparison:
-    """The comparison of these runs by `metric`, or by the best-suited one they have.
+    """The comparison of these runs.
 
-    With `mlflow`, each run also gets its histories: of the metric, of its steps' times and rollout rates (cost).
-    root: where the runs' folders are now, should they have been moved.
+    Args:
+        metric: metric to compare by; empty chooses a metric that the runs have, by task.
+        mlflow: if given, also read histories: of the metric, of held-out metrics, and of times and rates (cost).
+        root: present output root, for runs that were moved.
     """
     chosen = metric or _metric_of(runs)
     compared = tuple(
@@ -181,7 +183,7 @@ def compare(
 
 
 def _params(run: Run) -> dict[str, str]:
-    """Recipe keys with their values, in which paths below the run's output root count from there."""
+    """Recipe keys with their values; paths below the run's output root are relative to it."""
     params = dict(run.data.params)
     for root in (Path(params.get("output_root", "")), Path(run.data.tags.get(RUN_TAG, "")).parent):
         params = without_root(params, root) if root.is_absolute() else params
@@ -189,7 +191,7 @@ def _params(run: Run) -> dict[str, str]:
 
 
 def _tags(run: Run, root: Path | None) -> dict[str, str]:
-    """MLflow learns of a moved folder with the run's next attempt, or from sync-tracking."""
+    """The run's tags, with its present folder if it was moved to `root` and MLflow does not know yet."""
     folder = Path(run.data.tags.get(RUN_TAG, ""))
     moved = root is not None and not folder.is_dir() and (root / folder.name).is_dir()
     return {**run.data.tags, RUN_TAG: str(root / folder.name)} if root and moved else dict(run.data.tags)

@@ -1,4 +1,4 @@
-"""A comparison for people: comparison.md, comparison.html (one file, pictures inside), comparison.csv, PNGs."""
+"""Writes a comparison: comparison.md, comparison.html (one file with images embedded), comparison.csv and PNGs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_PANELS = 9
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names the row."""
+    """A table of text cells; the first column has the row names."""
 
     title: str
     remark: str
@@ -31,14 +31,14 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """As GitHub reads it."""
+        """The table in GitHub's Markdown, under a heading."""
         lines = ["| " + " | ".join(self.head) + " |", "|---" * len(self.head) + "|"]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.rows]
         return "\n".join([f"## {self.title}", "", *([self.remark, ""] if self.remark else []), *lines, ""])
 
 
 def write_report(comparison: Comparison, folder: Path, title: str) -> list[Path]:
-    """Write everything into `folder`; the files written. ValueError: it cannot be, or another process does."""
+    """Write the report into `folder`; returns its files. ValueError if another process writes there, or it cannot."""
     with sole_writer(folder):
         return _write(comparison, folder, title)
 
@@ -67,14 +67,14 @@ def _write(comparison: Comparison, folder: Path, title: str) -> list[Path]:
 
 
 def panels(comparison: Comparison) -> list[str]:
-    """Metrics whose curves are drawn: the one compared by, then the held-out ones."""
+    """Metrics whose curves are drawn: the compared one first, then held-out and reward metrics."""
     known = {key for run in comparison.runs for key in run.histories if key.startswith(("heldout/", "rewards/"))}
     ordered = [key for key in comparison.columns() if key in known]
     return ordered[:MAX_PANELS] or [comparison.metric]
 
 
 def verdict(comparison: Comparison, groups: Sequence[Group]) -> str:
-    """What can be said in one sentence, and no more."""
+    """The result in one or two sentences: the best group, and its paired difference from the first group."""
     metric = comparison.metric
     sound = [group for group in groups if not group.diverged(metric)]
     rated = [group for group in sound if group.final(metric).num_runs]
@@ -89,12 +89,12 @@ def verdict(comparison: Comparison, groups: Sequence[Group]) -> str:
     if len(rated) > 1 and best is not rated[0]:
         gain = best.less(rated[0], metric)
         sure = "more than chance at 95 %" if gain.excludes_zero else "not more than chance at 95 %"
-        text += f" Less {rated[0].label}, paired by seed: {gain}: {sure}."
+        text += f" Difference from {rated[0].label}, paired by seed: {gain}: {sure}."
     return text
 
 
 def final_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
-    """Last values."""
+    """Last values of all metrics."""
     columns = comparison.columns()
     rows = [[column, *(str(group.final(column)) for group in groups)] for column in columns]
     remark = "Last values: mean [95 % Student interval] over runs that differ in their seed alone."
@@ -114,7 +114,7 @@ def change_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
 
 
 def evaluation_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
-    """What training changed on evaluated sets, for runs evaluated with the weights they began with."""
+    """Differences from the start weights on evaluated sets, for runs that were evaluated with them."""
     starts = {key: key.replace("/ours/", "/start/") for key in comparison.columns() if "/ours/" in key}
     gains = {key: [group.gain(key, start) for group in groups] for key, start in starts.items()}
     rows = [
@@ -122,8 +122,8 @@ def evaluation_table(comparison: Comparison, groups: Sequence[Group]) -> Table:
         for key, row in gains.items()
         if any(gain.num_runs for gain in row)
     ]
-    remark = "Mean [95 % Student interval] over runs that differ in their seed alone; * leaves out 0."
-    return Table("Evaluated sets, less the weights a run began with", remark, ["set: metric", *_names(groups)], rows)
+    remark = "Mean [95 % Student interval] over runs that differ in their seed alone; * marks intervals without 0."
+    return Table("Evaluated sets: difference from the start weights", remark, ["set: metric", *_names(groups)], rows)
 
 
 def _marked(gain: Estimate) -> str:
@@ -131,7 +131,7 @@ def _marked(gain: Estimate) -> str:
 
 
 def cost_table(groups: Sequence[Group]) -> Table:
-    """Process-hours and tokens, where the runs measured them."""
+    """Process-hours and sampled tokens, if the runs measured them."""
     rows = [
         ["process-hours per run", *(str(group.process_hours()) for group in groups)],
         ["tokens sampled a run", *(str(group.rollout_tokens()) for group in groups)],

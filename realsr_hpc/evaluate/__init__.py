@@ -1,8 +1,8 @@
-"""Compares restored images with their truths on test sets: metrics with intervals, pictures, words, published tables.
+"""Evaluates restoration methods on test sets: metrics with intervals, image grids, texts and published results.
 
 `cases` and `sets` define the inputs, `methods` the restorers, `metrics` and `words` the measurements; `runner` executes
-them on all ranks and `report` writes the result. A method without an image for some inputs is averaged over the others,
-with their number stated. A metric without its weights is listed as not computed; no value is ever filled in.
+them on all ranks and `report` writes the result. If a method has no image for some inputs, its mean is over the others
+and the report states their number. A metric whose weights are missing is listed as not computed.
 """
 
 from realsr_hpc.evaluate.cases import cases_of

@@ -1,8 +1,8 @@
 """Statistics over several draws of one image: best, mean and worst.
 
-One draw per image hides how much a sampling method varies: its mean can be good and its tail bad. So each image may be
-restored `M` times with different draws: Best, Mean and Worst of M are means over images of each image's best, mean and
-worst value; the worst tenth is the mean over the tenth of the images whose own mean is worst.
+One draw per image does not show how much a sampling method varies. So each image may be restored `M` times: best, mean
+and worst of M are means over images of each image's best, mean and worst value; the worst tenth is the mean over the
+tenth of the images whose mean over draws is worst.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from realsr_hpc.evaluate.intervals import Interval, bootstrap
 from realsr_hpc.records import Case
 
 _DRAW_STRIDE = 1 << 24
-"""A case's index decides its draws; further draws take indices that no set is large enough to have."""
+"""A case's index seeds its draw; further draws add multiples of this, which exceeds the size of any set."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,12 @@ class OverDraws:
 
 
 def redrawn(cases: Sequence[Case], draw: int) -> list[Case]:
-    """The same cases for draw number `draw`; 0 is the draw of an evaluation with a single one."""
+    """The same cases with the indices of draw number `draw`; draw 0 leaves them unchanged."""
     return [replace(case, index=case.index + draw * _DRAW_STRIDE) for case in cases]
 
 
 def over_draws(values: np.ndarray, *, lower_is_better: bool) -> OverDraws:
-    """Statistics of values [images, draws], NaN where an image or a value is missing; images without any value are
-    ignored."""
+    """Statistics of values [images, draws]. NaN marks a missing value; images without any value are ignored."""
     values = np.asarray(values, dtype=np.float64)
     values = values[np.isfinite(values).any(axis=1)]
     low, high = (np.nanmin(values, axis=1), np.nanmax(values, axis=1)) if len(values) else (np.empty(0), np.empty(0))

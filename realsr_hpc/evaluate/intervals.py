@@ -24,12 +24,12 @@ class Interval:
 
 
 def bootstrap(values: np.ndarray, seed: int = 0) -> Interval:
-    """Mean of the finite values with its 95 % percentile interval."""
+    """Mean of the finite values of an array [images], with its 95 % percentile interval; NaN if there are none."""
     values = values[np.isfinite(values)]
     if not len(values):
         return Interval(float("nan"), float("nan"), float("nan"), 0)
     mean = float(values.mean())
-    if len(values) == 1:  # nothing to draw from
+    if len(values) == 1:  # nothing to resample
         return Interval(mean, mean, mean, 1)
     rng = np.random.default_rng(seed)
     found = stats.bootstrap((values,), np.mean, n_resamples=_NUM_RESAMPLES, method="percentile", rng=rng)

@@ -1,4 +1,4 @@
-"""Restoration methods: bicubic, a folder of finished images, or any callable on cases."""
+"""Restoration methods: bicubic, a folder of finished images, or any function of cases."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NO_TRACE = ParsedTrace(None, (None, None, None), (None, None, None), ("no trace:
 
 
 class Bicubic:
-    """Pillow's bicubic to the truth's size, or by `upscale` where there is no truth."""
+    """Pillow's bicubic resampling to the truth's size, or by the factor `upscale` if there is no truth."""
 
     def __init__(self, upscale: float):
         self.upscale = upscale
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
-        """One image each."""
+        """One image for each case."""
         return [finished(self._enlarge(case)) for case in cases]
 
     def _enlarge(self, case: Case) -> np.ndarray:
@@ -40,11 +40,11 @@ class Bicubic:
 
 
 class FinishedImages:
-    """Another method's results: a folder with one file for each case, of the same name apart from suffix and tags such
-    as _LR4."""
+    """Another method's results: a folder with one file per case, named like the case except for suffix and tags such as
+    `_LR4`."""
 
     def __init__(self, folder: Path):
-        """ValueError when the folder holds no images."""
+        """Raises ValueError if the folder holds no images."""
         self.folder = folder
         unread: dict[str, str] = {}
         found = [path for path in images_below(folder, unread) if not restoration.is_steps(path)]
@@ -57,7 +57,7 @@ class FinishedImages:
         self._files: dict[str, Path] = dict(self._names)
 
     def expect(self, keys: Sequence[str]) -> None:
-        """Find each case's file. ValueError when several could be one case's, or none is any case's."""
+        """Find the file of each case. ValueError if several files match one case, or no file matches any."""
         names = list(self._names)
         stand_ins = [PurePath(f"{name}.png") for name in names]
         pairs, _ = matched([PurePath(f"{key}.png") for key in keys], stand_ins)
@@ -72,7 +72,7 @@ class FinishedImages:
             )
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
-        """The file of each case; none where it is missing, or broken, which is said."""
+        """The image of each case; None if its file is missing, or damaged, which is logged."""
         return [finished(self._read(case.key)) for case in cases]
 
     def _read(self, key: str) -> np.ndarray | None:
@@ -86,9 +86,9 @@ class FinishedImages:
 
 
 DETERMINISTIC = (Bicubic, FinishedImages)
-"""Methods that give the same image each time they are asked."""
+"""Methods that give the same image at each call, so that further draws are pointless."""
 
 
 def finished(image: np.ndarray | None) -> RestoredImage:
-    """An image without reasoning."""
+    """A result that consists of an image without reasoning."""
     return RestoredImage(NO_TRACE, (None, None, image))

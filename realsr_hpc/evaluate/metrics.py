@@ -1,6 +1,7 @@
-"""Metrics of one restored image: ours (PSNR-Y, SSIM-Y, our NIQE), pyiqa's if its weights are staged, rewards, words.
+"""Metrics of a restored image: PSNR-Y, SSIM-Y and NIQE of this project, pyiqa's if staged, reward terms, and texts.
 
-Every metric states its version, colour space and border; one that cannot be computed is listed with the reason.
+The report states version, colour space and border of every metric. A metric that cannot be computed is listed with the
+reason.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -35,20 +35,20 @@ PAPER_PYIQA = {
     "clipiqa": "CLIPIQA",
     "topiq_nr": "TOPIQ",
 }
-"""pyiqa's name -> the column of the paper's table. Its PSNR and SSIM are `psnr_y` and `ssim_y`."""
+"""pyiqa's name -> column of the paper's table, whose PSNR and SSIM are `psnr_y` and `ssim_y` here."""
 FID = "fid"
 _CANNOT_TAKE = (ValueError, RuntimeError, AssertionError, IndexError)
-"""What metrics raise for an image that is too small for their windows or patches."""
+"""Exceptions of metrics for an image that is too small for their windows or patches."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Values measured on one image, and why others could not be computed."""
+    """Metric values of one image, and the reasons why others could not be computed."""
 
     values: dict[str, float]
-    """NaN where the image, or what it is measured against, is missing, or the metric cannot take it."""
+    """By metric; NaN if the image or its reference is missing, or the metric cannot be computed for it."""
     not_computed: dict[str, str]
-    """Why, by metric that cannot take this image."""
+    """By metric: why it cannot be computed for this image."""
 
 
 class Metrics:
@@ -62,7 +62,14 @@ class Metrics:
         pyiqa: Sequence[str] = (),
         weights_dir: str | None = None,
     ):
-        """crop_px: border left out of PSNR and SSIM (the field often takes the upscale). pyiqa: its metrics' names."""
+        """Load the metrics.
+
+        Args:
+            crop_px: border left out of PSNR and SSIM; often set to the upscale factor.
+            rewards: reward terms to score as well.
+            pyiqa: names of pyiqa's metrics.
+            weights_dir: folder of pyiqa's weights; those missing there are listed in `not_computed`.
+        """
         self.crop_px, self.rewards = crop_px, rewards
         scores, missing = open_scores(pyiqa, weights_dir)
         self.pyiqa = {_key(score.name): score for score in scores}
@@ -70,10 +77,7 @@ class Metrics:
         self._niqe = NIQEModel.load(resolve(NIQE_PATH))
 
     def score(self, cases: Sequence[Case], images: Sequence[RestoredImage]) -> list[Judged]:
-        """Values of each image, by metric.
-
-        ValueError when an image does not have its truth's size.
-        """
+        """Metric values of each image. ValueError if an image does not have its truth's size."""
         rewards, faults = self._rewards(cases, images)
         rows = []
         for number, (case, item) in enumerate(zip(cases, images, strict=True)):
@@ -86,7 +90,7 @@ class Metrics:
         return rows
 
     def lower_is_better(self, name: str) -> bool:
-        """The direction of a metric."""
+        """Whether lower values of the metric are better."""
         return self.pyiqa[name].lower_is_better if name in self.pyiqa else lower_is_better(name)
 
     def notes(self, names: Sequence[str]) -> dict[str, str]:
@@ -126,7 +130,10 @@ class Metrics:
     def _rewards(
         self, cases: Sequence[Case], images: Sequence[RestoredImage]
     ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Reward terms; of a method without traces only those that look at the image. And why one has no value."""
+        """Values by reward term, and the reason for each term without values.
+
+        For a method without traces, only terms that judge the image are computed.
+        """
         if self.rewards is None:
             return {}, {}
         candidates = [case.candidate(item.trace, item.image) for case, item in zip(cases, images, strict=True)]
@@ -144,7 +151,7 @@ class Metrics:
 
 
 def _measure(measured: Judged, name: str, compute: Callable[[], float], if_nan: str = "") -> None:
-    """Put a metric's value in, or NaN and why."""
+    """Store a metric's value, or NaN with the reason."""
     try:
         value, why = float(compute()), if_nan
     except _CANNOT_TAKE as error:
@@ -154,7 +161,7 @@ def _measure(measured: Judged, name: str, compute: Callable[[], float], if_nan: 
         measured.not_computed[name] = why
 
 
-def _words(case: Case, item: RestoredImage) -> dict[str, Any]:
+def _words(case: Case, item: RestoredImage) -> dict[str, float]:
     slots = float("nan") if case.label is None else float(slot_matches(item.trace.degradation, case.label).mean())
     return {
         "well_formed": float(item.trace.well_formed),
@@ -164,5 +171,5 @@ def _words(case: Case, item: RestoredImage) -> dict[str, Any]:
 
 
 def _key(name: str) -> str:
-    """pyiqa's NIQE stands beside ours."""
+    """The metric's key in the report; pyiqa's NIQE is reported beside this project's."""
     return "niqe_pyiqa" if name == "niqe" else name

@@ -12,7 +12,7 @@ DATA_FILE = Path(__file__).with_name("published.yaml")
 
 
 def published_table(set_name: str) -> list[str]:
-    """Lines of Markdown for a set that the paper reports; none for any other."""
+    """Markdown lines with the paper's results on a set; empty if the paper does not report it."""
     known = NAMED_SETS.get(set_name)
     data = yaml.safe_load(DATA_FILE.read_text(encoding="utf-8"))
     if known is None or known.title not in data["sets"]:

@@ -1,9 +1,11 @@
-"""The report of an evaluation, for people and programs.
+"""Writes the report of an evaluation.
 
-metrics.md       tables with intervals, gains, words, the published table, what was not computed
+metrics.md       tables with intervals, paired differences, texts, published results, metrics not computed
 metrics.csv      one line per image and method
-grid.png         the first images: input, every method, truth        worst.png   the last method's worst
-slots.png        degradation words, true against said                images.json, images/   everything behind it
+grid.png         the first images: input, every method, truth
+worst.png        the same for the images that are worst for the last method
+slots.png        confusion tables of the degradation words
+images.json      all records, and images/ with all images
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ class EvaluationReport:
     metrics: Metrics
     remarks: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
-    """Reason, by case, for each case that could not be used."""
+    """By case: why it could not be used."""
     absent: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """By method of finished images: the cases for which it has no image that can be read."""
+    """By method of finished images: the cases for which it has no readable image."""
     set_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Metrics of the whole set, which are not means over images (FID), by metric and method."""
+    """By metric and method: values of metrics that are defined on a whole set (FID)."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,7 +55,7 @@ class EvaluationReport:
         return tuple(dict.fromkeys(name for row in rows for name in row))
 
     def values(self, method: str, metric: str) -> np.ndarray:
-        """Values of all images, NaN where there is none."""
+        """Values [images] of one method, NaN where there is none."""
         rows = (image.methods[method].metrics for image in self.images)
         return np.array([row.get(metric, np.nan) for row in rows], dtype=np.float64)
 
@@ -62,33 +64,34 @@ class EvaluationReport:
         return bootstrap(self.values(method, metric))
 
     def gain(self, method: str, over: str, metric: str) -> Interval:
-        """Mean and interval of the paired difference `method` - `over` over images that both have."""
+        """Mean and interval of the paired difference `method` - `over`, over images that both have values for."""
         return bootstrap(self.values(method, metric) - self.values(over, metric))
 
     def confusions(self, method: str) -> list[Confusion]:
-        """Confusion table of each degradation slot: true against predicted words."""
+        """Confusion table of each degradation slot: true words against predicted ones."""
         said = [image.methods[method].degradation for image in self.images]
         return confusions(said, [image.degradation for image in self.images])
 
     def summary(self) -> dict[str, float]:
-        """`evaluate/SET/METHOD/METRIC` -> mean, for trackers; means without images are left out."""
+        """Means by `evaluate/SET/METHOD/METRIC`, for MLflow; metrics without any value are left out."""
         found = {f"{a}/{b}": self.interval(a, b) for a in self.methods for b in self.names}
         means = {name: interval.mean for name, interval in found.items() if interval.num_images}
         means |= {f"{a}/{metric}": value for metric, row in self.set_scores.items() for a, value in row.items()}
         return {f"evaluate/{self.set_name}/{name}": value for name, value in means.items()}
 
     def speakers(self) -> list[str]:
-        """Methods that name a degradation where it is known."""
+        """Methods that name degradations, if the set has true labels."""
         return [method for method in self.methods if np.isfinite(self.values(method, "slot_accuracy")).any()]
 
     def worst(self, count: int = GRID_ROWS) -> list[EvaluatedImage]:
-        """The last method's worst images: lowest PSNR, or highest NIQE without truths; missing ones first."""
+        """The images that are worst for the last method: missing ones, then by lowest PSNR, or highest NIQE if there
+        are no truths."""
         values = self.values(self.methods[-1], "psnr_y" if "psnr_y" in self.names else "niqe")
         order = np.argsort(np.nan_to_num(values if "psnr_y" in self.names else -values, nan=-np.inf), kind="stable")
         return [self.images[place] for place in order[:count]]
 
     def markdown(self) -> str:
-        """The whole report as Markdown, without pictures."""
+        """The whole report as Markdown, without images."""
         counts = ", ".join(f"{method} {int(self.values(method, 'restored').sum())}" for method in self.methods)
         head = [
             f"{self.set_name}: {len(self.images)} images; images given: {counts}. Mean [95 % bootstrap interval].",
@@ -112,7 +115,7 @@ class EvaluationReport:
         return printable("\n".join("\n".join([*section, ""]) for section in sections if section))
 
     def write(self) -> None:
-        """All files of the report, into its folder."""
+        """Write all files of the report into its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["key", "method", *self.names], restval="nan")
@@ -137,13 +140,13 @@ class EvaluationReport:
         return lines
 
     def values_of_draws(self, method: str, metric: str) -> np.ndarray:
-        """Values [images, draws], NaN where there is none."""
+        """Values [images, draws] of one method, NaN where there is none."""
         results = [image.methods[method] for image in self.images]
         rows = [(result.metrics, *result.further_draws) for result in results]
         return np.array([[row.get(metric, np.nan) for row in draws] for draws in rows], dtype=np.float64)
 
     def _draws(self) -> list[str]:
-        """Best, mean and worst of several draws per image, of methods that were asked for several."""
+        """Tables of best, mean and worst draw, for methods with several draws per image."""
         lines: list[str] = []
         for method in self.methods:
             count = 1 + len(self.images[0].methods[method].further_draws)
@@ -162,8 +165,8 @@ class EvaluationReport:
 
     @property
     def lacking(self) -> dict[tuple[str, str], list[str]]:
-        """By metric and method: the images for which it could not be computed although there is a result, with the
-        reasons."""
+        """By metric and method: images with a result for which the metric could not be computed, each with the
+        reason."""
         found: dict[tuple[str, str], list[str]] = {}
         for image in self.images:
             for method in self.methods:
@@ -181,7 +184,7 @@ class EvaluationReport:
         return "↓" if self.metrics.lower_is_better(metric) else "↑"
 
     def _gains(self) -> list[str]:
-        """Paired differences from bicubic, and of the last method from each other."""
+        """Paired differences of each method from bicubic, and of the last method from the others."""
         last = self.methods[-1]
         pairs = [(method, BICUBIC) for method in self.methods if method != BICUBIC]
         pairs += [(last, method) for method in self.methods if method not in (BICUBIC, last)]

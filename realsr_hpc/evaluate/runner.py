@@ -1,6 +1,6 @@
-"""Restore and score a set with every method, spread over the ranks; rank 0 writes the report.
+"""Restores and scores a set with every method, distributed over the ranks; rank 0 writes the report.
 
-Images are written as they are made, so a large set is never held in memory: `images/METHOD/KEY.png`.
+Each image is written to `images/METHOD/KEY.png` as soon as it is restored, so that a large set needs little memory.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 @dataclass(frozen=True)
 class World:
-    """This rank's number, the number of ranks, and a function that gathers one object of every rank (on all ranks, in
-    rank order)."""
+    """The ranks that share an evaluation."""
 
     rank: int = 0
     size: int = 1
     gather: Callable[[Any], list[Any]] = lambda value: [value]
+    """Collective: returns on every rank the objects that the ranks pass, in rank order."""
 
 
 ALONE = World()
@@ -52,13 +52,20 @@ def evaluate(
     batch_size: int = 32,
     draws: int = 1,
 ) -> EvaluationReport | None:
-    """Score `methods` on `cases` and write `folder`; the report on rank 0, None on the others.
+    """Evaluate `methods` on `cases` and write the report to `folder`. Returns it on rank 0, None on the others.
 
-    Methods that sample restore every case `draws` times; images and words kept are the first draw's.
+    A case that cannot be read is left out and reported.
 
-    Bicubic has to be among the methods. A case that cannot be read is left out and named. Raises ValueError when a
-    method returns another number of images than it was given, an image has not its truth's size, or another process
-    writes there.
+    Args:
+        methods: by name; `bicubic` must be among them.
+        remarks: sentences for the report.
+        world: the ranks; each restores every `world.size`-th batch.
+        batch_size: cases per call of a method, fewer if there are not enough for all ranks.
+        draws: how often methods that sample restore each case; images and texts are kept of the first draw.
+
+    Raises:
+        ValueError: if bicubic is missing, a method returns another number of images than it was given, an image does
+            not have its truth's size, no case can be used, or another process writes to `folder`.
     """
     if BICUBIC not in methods:
         raise ValueError(
@@ -83,9 +90,9 @@ def _over_ranks(
     draws: int,
 ) -> EvaluationReport | None:
     if world.rank == 0 and (folder / evaluation.FILE).exists():
-        shutil.rmtree(folder / "images", ignore_errors=True)  # an earlier evaluation's: FID reads whole folders
-    world.gather(None)
-    batch_size = min(batch_size, -(-len(cases) // world.size))  # no rank idle for a small set
+        shutil.rmtree(folder / "images", ignore_errors=True)  # of an earlier evaluation; FID reads whole folders
+    world.gather(None)  # a barrier: no rank writes before they are removed
+    batch_size = min(batch_size, -(-len(cases) // world.size))  # so that a small set leaves no rank idle
     images: list[EvaluatedImage] = []
     skipped: dict[str, str] = {}
     for start in range(world.rank * batch_size, len(cases), world.size * batch_size):
@@ -139,7 +146,7 @@ def _read(cases: Sequence[Case], places: range, skipped: dict[str, str]) -> list
 def _judge(
     methods: Mapping[str, Method], part: list[Case], folder: Path, metrics: Metrics, draws: int
 ) -> list[EvaluatedImage]:
-    """A few cases with what every method made of each."""
+    """Restore and score one batch of cases with every method."""
     made: list[dict[str, MethodResult]] = [{} for _ in part]
     for name, method in methods.items():
         images = _restored(name, method, part)
@@ -195,7 +202,7 @@ def _save(item: RestoredImage, method: str, key: str, folder: Path) -> dict[str,
 
 
 def save_png(pixels: np.ndarray, folder: Path, method: str, key: str) -> str:
-    """Write `images/METHOD/KEY.png`; its path from the folder."""
+    """Write `images/METHOD/KEY.png`; returns its path relative to the folder."""
     path = folder / "images" / method / f"{key}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -203,7 +210,7 @@ def save_png(pixels: np.ndarray, folder: Path, method: str, key: str) -> str:
 
 
 def _set_scores(methods: Mapping[str, Method], folder: Path, metrics: Metrics) -> dict[str, dict[str, float]]:
-    """FID of each method's images against the truths, where it can be computed."""
+    """By metric and method: FID of each method's images against the truths, if it can be computed."""
     truths = folder / "images" / TRUTH
     if FID not in metrics.pyiqa or not truths.is_dir():
         return {}

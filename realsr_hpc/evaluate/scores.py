@@ -1,4 +1,4 @@
-"""Score finished images by metrics or rewards, without a run, to inspect a reward before training on it."""
+"""Scores finished images by metrics or rewards, without a run, to inspect a reward before training with it."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ from realsr_hpc.rewards.generation import NIQE_PATH, RANKER_PATH
 from realsr_hpc.rewards.mixture import build_reward, weight_at
 
 Columns = dict[str, np.ndarray]
-"""One score an image, by metric or reward; NaN where it knows none."""
+"""By metric or reward: scores [images], NaN where an image has none."""
 
 
 @dataclass(frozen=True)
 class ImagesToScore:
-    """Images of a folder, uint8 RGB, in the order of their files; with truths and low-quality images, or without."""
+    """Images of a folder, RGB uint8 [H, W, 3], in the order of their files, with truths and low-quality images."""
 
     files: list[Path]
     names: list[str]
-    """Their paths below the folder."""
+    """Paths relative to the folder."""
     images: list[np.ndarray]
     truths: list[np.ndarray] | None
     lqs: list[np.ndarray] | None
 
 
 def read_images(found: Mapping[Path, str], truth: Path | None, lq: Path | None) -> tuple[ImagesToScore, dict[str, str]]:
-    """The readable images, and the reasons, by name, for the others. Truths and LQ images have the same paths below
-    their own folders."""
+    """Read the images in `found` (file -> path relative to its folder).
+
+    Truths and low-quality images have the same relative paths in the folders `truth` and `lq`. Returns the images, and
+    by name the reason for each that was left out because it or its counterparts cannot be read.
+    """
     folders = {"truth": truth, "lq": lq}
     read: dict[str, list] = {"files": [], "names": [], "input": [], "truth": [], "lq": []}
     left_out = {}
@@ -62,9 +65,10 @@ def read_images(found: Mapping[Path, str], truth: Path | None, lq: Path | None) 
 
 
 def metric_columns(to_score: ImagesToScore, names: Sequence[str], weights_dir: str | None) -> Columns:
-    """niqe, ranker, stripes, psnr_y, ssim_y or any no-reference metric of pyiqa's.
+    """Scores by metric: niqe, ranker, stripes, psnr_y, ssim_y or a no-reference metric of pyiqa.
 
-    Raises ValueError for an unknown metric, and where a truth is missing or of another size.
+    Raises:
+        ValueError: for an unknown metric, or if a truth is missing or has another size.
     """
     for file, image, truth in zip(to_score.files, to_score.images, to_score.truths or to_score.images, strict=True):
         if image.shape != truth.shape:
@@ -92,9 +96,10 @@ def _scorer(name: str, weights_dir: str | None, truths: list[np.ndarray] | None)
 def reward_columns(
     to_score: ImagesToScore, terms: Mapping[str, RewardTerm], manifest: str | None
 ) -> tuple[Columns, dict[str, str]]:
-    """Scores by term and their weighted total, and what each term that is left out would need.
+    """Scores by reward term with their weighted `total`, and what each term that is left out would need.
 
-    Texts are those that `realsr-hpc restore` wrote beside the images; captions and tags come from the manifest.
+    The model's texts are read from the files that `realsr-hpc restore` wrote beside the images, captions and tags from
+    the manifest.
     """
     traces = [_read_trace(file) for file in to_score.files]
     scenes = _read_scenes(to_score.names, manifest)
@@ -140,7 +145,7 @@ def _lacking(
 
 
 def _read_trace(file: Path) -> ParsedTrace | None:
-    """The first tile's trace as `realsr-hpc restore` wrote it; None where there is none of ours."""
+    """The trace of the first tile as `realsr-hpc restore` wrote it; None if there is no such file."""
     try:
         tile = restoration.read(file).tiles[0]
     except Damaged:
@@ -151,6 +156,6 @@ def _read_trace(file: Path) -> ParsedTrace | None:
 
 
 def _read_scenes(names: Sequence[str], manifest: str | None) -> list[SceneText | None]:
-    """Captions and tags of each image by its path below the folder, without ending; None where unknown."""
+    """Captions and tags of each image, whose key in the manifest is its name without ending; None if unknown."""
     scenes = {} if manifest is None else {entry.key: entry.scene for entry in read_manifest(manifest).entries}
     return [scenes.get(PurePosixPath(name).with_suffix("").as_posix()) for name in names]

@@ -1,9 +1,10 @@
-"""Test sets in the layouts the field ships them in.
+"""Opens test sets in their published layouts.
 
 A paired set is two folders side by side (lq and gt, test_LR and test_HR, LR and HR, ...) or pairs of files in one
-folder (NAME_LR4.png, NAME_HR.png); an unpaired one a folder of images, or `lq` in it. Files are read one at a time;
-files that cannot be used are reported with the reason. RealSR as released (version 3: Canon and Nikon, Train and Test,
-folders 2, 3, 4) has low-quality images as large as their truths: they are averaged down first, as in training.
+folder (NAME_LR4.png, NAME_HR.png). An unpaired set is a folder of images, or its subfolder `lq`. Files are read one at
+a time; files that cannot be used are reported with the reason. In RealSR as released (version 3: Canon and Nikon, Train
+and Test, folders 2, 3, 4) low-quality images are as large as their truths; they are averaged down first, as in
+training.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ class FolderSet(Sequence[Case]):
     def __init__(
         self, pairs: list[tuple[str, Path, Path | None]], upscale: int, unread: Mapping[str, str] | None = None
     ):
-        """unread: files of the folder that cannot be cases, and why."""
+        """pairs: key, low-quality file and truth of each case. unread: by file, why it cannot be a case."""
         self._pairs, self._upscale, self.unread = pairs, upscale, dict(unread or {})
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __getitem__(self, place):  # type: ignore[override]
-        """Reads the files. ValueError where one is broken or the two do not fit."""
+        """Read a case. ValueError if a file is damaged or the sizes do not fit."""
         key, lq_path, gt_path = self._pairs[place]
         try:
             lq, gt = decode_image(lq_path), None
@@ -51,14 +52,15 @@ class FolderSet(Sequence[Case]):
         return Case(key, lq, gt, index=place)
 
     def keys(self) -> list[str]:
-        """Names in order."""
+        """Keys of the cases, in order."""
         return [key for key, _, _ in self._pairs]
 
 
 def open_set(name: str, folder: Path, upscale: int) -> tuple[FolderSet, list[str]]:
-    """The cases of a named set, of `paired` or `unpaired`, and remarks about it.
+    """The cases of a named set, or of a set called `paired` or `unpaired`, and remarks for the report.
 
-    ValueError for an unknown name, and for a folder that has no such layout.
+    Raises:
+        ValueError: for an unknown name, or if the folder does not have the set's layout.
     """
     refuse_unknown_set(name)
     if not folder.is_dir():
@@ -76,7 +78,7 @@ def open_set(name: str, folder: Path, upscale: int) -> tuple[FolderSet, list[str
 
 
 def images_below(folder: Path, unread: dict[str, str]) -> list[Path]:
-    """Images below a folder; files that cannot be read are added to `unread`, with the reason."""
+    """Images below a folder; adds to `unread` the files that cannot be read, with the reason."""
     files, faults = files_below(folder)
     unread |= {printable(name): why for name, why in faults.items()}
     for path in files:
@@ -88,9 +90,9 @@ def images_below(folder: Path, unread: dict[str, str]) -> list[Path]:
 def _paired(
     folder: Path, upscale: int, remarks: list[str], unread: dict[str, str], *, only_test: bool
 ) -> list[tuple[str, Path, Path | None]]:
-    """Pairs of the first two folders side by side, or of files side by side.
+    """Key and files of each pair, from the first two folders side by side, or from files side by side.
 
-    ValueError where there is none, or it is not said which files belong together.
+    ValueError if there are no pairs, or the pairing is ambiguous.
     """
     files = images_below(folder, unread)
     pairs = _of_folders(folder, files, remarks, only_test) or _of_files(folder, files, upscale, remarks, only_test)
@@ -141,9 +143,10 @@ def _of_folders(folder: Path, files: Sequence[Path], remarks: list[str], only_te
 
 
 def _of_files(folder: Path, files: Sequence[Path], upscale: int, remarks: list[str], only_test: bool) -> list[Pair]:
-    """NAME_LR4.png beside NAME_HR.png, however deep (RealSR's own layout).
+    """Pairs NAME_LR4.png and NAME_HR.png in the same folder, at any depth (the layout of RealSR).
 
-    Of a named set the test part alone. Where names tell a factor, those of another one than `upscale` are left out.
+    If names state a factor, those of another factor than `upscale` are left out. only_test: leave out the training
+    part of the set.
     """
     lows = [path for path in files if _LOW_NAME.fullmatch(path.stem)]
     other = [path for path in lows if _LOW_NAME.fullmatch(path.stem)[1] not in ("", str(upscale))]  # type: ignore[index]
@@ -184,6 +187,6 @@ def _unpaired(folder: Path, unread: dict[str, str]) -> list[tuple[str, Path, Pat
 
 
 def names_of(files: Sequence[Path], folder: Path) -> list[str]:
-    """A different name for each file: without folders and suffix, unless two would then be equal."""
+    """A unique name for each file: without folders and suffix, unless two names would then be equal."""
     paths = [PurePosixPath(file.relative_to(folder).as_posix()) for file in files]
     return flat_names([path.with_suffix("").as_posix() for path in paths], [path.as_posix() for path in paths])

@@ -1,4 +1,4 @@
-"""Measures a model's words: the five degradation slots against the truth, the texts against their captions."""
+"""Measures a model's texts: the five degradation slots against the true ones, the texts against their captions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ TEXT_NOTES = {
 
 
 def slot_words(slot: str) -> tuple[str, ...]:
-    """The words that a degradation slot can hold."""
+    """The possible words of a degradation slot."""
     return get_args(Resize) if slot.startswith("resize") else get_args(Level)
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of one slot: a row per true word, a column per predicted word, and a last column for unreadable
-    answers."""
+    """Counts [true words, predicted words + 1] of one slot; the last column counts unreadable answers."""
 
     slot: str
     counts: np.ndarray
@@ -46,7 +45,7 @@ class Confusion:
         return float(self.counts.sum(1).max() / self.counts.sum()) if self.counts.sum() else float("nan")
 
     def markdown(self) -> list[str]:
-        """A table of counts."""
+        """The counts as a Markdown table."""
         words = slot_words(self.slot)
         head = [f"| {self.slot}: true \\ said | " + " | ".join([*words, NOTHING]) + " |", "|---" * 5 + "|"]
         return head + [f"| {word} | " + " | ".join(map(str, row)) + " |" for word, row in zip(words, self.counts)]  # noqa: B905
@@ -66,7 +65,7 @@ def confusions(said: Sequence[str | None], truths: Sequence[str | None]) -> list
 
 
 def text_scores(trace: ParsedTrace, scene: SceneText | None) -> Mapping[str, float]:
-    """`TEXT_NOTES` in 0..1, NaN where the truth has no tags, captions or word."""
+    """The metrics of `TEXT_NOTES`, each in 0..1; NaN if the truth has no tags, captions or word."""
     if scene is None:
         return dict.fromkeys(TEXT_NOTES, float("nan"))
     pairs = zip(trace.texts, scene.captions, strict=True)

@@ -1,6 +1,6 @@
-"""Sharded checkpoint -> Hugging Face folder, and folders of others -> start weights; both ways the identity.
+"""Converts sharded checkpoints to Hugging Face folders, and public weights to start weights; round trips are exact.
 
-Left out: optimizer states, random states and tracking; they belong to checkpoints.
+An export has no optimizer state, random state or tracking; those belong to checkpoints.
 """
 
 from realsr_hpc.export.incoming import Imported, Sources, import_weights

@@ -1,4 +1,4 @@
-"""Trained adapters in the form that `peft` loads onto their base: adapter_config.json, adapter_model.safetensors."""
+"""Writes trained adapters in the format of `peft`: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from realsr_hpc.model.whole_adapters import whole_tensors
 
 
 def export_adapter(policy: Policy, config: RunConfig, output: Path, dtype: torch.dtype | None = None) -> None:
-    """Write `output`; every rank calls it, world rank 0 writes, all return when it is there.
+    """Write the adapters to the folder `output`. Collective: every rank calls it, world rank 0 writes.
 
-    ValueError when the policy has no adapters, or `output` exists. dtype: rounds the adapters; None keeps them.
+    dtype: round the adapters to it; None keeps their dtype.
+
+    Raises:
+        ValueError: if the policy has no adapters, or `output` exists.
     """
     lora = config.model.lora
     if lora is None:

@@ -1,4 +1,4 @@
-"""README.md of an export: what it is, where it comes from, how good it is, under which licence."""
+"""The model card of an export (README.md): what it is, its origin, results and licence."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ print(trace["degradation"], trace["final_understand"])
 recipe restores; `seed=`, `temperature=`, `text_temperature=`, `image_top_k=`, `text_top_k=`, `top_p=` and `cfg_scale=`
 change that.
 
-`transformers.ChameleonForConditionalGeneration` loads the same weights, but sets every image logit to the smallest
-number: it describes and never paints. The class in modeling_realsr.py lifts that mask.
+`transformers.ChameleonForConditionalGeneration` loads the same weights, but masks every image token: it writes text and
+never generates an image. The class in modeling_realsr.py removes that mask.
 
 ## Files
 
 - `model*.safetensors`: policy, and the image encoder under `model.vqmodel.*`
-- `vq_decoder.safetensors`: image decoder, which transformers has no place for
+- `vq_decoder.safetensors`: image decoder, for which transformers has no module
 - `tokenizer.json`: text pieces and all special tokens; `realsr.json`: shape of prompt and trace
 - `recipe.yaml`: the whole recipe of the run
 
@@ -57,13 +57,16 @@ number: it describes and never paints. The class in modeling_realsr.py lifts tha
 
 
 def model_card(config: RunConfig, *, step: int | None, metrics: Mapping[str, float], licence: str | None) -> str:
-    """The card's text. licence None: Apache-2.0 for weights that began at random, else that of the start weights."""
+    """The text of the card.
+
+    licence: None means Apache-2.0 for weights trained from a random start, else `other` (that of the start weights).
+    """
     start = config.model.weights
     terms = "Weights trained from a random start with realsr_hpc; see `license` above."
     if start is not None:
         terms = (
-            f"The run started from `{start}`. Whatever licence those weights carry goes on to hold for these; "
-            "read it before passing them on."
+            f"The run started from `{start}`. The licence of those weights also applies to these; "
+            "read it before distributing them."
         )
     rows = [f"| {name} | {value:.6g} |" for name, value in sorted(metrics.items())]
     return _CARD.format(

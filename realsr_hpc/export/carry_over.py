@@ -1,9 +1,10 @@
 """Adapts a trained policy to other tokenizers of the same stride, as start weights for fine-tuning.
 
-The layers are kept. The embedding row of a new image code is the mean of the rows of the old codes at the same
-positions of the same images, weighted by their frequency; a part that depends on the codebook vectors distinguishes new
-codes with the same old ones. The row of a new text token is the mean of the rows of the old tokens that spell it. The
-recipe must place images where the old one did (`vlcot.text_slots`), because the layers have learnt these positions.
+The layers are kept. The embedding row of a new image code is the mean of the rows of the old codes that occur at the
+same positions of the same images, weighted by their frequency. A random projection of its codebook vector is added, so
+that new codes with the same old ones get different rows. The row of a new text token is the mean of the rows of the old
+tokens that spell it. The recipe must place images where the old one did (`vlcot.text_slots`), because the layers have
+learnt these positions.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 APART = 0.3
-"""Size of the codebook's part, in deviations of the carried rows."""
+"""Size of the projected codebook vector, in standard deviations of the old rows."""
 
 
 def carry_over(
     policy: Path, old: TraceTokenizer, new: TraceTokenizer, images: Iterable[UInt8[Tensor, "B 3 s s"]], output: Path
 ) -> None:
-    """Write `output/model.safetensors`: the weights of the export folder `policy`, its rows those of `new`.
+    """Write `output/model.safetensors`: the weights of the export folder `policy`, with rows for the tokens of `new`.
 
-    images: what both tokenizers are shown, each at the size of a prompt's image; the more, the more codes are met.
-    ValueError, before an image is taken, when `output` exists, another process writes it, or the export is damaged.
+    images: RGB 0..255 at the size of a prompt's image, encoded by both tokenizers; more images meet more codes.
+
+    Raises:
+        ValueError: before any image is taken, if `output` exists, another process writes it, or the export is damaged;
+            also if the tokenizers have different strides.
     """
     with Aside(output) as folder:
         weights = {}
@@ -50,8 +54,8 @@ def carry_over(
 def code_shares(
     old: TraceTokenizer, new: TraceTokenizer, images: Iterable[UInt8[Tensor, "B 3 s s"]]
 ) -> Float[Tensor, "K J"]:
-    """Matrix [new codes, old codes]: how often old code j occurs at the positions of new code k, rows summing to 1. A
-    new code that does not occur weighs all old codes equally."""
+    """Matrix [new codes, old codes] with rows that sum to 1: how often old code j occurs at the positions of new code
+    k. A new code that does not occur weighs all old codes equally."""
     if old.codec.downsample != new.codec.downsample:
         raise ValueError(f"image_tokenizer.downsample: {old.codec.downsample} and {new.codec.downsample} must be equal")
     num_old, num_new = old.codec.vocabulary.num_codes, new.codec.vocabulary.num_codes
@@ -67,7 +71,7 @@ def code_shares(
 def _rows(
     rows: Float[Tensor, "V H"], old: TraceTokenizer, new: TraceTokenizer, shares: Float[Tensor, "K J"]
 ) -> Float[Tensor, "W H"]:
-    """Rows of the new vocabulary; where nothing is known, zeros."""
+    """Rows [new vocabulary, hidden]; zeros for tokens that have no counterpart."""
     before, after = old.codec.vocabulary, new.codec.vocabulary
     carried = torch.zeros(after.size, rows.shape[1])
     generator = torch.Generator().manual_seed(0)

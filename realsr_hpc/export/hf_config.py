@@ -1,7 +1,7 @@
-"""RunConfig and vocabulary -> what transformers reads: config.json, generation_config.json, the vocabulary map.
+"""The configuration files that transformers reads: config.json, generation_config.json and the vocabulary map.
 
-The map gives every id a name, as Chameleon's does: `IMGIMG...Z` for codes (digits written A-J), `<reservedN>` with
-N = id - 4 for the ids between the codes and the text. transformers finds the image codes by these names.
+The map names every id as Chameleon's does: `IMGIMG...Z` for image codes (digits written as A-J), `<reservedN>` with
+N = id - 4 for the ids between codes and text. transformers finds the image codes by these names.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def vq_config(config: ImageTokenizerConfig) -> dict[str, Any]:
-    """`ChameleonVQVAEConfig` of the image tokenizer; the position of attention is given as a resolution, for an image
-    of 512 px."""
+    """Arguments of `ChameleonVQVAEConfig` for the image tokenizer. The config states the level of attention as a
+    resolution, here that of a 512 px image."""
     lowest = config.attention == "lowest"
     return {
         "embed_dim": config.embed_dim,
@@ -57,7 +57,10 @@ def vq_config(config: ImageTokenizerConfig) -> dict[str, Any]:
 
 
 def model_config(config: RunConfig, vocabulary: Vocabulary, names: dict[str, int], dtype: str) -> dict[str, Any]:
-    """Arguments of transformers' `ChameleonConfig`; `names` is the vocabulary map, `dtype` as torch names it."""
+    """Arguments of transformers' `ChameleonConfig`.
+
+    names: the vocabulary map, name -> id. dtype: name of the torch dtype, such as `bfloat16`.
+    """
     model: ModelConfig = config.model
     return {
         "architectures": [STOCK_CLASS],
@@ -91,7 +94,7 @@ def model_config(config: RunConfig, vocabulary: Vocabulary, names: dict[str, int
 
 
 def generation_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Sampling settings of restoring, as far as `generate` supports them without the shipped processor."""
+    """The recipe's sampling settings for restoring, as far as `generate` supports them without the processor."""
     restore = config.restore
     return {
         "bos_token_id": vocabulary.bos,
@@ -106,7 +109,7 @@ def generation_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, An
 
 
 def trace_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What the shipped processor needs beyond the model: `realsr.json`."""
+    """The content of `realsr.json`: what the shipped processor needs beyond the model's configuration."""
     tokenizer = config.image_tokenizer
     return {
         "instruction": config.vlcot.instruction,

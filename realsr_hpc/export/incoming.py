@@ -1,8 +1,8 @@
-"""Public weights -> start weights of a recipe: a policy's folder, tokenizer.json, image_tokenizer.safetensors.
+"""Imports public weights as start weights: a policy's folder with tokenizer.json and image_tokenizer.safetensors.
 
-Tensors are copied one by one from the memory-mapped source into shards, written aside and renamed at the end. The
-result is also a Hugging Face folder; our own exports are reproduced bit by bit. It holds start weights, no training
-state.
+Tensors are copied one by one from the memory-mapped source into shards; the folder is written under a temporary name
+and renamed when complete. The result is also a Hugging Face folder; importing an export of this project reproduces it
+bit by bit. It has no training state.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from realsr_hpc.vlcot.vocabulary import Vocabulary, build_vocabulary
 
 IMAGE_FILE, TEXT_FILE = "image_tokenizer.safetensors", "tokenizer.json"
 Progress = Callable[[int, int], None]
-"""Called with the bytes written and those of all tensors."""
+"""Called with the bytes written so far and the bytes of all tensors."""
 _BRINGS_IMAGE = "image_tokenizer=FILE (f = 16: vqgan.ckpt of Meta's Chameleon release; f = 8: LlamaGen's vq_ds8_c2i.pt)"
 _BRINGS_TEXT = "text_tokenizer=FILE (text_tokenizer.json of Meta's Chameleon release, or a Hugging Face tokenizer.json)"
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Files and folders that the user gives."""
+    """Files and folders that the user names; None: as found in `source`, or named by the recipe."""
 
     source: Path
     image_tokenizer: Path | None = None
@@ -60,19 +60,19 @@ class Imported:
 
     output: Path
     recognised: Sequence[str] = ()
-    """What was recognised and read, one line per item."""
+    """What was recognised, read and missing, as sentences."""
     overrides: Sequence[str] = ()
-    """Overrides that make a recipe start from the output; empty if it already names these files."""
+    """Overrides that make the recipe start from the output; empty if it already names these files."""
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Everything that will be written, checked and not read yet."""
+    """The parts that will be written. Their shapes were checked, their tensors are not read yet."""
 
     policy: FoundPolicy | None
     image: FoundImage | None
     encoder: FoundImage | None
-    """The encoder that came with the policy, where no decoder belongs to it."""
+    """The encoder that came with a policy without a decoder."""
     text: Path | None
     vocabulary: Vocabulary | None
 
@@ -80,9 +80,13 @@ class _Parts:
 def import_weights(
     sources: Sources, output: Path, config: RunConfig | None = None, progress: Progress | None = None
 ) -> Imported:
-    """Write the folder `output`; config: the recipe; None: the one inside an export of ours.
+    """Write the start weights to the folder `output`.
 
-    ValueError naming what does not fit, is missing (and what would bring it) or damaged; nothing is left then.
+    config: the recipe whose shapes must fit; None: the recipe inside an export of this project.
+
+    Raises:
+        ValueError: naming what does not fit the recipe, is missing (and which file would supply it) or is damaged.
+            Nothing is written then.
     """
     refuse_taken(output)
     if sources.source.is_dir():
@@ -137,7 +141,7 @@ def _check(sources: Sources, found: Found, config: RunConfig) -> _Parts:
 
 
 def _image(sources: Sources, found: Found, config: RunConfig) -> tuple[FoundImage | None, FoundImage | None]:
-    """The image tokenizer to write, from the file named, the source, or the recipe; and the encoder in the source."""
+    """The image tokenizer to write (from the named file, the source, or the recipe) and the encoder in the source."""
     if sources.image_tokenizer is not None:
         return open_image(sources.image_tokenizer), found.image
     if found.image is not None and found.image.whole:
@@ -149,14 +153,14 @@ def _image(sources: Sources, found: Found, config: RunConfig) -> tuple[FoundImag
 
 
 def _vocabulary(text: Path, policy: FoundPolicy, config: RunConfig) -> tuple[Vocabulary, list[str]]:
-    """The recipe's layout, and what does not fit it of the names in the tokenizer's file and the weights' own map."""
+    """The vocabulary layout, and faults of the names in the tokenizer's file and in the weights' vocabulary map."""
     codes = config.image_tokenizer.codebook_size
     first = build_vocabulary(config.vlcot, codes, 0).text_first
     tree = read_tree(text)
     names, beside = names_of(tree), dict(policy.names or {})
     if not _holds_all(tree, first, policy):
         vocabulary = build_vocabulary(config.vlcot, codes, len(names))
-        names = {}  # it counts from 0 and names no code: then the weights' own map must
+        names = {}  # text tokens alone, counted from 0: the weights' own map must name the image codes
     elif policy.path == text.parent and (policy.path / "realsr.json").is_file():
         count = read_json(policy.path / "realsr.json").get("num_text")
         if type(count) is not int or count < 0:
@@ -183,13 +187,16 @@ def _vocabulary(text: Path, policy: FoundPolicy, config: RunConfig) -> tuple[Voc
 
 
 def _holds_all(tree: dict[str, Any], text_first: int, policy: FoundPolicy) -> bool:
-    """Whether a file has ids for everything; one of text alone counts from 0 and ends before text_first is added."""
+    """Whether a tokenizer file has ids for the whole vocabulary; a file of text tokens alone counts them from 0."""
     last = max(names_of(tree).values(), default=0)
     return is_whole(tree) or last + text_first >= policy.sizes["vocab_size"]
 
 
 def _check_same_encoder(image: FoundImage, inside: FoundImage, config: RunConfig) -> None:
-    """The tokenizer that is named must be the one whose encoder the policy came with (to the coarser rounding)."""
+    """Raise ValueError if the named tokenizer's encoder differs from the one that came with the policy.
+
+    Both are compared in the coarser of their dtypes.
+    """
     for name in inside.tensors:
         ours, theirs = image.read(name), inside.read(name)
         if config.image_tokenizer.normalised_codes and name == "quantize.embedding.weight":
@@ -224,7 +231,7 @@ def _write_policy(
 
     write_weights(folder, tensors(), sizes, SHARD_BYTES)
     if progress is not None:
-        progress(sum(sizes.values()), sum(sizes.values()))  # the last tensor is written without being asked on
+        progress(sum(sizes.values()), sum(sizes.values()))  # the generator is not resumed after its last tensor
     tree = read_tree(parts.text)
     own = text_part(tree, vocabulary.text_first) if _holds_all(tree, vocabulary.text_first, policy) else tree
     text = combined(own, hf_config.special_tokens(vocabulary), vocabulary)
@@ -236,7 +243,7 @@ def _write_policy(
 
 
 def _with_files(config: RunConfig, folder: Path, parts: _Parts) -> RunConfig:
-    """The recipe with the tokenizers of `folder` in place of its own, as far as they were written there."""
+    """The recipe with the tokenizers that were written to `folder` in place of its own."""
     image, text = config.image_tokenizer, config.text_tokenizer.model_copy(update={"path": str(folder / TEXT_FILE)})
     if parts.image is not None:
         image = image.model_copy(update={"weights": str(folder / IMAGE_FILE)})
@@ -275,7 +282,7 @@ def _said(found: Found, parts: _Parts) -> list[str]:
 
 
 def _facts(sources: Sources, found: Found, parts: _Parts) -> dict[str, Any]:
-    """Where the folder comes from, without this machine's folders."""
+    """The content of imported.json: where the weights come from, without paths of this machine."""
     return {
         "format": parts.policy.format if parts.policy else found.format,
         "source": sources.source.name,

@@ -1,8 +1,8 @@
-"""A Hugging Face export <-> a `.nemo` archive, through nemo-toolkit's own SaveRestoreConnector (the extra `nemo`).
+"""Packs a Hugging Face export into a `.nemo` archive and unpacks it, through nemo-toolkit's SaveRestoreConnector.
 
-The archive holds the recipe as NeMo's model_config.yaml, all small files of the export as NeMo artifacts, and the
-weights as model_weights.ckpt. nemo-toolkit 3.0.0 has no Megatron models left, so what is restored is a carrier of
-weights and files, not a network: unpack it and import, or load, the folder.
+It needs the extra `nemo`. The archive has the recipe as NeMo's model_config.yaml, all small files of the export as NeMo
+artifacts, and the weights as model_weights.ckpt. nemo-toolkit 3.0.0 no longer has Megatron models, so restoring an
+archive with NeMo gives a container of weights and files, not a network: unpack it to use the folder.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ CONFIG = "model_config.yaml"
 _CONFIG_KEYS = frozenset({"recipe", "shard_bytes", "files", "target", "nemo_version"})
 _REMEDY = "name one that realsr-hpc nemo-archive packed"
 _PLAIN = re.compile(r"[\w][\w.+-]*")
-"""A file directly in the archive; no path, no `..`, nothing that OmegaConf would fill in."""
+"""Name of a file at the top level of the archive: no path, no `..`, no OmegaConf interpolation."""
 
 
 def pack(export: Path, archive: Path) -> None:
-    """Write `archive` (a `.nemo` file) from an export folder, aside and renamed.
+    """Write the `.nemo` file `archive` from an export folder, under a temporary name that is renamed when complete.
 
-    ValueError when the folder is not a complete export, the archive exists, or nemo-toolkit is not installed.
+    Raises:
+        ValueError: if the folder is not a complete export, the archive exists, or nemo-toolkit is not installed.
     """
     _check_name(archive)
     if archive.exists():
@@ -48,7 +49,7 @@ def pack(export: Path, archive: Path) -> None:
     weights = {path.name for path in places.values()} | {INDEX}
     small = sorted(path for path in export.iterdir() if path.is_file() and path.name not in weights)
     config = {
-        # flat, `section.field`: NeMo gives a nested key `params`, as in our precision section, a meaning of its own
+        # Flat keys `section.field`, because NeMo gives a nested key `params`, as in our precision section, a meaning.
         "recipe": flatten(from_yaml(export / RECIPE)),
         "shard_bytes": _largest_shard(places) if (export / INDEX).is_file() else SHARD_BYTES,
         "files": {f"file{number}": {"name": path.name, "path": str(path)} for number, path in enumerate(small)},
@@ -61,9 +62,11 @@ def pack(export: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Write the export folder that `archive` was packed from, file by file the same.
+    """Write the export folder that `archive` was packed from, byte for byte.
 
-    ValueError when the archive is missing, damaged or not ours, the folder exists, or nemo-toolkit is not installed.
+    Raises:
+        ValueError: if the archive is missing, damaged or was not packed by this project, the folder exists, or
+            nemo-toolkit is not installed.
     """
     _check_name(archive)
     if not archive.is_file():
@@ -82,10 +85,10 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def refuse_foreign_files(archive: Path) -> None:
-    """Read an archive's members and configuration before NeMo does, which would copy any file that they name.
+    """Check an archive's members and configuration before NeMo reads them: NeMo would copy any file that they name.
 
     Raises:
-        ValueError: where it is damaged, holds a link or a path that leaves it, or names a file that is not its own.
+        ValueError: if the archive is damaged, has a link or a path outside it, or names a file that is not a member.
     """
     try:
         with tarfile.open(archive, "r:*") as tar:
@@ -122,7 +125,7 @@ def _check_name(archive: Path) -> None:
 
 
 def _largest_shard(places: dict[str, Path]) -> int:
-    """Bytes of tensors in the fullest shard: cut by it, the shards come out as they were."""
+    """Bytes of tensors in the largest shard; sharding with this limit reproduces the shards."""
     totals: dict[Path, int] = {}
     for name, value in _tensors(places):
         totals[places[name]] = totals.get(places[name], 0) + value.nbytes
@@ -136,7 +139,7 @@ def _tensors(places: dict[str, Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Vendor:
-    """nemo-toolkit, imported when it is needed: it takes seconds."""
+    """nemo-toolkit, imported on first use because the import takes seconds."""
 
     def __init__(self) -> None:
         try:
@@ -149,7 +152,7 @@ class _Vendor:
             ) from None
 
         class Connector(SaveRestoreConnector):
-            """Reads weights as tensors alone, and off the disk as they are needed."""
+            """Loads weights with `weights_only=True`, so that an archive cannot execute code."""
 
             @staticmethod
             def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> dict[str, Tensor]:
@@ -160,7 +163,7 @@ class _Vendor:
         self.carrier = carrier_class()
         self.target = f"{self.carrier.__module__}.{self.carrier.__name__}"
         if self.target not in common.ALLOWED_TARGET_PREFIXES:
-            common.ALLOWED_TARGET_PREFIXES.append(self.target)  # NeMo makes only what it knows
+            common.ALLOWED_TARGET_PREFIXES.append(self.target)  # NeMo instantiates only classes listed there
 
     def restore(self, archive: Path) -> Any:
         """The carrier inside an archive."""
@@ -173,34 +176,34 @@ class _Vendor:
             return self.connector.restore_from(self.carrier, **arguments)
         except ValueError:
             raise
-        except Exception as error:  # what the parts of NeMo and torch trip over in a damaged archive
+        except Exception as error:  # NeMo and torch raise many kinds for a damaged archive
             raise ValueError(f"{archive} cannot be read ({first_line(error)}); copy it again") from None
 
 
 def carrier_class() -> Any:
-    """`ExportCarrier`, made once: its base class needs nemo-toolkit."""
+    """The class `ExportCarrier`, defined on first use because its base class needs nemo-toolkit."""
     if "ExportCarrier" in globals():
         return globals()["ExportCarrier"]
     from nemo.core.classes import ModelPT
 
     class ExportCarrier(ModelPT):
-        """Weights and files of an export, as NeMo's connector stores and restores them."""
+        """Container of an export's weights and files that NeMo's connector can save and restore."""
 
         def __init__(self, cfg: Any, trainer: Any = None) -> None:
             super().__init__(cfg=cfg, trainer=trainer)
             self.files: dict[str, bytes] = {}
-            """Name -> content; read here, as the archive's folder is gone afterwards."""
+            """Name -> content, read now because NeMo removes the unpacked folder afterwards."""
             for key, item in list(cfg.files.items()):
                 name = Path(item.name).name
                 self.files[name] = Path(self.register_artifact(f"files.{key}.path", item.path)).read_bytes()
             self._tensors: dict[str, Tensor] = {}
 
         def state_dict(self, *arguments: Any, **named: Any) -> dict[str, Tensor]:
-            """Hugging Face names and whole tensors."""
+            """Whole tensors by their Hugging Face names."""
             return dict(self._tensors)
 
         def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> None:
-            """Take the tensors as they are."""
+            """Store the tensors as they are."""
             self._tensors = dict(state_dict)
 
         def setup_training_data(self, train_data_config: Any) -> None:

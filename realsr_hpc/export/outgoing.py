@@ -1,4 +1,4 @@
-"""A run or a live policy -> a folder that transformers loads."""
+"""Exports a run or a policy in memory as a folder that transformers can load."""
 
 from __future__ import annotations
 
@@ -53,10 +53,19 @@ def export_policy(
     shard_bytes: int = SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a live policy to `output`. All ranks call this together; world rank 0 writes.
+    """Write a policy in memory to the folder `output`. Collective: every rank calls it, world rank 0 writes.
 
-    The folder gets its name when it is complete. ValueError if `output` exists or a file of the recipe does not fit.
-    dtype: round the weights to it; None: keep theirs, so that an import restores them exactly.
+    The folder is written under a temporary name and renamed when complete. Adapters are merged into the weights.
+
+    Args:
+        step: number of the last update, for the model card.
+        metrics: results for the model card, by name.
+        licence: see `model_card`.
+        shard_bytes: largest size of a weights file.
+        dtype: round the weights to it; None keeps their dtype, so that an import restores them exactly.
+
+    Raises:
+        ValueError: if `output` exists or the recipe's text tokenizer does not fit the vocabulary.
     """
     config = without_adapters(config)
     kept = next(policy.parameters()).dtype if dtype is None else dtype
@@ -76,21 +85,21 @@ def export_policy(
             (folder / RECIPE).write_text(to_yaml(portable(config)), encoding="utf-8")
             card = model_card(config, step=step, metrics=metrics or {}, licence=licence)
             (folder / "README.md").write_text(card, encoding="utf-8")
-            write_sums(folder, leave_out=("README.md",))  # people write their own
+            write_sums(folder, leave_out=("README.md",))  # users may edit the card
     else:
-        collections.deque(weights, maxlen=0)  # takes part in gathering
+        collections.deque(weights, maxlen=0)  # iterates to take part in the collective gathering
     if dist.is_initialized():
         dist.barrier()
 
 
 def _text_tree(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The recipe's text tokenizer with the special tokens of the whole vocabulary."""
+    """The recipe's text tokenizer as a tree of JSON, with the special tokens of the whole vocabulary added."""
     own = read_text_tree(resolve(config.text_tokenizer.path), vocabulary.text_first)
     return combined(own, hf_config.special_tokens(vocabulary), vocabulary)
 
 
 def _rounded(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole weights in `dtype` on world rank 0, nothing on the others; all ranks iterate together."""
+    """Yields name and whole tensor in `dtype` on world rank 0, nothing on the others. Collective."""
     merged = None if policy.lora is None else lora.merging(policy)
     for name, value in hf_tensors(policy, merged):
         if value is not None:
@@ -98,7 +107,7 @@ def _rounded(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
 
 
 def write_shipped_code(folder: Path) -> None:
-    """Copy the model class, which can generate images, and the processor."""
+    """Copy the source files of the model class, which can generate images, and of the processor."""
     for file in (hf_config.MODELING_FILE, hf_config.PROCESSING_FILE):
         shutil.copyfile(_SHIPPED / file, folder / file)
 
@@ -106,7 +115,7 @@ def write_shipped_code(folder: Path) -> None:
 def write_configs(
     folder: Path, config: RunConfig, vocabulary: Vocabulary, names: dict[str, int], dtype: torch.dtype
 ) -> None:
-    """config.json, generation_config.json and realsr.json; names: the vocabulary map."""
+    """Write config.json, generation_config.json and realsr.json. names: the vocabulary map."""
     from transformers import ChameleonConfig, GenerationConfig
 
     arguments = hf_config.model_config(config, vocabulary, names, str(dtype).removeprefix("torch."))
@@ -125,10 +134,15 @@ def export_run(
     shard_bytes: int = SHARD_BYTES,
     form: str = "merged",
 ) -> Path:
-    """Export a run's newest whole checkpoint (or the one named); returns the checkpoint that was taken.
+    """Export a run's newest complete checkpoint, or the named one; returns the checkpoint that was used.
 
-    form: merged, a whole model, or peft, the trained adapters alone. One process, or as many as the recipe's layout
-    wants (torchrun). ValueError when there is no checkpoint, or `output` exists.
+    Runs in one process, or under torchrun in as many as the recipe's layout needs.
+
+    form: `merged` for a whole model, `peft` for the trained adapters alone. The other arguments are those of
+    `export_policy`.
+
+    Raises:
+        ValueError: if there is no complete checkpoint, or `output` exists.
     """
     refuse_taken(output)
     config = recipe_of(run_dir)
@@ -152,14 +166,15 @@ def export_run(
 
 
 def layout_here(config: RunConfig) -> ParallelConfig:
-    """The recipe's layout under a launcher of several processes, else a single process: checkpoints fit any."""
+    """The recipe's layout if a launcher started several processes, else one process; checkpoints fit any layout."""
     return config.parallel if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ParallelConfig()
 
 
 def empty_policy(config: RunConfig, groups: ProcessGroups, vocab_size: int) -> Policy:
-    """A policy without weights, to be loaded from a checkpoint, in the layout of this process group and without FP8.
+    """A policy to load a checkpoint into, in the layout of this process group and without FP8.
 
-    Start weights are read only for runs with adapters, whose checkpoints do not contain them.
+    Start weights are read only for runs with adapters, whose checkpoints do not contain them; otherwise parameters are
+    uninitialised.
     """
     adapted = config.model.lora is not None
     plain = config.model_copy(

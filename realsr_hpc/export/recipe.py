@@ -1,4 +1,4 @@
-"""The recipe inside an export: what was trained and how, without paths or machine details."""
+"""The recipe inside an export, without paths and settings of the machine that trained it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.paths import expanded, project_root
 
 _SIZES = ("kind", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "gpu_memory_gib", "time_min")
-"""Of the cluster section, what describes the machine; the rest names accounts, partitions and files of one site."""
+"""Fields of the cluster section to keep: the machine's size. The others name accounts and files of a site."""
 
 
 def portable(config: RunConfig) -> RunConfig:
-    """`config` without this machine's folders, its tracking server (whose address may hold a password) and its site.
+    """`config` without this machine's folders, tracking server (its address may contain a password) and site settings.
 
-    Paths inside the project become relative to it, paths elsewhere keep their last part alone.
+    Paths inside the project become relative to it; of other paths only the last part is kept.
     """
     cluster = ClusterConfig(**{name: getattr(config.cluster, name) for name in _SIZES})
     image, text, data, model = config.image_tokenizer, config.text_tokenizer, config.data, config.model

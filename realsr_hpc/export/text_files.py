@@ -1,4 +1,4 @@
-"""One `tokenizers` file for the whole vocabulary: text pieces at their ids, everything else as special tokens."""
+"""Writes tokenizer.json for the whole vocabulary: text tokens at their ids, all other tokens as special tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 
 def combined(text: dict[str, Any], specials: dict[str, int], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The text tokenizer's file with its ids moved to `text_first` and all special tokens added."""
+    """The tree of tokenizer.json: the text tokenizer with its ids moved up by `text_first`, and all special tokens.
+
+    Raises ValueError if an id is outside the vocabulary, or a text token has the name of a special token.
+    """
     pieces = {**text["model"]["vocab"], **{item["content"]: item["id"] for item in text.get("added_tokens", [])}}
     outside = [piece for piece, token in pieces.items() if not 0 <= token < vocabulary.num_text]
     if outside:
@@ -34,7 +37,7 @@ def combined(text: dict[str, Any], specials: dict[str, int], vocabulary: Vocabul
 
 
 def write_text_files(folder: Path, tree: dict[str, Any], max_tokens: int) -> None:
-    """tokenizer.json and tokenizer_config.json."""
+    """Write tokenizer.json and tokenizer_config.json."""
     (folder / "tokenizer.json").write_text(json.dumps(tree, ensure_ascii=False), encoding="utf-8")
     write_json(
         folder / "tokenizer_config.json",

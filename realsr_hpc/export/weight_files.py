@@ -1,5 +1,4 @@
-"""Write a folder of weights and files under a temporary name and rename it; read such a folder and report what is
-wrong."""
+"""Writes a folder of weights under a temporary name and renames it when complete; reads such a folder with checks."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ from realsr_hpc.locks import Holder, LockRefused, hold, holder_of, is_held
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 10**9
-"""Largest weights file. A shard is held twice in memory, as tensors and as bytes: small beside the weights of a 7B."""
+"""Largest size of a weights file. While a shard is written it is in memory twice, as tensors and as bytes."""
 
 
 class Aside:
-    """`with Aside(output) as folder:` gives a hidden sibling that becomes `output` when nothing was raised.
+    """`with Aside(output) as folder:` gives a hidden sibling folder, which is renamed to `output` if nothing is raised.
 
-    ValueError when `output` exists, or another process is about to write it: an export is never mixed with another.
+    Raises ValueError if `output` exists or another process is writing it.
     """
 
     def __init__(self, output: Path):
@@ -45,7 +44,7 @@ class Aside:
                 raise error if error.holder is None else _taken(self.output, error.holder) from None
             stack.callback(lock.unlink, missing_ok=True)
             refuse_existing(self.output)  # written while we waited for the lock
-            shutil.rmtree(self.folder, ignore_errors=True)  # of one that was killed
+            shutil.rmtree(self.folder, ignore_errors=True)  # left by a process that was killed
             self.folder.mkdir()
             self._stack = stack.pop_all()
         return self.folder
@@ -59,7 +58,7 @@ class Aside:
 
 
 def refuse_existing(output: Path) -> None:
-    """ValueError if the folder to be written exists. Checked before hours of work, and again afterwards."""
+    """Raise ValueError if the output folder exists. Called before hours of work, and again before writing."""
     if output.exists():
         raise ValueError(f"output={output} exists; name a new folder, or remove that one first")
 
@@ -89,9 +88,10 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 def write_weights(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], sizes: Mapping[str, int], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """`model.safetensors`, or numbered shards and their index where it would exceed `shard_bytes`.
+    """Write `model.safetensors`, or numbered shards with an index if the tensors exceed `shard_bytes`.
 
-    tensors: name and value in the order of `sizes` (name -> bytes); taken one by one, a shard's worth held at a time.
+    tensors: names and values in the order of `sizes` (name -> bytes). They are consumed one by one, so that only one
+    shard is in memory.
     """
     shards = list(_shards(sizes, shard_bytes))
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -124,7 +124,7 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> Iterator[list[str]]:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file. ValueError for a folder without weights, a missing shard or a damaged file."""
+    """Tensor name -> file of an export folder. ValueError if it has no weights, a shard is missing or damaged."""
     index = folder / INDEX
     if index.is_file():
         places = {name: folder / file for name, file in checked_weight_map(index).items()}

@@ -1,7 +1,7 @@
-"""One static HTML file to look at results with: rollouts of training, an evaluation, a folder of restored images.
+"""Writes a static HTML file that shows results: rollouts of training, an evaluation, or a folder of restored images.
 
-`entries` reads what the other rooms wrote, `page` renders it with Jinja2. The file holds everything it shows, so it
-can be opened from disk, mailed, or served; nothing is loaded from a network.
+`entries` reads the files that other rooms wrote, `page` renders them with Jinja2. All images are embedded in the file,
+so it can be opened from disk, mailed or served, and loads nothing from a network.
 """
 
 from realsr_hpc.gallery.entries import Entry, Result, read_evaluation, read_restored, read_run

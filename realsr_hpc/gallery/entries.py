@@ -23,38 +23,38 @@ class Result:
 
     name: str
     images: Mapping[str, Path]
-    """By name: rough, middle, final, and `steps`, a picture of all of them."""
+    """By name: rough, middle, final, and `steps`, an image of all three."""
     degradation: str | None = None
     texts: tuple[str | None, ...] = ()
     faults: tuple[str, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
     total: float | None = None
-    """Reward, where there is one."""
+    """The weighted reward, if there is one."""
     advantage: float | None = None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One input with everything made of it."""
+    """One input with all its results."""
 
     source: str
-    """The run, evaluation or folder it is of."""
+    """Name of the run, evaluation or folder that it comes from."""
     kind: str
     """rollouts, held-out, evaluation or restored."""
     step: int
     key: str
     images: Mapping[str, Path]
-    """`input`, and `truth` where it is known."""
+    """`input`, and `truth` if known."""
     results: tuple[Result, ...]
     degradation: str | None = None
-    """The true phrase."""
+    """The true degradation phrase."""
     captions: tuple[str, ...] = ()
 
 
 def read_run(run_dir: Path) -> list[Entry]:
-    """Groups that training kept (tracking.rollouts_every_steps), and the run's evaluations.
+    """Groups that training stored (tracking.rollouts_every_steps), and the run's evaluations.
 
-    ValueError when there are neither.
+    ValueError if there are neither.
     """
     entries = [entry for folder in runfolder.all_rollouts(run_dir) for entry in _told(_rollouts, folder)]
     evaluations = runfolder.evaluations(run_dir)
@@ -70,7 +70,7 @@ def read_run(run_dir: Path) -> list[Entry]:
 
 
 def read_evaluation(folder: Path, name: str = "") -> list[Entry]:
-    """Images of a report that `realsr-hpc evaluate` wrote. ValueError when it is none."""
+    """Images of a folder that `realsr-hpc evaluate` wrote. ValueError if it is another folder."""
     if not (folder / evaluation.FILE).is_file():
         raise ValueError(f"evaluation={folder} has no {evaluation.FILE}; name a folder that realsr-hpc evaluate wrote")
     step = runfolder.step_of(folder) if runfolder.is_step(folder) else 0
@@ -82,7 +82,7 @@ def read_evaluation(folder: Path, name: str = "") -> list[Entry]:
 
 
 def read_restored(folder: Path) -> list[Entry]:
-    """Images of a folder that `realsr-hpc restore` wrote. ValueError when it is none."""
+    """Images of a folder that `realsr-hpc restore` wrote. ValueError if it is another folder."""
     settings = folder / restoration.SETTINGS_FILE
     if not settings.is_file():
         raise ValueError(f"restored={folder} has no {settings.name}; name a folder that realsr-hpc restore wrote")
@@ -137,14 +137,14 @@ def _numbers(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _finite(value: float | None) -> float | None:
-    """What is not finite is nothing to compare by: it would be the best, or hide it."""
+    """The value, or None if it is not finite: NaN would disturb the search for the best."""
     return value if value is not None and isfinite(value) else None
 
 
 def _restored(folder: Path, image: Path) -> list[Entry]:
     found = restoration.read(image)
     tile, count = found.tiles[0], len(found.tiles)
-    # Beside the result where it is relative; whoever asks may be in another folder.
+    # A relative path starts from the result's folder, not from the current one.
     source, steps = image.parent / found.input, restoration.steps_file(image)
     images = {"final": image} | ({"steps": steps} if steps.is_file() else {})
     name = "restored" if count == 1 else f"restored in {count} tiles (words of the first)"
@@ -154,15 +154,15 @@ def _restored(folder: Path, image: Path) -> list[Entry]:
 
 
 def _is_the_input(source: Path, sha256: str) -> bool:
-    """Whether the input can be read and is the one that was restored: another may have its name by now."""
+    """Whether the input is readable and is the file that was restored, not a later file of the same name."""
     try:
         return source.is_file() and sha256 in ("", sha256_of(source))
-    except OSError:  # in a folder that is closed to us
+    except OSError:  # in a folder without read permission
         return False
 
 
 def _told(read: Callable[[Path], list[Entry]], path: Path) -> list[Entry]:
-    """What a folder or file tells; nothing where it is damaged, which is logged."""
+    """The entries of a folder or file; none if it is damaged, which is logged."""
     try:
         return read(path)
     except (OSError, ValueError) as error:  # Damaged, or a path in it that no file system takes
@@ -171,7 +171,7 @@ def _told(read: Callable[[Path], list[Entry]], path: Path) -> list[Entry]:
 
 
 def _paths(folder: Path, files: Mapping[str, str]) -> dict[str, Path]:
-    """Of the folder's own files; a link out of it is none."""
+    """Paths of existing files inside the folder; links that point outside are left out."""
     inside = folder.resolve()
     found = {name: folder / file for name, file in files.items()}
     return {name: path for name, path in found.items() if path.is_file() and path.resolve().is_relative_to(inside)}

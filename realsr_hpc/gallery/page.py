@@ -1,4 +1,4 @@
-"""Entries -> one HTML file."""
+"""Renders entries as one HTML file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 log = logging.getLogger(__name__)
 TEMPLATE = "page.html.j2"
 MAX_SIDE_PX = 1024
-"""Larger images are shown at this size: the file has to stay light."""
+"""Longest side of an embedded image; larger images are reduced to keep the file small."""
 _QUALITY = 88
 
 
 def write_page(entries: Sequence[Entry], path: Path, title: str) -> None:
-    """Write the page; the old one or the new, never a part. ValueError when there is nothing to show."""
+    """Write the page atomically. ValueError if there are no entries."""
     if not entries:
         raise ValueError("nothing to show: no group, evaluation or restored image was found")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def write_page(entries: Sequence[Entry], path: Path, title: str) -> None:
 
 
 def render(entries: Sequence[Entry], title: str) -> str:
-    """The page's HTML; texts of a model are escaped, whatever they hold."""
+    """The page's HTML; all texts are escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -53,7 +53,7 @@ def render(entries: Sequence[Entry], title: str) -> str:
 
 
 def data_uri(path: Path) -> str:
-    """An image file as WebP inside the page; at most `MAX_SIDE_PX` a side. BrokenImage where it cannot be read."""
+    """An image file as the data URI of a WebP, at most `MAX_SIDE_PX` per side. BrokenImage if it cannot be read."""
     image = Image.fromarray(shown_rgb(path))
     image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
     buffer = io.BytesIO()
@@ -62,7 +62,7 @@ def data_uri(path: Path) -> str:
 
 
 def _data_uris(paths: Mapping[str, Path]) -> dict[str, str]:
-    """By name; a file that cannot be read is left out and told."""
+    """Data URIs by name; a file that cannot be read is left out and logged."""
     shown = {}
     for name, path in paths.items():
         try:
@@ -115,13 +115,13 @@ def _slots(phrase: str | None) -> list[str]:
 
 
 def _compared(said: str | None, true: str | None) -> list[tuple[str, bool | None]]:
-    """Each slot as said, and whether it is right (None: unknown)."""
+    """Each degradation slot that the model named, and whether it is right (None if unknown)."""
     truth = _slots(true)
     return [(slot, slot == truth[place] if place < len(truth) else None) for place, slot in enumerate(_slots(said))]
 
 
 def _slot_choices(entries: Sequence[Entry]) -> list[str]:
-    """True words to filter by: blur, noise and compression; the resize words stand twice in a phrase."""
+    """True words to filter by: those of blur, noise and compression; resize words occur twice in a phrase."""
     found = {slot for entry in entries for slot in _slots(entry.degradation) if " " in slot}
     order = {"light": 0, "medium": 1, "heavy": 2}
     return sorted(found, key=lambda slot: (slot.partition(" ")[2], order.get(slot.partition(" ")[0], 3)))

@@ -2,9 +2,9 @@
 
 A rung is a step at which runs stop with a checkpoint (`checkpoint.stop_at_step`). A promoted run is resumed, so a run
 that reaches its end is bitwise equal to one that was never paused. OUTPUT_ROOT/sweeps/NAME/asha.json lists the runs and
-the rung each was sent to; their results are read from their folders. So the launcher may be killed at any moment: runs
-continue to their rung, and the same launch continues from their folders. halving.py decides the next move; proposals.py
-decides which recipes are tried.
+the rung that each was sent to; their results are read from their folders. The launcher may therefore be killed at any
+moment: the runs continue to their rung, and launching the sweep again continues from their folders. halving.py decides
+the next move; proposals.py decides which recipes are tried.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ POLL_SLURM_S = 5.0
 
 @dataclass
 class Sent:
-    """A run of the sweep."""
+    """One run in asha.json; `target` is updated when the run is promoted."""
 
     overrides: list[str]
-    """What sets it apart from the others."""
+    """The values of the sweep's axes in this run."""
     target: int
-    """The rung, from 0, that it was sent to last."""
+    """The rung, from 0, up to which it was last told to run."""
 
 
 @dataclass
 class Kept:
-    """asha.json."""
+    """The content of asha.json, updated before each submission."""
 
     space: dict[str, list[str]]
-    """`fixed`, `varied`: the sweep's overrides; what decides results is the same at every launch."""
+    """`fixed` and `varied`: the sweep's overrides. Those that decide results are the same at every launch."""
     rungs: list[int]
     keep: int
     trials: list[Sent] = field(default_factory=list)
@@ -69,13 +69,13 @@ class Halving:
         self.configs: list[RunConfig] = []
         self.seen: list[Trial] = []
         self.interrupted: list[int] = []
-        """Runs that an earlier launch left before their rung."""
+        """Numbers of runs that ended before their rung under an earlier launch; they are resumed first."""
         self.refused: list[Submission] = []
         self.started = False
         """Whether Slurm has answered this launch once."""
 
     def run(self, *, follow: bool) -> int:
-        """Run the sweep to its end, or without `follow` submit what can start now. 1: a submission was refused."""
+        """Run the sweep to its end; with follow=False submit what can start now. Returns 1 if sbatch refused a run."""
         with hold(self.folder / "asha.lock", f"sweep {self.name}"):
             self.kept = self._load()
             self.configs = compose_each([[*self.space.fixed, *sent.overrides] for sent in self.kept.trials])
@@ -107,14 +107,14 @@ class Halving:
         return kept
 
     def _keep_order(self, kept: Kept) -> None:
-        """The axes as they were first written: the runs' overrides are recognised by their order."""
+        """Put the axes into the order of the first launch, in which the recorded overrides are compared."""
         order = [axis.key for axis in search_space(kept.space["varied"])[1]]
         axes = sorted(self.space.axes, key=lambda axis: order.index(axis.key))
         self.space = replace(self.space, axes=axes)
         kept.space = {"fixed": self.space.fixed, "varied": kept.space["varied"]}
 
     def _look(self, numbers: Sequence[int]) -> list[int]:
-        """See again what these runs have come to; the numbers of those that ended before their rung."""
+        """Read the state and results of these runs again; returns the numbers of those that ended before their rung."""
         queue, interrupted = self._queue(), []
         del self.seen[len(self.configs) :]
         for number in numbers:
@@ -129,7 +129,7 @@ class Halving:
         return interrupted
 
     def _values(self, folder: Path, *, done: bool) -> tuple[float, ...]:
-        """The metric at the rungs that a run has come to."""
+        """The metric at the rungs that a run has reached; NaN for a rung of a finished run without a value."""
         steps, values = metrics_by_step(folder), []
         for step in self.space.rungs:
             if step not in steps and not done:
@@ -138,7 +138,7 @@ class Halving:
         return tuple(values)
 
     def _send(self) -> bool:
-        """Fill the free places: with runs that were interrupted, then as halving.py says. False: one was refused."""
+        """Fill the free slots, first with interrupted runs, then by halving's moves. False if one was refused."""
         moves = []
         while self.interrupted and self._free() > 0:
             number = self.interrupted.pop(0)
@@ -154,7 +154,7 @@ class Halving:
         return self._submit(moves)
 
     def _next(self) -> Move | None:
-        """The next move, made in what is known of the runs; of a new run with its number."""
+        """The next move, already recorded in `seen` and `kept`; a new run gets its number."""
         space = self.space
         proposal = space.propose([sent.overrides for sent in self.kept.trials], self.seen)
         move = next_move(
@@ -177,24 +177,24 @@ class Halving:
             number = move.trial or 0
             config, step = self.configs[number], self.space.rungs[move.rung]
             folder = run_folder(config)
-            if runfolder.recipe(folder).exists():  # with the layout that it was resumed on last, say
+            if runfolder.recipe(folder).exists():  # keeps, for example, the layout that it was last resumed with
                 config = recipe_of(folder)
             stop = "null" if step == num_steps(config) else str(step)
             folders.append((override(config, [f"checkpoint.stop_at_step={stop}"]), folder))
-            word = "new" if move.rung == 0 else "goes on"
-            self._say(f"{word:8}{folder.name}  {' '.join(self.kept.trials[number].overrides)}  to step {step}")
+            word = "new" if move.rung == 0 else "continue"
+            self._say(f"{word:10}{folder.name}  {' '.join(self.kept.trials[number].overrides)}  to step {step}")
         if self.started:
             submissions = submit_patiently(folders, self._say, sweep=self.name, varied=self.space.keys)
-        else:  # whoever launches wants to know at once
+        else:  # the first submission of a launch must fail at once, so that the user sees it
             submissions = submit_into(folders, sweep=self.name, varied=self.space.keys)
         self.started = True
         self.refused = [item for item in submissions if item.failed]
         for item in self.refused:
-            self._say(f"REFUSED {item.run_dir.name}: {item.note}; launch the sweep again to go on")
+            self._say(f"REFUSED {item.run_dir.name}: {item.note}; launch the sweep again to continue")
         return not self.refused
 
     def _wait(self) -> None:
-        """Until one of the busy runs has left."""
+        """Wait until one of the busy runs has ended."""
         while True:
             queue = self._queue()
             left = [
@@ -221,7 +221,7 @@ class Halving:
         return queue_of(run_folder(config) for config in self.configs)
 
     def _report(self) -> None:
-        """What every run has shown, best first, and what share of the full sweep's steps that took."""
+        """Print the results of all runs, best first, and the share of the full sweep's steps that were computed."""
         rungs, table, used = self.space.rungs, Table("run", "varied", "state", box=None), 0
         for step in rungs:
             table.add_column(f"step {step}", justify="right")

@@ -22,7 +22,7 @@ from realsr_hpc.tracking import read_progress, recipe_of, sweep_of
 
 BARS = "▁▂▃▄▅▆▇█"
 KEYS = "up/down choose, f follow, c cancel, r resume, q quit"
-HEADERS = ("run", "state", "step", "value", "", "tokens/s", "left", "mismatch KL", "skipped", "last word")
+HEADERS = ("run", "state", "step", "value", "", "tokens/s", "left", "mismatch KL", "skipped", "message")
 NO_CELLS = ("",) * 8
 
 
@@ -42,34 +42,34 @@ class Line:
     label: str
     state: str
     cells: tuple[str, ...]
-    """After run and state, in the order of `HEADERS`."""
+    """The columns after run and state, in the order of `HEADERS`."""
     folder: Path | None = None
-    """None: a heading, which cannot be chosen."""
+    """None for a heading, which cannot be selected."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A heading with what belongs to it, or a single run."""
+    """A heading with its runs, or a single run."""
 
     lines: tuple[Line, ...]
 
     @property
     def alive(self) -> int:
-        """How many of its runs are queued or running."""
+        """Number of its runs that are queued or running."""
         return sum(line.folder is not None and line.state in ALIVE for line in self.lines)
 
 
 class Board:
-    """The runs of an output root, refreshed."""
+    """All runs of an output root. Keeps what was read of their events between refreshes."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.feeds: dict[Path, Feed] = {}
         self._measures: dict[str, tuple[str, bool]] = {}
-        """What the runs of a sweep are compared by, and whether the highest is best."""
+        """By sweep: the metric that its runs are compared by, and whether the highest value is best."""
 
     def refresh(self) -> list[Line]:
-        """Query the queue once and read each run's state and new events. Active runs come first."""
+        """Query Slurm once, read each run's state and new events, and return the lines; active runs come first."""
         runs = runfolder.list_runs(self.root)
         chains = dict(self._chains())
         known = {*runs, *(stage for stages in chains.values() for stage, *_ in stages)}
@@ -86,7 +86,7 @@ class Board:
         return [line for block in sorted(blocks, key=lambda block: not block.alive) for line in block.lines]
 
     def _chains(self) -> Iterator[tuple[str, list[tuple[Path, str, int]]]]:
-        """Each chain with its stages in the order of its tree: folder, name, depth."""
+        """Yields each chain with its stages in depth-first order: folder, name, depth."""
         for path in sorted(self.root.glob("chains/*/chain.json")):
             listed = read_json(path, list[Listed]) or []
             places = {item.folder: self._place(item.folder) for item in listed}
@@ -102,7 +102,7 @@ class Board:
             yield path.parent.name, list(below("", 0))
 
     def _place(self, written: str) -> Path:
-        """Where a stage is now: the output root may have been moved since the chain was launched."""
+        """The stage's folder under the present output root, which may have been moved since the launch."""
         path = Path(written)
         return self.root / "stages" / path.name if path.parent.name == "stages" else self.root / path.name
 
@@ -123,7 +123,7 @@ class Board:
         return Block((Line(f"sweep {name}", _summary(found), cells), *own))
 
     def _best(self, name: str, runs: list[Path]) -> tuple[Path, str, float] | None:
-        """The run of a sweep whose last measured value is best; None before the first."""
+        """Run, metric and value of a sweep's best last measurement; None before the first measurement."""
         if name not in self._measures:
             try:
                 config = recipe_of(runs[0])
@@ -165,13 +165,13 @@ def _summary(lines: Sequence[Line]) -> str:
 
 
 def _left(status: Status | None, steps: int, step_s: float | None) -> str:
-    """Time left of a run that is not over."""
+    """Remaining time of a run that has not ended, `-` if unknown."""
     over = status is not None and status.state in ("done", "failed")
     return "-" if over or step_s is None or steps < 1 else duration(steps * step_s)
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
-    """The last values as bars between their smallest and largest."""
+    """The last `width` values as bars, scaled between their minimum and maximum."""
     shown = [value for value in values if is_measured(value)][-width:]
     if not shown:
         return ""
@@ -187,19 +187,19 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """The value in a format, `-` where there is none."""
+    """The formatted value, `-` for None."""
     return "-" if value is None else f"{value:{form}}"
 
 
 def title(root: Path, lines: Sequence[Line], word: str = "") -> str:
-    """Of the whole board; `word` is what became of the last key."""
+    """Title of the board; `word` is the message about the last key."""
     folders = {line.folder: line.state for line in lines if line.folder}
     alive = sum(state in ALIVE for state in folders.values())
     return f"{root}: {len(folders)} runs, {alive} alive" + (f"; {word}" if word else "")
 
 
 def table(lines: Sequence[Line], chosen: int, height: int, heading: str) -> Table:
-    """As many lines around the chosen one as a terminal of `height` rows holds."""
+    """The board as a table, with as many lines around the selected one as fit on a terminal of `height` rows."""
     room = max(height - 6, 1)
     first = min(max(chosen - room // 2, 0), max(len(lines) - room, 0))
     board = Table(*HEADERS, box=None, title=Text(heading), caption=KEYS, expand=True)

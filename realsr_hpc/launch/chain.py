@@ -1,7 +1,7 @@
-"""A chain's stages -> nodes: what runs, in which folder, after which others. Submits and writes nothing.
+"""Resolves a chain into nodes: what each stage runs, in which folder, after which others. Submits and writes nothing.
 
-A stage's folder is named by its signature, which covers the paths of the earlier stages it refers to. So a changed
-stage changes all stages that build on it, and no others. Chains with equal stages share their folders.
+A stage's folder is named after its signature, which covers the paths of the earlier stages it refers to. A changed
+stage therefore changes the stages that build on it and no others, and chains share the folders of equal stages.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from realsr_hpc.launch.rundir import run_folder
 from realsr_hpc.paths import resolve
 
 READ_PATHS = ("data", "images", "weights_dir", "export", "checkpoint")
-"""Arguments of commands that name what must be there."""
+"""Arguments of commands whose values are paths that must exist."""
 NOT_A_PATH = ("", "start", "none")
-"""What `against` takes besides folders."""
+"""Values of `against` that are not folders."""
 OUTPUT = "output"
-"""Of a command's folder: where it writes."""
+"""Subfolder of a command's folder where it writes."""
 STAGE_FILE = "stage.json"
-"""Of a command's folder: what runs."""
+"""File in a command's folder: a `CommandLine`."""
 TIME_MIN = {"evaluate": 240, "export_hf": 60}
-"""Of a command's job on Slurm, where neither the chain's `cluster` nor its run says a shorter one."""
+"""Time limit in minutes of a command's Slurm job, unless the chain's `cluster` or its run sets a shorter one."""
 
 
 @dataclass(frozen=True)
-class Words:
-    """stage.json: what runs."""
+class CommandLine:
+    """stage.json: the command and its `key=value` arguments."""
 
     command: str
     arguments: list[str]
@@ -50,14 +50,15 @@ class Words:
 
 @dataclass(frozen=True)
 class ChainCommand:
-    """A command that a stage may be."""
+    """A command that a stage of a chain can run."""
 
     defaults: Mapping[str, str | None]
-    """Its keys, each with its default."""
+    """Its arguments with their defaults."""
     check: Callable[[dict[str, str | None]], None]
-    """ValueError for values that it would refuse whatever it is to work on."""
+    """Raises ValueError for arguments that are invalid for every run."""
     fits: Callable[[dict[str, str | None], Callable[[str], RunConfig | None]], None]
-    """ValueError for values that the recipes of what it works on do not allow; the function has them by path."""
+    """Raises ValueError for arguments that do not suit the recipe of the run it works on; the second argument returns
+    the recipe of the run at a path."""
 
 
 Valid = Mapping[str, ChainCommand]
@@ -65,22 +66,22 @@ Valid = Mapping[str, ChainCommand]
 
 @dataclass(frozen=True)
 class Node:
-    """One run, or one command, of a chain."""
+    """One run or command of a chain."""
 
     stage: str
-    """Its name in the chain; `sft.export` for the export that a later stage asked for."""
+    """Its name in the chain; `sft.export` for an export that a later stage refers to and no stage declares."""
     folder: Path
     config: RunConfig
-    """The run's recipe; of a command: the recipe of the run it works on, with the command's own cluster section."""
+    """The run's recipe. For a command, the recipe of the run it works on with the command's own cluster section."""
     after: tuple[Path, ...]
-    """Folders of the nodes that it names."""
+    """Folders of the nodes that must be done first."""
     command: str = ""
-    """Empty: a run."""
+    """Name of the command; empty for a run."""
     arguments: tuple[str, ...] = ()
-    """`key=value`, as a shell would hand them over."""
+    """The command's arguments as `key=value`."""
 
     def missing(self) -> list[str]:
-        """Files and folders that a command reads but that neither exist nor are produced by an earlier stage."""
+        """Messages about paths that a command reads and that neither exist nor are written by an earlier stage."""
         given = _pairs(self.arguments)
         own = [(key, given[key]) for key in READ_PATHS if key in given]
         own += [("against", name) for name in given.get("against", "").split(",") if name not in NOT_A_PATH]
@@ -96,7 +97,8 @@ class Node:
 def chain_nodes(chain: ChainConfig, overrides: list[str], valid: Valid, *, multirun: bool = False) -> list[Node]:
     """Nodes of the chain, or of every chain of a sweep, in execution order and without duplicates.
 
-    overrides: `STAGE:KEY=VALUE`, or `KEY=VALUE` for every recipe. valid: the commands by name. RecipeError.
+    overrides: `STAGE:KEY=VALUE`, or `KEY=VALUE` for every recipe. valid: the available commands by name. Raises
+    RecipeError naming the stage and key at fault.
     """
     choices = [_choices(line, multirun) for line in overrides]
     nodes: dict[Path, Node] = {}
@@ -118,12 +120,12 @@ def chain_nodes(chain: ChainConfig, overrides: list[str], valid: Valid, *, multi
 
 
 def signature_of(nodes: list[Node]) -> str:
-    """8 hexadecimal digits of all that the chain consists of."""
+    """Signature of a chain: 8 hexadecimal digits that cover the folders of all nodes."""
     return digest([node.folder.name for node in nodes])[:8]
 
 
 def _choices(line: str, multirun: bool) -> list[str]:
-    """The overrides that a swept one stands for."""
+    """One override per value of a swept override."""
     stage, rest = split_stage(line)
     if PLACEHOLDER.search(rest):
         return [line]
@@ -134,13 +136,13 @@ def _choices(line: str, multirun: bool) -> list[str]:
 
 
 def split_stage(line: str) -> tuple[str, str]:
-    """`STAGE:KEY=VALUE` -> both parts; stage empty where none is named."""
+    """Split `STAGE:KEY=VALUE` into STAGE and KEY=VALUE; STAGE is empty if none is given."""
     found = re.match(rf"({NAME}):(.+)", line, re.DOTALL)
     return (found[1], found[2]) if found else ("", line)
 
 
 class _Resolver:
-    """One chain with one combination of overrides -> `nodes`, by stage."""
+    """Resolves one chain with one combination of overrides into `nodes`, by stage name."""
 
     def __init__(self, chain: ChainConfig, overrides: list[str], valid: Valid) -> None:
         self.chain, self.valid = chain, valid
@@ -170,7 +172,7 @@ class _Resolver:
         return Node(name, run_folder(config), config, tuple(after))
 
     def _start_fault(self, field: str, path: Path) -> str:
-        """Why a stage that comes before will not leave that which a run starts from there; empty: it will."""
+        """Why the earlier stage that owns `path` will not write the file that `field` needs there; empty if it will."""
         node = next((node for node in self.nodes.values() if path.is_relative_to(node.folder)), None)
         if node is None:
             return ""
@@ -213,11 +215,11 @@ class _Resolver:
         return self._command_node(name, command, given, tuple(after), stage.cluster)
 
     def _recipe_of(self, path: str) -> RunConfig | None:
-        """The recipe behind a stage's folder, or what lies in it; None: no stage writes there."""
+        """The recipe of the stage whose folder contains `path`; None if no stage writes there."""
         return next((node.config for node in self.nodes.values() if Path(path).is_relative_to(node.folder)), None)
 
     def _argument(self, name: str, key: str, value: Any, after: dict[Path, None]) -> str:
-        """A value as the command line has it: a list's items with commas between, relative paths the project's."""
+        """A value as on the command line: lists joined by commas, relative paths resolved from the project's root."""
         items = value if isinstance(value, list) else [value]
         words = []
         for item in items:
@@ -233,7 +235,7 @@ class _Resolver:
     def _command_node(
         self, name: str, command: str, given: dict[str, str], after: tuple[Path, ...], cluster: dict[str, Any]
     ) -> Node:
-        """A command's job has one task of the run it works on, unless `cluster` says otherwise."""
+        """The node of a command. Its job has one task with the run's resources per task, unless `cluster` differs."""
         upstream = next(node for node in self.nodes.values() if node.folder == after[0]).config
         base = upstream.cluster.model_dump()
         base |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": min(1, upstream.cluster.gpus_per_node)}
@@ -249,7 +251,7 @@ class _Resolver:
         return Node(name, folder, config, after, command, arguments)
 
     def _filled(self, name: str, key: str, value: Any, after: dict[Path, None]) -> Any:
-        """The value with every `{STAGE.WHAT}` replaced by its path; the nodes it names go into `after`."""
+        """Replace every `{STAGE.WHAT}` in the value by its path; adds the folders of those nodes to `after`."""
         if isinstance(value, list):
             return [self._filled(name, key, item, after) for item in value]
         if isinstance(value, dict):
@@ -279,7 +281,7 @@ class _Resolver:
         return {"best": runfolder.best_checkpoint(node.folder), "run": node.folder}.get(what, node.output)
 
     def _export(self, stage: str, what: str, node: Node) -> Node:
-        """The export that nobody wrote down as a stage of its own."""
+        """The node of an export that a stage refers to as `{STAGE.export}`; created on first use."""
         name = f"{stage}.{what}"
         if name not in self.nodes:
             given = {"run": str(node.folder)}
@@ -297,25 +299,28 @@ class _Resolver:
 
 
 def _command_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:
-    """Named by its arguments, in which paths below the output root count from there."""
+    """The folder of a command, named after its arguments with paths relative to the output root."""
     wanted = without_root([command, sorted(arguments)], root)
     folder = root / "stages" / f"{command}-{digest(wanted)[:12]}"
     return folder if folder.exists() else _of_earlier_version(folder, arguments) or folder
 
 
 def _of_earlier_version(folder: Path, arguments: Sequence[str]) -> Path | None:
-    """The same command's folder from when paths counted in full; the output root may have been moved since."""
+    """The same command's folder from an earlier version, whose name covers absolute paths.
+
+    It is found by its stage.json, because the output root may have been moved since.
+    """
     root, wanted = folder.parent.parent, sorted(arguments)
     for path in sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*/{STAGE_FILE}")):
-        words = read_json(path, Words)
-        given = sorted(words.arguments) if words else []
+        line = read_json(path, CommandLine)
+        given = sorted(line.arguments) if line else []
         if given and without_root(given, _root_then(given, wanted, root)) == without_root(wanted, root):
             return path.parent
     return None
 
 
 def _root_then(given: Sequence[str], wanted: Sequence[str], root: Path) -> Path:
-    """The output root that arguments were written with: what stands in them where `root` stands today."""
+    """The output root at the time the arguments were written: what they have in place of the present `root`."""
     for before, now in zip(given, wanted, strict=False):
         key, _, below = now.partition(f"={root}/")
         if below and before.startswith(f"{key}=") and before.endswith(f"/{below}"):

@@ -48,7 +48,7 @@ NOT_WITH_A_CHAIN = (
 
 
 def main(arguments: list[str], valid: Valid) -> int:
-    """Exit code: 0 done or submitted, 2 a faulty chain or option, else that of the stage at which it stopped."""
+    """Run the command; returns 0 if done or submitted, 2 for an invalid chain or option, else the stage's code."""
     console = Console(markup=False, emoji=False)
     try:
         name, plan_only, overrides, multirun = _read(arguments)
@@ -63,12 +63,12 @@ def main(arguments: list[str], valid: Valid) -> int:
         console.print(str(error), style="red", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        _say("interrupted; launch the chain again to go on", console)
+        _say("interrupted; launch the chain again to continue", console)
         return 130
 
 
 def _launch(name: str, nodes: list[Node], console: Console) -> int:
-    """Of two launchers at once the second waits until the first has submitted, and finds its jobs."""
+    """Launch under a lock: a second process waits until the first has submitted, and then finds its jobs."""
     root = writable_folder(output_root(nodes[0].config), "output_root")
     with hold(root / f".launch-chain-{os.getuid()}.lock", f"launching chain {name}", LAUNCH_WAIT_S):
         folder = _folder(name, nodes)
@@ -79,7 +79,7 @@ def _launch(name: str, nodes: list[Node], console: Console) -> int:
 
 
 def _read(arguments: list[str]) -> tuple[str, bool, list[str], bool]:
-    """The chain's name, whether only to plan it, the overrides of its stages, and whether it is a sweep."""
+    """Returns the chain's name, whether to plan only, the overrides of its stages, and whether it is a sweep."""
     multirun, rest = take_switch(arguments, "-m", "--multirun")
     for word in rest:
         if word.partition("=")[0] in NOT_WITH_A_CHAIN:
@@ -89,7 +89,7 @@ def _read(arguments: list[str]) -> tuple[str, bool, list[str], bool]:
 
 
 def _refuse(nodes: list[Node]) -> None:
-    """Refuse now what a job would only find out hours later; outputs of earlier stages need not exist yet."""
+    """Raise ValueError for faults that are visible now; outputs of earlier stages need not exist yet."""
     refuse_what_cannot_fit([node.config for node in nodes if not node.command])
     if absent := _missing(nodes):
         raise ValueError("\n".join(absent))
@@ -102,7 +102,7 @@ def _missing(nodes: list[Node]) -> list[str]:
 
 
 def _folder(name: str, nodes: list[Node]) -> Path:
-    """OUTPUT_ROOT/chains/NAME-SIGNATURE with links to the stages' folders."""
+    """Write OUTPUT_ROOT/chains/NAME-SIGNATURE with links to the stages' folders; returns it."""
     folder = output_root(nodes[0].config) / "chains" / f"{name}-{signature_of(nodes)}"
     make_private(folder.parent)
     make_private(folder)
@@ -126,20 +126,20 @@ def _state(node: Node, queue: Queue) -> str:
 
 
 def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
-    """Run the stages one after the other from this process; a run that it has started survives it."""
+    """Run the stages one after the other from this process. A run that has started continues if this process ends."""
     for node in nodes:
         queue = queue_of([node.folder])
         state, job = _state(node, queue), read_job(node.folder)
         if state == "done":
             _say(f"{node.stage}: already done, {node.folder.name}", console)
             continue
-        _refuse_what_outlived_its_job(node, job, queue)
+        _refuse_surviving_process(node, job, queue)
         if state in ALIVE and is_slurm(job):
             raise ValueError(f"{node.stage}: {_alive(state, job)}; cancel it, or launch with cluster.kind=slurm")
         _say(f"{node.stage}: {node.folder.name}", console)
         if node.command:
             prepare_stage(node)
-            runfolder.job(node.folder).unlink(missing_ok=True)  # of an attempt on Slurm
+            runfolder.job(node.folder).unlink(missing_ok=True)  # left by an earlier attempt on Slurm
             code = run_stage(node.folder)
         else:
             _start(node, parent)
@@ -147,7 +147,7 @@ def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
         status = _status(node, queue_of([node.folder]))
         said = f": {status.message}" if status and status.message else ""
         if status is None or status.state != "done":
-            _say(f"the chain stops at {node.stage}{said}\nlaunch it again to go on", console)
+            _say(f"the chain stops at {node.stage}{said}\nlaunch it again to continue", console)
             return code or 1
         if node.command:
             _say(f"{node.stage}: done, {node.output}{said}", console)
@@ -155,22 +155,22 @@ def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
 
 
 def _submit(nodes: list[Node], parent: str, console: Console) -> int:
-    """Submit all stages: each job starts when those it depends on have succeeded, and is dropped if one cannot."""
+    """Submit all stages to Slurm. A job starts after those it depends on succeeded, and is dropped if one failed."""
     queue = slurm_queue()
     if not queue.answered:
         raise ValueError("cluster.kind: slurm: squeue does not answer; launch where Slurm's commands work")
     jobs: dict[Path, str] = {}
     new: set[Path] = set()
-    """Stages submitted now: a job that still waits for an earlier job of theirs would wait in vain."""
+    """Folders of stages submitted now. A queued job that depends on an earlier job of one of them would never start."""
     for node in nodes:
         state, job = _state(node, queue), read_job(node.folder)
         if state == "done":
             _say(f"{'done':11}{node.stage}", console)
             continue
-        _refuse_what_outlived_its_job(node, job, queue)
+        _refuse_surviving_process(node, job, queue)
         if state in ALIVE and not is_slurm(job):
             raise ValueError(f"{node.stage}: {_alive(state, job)}; wait for its end, then launch the chain again")
-        if state in ALIVE and job and _waits_in_vain(job, queue, new.intersection(node.after)):
+        if state in ALIVE and job and _never_starts(job, queue, new.intersection(node.after)):
             cancel(node.folder)
             state = "stopped"
         after = [jobs[folder] for folder in node.after if folder in jobs]
@@ -185,15 +185,15 @@ def _submit(nodes: list[Node], parent: str, console: Console) -> int:
     return 0
 
 
-def _refuse_what_outlived_its_job(node: Node, job: Job | None, queue: Queue) -> None:
-    """ValueError where a process goes on after its job: a new job would find the folder taken."""
+def _refuse_surviving_process(node: Node, job: Job | None, queue: Queue) -> None:
+    """Raise ValueError if a process still runs although its job is over: a new job could not lock the folder."""
     status = _status(node, queue)
     if status and status.state in ALIVE and job and not is_alive(job, status, queue):
         raise ValueError(f"{node.stage}: {status.message}; then launch the chain again")
 
 
-def _waits_in_vain(job: Job, queue: Queue, renewed: Collection[Path]) -> bool:
-    """Whether a job is queued behind one that has failed or was cancelled; Slurm takes minutes to drop it."""
+def _never_starts(job: Job, queue: Queue, renewed: Collection[Path]) -> bool:
+    """Whether a queued job depends on one that failed or was cancelled; Slurm takes minutes to drop it."""
     waits = queue.states.get(job.job_id) == "PENDING"
     return waits and (bool(renewed) or queue.reasons.get(job.job_id) == "DependencyNeverSatisfied")
 
@@ -205,13 +205,13 @@ def _alive(state: str, job: Job | None) -> str:
 
 
 def _start(node: Node, parent: str, after: Sequence[str] = ()) -> None:
-    """Submit a run, or a command to Slurm; ValueError with the words that refused it."""
+    """Submit a run, or a command to Slurm; ValueError with sbatch's message if it is refused."""
     if node.command:
         submit_stage(node, after)
         return
     [submission] = submit_into([(node.config, node.folder)], sweep=parent, after=after)
     if submission.failed:
-        raise ValueError(f"{node.stage}: {submission.note}; launch the chain again to go on")
+        raise ValueError(f"{node.stage}: {submission.note}; launch the chain again to continue")
 
 
 def _print_plan(name: str, nodes: list[Node], console: Console) -> None:
@@ -239,7 +239,7 @@ def _print_plan(name: str, nodes: list[Node], console: Console) -> None:
 
 
 def _hours(node: Node, gpus: int) -> float | None:
-    """A run's as planned; a command's time limit, which only Slurm sets. None: nobody knows."""
+    """Planned hours of a run, or the time limit of a command's Slurm job; None if there is neither."""
     if node.command:
         return node.config.cluster.time_min / 60 if node.config.cluster.kind == "slurm" else None
     return plan(node.config).gpu_hours / gpus or None if gpus else None  # 0: no estimate for its task

@@ -1,7 +1,7 @@
-"""A command as a stage of a chain: its folder, its job, its state; beside those of runs, in OUTPUT_ROOT/stages/.
+"""A command as a stage of a chain: its folder, job and state.
 
-<command>-<signature>/
-    stage.json   the command, word for word       status.json, job.json   as in a run's folder
+OUTPUT_ROOT/stages/<command>-<signature>/
+    stage.json   the command and its arguments    status.json, job.json   as in a run's folder
     log.txt      what it printed                  output/                 what it wrote
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from realsr_hpc import runfolder
 from realsr_hpc.files import read_json, write_atomically
-from realsr_hpc.launch.chain import OUTPUT, STAGE_FILE, Node, Words
+from realsr_hpc.launch.chain import OUTPUT, STAGE_FILE, CommandLine, Node
 from realsr_hpc.launch.rundir import (
     LAUNCH_VARIABLE,
     Job,
@@ -41,14 +41,14 @@ from realsr_hpc.locks import hold
 from realsr_hpc.paths import module_command, project_root, python_path
 
 WROTE = {"evaluate": "metrics.csv", "export_hf": "config.json"}
-"""What lies in a command's output when it has written all of it."""
+"""The file that each command writes last into its output."""
 WORKED = {"evaluate": (0, 1), "export_hf": (0,)}
-"""Exit codes of a command that has; evaluate's 1: without some images or numbers, which it names."""
-LAST_WORDS_CHARACTERS = 2000
+"""Exit codes that count as done; evaluate's 1 means that it left out some images or metrics, which it names."""
+LOG_END_CHARACTERS = 2000
 
 
 def stage_status(node: Node, queue: Queue) -> Status | None:
-    """The true state of a command's stage. `done` needs its output; a job that left no word is `lost`."""
+    """The actual state of a command's stage; `done` requires that its output still exists."""
     status = current_status(node.folder, queue)
     if status is not None and status.state == "done" and not (node.output / WROTE[node.command]).exists():
         return Status("lost", None, f"{node.output} is gone")
@@ -56,15 +56,18 @@ def stage_status(node: Node, queue: Queue) -> Status | None:
 
 
 def prepare_stage(node: Node) -> None:
-    """Its folder, with what will run."""
+    """Create the stage's folder with stage.json."""
     make_private(node.folder.parent)
     make_private(node.folder)
-    words = Words(node.command, list(node.arguments))
-    write_atomically(node.folder / STAGE_FILE, json.dumps(asdict(words), indent=1))
+    line = CommandLine(node.command, list(node.arguments))
+    write_atomically(node.folder / STAGE_FILE, json.dumps(asdict(line), indent=1))
 
 
 def submit_stage(node: Node, after: Sequence[str]) -> str:
-    """Submit to Slurm, to start when the jobs `after` have succeeded; the job's id. ValueError with sbatch's words."""
+    """Submit to Slurm, to start after the jobs in `after` succeeded; returns the job's id.
+
+    ValueError with sbatch's message if it is refused.
+    """
     from realsr_hpc.launch.sbatch import Executor
 
     prepare_stage(node)
@@ -76,13 +79,13 @@ def submit_stage(node: Node, after: Sequence[str]) -> str:
         executor.update_parameters(**executor_parameters(cluster, node.config.name, setup, after))
         job = executor.submit(stage_job, node.folder, launch)
     except NOT_SUBMITTED as error:
-        raise ValueError(f"{node.stage}: {refusal(error)}; launch the chain again to go on") from None
+        raise ValueError(f"{node.stage}: {refusal(error)}; launch the chain again to continue") from None
     write_job(node.folder, Job("slurm", job.job_id, "", str(job.paths.stdout), launch, time.time()))
     return job.job_id
 
 
 def stage_job(folder: Path, launch: str) -> int:
-    """What submitit calls; SystemExit for anything but success, which keeps jobs that depend on it from starting."""
+    """The function that submitit calls. SystemExit unless it succeeds, so that jobs which depend on it do not start."""
     os.environ[LAUNCH_VARIABLE] = launch
     try:
         code = run_stage(folder)
@@ -95,32 +98,32 @@ def stage_job(folder: Path, launch: str) -> int:
 
 
 def run_stage(folder: Path) -> int:
-    """Run a prepared command to its end: 0 it wrote all it should, else its exit code; its state says the same.
+    """Run a prepared command to its end and record its state; returns 0 if it wrote its output, else its exit code.
 
-    A requeued job waits, as long as Slurm lets it, for a first attempt that still runs where Slurm lost sight of it.
-    LockRefused, a ValueError, where another process runs it.
+    A requeued job waits without limit for a first attempt that may still run on a node that Slurm cannot reach.
+    Otherwise raises LockRefused (a ValueError) if another process runs the stage.
     """
-    words = read_json(folder / STAGE_FILE, Words)
-    if words is None:
+    line = read_json(folder / STAGE_FILE, CommandLine)
+    if line is None:
         raise ValueError(f"{folder / STAGE_FILE} is missing or damaged; launch the chain again to write it")
-    command, output = words.command, folder / OUTPUT
+    command, output = line.command, folder / OUTPUT
     again = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
     with hold(runfolder.lock(folder), command, math.inf if again else 0.0):
         before = read_status(folder)
         if again and before and before.state == "done" and before.launch == os.environ.get(LAUNCH_VARIABLE):
-            return 0  # its first attempt came to its end after Slurm had given it up
+            return 0  # the first attempt finished after Slurm had requeued the job
         write_status(folder, "running")
-        if command == "export_hf" and output.exists():  # of an attempt that was killed before it could say so
+        if command == "export_hf" and output.exists():  # left by an attempt that was killed before it could report
             shutil.rmtree(output)
         started = time.time()
-        called = module_command("realsr_hpc.commands", command, *words.arguments, f"output={output}")
+        called = module_command("realsr_hpc.commands", command, *line.arguments, f"output={output}")
         code = _call(called, folder / "log.txt")
         wrote = output / WROTE[command]
         if code in WORKED[command] and wrote.exists() and wrote.stat().st_mtime >= started - 1.0:
             write_status(folder, "done", 0, "" if code == 0 else f"not all of it, see {folder / 'log.txt'}")
             return 0
         with (folder / "log.txt").open(encoding="utf-8", errors="replace") as file:
-            last = file.read()[-LAST_WORDS_CHARACTERS:].strip()
+            last = file.read()[-LOG_END_CHARACTERS:].strip()
         said = f"{command} ended with code {code}; the end of {folder / 'log.txt'}:\n{last}"
         write_status(folder, "failed", code, said)
         return code or 1

@@ -1,4 +1,4 @@
-"""The command line of realsr-hpc launch: separates the options of launching from overrides of the recipe."""
+"""The command line of `realsr-hpc launch`: separates launch options (`plan=true`) from overrides of the recipe."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Options:
 
 @dataclass(frozen=True)
 class Options:
-    """How to launch; everything else on the command line is the recipe's."""
+    """Launch options; every other argument on the command line overrides the recipe."""
 
     plan: bool = False
     resolve: bool = False
@@ -64,18 +64,18 @@ class Options:
     axes: str = ""
     sampler: str = "all"
     trials: int = 0
-    """0: not given, as for `keep`."""
+    """0 if not given; so is `keep`."""
     rungs: str = ""
     keep: int = 0
 
 
 FLAGS = tuple(field.name for field in fields(Options) if isinstance(field.default, bool))
 COUNTS = {"trials": 1, "keep": 2}
-"""Options that are whole numbers, each with the least it may be."""
+"""Integer options and the smallest value of each."""
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done or submitted, 2 a faulty recipe or option, else the job's."""
+    """Run the command; returns 0 if done or submitted, 2 for an invalid recipe or option, else the job's exit code."""
     console = Console(markup=False, emoji=False)
     if not arguments or "-h" in arguments or "--help" in arguments:
         print(USAGE.format(recipes=", ".join(recipe_names())))  # not through rich, which cuts its columns
@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> int:
 
 
 def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunConfig]:
-    """The recipes to run: a single one, every combination of a sweep, or those that the sampler would draw now."""
+    """The recipes to run: one, every combination of a sweep, or those that the sampler would draw now."""
     if options.sampler == "all":
         if given := [name for name in ("rungs", "keep", "trials") if getattr(options, name)]:
             raise RecipeError(f"{given[0]}: goes with sampler=asha{' or optuna' * (given[0] == 'trials')}")
@@ -122,7 +122,7 @@ def _draw(options: Options, overrides: list[str], *, keep: bool) -> list[RunConf
 
 
 def halve(configs: list[RunConfig], options: Options, overrides: list[str], console: Console) -> int:
-    """Run a sweep by asynchronous successive halving to its end, or without `follow` submit what can start now."""
+    """Run a sweep by asynchronous successive halving to its end; with follow=false submit what can start now."""
     from realsr_hpc.launch.asha import Halving
 
     if options.fresh:
@@ -150,7 +150,7 @@ def launch(
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
     sweep = (options.sweep or _sweep_name(overrides)) if varied else ""
     if options.sampler == "optuna":
-        configs = _draw(options, overrides, keep=True)  # what was refused is not remembered as drawn
+        configs = _draw(options, overrides, keep=True)  # only now: refused recipes must not be recorded as drawn
     submissions = submit(configs, sweep=sweep, varied=varied, fresh=options.fresh)
     print_submissions(submissions, console)
     if any(item.failed for item in submissions):
@@ -179,9 +179,9 @@ def _prepare(configs: list[RunConfig], run_dir: Path, console: Console) -> int:
 
 
 def read_command_line(arguments: list[str]) -> tuple[Options, bool, list[str]]:
-    """Options, whether it is a sweep, and the overrides of the recipe, those of `axes=` included.
+    """Returns the options, whether this is a sweep, and the recipe's overrides including those of `axes=`.
 
-    Raises ValueError (ArgumentError, RecipeError) for an argument that is neither, and for values out of range.
+    Raises ValueError (ArgumentError, RecipeError) for an unknown argument or a value out of range.
     """
     multirun, rest = take_switch(arguments, "-m", "--multirun")
     defaults = {field.name: str(field.default).lower() if field.name in FLAGS else "" for field in fields(Options)}

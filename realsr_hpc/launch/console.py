@@ -1,4 +1,4 @@
-"""A plan and a submission as people read them."""
+"""Prints plans and submissions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAN_WIDTH = 120
 
 
 def print_plan(configs: list[RunConfig], console: Console) -> None:
-    """The sbatch script, memory, bubble and GPU-hours of the first recipe, and the total of all."""
+    """Print sbatch script, memory, pipeline bubble and GPU-hours of the first recipe, and a comparison of all."""
     _print_one(configs[0], console, len(configs))
     if len(configs) > 1:
         hours = sum(plan(config).gpu_hours for config in configs)
@@ -32,14 +32,14 @@ def print_plan(configs: list[RunConfig], console: Console) -> None:
 
 
 def print_missing(faults: list[str], console: Console) -> None:
-    """What launching, here and now, would be refused for; a plan is made elsewhere too."""
+    """Print why launching from this machine would be refused. A plan alone needs none of these files."""
     if faults:
         console.print("From this machine, launching would be refused:", style="yellow")
         console.print("\n".join(f"  {fault}" for fault in faults), highlight=False, soft_wrap=True)
 
 
 def plan_text(config: RunConfig) -> str:
-    """The plan of one recipe as plain text: what a run's folder and MLflow keep of it."""
+    """The plan of one recipe as plain text, as the run's folder and MLflow store it."""
     text = io.StringIO()
     _print_one(config, Console(file=text, width=PLAN_WIDTH, markup=False, emoji=False), 1)
     return text.getvalue()
@@ -57,7 +57,7 @@ def _print_one(config: RunConfig, console: Console, num_runs: int) -> None:
 
 
 def print_submissions(submissions: list[Submission], console: Console) -> None:
-    """Name, folder, log and tracking of each run, or one line each when there are many."""
+    """Print name, folder, log and tracking of a single run, or one line for each of several."""
     if len(submissions) == 1:
         item = submissions[0]
         rows = {
@@ -123,7 +123,7 @@ def _facts_table(estimate: Plan, config: RunConfig) -> Table:
 
 
 def _rewards(estimate: Plan, config: RunConfig) -> str:
-    """Where the rewards are computed, what their networks hold, and what of them is not counted."""
+    """Where the rewards are computed, the memory of their networks, and which of them the plan does not count."""
     if config.task != "grpo":
         return ""
     experts, wanted = estimate.rewards, config.rewards

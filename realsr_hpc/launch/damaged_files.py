@@ -1,7 +1,7 @@
-"""Detects damaged weights without reading their tensors: files that are truncated, empty or of another kind.
+"""Detects damaged weight files without reading their tensors: truncated, empty, or of another file type.
 
-Uses only the standard library and reads headers and small files, so that launching takes about a second and never
-imports torch. The job itself checks that values are finite and tensors match the recipe.
+It reads only headers and small files and does not import torch, so that launching takes about a second. The job itself
+checks that values are finite and that tensors match the recipe.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ENDINGS = (*WEIGHTS, ".npz", ".json", ".noun")
 
 
 def damaged_files(config: RunConfig) -> Iterator[tuple[Path, str]]:
-    """Path and fault, with the recipe's field, of the files that a recipe names and that cannot be what it needs."""
+    """Yields path and message, which names the recipe's field, for each damaged or unsuitable file of a recipe."""
     for need, fault in faults_of(config).items():
         yield need.path, f"{need.purpose}: {fault}; from: {need.origin}"
 
 
 def faults_of(config: RunConfig) -> dict[Need, str]:
-    """What is wrong with each of those files; pyiqa's, which have a list of checksums, are left to it."""
+    """The fault of each damaged file. Weights of pyiqa are not checked here; pyiqa's list of checksums covers them."""
     return {
         need: fault
         for need in needs_of(config)
@@ -37,7 +37,7 @@ def faults_of(config: RunConfig) -> dict[Need, str]:
 
 
 def _other_adapters(config: RunConfig, field: str, folder: Path) -> str:
-    """Adapters of another function than the recipe's, as far as their configuration tells."""
+    """The fault of adapters whose configuration computes another function than the recipe's; empty if none."""
     if field != "model.lora.weights" or config.model.lora is None:
         return ""
     try:
@@ -59,7 +59,7 @@ def _fault(field: str, path: Path) -> str:
 
 
 def _folder_fault(folder: Path) -> str:
-    patterns = ("*", "*/*", "*/*/*")  # as deep as Meta's tree
+    patterns = ("*", "*/*", "*/*/*")  # Meta's folder of checkpoints has three levels
     found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
     if not any(path.suffix in WEIGHTS for path in found):
         return f"{folder} holds no weights ({', '.join(f'*{ending}' for ending in WEIGHTS)})"

@@ -1,4 +1,4 @@
-"""The place of one node's supervisor in its job, and the environment of the ranks it starts."""
+"""A node's rank and port within its job, and the environment variables of the ranks that it starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOPBACK = Path("/sys/class/net/lo")
 
 @dataclass(frozen=True)
 class Placement:
-    """One node of a job."""
+    """A node's place in a job: its rank, the job's size, and the address where the ranks connect."""
 
     node_rank: int
     num_nodes: int
@@ -27,20 +27,20 @@ class Placement:
     master_addr: str
     master_port: int
     job_id: str
-    """As scontrol takes it: `1234` or `1234_5`; empty outside Slurm."""
+    """As scontrol expects it: `1234` or `1234_5`; empty outside Slurm."""
     restarts: int
     """How often Slurm has requeued the job."""
     attempt: int = 0
-    """How often its ranks were started again inside the allocation."""
+    """How often the ranks were restarted inside the allocation."""
 
     @classmethod
     def find(cls, config: RunConfig, environment: Mapping[str, str]) -> Placement:
-        """From Slurm's variables, or one local node with a port reserved for it.
+        """Read Slurm's variables; outside a Slurm step, a single node with a port reserved on this machine.
 
-        ValueError when Slurm gave another number of nodes than the recipe's.
+        ValueError if Slurm allocated another number of nodes than the recipe asks for.
         """
         tasks = config.cluster.tasks_per_node
-        # `bash` inside an allocation shows SLURM_JOB_ID too; only a step has a node id.
+        # A shell inside an allocation has SLURM_JOB_ID too; only a job step has SLURM_NODEID.
         if config.cluster.kind == "local" or "SLURM_NODEID" not in environment:
             return cls(0, 1, tasks, "127.0.0.1", reserved_port(), "", 0)
         num_nodes = int(environment.get("SLURM_STEP_NUM_NODES") or environment["SLURM_JOB_NUM_NODES"])
@@ -67,7 +67,7 @@ class Placement:
         return replace(self, attempt=self.attempt + 1, master_port=port)
 
     def rank_environment(self, config: RunConfig, local_rank: int) -> dict[str, str]:
-        """What torch.distributed, OpenMP and Python need to be told."""
+        """Environment variables of one rank, for torch.distributed, OpenMP and Python."""
         return {
             "RANK": str(self.node_rank * self.tasks_per_node + local_rank),
             "WORLD_SIZE": str(self.num_nodes * self.tasks_per_node),
@@ -83,39 +83,43 @@ class Placement:
         }
 
     def port_fault(self) -> str:
-        """Why the ranks cannot meet at this node's port, else nothing; the next attempt has another port."""
+        """Why the ranks cannot connect to this node's port; empty if they can. The next attempt uses another port."""
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((self.master_addr, self.master_port))
             except OSError as error:
-                if error.errno == errno.EADDRNOTAVAIL:  # an address that a router translates: the store says so
+                if error.errno == errno.EADDRNOTAVAIL:  # not an address of this node (NAT): cannot be tested here
                     return ""
                 return f"port {self.master_port} of node {os.uname().nodename}: {error.strerror}"
         return ""
 
 
 def job_port(job_id: int, restarts: int) -> int:
-    """Known to all nodes without a word; two jobs rarely share it, and a requeued one has another than before."""
+    """A port that all nodes compute alike without communicating.
+
+    Two jobs rarely get the same one, and a requeued job gets another one than before.
+    """
     return FIRST_JOB_PORT + (7 * job_id + restarts) % NUM_JOB_PORTS
 
 
 def _after(port: int) -> int:
-    """Far from the ports of the next requeue and of the next job."""
+    """The port of the next attempt, far from those of the next requeue and of the next job."""
     return FIRST_JOB_PORT + (port - FIRST_JOB_PORT + 3511) % NUM_JOB_PORTS
 
 
 def slurm_job_id(environment: Mapping[str, str]) -> str:
-    """`1234`, or `1234_5` for a task of an array: requeueing the raw id of a task would move the wrong one."""
+    """`1234`, or `1234_5` for an array task: requeueing a task by its raw id would requeue another task."""
     array = environment.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}" if array else environment.get("SLURM_JOB_ID", "")
 
 
 def reserved_port() -> int:
-    """A port of the loopback that nobody else is given while this process lives, though rank 0 can listen on it.
+    """A port of the loopback interface that the system gives to no other process while this one lives.
 
-    It is bound and stays so, without listening: a port that was only seen to be free went to any outgoing connection
-    of the node in the seconds until rank 0 had started. Sockets that all set SO_REUSEADDR share a bound port.
+    A socket stays bound to it without listening. Otherwise an outgoing connection of this node could take the port in
+    the seconds until rank 0 listens on it. Rank 0 can still listen, because sockets that all set SO_REUSEADDR may share
+    a bound port.
     """
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""A run's metrics so far, read incrementally from its events: cheap for hundreds of runs."""
+"""The metrics of a running run, read incrementally from its events so that watching hundreds of runs is cheap."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from realsr_hpc import runfolder
 from realsr_hpc.tracking.spool import read_events
 
 SHOWN = ("rewards/total/mean", "sft/loss/mean", "tokenizer/loss/step")
-"""What a run of each task is watched by, the first that it reports."""
+"""The metric shown for a run: the first of these that it reports."""
 RECENT = 40
 
 
 class Feed:
-    """Last values and recent history of one run's metrics; `read` takes in what is new in events.jsonl."""
+    """Last values and recent history of one run's metrics; `read` processes the new lines of events.jsonl."""
 
     def __init__(self, run_dir: Path) -> None:
         self.path = runfolder.events(run_dir)
@@ -28,16 +28,16 @@ class Feed:
         self.peak: dict[str, float] = {}
         """Largest value of each `system/` metric."""
         self._others: set[str] = set()
-        """Names met so far of other metrics: a step reports dozens, and runs have thousands of steps."""
+        """Names of the other metrics seen so far, to test each name only once: a step reports dozens."""
         self.step = 0
         self.step_s: deque[float] = deque(maxlen=RECENT)
-        """From one step's report to the next, seconds, recent steps: the first after a start or resume is not known."""
+        """Seconds per step of the recent steps, measured between reports; the first step after a start has none."""
         self.computed_s = 0.0
-        """Of all steps, those done again after a resume included."""
+        """Seconds of all steps, including steps repeated after a resume."""
         self._reported: tuple[int, int] | None = None
-        """Step of the last report of this attempt, and when, in milliseconds."""
+        """Step and Unix time in milliseconds of the last report of this attempt."""
         self.history: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        """Recent steps with the value that the run is watched by."""
+        """Recent steps with the value of the watched metric."""
 
     @property
     def watched(self) -> str:
@@ -46,14 +46,14 @@ class Feed:
 
     @property
     def median_step_s(self) -> float | None:
-        """None before the first step."""
+        """Median of the recent seconds per step; None before the second report."""
         return statistics.median(self.step_s) if self.step_s else None
 
     def read(self) -> int:
-        """Take in the new events; the number of bytes that were read. A line still being written waits."""
+        """Process the new events; returns the number of bytes read. An incomplete last line waits for the next call."""
         before = self.offset
         if self.path.exists() and self.path.stat().st_size < self.offset:
-            self._begin()  # another file of that name
+            self._begin()  # the file was replaced
             before = 0
         for event, offset in read_events(self.path, self.offset):
             self.offset = offset

@@ -1,6 +1,6 @@
-"""Watch a run until its job ends: a progress bar from its folder, the log's end when it failed.
+"""Show a run's progress bar until its job ends, then its state and, after a failure, the end of the log.
 
-Following only reads files and the queue: Ctrl-C stops following, not the run.
+Following only reads files and Slurm's queue: Ctrl-C stops following, not the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXIT_CODES = {"done": 0, "stopped": 85}
 
 
 def follow(run_dir: Path, console: Console, *, slurm: bool = False) -> int:
-    """The job's exit code: 0 done, 85 stopped with a checkpoint, else failed."""
+    """Follow a run; returns the job's exit code: 0 done, 85 stopped with a checkpoint, else failed."""
     columns = (TextColumn("{task.fields[state]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
         task = bar.add_task("", total=None, state="submitted")
@@ -32,7 +32,7 @@ def follow(run_dir: Path, console: Console, *, slurm: bool = False) -> int:
     if status is None:
         known = run_dir.name if run_dir.parent == Path("runs").resolve() else str(run_dir)
         told = [shlex.join(["realsr-hpc", "jobs", f"{action}={known}"]) for action in ("follow", "cancel")]
-        console.print(f"The run goes on. Follow it: {told[0]}; end it: {told[1]}", markup=False, soft_wrap=True)
+        console.print(f"The run continues. Follow it: {told[0]}; end it: {told[1]}", markup=False, soft_wrap=True)
         return 0
     console.print(f"{run_dir.name}: {status.state}" + (f"\n{status.message}" if status.message else ""), markup=False)
     return EXIT_CODES.get(status.state, status.code or 1)

@@ -1,10 +1,10 @@
 """Asynchronous successive halving: from the results at the rungs to the next move of a free slot.
 
-Algorithm 2 of Li et al., "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020): a run in the best 1 /
-`keep` of those measured at its rung is promoted; no run waits for a rung to fill up. With the delay of Hyper-Tune (Li
-et al., VLDB 2022): of n runs at a rung at most n / `keep` are promoted, as in synchronous halving. One rule is added
-for finite sweeps: when nothing else is left to do, the best run of a rung is promoted. Pure functions; runs, folders
-and Slurm are in asha.py.
+Algorithm 2 (ASHA) of Li et al., "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020): a run that is
+among the best 1 / `keep` of those measured at its rung is promoted, without waiting for the rung to fill up. As in the
+delayed variant of Hyper-Tune (Li et al., VLDB 2022), at most n / `keep` of the n runs at a rung are promoted. One rule
+is added for finite sweeps: when there is nothing else to do, the best run of a rung is promoted. These are pure
+functions; asha.py handles runs, folders and Slurm.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep, as far as it is known."""
+    """The present state of one run of a sweep."""
 
     target: int
-    """The rung, from 0, that it was sent to last."""
+    """The rung, from 0, up to which it was last told to run."""
     values: tuple[float, ...] = ()
-    """Its metric at the rungs that it has come to, in order; NaN: it could not be measured there."""
+    """Its metric at the rungs it has reached, in order; NaN if the metric could not be measured there."""
     busy: bool = False
-    """It is queued or running."""
+    """Whether it is queued or running."""
 
     def waits_at(self, rung: int) -> bool:
-        """It has been measured there and was not sent on."""
+        """Whether it was measured at this rung and has not been promoted."""
         return (
             not self.busy and self.target == rung and len(self.values) == rung + 1 and math.isfinite(self.values[rung])
         )
@@ -34,14 +34,17 @@ class Trial:
 
 @dataclass(frozen=True)
 class Move:
-    """Send a trial to a rung; trial None: a new one, to the first rung."""
+    """Run trial number `trial` up to `rung`; trial None: start a new one up to the first rung."""
 
     trial: int | None
     rung: int
 
 
 def next_move(trials: Sequence[Trial], num_rungs: int, keep: int, *, highest: bool, may_propose: bool) -> Move | None:
-    """The next move of a free slot: promote as high as possible, else propose; None: wait, or the sweep is over."""
+    """The next move of a free slot: a promotion at the highest possible rung, else a new trial.
+
+    None: wait for a busy trial; if none is busy, the sweep is over.
+    """
     rungs = [ranking(trials, rung, highest=highest) for rung in range(num_rungs)]
     for rung in reversed(range(num_rungs - 1)):
         allowed = len(rungs[rung]) // keep
@@ -59,7 +62,7 @@ def next_move(trials: Sequence[Trial], num_rungs: int, keep: int, *, highest: bo
 
 
 def ranking(trials: Sequence[Trial], rung: int, *, highest: bool) -> list[int]:
-    """Numbers of the trials that have come to a rung, best first, those that could not be measured last."""
+    """Numbers of the trials that have reached a rung, best first; those with NaN come last."""
     reached = [number for number, trial in enumerate(trials) if len(trial.values) > rung]
 
     def place(number: int) -> tuple[bool, float, int]:
@@ -72,6 +75,6 @@ def ranking(trials: Sequence[Trial], rung: int, *, highest: bool) -> list[int]:
 
 
 def even_rungs(num_steps: int, keep: int, every: int) -> tuple[int, ...]:
-    """`num_steps` and, below it, its `keep`-th and `keep`-squared-th part, at steps where the metric is measured."""
+    """Rungs at `num_steps` / keep², / keep and `num_steps`, rounded to multiples of the measuring interval `every`."""
     below = (round(num_steps / keep**power / every) * every for power in (2, 1))
     return (*sorted({step for step in below if 0 < step < num_steps}), num_steps)

@@ -1,4 +1,4 @@
-"""Checks whether this node is fit for the job before the ranks connect, because one bad node hangs all the others."""
+"""Checks this node before the ranks connect, because one faulty node makes all the others hang."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMI_TIMEOUT_S = 60
 
 
 def node_faults(config: RunConfig, run_dir: Path) -> list[str]:
-    """What is wrong with this node; empty: fit."""
+    """Faults of this node, as sentences; empty if it can run the job."""
     faults = []
     free_gib = shutil.disk_usage(run_dir).free / GIB
     if free_gib < MIN_FREE_GIB:
@@ -26,7 +26,7 @@ def node_faults(config: RunConfig, run_dir: Path) -> list[str]:
 
 
 def _count_gpus() -> int:
-    """GPUs that answer nvidia-smi; a hung driver counts as none."""
+    """Number of GPUs that nvidia-smi lists; 0 if the driver hangs."""
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     try:
         answer = subprocess.run(

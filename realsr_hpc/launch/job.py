@@ -1,12 +1,16 @@
-"""One node's part of a job: start the ranks, watch them, and end all of them together.
+"""The supervisor of one node of a job: start the ranks, watch them, and end all of them together.
 
-When a rank fails, the others are ended at once, so that none waits in a collective; the failed rank's last lines become
-the job's message. After a rank was killed (SIGKILL, a crash in native code), the ranks are restarted in the allocation
-up to `cluster.restarts_in_place` times; then the job requeues itself on Slurm. A rank that raised an exception is not
-retried. A folder is run by one job at a time: the first node's supervisor holds a lock, and a second job changes
-nothing. Signals (time limit, preemption, cancel) are forwarded to the ranks; if they stop with a checkpoint, the job
-requeues itself. A run without a sign of life for `cluster.hang_limit_s` is aborted with its stacks in the rank logs and
-requeued. submitit only starts this function; its own requeueing is not used because it races with Slurm's.
+- A rank fails: the others are ended at once, so that none waits in a collective operation; the last lines of the failed
+  rank's log become the job's message. A rank that raised an exception is not retried.
+- A rank is killed (SIGKILL, a crash in native code): the ranks are restarted in the allocation, up to
+  `cluster.restarts_in_place` times without a new step; then the job requeues itself.
+- A signal arrives (time limit, preemption, cancel): it is forwarded to the ranks; if they stop with a checkpoint, the
+  job requeues itself.
+- No event or progress for `cluster.hang_limit_s`: the ranks write their stacks to their logs, are aborted, and the job
+  requeues itself.
+- Two jobs for one folder: the first node's supervisor holds a lock, and the second job changes nothing.
+
+submitit only calls `node_job`. Its own requeueing is not used, because it races with Slurm's.
 """
 
 from __future__ import annotations
@@ -61,17 +65,17 @@ from realsr_hpc.tracking.delivery import brief
 
 POLL_S = 0.2
 END_GRACE_S = 10.0
-"""How long ranks get between SIGTERM and SIGKILL when another one failed."""
+"""Seconds between SIGTERM and SIGKILL of the other ranks after one failed."""
 DUMP_S = 5.0
-"""How long the other nodes get to hear of a hang and have their ranks' stacks written."""
-LAST_WORDS_LINES = 25
+"""Seconds that the other nodes get to notice a hang and let their ranks write their stacks."""
+LOG_END_LINES = 25
 OTHER_JOB_WAIT_S = 5.0
 
 
 def node_job(run_dir: Path, launch: str = "") -> int:
-    """What submitit pickles and calls on every node.
+    """The function that submitit pickles and calls on every node.
 
-    SystemExit for anything but success: submitit then writes no misleading result.
+    Raises SystemExit unless it succeeds, so that submitit does not record a result.
     """
     os.environ[LAUNCH_VARIABLE] = launch
     code = run_node(run_dir)
@@ -81,7 +85,7 @@ def node_job(run_dir: Path, launch: str = "") -> int:
 
 
 def run_node(run_dir: Path) -> int:
-    """Run this node's ranks to their end; the job's exit code (0, 85 stopped with a checkpoint, else failed)."""
+    """Run this node's ranks to their end; returns the job's exit code: 0, 85 (stopped with a checkpoint) or failed."""
     stop = StopFlag.install(early_warning=True)
     config = recipe_of(run_dir)
     placement = Placement.find(config, os.environ)
@@ -90,16 +94,16 @@ def run_node(run_dir: Path) -> int:
             agreed = agree(run_dir, placement, refused, wait_s=0.0)
             return _finish(run_dir, placement, config, agreed, send_back=refused.code == CRASHED)
         verdict = _run_attempts(config, run_dir, placement, stop)
-        # A plain scancel sends SIGTERM alone: its user does not want the job back.
+        # A plain scancel sends only SIGTERM, without a warning signal: the job must not come back.
         send_back = verdict.code in REQUEUED or (verdict.code == STOPPED and stop.warned)
         return _finish(run_dir, placement, config, verdict, send_back=send_back)
 
 
 def _take(run_dir: Path, placement: Placement, stack: ExitStack) -> Verdict | None:
-    """Hold the run's lock until `stack` ends; otherwise return the verdict of a job that may not run this folder.
+    """Hold the run's lock until `stack` closes. If another process holds it, return the verdict instead of None.
 
-    An earlier attempt of the same job may have left a lock on a node that went down; the file server releases it after
-    a while.
+    A node that went down may still hold the lock for an earlier attempt of the same job until the file server releases
+    it, so a holder from the same job is waited for longer (SAME_JOB_WAIT_S).
     """
     job = f"Slurm job {placement.job_id}" if placement.job_id else "local"
     for wait_s in (OTHER_JOB_WAIT_S, SAME_JOB_WAIT_S):
@@ -115,7 +119,10 @@ def _take(run_dir: Path, placement: Placement, stack: ExitStack) -> Verdict | No
 
 
 def _run_attempts(config: RunConfig, run_dir: Path, placement: Placement, stop: StopFlag) -> Verdict:
-    """Run the ranks; killed on nodes that are all still there, they start again, at most so often without a step."""
+    """Run the ranks, restarting them after a crash while all nodes are present.
+
+    At most `cluster.restarts_in_place` restarts without a new step in between.
+    """
     step, left = _last_step(run_dir), config.cluster.restarts_in_place
     while True:
         verdict = _attempt(config, run_dir, placement, stop)
@@ -152,9 +159,11 @@ def _last_step(run_dir: Path) -> int:
 def start_ranks(
     config: RunConfig, run_dir: Path, placement: Placement, command: list[str] | None = None
 ) -> dict[int, subprocess.Popen[bytes]]:
-    """One process per task, by global rank; each dies with this supervisor and prints to its own log.
+    """Start one process per task; returns them by global rank.
 
-    `command` is what a rank runs; None: this run's training.
+    Each process is killed when this supervisor ends, and writes to its own log.
+
+    command: the command line of a rank; None: train this run.
     """
     command = command or module_command("realsr_hpc", str(run_dir))
     ranks = {}
@@ -181,7 +190,7 @@ def start_ranks(
 def watch(
     ranks: dict[int, subprocess.Popen[bytes]], config: RunConfig, run_dir: Path, placement: Placement, stop: StopFlag
 ) -> tuple[int, str, float]:
-    """Wait until all ranks have ended: exit code, last message, and when it was written."""
+    """Wait until all ranks have ended; returns exit code, message, and the Unix time when the message was written."""
     forwarded = False
     started = time.time()
     while True:
@@ -193,7 +202,7 @@ def watch(
             end_ranks(ranks)
             rank = _first_to_fail(run_dir, failed)
             code = failed[rank] or FAILED
-            return CRASHED if code < 0 else FAILED, _last_words(run_dir, rank, code), _last_written(run_dir, rank)
+            return CRASHED if code < 0 else FAILED, _log_end(run_dir, rank, code), _last_written(run_dir, rank)
         if all(code is not None for code in codes.values()):
             return max(code or 0 for code in codes.values()), "", time.time()
         if stop() and not forwarded:
@@ -201,9 +210,10 @@ def watch(
             forwarded = True
             if 0 in ranks:
                 _set_state(run_dir, "stopping")
-        silent_s = time.time() - max(started, _last_sign_of_life(run_dir))
+        silent_s = time.time() - max(started, _last_activity(run_dir))
         if silent_s > config.cluster.hang_limit_s or is_told_hung(run_dir, placement):
-            # All stacks before the first end: a rank that loses its partner raises, and its stack is gone.
+            # Every rank writes its stack before any is ended: a rank whose peer disappears raises, and the stack that
+            # shows where it hung is lost.
             tell_hung(run_dir, placement)
             _signal(ranks, DUMP_SIGNAL)
             time.sleep(DUMP_S)
@@ -215,7 +225,7 @@ def watch(
 
 
 def end_ranks(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals = signal.SIGTERM) -> None:
-    """Signal `number`, a little time (an abort writes its stacks), SIGKILL: these processes and no others."""
+    """Send signal `number`, wait up to END_GRACE_S (an abort writes stacks), then SIGKILL. Only these processes."""
     _signal(ranks, number)
     _signal(ranks, signal.SIGCONT)  # a rank that was stopped takes the signal only then
     deadline = time.time() + END_GRACE_S
@@ -227,11 +237,11 @@ def end_ranks(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals 
 
 
 def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Verdict, *, send_back: bool) -> int:
-    """Requeue if that can help, and write the run's final state; only the node that speaks for all does this."""
+    """Requeue if that can help, else write the run's final state; one node does this on behalf of all."""
     code, message = verdict.code, verdict.message
-    speaks = placement.node_rank == (verdict.node if code in REQUEUED else 0)
+    responsible = placement.node_rank == (verdict.node if code in REQUEUED else 0)
     if send_back and placement.job_id:
-        if not speaks:
+        if not responsible:
             wait_for_requeue(run_dir, placement)
             return code
         attempts = count_requeue(run_dir, placement.restarts)
@@ -242,12 +252,13 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
         if may_return:
             return code
         message = f"{message}\nnot requeued: {attempts} attempts in a row completed no new step (cluster.max_requeues)"
-    if code == REFUSED:  # the run is somebody else's: not a word of it changes
+    if code == REFUSED:  # another job runs this folder: leave its state untouched
         print(message, file=sys.stderr, flush=True)
-    elif code == DONE and speaks:
+    elif code == DONE and responsible:
         _set_state(run_dir, "done", 0)
-    elif code == STOPPED and speaks:
-        _set_state(run_dir, "stopped", code, f"{message} stopped with a checkpoint; launch it again to go on".strip())
+    elif code == STOPPED and responsible:
+        told = f"{message} stopped with a checkpoint; launch it again to continue"
+        _set_state(run_dir, "stopped", code, told.strip())
     elif code not in (DONE, STOPPED) and placement.node_rank == verdict.node:
         print(message, file=sys.stderr, flush=True)
         _set_state(run_dir, "failed", code, message)
@@ -263,11 +274,11 @@ def _send_back(run_dir: Path, placement: Placement, verdict: Verdict) -> None:
             exclude(placement.job_id, verdict.unfit, runfolder.exclude_lock(run_dir))
     else:
         state = "stopped" if code == STOPPED else "failed"
-        _set_state(run_dir, state, code, f"{message} requeueing failed: launch it again to go on".strip())
+        _set_state(run_dir, state, code, f"{message} requeueing failed: launch it again to continue".strip())
 
 
 def _set_state(run_dir: Path, state: State, code: int | None = None, message: str = "") -> None:
-    """As write_status; a disk that is full keeps no job from ending or from being requeued."""
+    """Write the run's state and notify the user's command. A full disk does not keep the job from being requeued."""
     try:
         write_status(run_dir, state, code, message)
     except OSError as error:
@@ -276,7 +287,7 @@ def _set_state(run_dir: Path, state: State, code: int | None = None, message: st
 
 
 def _remember_job(run_dir: Path, placement: Placement) -> None:
-    """For jobs.py, when plain sbatch started this job: submit() knows its own."""
+    """Record the job for `realsr-hpc jobs` if plain sbatch started it; jobs from `submit` are already recorded."""
     job = read_job(run_dir)
     if placement.job_id and (job is None or job.job_id != placement.job_id):
         launch = os.environ.get(LAUNCH_VARIABLE, "")
@@ -296,14 +307,14 @@ def _signal(ranks: dict[int, subprocess.Popen[bytes]], number: signal.Signals) -
             process.send_signal(number)
 
 
-def _last_sign_of_life(run_dir: Path) -> float:
-    """Seconds since the epoch of the last progress or event; 0 before the first."""
+def _last_activity(run_dir: Path) -> float:
+    """Unix time of the last progress or event that the run wrote; 0 before the first."""
     paths = (runfolder.progress(run_dir), runfolder.events(run_dir))
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
 def _first_to_fail(run_dir: Path, failed: dict[int, int | None]) -> int:
-    """The cause among ranks that ended together: one that was killed, else the one that spoke its last words first."""
+    """The rank that caused the failure: one that was killed, else the one whose log ended first."""
     return min(failed, key=lambda rank: ((failed[rank] or 0) >= 0, _last_written(run_dir, rank)))
 
 
@@ -311,15 +322,19 @@ def _last_written(run_dir: Path, rank: int) -> float:
     return runfolder.rank_log(run_dir, rank).stat().st_mtime
 
 
-def _last_words(run_dir: Path, rank: int, code: int) -> str:
+def _log_end(run_dir: Path, rank: int, code: int) -> str:
+    """How the rank ended, with the last LOG_END_LINES lines of its log."""
     log = runfolder.rank_log(run_dir, rank)
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     with log.open(encoding="utf-8", errors="replace") as file:
-        lines = "".join(deque(file, maxlen=LAST_WORDS_LINES)).rstrip()
+        lines = "".join(deque(file, maxlen=LOG_END_LINES)).rstrip()
     return f"rank {rank} {ended}; the end of {log}:\n{lines}"
 
 
 def _prepare_rank() -> None:
-    """Runs in the child: SIGKILL when the supervisor goes; a stop signal waits until the rank can take it."""
+    """Runs in the child before exec: SIGKILL if the supervisor ends; stop signals stay blocked until the rank is ready.
+
+    `StopFlag.install` unblocks them.
+    """
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_SIGNALS)

@@ -1,4 +1,4 @@
-"""States of launched runs, and commands to cancel, resume or reconcile them."""
+"""List launched runs with their states, cancel and resume them, and record the end of lost ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from realsr_hpc.tracking import read_progress, recipe_of, set_status
 from realsr_hpc.tracking.delivery import brief
 
 CANCEL_WAIT_S = 900.0
-"""How long a cancelled job may take for the end of its step and its checkpoint before Slurm ends it."""
+"""How long a cancelled job may take to finish its step and save before it is ended by scancel."""
 POLL_S = 1.0
 UNANSWERED = "Slurm does not answer"
 logger = logging.getLogger(__name__)
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunRow:
-    """One line of `realsr-hpc jobs`; with `json=true` one object of its list."""
+    """One line of `realsr-hpc jobs`; with `json=true`, one object of its list."""
 
     name: str
     state: str
-    """Ours (launch.rundir.State)."""
+    """A launch.rundir.State."""
     slurm: str
-    """Slurm's word beside it, and why the job waits."""
+    """Slurm's state of the job and the reason why it waits; empty without a live Slurm job."""
     step: int | None
     total: int | None
     job: str
@@ -60,22 +60,24 @@ class RunRow:
 
     @property
     def states(self) -> str:
-        """Both states in one column."""
+        """`state` and `slurm` as one column."""
         return f"{self.state} ({self.slurm})" if self.slurm else self.state
 
 
 def rows(root: Path) -> list[RunRow]:
-    """All runs of an output root, oldest first; queries Slurm once. An unreadable run does not affect the others."""
+    """All runs of an output root, oldest first. Calls squeue once; an unreadable run does not affect the others."""
     runs = runfolder.list_runs(root)
     queue = queue_of(runs)
     return [_row(run, queue) for run in runs]
 
 
 def cancel(run_dir: Path, wait_s: float = CANCEL_WAIT_S) -> str:
-    """Ask a run to stop at its next step, with a checkpoint; what was done, in words.
+    """Ask a run to stop at its next step with a checkpoint; returns a sentence that says what was done.
 
-    A Slurm job is signalled and left alone until it has gone by itself, for at most `wait_s`; then scancel ends it.
-    scancel alone would leave it no more than Slurm's KillWait, 30 s by default, for the rest of its step and the save.
+    A Slurm job gets a signal and up to `wait_s` seconds to end by itself; then scancel ends it. scancel alone would
+    give it only Slurm's KillWait (30 s by default) to finish its step and save.
+
+    Raises ValueError if the process cannot be cancelled from here, or if squeue or scancel fails.
     """
     status, job = current_status(run_dir), read_job(run_dir)
     if status is not None and status.state in ALIVE and job is None:
@@ -95,12 +97,12 @@ def _cancel_slurm(run_dir: Path, job: Job, wait_s: float) -> str:
     if not state and (holder := process_of(run_dir)):
         told = f"job {job.job_id} is over, yet {holder} still runs it"
         raise ValueError(f"{run_dir.name}: {told}: end that process yourself")
-    if not runfolder.recipe(run_dir).exists():  # a command of a chain: it saves nothing
+    if not runfolder.recipe(run_dir).exists():  # a command of a chain, which has no checkpoint to save
         _scancel(job.job_id)
         return f"{run_dir.name}: job {job.job_id} cancelled; launch its chain again to run it from its beginning"
     if state == "PENDING":
-        # Not with --state=PENDING: scancel would take the whole array that a waiting task belongs to. A job that begins
-        # at this very moment has computed nothing yet.
+        # Without --state=PENDING, which would cancel the whole array that a waiting task belongs to. A job that starts
+        # just now has not computed anything yet.
         _scancel(job.job_id)
         state = _slurm_state(job)
     if state != "RUNNING":
@@ -114,13 +116,16 @@ def _cancel_slurm(run_dir: Path, job: Job, wait_s: float) -> str:
         _scancel(job.job_id)
         return f"{run_dir.name}: job {job.job_id} cancelled without a checkpoint, after {wait_s:.0f} s"
     if last is None:
-        return f"{run_dir.name}: job {job.job_id} left without a word; see {job.log}"
+        return f"{run_dir.name}: job {job.job_id} ended without reporting a state; see {job.log}"
     word = {"stopped": "cancelled; it has stopped with a checkpoint", "done": "came to its end, all steps done"}
     return f"{run_dir.name}: job {job.job_id} {word.get(last.state, f'ended: {last.state}, {last.message}')}"
 
 
 def _slurm_state(job: Job) -> str:
-    """Slurm's word for the job, empty where it is gone. ValueError where squeue does not answer: it may be saving."""
+    """Slurm's state of the job, empty if squeue no longer lists it as active.
+
+    ValueError if squeue does not answer: the job may be saving a checkpoint just now.
+    """
     queue = slurm_queue()
     if not queue.answered:
         raise ValueError(f"job {job.job_id}: squeue does not answer; nothing was cancelled, ask again")
@@ -128,13 +133,13 @@ def _slurm_state(job: Job) -> str:
 
 
 def _left(run_dir: Path, job: Job, deadline: float) -> tuple[bool, Status | None]:
-    """Whether the job has left by itself, seen by its last word or by the queue, and that word."""
+    """Wait until the job has ended by itself; returns whether it has, and the final state if it wrote one."""
     gone = False
     while time.time() < deadline:
         status = read_status(run_dir)
         if status is not None and status.launch == job.launch and status.state not in ALIVE:
             return True, status
-        if gone:  # it was gone before this look at its word
+        if gone:  # it had ended before its state was read just now, so no state will follow
             return True, None
         queue = slurm_queue()
         gone = queue.answered and job.job_id not in queue.states
@@ -143,7 +148,7 @@ def _left(run_dir: Path, job: Job, deadline: float) -> tuple[bool, Status | None
 
 
 def _scancel(*words: str) -> None:
-    """ValueError with Slurm's words where it refuses."""
+    """Call scancel; ValueError with its message if it fails."""
     try:
         subprocess.run(
             ["scancel", *words], check=True, capture_output=True, timeout=60, encoding="utf-8", errors="replace"
@@ -154,9 +159,9 @@ def _scancel(*words: str) -> None:
 
 
 def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
-    """Launch a run again as its recipe.yaml says, perhaps elsewhere or on another layout, from its last checkpoint.
+    """Launch a run again from its last checkpoint, with its recipe.yaml and overrides of layout or operation.
 
-    ValueError for an override of what decides the result: that would be another run.
+    ValueError for an override of a field that decides the result: that would be another run.
     """
     config = recipe_of(run_dir)
     if overrides:
@@ -172,19 +177,19 @@ def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
 
 
 def reconcile(root: Path) -> list[str]:
-    """Record, here and in MLflow, the end of runs whose jobs disappeared without a report; returns their names."""
+    """Record the end of runs whose jobs disappeared without reporting it, in status.json and MLflow; returns names."""
     ended = []
     for run_dir in runfolder.list_runs(root):
         said, status = read_status(run_dir), current_status(run_dir)
         if said is not None and said.state in ALIVE and status is not None and status.state not in ALIVE:
             try:
                 set_state(run_dir, status.state, status.code, status.message, launch=said.launch)
-            except OSError as error:  # somebody else's run, perhaps; the others are told
+            except OSError as error:  # perhaps another user's run; continue with the others
                 logger.warning("%s: its end is not written down (%s)", run_dir.name, error.strerror)
                 continue
             try:
                 set_status(run_dir, "KILLED")
-            except Exception as error:  # tracking decides nothing; sync_tracking tells it again
+            except Exception as error:  # tracking never stops anything; sync_tracking sends it later
                 logger.warning("%s: not told to MLflow (%s)", run_dir.name, brief(error))
             ended.append(run_dir.name)
     return ended

@@ -1,7 +1,7 @@
-"""Notify a user's command of a run's state changes: `tracking.notify=CMD` gets one line of JSON on its input.
+"""Notify a user's command of a run's state changes: `tracking.notify=CMD` gets one line of JSON on its standard input.
 
-The run never waits for the command while it computes and never fails because of it: a command that takes too long is
-killed, and failures are counted in RUN_DIR/notified.json. Services, retries and templates belong in the command.
+A running job does not wait for the command and never fails because of it: a command that takes too long is killed, and
+failures are counted in RUN_DIR/notified.json. Message templates, retries and services belong in the command.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ EVENTS: dict[State, str] = {
     "failed": "failure",
     "done": "end",
 }
-"""What is told, by the state that the run has come to."""
+"""The `event` of the JSON line, by the state that the run entered; other states are not reported."""
 TIMEOUT_S = 30.0
 END_TIMEOUT_S = 10.0
-"""When the job is about to leave, which would end the command too."""
+"""Time limit if the job is about to exit, which would end the command too."""
 LOG_BYTES = 1 << 20
-"""What one call may write to the log; a command that writes more is killed."""
+"""The most that one call may write to the log; a command that writes more is killed."""
 POLL_S = 0.05
 MESSAGE_CHARACTERS = 2000
 _counting = threading.Lock()
@@ -46,7 +46,7 @@ _counting = threading.Lock()
 
 @dataclass(frozen=True)
 class Told:
-    """notified.json: how many events the command has taken, how many not, and why the last one not."""
+    """notified.json: counts of delivered and failed notifications, and the last failure."""
 
     told: int = 0
     failed: int = 0
@@ -54,7 +54,7 @@ class Told:
 
 
 def notify(run_dir: Path, state: State, code: int | None, message: str) -> None:
-    """Tell of a state where the recipe names a command; waits, END_TIMEOUT_S at most, only when the job is leaving."""
+    """Call the recipe's command, if any. Waits for it only if the job is about to exit, at most END_TIMEOUT_S."""
     try:
         command = from_yaml(runfolder.recipe(run_dir)).tracking.notify if state in EVENTS else None
     except RecipeError:
@@ -100,7 +100,10 @@ def _tell(run_dir: Path, command: str, line: str, limit_s: float) -> None:
 
 
 def _run(run_dir: Path, command: str, line: str, limit_s: float) -> str:
-    """Why it failed, or nothing. The line comes from a file: a command that reads nothing blocks nobody."""
+    """Run the command; returns why it failed, or an empty string.
+
+    Its input is a file, not a pipe, so that a command that does not read its input cannot block the writer.
+    """
     try:
         with (
             tempfile.TemporaryFile("w+", encoding="utf-8") as source,
@@ -112,7 +115,7 @@ def _run(run_dir: Path, command: str, line: str, limit_s: float) -> str:
                 command,
                 shell=True,
                 cwd=project_root(),
-                env={name: value for name, value in os.environ.items() if name != SAFE_PATH},  # ours, not its own
+                env={name: value for name, value in os.environ.items() if name != SAFE_PATH},  # set only for our code
                 start_new_session=True,
                 stdin=source,
                 stdout=output,
@@ -127,7 +130,7 @@ def _run(run_dir: Path, command: str, line: str, limit_s: float) -> str:
 
 
 def _awaited(process: subprocess.Popen[bytes], log: int, limit_s: float) -> str:
-    """Wait for the command; why it was killed, or nothing."""
+    """Wait for the command; returns why it was killed, or an empty string."""
     most, deadline = os.fstat(log).st_size + LOG_BYTES, time.monotonic() + limit_s
     while True:
         with suppress(subprocess.TimeoutExpired):
@@ -138,7 +141,7 @@ def _awaited(process: subprocess.Popen[bytes], log: int, limit_s: float) -> str:
             fault = fault or f"took longer than {limit_s:.0f} s"
         if fault:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: the shell and what it started
+                os.killpg(process.pid, signal.SIGKILL)  # the shell and its children, which have a session of their own
             process.wait()
             os.ftruncate(log, min(os.fstat(log).st_size, most))
         if fault or process.returncode is not None:

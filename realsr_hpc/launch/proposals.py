@@ -1,8 +1,8 @@
 """The search space of successive halving (axes, rungs, metric) and the next recipe to try.
 
-If every axis lists its values, all combinations are tried once, in an order shuffled by the recipe's seed: in grid
-order runs would get steadily better or worse. If an axis is an interval, Optuna's TPE draws and learns from the results
-at the rungs.
+If every axis lists its values, all combinations are tried once, in an order shuffled with the recipe's seed, because in
+grid order results may steadily improve or worsen. If an axis is an interval, Optuna's TPE sampler draws values and
+learns from the results at the rungs.
 """
 
 from __future__ import annotations
@@ -23,51 +23,51 @@ from realsr_hpc.launch.halving import Trial, even_rungs
 from realsr_hpc.launch.rundir import run_folder
 
 DRAWN = 27
-"""Recipes that are drawn where `trials` does not say."""
+"""Number of recipes that are drawn if `trials` is not given."""
 TOLD = 5
-"""Differences that a message lists."""
+"""Number of differences that an error message lists."""
 DRAWS = 20
-"""How often one is drawn that there was before, until no new one is thought to be left."""
+"""Draws in a row that repeat earlier recipes before the space counts as exhausted."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """A sweep: what is fixed, what varies, where runs are measured."""
+    """A sweep: the fixed overrides, the axes that vary, and the steps at which runs are compared."""
 
     fixed: list[str]
     axes: list[Axis]
     varied: list[str]
-    """The axes as they were written."""
+    """The axes as overrides, as the command line gave them."""
     num_trials: int
     rungs: tuple[int, ...]
-    """Steps; the last is the runs' whole length."""
+    """Steps, ascending; the last is the number of steps of a whole run."""
     keep: int
-    """One in so many goes on to the next rung."""
+    """One in `keep` runs is promoted to the next rung."""
     sample: RunConfig
-    """One of its recipes: what they have in common."""
+    """One of the recipes, to read what all have in common."""
 
     @property
     def keys(self) -> list[str]:
-        """Keys that vary."""
+        """Configuration keys that vary."""
         return [axis.key for axis in self.axes]
 
     @property
     def metric(self) -> str:
-        """What runs are judged by."""
+        """The metric by which runs are compared."""
         return best_metric(self.sample)
 
     @property
     def highest(self) -> bool:
-        """Whether the highest value of it is best."""
+        """Whether the highest value of the metric is best."""
         return best_is_highest(self.sample)
 
     @cached_property
     def grid(self) -> list[list[str]] | None:
-        """All combinations in the order in which they are tried; None: they are drawn."""
+        """All combinations in the order in which they are tried; None if values are drawn."""
         return _grid(self.axes, self.sample.seed)
 
     def propose(self, tried: Sequence[list[str]], seen: Sequence[Trial]) -> list[str] | None:
-        """Overrides of the next run; None when enough, or all, were tried."""
+        """Overrides of the next run; None if `num_trials` or all combinations were tried."""
         if len(tried) >= self.num_trials:
             return None
         if self.grid is not None:
@@ -78,7 +78,7 @@ class Space:
         return None
 
     def _draw(self, tried: Sequence[list[str]], seen: Sequence[Trial], attempt: int) -> list[str]:
-        """What Optuna would try next, seeing every run as it stands now."""
+        """Overrides that Optuna draws, given the present results of all runs."""
         from optuna.trial import TrialState, create_trial
 
         optuna = quiet_optuna("asha")
@@ -101,9 +101,10 @@ class Space:
 
 
 def read_space(overrides: list[str], trials: int, rungs: str, keep: int) -> Space:
-    """The search space that the command line asks for. RecipeError names the option that does not fit.
+    """The search space of a command line. Raises RecipeError naming the option or override at fault.
 
-    trials: recipes to try at most; 0: the whole grid, or `DRAWN`. rungs: steps separated by commas; none: `even_rungs`.
+    trials: maximum number of recipes to try; 0: the whole grid, or `DRAWN`. rungs: steps separated by commas; empty:
+    `even_rungs`. keep: one in `keep` runs is promoted.
     """
     fixed, axes = search_space(overrides)
     if not axes:
@@ -141,9 +142,9 @@ def read_space(overrides: list[str], trials: int, rungs: str, keep: int) -> Spac
 
 
 def refuse_another_space(sweep: str, before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> None:
-    """RecipeError naming what decides results and is not as at the sweep's first launch.
+    """Raise RecipeError if fields that decide results differ from the sweep's first launch.
 
-    before, now: its `fixed` and `varied` overrides. Operation (`cluster`, `tracking`, ...) may change.
+    before, now: the `fixed` and `varied` overrides then and now. Operation (`cluster`, `tracking`, ...) may change.
     """
     old, new = _lines(before["varied"]), _lines(now["varied"])
     told = [
@@ -161,12 +162,12 @@ def refuse_another_space(sweep: str, before: Mapping[str, list[str]], now: Mappi
 
 
 def _lines(varied: list[str]) -> dict[str, tuple[Axis, str]]:
-    """Each axis with the override that it was written as, by key; a line that varies nothing is none."""
+    """By key: each axis with its override. Overrides with a single value are left out."""
     return {axis.key: (axis, line) for line in varied for axis in search_space([line])[1]}
 
 
 def recipes(space: Space) -> list[RunConfig]:
-    """All recipes of a grid that will be tried; where they are drawn, those drawn before anything is known."""
+    """All recipes that will be tried; if they are drawn, those that are drawn before there are any results."""
     tried: list[list[str]] = []
     while (overrides := space.propose(tried, [Trial(0, busy=True)] * len(tried))) is not None:
         tried.append(overrides)
@@ -174,7 +175,7 @@ def recipes(space: Space) -> list[RunConfig]:
 
 
 def quiet_optuna(sampler: str) -> Any:
-    """Optuna, which says nothing; RecipeError where it is not installed."""
+    """Import Optuna with its log level set to warnings; RecipeError if it is not installed."""
     try:
         import optuna
     except ImportError:

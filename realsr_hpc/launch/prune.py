@@ -1,4 +1,4 @@
-"""Find and remove snapshots of the code that no run refers to any more."""
+"""Find and remove code snapshots that no run refers to any more."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from realsr_hpc import runfolder
 from realsr_hpc.locks import hold
 
 USERS = ".users"
-"""In the folder of snapshots: runs that lie elsewhere (prepare=DIR), one path a line."""
+"""File in the folder of snapshots: paths of run folders outside the output root (prepare=DIR), one per line."""
 
 
 @dataclass(frozen=True)
 class Unused:
-    """A snapshot that can go."""
+    """A snapshot that can be removed, with its size."""
 
     path: Path
     num_bytes: int
 
 
 def link_code(run_dir: Path, code: Path) -> None:
-    """Show in the run's folder which snapshot it runs from."""
+    """Link the run's folder to the snapshot that it runs from."""
     if run_dir.parent != code.parent.parent:
         with (code.parent / USERS).open("a", encoding="utf-8", errors="surrogateescape") as users:
             users.write(f"{run_dir}\n")
@@ -36,7 +36,7 @@ def link_code(run_dir: Path, code: Path) -> None:
 
 
 def unused_snapshots(root: Path) -> list[Unused]:
-    """Snapshots of an output root that no run's folder links to, and what launchers left half made."""
+    """Snapshots of an output root that no run folder links to, including incomplete ones."""
     folder = root / "code"
     needed = {runfolder.code(run_dir).resolve() for run_dir in _users(root, folder)}
     found = [path for path in folder.glob("*") if path.is_dir() and path.resolve() not in needed]
@@ -44,7 +44,7 @@ def unused_snapshots(root: Path) -> list[Unused]:
 
 
 def remove_snapshots(root: Path) -> list[Unused]:
-    """Remove them, while nobody launches; those that were removed."""
+    """Remove `unused_snapshots` while holding the launch lock; returns the removed ones."""
     with hold(root / f".launch-{os.getuid()}.lock", "removing snapshots", 10.0), hold(root / ".code.lock", "", 10.0):
         found = unused_snapshots(root)
         for item in found:

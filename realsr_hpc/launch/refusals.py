@@ -1,4 +1,4 @@
-"""Reasons to refuse a submission, which a job would only find out hours later."""
+"""Checks before a submission, so that a job does not fail hours later for a reason that is visible now."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from realsr_hpc.paths import resolve
 from realsr_hpc.plan import plan, way_to_fit
 
 READ_AT_LAUNCH_BYTES = 64 * MIB
-"""Launching answers in about a second: larger files it only looks for."""
+"""Larger files are only checked for existence, so that launching takes about a second."""
 
 
 def refuse_what_is_missing(configs: list[RunConfig], promised: Collection[Path] = ()) -> None:
-    """ValueError that names all of `missing`."""
+    """Raise ValueError with one line for each entry of `missing`."""
     if absent := missing(configs, promised):
         raise ValueError("\n".join(absent))
 
 
 def missing(configs: list[RunConfig], promised: Collection[Path] = ()) -> list[str]:
-    """Every file that the recipes read and this machine lacks; where none is, what is damaged or does not fit.
+    """One line for each file that the recipes read and that is missing; if none is, for each damaged or unsuitable one.
 
-    promised: folders that will be there by then, whatever is in them.
+    promised: folders that earlier stages of a chain will write; files in them are not checked.
     """
     read = {need for config in configs for need in needs_of(config)}
     read |= {_manifest_need(config) for config in configs}
@@ -60,8 +60,8 @@ def _manifest_need(config: RunConfig) -> Need:
 
 
 def _manifest_faults(config: RunConfig) -> Iterator[str]:
-    """What the recipe asks of its manifest and does not find. Reads three columns: launching decodes no image."""
-    import pyarrow as pa  # a fifth of a second that --help should not take
+    """Faults of the recipe's manifest: damage, missing splits, captions or partners. Reads three columns, no image."""
+    import pyarrow as pa  # takes 0.2 s, so not at import: --help should be fast
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -70,7 +70,7 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
         yield f"data.manifest: {fault}"
         return
     try:
-        with path.open("rb") as stream:  # pyarrow opens no name that is not UTF-8
+        with path.open("rb") as stream:  # pyarrow itself cannot open a path that is not valid UTF-8
             columns = ["split", "lq_path", "caption_final"]
             table = pq.read_table(stream, columns=columns, page_checksum_verification=True)
         splits = table["split"].unique().to_pylist()
@@ -99,12 +99,12 @@ def _damaged(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
     return (
         fault
         for path, fault in damaged_files(config)
-        if not any(path.is_relative_to(folder) for folder in promised)  # an earlier stage writes it anew
+        if not any(path.is_relative_to(folder) for folder in promised)  # an earlier stage will rewrite it
     )
 
 
 def _differing(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
-    """Start weights and tokenizers that differ from a `SHA256SUMS` beside them; large files the job compares."""
+    """Start weights and tokenizers that differ from a `SHA256SUMS` beside them; the job checks large files."""
     checks: dict[str, tuple[Callable[[Path, float], None], str]] = {
         "text_tokenizer.path": (check_listed, config.text_tokenizer.path)
     }
@@ -114,7 +114,7 @@ def _differing(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
             checks["model.weights"] = (check_sums, config.model.weights)
     for field, (check, named) in checks.items():
         if any(resolve(named).is_relative_to(folder) for folder in promised):
-            continue  # an earlier stage writes it anew
+            continue  # an earlier stage will rewrite it
         try:
             check(resolve(named), READ_AT_LAUNCH_BYTES)
         except (ValueError, OSError) as error:
@@ -122,7 +122,7 @@ def _differing(config: RunConfig, promised: Collection[Path]) -> Iterator[str]:
 
 
 def unchecked_manifests(configs: list[RunConfig]) -> list[str]:
-    """What the user should know of manifests without a checksum: they are taken as they are."""
+    """Warnings about manifests without a checksum file, whose damage would not be detected."""
     paths = dict.fromkeys(resolve(config.data.manifest) for config in configs)
     return [
         f"data.manifest: {path} has no {checksum_of(path).name} beside it: damage to it would go unseen; "

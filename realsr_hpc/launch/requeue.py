@@ -14,17 +14,17 @@ from pathlib import Path
 from realsr_hpc.locks import LockRefused, hold
 
 PATIENCE_S = 600.0
-"""How long a controller that does not answer is asked again: a restart or a failover takes minutes."""
+"""How long the call is repeated while the controller does not answer: a restart or failover takes minutes."""
 FIRST_PAUSE_S = 1.0
 LAST_PAUSE_S = 60.0
 CALL_S = 120.0
 LOCK_S = 30.0
 SAME_JOB_WAIT_S = 180.0
-"""How long a requeued job waits for its lock: its first attempt may still run on a node that Slurm lost sight of."""
+"""How long a requeued job waits for its lock: its first attempt may still run on a node that Slurm cannot reach."""
 FINAL = ("invalid job id", "access/permission denied", "operation is presently disabled", "not requeueable")
-"""Answers that asking again does not change."""
-OURS = ("pending", "completing")
-"""Answers of a Slurm that was faster than we were: it requeues the job already."""
+"""Errors that do not go away by trying again."""
+ALREADY_REQUEUED = ("pending", "completing")
+"""Errors which mean that Slurm is already requeueing the job."""
 
 
 def requeue(job_id: str, patience_s: float = PATIENCE_S, sleep: Callable[[float], None] = time.sleep) -> bool:
@@ -36,8 +36,8 @@ def requeue(job_id: str, patience_s: float = PATIENCE_S, sleep: Callable[[float]
     while True:
         code, text = _scontrol("requeue", job_id)
         print(f"requeue {job_id}: {code} {text.strip()}", flush=True)
-        # A negative code: Slurm's own requeue killed the call.
-        if code <= 0 or any(word in text for word in OURS):
+        # A negative code: scontrol was killed by a signal, because the requeue it asked for already ends this job.
+        if code <= 0 or any(word in text for word in ALREADY_REQUEUED):
             return True
         if any(word in text for word in FINAL) or waited >= patience_s:
             return False
@@ -46,31 +46,31 @@ def requeue(job_id: str, patience_s: float = PATIENCE_S, sleep: Callable[[float]
 
 
 def this_node() -> str:
-    """This node's name as Slurm has it."""
+    """This node's name in Slurm."""
     return os.environ.get("SLURMD_NODENAME", os.uname().nodename)
 
 
 def exclude(job_id: str, nodes: Sequence[str], lock: Path) -> None:
-    """Keep the requeued job away from these nodes, and from those that were excluded before.
+    """Add these nodes to the requeued job's list of excluded nodes.
 
-    Slurm refuses that of a running job, and takes it once it was requeued: then it is pending, and not started again
-    before its processes, this one among them, have ended. Slurm takes whole lists alone, so that two nodes that add
-    themselves at once would each forget the other: `lock` lets them in one by one.
+    Slurm refuses this for a running job and accepts it after the requeue: the job is then pending, and Slurm starts it
+    again only after its processes, including this one, have ended. scontrol can only replace the whole list, so two
+    nodes that add themselves at the same time would overwrite each other; `lock` lets one do so at a time.
     """
     with ExitStack() as stack:
-        with suppress(LockRefused, OSError):  # better to exclude without a lock than not at all
+        with suppress(LockRefused, OSError):  # excluding without the lock is better than not excluding
             stack.enter_context(hold(lock, f"excluding {', '.join(nodes)}", LOCK_S))
-        before = _asked(lambda: _excluded(job_id))
+        before = _retried(lambda: _excluded(job_id))
         if before is None:
             print(f"{', '.join(nodes)} not excluded from job {job_id}: scontrol show job does not answer", flush=True)
             return
         listed = ",".join(dict.fromkeys([*filter(None, before.split(",")), *nodes]))
-        said = _asked(lambda: _update(job_id, listed))
+        said = _retried(lambda: _update(job_id, listed))
     print(said or f"{', '.join(nodes)} could not be excluded from job {job_id}", flush=True)
 
 
 def _excluded(job_id: str) -> str | None:
-    """The job's list, empty without one; None when Slurm does not tell."""
+    """The job's excluded nodes, separated by commas; empty if there are none, None if scontrol fails."""
     code, shown = _scontrol("show", "job", "--oneliner", job_id, lower=False)
     if code != 0:
         return None
@@ -80,16 +80,16 @@ def _excluded(job_id: str) -> str | None:
 
 def _update(job_id: str, listed: str) -> str | None:
     code, text = _scontrol("update", f"JobId={job_id}", f"ExcNodeList={listed}")
-    if code == 0:  # a negative one: the SIGTERM of our own requeue ended the call
+    if code == 0:  # negative: the SIGTERM of our own requeue ended the call
         return f"excluded from job {job_id}: {listed}"
     print(f"exclude {listed}: {code} {text.strip()}", flush=True)
     return None
 
 
-def _asked(question: Callable[[], str | None]) -> str | None:
-    """The first answer within some seconds."""
+def _retried(call: Callable[[], str | None]) -> str | None:
+    """The call's first result that is not None, within about five seconds."""
     for _ in range(20):
-        if (answer := question()) is not None:
+        if (answer := call()) is not None:
             return answer
         time.sleep(0.25)
     return None

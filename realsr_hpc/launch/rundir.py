@@ -1,4 +1,7 @@
-"""Which folder belongs to a recipe's run, and the state of the run in it; `runfolder` names the files in it."""
+"""The folder of a recipe's run and the run's state, as its files and Slurm's queue show it.
+
+`runfolder` names the files inside a run folder.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,14 @@ from realsr_hpc.locks import Holder, holder_of, is_held
 from realsr_hpc.tracking import recipe_of
 
 State = Literal["submitted", "running", "stopping", "requeued", "stopped", "done", "failed", "lost"]
-"""stopping: asked to, saving. stopped: launching it again goes on. lost: its job ended without a word."""
+"""stopping: was asked to stop and is saving. requeued: waits in Slurm's queue for its next attempt. stopped: launching
+it again continues it. lost: its job ended without reporting a state."""
 ALIVE: tuple[State, ...] = ("submitted", "running", "stopping", "requeued")
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 )  # fmt: skip
-"""Slurm's names for jobs that are over; it keeps them in its queue for some minutes (MinJobAge)."""
+"""Slurm's states of finished jobs; squeue shows them for some minutes (MinJobAge)."""
 LAUNCH_VARIABLE = "REALSR_HPC_LAUNCH"
 SLURM_QUIET_S = 60
 """A requeued or just submitted job may be missing from squeue for a moment."""
@@ -36,21 +40,21 @@ SLURM_QUIET_S = 60
 
 @dataclass(frozen=True)
 class Job:
-    """The job that runs a folder; `job_id` is a process id on `host` for a local job."""
+    """The job that runs a folder. For a local job `job_id` is a process id on `host`."""
 
     kind: Literal["local", "slurm"]
     job_id: str
     host: str
     log: str
-    """The supervisor's own output."""
+    """The supervisor's output file."""
     launch: str = ""
-    """Which launch it belongs to: a state that bears another one was left by an earlier job."""
+    """Id of its launch: a state with another id was written by an earlier job."""
     time_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Status:
-    """Last known state."""
+    """A state of a run, with the exit code and message of its job."""
 
     state: State
     code: int | None = None
@@ -61,19 +65,20 @@ class Status:
 
 @dataclass(frozen=True)
 class Queue:
-    """What Slurm said of this user's jobs: id -> state, or that it does not answer."""
+    """squeue's answer about this user's jobs."""
 
     states: dict[str, str]
-    """Waiting, running or leaving."""
+    """Job id -> Slurm state of every job that is pending, running or completing."""
     answered: bool = True
+    """False if squeue failed or timed out."""
     ended: dict[str, str] = field(default_factory=dict)
-    """Over, as far as Slurm still knows them."""
+    """Job id -> Slurm state of finished jobs that squeue still lists."""
     reasons: dict[str, str] = field(default_factory=dict)
-    """Why a job waits, in Slurm's word (`Resources`, `QOSMaxJobsPerUserLimit`, ...)."""
+    """Job id -> why a pending job waits (`Resources`, `QOSMaxJobsPerUserLimit`, ...)."""
 
 
 def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
-    """The folder of this recipe's run; with `fresh` the first numbered one that does not exist."""
+    """The folder of this recipe's run; with `fresh`, the first numbered folder that does not exist yet."""
     base = output_root(config) / f"{config.name}-{signature(config)}"
     if not fresh:
         return base if base.exists() else _of_earlier_scheme(base, config) or base
@@ -84,7 +89,7 @@ def run_folder(config: RunConfig, *, fresh: bool = False) -> Path:
 
 
 def _of_earlier_scheme(base: Path, config: RunConfig) -> Path | None:
-    """This recipe's run, launched when signatures covered other fields; its recipe.yaml says the same today."""
+    """A run of this recipe that was launched when signatures covered other fields, found by its recipe.yaml."""
     for path in sorted(base.parent.glob(f"{glob.escape(config.name)}-*/{runfolder.RECIPE}")):
         try:
             with path.open(encoding="utf-8", errors="replace") as file:
@@ -100,7 +105,10 @@ def _of_earlier_scheme(base: Path, config: RunConfig) -> Path | None:
 
 
 def make_private(folder: Path) -> Path:
-    """The folder, with access for its owner alone: recipes, logs and pickles are private. ValueError: not ours."""
+    """Create the folder with access for its owner only: recipes, logs and pickles are private.
+
+    ValueError if it belongs to another user.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.stat()
@@ -114,36 +122,41 @@ def make_private(folder: Path) -> Path:
 def write_status(
     run_dir: Path, state: State, code: int | None = None, message: str = "", launch: str | None = None
 ) -> None:
-    """Replace the run's state, as the job of `launch` (None: the one that this process belongs to) sees it."""
+    """Replace the run's state.
+
+    launch: id of the launch that reports it; None for the launch that this process belongs to.
+    """
     own = os.environ.get(LAUNCH_VARIABLE, "") if launch is None else launch
     write_atomically(runfolder.status(run_dir), json.dumps(asdict(Status(state, code, message, time.time(), own))))
 
 
 def read_status(run_dir: Path) -> Status | None:
-    """The state as last written; `current_status` also asks whether the job still lives."""
+    """The state that was written last; `current_status` also checks whether the job still exists."""
     return read_json(runfolder.status(run_dir), Status)
 
 
 def write_job(run_dir: Path, job: Job) -> None:
-    """Remember the job."""
+    """Record the run's job in job.json."""
     write_atomically(runfolder.job(run_dir), json.dumps(asdict(job)))
 
 
 def read_job(run_dir: Path) -> Job | None:
-    """The job last submitted for the run."""
+    """The job that was submitted last for the run; None if job.json is missing or damaged."""
     return read_json(runfolder.job(run_dir), Job)
 
 
 def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
-    """The true state: a run that calls itself alive without a living job was stopped, or is `lost`.
+    """The run's actual state: the written one, corrected if the job it belongs to no longer exists.
 
-    A run whose job is gone but whose process goes on, on a node that Slurm lost sight of, is `running`.
-    `queue` is `slurm_queue()`'s answer, to ask Slurm once for many runs.
+    A run that was alive by its last report but has no job any more is `stopped` or `lost`. A run whose job is gone but
+    whose process still holds the run's lock (on a node that lost contact with Slurm) is `running`.
+
+    queue: the result of `slurm_queue()`, to call squeue once for many runs. None: call it now if needed.
     """
     status, job = read_status(run_dir), read_job(run_dir)
     if job is None:
         return _without_job(run_dir, status)
-    if status is None or status.launch != job.launch:  # its job has said nothing yet, or nothing that can be read
+    if status is None or status.launch != job.launch:  # the job has not reported yet, or its report is damaged
         status = Status("submitted", time_s=job.time_s, launch=job.launch)
     if status.state not in (*ALIVE, "stopped"):
         return status
@@ -151,53 +164,57 @@ def current_status(run_dir: Path, queue: Queue | None = None) -> Status | None:
     if status.state == "stopped":
         if known.states.get(job.job_id, "COMPLETING") == "COMPLETING":
             return status
-        return Status("requeued", status.code, status.message, status.time_s)  # Slurm requeued it of itself
+        return Status("requeued", status.code, status.message, status.time_s)  # by Slurm, not by its supervisor
     if is_alive(job, status, known):
         return status
-    settled = read_status(run_dir)  # it may have ended between the two looks
+    settled = read_status(run_dir)  # it may have ended after the first read and before squeue answered
     if settled is not None and settled.launch == job.launch and settled.state not in ALIVE:
         return settled
     if holder := process_of(run_dir):
         message = f"job {job.job_id} is over, yet {holder} still runs it: wait for its end, or end it"
         return Status("running", None, message, status.time_s)
-    return _without_a_word(run_dir, status, job, known.ended.get(job.job_id, ""))
+    return _ended_unreported(run_dir, status, job, known.ended.get(job.job_id, ""))
 
 
 def _without_job(run_dir: Path, status: Status | None) -> Status | None:
-    """A run whose job.json is missing or damaged; who runs it holds its lock."""
+    """State of a run whose job.json is missing or damaged: alive only if a process holds its lock."""
     if status is None or status.state not in ALIVE:
         return status
     if holder := process_of(run_dir):
         return Status(status.state, None, f"run by {holder}", status.time_s)
-    return Status("lost", None, "no job of it is known (job.json); launch it again to go on", status.time_s)
+    return Status("lost", None, "no job of it is known (job.json); launch it again to continue", status.time_s)
 
 
 def process_of(run_dir: Path) -> Holder | None:
-    """The process that runs a folder now, whatever is known of its job; None: there is none."""
+    """The process that holds the run's lock now, even if its job is unknown; None if no process does."""
     lock = runfolder.lock(run_dir)
     return holder_of(lock) if is_held(lock) else None
 
 
-def _without_a_word(run_dir: Path, status: Status, job: Job, ended: str) -> Status:
-    """What became of a run whose job is gone and left no last state."""
+def _ended_unreported(run_dir: Path, status: Status, job: Job, ended: str) -> Status:
+    """State of a run whose job is gone and wrote no final state; `ended` is Slurm's state of the job, if known."""
     step = saved_step(run_dir)
-    again = "launch it again to start" if step is None else f"launch it again to go on from step {step}"
+    again = "launch it again to start" if step is None else f"launch it again to continue from step {step}"
     if status.state == "stopping":
         return Status("stopped", None, f"job {job.job_id} was ended before it could save; {again}", status.time_s)
     if ended == "CANCELLED" or (job.kind == "slurm" and status.state != "running" and not Path(job.log).exists()):
         return Status("stopped", None, f"job {job.job_id} was cancelled; {again}", status.time_s)
     how = f" ({ended})" if ended else ""
-    return Status("lost", None, f"job {job.job_id} ended without a word{how}; see {job.log}; {again}", status.time_s)
+    told = f"job {job.job_id} ended without reporting a state{how}; see {job.log}; {again}"
+    return Status("lost", None, told, status.time_s)
 
 
 def saved_step(run_dir: Path) -> int | None:
-    """Step of the newest checkpoint that was completed; None before the first. Its bytes are not read."""
+    """Step of the newest complete checkpoint; None if there is none. Its tensors are not read."""
     folders = [path.parent for path in runfolder.checkpoints(run_dir).glob("*/manifest.json")]
     return max((runfolder.step_of(folder) for folder in folders if runfolder.is_step(folder)), default=None)
 
 
 def is_alive(job: Job, status: Status, queue: Queue) -> bool:
-    """Whether the job is queued or running. Believed: a local job of another host, any job while Slurm is silent."""
+    """Whether the job is queued or running.
+
+    If that cannot be checked, it counts as alive: a local job on another host, or a Slurm job while squeue fails.
+    """
     if job.kind == "local":
         return job.host != os.uname().nodename or (job.job_id.isdecimal() and _is_controller(int(job.job_id)))
     if not queue.answered or job.job_id in queue.states:
@@ -206,7 +223,7 @@ def is_alive(job: Job, status: Status, queue: Queue) -> bool:
 
 
 def slurm_queue() -> Queue:
-    """This user's jobs, one call."""
+    """This user's jobs, from one call of squeue."""
     command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i %T %r"]
     try:
         answer = subprocess.run(
@@ -223,21 +240,21 @@ def slurm_queue() -> Queue:
 
 
 def queue_of(folders: Iterable[Path]) -> Queue:
-    """Slurm's queue where the job of one of these folders is Slurm's; otherwise an empty one, and nothing is asked."""
+    """Slurm's queue if one of these runs has a Slurm job; otherwise an empty one, without calling squeue."""
     return slurm_queue() if any(is_slurm(read_job(folder)) for folder in folders) else Queue({})
 
 
 def is_slurm(job: Job | None) -> bool:
-    """Whether there is a job, and Slurm runs it."""
+    """Whether there is a job and it belongs to Slurm."""
     return job is not None and job.kind == "slurm"
 
 
 def _is_controller(pid: int) -> bool:
-    """Process ids are used again: the process must be submitit's controller, and no zombie."""
+    """Whether the process is submitit's controller and not a zombie; the system may have reused the process id."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
         return False
-    # While it is being started, a process has no words yet.
+    # While the process is starting, its command line is empty.
     return state not in "ZX" and (not words or b"submitit.local._local" in words)

@@ -1,7 +1,7 @@
-"""submitit's Slurm executor, reading the job's number from sbatch's own line.
+"""submitit's Slurm executor, but with the job id read from sbatch's own output line.
 
-submitit takes the first `job N` of sbatch's output. A site's wrapper may print such words of its own before that line,
-and a run that remembers another job's number would be declared lost, or cancel that job.
+submitit takes the first `job N` in sbatch's output. A site's wrapper script may print such text before that line, and
+a run that recorded a wrong job id would be declared lost, or would cancel another job.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from submitit.core.utils import FailedSubmissionError
 
 OWN_LINE = re.compile(r"^Submitted batch job (\d+)\b", re.MULTILINE)
 ANY_WORDS = re.compile(r"\bjob (\d+)\b", re.IGNORECASE)
-"""Of a wrapper that replaces sbatch's line."""
+"""Used if a wrapper replaces sbatch's line."""
 
 
 class Executor(SlurmExecutor):
-    """submitit's, but for the number."""
+    """submitit's SlurmExecutor with the parsing of the job id replaced."""
 
     @staticmethod
     def _get_job_id_from_submission_command(string: bytes | str) -> str:
-        """FailedSubmissionError where the output names no job, or several and none in sbatch's own words."""
+        """The job id. FailedSubmissionError if the output names no job, or several without sbatch's own line."""
         text = string if isinstance(string, str) else string.decode(errors="replace")
         found = set(OWN_LINE.findall(text) or ANY_WORDS.findall(text))
         if len(found) != 1:

@@ -1,4 +1,4 @@
-"""Translates a recipe's cluster section to Slurm: submitit's parameters and the resulting batch script."""
+"""Translates a recipe's cluster section into submitit's Slurm parameters and the resulting batch script."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from realsr_hpc.paths import SAFE_PATH, resolve
 def executor_parameters(
     cluster: ClusterConfig, job_name: str, setup: list[str], after: Sequence[str] = ()
 ) -> dict[str, object]:
-    """submitit's Slurm parameters: one supervisor a node, which starts that node's tasks.
+    """submitit's Slurm parameters: one supervisor per node, which starts that node's tasks.
 
-    after: jobs that must have succeeded; where one of them cannot any more, Slurm takes this job out of its queue.
+    after: ids of jobs that must succeed first. If one of them fails, Slurm removes this job from its queue.
     """
     waits = {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
     values: dict[str, object | None] = {
@@ -48,12 +48,12 @@ def executor_parameters(
 
 
 def _extra(cluster: ClusterConfig) -> dict[str, bool | int | str]:
-    """What the recipe adds, in sbatch's own spelling; submitit writes True as an option without a value."""
+    """`cluster.extra_sbatch` with sbatch's spelling of the option names; submitit writes True as a bare option."""
     return {key.replace("_", "-"): value for key, value in cluster.extra_sbatch.items() if value is not False}
 
 
 def _srun_arguments(cluster: ClusterConfig) -> list[str]:
-    """One node that fails ends the others; a container where the site has enroot/pyxis."""
+    """A failing node ends the others; `cluster.container_image` needs enroot/pyxis on the cluster."""
     arguments = ["--kill-on-bad-exit=1"]
     if cluster.container_image:
         arguments.append(f"--container-image={cluster.container_image}")
@@ -61,11 +61,11 @@ def _srun_arguments(cluster: ClusterConfig) -> list[str]:
 
 
 def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
-    """Shell lines of the batch script before srun: the site's file, then the snapshot, checked and made current.
+    """Shell lines of the batch script before srun: source the site's file, verify the snapshot and change into it.
 
-    A line that fails ends the job, as outside of its snapshot it would run something else. Python is kept from looking
-    in the current folder, which a container chooses. A supervisor that was killed (137: by the memory killer, say) can
-    ask Slurm for nothing: the script asks in its stead.
+    A failing line ends the job, because outside its snapshot it would run other code. PYTHONSAFEPATH keeps Python from
+    importing from the current folder, which a container may change. A supervisor that was killed (exit code 137, for
+    instance by the out-of-memory killer) cannot requeue its job, so the script does it (`AGAIN`).
     """
     there, sums = shlex.quote(str(code)), f"sha256sum --check --quiet --strict {SUMS_FILE}"
     lines = [
@@ -109,12 +109,13 @@ again() {{
     asked requeue "$id" >&2
 }}
 """
-"""Not for a job that is being cancelled, or that its supervisor has requeued. A controller that is away (a restart, a
-failover) is asked again for minutes."""
+"""Shell function that requeues the job, retrying for minutes while the controller does not answer.
+
+It does nothing for a job that is being cancelled or is already requeued."""
 
 
 def sbatch_script(config: RunConfig, num_runs: int = 1) -> str:
-    """The script that would be submitted, `map_count` runs as one array."""
+    """The batch script that would be submitted; with `num_runs` > 1 that of one array of so many runs."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     folder = runfolder.job_logs(run_folder(config))

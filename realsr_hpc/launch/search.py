@@ -1,9 +1,9 @@
-"""Optuna chooses the recipes of a sweep: each launch reports how the earlier runs ended and asks for new ones.
+"""`sampler=optuna`: each launch reports the results of the earlier runs to Optuna and asks it for new recipes.
 
-Optuna's journal is in OUTPUT_ROOT/sweeps/NAME/, so a sweep can continue from any machine that sees the output root.
-Missing runs are proposed again first, new ones only after all earlier ones have ended. The objective is the recipe's
+Optuna's journal is in OUTPUT_ROOT/sweeps/NAME/, so a sweep can continue on any machine that sees the output root.
+Unfinished runs are proposed again first, new ones only after all earlier ones have ended. The objective is the recipe's
 best metric in its declared direction. Optuna's own loop and pruning are not used: Slurm executes the runs as one array.
-A plan draws from a copy of the journal, and draws what launching would draw.
+A plan draws from a copy of the journal, so it shows what launching would draw.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ JOURNAL = "optuna.journal"
 
 
 def sample(overrides: list[str], sweep: str, trials: int, *, keep: bool) -> list[RunConfig]:
-    """Recipes to run now: the unfinished ones of this sweep, or `trials` new ones. RecipeError without optuna.
+    """Recipes to run now: the unfinished ones of this sweep, or `trials` new ones. RecipeError if Optuna is missing.
 
-    keep: remember them as drawn, for the next launch; otherwise nothing is written.
+    keep: record them as drawn, for the next launch; otherwise nothing is written.
     """
     fixed, axes = search_space(overrides)
     if not axes:
@@ -52,7 +52,7 @@ def sample(overrides: list[str], sweep: str, trials: int, *, keep: bool) -> list
 
 @contextmanager
 def _kept(root: Path, sweep: str) -> Iterator[Path]:
-    """The sweep's folder, for this process alone: two launchers would draw twice."""
+    """The sweep's folder, locked, because two processes would both draw the same recipes."""
     folder = make_private(make_private(root / "sweeps") / sweep)
     with hold(folder / "journal.lock", f"drawing for sweep {sweep}", WAIT_S):
         yield folder
@@ -60,7 +60,7 @@ def _kept(root: Path, sweep: str) -> Iterator[Path]:
 
 @contextmanager
 def _copied(root: Path, sweep: str) -> Iterator[Path]:
-    """A folder with a copy of the sweep's journal, if it has one; without a line that is just being written."""
+    """A temporary folder with a copy of the sweep's journal, if it has one, up to its last complete line."""
     with TemporaryDirectory() as folder:
         journal = root / "sweeps" / sweep / JOURNAL
         if journal.exists():
@@ -81,13 +81,13 @@ def _study(fixed: list[str], sweep: str, folder: Path) -> Any:
         direction="maximize" if best_is_highest(config) else "minimize",
         load_if_exists=True,
     )
-    # A sampler seeded alike at each launch would draw its random start again and again.
+    # With the same seed at each launch the sampler would repeat its random first draws.
     study.sampler = optuna.samplers.TPESampler(seed=config.seed + len(study.trials), constant_liar=True)
     return study
 
 
 def _tell(study: Any, fixed: list[str]) -> list[Any]:
-    """Give Optuna the ends of runs; the trials that have none yet."""
+    """Report finished runs to Optuna; returns the trials that have no result yet."""
     from optuna.trial import TrialState
 
     for trial in _running(study):

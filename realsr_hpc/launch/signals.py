@@ -1,8 +1,7 @@
 """The stop flag of one process: a signal sets it, and the training loop reads it at step boundaries.
 
-Handlers only set a flag, because a checkpoint is collective and cannot be taken inside a handler. Processes that a
-training process forks (data workers) inherit the handlers; there the flag belongs to another process id and the
-signal is ignored, so that a worker neither stops early nor writes anything.
+Handlers only set a flag, because saving a checkpoint is a collective operation and cannot run inside a handler. Forked
+children (data workers) inherit the handlers, but the flag records its process id, so children ignore the signal.
 """
 
 from __future__ import annotations
@@ -19,29 +18,31 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DUMP_SIGNAL = signal.SIGQUIT
-"""Writes the stacks of all threads to stderr; the process goes on."""
+"""Writes the stacks of all threads to stderr; the process continues."""
 
 
 def die_with_parent() -> None:
-    """In a child process: have the kernel send SIGKILL when the parent ends, however it ends. Linux only."""
+    """Called in a child process: the kernel sends it SIGKILL when the parent ends for any reason. Linux only."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class StopFlag:
-    """Callable that tells whether this process was asked to stop."""
+    """Callable that returns whether this process was asked to stop."""
 
     def __init__(self) -> None:
         self._asked = False
         self.warned = False
-        """SIGUSR1 or 2 came: the scheduler wants its nodes back and the job may go on later."""
+        """True after SIGUSR1 or SIGUSR2: the scheduler takes the nodes back, and the job may be requeued."""
         self._pid = os.getpid()
 
     @classmethod
     def install(cls, *, early_warning: bool = False) -> StopFlag:
-        """A flag set by STOP_SIGNALS; stacks of all threads go to stderr at DUMP_SIGNAL and at an abort.
+        """Install the signal handlers; returns the flag that STOP_SIGNALS set.
 
-        With `early_warning` (a supervisor: it runs no NCCL) SIGUSR1 sets it as well, and elsewhere it does nothing:
-        Slurm sends a warning signal to every process of a step.
+        DUMP_SIGNAL and aborts write the stacks of all threads to stderr.
+
+        early_warning: SIGUSR1 sets the flag too (for a supervisor, which does not use NCCL). Otherwise SIGUSR1 is
+        ignored, because Slurm sends its warning signal to every process of a job step.
         """
         flag = cls()
         for number in STOP_SIGNALS:
@@ -55,17 +56,17 @@ class StopFlag:
         return flag
 
     def retire(self) -> None:
-        """The process is leaving and no longer listens: Python puts default handlers back while it shuts down, and a
-        late stop signal would turn its exit code into that of a killed process."""
+        """Ignore the signals from now on. Called before exit: Python restores default handlers during shutdown, and a
+        late stop signal would change the exit code to that of a killed process."""
         for number in HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def ask(self, number: int | None = None, _frame: FrameType | None = None) -> None:
-        """Ask this process, and no child of it, to stop at its next step boundary."""
+        """Signal handler: ask this process, not its children, to stop at its next step boundary."""
         if os.getpid() == self._pid:
             self._asked = True
             self.warned |= number in (signal.SIGUSR1, signal.SIGUSR2)
 
     def __call__(self) -> bool:
-        """Whether the process was asked."""
+        """Whether the process was asked to stop."""
         return self._asked

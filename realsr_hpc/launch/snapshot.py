@@ -1,9 +1,9 @@
 """A copy of the code that a Slurm job runs from, so that editing the checkout does not change queued jobs.
 
 Its name is the hash of its contents, uncommitted changes included; runs of the same code share one copy. It is written
-aside and renamed, so a half-written one is never used. Its contents are always verified: launching compares every byte,
-and the job checks again (SHA256SUMS). Files that git ignores (weights, data) stay in the checkout, where
-`paths.resolve` finds them for launcher and job alike.
+under another name and renamed when complete, so no job uses a partial copy. Launching compares every byte with the
+checkout, and the job verifies SHA256SUMS. Files that git ignores (weights, data) stay in the checkout, where
+`paths.resolve` finds them for the launcher and the job.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ FOLDERS = ("realsr_hpc", "recipes", "slurm", "tools")
 
 
 def take_snapshot(configs: Sequence[RunConfig]) -> Path:
-    """Folder of the copy that the runs of these recipes share, made, or made anew where it is not what its name says.
+    """The snapshot folder that the runs of these recipes share; created if missing, replaced if its contents differ.
 
-    ValueError when it, or the folder of all copies, belongs to another user.
+    ValueError if it, or the folder of all snapshots, belongs to another user.
     """
     files = _files()
     folder = make_private(output_root(configs[0]) / "code")
@@ -47,7 +47,7 @@ def take_snapshot(configs: Sequence[RunConfig]) -> Path:
 
 
 def aside_of(target: Path, word: str) -> Path:
-    """A name beside a snapshot that is nobody else's."""
+    """A unique path in the snapshot's folder: host, process id and time are part of the name."""
     return target.with_name(f".{target.name}.{word}.{os.uname().nodename}.{os.getpid()}.{time.time_ns()}")
 
 
@@ -60,14 +60,14 @@ def _copy(files: dict[str, Path], aside: Path) -> Path:
         copy.chmod(copy.stat().st_mode & 0o755)
     (aside / SUMS_FILE).write_text("".join(f"{sha256_of(aside / name)}  {name}\n" for name in files), encoding="utf-8")
     for path in (aside / SUMS_FILE, *(path for path in aside.rglob("*") if path.is_dir())):
-        path.chmod(path.stat().st_mode & 0o755)  # whatever the umask is
+        path.chmod(path.stat().st_mode & 0o755)  # not writable for others, whatever the umask is
     return aside
 
 
 def _is_whole(target: Path, files: dict[str, Path]) -> bool:
-    """Nothing is missing, altered or added (but what Python compiles), and nobody else can change it.
+    """Whether no file is missing, changed or added (`__pycache__` aside), and no other user can change one.
 
-    ValueError where it is another user's.
+    ValueError if it belongs to another user.
     """
     if target.is_symlink() or not target.is_dir():
         return False
@@ -83,18 +83,18 @@ def _is_whole(target: Path, files: dict[str, Path]) -> bool:
             return _digest({name: target / name for name in files}) == target.name and _sums_hold(target, files)
         return False
     except OSError:
-        return False  # what cannot be read
+        return False  # a file that cannot be read
 
 
 def _modes_hold(target: Path, files: dict[str, Path], ours: Sequence[Path]) -> bool:
-    """Nobody else can write, and what was executable is."""
+    """Whether no other user can write, and executable files are still executable."""
     return not any(_mode(path) & 0o022 for path in ours) and all(
         _mode(target / name) == _mode(source) & 0o755 for name, source in files.items()
     )
 
 
 def _keeps_modes(folder: Path) -> bool:
-    """Whether its file system does what chmod says; mounts of SMB or FAT show the same mode whatever is said."""
+    """Whether chmod takes effect on its file system; SMB and FAT mounts show the same mode for every file."""
     probe = aside_of(folder / "modes", "probe")
     probe.touch()
     try:
@@ -119,7 +119,7 @@ def _sums_hold(target: Path, files: dict[str, Path]) -> bool:
 
 
 def code_version() -> dict[str, str]:
-    """Commit and whether the tree differs from it, as tags; empty outside git."""
+    """MLflow tags with the git commit and whether there are uncommitted changes; empty outside git."""
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return {}
@@ -127,7 +127,7 @@ def code_version() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Python, machine, commit and the version of every installed package; no environment variable is in it."""
+    """Python, machine, commit and the version of every installed package. Environment variables are left out."""
     packages = {found.metadata["Name"]: found.version for found in distributions()}
     return {
         "python": platform.python_version(),
@@ -138,12 +138,13 @@ def environment() -> dict[str, Any]:
 
 
 def _files() -> dict[str, Path]:
-    """What is copied, by name in the snapshot: that of a wheel has the form of a checkout, recipes beside the code."""
+    """The files to copy, by path inside the snapshot; that of an installed wheel is laid out like a checkout."""
     root = code_root()
     listed = _git("ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *FOLDERS)
     if listed:
         return {name: root / name for name in sorted(listed.split("\0")) if name and (root / name).is_file()}
-    # Other people's packages lie beside a wheel's; its recipes are inside it, and move to where a checkout's are.
+    # Beside an installed wheel lie other packages, so only ours is copied. Its recipes are inside the package and move
+    # up to where a checkout has them.
     folders, moved = (FOLDERS, ()) if is_checkout() else (FOLDERS[:1], tuple(f"realsr_hpc/{name}/" for name in FOLDERS))
     found = (path for folder in folders for path in (root / folder).rglob("*"))
     names = {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
@@ -162,7 +163,7 @@ def _digest(files: dict[str, Path]) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    if not is_checkout():  # of a wheel, git would speak of whatever repository its environment lies in
+    if not is_checkout():  # for a wheel, git would describe whatever repository the environment happens to be in
         return None
     command = ["git", "-C", str(code_root()), *arguments]
     try:

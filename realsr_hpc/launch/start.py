@@ -1,8 +1,8 @@
-"""Submit through submitit, which calls sbatch or starts a local process; recorded states reflect what happened.
+"""Submit runs through submitit, which calls sbatch or starts a local process.
 
-A run's job.json is written only after its job exists. A job and every state it writes carry the name of the launch, so
-that the last state of an earlier job is not mistaken for this one's. If sbatch refuses, the run is left unchanged and
-sbatch's message is reported.
+A run's job.json is written only after its job exists. Each launch has a random id, which job.json and every state that
+the job writes carry, so that the last state of an earlier job is not mistaken for this one's. If sbatch refuses, the
+run is left unchanged and sbatch's message is reported.
 """
 
 from __future__ import annotations
@@ -30,28 +30,30 @@ from realsr_hpc.launch.turns import node_job_in_turn
 from realsr_hpc.paths import SAFE_PATH, python_path
 
 NOT_SUBMITTED = (RuntimeError, OSError, subprocess.SubprocessError)
-"""What submitit raises where sbatch fails or names no job, and where srun or sbatch are missing."""
+"""Exceptions that submitit raises if sbatch fails or prints no job id, or if srun or sbatch is not installed."""
 DEFAULT_MAX_ARRAY = 1001
-"""Slurm's own MaxArraySize where it does not tell."""
+"""Slurm's default MaxArraySize, used if `scontrol show config` gives none."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What became of one recipe."""
+    """The outcome of submitting one recipe."""
 
     config: RunConfig
     run_dir: Path
     submitted: bool
     note: str = ""
-    """Why it was not submitted, or what the user should know."""
+    """The reason it was not submitted, or a warning for the user."""
     failed: bool = False
-    """It should have been submitted and was refused."""
+    """True if submitting it was tried and refused (a run that is already done or running is not tried)."""
 
 
 def start_together(group: list[Submission], after: Sequence[str] = ()) -> list[Submission]:
-    """Submit runs that can share an array; each as it became. A refusal ends the group: the next would be the same.
+    """Submit runs that can share one Slurm array; returns a Submission for each, in the same order.
 
-    after: Slurm jobs that must have succeeded before.
+    After a refusal the rest of the group is not tried, since Slurm would refuse it for the same reason.
+
+    after: ids of the Slurm jobs that must succeed before these start.
     """
     if group[0].config.cluster.kind != "slurm":
         return [_attempt([item], lambda part: _start_local(part[0], len(group)))[0] for item in group]
@@ -75,18 +77,18 @@ def _attempt(part: list[Submission], start) -> list[Submission]:
 
 
 def refusal(error: Exception) -> str:
-    """What sbatch said, without submitit's words around it."""
+    """sbatch's own message, without the text that submitit puts around it."""
     from submitit.core.utils import FailedSubmissionError
 
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, FailedSubmissionError):  # it exited with 0 and named no job
+    if isinstance(error, FailedSubmissionError):  # sbatch exited with 0 but printed no job id
         return f"{lines[0]}; if squeue --me lists a new job, scancel it and launch again"
     said = [line for line in lines if line.startswith("sbatch:")] or lines[-1:] or [type(error).__name__]
     return " ".join(dict.fromkeys(line.removeprefix("sbatch: ") for line in said))
 
 
 def max_array_size() -> int:
-    """How many runs this Slurm takes as one array."""
+    """The largest number of tasks in one array that this Slurm accepts (MaxArraySize)."""
     command = ["scontrol", "show", "config"]
     try:
         shown = subprocess.run(
@@ -99,7 +101,7 @@ def max_array_size() -> int:
 
 
 def _submit_slurm(group: list[Submission], num_arrays: int = 1, after: Sequence[str] = ()) -> None:
-    """One job, or one array; of several arrays each gets its share of the runs that may go at once."""
+    """Submit one job or one array. Several arrays share the limit on runs at once (`cluster.array_parallelism`)."""
     from realsr_hpc.launch.sbatch import Executor
 
     config = group[0].config
@@ -122,7 +124,7 @@ def _submit_slurm(group: list[Submission], num_arrays: int = 1, after: Sequence[
 
 
 def _start_local(item: Submission, num_runs: int) -> None:
-    """At once when it is alone; runs of a sweep take turns."""
+    """Start a local process: immediately for a single run; runs of a sweep wait for a free slot."""
     import submitit
 
     cluster, launch = item.config.cluster, secrets.token_hex(8)
@@ -148,9 +150,10 @@ def _start_local(item: Submission, num_runs: int) -> None:
 
 @contextmanager
 def _outliving_the_terminal(log: Path) -> Iterator[None]:
-    """What is started here ignores Ctrl-C and hang-up, finds this very code, and writes to `log`.
+    """Processes started in this block ignore Ctrl-C and hang-up, import this same code, and write to `log`.
 
-    With the terminal's own streams it would keep a pipe open that somebody reads (`launch.py ... follow=false | tee`).
+    If they inherited stdout, they would keep its pipe open and the reader (`launch.py ... follow=false | tee`) would
+    not end before the run.
     """
     numbers = (signal.SIGINT, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]

@@ -1,7 +1,7 @@
-"""RunConfigs -> jobs: create folders, snapshot and tracking, then start the jobs through submitit.
+"""Submit recipes: create run folders, code snapshot and MLflow runs, then start the jobs through submitit.
 
-A run's folder is named by its recipe's signature. Launching again resumes a stopped run, or reports that it is done or
-still running; so launching a sweep again submits only what is missing.
+A run's folder is named after its recipe's signature. Launching a recipe again resumes a stopped run, or reports that
+it is done or still running, so launching a sweep again submits only the missing runs.
 """
 
 from __future__ import annotations
@@ -67,9 +67,17 @@ class SlurmAway(ValueError):
 def submit(
     configs: list[RunConfig], *, sweep: str = "", varied: list[str] | None = None, fresh: bool = False
 ) -> list[Submission]:
-    """Submit every recipe that is neither done nor running; a Submission each, in order.
+    """Submit every recipe that is neither done nor running; returns a Submission for each distinct recipe, in order.
 
-    `sweep` names the MLflow parent run, `varied` the keys in which the recipes differ.
+    Args:
+        configs: equal recipes are one run.
+        sweep: name of the MLflow parent run; empty for a single run.
+        varied: configuration keys in which the recipes differ, recorded as a tag.
+        fresh: start in new folders instead of resuming existing runs.
+
+    Raises:
+        ValueError: if a run would go to Slurm and squeue does not answer, or if the output root is not writable.
+        LockRefused: if another process has been launching into the output root for more than LAUNCH_WAIT_S.
     """
     folders = {run_folder(config, fresh=fresh): config for config in configs}  # equal recipes are one run
     return submit_into([(config, folder) for folder, config in folders.items()], sweep=sweep, varied=varied)
@@ -82,9 +90,9 @@ def submit_into(
     varied: list[str] | None = None,
     after: Sequence[str] = (),
 ) -> list[Submission]:
-    """As `submit`, into folders that are already chosen; on Slurm not before the jobs `after` have succeeded.
+    """Like `submit`, for folders that are already chosen. On Slurm the jobs start after those in `after` succeeded.
 
-    One launcher at a time looks and acts in an output root.
+    A lock on the output root lets one process at a time read the states there and submit.
     """
     with _alone({run_dir.parent for _, run_dir in folders}):
         queue = _queue(folders)
@@ -130,7 +138,10 @@ def submit_patiently(
 
 
 def _queue(folders: list[tuple[RunConfig, Path]]) -> Queue:
-    """The queue, where one of the runs goes to Slurm or was there last: a local job beside a Slurm job spoils a run."""
+    """Slurm's queue if a run goes to Slurm or last ran there, else an empty one.
+
+    Without asking, a local job could start in a folder that a Slurm job still writes to.
+    """
     if not any(config.cluster.kind == "slurm" for config, _ in folders):
         return queue_of(run_dir for _, run_dir in folders)
     if not (queue := slurm_queue()).answered:
@@ -142,7 +153,7 @@ def _queue(folders: list[tuple[RunConfig, Path]]) -> Queue:
 
 @contextmanager
 def _alone(roots: set[Path]) -> Iterator[None]:
-    """LockRefused names who has been launching here for longer than LAUNCH_WAIT_S."""
+    """Hold the launch lock of every output root. LockRefused names the holder after LAUNCH_WAIT_S of waiting."""
     with ExitStack() as stack:
         for root in sorted(roots):
             writable_folder(root, "output_root")
@@ -157,7 +168,7 @@ def _recipe_text(run_dir: Path) -> str | None:
 
 
 def _take_back(run_dir: Path, recipe: str | None) -> None:
-    """After a refused submission: the run is resumed as it was, not with the overrides that were refused."""
+    """Undo a refused submission: restore the previous recipe.yaml, so that resuming does not use refused overrides."""
     if recipe is not None:
         write_atomically(runfolder.recipe(run_dir), recipe)
     try:
@@ -167,14 +178,12 @@ def _take_back(run_dir: Path, recipe: str | None) -> None:
 
 
 def prepare(config: RunConfig, run_dir: Path) -> str:
-    """Make a folder that plain sbatch can run: recipe, plan, packages, a snapshot of the code, the MLflow run.
+    """Prepare a folder that plain sbatch can run: recipe, plan, package versions, code snapshot and MLflow run.
 
-    What the user should know of tracking, if anything. ValueError when the folder holds a run already.
+    Returns a warning about tracking, or an empty string. Raises ValueError if the folder already holds a run.
     """
     if runfolder.recipe(run_dir).exists():
-        raise ValueError(
-            f"prepare: {run_dir} holds a run; RUN_DIR={run_dir} sbatch goes on with it, or name a new folder"
-        )
+        raise ValueError(f"prepare: {run_dir} holds a run; RUN_DIR={run_dir} sbatch continues it, or name a new folder")
     with _alone({run_dir.parent}):
         code = take_snapshot([config])
         note = _prepare_tracking([Submission(config, run_dir, True)], "", [])
@@ -196,12 +205,15 @@ def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
     if status is None:
         return Submission(config, run_dir, True)
     step = saved_step(run_dir)
-    begins = "starts again: it had saved no checkpoint" if step is None else f"goes on from step {step}"
+    begins = "starts again: it had saved no checkpoint" if step is None else f"continues from step {step}"
     return Submission(config, run_dir, True, begins)
 
 
 def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) -> str:
-    """Database, experiment and parent run exist before any job starts; a server that is away stops nothing."""
+    """Create database, experiment and parent run before any job starts, and write each run's folder.
+
+    Returns a warning if the MLflow server cannot be reached; that does not stop the launch.
+    """
     first = pending[0].config
     note, tags = "", code_version() | ({SWEEP_TAG: sweep} if sweep else {})
     installed = json.dumps(environment(), indent=1)
@@ -232,7 +244,7 @@ def _prepare_tracking(pending: list[Submission], sweep: str, varied: list[str]) 
 
 
 def _by_cluster(pending: list[Submission]) -> list[list[Submission]]:
-    """Runs that can share one array."""
+    """Group runs with equal cluster sections: those can share one array."""
     groups: dict[str, list[Submission]] = {}
     for item in pending:
         groups.setdefault(item.config.cluster.model_dump_json(), []).append(item)

@@ -1,6 +1,7 @@
-"""Local runs of sweeps take turns, first come first served: at most `cluster.array_parallelism` at once, as on Slurm.
+"""A queue for local runs of sweeps: at most `cluster.array_parallelism` run at once, in the order of launching.
 
-A waiting or running process holds a lock on a file, which the system releases when it dies, so nothing needs cleanup.
+A waiting or running process holds a lock on a file, which the system releases when the process ends, so nothing needs
+cleaning up after a crash.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ POLL_S = 0.5
 
 
 def node_job_in_turn(run_dir: Path, folder: Path, num_slots: int, place: int, launch: str) -> int:
-    """`node_job` once it is this run's turn in `folder`; see `turn`."""
+    """Wait for a slot in `folder` (see `turn`), then call `node_job`."""
     with turn(folder, num_slots, place):
         return node_job(run_dir, launch)
 
 
 @contextmanager
 def turn(folder: Path, num_slots: int, place: int) -> Iterator[int]:
-    """Hold one of `num_slots` slots in `folder`, waiting for it; of those that wait the lowest `place` goes first."""
+    """Wait for one of `num_slots` slots in `folder` and hold it; the waiting process with the lowest `place` is next.
+
+    Yields the slot's number, from 0.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ticket = folder / f"waiting-{place:020d}"
     with ExitStack() as stack:
@@ -34,7 +38,7 @@ def turn(folder: Path, num_slots: int, place: int) -> Iterator[int]:
         slots = [stack.enter_context(path.open("a", encoding="utf-8")) for path in places]
         with ticket.with_name(f"new-{ticket.name}").open("a", encoding="utf-8") as waiting:
             _try(waiting)
-            os.rename(waiting.name, ticket)  # seen by others only once it is held
+            os.rename(waiting.name, ticket)  # others see the ticket only once its lock is held
             while (held := _free(slots) if _is_first(ticket) else None) is None:
                 time.sleep(POLL_S)
             ticket.unlink(missing_ok=True)
@@ -46,7 +50,7 @@ def _free(slots: Sequence[IO[str]]) -> int | None:
 
 
 def _is_first(ticket: Path) -> bool:
-    """No earlier ticket is held by a living process."""
+    """Whether no running process holds an earlier ticket; removes tickets of processes that have ended."""
     for other in sorted(ticket.parent.glob("waiting-*")):
         if other >= ticket:
             return True

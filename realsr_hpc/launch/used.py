@@ -1,4 +1,4 @@
-"""`realsr-hpc jobs report=true`: what every run used compared with its plan, to see where the plan is wrong."""
+"""`realsr-hpc jobs report=true`: compares the time and memory of every run with its plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from realsr_hpc.tracking import recipe_of
 
 
 def used_table(root: Path) -> Table:
-    """Device-hours, step time and memory of the runs of an output root. Plans of time exist for GPUs alone."""
+    """Device-hours, seconds per step and memory of the runs of an output root. Time is planned only for GPUs."""
     found = Table("run", "device-hours", "planned", "step s", "planned", "memory GiB", "planned", box=None)
     found.title = "measured beside planned; a device is a GPU, or a process of a run without GPUs"
     for run_dir in runfolder.list_runs(root):
@@ -25,7 +25,7 @@ def used_table(root: Path) -> Table:
         try:
             config = recipe_of(run_dir)
         except RecipeError:
-            found.add_row(Text(run_dir.name), *["-"] * 6)  # of another version: nothing to hold it against
+            found.add_row(Text(run_dir.name), *["-"] * 6)  # a recipe of another version cannot be planned
             continue
         estimate, gpus = plan(config), config.cluster.gpus_per_node
         memory = [value for name, value in feed.peak.items() if name.startswith("system/gpu") and "_memory" in name]

@@ -1,8 +1,8 @@
 """How the nodes of a job agree on how its attempt ended, and whether it may be requeued.
 
-When a rank is killed, its partners on other nodes fail too, because their connections break. Each supervisor writes its
-findings to the run's folder and waits briefly for the others, so that the root cause decides: one killed rank requeues
-the job although ten others raised.
+When a rank is killed, its peers on other nodes fail too, because their connections break. Each supervisor writes how
+its own ranks ended to the run's folder and waits briefly for the others, so that the root cause decides: if one rank
+was killed, the job is requeued although ten others raised exceptions.
 """
 
 from __future__ import annotations
@@ -21,46 +21,50 @@ from realsr_hpc.launch.requeue import PATIENCE_S
 from realsr_hpc.tracking import read_progress
 
 DONE, FAILED, STOPPED, UNHEALTHY, HUNG, CRASHED, REFUSED = 0, 1, 85, 86, 87, 88, 89
-"""How an attempt ends, as exit codes. FAILED: a rank raised; CRASHED: a rank was killed, or a node went away.
+"""How an attempt ends, as exit codes. FAILED: a rank raised an exception. STOPPED: all ranks stopped with a checkpoint.
+UNHEALTHY: a node failed its checks. HUNG: no step for too long. CRASHED: a rank was killed, or a node disappeared.
 REFUSED: another job runs this folder."""
 REQUEUED = (UNHEALTHY, HUNG, CRASHED)
-"""Ends that another attempt, perhaps on other nodes, can mend; a rank that raised would raise again."""
+"""Ends after which another attempt may succeed; a rank that raised an exception would raise it again."""
 AGREE_S = 20.0
 HEALTH_S = SMI_TIMEOUT_S + 10.0
-"""How long an unfit node waits until the others have looked at themselves, to exclude all that are unfit at once."""
+"""How long an unhealthy node waits for the checks of the others, so that all unhealthy nodes are excluded at once."""
 ASK_S = PATIENCE_S + 60.0
 """How long nodes wait for the one that asks Slurm to requeue the job."""
 _POLL_S = 0.1
 _CAUSES = (REFUSED, DONE, STOPPED, UNHEALTHY, HUNG, CRASHED, FAILED)
-"""Causes before their consequences. Ranks leave DONE or STOPPED by a collective decision, after the last save: where
-one node saw that, a rank that was killed on another was already on its way out (srun ends the rest of the job when
-the first node leaves)."""
+"""Root causes before knock-on failures. Ranks end with DONE or STOPPED by a collective decision after the last save, so
+if one node reports either, a rank killed on another node had already finished (srun ends the rest of the job as soon as
+the first node's task ends)."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one node saw of the end."""
+    """How an attempt ended, as one node saw it, or as all nodes agreed."""
 
     node: int
     code: int
     message: str = ""
     time_s: float = 0.0
-    """When the rank that decided it wrote its last words: the earlier of two failures is the cause."""
+    """Unix time of the last line that the deciding rank wrote; of two failures the earlier one is the cause."""
     all_present: bool = False
-    """Every node of the attempt spoke, and none has left with its work done: they can go on together."""
+    """Every node of the attempt has reported and none has finished, so they can restart together."""
     unfit: tuple[str, ...] = ()
-    """Names of the nodes that are unfit, as Slurm has them; of one node's own verdict: itself."""
+    """Slurm's names of the unhealthy nodes; in one node's own verdict at most itself."""
 
 
 def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AGREE_S) -> Verdict:
-    """The verdict that all nodes of this attempt come to; a node silent for `wait_s` counts as gone (CRASHED)."""
+    """Exchange verdicts; returns the one that all nodes of this attempt agree on.
+
+    A node that has not reported within `wait_s` seconds counts as CRASHED.
+    """
     if placement.num_nodes == 1:
         return replace(mine, all_present=mine.code not in (DONE, STOPPED))
     folder = _folder(run_dir, placement)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / f"node-{mine.node}.json", json.dumps(asdict(mine)))
-    except OSError:  # a full disk: to the others this node is gone, and that requeues the job too
+    except OSError:  # a full disk: the others count this node as crashed, which requeues the job too
         return mine
     if mine.code in (DONE, STOPPED):  # the ranks left together, by a collective decision
         return mine
@@ -82,7 +86,7 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
 
 
 def tell_fit(run_dir: Path, placement: Placement) -> None:
-    """This node has looked at itself and starts its ranks."""
+    """Tell the other nodes that this one passed its checks and starts its ranks."""
     if placement.num_nodes > 1:
         with suppress(OSError):
             _folder(run_dir, placement).mkdir(parents=True, exist_ok=True)
@@ -90,7 +94,7 @@ def tell_fit(run_dir: Path, placement: Placement) -> None:
 
 
 def tell_hung(run_dir: Path, placement: Placement) -> None:
-    """This node sees no step for too long. Nodes that started later would see it later, after their ranks have gone."""
+    """Tell the other nodes that this one sees a hang; a node that started later would notice it after the abort."""
     if placement.num_nodes > 1:
         with suppress(OSError):
             _folder(run_dir, placement).mkdir(parents=True, exist_ok=True)
@@ -98,12 +102,12 @@ def tell_hung(run_dir: Path, placement: Placement) -> None:
 
 
 def is_told_hung(run_dir: Path, placement: Placement) -> bool:
-    """Whether a node of this attempt has seen a hang."""
+    """Whether another node of this attempt has reported a hang."""
     return placement.num_nodes > 1 and (_folder(run_dir, placement) / "hung").exists()
 
 
 def _heard(folder: Path, mine: Verdict) -> set[int]:
-    """Nodes that need not be waited for: those that spoke; for an unfit node also those that found themselves fit."""
+    """Nodes that have reported; for an unhealthy node also those that passed their checks."""
     nodes = {verdict.node for verdict in _spoken(folder)}
     if mine.code == UNHEALTHY:
         nodes |= {int(path.name.removeprefix("fit-")) for path in folder.glob("fit-*")}
@@ -111,42 +115,42 @@ def _heard(folder: Path, mine: Verdict) -> set[int]:
 
 
 def _spoken(folder: Path) -> list[Verdict]:
-    """What the nodes have written, as far as it can be read."""
+    """The verdicts that the nodes have written, as far as they can be read."""
     found = (read_json(path, Verdict) for path in sorted(folder.glob("node-*.json")))
     return [verdict for verdict in found if verdict is not None and verdict.code in _CAUSES]
 
 
 def requeue_was_asked(run_dir: Path, placement: Placement) -> None:
-    """Tell the other nodes that they may leave: leaving earlier would make srun end the node that still asks."""
+    """Tell the other nodes that they may exit: srun would end the node that still asks if they exited earlier."""
     with suppress(OSError):
         _folder(run_dir, placement).mkdir(parents=True, exist_ok=True)
         (_folder(run_dir, placement) / "asked").touch()
 
 
 def wait_for_requeue(run_dir: Path, placement: Placement) -> None:
-    """Until the node that speaks has asked for the requeue, or ASK_S."""
+    """Wait until the responsible node has asked for the requeue, at most ASK_S seconds."""
     deadline = time.time() + ASK_S
     while not (_folder(run_dir, placement) / "asked").exists() and time.time() < deadline:
         time.sleep(_POLL_S)
 
 
 def _folder(run_dir: Path, placement: Placement) -> Path:
-    """What the nodes of one attempt tell each other."""
+    """The folder in which the nodes of one attempt exchange files."""
     return runfolder.verdicts(run_dir) / f"{placement.job_id}-{placement.restarts}-{placement.attempt}"
 
 
 @dataclass(frozen=True)
 class Requeues:
-    """requeues.json: how many there were since the last new step."""
+    """requeues.json: the last step and the number of requeues since then."""
 
     step: int = 0
     count: int = 0
 
 
 def count_requeue(run_dir: Path, restarts: int) -> int:
-    """Requeues in a row without a new step, this one included: a run that gets on may be requeued for ever.
+    """The number of requeues in a row without a new step, this one included; a run that advances is never limited.
 
-    restarts: Slurm's own count, which bounds them when the folder's disk is full.
+    restarts: Slurm's own count of requeues, used if the file cannot be written because the disk is full.
     """
     path = runfolder.requeues(run_dir)
     before = read_json(path, Requeues) or Requeues()

@@ -1,6 +1,6 @@
 """`realsr-hpc jobs watch=true`: the board on a terminal, refreshed every few seconds, with keys.
 
-Up and down (or k and j) choose a run, f follows it, c cancels it, r resumes it, q leaves; leaving ends no run.
+Up and down (or k and j) select a run, f follows it, c cancels it, r resumes it, q quits the board and ends no run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from realsr_hpc.launch.rundir import read_job
 REFRESH_S = 3.0
 LEAVE_S = 10.0
 ESCAPE_S = 0.05
-"""A terminal sends the rest of an arrow key at once; Escape alone is followed by nothing."""
+"""How long to wait for the bytes of an arrow key after Escape; a terminal sends them together."""
 ARROWS = {"A": "up", "B": "down"}
 LETTERS = {"k": "up", "j": "down"}
 
 
 def watch(root: Path, console: Console) -> int:
-    """Until q or Ctrl-C; without a terminal the board once."""
+    """Show the board until q or Ctrl-C; without a terminal, print it once."""
     board = Board(root)
     if not (sys.stdin.isatty() and console.is_terminal):
         lines = board.refresh()
@@ -48,14 +48,14 @@ def watch(root: Path, console: Console) -> int:
         pass
     finally:
         for thread in screen.cancelling:
-            thread.join(LEAVE_S)  # its signal is sent by then; the rest is the run's own work
-        if screen.word:  # what became of the last key; leaving may have come before the board could show it
+            thread.join(LEAVE_S)  # long enough to send the signal; the run stops without our help
+        if screen.word:  # the result of the last key, which the board may not have shown before it was left
             console.print(screen.word, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 class _Screen:
-    """The board, which of its runs is chosen, and what became of the last key."""
+    """The board with the selected run and the message about the last key."""
 
     def __init__(self, board: Board, console: Console) -> None:
         self.board, self.console = board, console
@@ -63,10 +63,10 @@ class _Screen:
         self.cancelling: list[threading.Thread] = []
         self._lines: list[Line] = []
         self._chosen: Path | None = None
-        """A folder, no place: runs change places when their states change."""
+        """The selected run's folder; line numbers change when states change."""
 
     def show(self, read_key: Callable[[float], str]) -> None:
-        """Until q."""
+        """Draw the board and handle keys until q."""
         with Live(console=self.console, screen=True, auto_refresh=False) as live:
             while True:
                 self._lines = self.board.refresh()
@@ -81,7 +81,7 @@ class _Screen:
                         self._move(1 if key == "down" else -1)
                     elif key in ("f", "c", "r") and self._chosen is not None:
                         self._act(key, self._chosen, live)
-                        break  # look again at once
+                        break  # refresh at once
 
     def _draw(self, live: Live) -> None:
         heading = title(self.board.root, self._lines, self.word)
@@ -90,13 +90,13 @@ class _Screen:
         live.update(table(self._lines, chosen, self.console.height, heading), refresh=True)
 
     def _move(self, by: int) -> None:
-        """Choose the run above or below; headings are passed over."""
+        """Select the run above or below, skipping headings."""
         folders = list(dict.fromkeys(line.folder for line in self._lines if line.folder))
         at = folders.index(self._chosen) + by if self._chosen in folders else 0
         self._chosen = folders[min(max(at, 0), len(folders) - 1)] if folders else None
 
     def _act(self, key: str, folder: Path, live: Live) -> None:
-        """Do what a key asks. Cancelling waits for a checkpoint, in a thread of its own."""
+        """Handle f, c or r. Cancelling waits for a checkpoint, so it runs in a thread."""
         try:
             if key == "c":
                 self.word = f"{folder.name}: being cancelled"
@@ -132,10 +132,10 @@ class _Screen:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
-    """A function that waits some seconds for a key: `up`, `down`, a letter, or nothing.
+    """Yields a function that waits up to so many seconds for a key: `up`, `down`, a letter, or an empty string.
 
-    Bytes come from the terminal itself: sys.stdin would take several at once and keep all but the first for itself.
-    Keys that were pressed before are not thrown away, hence TCSADRAIN.
+    Bytes are read from the file descriptor, because sys.stdin would buffer more than one. TCSADRAIN keeps keys that
+    were pressed before.
     """
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
@@ -146,7 +146,7 @@ def _keys() -> Iterator[Callable[[float], str]]:
             return ""
         byte = os.read(descriptor, 1)
         if not byte:
-            raise KeyboardInterrupt  # the terminal has gone
+            raise KeyboardInterrupt  # the terminal was closed
         return byte.decode("ascii", errors="replace")
 
     def read_key(wait_s: float) -> str:

@@ -1,4 +1,5 @@
-"""Memory, bubble, traffic and GPU-hours of a recipe, and what to change when it does not fit: nothing is allocated."""
+"""Estimates memory, pipeline bubble, traffic and GPU-hours of a recipe without allocating anything, and suggests
+changes if it does not fit."""
 
 from realsr_hpc.plan.advice import Knob, knobs, way_to_fit
 from realsr_hpc.plan.estimate import Plan, plan

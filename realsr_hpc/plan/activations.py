@@ -1,7 +1,7 @@
-"""Bytes that come and go in a step: what a layer keeps for its backward pass, logits of a chunk, attention masks.
+"""Temporary memory of a step in bytes: tensors that layers keep for their backward passes, logits, attention masks.
 
-Counted from what the code keeps, tensor by tensor: model/spec.py and Megatron's layers for activations,
-behaviour/logprobs.py for logits. `tools/bench.py memory` compares it with what a run allocates.
+Counted tensor by tensor from the code: model/spec.py and Megatron's layers for activations, behaviour/logprobs.py for
+logits. `tools/bench.py memory` compares the result with the memory that a run allocates.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from realsr_hpc.plan.sizes import (
 
 
 def first_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
-    """Bytes that an update adds at its peak on the first pipeline stage, which holds the most microbatches but no
-    logits."""
+    """Bytes by term that an update adds at its peak on the first pipeline stage, which has the most microbatches in
+    flight but no logits."""
     return {
         "activations": _kept(config, shape, _in_flight(config, shape)),
         "one layer's backward pass": _again(config, shape),
@@ -31,7 +31,7 @@ def first_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
 
 
 def last_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
-    """Bytes that an update adds on the last stage: logits of a chunk, and later a recomputed layer."""
+    """Bytes by term that an update adds at its peak on the last stage: logits of a chunk, or a recomputed layer."""
     parallel = config.parallel
     in_flight = ((parallel.virtual_pp - 1) * parallel.pp + 1) / parallel.virtual_pp
     # the final norm's input, and its output gathered over tp
@@ -46,12 +46,12 @@ def last_stage(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
 
 
 def scoring(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
-    """Bytes for log-probabilities without gradient: one layer of several microbatches, or their logits."""
+    """Bytes of computing log-probabilities without gradient: one layer of several microbatches, or their logits."""
     tokens = shape.tokens * scored_at_once(config, shape)
     hidden, ffn, parts = config.model.hidden_size, config.model.ffn_hidden_size, config.parallel.tp
     # the layer's input, residuals and norm; gate and up, silu(gate), up once more, their product
     layer = tokens * width(config) * (4 * hidden / _shared(config) + 5 * ffn / parts)
-    # masks as truths: attention's numbers are gone by then
+    # boolean masks; attention's float masks have been freed by then
     masks = _mask_entries(config, shape) * scored_at_once(config, shape)
     logits = logit_bytes(config, shape, gradient=False) + 2 * tokens * hidden * width(config)
     return {"activations": max(layer + masks, logits)}
@@ -67,7 +67,7 @@ def gather_buffer(config: RunConfig, shape: MicrobatchShape) -> float:
 
 
 def logit_bytes(config: RunConfig, shape: MicrobatchShape, *, gradient: bool) -> float:
-    """Bytes of the largest chunk's logits; gradient: also of the output weight's gradient while it is summed."""
+    """Bytes of the largest chunk's logits; with `gradient` also those of the output weight's gradient."""
     hidden = config.model.hidden_size
     shard = vocabulary_size(config) / config.parallel.tp
     streams = 2 if guided(config) else 1
@@ -101,18 +101,18 @@ def _bytes_a_logit(config: RunConfig, *, gradient: bool) -> tuple[int, int]:
 
 
 def _kept(config: RunConfig, shape: MicrobatchShape, in_flight: float) -> float:
-    """Kept by a stage's layers for their backward passes, of `in_flight` microbatches."""
+    """Bytes that a stage's layers keep for the backward passes of `in_flight` microbatches."""
     model, parallel = config.model, config.parallel
     inputs = shape.tokens * model.hidden_size * width(config) / _shared(config)
     layer = inputs if parallel.recompute == "full" else layer_bytes(config, shape, parallel.recompute)
-    # branched rows have angles of their own, which layers that are computed again keep together
+    # branched rows have their own rotary angles, which recomputed layers share
     angles = 4 * shape.row_tokens * model.hidden_size / model.num_heads if shape.branches.count > 1 else 0.0
     angles = angles if parallel.recompute == "full" else 0.0
     return in_flight * (model.num_layers / parallel.pp * layer + angles)
 
 
 def _again(config: RunConfig, shape: MicrobatchShape) -> float:
-    """What one layer's backward pass adds: what is computed again for it, and gradients on their way."""
+    """Bytes that one layer's backward pass adds: recomputed activations, and gradients of activations."""
     model = config.model
     kept = 0.0 if config.parallel.recompute == "full" else layer_bytes(config, shape, config.parallel.recompute)
     again = layer_bytes(config, shape, "none") - kept
@@ -123,7 +123,7 @@ def _again(config: RunConfig, shape: MicrobatchShape) -> float:
 
 
 def layer_bytes(config: RunConfig, shape: MicrobatchShape, recompute: str) -> float:
-    """Bytes that one layer keeps of a microbatch for its backward pass; fused attention keeps no scores."""
+    """Bytes that one layer keeps for the backward pass of a microbatch; fused attention keeps no scores."""
     model, tp = config.model, config.parallel.tp
     kv = kv_heads(model) / model.num_heads
     read, product = _read_again(config)
@@ -135,12 +135,12 @@ def layer_bytes(config: RunConfig, shape: MicrobatchShape, recompute: str) -> fl
     feed_forward = (4 + product) * model.ffn_hidden_size if recompute == "none" else 0
     tokens = shape.tokens * (norms / _shared(config) + width(config) * (attention + feed_forward) / tp)
     lora = config.model.lora
-    inner = 0 if lora is None else shape.tokens * lora.rank * len(lora.targets)  # A x, which B's gradient is made of
+    inner = 0 if lora is None else shape.tokens * lora.rank * len(lora.targets)  # A x, needed for B's gradient
     return tokens + width(config) * (_of_branches(config, shape) + _rotary(config, shape) + inner)
 
 
 def _read_again(config: RunConfig) -> tuple[int, int]:
-    """Of the outputs of a layer's two norms, and of the MLP's product, those that gradients of trained weights need."""
+    """How many outputs of a layer's two norms, and of the MLP's product, the gradients of trained weights need."""
     lora = config.model.lora
     targets = {"q_proj", "gate_proj", "down_proj"} if lora is None else set(lora.targets)
     readers = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -148,13 +148,13 @@ def _read_again(config: RunConfig) -> tuple[int, int]:
 
 
 def _rotary(config: RunConfig, shape: MicrobatchShape) -> float:
-    """Numbers in the cosines and sines of queries and of keys, which each layer keeps; rows share them."""
+    """Number of cosines and sines of queries and keys that each layer keeps; all rows share them."""
     model = config.model
     return 4 * shape.row_tokens * model.hidden_size / model.num_heads
 
 
 def _of_branches(config: RunConfig, shape: MicrobatchShape) -> float:
-    """Numbers that attention of branched rows keeps beyond that of plain ones (model/attention.py)."""
+    """Number of elements that attention keeps for branched rows beyond plain ones (model/attention.py)."""
     model, streams = config.model, 2 if guided(config) else 1
     prompt, response, count = shape.branches.prompt, shape.branches.response, shape.branches.count
     kv = kv_heads(model) / model.num_heads
@@ -165,42 +165,42 @@ def _of_branches(config: RunConfig, shape: MicrobatchShape) -> float:
         # a GPU's kernels need no mask
         mask = 0.0 if config.cluster.gpus_per_node else response * (prompt + response)
     if count > 1 or streams > 1:
-        kept += shape.rows * shape.branches.tokens  # outputs, before they are put beside each other
+        kept += shape.rows * shape.branches.tokens  # outputs, before they are concatenated
     if streams > 1:
         kept += rows * count * response  # the twins' v
     return kept * model.hidden_size / config.parallel.tp + mask
 
 
 def _norm_bytes(config: RunConfig) -> int:
-    """Bytes a number that an RMSNorm keeps: input and output; on a CPU torch's keeps float32 input and quotient, which
-    a frozen weight does not need."""
+    """Bytes per element that an RMSNorm keeps: input and output. torch's norm on the CPU keeps the input in float32,
+    and for the gradient of a trained weight the quotient."""
     if config.cluster.gpus_per_node:
         return 2 * width(config)
     return (4 if config.model.lora else 8) + width(config)
 
 
 def _shared(config: RunConfig) -> int:
-    """Ranks that share what tensor parallelism leaves whole."""
+    """Number of ranks that share the tensors outside of tensor parallelism: tp with sequence parallelism, else 1."""
     return config.parallel.tp if config.parallel.sequence_parallel else 1
 
 
 def _in_flight(config: RunConfig, shape: MicrobatchShape) -> float:
-    """Microbatches whose activations the first stage holds (1F1B: as many as there are stages)."""
+    """Number of microbatches whose activations the first stage holds; with 1F1B the number of stages."""
     pp, virtual = config.parallel.pp, config.parallel.virtual_pp
     interleaving = 1 + (pp - 1) / (pp * virtual) if virtual > 1 else 1.0
     return max(1, min(pp, shape.count)) * interleaving
 
 
 def _mask_entries(config: RunConfig, shape: MicrobatchShape) -> float:
-    """Pairs of tokens in the masks of a microbatch: of packed rows whole ones, with guidance those of the responses."""
+    """Elements of a microbatch's attention masks: whole rows if packed, responses if guided, else none."""
     if guided(config):
         return shape.rows / 2 * shape.branches.count * shape.branches.response**2
     return shape.rows * shape.row_tokens**2 if config.task == "sft" and config.sft.packing else 0.0
 
 
 def _masks(config: RunConfig, shape: MicrobatchShape, in_flight: float) -> float:
-    """Masks, which attention turns into numbers and keeps, layer by layer; those of guidance are made in each layer, so
-    that layers which are computed again keep none."""
+    """Bytes of the attention masks. Each layer converts them to the activations' dtype and keeps them; the masks of
+    guidance are made in each layer, so that recomputed layers keep none."""
     full = config.parallel.recompute == "full"
     if full and guided(config):
         return 0.0

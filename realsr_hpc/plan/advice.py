@@ -1,4 +1,4 @@
-"""Which fields of a recipe to change when it does not fit: every knob tried alone, and the cheapest way to fit."""
+"""Finds changes of a recipe that lower its memory: every single change, and a sequence of changes that makes it fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from realsr_hpc.plan.estimate import Plan, plan
 
 @dataclass(frozen=True)
 class Knob:
-    """One change, as overrides for the command line, and the plan with it."""
+    """One change, as command-line overrides, with the changed recipe and its plan."""
 
     overrides: tuple[str, ...]
     config: RunConfig
@@ -22,7 +22,7 @@ class Knob:
 
 
 def knobs(config: RunConfig) -> list[Knob]:
-    """Every single change that lowers the peak and leaves a sound recipe, the fastest that fit first."""
+    """Every single change that lowers the peak and gives a valid recipe; those that fit first, by GPU time per step."""
     now = plan(config).total_gib
     tried = [_turned(config, changes) for changes in _changes(config)]
     useful = [knob for knob in tried if knob is not None and knob.plan.total_gib < now - 0.05]
@@ -30,10 +30,9 @@ def knobs(config: RunConfig) -> list[Knob]:
 
 
 def way_to_fit(config: RunConfig) -> list[Knob]:
-    """Changes to make together, one after another, until the recipe fits; [] where no way was found, or none is needed.
+    """A sequence of changes after which the recipe fits; empty if none was found or none is needed.
 
-    Greedy: takes the fastest change that makes it fit, and as long as there is none, the one that saves the most
-    memory.
+    Greedy: takes the fastest change that makes it fit, and while there is none, the one that saves the most memory.
     """
     way: list[Knob] = []
     while plan(config).fits is False:

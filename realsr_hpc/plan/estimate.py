@@ -1,7 +1,7 @@
-"""What a recipe will need, before anything is submitted: memory per GPU, pipeline bubble, traffic, GPU-hours.
+"""The plan of a recipe: memory per GPU, pipeline bubble, traffic and GPU-hours, before anything is submitted.
 
-Pure arithmetic on a RunConfig. Memory is counted term by term (memory.py), time follows from stated shares of the
-device's peaks (seconds.py): an estimate to compare recipes with, not a promise.
+Pure arithmetic on a RunConfig. Memory is counted term by term (memory.py); time follows from assumed shares of the
+device's peak rates (seconds.py) and is meant for comparing recipes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from realsr_hpc.plan.sizes import microbatch_shape, parameter_count, sequence_to
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate; memory in GiB on the fullest GPU."""
+    """The estimate for one recipe; memory is that of the GPU with the highest peak."""
 
     device: str
     parameters: int
@@ -38,25 +38,25 @@ class Plan:
     limit_gib: float | None
     microbatches: int
     bubble: float
-    """Share of a training pass in which a pipeline stage waits."""
+    """Share (0..1) of a training pass in which a pipeline stage is idle."""
     prompt_tokens: int
     response_tokens: int
     sequences: int
-    """Of one update, over all ranks."""
+    """Sequences of one update, over all ranks."""
     rollout_s: float
     rewards_s: float
-    """Scoring the rollouts; 0 for terms that another process computes."""
+    """Scoring the rollouts, without terms that another process computes."""
     rewards: Rewards
     training_s: float
-    """Arithmetic and idling of one step."""
+    """Computation of one step's updates, including the pipeline bubble."""
     communication_s: float
-    """Of training, as if none of it were hidden."""
+    """Communication of one step's updates, assuming no overlap with computation."""
     traffic: Traffic
     steps: int
 
     @property
     def memory_gib(self) -> dict[str, float]:
-        """GiB by term: what stays, and what the largest phase of a step adds; {} for a tokenizer recipe."""
+        """GiB by term: resident memory and the terms of the largest phase; empty for a tokenizer recipe."""
         if not self.memory.phases:
             return {}
         phase = self.memory.peak_phase
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def total_gib(self) -> float:
-        """Peak of a step, GiB."""
+        """Peak memory of a step in GiB."""
         return sum(self.memory_gib.values())
 
     @property
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def tokens_per_gpu_s(self) -> float:
-        """Tokens of prompts and responses that a GPU learns from in a second."""
+        """Training throughput: tokens of prompts and responses per GPU and second of a whole step."""
         tokens = self.sequences * (self.prompt_tokens + self.response_tokens)
         return tokens / self.step_s / self.world_size if self.step_s else 0.0
 
@@ -90,9 +90,9 @@ class Plan:
 
 
 def plan(config: RunConfig, device: Device | None = None) -> Plan:
-    """The estimate for a GRPO or SFT recipe; a tokenizer recipe has no sequence model, its figures are 0.
+    """The estimate for a GRPO or SFT recipe; the figures of a tokenizer recipe, which has no sequence model, are 0.
 
-    device: None: chosen by the recipe's GPU memory (`device_of`).
+    device: None chooses by the recipe's GPU memory (`device_of`).
     """
     device = device or device_of(config)
     parallel, world = config.parallel, world_size(config)

@@ -1,9 +1,9 @@
-"""What the rewards' networks need: memory while they wait and while they score, arithmetic, and work on the host.
+"""Resources of the networks that compute rewards: weights, working memory, floating-point operations, host time.
 
-Sizes were measured on the CPU, of pyiqa's networks with random weights (0.1.15.post2; images of 128 to 512 px) and of
-ours: weights, the most that was allocated while one image was scored, and multiply-adds counted twice. Memory and
-arithmetic are linear in the image's pixels, but for what is cut out of every image in one number and size.
-`tools/bench.py memory` and tests/unit/plan/test_experts.py measure again.
+Measured on the CPU for pyiqa's networks with random weights (0.1.15.post2; images of 128 to 512 px) and for those of
+this project: bytes of weights, peak allocation while one image is scored, and operations (a multiply-add counts as
+two). Memory and operations are linear in the number of pixels, except for networks that cut a fixed number of crops of
+a fixed size. `tools/bench.py memory` and tests/unit/plan/test_experts.py repeat the measurements.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from realsr_hpc.plan.sizes import dp_size, sequences_per_update
 
 @dataclass(frozen=True)
 class Expert:
-    """One network, or measure, that scores an image."""
+    """The cost of one network or metric that scores an image."""
 
     weight_bytes: float = 0.0
     px_bytes: float = 0.0
-    """Allocated while it scores, for each pixel of the image."""
+    """Working memory per pixel."""
     image_bytes: float = 0.0
-    """The same for each image, whatever its size."""
+    """Working memory per image, independent of its size."""
     px_flops: float = 0.0
     image_flops: float = 0.0
     host_px_s: float = 0.0
-    """Seconds of one core for each pixel, for what never runs on a GPU."""
+    """Seconds of one CPU core per pixel, for work that never runs on a GPU."""
 
     def bytes_at_work(self, pixels: int) -> float:
         """Working memory in bytes for an image of this many pixels, without the weights."""
@@ -59,18 +59,18 @@ PYIQA = {
     "clipiqa": Expert(408.0e6, px_bytes=224.0, px_flops=243e3, image_flops=11.7e9),
     "topiq_fr": Expert(144.4e6, px_bytes=838.0, image_bytes=2.5e6, px_flops=378e3),
 }
-"""By pyiqa's names without what follows a hyphen."""
+"""By pyiqa's names without the part after a hyphen."""
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """The experts of a recipe by term, and what is not known of them."""
+    """The experts of a recipe by reward term."""
 
     terms: dict[str, tuple[Expert, ...]]
     unknown: tuple[str, ...]
-    """pyiqa's metrics whose size nobody measured: counted as nothing."""
+    """pyiqa's metrics whose cost was not measured; they count as zero."""
     elsewhere: tuple[str, ...]
-    """Terms that another process computes."""
+    """Terms that another process computes over HTTP."""
 
     @property
     def weight_bytes(self) -> float:
@@ -79,11 +79,11 @@ class Rewards:
 
     @property
     def largest_weight_bytes(self) -> float:
-        """Bytes of the weights of the largest term: offloaded terms take turns on the device."""
+        """Bytes of the weights of the largest term; offloaded terms are moved to the device one at a time."""
         return max((sum(one.weight_bytes for one in experts) for experts in self.terms.values()), default=0.0)
 
     def bytes_at_work(self, pixels: int) -> float:
-        """Working memory in bytes of the expert that needs most: experts run one after another."""
+        """Largest working memory of an expert in bytes; experts run one after another."""
         return max((one.bytes_at_work(pixels) for one in self._all()), default=0.0)
 
     def flops(self, pixels: int) -> float:
@@ -100,7 +100,7 @@ class Rewards:
 
 
 def rewards_of(config: RunConfig) -> Rewards:
-    """The experts that a GRPO recipe scores with; none for other tasks."""
+    """The experts of a GRPO recipe; none for other tasks."""
     if config.task != "grpo":
         return Rewards({}, (), ())
     terms: dict[str, tuple[Expert, ...]] = {}
@@ -138,12 +138,12 @@ def final_pixels(config: RunConfig) -> int:
 
 
 def on_the_device(config: RunConfig) -> bool:
-    """Whether the networks compute where the policy does."""
+    """Whether the networks run on the same device as the policy."""
     return config.rewards.device != "cpu" or config.cluster.gpus_per_node == 0
 
 
 def rollouts_of_a_rank(config: RunConfig) -> int:
-    """Rollouts of a step that the busiest rank decodes to pixels and scores: the ranks of a replica share the
+    """Number of rollouts of a step that the busiest rank decodes and scores; the ranks of a replica share the
     batches."""
     rollouts, size = math.ceil(sequences_per_update(config) / dp_size(config)), config.rewards.batch_size
     return size * math.ceil(math.ceil(rollouts / size) / (config.parallel.tp * config.parallel.pp))

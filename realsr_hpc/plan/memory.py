@@ -1,7 +1,7 @@
-"""Memory of one rank of the fullest pipeline stage: what stays, and what each phase of a step adds.
+"""Memory of one rank of the fullest pipeline stage: what is resident, and what each phase of a step adds.
 
-Counted from what the code keeps, tensor by tensor; activations and logits in activations.py, the rest here.
-`tools/bench.py memory` measures small runs on the CPU beside it, a test holds each term to 10 %.
+Counted tensor by tensor from the code; activations and logits in activations.py, the rest here. `tools/bench.py memory`
+compares it with small runs on the CPU; a test requires each term to be within 10 %.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ from realsr_hpc.plan.sizes import (
 FIXED_GIB = 2.5
 """CUDA context, cuBLAS and NCCL buffers, and the image tokenizer's weights on one GPU."""
 ENCODER_MAPS, DECODER_MAPS = (4.3, 6.0), (4.0, 6.0)
-"""Feature maps of the finest level that live together, without and with residual blocks in the encoder; one without
-gathers pixels down to the level before its last."""
+"""Number of feature maps at the finest level that are alive at once, without and with residual blocks in the encoder.
+An encoder without them first reshapes pixels to channels, down to the level before its last."""
 SCORES = 2
-"""Float32 numbers per pair of positions in the image tokenizer's attention: no fused kernel accepts its wide head."""
+"""Float32 values per pair of positions in the image tokenizer's attention; no fused kernel supports its head size."""
 DISTANCES = 3
-"""Float32 numbers a code and latent while the nearest code is sought."""
+"""Float32 values per code and latent while the nearest code is computed."""
 SAMPLE_BYTES, CHOSEN_BYTES, CHOSEN_TEXT_BYTES = 18, 32, 24
-"""Per logit that a token is drawn from, that a code is drawn from with guidance or truncation, and that a text token is
-drawn from with truncation; see rollout/choice.py."""
+"""Bytes per logit while a token is sampled: without truncation, an image code with guidance or truncation, and a text
+token with truncation; see rollout/choice.py."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """GiB of the fullest GPU; host memory apart."""
+    """Memory of the fullest GPU in GiB by term, and host memory."""
 
     resident: dict[str, float]
-    """What a run holds all the time."""
+    """Memory that is allocated for the whole run."""
     phases: dict[str, dict[str, float]]
-    """What each phase of a step adds: rollout, images, rewards, score, update."""
+    """By phase of a step (rollout, images, rewards, score, update): the memory that it adds."""
     host: float
-    """What one process keeps in host memory because a recipe offloads it."""
+    """Host memory of one process for what the recipe offloads."""
 
     @property
     def peak_phase(self) -> str:
-        """Name of the phase that needs most."""
+        """Name of the phase that adds most."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def peak(self) -> float:
-        """GiB of what stays and of the largest phase."""
+        """Resident memory and the largest phase, in GiB."""
         return sum(self.resident.values()) + sum(self.phases[self.peak_phase].values())
 
 
 def memory(config: RunConfig, shape: MicrobatchShape) -> Memory:
-    """All terms of a GRPO or SFT recipe, whose microbatches have this shape (`microbatch_shape`)."""
+    """Memory of a GRPO or SFT recipe whose microbatches have this shape (`microbatch_shape`)."""
     supports = _supports(config, shape)
     ends = [last_stage(config, shape)]
     if config.parallel.pp > 1:
@@ -81,7 +81,7 @@ def memory(config: RunConfig, shape: MicrobatchShape) -> Memory:
         phases["rewards"] = _scoring_images(config)
         offloaded = has_second_model(config) and config.parallel.reference_offload
         weights = stage_parameters(config) * width(config) if offloaded else 0.0
-        # joined microbatches hold a copy of their own
+        # microbatches that are scored together are concatenated, which copies their supports
         phases["score"] = {"reference": weights, **scoring(config, shape), "allowed tokens": 2 * supports}
     in_gib = {phase: {name: size / GIB for name, size in terms.items() if size} for phase, terms in phases.items()}
     return Memory(_resident(config, shape), in_gib, _host(config) / GIB)
@@ -108,7 +108,7 @@ def _resident(config: RunConfig, shape: MicrobatchShape) -> dict[str, float]:
 
 
 def optimizer_bytes(config: RunConfig) -> tuple[int, int]:
-    """Bytes a parameter on the device and in host memory: AdamW's moments and, of bf16 parameters, the main weights."""
+    """Bytes per parameter on the device and in host memory: AdamW's moments and, for bf16 parameters, main weights."""
     bf16, lean = config.precision.params == "bf16", config.optim.main_params == "bf16"
     main = (2 if lean else 4) if bf16 else 0
     moments = 4 if lean else 8
@@ -137,7 +137,7 @@ def _networks(config: RunConfig) -> float:
 
 
 def _scoring_images(config: RunConfig) -> dict[str, float]:
-    """Of one batch of final images; the terms take turns, and so do offloaded networks."""
+    """Bytes by term while one batch of final images is scored; reward terms run one at a time."""
     if not on_the_device(config):
         return {}
     experts, offloaded = rewards_of(config), config.rewards.offload and config.cluster.gpus_per_node
@@ -148,14 +148,14 @@ def _scoring_images(config: RunConfig) -> dict[str, float]:
 
 
 def _rows(config: RunConfig) -> tuple[int, int]:
-    """Prompts and rollouts that are decoded at once on one rank."""
+    """Number of prompts and of rollouts that one rank decodes at once."""
     group = config.grpo.group_size
     prompts = min(max(1, config.rollout.batch_size // group), max(1, config.grpo.prompts_per_step // dp_size(config)))
     return prompts, prompts * group
 
 
 def kv_cache_bytes(config: RunConfig) -> float:
-    """Bytes of the KV cache of one rank while it decodes: the longest response per rollout, the prompt once per
+    """Bytes of one rank's KV cache while it decodes: the longest response for each rollout, the prompt once per
     group."""
     if config.task != "grpo":
         return 0.0
@@ -165,7 +165,7 @@ def kv_cache_bytes(config: RunConfig) -> float:
     per_token = 2 * heads * head_dim * width(config) * model.num_layers / parallel.pp
     prompts, rollouts = _rows(config)
     prompt, _ = sequence_tokens(config)
-    # the unconditional context is the response's images alone, but its room is that of a response
+    # the unconditional context has only the response's images, but its cache is allocated for a whole response
     streams = 2 if guided(config) else 1
     own = config.rollout.max_new_tokens + widest_lookahead(config.rollout)
     return per_token * (prompts * prompt + streams * rollouts * own)
@@ -195,9 +195,9 @@ def _rollout(config: RunConfig) -> dict[str, float]:
 
 
 def _supports(config: RunConfig, shape: MicrobatchShape) -> float:
-    """What truncation allowed at each loss token of a step, a bit per token of the vocabulary, until it is learnt from.
+    """Bytes of the supports: for each loss token of a step one bit per token of the vocabulary, whether it was allowed.
 
-    While rollouts are sampled it is collected in host memory.
+    They are collected in host memory during the rollout and are on the device until the update.
     """
     if not truncated(config):
         return 0.0
@@ -205,7 +205,7 @@ def _supports(config: RunConfig, shape: MicrobatchShape) -> float:
 
 
 def _images(config: RunConfig) -> float:
-    """The image tokenizer runs in float32: its feature maps at full size, distances to all codes, or attention."""
+    """Peak bytes of the float32 image tokenizer: feature maps at full size, distances to all codes, or attention."""
     tokenizer, sizes = config.image_tokenizer, config.vlcot
     grpo, blocks = config.task == "grpo", tokenizer.num_res_blocks > 0
     count = sequences_of_a_rank(config)
@@ -223,8 +223,8 @@ def _images(config: RunConfig) -> float:
 
 
 def _restored(config: RunConfig, pixels: int) -> float:
-    """Numbers while so many pixels are decoded: maps of the finest level, latents, and one convolution's weights twice,
-    which a CPU's kernels reorder."""
+    """Number of values while so many pixels are decoded: maps of the finest level, latents, and on the CPU one
+    convolution's weights twice, which its kernels reorder."""
     tokenizer = config.image_tokenizer
     width = tokenizer.decoder_base * tokenizer.decoder_multiplier[0]
     maps = DECODER_MAPS[tokenizer.num_res_blocks > 0] * width / tokenizer.decoder_output_shuffle**2
@@ -233,7 +233,7 @@ def _restored(config: RunConfig, pixels: int) -> float:
 
 
 def _attention(config: RunConfig, pixels: int) -> float:
-    """Scores and their softmax, and six maps of the lowest resolution, of what passes at once at its largest side."""
+    """Number of values in attention over `pixels` pixels: scores, softmax and six maps of the lowest resolution."""
     tokenizer, sizes = config.image_tokenizer, config.vlcot
     positions = (max(sizes.lq_size_px, sizes.image_sizes_px[-1]) // tokenizer.downsample) ** 2
     width = tokenizer.base_channels * tokenizer.channel_multiplier[-1]
@@ -241,5 +241,5 @@ def _attention(config: RunConfig, pixels: int) -> float:
 
 
 def _pixels(side_px: int, count: int) -> int:
-    """That pass the image tokenizer at once."""
+    """Number of pixels that the image tokenizer processes at once, of `count` images."""
     return min(count, max(1, PIXELS_AT_ONCE // side_px**2)) * side_px**2

@@ -21,28 +21,29 @@ from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
 @dataclass(frozen=True)
 class MicrobatchShape:
-    """Microbatches of one update on one data-parallel rank, all of one shape, sequences at their longest."""
+    """The shape of all microbatches of one update on one data-parallel rank, with sequences of maximum length."""
 
     rows: int
-    """With guidance half of them are the unconditional twins."""
+    """Rows of one microbatch; with guidance half of them are unconditional twins."""
     row_tokens: int
     count: int
+    """Number of microbatches."""
     branches: Branches
-    """What a row holds; of packed rows each of the sequences."""
+    """The prompt and responses of a row; in packed rows those of each sequence."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of one microbatch, padding included."""
+        """Tokens of one microbatch, including padding."""
         return self.rows * self.row_tokens
 
     @property
     def in_a_row(self) -> int:
-        """How many times a row holds `branches`: more than once if sequences are packed."""
+        """Number of `branches` in a row; more than one if sequences are packed."""
         return self.row_tokens // self.branches.tokens
 
     @property
     def loss_tokens_of_a_row(self) -> int:
-        """Tokens of a row that need a log-probability: those of its responses."""
+        """Tokens of a row that have a log-probability: those of its responses."""
         return self.in_a_row * self.branches.count * self.branches.response
 
 
@@ -56,14 +57,14 @@ def vocabulary_size(config: RunConfig) -> int:
 
 
 def parameter_count(config: RunConfig) -> int:
-    """Parameters of the policy without the image tokenizer; q/k norms count as in published weights, one vector for all
-    heads."""
+    """Number of parameters of the policy without the image tokenizer. The q and k norms count as in published weights,
+    as one vector for all heads."""
     model = config.model
     return 2 * vocabulary_size(config) * model.hidden_size + model.hidden_size + model.num_layers * layer_size(config)
 
 
 def layer_size(config: RunConfig) -> int:
-    """Parameters of one layer."""
+    """Number of parameters of one layer."""
     model = config.model
     head_dim = model.hidden_size // model.num_heads
     kv_size = kv_heads(model) * head_dim
@@ -72,8 +73,8 @@ def layer_size(config: RunConfig) -> int:
 
 
 def stage_parameters(config: RunConfig) -> float:
-    """Parameters on one tensor-parallel rank of the fullest stage: its layers and one of the two vocabulary
-    matrices."""
+    """Number of parameters on one tensor-parallel rank of the fullest stage: its layers and one of the two vocabulary
+    matrices (both without pipeline parallelism)."""
     parallel = config.parallel
     matrices = 2 if parallel.pp == 1 else 1
     vocabulary = matrices * vocabulary_size(config) * config.model.hidden_size
@@ -81,13 +82,13 @@ def stage_parameters(config: RunConfig) -> float:
 
 
 def stage_layers(config: RunConfig) -> float:
-    """Parameters of the layers alone on that rank."""
+    """Number of parameters of a stage's layers on one tensor-parallel rank."""
     return config.model.num_layers / config.parallel.pp * layer_size(config) / config.parallel.tp
 
 
 def adapter_parameters(config: RunConfig) -> float:
-    """Parameters of the low-rank adapters on one tensor-parallel rank of a stage, which holds a slice of one side of
-    each."""
+    """Number of parameters of the low-rank adapters on one tensor-parallel rank of a stage; one of the two matrices of
+    each adapter is sharded."""
     model, lora, tp = config.model, config.model.lora, config.parallel.tp
     if lora is None:
         return 0.0
@@ -95,7 +96,7 @@ def adapter_parameters(config: RunConfig) -> float:
     kv_size = kv_heads(model) * head_dim
     cut = {"q_proj": hidden, "k_proj": kv_size, "v_proj": kv_size, "o_proj": hidden}
     cut |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), ffn)
-    numbers = sum(hidden + cut[name] / tp for name in lora.targets)  # the other side is as wide as the residual stream
+    numbers = sum(hidden + cut[name] / tp for name in lora.targets)  # the other matrix has one side of hidden size
     return model.num_layers / config.parallel.pp * lora.rank * numbers
 
 
@@ -105,7 +106,7 @@ def trained_parameters(config: RunConfig) -> float:
 
 
 def sequence_tokens(config: RunConfig) -> tuple[int, int]:
-    """Prompt and full trace, in tokens, texts at their longest."""
+    """Tokens of the prompt and of a whole trace with texts of maximum length; (0, 0) for a tokenizer recipe."""
     if config.task == "tokenizer":
         return 0, 0
     texts = TAG_TOKENS + 3 * config.vlcot.max_text_tokens
@@ -133,7 +134,7 @@ def sequences_of_a_rank(config: RunConfig) -> int:
 
 
 def microbatch_shape(config: RunConfig) -> MicrobatchShape:
-    """As train/batches.py builds them: per row a prompt with some of its rollouts, or in SFT one or more sequences."""
+    """The shape that train/batches.py builds: per row a prompt with some of its rollouts, or in SFT its sequences."""
     prompt, response = sequence_tokens(config)
     parallel, sequences = config.parallel, sequences_of_a_rank(config)
     streams, shared = 2 if guided(config) else 1, Branches(prompt, response, 1)
@@ -153,13 +154,13 @@ def microbatch_shape(config: RunConfig) -> MicrobatchShape:
 
 
 def scored_at_once(config: RunConfig, shape: MicrobatchShape) -> int:
-    """Microbatches in one pass without gradient."""
+    """Number of microbatches in one pass without gradient."""
     multiple = microbatch_multiple(config.parallel)
     return even_parts(shape.count, config.parallel.scoring_microbatches, multiple)[1]
 
 
 def truncated(config: RunConfig) -> bool:
-    """Whether top-k or top-p truncate the rollouts' distribution, so that its support is stored with the tokens."""
+    """Whether top-k or top-p truncates the sampling distribution, so that its support is stored with the tokens."""
     rollout = config.rollout
     cuts = rollout.image_adaptive_top_k or rollout.image_top_k or rollout.text_top_k or rollout.top_p < 1.0
     return config.task == "grpo" and bool(cuts)
@@ -171,12 +172,12 @@ def guided(config: RunConfig) -> bool:
 
 
 def has_reference(config: RunConfig) -> bool:
-    """Whether there is a frozen reference."""
+    """Whether training uses a frozen reference."""
     return config.task == "grpo" and config.grpo.kl_beta > 0
 
 
 def has_second_model(config: RunConfig) -> bool:
-    """Whether the reference is a second model, not the policy with its adapters off."""
+    """Whether the reference is a second model rather than the policy without its adapters."""
     return has_reference(config) and config.model.lora is None
 
 

@@ -1,4 +1,4 @@
-"""Plans as tables: what changes would make a recipe fit, and many recipes side by side."""
+"""Plans as tables: changes that would make a recipe fit, and several recipes side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_KNOBS = 8
 
 
 def knob_table(config: RunConfig) -> Table:
-    """Single changes that save memory, what each leaves and costs; the caption says which to make to fit."""
+    """Single changes that save memory, with peak and GPU time of each; the caption names changes that make it fit."""
     now = plan(config)
     table = Table("change", "peak, GiB", "fits", "time per step", title="Which knob to turn", title_justify="left")
     for knob in knobs(config)[:MOST_KNOBS]:
@@ -28,7 +28,7 @@ def knob_table(config: RunConfig) -> Table:
 
 
 def side_by_side(configs: Sequence[RunConfig]) -> list[list[str]]:
-    """A row per recipe, `HEADINGS` above: layout, memory, time and traffic, efficiency against the first."""
+    """One row per recipe with the columns `HEADINGS`; efficiency is relative to the first recipe."""
     rows, first = [], plan(configs[0]).tokens_per_gpu_s
     for config in configs:
         estimate, parallel = plan(config), config.parallel
@@ -69,7 +69,7 @@ HEADINGS = (
 
 
 def comparison(configs: Sequence[RunConfig], title: str) -> Table:
-    """`side_by_side` for a terminal."""
+    """`side_by_side` as a table for the terminal."""
     table = Table(*HEADINGS, title=title)
     for row in side_by_side(configs):
         table.add_row(*row)
@@ -77,6 +77,6 @@ def comparison(configs: Sequence[RunConfig], title: str) -> Table:
 
 
 def markdown(configs: Sequence[RunConfig]) -> str:
-    """`side_by_side` for a page."""
+    """`side_by_side` as a Markdown table."""
     lines = [HEADINGS, tuple("---" for _ in HEADINGS), *side_by_side(configs)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,8 +1,8 @@
 """Captions and tags by a model: any transformers image-to-text or image-classification model from a local folder.
 
-The model captions the photograph three times, at a quarter, half and all of `FULL_PX`: the rough text may only mention
-what is visible in the small picture. Nothing is downloaded. The texts are those of the model: look at some before
-training on them.
+The model captions the photograph three times, reduced to a shorter side of a quarter, half and all of `FULL_PX`: the
+rough text must only mention what is visible in the small image. Nothing is downloaded. The texts are stored as the
+model writes them: look at some of them before training.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from realsr_hpc.parallel.backend import named_device
 from realsr_hpc.prepare.notes import plain
 
 FULL_PX = 512
-"""Shorter side at which the final caption's picture is shown."""
+"""Shorter side in px of the image that the final caption describes."""
 _MAX_NEW_TOKENS = (16, 32, 64)
 _NUM_TAGS = 5
 _MIN_SHARE = 0.1
-"""Least probability of a class that becomes a tag."""
+"""Smallest probability of a class that becomes a tag."""
 _EMPTY = frozenset(
     "a about above across after against all along also among an and another any are around as at back background be "
     "behind below beneath beside between big both bottom bright but by can close closeup color colored colour couple "
@@ -43,7 +43,7 @@ Captions = tuple[str, str, str]
 
 
 class Captioner:
-    """Rough, middle and final captions of photographs."""
+    """Writes rough, middle and final captions of photographs."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self._pipe = _pipeline("image-to-text", "captioner", folder, device)
@@ -64,7 +64,7 @@ class Captioner:
 
 
 class ClassTagger:
-    """Tags of photographs: the likeliest classes of a model, their first synonym."""
+    """Tags photographs with the likeliest classes of a model, each by the first of its synonyms."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self._pipe = _pipeline("image-classification", "tagger", folder, device)
@@ -80,7 +80,7 @@ class ClassTagger:
 
 
 def tags_of_captions(captions: Captions) -> tuple[str, ...]:
-    """Up to five content words: first those that occur in most of the three captions, then by position in the final
+    """Up to five content words, ordered by the number of captions that contain them, then by position in the final
     one."""
     texts = [_content_words(text) for text in captions]
     counts = Counter(word for words in texts for word in set(words))
@@ -94,7 +94,7 @@ def _content_words(text: str) -> list[str]:
 
 
 def _class_name(label: str) -> str:
-    """ImageNet's labels list synonyms: `tabby, tabby cat`."""
+    """The first synonym of a label; those of ImageNet read `tabby, tabby cat`."""
     return plain(label.split(",")[0]).replace("_", " ").lower()
 
 
@@ -108,7 +108,7 @@ def _reduced(image: UInt8[np.ndarray, "H W 3"], shorter_px: int) -> Image.Image:
 
 
 def _name(folder: Path) -> str:
-    """Of a model, by its folder's name and what lies in it: what one model said is never taken for another's."""
+    """A model's name for its journal: its folder's name and a hash of the files, so that models are never confused."""
     whole = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         whole.update(f"{path.name}\0{sha256_of(path)}\n".encode("utf-8", "surrogateescape"))
@@ -123,8 +123,6 @@ def _pipeline(task: str, field: str, folder: Path, device: str) -> Any:
     where = named_device(device)
     try:
         return pipeline(task, model=str(folder), device=where)  # type: ignore
-    except (
-        Exception
-    ) as error:  # what the parts of transformers trip over in a folder that is damaged or of another kind
+    except Exception as error:  # transformers raises many kinds for a damaged folder or another kind of model
         told = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"{field}={folder} does not load as a transformers {task} model: {told}") from None

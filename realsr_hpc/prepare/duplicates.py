@@ -1,4 +1,4 @@
-"""Photographs that look alike: a difference hash of 64 bits, and the groups that differ in at most 3 of them."""
+"""Finds photographs that look alike, by a 64-bit difference hash."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 _DUPLICATE_BITS = 3
+"""Two photographs look alike if their hashes differ in at most so many bits."""
 
 
 def difference_hash(image: UInt8[np.ndarray, "H W 3"]) -> int:
-    """64 bits: is each of 8 x 8 grey cells darker than its right neighbour."""
+    """Difference hash (dHash): for each of 8 x 8 grey cells one bit, whether it is darker than its right neighbour."""
     cells = np.asarray(Image.fromarray(image).convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     return int.from_bytes(np.packbits(cells[:, :-1] < cells[:, 1:]).tobytes(), "big")
 
 
 def near_duplicates(hashes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Groups of positions whose hashes differ in at most 3 bits, chains joined.
+    """Groups of indices whose hashes differ in at most 3 bits, directly or through others of the group.
 
-    Two such hashes agree on at least one of four 16-bit parts, so only those that share a part are compared; equal
-    hashes are compared once, so that a thousand white pages do not cost a million comparisons.
+    Two such hashes agree in at least one of their four 16-bit parts, so only hashes that share a part are compared.
+    Equal hashes are grouped first, so that a thousand white pages do not cost a million comparisons.
     """
     places: dict[int, list[int]] = defaultdict(list)
     for place, value in enumerate(hashes):

@@ -40,28 +40,29 @@ class Item:
     """One photograph of a source."""
 
     path: Path
-    """File, or member of a tar as `storage` writes it."""
+    """A file, or a member of a tar in the notation of `data.storage`."""
     name: str
-    """Path from the source, with ending."""
+    """Path relative to the source, with ending."""
     lq_path: Path | None = None
-    note: Note = field(default_factory=dict)
-    """From the tar."""
+    """Its low-quality partner."""
+    note: Note = field(default_factory=Note)
+    """The note beside it in the tar."""
     remarks: tuple[str, ...] = ()
-    """What of the tar's note was passed over, and why."""
+    """Why parts of the tar's note were ignored."""
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Folders from the source down."""
+        """Its folders, from the source down."""
         return PurePosixPath(self.name).parts[:-1]
 
     @property
     def stem(self) -> str:
-        """Name without ending: the key where a note gives none."""
+        """Name without ending: the key unless a note gives one."""
         return PurePosixPath(self.name).with_suffix("").as_posix()
 
 
 def find_items(source: Path) -> tuple[list[Item], dict[str, str]]:
-    """Photographs below a folder (or in one tar), sorted by name, and what was left out with the reason, by name.
+    """Photographs below a folder (or in one tar) sorted by name, and by name the reason for each file left out.
 
     Raises:
         ValueError: if there is no photograph.
@@ -80,14 +81,14 @@ def find_items(source: Path) -> tuple[list[Item], dict[str, str]]:
 
 
 def folder_splits(items: Sequence[Item]) -> list[str]:
-    """Split of each item by a folder called train or test/val, or empty; all are empty unless both kinds of folder
+    """Split of each item from a folder named train or test/val, else empty. All are empty unless both kinds of folder
     occur."""
     splits = [split_of(item.folders) for item in items]
     return splits if {"train", "heldout"} <= set(splits) else [""] * len(items)
 
 
 def _all_items(source: Path) -> tuple[list[Item], dict[str, str]]:
-    """Photographs, and why by name for what looks like one and is left out."""
+    """All photographs, and by name the reason for each file that looks like one and is left out."""
     if source.is_file():
         return _tar_items(source, "")
     items: list[Item] = []
@@ -112,7 +113,7 @@ def _format_fault(ending: str) -> str:
 
 
 def _tar_items(tar: Path, prefix: str) -> tuple[list[Item], dict[str, str]]:
-    """Members of one name up to the first dot of the file name belong together, as WebDataset has it."""
+    """Photographs in a tar. As in WebDataset, members with the same name up to its first dot belong together."""
     notes: dict[str, Note] = {}
     remarks: dict[str, list[str]] = defaultdict(list)
     photographs: dict[str, tuple[str, Member]] = {}
@@ -149,7 +150,7 @@ def _tar_items(tar: Path, prefix: str) -> tuple[list[Item], dict[str, str]]:
 
 
 def _without_reduced(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
-    """Leave out reduced copies where the full size lies beside them."""
+    """Leave out reduced copies whose full-size folder lies beside them."""
     parents = {item.folders[:depth] for item in items for depth in range(1, len(item.folders) + 1)}
     full_beside = {folders[:-1] for folders in parents if _FULL.fullmatch(folders[-1])}
     kept, left_out = [], {}
@@ -163,7 +164,7 @@ def _without_reduced(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]
 
 
 def _paired(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
-    """Truths with their partners; a partner without a truth is left out, and so is one of several."""
+    """Join ground truths with their low-quality partners; leaves out partners without a truth and ambiguous ones."""
     sides: dict[tuple[str, ...], dict[str, list[int]]] = defaultdict(lambda: {"truth": [], "low": []})
     for place, item in enumerate(items):
         side, common = _pair_side(item)
@@ -176,7 +177,7 @@ def _paired(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
         pairs, several = matched(*([PurePosixPath(items[place].name) for place in part] for part in (lows, truths)))
         partners |= {truths[truth]: lows[low] for low, truth in pairs}
         faults |= {lows[low]: why for low, why in several.items()}
-    if not partners and not faults:  # folders called LR without truths are a set of low-quality photographs of its own
+    if not partners and not faults:  # folders named LR without truths: an unpaired set of low-quality photographs
         return list(items), {}
     taken = set(partners.values())
     alone = {place for group in sides.values() for place in group["low"]} - taken
@@ -189,7 +190,7 @@ def _paired(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
 
 
 def _pair_side(item: Item) -> tuple[str, tuple[str, ...]]:
-    """("truth" | "low" | "", folders that both sides have in common)."""
+    """The item's side ("truth", "low", or "" for neither), and the folders that both sides have in common."""
     stem = PurePosixPath(item.name).stem
     for side, pattern in (("truth", _TRUTH_NAME), ("low", _LOW_NAME)):
         if pattern.fullmatch(stem):

@@ -1,4 +1,4 @@
-"""Images of equal size are measured in one batch."""
+"""Groups images of equal size into batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def same_shapes(images: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
-    """Images of one shape stacked for batched scoring: (their places, uint8 [n, H, W, 3]) a shape."""
+    """For each shape among the images: their indices, and the images stacked as uint8 [n, H, W, 3]."""
     places: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         places.setdefault(image.shape, []).append(i)

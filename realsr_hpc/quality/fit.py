@@ -1,8 +1,9 @@
-"""Fit and measure the generation experts on the bundled photographs: `realsr-hpc fit-experts`.
+"""Fits and measures the no-reference experts on the bundled photographs: `realsr-hpc fit-experts`.
 
-The ranker learns from pairs: of two rungs of one ladder the lower severity must score higher by a margin that grows
-with the gap (RankIQA, Liu et al. 2017), with a weak pull of the score to 2 - 4 x severity that fixes its scale.
-Measured on held-out photographs: how often two rungs stand in the right order, an operator at a time.
+The ranker is trained on ladders, versions of one crop with increasing severity of degradation: of two versions the less
+severe one must score higher, by a margin proportional to the difference in severity (RankIQA, Liu et al. 2017). A weak
+regression to 2 - 4 x severity fixes the scale of the score. The measurement on held-out photographs is the share of
+pairs of versions in the right order, for each operator.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ SEVERITIES = (0.0, 0.15, 0.3, 0.5, 0.75, 1.0)
 
 
 def fit_niqe(pictures: Sequence[Image.Image], patch_px: int = 32, stride_px: int = 32) -> NIQEModel:
-    """Pristine model of photographs at sizes between `SIZE_PX` and full, sharp patches only."""
+    """The pristine model of sharp patches from photographs, reduced to several sizes from `SIZE_PX` up.
+
+    patch_px, stride_px: side of a patch and distance between patches.
+    """
     lumas = []
     for picture in pictures:
         short = min(picture.size)
@@ -39,7 +43,7 @@ def fit_niqe(pictures: Sequence[Image.Image], patch_px: int = 32, stride_px: int
 def train_ranker(
     pictures: Sequence[Image.Image], num_steps: int = 800, batch_size: int = 8, lr: float = 2e-3, seed: int = 0
 ) -> Ranker:
-    """A ranker trained on random ladders of random crops."""
+    """Train a ranker on random ladders of random crops; lr: peak learning rate of a one-cycle schedule."""
     torch.manual_seed(seed)
     ranker = Ranker()
     optimizer = torch.optim.AdamW(ranker.parameters(), lr=lr, weight_decay=1e-4)
@@ -56,7 +60,7 @@ def train_ranker(
 
 
 def ranking_loss(scores: torch.Tensor, severities: torch.Tensor) -> torch.Tensor:
-    """Margin ranking loss of scores [n, rungs] for severities [n, rungs] in 0..1, plus the term that fixes the
+    """Margin ranking loss of scores [n, rungs] for severities [n, rungs] in 0..1, plus the regression that fixes the
     scale."""
     gap = severities[:, None, :] - severities[:, :, None]
     lead = scores[:, :, None] - scores[:, None, :]
@@ -68,14 +72,14 @@ def ranking_loss(scores: torch.Tensor, severities: torch.Tensor) -> torch.Tensor
 def measure(
     expert: Callable[[Sequence[np.ndarray]], np.ndarray], pictures: Sequence[Image.Image], crops: int = 3
 ) -> dict[str, float]:
-    """Share of rung pairs in the right order (higher score = lower severity), by operator and for mixtures."""
+    """Share (0..1) of pairs of rungs in the right order (higher score for lower severity), by operator and mixture."""
     mixtures = {"blur+noise+jpeg": ["blur", "noise", "jpeg"], "resize+noise+jpeg": ["resize", "noise", "jpeg"]}
     chains = {name: [name] for name in OPERATORS} | mixtures
     return {name: _share_in_order(expert, pictures, names, crops) for name, names in chains.items()}
 
 
 def share_in_order(scores: np.ndarray) -> float:
-    """Share of pairs of scores [rungs], from clean to degraded, that fall; ties count half."""
+    """Share of pairs that decrease among scores [rungs], ordered from clean to degraded; ties count half."""
     pairs = [(scores[i], scores[j]) for i in range(len(scores)) for j in range(i + 1, len(scores))]
     return float(np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs]))
 

@@ -1,9 +1,9 @@
-"""Graded degradations: versions of one photograph from clean to heavily degraded, to train and to measure experts.
+"""Ladders of degradations: versions of one photograph from clean to heavily degraded, to train and measure experts.
 
-Deliberately coarser than the Real-ESRGAN pipeline in `data` and independent of it: here the order of severity must be
-certain. Besides blur, resizing, noise and JPEG it has what generators produce: shifted blocks, posterised blocks, grid
-lines and halos of sharpening, because a policy will be tempted to earn reward with exactly those.
-Images are RGB uint8 [H, W, 3]; a severity is a number in 0..1, 0 changing nothing.
+Simpler than the Real-ESRGAN pipeline in `data` and independent of it, because the order of severity must be certain.
+Besides blur, resizing, noise and JPEG there are artifacts of generators (shifted blocks, posterised blocks, grid lines,
+halos of sharpening), because a policy that maximises an expert's score tends to produce them. Images are RGB uint8
+[H, W, 3]; a severity is a number in 0..1, and 0 changes nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ BLOCK_PX = 8
 
 
 def blur(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian, sigma up to 3 px."""
+    """Gaussian blur, sigma up to 3 px."""
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(3.0 * severity)))
 
 
 def resize(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
-    """Down by up to 6 and back up, bicubic."""
+    """Bicubic downscaling by a factor up to 6, and upscaling back."""
     height, width = image.shape[:2]
     factor = 1.0 + 5.0 * severity
     small = (max(4, round(width / factor)), max(4, round(height / factor)))
@@ -33,20 +33,20 @@ def resize(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.n
 
 
 def noise(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian, sigma up to 40 of 255, grey or coloured."""
+    """Gaussian noise, sigma up to 40 of 255, grey or coloured."""
     channels = 3 if rng.random() < 0.6 else 1
     return _to_uint8(image + 40.0 * severity * rng.standard_normal((*image.shape[:2], channels)))
 
 
 def jpeg(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
-    """Quality 95 down to 8."""
+    """JPEG of quality 95 down to 8."""
     held = io.BytesIO()
     Image.fromarray(image).save(held, "JPEG", quality=round(95 - 87 * severity))
     return np.asarray(Image.open(held))
 
 
 def shift_blocks(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
-    """Up to half of the 8 px blocks come from up to 6 px aside: wrong codes of an image tokenizer."""
+    """Replace up to half of the 8 px blocks by content shifted up to 6 px, like wrong codes of an image tokenizer."""
     out = image.copy()
     height, width = (size // BLOCK_PX * BLOCK_PX for size in image.shape[:2])
     for top in range(0, height, BLOCK_PX):
@@ -71,7 +71,7 @@ def posterise_blocks(image: np.ndarray, severity: float, rng: np.random.Generato
 
 
 def grid(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
-    """A regular pattern of 2, 4 or 8 px, up to 24 of 255: what reward hacking paints."""
+    """Add a regular pattern with a period of 2, 4 or 8 px and an amplitude up to 24 of 255, as reward hacking does."""
     period = int(rng.choice([2, 4, 8]))
     lines = np.sign(rng.standard_normal((period, period, 1)))
     height, width = image.shape[:2]
@@ -80,7 +80,7 @@ def grid(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.nda
 
 
 def sharpen(image: np.ndarray, severity: float, rng: np.random.Generator) -> np.ndarray:
-    """Unsharp mask of radius 1.5 px with a gain up to 5: halos."""
+    """Unsharp mask of radius 1.5 px with a gain up to 5, which causes halos."""
     soft = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.5)), dtype=np.float64)
     return _to_uint8(image + 5.0 * severity * (image - soft))
 
@@ -98,7 +98,7 @@ OPERATORS: dict[str, Operator] = {
 
 
 def ladder(image: np.ndarray, names: Sequence[str], severities: Sequence[float], seed: int) -> list[np.ndarray]:
-    """Versions of the image, one for each severity: operators `names` applied in order, with the same random draws."""
+    """One version of the image for each severity: the operators `names` in order, with the same random draws."""
     rungs = []
     for severity in severities:
         rng = np.random.default_rng(seed)
@@ -110,7 +110,10 @@ def ladder(image: np.ndarray, names: Sequence[str], severities: Sequence[float],
 
 
 def random_crop(photograph: Image.Image, size_px: int, rng: np.random.Generator, min_share: float = 0.5) -> np.ndarray:
-    """A square of `min_share`..1 of the shorter side (never enlarged), at `size_px`, mirrored half of the time."""
+    """A square crop scaled to `size_px` and mirrored half of the time, RGB uint8 [size_px, size_px, 3].
+
+    Its side is `min_share` to 1 of the shorter side, and at least `size_px` if the photograph is that large.
+    """
     short = min(photograph.size)
     side = int(rng.integers(min(short, max(size_px, round(min_share * short))), short + 1))
     left, top = (int(rng.integers(0, size - side + 1)) for size in photograph.size)

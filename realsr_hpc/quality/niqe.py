@@ -1,10 +1,9 @@
-"""NIQE (Mittal, Soundararajan, Bovik 2013), written from the paper, batched, float64, with our own pristine model.
+"""NIQE (Mittal, Soundararajan, Bovik 2013), implemented from the paper: batched, float64, with its own pristine model.
 
-Natural scene statistics of small patches: mean-subtracted contrast-normalised luminance and the products of its
-neighbours, fitted by asymmetric generalised Gaussians on two scales (2 x 18 features). The score is the distance
-between the Gaussian of an image's patch features and that of pristine photographs: 0 is best, no upper bound.
-Left out: the MATLAB release's random choices; there are none. The paper uses 96 px patches; our images of 128 px
-need smaller ones, so the patch size belongs to the model.
+Natural scene statistics of small patches: mean-subtracted contrast-normalised luminance and products of neighbouring
+coefficients, fitted by asymmetric generalised Gaussians on two scales (2 x 18 features). The score is the distance
+between the Gaussian of an image's patch features and that of pristine photographs; 0 is best, and there is no upper
+bound. The paper uses patches of 96 px; images of 128 px need smaller ones, so the patch size is part of the model.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ NUM_FEATURES = 36
 _SHIFTS = ((0, 1), (1, 0), (1, 1), (1, -1))
 _SHAPES = torch.arange(0.2, 10.0005, 0.001, dtype=torch.float64)
 """Candidate shape parameters of the fits, as in the authors' release."""
-
-DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError)
-"""What reading a damaged .npz raises, besides its archive's own errors."""
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error)
+"""Exceptions of reading a damaged .npz."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +45,13 @@ class NIQEModel:
 
     @classmethod
     def load(cls, path: Path) -> NIQEModel:
-        """Read what `save` wrote. Raises ValueError when the file is missing, damaged or of another shape."""
+        """Read what `save` wrote. Raises ValueError if the file is missing, damaged or has other shapes."""
         if not path.is_file():
             raise ValueError(f"NIQE model {path} not found; make it with `realsr-hpc fit-experts only=niqe`")
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as held:
                 model = cls(held["mean"], held["covariance"], int(held["patch_px"]), int(held["stride_px"]))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            TypeError,
-            MemoryError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
+        except _DAMAGED as error:
             raise ValueError(f"NIQE model {path} is damaged ({error}); make it with realsr-hpc fit-experts") from None
         if model.mean.shape != (NUM_FEATURES,) or model.covariance.shape != (NUM_FEATURES, NUM_FEATURES):
             raise ValueError(f"NIQE model {path} has mean {model.mean.shape}; it must be ({NUM_FEATURES},)")
@@ -74,7 +63,7 @@ class NIQEModel:
 
 
 def niqe(images: Sequence[np.ndarray], model: NIQEModel, device: torch.device | str = "cpu") -> np.ndarray:
-    """NIQE of RGB uint8 images [H, W, 3], [n]; lower is better. NaN for images smaller than two patches."""
+    """NIQE [n] of RGB uint8 images [H, W, 3]; lower is better. NaN for images smaller than two patches."""
     scores = np.full(len(images), np.nan)
     for places, stack in same_shapes(images):
         if min(stack.shape[1:3]) >= 2 * model.patch_px:
@@ -84,7 +73,7 @@ def niqe(images: Sequence[np.ndarray], model: NIQEModel, device: torch.device | 
 
 
 def luminance(images: np.ndarray) -> Tensor:
-    """Rounded luma (0.299, 0.587, 0.114) of RGB uint8 [n, H, W, 3], float64 [n, H, W] in 0..255."""
+    """Rounded luma (weights 0.299, 0.587, 0.114) of RGB uint8 [n, H, W, 3]: float64 [n, H, W] in 0..255."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
     return (torch.from_numpy(np.array(images)).double() @ weights).round()
 
@@ -92,7 +81,7 @@ def luminance(images: np.ndarray) -> Tensor:
 def patch_features(luma: Tensor, patch_px: int, stride_px: int) -> tuple[Tensor, Tensor]:
     """Features [n, patches, 36] of luma [n, H, W] in 0..255, and each patch's sharpness [n, patches].
 
-    Sharpness is the mean local deviation at full size, by which pristine patches are chosen.
+    Sharpness is the mean local standard deviation at full size; pristine patches are selected by it.
     """
     keep = [(size - patch_px) // stride_px * stride_px + patch_px for size in luma.shape[1:]]
     luma = luma[:, : keep[0], : keep[1]]
@@ -107,22 +96,23 @@ def patch_features(luma: Tensor, patch_px: int, stride_px: int) -> tuple[Tensor,
 
 
 def normalise(luma: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean-subtracted contrast-normalised coefficients and the local deviation, both [n, H, W]."""
+    """Mean-subtracted contrast-normalised coefficients and the local standard deviation, both [n, H, W]."""
     mean = _blur(luma)
     deviation = (_blur(luma.square()) - mean.square()).abs().sqrt()
     return (luma - mean) / (deviation + 1.0), deviation
 
 
 def halve(luma: Tensor) -> Tensor:
-    """Half the size by antialiased bicubic (MATLAB's kernel, a = -0.5), borders mirrored; sides must be even."""
+    """Luma [n, H, W], H and W even, at half the size: antialiased bicubic (MATLAB's, a = -0.5), mirrored borders."""
     taps = torch.tensor([-3, -9, 29, 111, 111, 29, -9, -3], dtype=luma.dtype) / 256.0
     return _separable(luma, taps, stride=2, mode="symmetric")
 
 
 def fit_pristine(lumas: Sequence[Tensor], patch_px: int, stride_px: int, sharp_share: float = 0.75) -> NIQEModel:
-    """Model of pristine luma images, each [H, W]: patches sharper than `sharp_share` x the image's sharpest.
+    """Fit the model on pristine luma images, each [H, W].
 
-    Raises ValueError when fewer than two patches qualify.
+    sharp_share: of each image, use patches that are sharper than this share of its sharpest patch. Raises ValueError if
+    fewer than two patches qualify.
     """
     chosen = []
     for luma in lumas:
@@ -136,9 +126,9 @@ def fit_pristine(lumas: Sequence[Tensor], patch_px: int, stride_px: int, sharp_s
 
 
 def fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shape, left and right scale of asymmetric generalised Gaussians fitted by moments over the last dim.
+    """Shape, left scale and right scale of asymmetric generalised Gaussians, fitted by moments over the last dim.
 
-    A side without values (a flat patch) has no scale, NaN; `niqe`'s covariance leaves such patches out.
+    The scale of a side without values (in a flat patch) is NaN; `niqe`'s covariance leaves such patches out.
     """
     squares = values.square()
     below = values.clamp(max=0.0).square().sum(-1)
@@ -153,7 +143,8 @@ def fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shape_of(ratio: Tensor) -> Tensor:
-    """The candidate shape whose moment ratio is nearest (it grows with the shape); NaN: the first, as MATLAB."""
+    """The candidate shape with the nearest moment ratio, which increases with the shape. For NaN the first candidate,
+    as in MATLAB."""
     shapes = _SHAPES.to(ratio.device)
     table = (2 * torch.lgamma(2 / shapes) - torch.lgamma(1 / shapes) - torch.lgamma(3 / shapes)).exp()
     above = torch.searchsorted(table, ratio.nan_to_num(0.5).contiguous()).clamp(1, len(table) - 1)
@@ -163,7 +154,7 @@ def _shape_of(ratio: Tensor) -> Tensor:
 
 
 def _features(patches: Tensor) -> Tensor:
-    """[n, patches, 18] of normalised patches [n, patches, p, p]."""
+    """Features [n, patches, 18] of normalised patches [n, patches, p, p]."""
     shape, left, right = fit_aggd(patches.flatten(2))
     columns = [shape, (left + right) / 2]
     for shift in _SHIFTS:
@@ -182,7 +173,7 @@ def _distance(features: Tensor, model: NIQEModel) -> np.ndarray:
         if len(rows) < 2:
             scores.append(np.nan)
             continue
-        # As the authors' release: of a partly flat patch, the features it has count for the mean.
+        # As in the authors' release, the finite features of a partly flat patch count for the mean.
         gap = patches.nanmean(dim=0) - mean
         inverse = torch.linalg.pinv((torch.cov(rows.T) + covariance) / 2, hermitian=True)
         scores.append(float((gap @ (inverse @ gap)).sqrt()))
@@ -190,7 +181,7 @@ def _distance(features: Tensor, model: NIQEModel) -> np.ndarray:
 
 
 def _patches(field: Tensor, size: int, stride: int) -> Tensor:
-    """[n, H, W] -> [n, patches, size, size]."""
+    """Patches [n, patches, size, size] of a field [n, H, W]."""
     return field.unfold(1, size, stride).unfold(2, size, stride).flatten(1, 2)
 
 

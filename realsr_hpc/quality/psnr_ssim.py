@@ -1,7 +1,7 @@
 """Full-reference metrics without weights: PSNR and SSIM on luma, and the area downscale of the fidelity reward.
 
-Colour space: luma Y of YCbCr as in ITU-R BT.601, 16..235 (MATLAB's rgb2ycbcr, the super-resolution field's
-habit), not rounded. Images are RGB uint8; data range 255. No border is cropped unless `crop_px` says so.
+Colour space: luma Y of YCbCr by ITU-R BT.601, 16..235, not rounded (MATLAB's rgb2ycbcr, as usual in super-resolution).
+Images are RGB uint8; the data range is 255. `crop_px` pixels are cropped at each border, by default none.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 MAX_PSNR_DB = 100.0
-"""Reported for equal images, so that means stay finite."""
+"""PSNR of equal images, so that means stay finite."""
 _Y_WEIGHTS = (65.481 / 255, 128.553 / 255, 24.966 / 255)
 _SSIM_SIGMA = 1.5
 SSIM_MIN_PX = 11
-"""Least side of which SSIM can be computed: that of its window."""
+"""Smallest side for which SSIM is defined: that of its window."""
 _SSIM_RADIUS = 5
 
 
@@ -25,15 +25,16 @@ def luma_y(images: np.ndarray) -> Tensor:
 
 
 def psnr_y(sr: np.ndarray, gt: np.ndarray, crop_px: int = 0) -> np.ndarray:
-    """PSNR in dB on luma of RGB uint8 [n, H, W, 3] pairs, [n], at most `MAX_PSNR_DB`; higher is better."""
+    """PSNR [n] in dB on luma of pairs of RGB uint8 images [n, H, W, 3], at most `MAX_PSNR_DB`; higher is better."""
     ours, truth = _pair(sr, gt, crop_px)
     return psnr_db((ours - truth).square().mean(dim=(1, 2))).numpy()
 
 
 def ssim_y(sr: np.ndarray, gt: np.ndarray, crop_px: int = 0) -> np.ndarray:
-    """SSIM on luma, [n], in -1..1, higher is better: 11 px Gaussian of sigma 1.5, K 0.01 and 0.03, valid region.
+    """SSIM [n] in -1..1 on luma of pairs of RGB uint8 images [n, H, W, 3]; higher is better.
 
-    Wang et al. 2004. NaN where a side is below `SSIM_MIN_PX` after the crop: no window fits.
+    Wang et al. 2004: Gaussian window of 11 px with sigma 1.5, K 0.01 and 0.03, valid region. NaN if a side is below
+    `SSIM_MIN_PX` after cropping.
     """
     ours, truth = _pair(sr, gt, crop_px)
     if min(ours.shape[1:]) < SSIM_MIN_PX:
@@ -59,7 +60,7 @@ def downscale_area(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def gaussian_taps(sigma: float, radius: int) -> Tensor:
-    """Normalised Gaussian, float64 [2 radius + 1]."""
+    """Gaussian filter taps that sum to 1, float64 [2 radius + 1]."""
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     taps = (-(offsets.square()) / (2 * sigma**2)).exp()
     return taps / taps.sum()

@@ -1,11 +1,11 @@
-"""The only place that knows pyiqa (extra `iqa`, licence PolyForm-Noncommercial: read it before commercial use).
+"""The only module that uses pyiqa (extra `iqa`, licence PolyForm-Noncommercial: read it before commercial use).
 
-Metrics by name; direction and range come from pyiqa's own table and are turned into [0, 1], higher better. pyiqa
-would download weights and unpickle them unchecked; here nothing is downloaded, and nothing outside of one folder is
-read: its SHA256SUMS is verified first, and lists all that could be unpickled. Laid out as pyiqa looks for it:
+Metrics are addressed by pyiqa's names; direction and range come from its table, and scores are mapped to [0, 1], higher
+is better. pyiqa downloads weights and unpickles them unchecked. Here nothing is downloaded and nothing outside of one
+folder is read; its SHA256SUMS, which must list every file that could be unpickled, is verified first:
 
-    weights_dir/SHA256SUMS                      sha256sum's own format, paths from weights_dir
-    weights_dir/hub/pyiqa/*.pth | *.mat         pyiqa's own heads
+    weights_dir/SHA256SUMS                      in the format of sha256sum, paths relative to weights_dir
+    weights_dir/hub/pyiqa/*.pth | *.mat         pyiqa's heads
     weights_dir/hub/checkpoints/*.pth           torchvision backbones
     weights_dir/hub/clip/*.pt                   CLIP
     weights_dir/huggingface/...                 timm backbones (HF_HOME)
@@ -35,11 +35,11 @@ from realsr_hpc.quality.batching import same_shapes
 _STAGING = "realsr-hpc stage-weights recipe=NAME collect=DIR"
 _WEIGHT_SUFFIXES = {".pth", ".pt", ".mat", ".bin", ".npz", ".ckpt", ".safetensors"}
 _LIBRARIES: list[Any] = []
-"""Operator declarations live as long as the objects that made them."""
+"""Keeps the libraries alive whose operator declarations would vanish with them."""
 
 
 class PyiqaMetrics:
-    """Mean of some pyiqa metrics, each in [0, 1], higher better: without a reference (`NR`) or with one (`FR`)."""
+    """Mean of pyiqa metrics, each mapped to [0, 1], higher is better: no-reference (`NR`) or full-reference (`FR`)."""
 
     def __init__(
         self,
@@ -53,14 +53,14 @@ class PyiqaMetrics:
         self.metrics = [(*normalisation(name, mode), create_metric(name, device)) for name in names]
 
     def to(self, device: torch.device) -> None:
-        """Score there from now on."""
+        """Move the metrics to a device."""
         self.device = device
         for *_, metric in self.metrics:
             metric.to(device)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None) -> np.ndarray:
-        """Scores [n] of RGB uint8 images [H, W, 3], against references of the same shapes with `FR`."""
+        """Scores [n] of RGB uint8 images [H, W, 3]; `FR` needs references of the same shapes."""
         scores = np.zeros(len(images))
         for places, stack in same_shapes(images):
             inputs = [_pixels(stack)]
@@ -75,11 +75,9 @@ class PyiqaMetrics:
 
 
 OPEN_RANGES = {"niqe": (0.0, 20.0), "ilniqe": (0.0, 100.0), "brisque": (0.0, 100.0), "piqe": (0.0, 100.0)}
-"""Where pyiqa's table leaves an end open, the range that is used here, in the metric's own unit."""
-
-
-GPU_ALONE = frozenset({"maclip"})
-"""Metrics that pyiqa 0.1.15 moves to CUDA itself."""
+"""Ranges, in the metric's unit, for metrics whose range is open in pyiqa's table."""
+GPU_ONLY = frozenset({"maclip"})
+"""Metrics that pyiqa 0.1.15 always moves to CUDA."""
 
 
 def _pixels(stack: np.ndarray) -> torch.Tensor:
@@ -87,7 +85,7 @@ def _pixels(stack: np.ndarray) -> torch.Tensor:
 
 
 def normalisation(name: str, mode: Literal["NR", "FR"] = "NR") -> tuple[float, float, bool]:
-    """Low and high end and whether lower is better, from pyiqa's table; `load_pyiqa` must have run.
+    """Lowest and highest score, and whether lower is better, from pyiqa's table. Call `load_pyiqa` first.
 
     Raises ValueError for an unknown metric, one of the other mode, or one without a usable range.
     """
@@ -107,20 +105,21 @@ def normalisation(name: str, mode: Literal["NR", "FR"] = "NR") -> tuple[float, f
 
 
 def load_pyiqa(weights_dir: str | None) -> None:
-    """Import pyiqa offline, after verifying the staged weights; None: those in weights/iqa, if there are any.
+    """Import pyiqa in offline mode, after verifying the staged weights.
 
-    Raises ValueError when the extra is not installed, or a staged file is missing, differs or is not listed.
+    weights_dir: None means weights/iqa, which may be missing. Raises ValueError if the extra is not installed, or a
+    staged file is missing, differs or is not listed.
     """
     if importlib.util.find_spec("pyiqa") is None:
         raise ValueError("expert=pyiqa needs the extra `iqa`: pip install 'realsr-hpc[iqa]'")
     folder = resolve(weights_dir or WEIGHTS_DIR)
     if weights_dir or folder.is_dir():
         verify_weights(folder)
-    # Also without any weights: what lies in the user's caches was checked by nobody.
+    # Also without a weights folder, because files in the user's caches are unverified.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TORCH_HOME": str(folder), "HF_HOME": str(folder / "huggingface")}
     from huggingface_hub import constants
 
-    # It read the environment when it was imported, which may have been long ago.
+    # huggingface_hub reads the environment only when it is imported, which may have happened before.
     constants.HF_HUB_OFFLINE, constants.HF_HUB_CACHE = True, str(folder / "huggingface" / "hub")
     torch.hub.set_dir(str(folder / "hub"))
     declare_torchvision_operators()
@@ -130,7 +129,7 @@ def load_pyiqa(weights_dir: str | None) -> None:
 
 
 def verify_weights(folder: Path) -> None:
-    """Check every file that is there or listed in `folder`/SHA256SUMS. Raises ValueError naming the first fault."""
+    """Verify every weights file that is in `folder` or listed in its SHA256SUMS. ValueError names the first fault."""
     if not (folder / SUMS_FILE).is_file():
         raise ValueError(f"{folder / SUMS_FILE} not found; stage the weights with {_STAGING}")
     sums = read_sums(folder)
@@ -147,16 +146,16 @@ def verify_weights(folder: Path) -> None:
 
 
 def declare_torchvision_operators() -> None:
-    """Let a torchvision built for CUDA import beside a CPU build of torch.
+    """Make a torchvision built for CUDA importable beside a CPU build of torch.
 
-    torchvision registers fakes for two operators whose schemas its own library would declare; on the CPU that
-    library cannot be loaded. Nothing we use calls them.
+    torchvision registers fake implementations of two operators that its compiled library declares; that library cannot
+    be loaded without CUDA. The metrics do not call these operators.
     """
     if _LIBRARIES or torch.version.cuda is not None:
         return
     try:
         library = torch.library.Library("torchvision", "DEF")
-    except RuntimeError:  # another part of the program declared them
+    except RuntimeError:  # already declared elsewhere
         return
     library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -164,18 +163,18 @@ def declare_torchvision_operators() -> None:
 
 
 def create_metric(name: str, device: torch.device | str) -> Any:
-    """A metric of pyiqa's, its weights read and nothing downloaded; `load_pyiqa` must have run.
+    """Create a pyiqa metric and read its weights, without downloads. Call `load_pyiqa` first.
 
-    Raises ValueError naming what it lacks.
+    Raises ValueError naming the missing file or GPU.
     """
     import pyiqa
 
-    if name in GPU_ALONE and not torch.cuda.is_available():
+    if name in GPU_ONLY and not torch.cuda.is_available():
         raise ValueError(f"pyiqa computes {name!r} only on a GPU, and there is none; choose another metric")
     try:
         with no_downloads(name), _inside_the_folder():
             return pyiqa.create_metric(name, device=torch.device(device))
-    except (OSError, RuntimeError, ImportError) as error:  # a backbone of the hub, other weights, another package
+    except (OSError, RuntimeError, ImportError) as error:  # a missing backbone, unsuitable weights, a missing package
         files = " and ".join(path for path, _ in PYIQA_FILES.get(name, ())) or "what it says"
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"pyiqa metric {name!r} needs {files} in the weights folder ({said}); {_STAGING}") from error
@@ -183,7 +182,7 @@ def create_metric(name: str, device: torch.device | str) -> Any:
 
 @contextmanager
 def no_downloads(name: str) -> Iterator[None]:
-    """Turn every download that pyiqa, torch or CLIP would try into an error that names the missing file."""
+    """Turn downloads by pyiqa, torch and CLIP into a ValueError that names the missing file."""
     from pyiqa.utils import download_util
 
     def refuse(url: Any, dst: str = "", *_: Any, **__: Any) -> None:
@@ -202,10 +201,10 @@ def no_downloads(name: str) -> Iterator[None]:
 
 @contextmanager
 def _inside_the_folder() -> Iterator[None]:
-    """Let no metric read outside of the staged folder or write into it.
+    """Keep metrics from reading outside of the staged folder and from writing into it.
 
-    A-FINE looks for CLIP in the user's cache; LIQE stores features of its prompts beside the staged files, and would
-    unpickle what it finds there.
+    A-FINE looks for CLIP in the user's cache. LIQE stores features of its prompts beside the staged files and unpickles
+    them from there.
     """
     from pyiqa.archs import afine_arch, liqe_arch
 

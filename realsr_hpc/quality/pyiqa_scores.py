@@ -1,4 +1,4 @@
-"""pyiqa's metrics in their own unit, with and without truth, for evaluation; weights staged as for the reward."""
+"""pyiqa's metrics in their own unit, for evaluation; weights are staged as for rewards (see pyiqa_adapter.py)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from realsr_hpc.quality.pyiqa_adapter import create_metric, load_pyiqa
 
 
 class PyiqaScore:
-    """One metric by pyiqa's name; `fid` compares two folders, any other an image, with its truth where it needs one."""
+    """One metric by pyiqa's name: `fid` compares two folders, any other scores an image, if needed with its truth."""
 
     def __init__(self, name: str, weights_dir: str | None = None, device: str = "cpu"):
-        """ValueError when pyiqa or the metric's weights are not there."""
+        """Raises ValueError if pyiqa, the metric or its weights are missing."""
         load_pyiqa(weights_dir)
         from pyiqa.default_model_configs import DEFAULT_CONFIGS
 
@@ -33,7 +33,7 @@ class PyiqaScore:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray, truth: np.ndarray | None = None) -> float:
-        """Score of RGB uint8 [H, W, 3]; NaN where a truth is needed and missing."""
+        """Score of an RGB uint8 image [H, W, 3]; NaN if the metric needs a truth and there is none."""
         if self.needs_truth and truth is None:
             return float("nan")
         inputs = [image, truth] if self.needs_truth else [image]
@@ -42,12 +42,12 @@ class PyiqaScore:
 
     @torch.no_grad()
     def of_folders(self, ours: Path, truths: Path) -> float:
-        """Distance of two folders of images (`fid`)."""
+        """Distance between two folders of images (`fid`)."""
         return float(self._metric(str(ours), str(truths)))
 
 
 def open_scores(names: Sequence[str], weights_dir: str | None) -> tuple[list[PyiqaScore], dict[str, str]]:
-    """The metrics that can be computed here, and why the others cannot."""
+    """The metrics that can be computed here, and by name the reason why others cannot."""
     scores, missing = [], {}
     for name in names:
         try:

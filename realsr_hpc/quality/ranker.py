@@ -1,8 +1,8 @@
-"""The degradation ranker: our own small CNN that rates how clean an image of about 128 px looks.
+"""The degradation ranker: a small CNN that rates how clean an image of about 128 px looks, without a reference.
 
-Trained by `realsr-hpc fit-experts` on the bundled train photographs: of two versions of one crop the one degraded
-less must score higher (margin ranking, after RankIQA, Liu et al. 2017). It sees luma and two chroma planes,
-high-passed so that content and exposure cannot stand in for quality. It scores any image of 32 px or more.
+`realsr-hpc fit-experts` trains it on the bundled training photographs: of two versions of one crop, the less degraded
+one must score higher (margin ranking, after RankIQA, Liu et al. 2017). Its inputs are high-passed luma and chroma
+planes, so that it cannot judge by content and exposure. It scores any image of at least 32 px.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BATCH = 32
 
 
 class Ranker(nn.Module):
-    """Fully convolutional, about 105,000 weights; the score is the mean over places, of any sign."""
+    """A fully convolutional network with about 105,000 weights; scores have no fixed range."""
 
     def __init__(self, width: int = 24):
         super().__init__()
@@ -46,7 +46,7 @@ class Ranker(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Ranker:
-        """Read what `save` wrote. Raises ValueError when the file is missing, damaged or no ranker's."""
+        """Read what `save` wrote. Raises ValueError if the file is missing, damaged or not a ranker's."""
         if not path.is_file():
             raise ValueError(f"ranker weights {path} not found; make them: `realsr-hpc fit-experts only=ranker`")
         ranker = cls()
@@ -71,10 +71,10 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def shares(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [n] of images of one size, and each place's share in them [n, h, w], float64; places of 16 px.
+        """Scores [n] of images of one size, and contributions [n, h, w] of their positions (16 px apart), float64.
 
-        A share is by how much the place raises the score above the image's mean place, to first order: the influence
-        function of mean and spread at the place's features. Its mean over an image is 0.
+        A contribution is how much a position raises the score relative to the image's average position, to first order:
+        the influence function of mean and spread at the position's features. Its mean over an image is 0.
         """
         weight_mean, weight_spread = self.head.weight[0].chunk(2)  # [C] each
         scores, shares = [], []
@@ -92,18 +92,18 @@ class Ranker(nn.Module):
         return torch.cat(scores).double().cpu().numpy(), torch.cat(shares).double().cpu().numpy()
 
     def _rated(self, field: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Score [n] of features [n, C, h, w], and their mean and spread over places, [n, C]."""
+        """Scores [n] of features [n, C, h, w], and the features' mean and spread over positions, each [n, C]."""
         mean, spread = field.mean(dim=(2, 3)), (field.var(dim=(2, 3), unbiased=False) + 1e-4).sqrt()
         return self.head(torch.cat([mean, spread], dim=1))[:, 0], mean, spread
 
     def _pixels(self, stack: np.ndarray) -> Tensor:
-        """uint8 [n, H, W, 3] as the network takes them."""
+        """Images uint8 [n, H, W, 3] as float [n, 3, H, W] in 0..1 on the network's device."""
         pixels = torch.from_numpy(np.array(stack)).to(self.head.weight.device)
         return pixels.permute(0, 3, 1, 2).float() / 255.0
 
 
 def high_pass(images: Tensor) -> Tensor:
-    """Opponent planes [n, 6, H, W]: luma and chroma less their 3 px mean, and the same less their 9 px mean."""
+    """Luma and two chroma planes minus their mean over 3 px, and minus that over 9 px: [n, 3, H, W] -> [n, 6, H, W]."""
     red, green, blue = images.unbind(1)
     planes = torch.stack([(red + green + blue) / 3, red - green, (red + green) / 2 - blue], dim=1)
     return 4.0 * torch.cat([planes - _box(planes, 3), planes - _box(planes, 9)], dim=1)

@@ -1,11 +1,12 @@
-"""Detects stripes and grids: the share of an image's fine detail that repeats at one frequency, unlike in photographs.
+"""Detects stripes and grids by the share of an image's fine detail that is concentrated at single frequencies.
 
-A policy that optimises an expert without a reference ends in patterns that the expert takes for detail: stripes, grids,
-the same code painted again and again. Their spectrum is a few sharp peaks; a photograph's is smooth, and where straight
-edges draw lines through it, a line has neighbours on both sides, a peak has none. So: the mean spectrum of overlapping
-windows, each weighed by its own energy, whitened (photographs fall with the square of the frequency); then the share of
-power at periods of 8 px and less that stands above everything three bins around it. docs/rewards.md has the shares that
-were measured on photographs and on striped images.
+A policy that maximises a no-reference expert converges to patterns that the expert takes for detail: stripes, grids, or
+one repeated code. Their spectrum has a few sharp peaks. The spectrum of a photograph is smooth; straight edges cause
+lines in it, but a bin on a line has high neighbours and a peak has none.
+
+The power spectra of overlapping windows, each normalised by the window's energy, are averaged and whitened (spectra of
+photographs decrease with the square of the frequency). The share is the power at periods up to 8 px that exceeds all
+bins at a distance of three. docs/rewards.md has the shares measured on photographs and on striped images.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from realsr_hpc.quality.batching import same_shapes
 from realsr_hpc.quality.psnr_ssim import luma_y
 
 HARMLESS_SHARE, WORTHLESS_SHARE = 0.1, 0.4
-"""Up to the first an image keeps its reward; from the second on it loses all of it."""
+"""An image up to the first share keeps its reward; from the second share on it loses all of it."""
 _LONGEST_PERIOD_PX = 8
 _FLOOR = 16.0
-"""Variance (of 255 squared) below which a window counts less: nobody sees what repeats there."""
+"""Variance (in units of 0..255 luma) below which a window counts less, because patterns in it are invisible."""
 _STANDS_OUT = 2.0
-"""A peak is this many times the highest bin around it."""
+"""A peak is at least this many times the highest bin at a distance of three."""
 _RING = [(dy, dx) for dy in range(-3, 4) for dx in range(-3, 4) if max(abs(dy), abs(dx)) == 3]
-"""Three bins away: the main lobe of the Hann window is two wide."""
+"""Bins at a distance of three, outside the main lobe of the Hann window, which is two bins wide."""
 
 
 def stripe_guard(images: Sequence[np.ndarray], truths: Sequence[np.ndarray | None] | None = None) -> np.ndarray:
-    """Factor [n] in 0..1 for RGB uint8 images [H, W, 3]: 1 for photographs, 0 for stripes.
+    """Factors [n] in 0..1 for RGB uint8 images [H, W, 3]: 1 for photographs, 0 for stripes.
 
-    Where the truth is known, the image may have the same share of stripes as the truth (brick, a mesh, a blind).
+    If the truth is known, an image may have the same share of stripes as its truth (bricks, a mesh, a blind).
     """
     allowed = np.full(len(images), HARMLESS_SHARE)
     known = [(place, truth) for place, truth in enumerate(truths or ()) if truth is not None]
@@ -44,7 +45,7 @@ def stripe_guard(images: Sequence[np.ndarray], truths: Sequence[np.ndarray | Non
 
 
 def stripe_share(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Share [n] in 0..1 of fine detail that is sharp peaks of the spectrum; 0 for images below 32 px."""
+    """Share [n] in 0..1 of the fine detail that lies in sharp peaks of the spectrum; 0 for images below 32 px."""
     shares = np.zeros(len(images))
     for places, stack in same_shapes(images):
         if min(stack.shape[1:3]) >= 32:
@@ -53,7 +54,7 @@ def stripe_share(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _spectrum(luma: Tensor) -> Tensor:
-    """Whitened mean power [n, side, side] of luma [n, H, W]; the side is that of the windows."""
+    """Whitened mean power spectrum [n, side, side] over windows of luma [n, H, W]."""
     side = 64 if min(luma.shape[1:]) >= 128 else 32
     windows = luma.unfold(1, side, side // 2).unfold(2, side, side // 2)
     windows = windows - windows.mean(dim=(3, 4), keepdim=True)

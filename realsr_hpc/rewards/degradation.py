@@ -1,7 +1,7 @@
 """Degradation reward: the weighted share of slots in which the written phrase matches the true words.
 
-Slots: blur, first resize, noise, compression, second resize. The phrase is parsed leniently: order and
-other words do not matter. A slot named twice with different words counts as empty, or naming everything would win.
+Slots: blur, first resize, noise, compression, second resize. The phrase is parsed leniently: order and other words do
+not matter. A slot that is named twice with different words counts as empty, so that naming every word does not score.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Slots = tuple[str | None, str | None, str | None, str | None, str | None]
 
 
 class DegradationReward(Reward):
-    """Weighted share of the five slots that the trace names correctly; 0 where the truth is unknown."""
+    """Weighted share of the five slots that the trace names correctly; 0 if the truth is unknown."""
 
     judges = ("degradation",)
 
@@ -33,9 +33,9 @@ class DegradationReward(Reward):
         return np.array([self._score_phrase(item.trace.degradation, item.label) for item in candidates], np.float64)
 
     def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        """Each slot's credit times its weight, [n, 5]; their sum is the score.
+        """Credit of each slot times its weight, [n, 5]; the sum of a row is the score.
 
-        NaN without a truth, and for a phrase that is not written slot by slot: five pieces between commas, in order.
+        A row is NaN without a truth, and for a phrase that is not five pieces between commas in the order of the slots.
         """
         weights = np.array(self.options.slot_weights) / sum(self.options.slot_weights)
         scores = np.full((len(candidates), len(weights)), np.nan)
@@ -57,7 +57,7 @@ class DegradationReward(Reward):
 def read_phrase(phrase: str) -> Slots:
     """Words for blur, resize 1, noise, compression and resize 2 in a phrase; None for a slot that it does not name.
 
-    A single resize word is the first when it stands before the noise word, else the second.
+    A single resize word counts as the first resize if it comes before the noise word, else as the second.
     """
     text = phrase.lower()
     levels = {kind: _only(re.findall(rf"\b({'|'.join(LEVELS)})\s+{kind}\b", text)) for kind in _KINDS}
@@ -75,7 +75,7 @@ _KINDS = ("blur", "noise", "compression")
 
 
 def _in_order(phrase: str) -> bool:
-    """Whether each slot is a piece of its own, in the order of `DegradationLabel`."""
+    """Whether the phrase has one piece for each slot, in the order of `DegradationLabel`."""
     pieces = phrase.lower().split(",")
     kinds = [next((kind for kind in _KINDS if piece.endswith(kind)), "resize") for piece in pieces]
     return kinds == ["blur", "resize", "noise", "compression", "resize"]

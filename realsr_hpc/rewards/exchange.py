@@ -1,7 +1,6 @@
 """Requests to a process that computes a reward, and its answers: JSON with images as PNG (docs/judge.md).
 
-`sent` turns rollouts into the document, `received` turns it back without loss: the pixels are those of the arrays, and
-JSON writes a float so that the same float is read.
+`sent` encodes rollouts, `received` decodes them without loss: PNG keeps pixels and JSON keeps floats exactly.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class Request(_Document):
 
 
 class Answer(BaseModel):
-    """Scores in [0, 1] in the rollouts' order; null where the process could not score one."""
+    """Scores in [0, 1] in the order of the rollouts; null for a rollout that could not be scored."""
 
     model_config = ConfigDict(strict=True)
 
@@ -83,13 +82,13 @@ class Answer(BaseModel):
 
 
 def sent(candidates: Sequence[Candidate]) -> bytes:
-    """The JSON document of a request: UTF-8."""
+    """The JSON document of a request, in UTF-8."""
     rollouts = [_sent(item).model_dump() for item in candidates]
     return json.dumps({"version": VERSION, "rollouts": rollouts}).encode()
 
 
 def received(document: bytes) -> list[Candidate]:
-    """The rollouts of a document. Raises ValueError naming what is wrong with it."""
+    """The rollouts of a request. Raises ValueError naming the fault."""
     try:
         request = Request.model_validate(_json(document))
     except ValidationError as error:
@@ -99,13 +98,13 @@ def received(document: bytes) -> list[Candidate]:
 
 
 def answer(scores: np.ndarray, broken: np.ndarray) -> dict[str, Any]:
-    """The JSON document of an answer; null where the term failed."""
+    """The JSON document of an answer: null for each of the scores [n] that is marked in broken [n]."""
     pairs = zip(scores.tolist(), broken.tolist(), strict=True)
     return {"scores": [None if failed else score for score, failed in pairs]}
 
 
 def scores_of(document: bytes, count: int) -> np.ndarray:
-    """Scores [count] of an answer, NaN for null. Raises ValueError for another form, count, or a score outside 0..1."""
+    """Scores [count] of an answer, NaN for null. ValueError for another format or count, or scores outside 0..1."""
     try:
         scores = Answer.model_validate(_json(document)).scores
     except ValidationError as error:
@@ -190,16 +189,16 @@ def _received_operator(operator: SentBlur | SentResize | SentJPEG) -> Blur | Res
 
 
 def _png(image: np.ndarray | None) -> str | None:
-    """Base64 of a PNG file of uint8 [H, W, 3]."""
+    """An image uint8 [H, W, 3] as base64 of a PNG file."""
     if image is None:
         return None
     held = io.BytesIO()
-    Image.fromarray(image).save(held, "PNG", compress_level=1)  # a loopback carries more than zlib saves
+    Image.fromarray(image).save(held, "PNG", compress_level=1)  # on a local connection stronger compression is slower
     return base64.b64encode(held.getvalue()).decode()
 
 
 def _pixels(text: str | None) -> np.ndarray | None:
-    """Uint8 [H, W, 3]; None for nothing."""
+    """The image of base64 text, uint8 [H, W, 3]; None for empty text."""
     if not text:
         return None
     try:

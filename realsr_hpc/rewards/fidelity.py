@@ -1,12 +1,15 @@
-"""Fidelity reward: does the final image still show what the LQ image shows?
+"""Fidelity reward: whether the final image shows the same content as the LQ image.
 
-reference=lq (default, no truth needed): the final image is area-averaged to the LQ size and compared with the LQ image,
-both first smoothed a little so that the LQ image's noise and block edges weigh less than its content. With
-degradation=known it first undergoes the operators that made the LQ image (recorded in `data`, never estimated), without
-the noise; then a blurred LQ image does not reward a blurred result. reference=gt: compared with the truth at full size.
-The generation reward alone would reward invented detail; this one counteracts it. metric=pyiqa (with reference=gt):
-LPIPS, DISTS, TOPIQ-FR and the like by name, direction and range from pyiqa's table. Maps: psnr -> (dB - low) / (high -
-low); l1 -> 1 - mean |difference| / 255; ssim -> itself, negative values become 0.
+It counteracts the generation reward, which alone would also reward invented detail.
+
+- reference=lq (default, needs no truth): the final image is averaged down to the LQ size and compared with the LQ
+  image, both slightly smoothed so that noise and block edges weigh less than content.
+- reference=lq degradation=known: the final image is first degraded by the operators that made the LQ image (recorded in
+  `data`, not estimated), without the noise, so that a blurred LQ image does not reward a blurred result.
+- reference=gt: the final image is compared with the truth at full size.
+
+Mapping to [0, 1] by metric: psnr -> (dB - low) / (high - low); l1 -> 1 - mean |difference| / 255; ssim -> negative
+values become 0; pyiqa (with reference=gt: LPIPS, DISTS, TOPIQ-FR, ...) -> direction and range from pyiqa's table.
 """
 
 from __future__ import annotations
@@ -44,14 +47,14 @@ class FidelityReward(Reward):
             self.perceptual.to(device)
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        """Scores [n] in [0, 1]; 0 where the truth, or the known degradation, is not there."""
+        """Scores [n] in [0, 1]; 0 if the truth, or the known degradation, is missing."""
         scores = np.zeros(len(candidates))
         for places, images, references in self._pairs(candidates):
             scores[places] = self._compare(images, references)
         return scores
 
     def _pairs(self, candidates: Sequence[Candidate]) -> list[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Candidates of one pair of shapes together: (places, images, references)."""
+        """For each pair of shapes: indices of its candidates, their images and references, uint8 [n, H, W, 3]."""
         groups: dict[tuple[int, ...], list[tuple[int, np.ndarray, np.ndarray]]] = {}
         for i, item in enumerate(candidates):
             reference = item.lq if self.options.reference == "lq" else item.gt
@@ -64,7 +67,7 @@ class FidelityReward(Reward):
         ]
 
     def _shown(self, item: Candidate) -> np.ndarray | None:
-        """The image as it is compared; None where nothing can be."""
+        """The image to compare, degraded if configured; None if there is no image or its degradation is unknown."""
         if self.options.degradation == "downscale" or item.image is None:
             return item.image
         if item.gt is not None and item.image.shape != item.gt.shape:
@@ -74,9 +77,9 @@ class FidelityReward(Reward):
         return None if item.operators is None else degraded(item.image, item.operators)
 
     def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
-        """Minus the mean error in each code's square, as the metric counts errors: squared (psnr) or absolute (l1).
+        """Negative mean error in the square of each code, [n, codes]: squared error (psnr) or absolute error (l1).
 
-        Their mean over the image orders rollouts as the metric does. None for the other metrics.
+        The mean of a row ranks rollouts like the metric. None for the other metrics.
         """
         if self.options.metric not in ("psnr", "l1"):
             return None
@@ -103,7 +106,7 @@ class FidelityReward(Reward):
         return ((decibels - low) / (high - low)).clamp(0.0, 1.0).double().numpy()
 
     def _compared(self, images: np.ndarray, references: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Both sides as they are compared, float32 [n, h, w, 3] of the references' size."""
+        """Images and references as they are compared: float32 [n, h, w, 3] at the references' size."""
         ours, truth = torch.from_numpy(images).float(), torch.from_numpy(references).float()
         if self.options.reference == "lq":
             ours = smooth(downscale_area(ours, (truth.shape[1], truth.shape[2])), self.options.smooth_px)
@@ -112,7 +115,7 @@ class FidelityReward(Reward):
 
 
 def smooth(images: Tensor, sigma_px: float) -> Tensor:
-    """Gaussian over [n, h, w, 3], borders replicated; sigma 0 changes nothing."""
+    """Gaussian blur of [n, h, w, 3] with replicated borders; sigma 0 changes nothing."""
     if sigma_px == 0:
         return images
     radius = max(1, round(3 * sigma_px))

@@ -1,9 +1,8 @@
-"""Format reward: is the whole chain of thought well formed?
+"""Format reward: whether the whole chain of thought is well formed.
 
-1 for a well-formed trace. Otherwise `partial` x (parts present / 7), where the parts are the degradation phrase, three
-texts and three images: a policy that writes six of seven parts gets a gradient towards the seventh, and the step to 1
-stays large. A text that violates a guard (too short, too long, endlessly repeating) does not count as a part, and its
-trace is not well formed for this reward.
+1 for a well-formed trace, otherwise `partial` x (parts present / 7). The parts are the degradation phrase, three texts
+and three images. Partial credit rewards each further part, and the step to a well-formed trace remains large. A text
+that is too short, too long or repetitive does not count as a part, and its trace is not well formed for this reward.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class FormatReward(Reward):
 
 
 def text_passes(text: str, options: FormatOptions) -> bool:
-    """Whether the text keeps within the guards of length and repetition."""
+    """Whether the text is within the limits of length and repetition."""
     words = re.findall(r"\w+", text.lower())
     if not options.min_words <= len(words) <= options.max_words:
         return False

@@ -1,10 +1,10 @@
-"""Generation reward: how good does the final image look, without a reference?
+"""Generation reward: the quality of the final image, by an expert without a reference.
 
-Experts: `niqe` (our own, natural scene statistics), `ranker` (our own small CNN, trained to rank degradations)
-and `pyiqa` (any of its metrics, weights staged by the user). docs/rewards.md has the measured rankings.
-Maps to [0, 1]: niqe -> 1 / (1 + (d / half)^2), where `half` is the distance that scores 1/2; ranker -> logistic of its
-score, which training scales so that ±2 spans clean to heavily degraded; pyiqa -> its stated range, with the direction
-normalised. The expert's score is multiplied by the stripe guard, unless the recipe turns that off.
+Experts: `niqe` (natural scene statistics, quality/niqe.py), `ranker` (a small CNN trained to rank degradations,
+quality/ranker.py) and `pyiqa` (its no-reference metrics, with weights staged by the user). docs/rewards.md compares
+them. Mapping to [0, 1]: niqe -> 1 / (1 + (d / half)^2), where `half` is the distance that scores 1/2; ranker ->
+logistic function of its score, which is about 2 for clean and -2 for heavily degraded images; pyiqa -> its stated range
+and direction. The score is multiplied by the stripe guard, unless the recipe turns that off.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from realsr_hpc.rewards.base import FINAL_IMAGE, Reward
 NIQE_PATH = "recipes/assets/tiny/niqe_pristine.npz"
 RANKER_PATH = "recipes/assets/tiny/ranker.safetensors"
 NIQE_HALF = 6.0
-"""NIQE distance that earns 1/2."""
+"""NIQE distance that scores 1/2."""
 
 
 class Expert(Protocol):
-    """What rates images."""
+    """A function that rates images."""
 
     def __call__(self, images: Sequence[np.ndarray], /) -> np.ndarray:
         """Scores [n] in [0, 1]."""
         ...
 
     def to(self, device: torch.device, /) -> None:
-        """Score there from now on."""
+        """Move the expert to a device."""
         ...
 
 
@@ -62,9 +62,10 @@ class GenerationReward(Reward):
         return scores * stripe_guard(images, [item.gt for item in candidates]) if self.options.stripe_guard else scores
 
     def compute_places(self, candidates: Sequence[Candidate]) -> np.ndarray | None:
-        """The score plus each place's first-order share in it, so that their mean is the score.
+        """Scores by place [n, codes]: the score plus the first-order contribution of each place, so that their mean is
+        the score.
 
-        Only of the ranker, whose score is a statistic over places; None for the other experts.
+        Only for the ranker, whose score is a statistic over positions; None for the other experts.
         """
         grids = {item.trace.images[-1].shape for item in candidates if item.trace.images[-1] is not None}
         if not isinstance(self.expert, _Ranked) or not grids:
@@ -82,7 +83,10 @@ class GenerationReward(Reward):
 
 
 def build_expert(options: GenerationOptions, device: torch.device | str = "cpu") -> Expert:
-    """On its device: images (RGB uint8 [H, W, 3]) -> scores [n] in [0, 1], higher is better, NaN where impossible."""
+    """The expert that the options name, on its device.
+
+    It maps RGB uint8 images [H, W, 3] to scores [n] in [0, 1], higher is better, NaN for images that are too small.
+    """
     if options.expert == "pyiqa":
         from realsr_hpc.quality.pyiqa_adapter import PyiqaMetrics
 
@@ -111,20 +115,20 @@ class _Ranked:
         return sigmoid(self.ranker.score(images))
 
     def places(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Scores of images of one size plus the first-order share of each place in them, float64 [n, h, w]."""
+        """Scores of images of one size plus the first-order contribution of each position, float64 [n, h, w]."""
         scores, shares = self.ranker.shares(images)
         score = sigmoid(scores)[:, None, None]
-        return score + score * (1.0 - score) * shares  # the sigmoid's slope
+        return score + score * (1.0 - score) * shares  # chain rule: times the derivative of the sigmoid
 
     def to(self, device: torch.device) -> None:
         self.ranker.to(device)
 
 
 def sigmoid(scores: np.ndarray) -> np.ndarray:
-    """To 0..1."""
+    """Logistic function, elementwise."""
     return 1.0 / (1.0 + np.exp(-scores))
 
 
 def niqe_to_unit(distance: np.ndarray) -> np.ndarray:
-    """1 at distance 0, 1/2 at `NIQE_HALF`, falling to 0."""
+    """Map distances to scores: 1 at distance 0, 1/2 at `NIQE_HALF`, decreasing to 0."""
     return 1.0 / (1.0 + (distance / NIQE_HALF) ** 2)

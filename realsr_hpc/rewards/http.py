@@ -1,10 +1,10 @@
-"""A reward that another process computes: rollouts go to its URL, scores come back (exchange.py, docs/judge.md).
+"""A reward that another process computes: rollouts are posted to its URL, scores returned (exchange.py, docs/judge.md).
 
-Calls are retried with growing pauses and have time-outs, which hold for a whole answer, however slowly it trickles in;
-of one that never ends `ANSWER_BYTES` are read. A call that fails is a failure of its rollouts alone: of a batch each
-rollout is then asked for by itself. While the other process is away the next calls are tried once each, so that a step
-does not wait for all their pauses; after `PATIENCE` silent ones in a row the rest of the scoring is not asked for. The
-next scoring asks again.
+Calls are retried with increasing pauses. Their time-outs limit the whole answer, and at most `ANSWER_BYTES` of it are
+read. If the call for a batch fails, each of its rollouts is sent alone, so that one bad rollout does not fail the
+others. After a failed call the next ones are not retried until one succeeds, so that a step does not wait for the
+pauses of every call. After `PATIENCE` calls in a row without an answer, the rest of the step's rollouts are not sent.
+The next step tries again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from realsr_hpc.rewards.exchange import scores_of, sent
 from realsr_hpc.vlcot.sequence import FIELDS
 
 logger = logging.getLogger(__name__)
-logging.getLogger("urllib3").setLevel(logging.ERROR)  # lines a retry, beside ours a call
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns at each retry; this module logs each failed call
 
 RETRIED = (429, 500, 502, 503, 504)
 PATIENCE = 8
-"""Calls without any answer, one after another, after which a scoring goes on without the other process."""
+"""Calls in a row without an answer after which the rest of a step is not sent."""
 LONGEST_PAUSE_S = 30.0
 ANSWER_BYTES = 4 * 2**20
-"""Longest body of an answer, unpacked: the scores of a hundred thousand rollouts."""
+"""Largest body of an answer, decompressed: enough for the scores of a hundred thousand rollouts."""
 
 
 class TooLong(ValueError):
@@ -45,10 +45,10 @@ class TooLong(ValueError):
 
 
 class _Connection(HTTPConnection):
-    """One whose whole answer must be there in the time that urllib3 gives to each of its pieces."""
+    """A connection whose read time-out limits the whole answer; in urllib3 it limits each read from the socket."""
 
     def getresponse(self) -> Any:
-        """As urllib3's, the body included. TimeoutError: it came too slowly."""
+        """The response with its body. TimeoutError if it is not complete within the read time-out."""
         return _in_time(self, super().getresponse)
 
 
@@ -56,7 +56,7 @@ class _SecureConnection(HTTPSConnection):
     """The same over TLS."""
 
     def getresponse(self) -> Any:
-        """As `_Connection`'s."""
+        """As in `_Connection`."""
         return _in_time(self, super().getresponse)
 
 
@@ -69,13 +69,14 @@ class _SecurePool(urllib3.HTTPSConnectionPool):
 
 
 def _in_time(connection: Any, answer: Callable[[], Any]) -> Any:
-    """What `answer` reads from the connection, which is cut when the read time-out has passed. TimeoutError then."""
+    """The result of `answer`, which reads from the connection. After the read time-out the connection is shut down and
+    TimeoutError is raised."""
     own, late = connection.sock, threading.Event()
 
     def cut() -> None:
         late.set()
         with suppress(OSError):
-            socket.socket.shutdown(own, socket.SHUT_RDWR)  # wakes whoever reads from it
+            socket.socket.shutdown(own, socket.SHUT_RDWR)  # makes a blocked read return
 
     timer = threading.Timer(connection.timeout, cut)
     timer.daemon = True
@@ -86,7 +87,7 @@ def _in_time(connection: Any, answer: Callable[[], Any]) -> Any:
         if not late.is_set():
             raise
     else:
-        if not late.is_set():  # else a body without a length may be cut in the middle
+        if not late.is_set():  # else a body without Content-Length may be incomplete
             return reply
     finally:
         timer.cancel()
@@ -94,7 +95,7 @@ def _in_time(connection: Any, answer: Callable[[], Any]) -> Any:
 
 
 def _whole(reply: Any) -> urllib3.HTTPResponse:
-    """The answer with its body in memory. TooLong."""
+    """The response with its body in memory. Raises TooLong."""
     body = reply.read(ANSWER_BYTES + 1)
     if len(body) > ANSWER_BYTES:
         raise TooLong(f"answer: more than {ANSWER_BYTES // 2**20} MiB")
@@ -105,18 +106,18 @@ class HttpReward(Reward):
     """Scores in [0, 1] from a URL."""
 
     def __init__(self, name: str, options: HttpOptions, *, needs_image: bool, judges: tuple[str, ...] = FIELDS):
-        """Nothing is asked yet: the other process may start later. ValueError: `token_env` names no variable."""
+        """Does not connect yet, so the other process may start later. ValueError if `token_env` names no variable."""
         self.name, self.options = name, options
         self.needs_image, self.judges = needs_image, judges
         wait = urllib3.Timeout(connect=options.connect_timeout_s, read=options.read_timeout_s)
-        # no proxies: PoolManager reads none from the environment
+        # without proxies: PoolManager does not read them from the environment
         self._pool = urllib3.PoolManager(maxsize=options.at_once, block=True, timeout=wait)
         self._pool.pool_classes_by_scheme = {"http": _Pool, "https": _SecurePool}
         self._headers = {"Content-Type": "application/json", **_authorization(name, options.token_env)}
         self._failed, self._silent = False, 0
 
     def score_batches(self, batches: Sequence[Sequence[Candidate]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Some batches on their way together."""
+        """`score_counted` of each batch, with up to `at_once` calls in parallel."""
         self._failed, self._silent = False, 0
         with ThreadPoolExecutor(self.options.at_once) as threads:
             scored = list(threads.map(self.score_counted, batches))
@@ -127,7 +128,7 @@ class HttpReward(Reward):
         return scored
 
     def compute(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        """Scores [n] in [0, 1], NaN where the other process could not score. Raises NotAnswered."""
+        """Scores [n] in [0, 1], NaN for rollouts that the other process could not score. Raises NotAnswered."""
         if self._silent >= PATIENCE:
             raise NotAnswered
         try:
@@ -140,7 +141,7 @@ class HttpReward(Reward):
         return scores
 
     def _answer(self, document: bytes) -> bytes:
-        """Body of the answer. ValueError: it has another status than 200, or is too long."""
+        """Body of the answer. ValueError if its status is not 200 or it is too long."""
         try:
             reply = self._pool.request(
                 "POST",
@@ -168,11 +169,11 @@ class HttpReward(Reward):
         return urllib3.Retry(
             total=0 if self._failed else self.options.retries,
             status_forcelist=RETRIED,
-            allowed_methods=None,  # scoring twice does no harm
+            allowed_methods=None,  # also POST: scoring twice is harmless
             backoff_factor=self.options.pause_s,
             backoff_max=LONGEST_PAUSE_S,
             raise_on_status=False,
-            respect_retry_after_header=False,  # somebody else's hour is not waited for
+            respect_retry_after_header=False,  # it could ask for an hour
         )
 
 
@@ -183,7 +184,7 @@ def _authorization(name: str, variable: str | None) -> dict[str, str]:
 
 
 def token(variable: str, field: str) -> str:
-    """The secret in an environment variable. Raises ValueError naming the field where there is none."""
+    """The secret in an environment variable. Raises ValueError naming the field if the variable holds none."""
     secret = os.environ.get(variable, "").strip()
     if not secret or not secret.isascii() or not secret.isprintable():
         raise ValueError(f"{field}={variable}: this environment variable holds no secret of ASCII characters; set it")

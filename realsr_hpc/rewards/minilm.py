@@ -1,4 +1,4 @@
-"""Sentence similarity by the packaged MiniLM weights (extra `text`): no download, transformers alone."""
+"""Sentence similarity by MiniLM, whose weights are a Python package (extra `text`): nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ class MiniLM:
         self._model = AutoModel.from_pretrained(folder, local_files_only=True).eval().to(device)
 
     def to(self, device: torch.device) -> None:
-        """Compute there from now on."""
+        """Move the model to a device."""
         self._model.to(device)
 
     def similarity(self, texts: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """Cosine of each text with its reference, [n], cut to [0, 1]."""
+        """Cosine similarity [n] of each text with its reference, clipped to [0, 1]."""
         if not texts:
             return np.zeros(0)
         cosine = (self._embed(texts) * self._embed(references)).sum(dim=1)
         return cosine.clamp(0.0, 1.0).double().cpu().numpy()
 
     def nearest(self, words: Sequence[str], among: Sequence[str]) -> np.ndarray:
-        """Cosine of each word or phrase with the nearest of `among`, [n], cut to [0, 1]."""
+        """Cosine similarity [n] of each word or phrase with the nearest of `among`, clipped to [0, 1]."""
         if not words or not among:
             return np.zeros(len(words))
         return (self._embed(words) @ self._embed(among).T).amax(dim=1).clamp(0.0, 1.0).double().cpu().numpy()
 
     @torch.no_grad()
     def _embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """[n, 384]; equal texts pass once (the captions of a group are the same)."""
+        """Embeddings [n, 384]. Equal texts are computed once (the captions of a group are equal)."""
         unique = sorted(set(texts))
         batch = self._tokenizer(unique, padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
         batch = batch.to(self._model.device)

@@ -1,4 +1,4 @@
-"""The weighted sum of rewards, with each term's own values kept beside it."""
+"""The weighted sum of a recipe's rewards, together with the values of each term."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ KINDS: dict[str, type[Reward]] = {
     "generation": GenerationReward,
     "fidelity": FidelityReward,
 }
-"""What a kind of reward is, whoever computes it."""
+"""The class of each kind of reward; a term computed over HTTP has the kind's `needs_image` and `judges`."""
 
 
 @dataclass(frozen=True)
 class TermScores:
-    """Scores of n rollouts by term: unweighted, float64 [n], and where the term failed, bool [n]."""
+    """Unweighted scores of n rollouts by term."""
 
     breakdown: dict[str, np.ndarray]
-    """float64 [n], higher is better."""
+    """By term: scores, float64 [n], higher is better."""
     failures: dict[str, np.ndarray]
-    """bool [n]."""
+    """By term: which scores failed, bool [n]."""
     places: dict[str, np.ndarray] = field(default_factory=dict)
-    """float64 [n, places] of the terms that also score every place of their part, NaN where they cannot."""
+    """By term that scores places: float64 [n, places], NaN rows for traces that cannot be scored by place."""
 
     @classmethod
     def joined(cls, parts: Sequence[TermScores]) -> TermScores:
@@ -65,7 +65,7 @@ class TermScores:
         )
 
     def taken(self, places: np.ndarray | slice) -> TermScores:
-        """The scores at these positions."""
+        """The scores of the rollouts at these indices."""
         return TermScores(
             {name: column[places] for name, column in self.breakdown.items()},
             {name: column[places] for name, column in self.failures.items()},
@@ -77,9 +77,10 @@ class RewardMixture:
     """Every term of a recipe, scored over batches of rollouts."""
 
     def __init__(self, config: RewardsConfig, device: torch.device | str = "cpu", *, with_places: bool = False):
-        """device: where the terms' networks score; with `offload` they are in host memory between.
+        """Build the terms.
 
-        with_places: also score every place of the part that a term judges, where it can.
+        device: where their networks score; with `rewards.offload` they are in host memory in between. with_places:
+        also compute scores by place, for the terms that have them.
         """
         if not config.terms:
             raise ValueError("rewards.terms is empty; name at least one reward")
@@ -89,7 +90,7 @@ class RewardMixture:
         self.at_step(1)
 
     def at_step(self, step: int) -> None:
-        """Set the weights of a step, counted from 1. Ramped weights depend on the step alone, so a resumed run has the
+        """Set the weights of a step, counted from 1. Ramped weights depend only on the step, so a resumed run has the
         same ones."""
         self.weights = {name: weight_at(term, step) for name, term in self.config.terms.items()}
 
@@ -105,7 +106,7 @@ class RewardMixture:
         return self.groups(scores, [len(members) for members in groups])
 
     def score_batches(self, batches: Sequence[Sequence[Candidate]]) -> TermScores:
-        """Scores of all candidates, batch after batch."""
+        """Scores of the candidates of all batches, in order."""
         candidates = [item for batch in batches for item in batch]
         malformed = np.array([not item.trace.well_formed for item in candidates], dtype=bool)
         breakdown, failures, places = {}, {}, {}
@@ -124,13 +125,13 @@ class RewardMixture:
         return TermScores(breakdown, failures, places)
 
     def groups(self, scores: TermScores, sizes: Sequence[int]) -> list[GroupRewards]:
-        """Scores of rollouts, group after group, as each group's rewards under the weights of the step."""
+        """Split scores into groups of the given sizes and weight them with the weights of the step."""
         ends = np.cumsum(sizes)
         return [self._group(scores.taken(slice(end - size, end))) for end, size in zip(ends, sizes, strict=True)]
 
     @contextmanager
     def _at_work(self, reward: Reward) -> Iterator[None]:
-        """Scope in which a term's networks are on their device, if they rest in host memory."""
+        """Within this block an offloaded term's networks are on the device."""
         if not self.config.offload:
             yield
             return
@@ -152,7 +153,7 @@ class RewardMixture:
 
 
 def stacked(parts: Sequence[np.ndarray | None], lengths: Sequence[int]) -> np.ndarray:
-    """Parts [length, places] under each other; NaN rows for a part that is None or has no places."""
+    """Parts [length, places] concatenated along the rows; NaN rows for a part that is None or has no places."""
     places = max(part.shape[1] for part in parts if part is not None)
     missing = [np.full((length, places), np.nan) for length in lengths]
     return np.concatenate(
@@ -161,7 +162,7 @@ def stacked(parts: Sequence[np.ndarray | None], lengths: Sequence[int]) -> np.nd
 
 
 def weight_at(term: RewardTerm, step: int) -> float:
-    """The term's weight at a step: linear between the ramp's ends, constant outside."""
+    """The term's weight at a step: linear between the ends of its ramp, constant outside."""
     if term.final_weight is None or term.ramp_steps is None:
         return term.weight
     first, last = term.ramp_steps
@@ -169,7 +170,7 @@ def weight_at(term: RewardTerm, step: int) -> float:
 
 
 def build_reward(name: str, term: RewardTerm, device: torch.device | str = "cpu") -> Reward:
-    """The reward of one recipe term. Raises ValueError naming the term and a wrong option."""
+    """The reward of one recipe term. Raises ValueError naming the term and the invalid option."""
     match read_options(name, term):
         case HttpOptions() as options:
             kind = KINDS[term.kind]

@@ -19,12 +19,15 @@ from realsr_hpc.rewards.base import Reward
 from realsr_hpc.rewards.exchange import VERSION, answer, received
 
 REQUEST_BYTES = 2**30
-"""Longest request: a batch of a few hundred rollouts with images of 1024 px."""
+"""Largest request: enough for a few hundred rollouts with images of 1024 px."""
 logger = logging.getLogger(__name__)
 
 
 def application(terms: Mapping[str, Reward], secret: str | None = None) -> Starlette:
-    """The web application. secret: requests without it are refused (401). Batches are scored one at a time."""
+    """The web application. Batches are scored one at a time.
+
+    secret: requests without it as bearer token are refused (401); None: all are accepted.
+    """
     busy = Lock()
 
     async def listing(request: Request) -> JSONResponse:
@@ -47,7 +50,7 @@ def application(terms: Mapping[str, Reward], secret: str | None = None) -> Starl
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; port 0: a free one. Raises ValueError where that is refused."""
+    """A listening socket; port 0 chooses a free port. Raises ValueError if the address cannot be bound."""
     if port > 65535:
         raise ValueError(f"port={port}: ports end at 65535; name a free one, or port=0 for any")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -58,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: Starlette, where: socket.socket) -> None:
-    """Answer until Ctrl-C or SIGTERM; what is being scored then is still answered."""
+    """Serve until Ctrl-C or SIGTERM; requests in progress are still answered."""
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[where])
 
 
@@ -68,7 +71,7 @@ def _knows(request: Request, secret: str | None) -> bool:
 
 
 async def _body(request: Request) -> bytes | None:
-    """None: longer than REQUEST_BYTES, of which no more is kept."""
+    """The request's body; None if it exceeds REQUEST_BYTES."""
     document = bytearray()
     async for piece in request.stream():
         document += piece

@@ -1,10 +1,12 @@
-"""Understanding reward: are the content tags named, and do the three texts say what their captions say?
+"""Understanding reward: whether the texts name the content tags and agree with their captions.
 
-Tags: share of the tags that stand in the rough text as whole words, singular or plural; with `synonyms` also by another
-word of the same WordNet sense, or by words whose embeddings are near. Similarity of each text with the caption of its
-own stage: sacrebleu's chrF2 (Popovic 2015: character 1- to 6-grams, beta 2) or the cosine of
-MiniLM sentence embeddings. Without tags or captions the term is 0 for every rollout of the group. Where the image shows
-a word that is known exactly (made signs), a part of the score is whether the rough text reads it.
+- Tags: the share of tags that occur in the rough text as whole words, singular or plural. With `synonyms` another word
+  of the same WordNet sense, or words with a similar embedding, count as well.
+- Captions: the similarity of each of the three texts with its caption, by sacrebleu's chrF2 (Popovic 2015: character
+  1- to 6-grams, beta 2) or the cosine of MiniLM sentence embeddings.
+- Words: if the image shows a known word (generated signs), part of the score is whether the rough text contains it.
+
+Without tags or captions the term is 0 for every rollout of the group.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class UnderstandingReward(Reward):
         return float(named.mean())
 
     def _similarities(self, candidates: Sequence[Candidate]) -> np.ndarray:
-        """Mean over the three texts, [n]; a missing text or caption counts 0."""
+        """Mean similarity [n] over the three texts; a missing text or caption counts as 0."""
         totals = np.zeros(len(candidates))
         pairs = [
             (i, text, caption)
@@ -93,7 +95,7 @@ class UnderstandingReward(Reward):
 
 
 def tag_share(text: str | None, scene: SceneText | None) -> float:
-    """Share of the scene's tags named in the text as whole words, plural or singular."""
+    """Share (0..1) of the scene's tags that occur in the text as whole words, plural or singular."""
     if text is None or scene is None or not scene.tags:
         return 0.0
     return sum(names(text, tag) for tag in scene.tags) / len(scene.tags)
@@ -115,7 +117,7 @@ def letters_right(text: str | None, word: str) -> float:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Fewest letters inserted, removed or replaced (Levenshtein)."""
+    """Levenshtein distance: the smallest number of inserted, removed and replaced letters."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         row, above = [i], row
@@ -125,7 +127,7 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def names(text: str, tag: str) -> bool:
-    """Whether the tag stands in the text as whole words, plural or singular."""
+    """Whether the tag occurs in the text as whole words, plural or singular."""
     words = " ".join(map(_singular, _words(text)))
     return re.search(rf"\b{re.escape(' '.join(map(_singular, _words(tag))))}\b", words) is not None
 
@@ -146,7 +148,7 @@ def _words(text: str) -> list[str]:
 
 
 def _singular(word: str) -> str:
-    """A rough English singular; both sides pass through it, so it only has to be consistent."""
+    """An approximate English singular; it is applied to text and tag, so it only has to be consistent."""
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("ches", "shes", "sses", "xes")):

@@ -1,7 +1,7 @@
-"""Synonyms of nouns from WordNet's own database files (index.noun, data.noun), without a library or a download.
+"""Synonyms of nouns from WordNet's database files (index.noun, data.noun), without a library or a download.
 
-Two senses of a word are read, its most frequent ones: more of them name everything. Files: wordnet.princeton.edu, or
-Debian's package `wordnet-base`. Format: wndb(5WN).
+Only the two most frequent senses of a word are used; rarer senses would accept unrelated words. Files:
+wordnet.princeton.edu, or Debian's package `wordnet-base`. Format: wndb(5WN).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 _SENSES = 2
 _ENDINGS = {"s": "", "ses": "s", "xes": "x", "zes": "z", "ches": "ch", "shes": "sh", "men": "man", "ies": "y"}
-"""Of plurals, and what stands there in the singular (morphy(7WN)); irregular ones are listed in noun.exc."""
+"""Plural ending -> singular ending (morphy(7WN)); irregular plurals are listed in noun.exc."""
 
 
 class WordNet:
-    """Nouns and the other nouns of their senses."""
+    """Looks up the synonyms of nouns."""
 
     def __init__(self, folder: Path) -> None:
         index, self._data = folder / "index.noun", folder / "data.noun"
@@ -30,7 +30,7 @@ class WordNet:
         self.synonyms = lru_cache(maxsize=None)(self._synonyms)
 
     def _synonyms(self, word: str) -> frozenset[str]:
-        """Other words for it, lower case; none for a word WordNet does not know."""
+        """Synonyms of a word in lower case; empty for a word that WordNet does not have."""
         lemma = word.lower().replace(" ", "_")
         regular = [lemma.removesuffix(end) + to for end, to in _ENDINGS.items() if lemma.endswith(end)]
         forms = [lemma, self._singular.get(lemma, lemma), *regular]
@@ -43,7 +43,7 @@ class WordNet:
 
 
 def _senses(line: str) -> tuple[str, tuple[int, ...]]:
-    """Lemma and the places of its most frequent senses in data.noun."""
+    """Lemma, and byte offsets of its most frequent senses in data.noun."""
     fields = line.split()
     count = int(fields[2])
     return fields[0], tuple(int(offset) for offset in fields[-count:][:_SENSES])

@@ -1,4 +1,4 @@
-"""Runs in MLflow, fed from an append-only spool beside the checkpoint so that tracking never stops training."""
+"""Tracks runs in MLflow. Events are appended to a file in the run's folder first, so tracking never stops training."""
 
 from realsr_hpc.tracking.place import Place, moved_to, read_place, recipe_of, write_place
 from realsr_hpc.tracking.spool import metrics_by_step

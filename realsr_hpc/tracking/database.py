@@ -1,4 +1,4 @@
-"""Opens MLflow's store. Our own sqlite stores are also created here: atomically, private, one process at a time."""
+"""Opens MLflow's store. sqlite databases are created here too: atomically, private, by one process at a time."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAKING_WAIT_S = 120.0
-"""Longest wait for another process that makes or migrates the database: MLflow needs seconds, on a slow disk more."""
+"""Longest wait for another process that creates or migrates the database: seconds, on a slow disk longer."""
 SQLITE = "sqlite:///"
 _opened: set[tuple[int, str]] = set()
-"""Process id and database: what this process has opened needs the lock no more."""
+"""Process id and URI of databases that were opened; later clients of the same process need no lock."""
 
 
 def client(uri: str) -> MlflowClient:
     """An MLflow client with short time-outs, without log messages and without telemetry.
 
-    LockRefused when another process is making the database for longer than MAKING_WAIT_S; ValueError for a damaged one.
+    Raises:
+        LockRefused: if another process has been creating the database for longer than MAKING_WAIT_S.
+        ValueError: if the database is damaged.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's 7 are minutes in which nothing is said
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # MLflow's default of 7 takes minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient
 
@@ -65,7 +67,7 @@ def _open(path: Path, uri: str) -> MlflowClient:
 
 
 def _make(path: Path) -> None:
-    """The whole schema under another name first: a kill in between leaves no half-migrated database behind."""
+    """Create the schema in a file of another name, then rename it: a killed process leaves no partial database."""
     from mlflow import MlflowClient
 
     aside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
@@ -79,7 +81,7 @@ def _make(path: Path) -> None:
 
 
 def move_artifacts(path: Path, before: str, now: str) -> None:
-    """Update the artifact paths in a database that was moved together with them; MLflow stores absolute paths only."""
+    """Update the artifact paths in a database that was moved together with them; MLflow stores absolute paths."""
     with closing(sqlite3.connect(path, timeout=60)) as database, database:
         for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
             database.execute(

@@ -1,10 +1,11 @@
-"""From the spool to MLflow: in batches, in order, each (metric, step) once.
+"""Delivers the spool to MLflow: in batches, in order, each (metric, step) once.
 
-`delivered.json` holds the byte offset up to which the spool has arrived, and up to where it is being sent. A kill
-between MLflow's commit and that note sends exactly the same batch again, whatever the spool got since (a resumed run
-truncates it): MLflow's store ignores a metric with the same key, step, time and value, and times come from the spool,
-so nothing is doubled. A step logged again after a resume is sent only if it had not arrived before. The note belongs to
-one MLflow run: another store, or one that was emptied, gets everything from the start, less what it has already.
+`delivered.json` has two byte offsets of the spool: up to where it has arrived, and up to where a batch is being sent.
+If the process is killed between MLflow's commit and the update of that file, exactly the same batch is sent again,
+whatever was appended since. Nothing is stored twice, because MLflow ignores a metric with the same key, step, time and
+value, and times come from the spool. A step that is logged again after a resume is sent only if it had not arrived
+before. The offsets belong to one MLflow run: another store, or one that was emptied, gets everything that it does not
+have from the start.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Noted:
-    """Bytes of the spool that have arrived at an MLflow run, and up to where a batch was begun."""
+    """delivered.json: byte offsets of the spool, up to where events have arrived and up to where they are sent."""
 
     offset: int = 0
     sending: int = 0
@@ -42,7 +43,7 @@ class _Noted:
 
 
 class Delivery:
-    """Sends to MLflow the events of one run's spool that it does not have yet."""
+    """Sends the events of one run's spool that MLflow does not have yet."""
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self.config = config
@@ -50,10 +51,10 @@ class Delivery:
         self._spool = runfolder.events(run_dir)
         self._noted = _read_offsets(run_dir)
         self._run_id = ""
-        """MLflow's, while everything goes well; looked up anew after an error."""
+        """MLflow's run id; empty before the first use and after an error, so that it is looked up again."""
         self._arrived: set[tuple[str, int]] = set()
         self.num_results = 0
-        """Numbers and files of evaluations sent so far."""
+        """Values and files of evaluations sent so far."""
 
     def open(self) -> str:
         """MLflow run id of this run in the recipe's store; the MLflow run is created if necessary."""
@@ -70,8 +71,7 @@ class Delivery:
         return run_id
 
     def send_pending(self) -> int:
-        """Send what is pending; returns the number of metric values and artifacts sent. Errors of MLflow or the server
-        propagate."""
+        """Send the pending events; returns the number of values and artifacts sent. MLflow's errors propagate."""
         try:
             return self._send_pending(self._run_id or self.open())
         except Exception:
@@ -90,7 +90,7 @@ class Delivery:
         return sent
 
     def _next_batch(self) -> list[tuple[Event, int]]:
-        """What was being sent and may have arrived, else all that is new."""
+        """The batch that was being sent and may have arrived, else all new events; each with the offset after it."""
         events = list(read_events(self._spool, self._noted.offset))
         begun = [(event, end) for event, end in events if end <= self._noted.sending]
         return begun if self._noted.sending > self._noted.offset and begun else events
@@ -130,15 +130,15 @@ class DeliveryThread(threading.Thread):
         self._is_open = False
 
     def run(self) -> None:
-        """Until `finish`; then once more."""
+        """Deliver repeatedly until `finish` is called, then once more."""
         wait_s = 0.0
         while not self._end.wait(wait_s):
             wait_s = self._interval_s if self._try() else min(LAST_RETRY_S, max(FIRST_RETRY_S, 2 * wait_s))
         self._try()
 
     def finish(self, timeout_s: float) -> bool:
-        """Deliver the rest; True if everything arrived within `timeout_s`, otherwise sync-tracking sends the rest
-        later."""
+        """Deliver the rest; returns whether everything arrived within `timeout_s`. If not, `realsr-hpc sync-tracking`
+        sends the rest later."""
         self._end.set()
         self.join(timeout_s)
         return not self.is_alive()
@@ -150,7 +150,7 @@ class DeliveryThread(threading.Thread):
                 set_status(self._delivery.run_dir, "RUNNING")
                 self._is_open = True
             self._delivery.send_pending()
-        except Exception as error:  # tracking never stops training: whatever the server's fault is, the spool keeps all
+        except Exception as error:  # tracking never stops training; the spool keeps the events
             logger.warning("tracking: not delivered (%s); kept in %s", brief(error), self._delivery.run_dir)
             return False
         return True
@@ -175,7 +175,7 @@ def _size(path: Path) -> int:
 
 
 def _arrived_at(mlflow: MlflowClient, run_id: str) -> set[tuple[str, int]]:
-    """Metrics and steps that a run of MLflow's has already."""
+    """Metric and step of every value that an MLflow run already has."""
     keys = mlflow.get_run(run_id).data.metrics
     return {(key, point.step) for key in keys for point in mlflow.get_metric_history(run_id, key)}
 

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images and curves of metrics."""
+"""Draws grids of images and curves of metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CELL_PX = 128
 _MARGIN_PX = 4
 _HEADER_PX = 16
 _LINE_PX, _LETTER_PX = 12, 6
-"""Height of a line of a caption, and width of a letter, about."""
+"""Approximate height of a line of a caption, and width of a letter."""
 
 
 def image_grid(
@@ -24,9 +24,9 @@ def image_grid(
     cell_px: int = CELL_PX,
     captions: Sequence[Sequence[str]] | None = None,
 ) -> Image.Image:
-    """A grid of RGB uint8 [h, w, 3] images, each shown at `cell_px`; None is a crossed box.
+    """A grid of images, RGB uint8 [H, W, 3], each scaled to `cell_px`; None is drawn as a crossed box.
 
-    captions: a text under each image, in rows as the images; all rows leave room for the longest.
+    captions: a text under each image, in the same rows; the longest one determines the height of all rows.
     """
     step = cell_px + _MARGIN_PX
     wrapped = [[textwrap.wrap(text, cell_px // _LETTER_PX) for text in row] for row in captions or ()]
@@ -48,13 +48,13 @@ def image_grid(
 
 
 def read_pixels(path: Path | None) -> np.ndarray | None:
-    """RGB uint8 [h, w, 3] of an image file of ours, for `image_grid`; None where it is not there or damaged."""
+    """An image file as RGB uint8 [H, W, 3], for `image_grid`; None if it is missing or damaged."""
     if path is None or not path.is_file():
         return None
     try:
         with Image.open(path) as picture:
             return np.array(picture.convert("RGB"))
-    except Exception as error:  # Pillow's parsers trip over damage in many ways; a grid shows the others
+    except Exception as error:  # Pillow raises many kinds for damaged files; the grid shows the other images
         logger.warning("%s is not shown: %s", path, error)
         return None
 
@@ -70,7 +70,7 @@ def _cell(image: np.ndarray | None, cell_px: int) -> Image.Image:
 
 
 def curves(path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, ylabel: str) -> None:
-    """Line plot PNG of named (steps, values) pairs."""
+    """Write a PNG with one line per name; series: name -> (steps, values)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -19,20 +19,20 @@ class Place:
     """Absolute paths of a run, its output root and the checkout at launch."""
 
     folder: str
-    """The run's own."""
+    """The run's folder."""
     root: str
-    """The output root, which holds the default store of MLflow."""
+    """The output root, which contains MLflow's default store."""
     checkout: str = ""
-    """What relative paths in the recipe start from, beside the snapshot."""
+    """The checkout from which relative paths in the recipe are resolved, after the snapshot."""
 
 
 def write_place(run_dir: Path, place: Place) -> None:
-    """Remember where a run is launched."""
+    """Record where a run is launched."""
     write_atomically(runfolder.place(run_dir), json.dumps(asdict(place)))
 
 
 def read_place(run_dir: Path) -> Place | None:
-    """Where the run was launched last; None when that is not known."""
+    """Where the run was launched last; None if unknown."""
     place = read_json(runfolder.place(run_dir), Place)
     return place if place and os.path.isabs(place.folder) and os.path.isabs(place.root) else None
 
@@ -40,7 +40,7 @@ def read_place(run_dir: Path) -> Place | None:
 def moved_to(path: Path, run_dir: Path) -> Path:
     """Present location of `path`, which was below the run's folder or its output root when the run was launched."""
     place = read_place(run_dir)
-    if os.path.exists(path) or place is None:  # not Path's: a damaged place may be no name that a file can have
+    if os.path.exists(path) or place is None:  # Path.exists would raise for a damaged path with a null byte
         return path
     if path.is_relative_to(place.folder):
         return run_dir / path.relative_to(place.folder)
@@ -48,14 +48,14 @@ def moved_to(path: Path, run_dir: Path) -> Path:
 
 
 def _root_now(place: Place, run_dir: Path) -> Path:
-    """Where the output root is, seen from the run's folder."""
+    """The present output root, at the same relative position to the run's folder as at launch."""
     return (run_dir.resolve() / os.path.relpath(place.root, place.folder)).resolve()
 
 
 def recipe_of(run_dir: Path) -> RunConfig:
-    """A run's recipe, with the present output root in case the run was moved. RecipeError: missing or faulty.
+    """A run's recipe with the present output root, also if the run was moved. RecipeError if missing or invalid.
 
-    Of paths below the former output root those that are gone from there are below the present one.
+    Paths below the former output root that no longer exist are changed to the present one.
     """
     config = from_yaml(runfolder.recipe(run_dir))
     written, place = output_root(config), read_place(run_dir)

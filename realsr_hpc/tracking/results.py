@@ -1,8 +1,9 @@
-"""Numbers and files that come after a run: an evaluation's, into the run's own MLflow entry.
+"""Adds metrics and files of evaluations to the MLflow run of a trained run.
 
-They are kept in `results.jsonl` of the run's folder first, a JSON object a line: the spool has one writer, which may
-still be training. So a store that was away, or another one that the run moves to, gets them from there. MLflow ignores
-a metric with the same key, step, time and value, and times come from the file: nothing is doubled by sending again.
+They are first appended to `results.jsonl` in the run's folder, one JSON object per line, because the spool has a single
+writer, which may still be training. A store that was unreachable, or another one that the run is moved to, gets them
+from there. Sending again stores nothing twice, because MLflow ignores a metric with the same key, step, time and value,
+and times come from the file.
 """
 
 from __future__ import annotations
@@ -28,36 +29,39 @@ if TYPE_CHECKING:
 
 METRICS_A_BATCH = 500
 REFUSED = "INVALID_PARAMETER_VALUE"
-"""MLflow's word for what it will not take however often it is sent."""
+"""MLflow's error code for a value that it will never accept."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Results:
-    """Results of one evaluation: a line of the file."""
+    """Results of one evaluation: a line of results.jsonl."""
 
     step: int
     time_ms: int
+    """Unix time in milliseconds."""
     metrics: dict[str, float]
     files: tuple[str, ...]
-    """Absolute, as they were then."""
+    """Absolute paths at the time of the evaluation."""
     folder: str
-    """Of the artifacts in MLflow."""
+    """Folder of the artifacts in MLflow."""
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """How many bytes of the file an MLflow run has."""
+    """How many bytes of results.jsonl an MLflow run has received."""
 
     run_id: str
     size: int
 
 
 def log_results(run_dir: Path, step: int, metrics: Mapping[str, float], files: Sequence[Path], folder: str) -> str:
-    """Store metrics and files in the run's folder and add them to its MLflow run. Returns why MLflow did not take them,
-    else "".
+    """Store metrics and files in the run's folder and add them to its MLflow run.
 
-    What MLflow did not take now, it gets with the run's next attempt or from `realsr-hpc sync-tracking`.
+    Returns an empty string, or the reason why they were not delivered. They are then delivered by the run's next
+    attempt or by `realsr-hpc sync-tracking`.
+
+    folder: folder of the artifacts in MLflow.
     """
     paths = tuple(str(file.resolve()) for file in files)
     found = Results(step, int(time.time() * 1000), {key: float(value) for key, value in metrics.items()}, paths, folder)
@@ -69,14 +73,17 @@ def log_results(run_dir: Path, step: int, metrics: Mapping[str, float], files: S
         config = recipe_of(run_dir)
         run_id = prepare_run(config, run_dir)
         send_results(client(tracking_uri(config)), run_id, run_dir)
-    except Exception as error:  # tracking never stops what is tracked
+    except Exception as error:  # tracking never stops an evaluation
         lines = str(error).strip().splitlines()
         return f"MLflow is not reachable ({type(error).__name__}: {lines[0][:160] if lines else ''})"
     return ""
 
 
 def send_results(mlflow: MlflowClient, run_id: str, run_dir: Path) -> int:
-    """Send what the MLflow run `run_id` has not got yet; numbers and files sent. Errors of MLflow pass through."""
+    """Send the results that the MLflow run does not have yet; returns the number of values and files sent.
+
+    MLflow's errors propagate.
+    """
     path, note = runfolder.results(run_dir), runfolder.results_sent(run_dir)
     if not path.exists():
         return 0
@@ -99,7 +106,7 @@ def _send(mlflow: MlflowClient, run_id: str, run_dir: Path, found: Results) -> i
 
 
 def send_file(mlflow: MlflowClient, run_id: str, path: Path, folder: str, run_dir: Path) -> int:
-    """Send one file; how many were sent. One that is gone, or that nobody can send, keeps no other from being sent."""
+    """Send one file; returns 1, or 0 if it is gone or cannot be sent, which does not stop the others."""
     here, place = moved_to(path, run_dir), PurePosixPath(folder)
     try:
         if place.is_absolute() or ".." in place.parts or not folder.isprintable():
@@ -116,7 +123,7 @@ def send_file(mlflow: MlflowClient, run_id: str, path: Path, folder: str, run_di
 
 
 def send_metrics(mlflow: MlflowClient, run_id: str, metrics: list[Metric]) -> None:
-    """Send at most METRICS_A_BATCH values; those that MLflow refuses, as a damaged line may name them, are left out."""
+    """Send at most METRICS_A_BATCH values. Values that MLflow refuses (from a damaged line) are left out and logged."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -133,13 +140,13 @@ def send_metrics(mlflow: MlflowClient, run_id: str, metrics: list[Metric]) -> No
 
 
 def _append(path: Path, found: Results) -> None:
-    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # by a kill
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")  # a process was killed while writing
     with path.open("ab") as file:
         file.write(b"\n" * torn + json.dumps(asdict(found)).encode() + b"\n")
 
 
 def _read(content: bytes) -> list[Results]:
-    """Whole lines; one that is none, as a kill leaves it, is passed over."""
+    """The results in complete, valid lines; incomplete and damaged lines are skipped."""
     found = []
     for line in content.splitlines():
         try:

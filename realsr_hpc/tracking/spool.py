@@ -1,7 +1,8 @@
-"""Append-only record of a run: events.jsonl in its folder, one JSON object a line.
+"""The append-only record of a run: events.jsonl in its folder, one JSON object per line.
 
-Events are never rewritten. Resuming from an older checkpoint appends `{"kind": "truncate", "step": k}`: what was logged
-for later steps before that line no longer holds. A line torn by a kill is cut off when the spool is opened again.
+Events are never rewritten. Resuming from an older checkpoint appends `{"kind": "truncate", "step": k}`, which makes
+earlier events of steps after k invalid. An incomplete last line, left by a killed process, is cut off when the spool is
+opened again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from realsr_hpc.files import json_value
 
 Event = dict[str, Any]
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Errors of a disk, a quota or a file that can take no more."""
+"""Errors of a full disk, an exhausted quota, or a file of the largest size."""
 _KINDS: dict[str, dict[str, type]] = {
     "metrics": {"step": int, "time_ms": int, "metrics": dict},
     "truncate": {"step": int},
@@ -29,9 +30,9 @@ _KINDS: dict[str, dict[str, type]] = {
 }
 _NUMBERS = frozenset({float, int})
 LARGEST = 2**53
-"""No step or time is larger; one that a damaged line holds, no store takes."""
+"""Largest valid step and time; only damaged lines have larger ones."""
 MOST_FLOAT = 10**308
-"""Whole numbers beyond are no floats."""
+"""Larger integers cannot be converted to floats."""
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ class Spool:
         self._file = self.path.open("ab", buffering=0)
         self._size = self._file.tell()
         self._waiting = b""
-        """What a full disk has not taken yet."""
+        """Events that could not be written yet because the disk is full."""
 
     def append(self, event: Event) -> None:
         """Write an event; it is on disk when this returns. If the disk is full, it is kept in memory and written with a
@@ -61,7 +62,7 @@ class Spool:
             logger.error("%s: not written (%s); %d bytes wait", self.path, error.strerror, len(self._waiting))
 
     def close(self) -> None:
-        """Further appends are errors."""
+        """Close the file; nothing can be appended afterwards."""
         self._file.close()
 
     def _write(self) -> None:
@@ -74,7 +75,7 @@ class Spool:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
-    """Complete events from byte `offset` on, each with the offset after it. An incomplete last line is ignored."""
+    """Yields the complete events from byte `offset` on, each with the offset after it."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -91,7 +92,7 @@ def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
 
 
 def _event(line: bytes) -> Event | None:
-    """One event; None for a line that is none, as a disk that lost power leaves."""
+    """One event; None for a damaged line, as a disk that lost power can leave."""
     try:
         event = _parsed(line)
         whole = all(type(event[key]) is kind for key, kind in _KINDS[event["kind"]].items())
@@ -107,9 +108,9 @@ def _event(line: bytes) -> Event | None:
 
 
 def _parsed(line: bytes) -> Any:
-    """Three times as fast as `json` (boards read hundreds of megabytes), which takes what this one does not.
+    """Parse JSON with pydantic_core, which is three times as fast as `json`: boards read hundreds of megabytes.
 
-    That is half a character (`\\udc80`), as names of files that are not UTF-8 hold it.
+    `json` also accepts lone surrogates (`\\udc80`), which stand for bytes of file names that are not UTF-8.
     """
     try:
         return from_json(line)
@@ -118,7 +119,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def metrics_by_step(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Valid metrics of a run by step, in step order: truncations are applied, the last value of each step counts."""
+    """Metrics of a run by step, in step order. Truncations are applied; the last value logged for a step counts."""
     steps: dict[int, dict[str, float]] = {}
     for event, _ in read_events(runfolder.events(run_dir)):
         if event["kind"] == "truncate":

@@ -1,9 +1,9 @@
-"""A run in MLflow: created once by the launcher, found again by every later attempt, made again where it is gone.
+"""A run in MLflow: created once by the launcher, found again by every later attempt, created again if it was removed.
 
-The run's folder is the truth: whatever store the recipe names now gets everything its spool holds. The bookmark only
-says where it went last. mlflow is imported inside the functions: it costs a second or two that planning a run should
-not pay. Its own asynchronous logging is left out because it lost events with several writers (delivery.py sends batches
-itself).
+The run's folder is authoritative: the store that the recipe names gets everything in its spool. The bookmark in the
+folder only records where it was delivered last. mlflow is imported inside the functions, because the import takes a
+second or two. Its asynchronous logging is not used, because it lost events with several writers; delivery.py sends
+batches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PARAMS_A_BATCH = 100
 MAX_PARAM_CHARACTERS = 6000
-"""MLflow's limit; what is longer is logged in parts, `key.1`, `key.2`, ..."""
+"""MLflow's limit. Longer values are logged in parts: `key.1`, `key.2`, ..."""
 RUN_TAG = "realsr_hpc.run"
 SWEEP_TAG = "realsr_hpc.sweep"
 VARIED_TAG = "realsr_hpc.varied"
@@ -36,12 +36,12 @@ PARENT_TAG = "mlflow.parentRunId"
 
 
 def tracking_uri(config: RunConfig) -> str:
-    """The recipe's server, or sqlite in the output root."""
+    """The URI of the recipe's MLflow store; by default a sqlite database in the output root."""
     return config.tracking.uri or f"sqlite:///{output_root(config) / 'mlflow.db'}"
 
 
 def compare_command(config: RunConfig, sweep: str) -> str:
-    """What a person types to compare a sweep's runs, as a shell takes it."""
+    """The shell command that compares a sweep's runs."""
     root, tracking = output_root(config), config.tracking
     words = {"sweep": sweep, "root": root, "uri": tracking.uri, "experiment": tracking.experiment}
     usual = {"root": Path("runs").resolve(), "experiment": type(tracking)().experiment}
@@ -60,7 +60,7 @@ def sweep_of(run_dir: Path) -> str:
 
 
 def sweep_tags(run_dir: Path) -> dict[str, str]:
-    """Tags for the sweep that a run was last launched in and for the values that vary in it."""
+    """Tags with the sweep that a run was last launched in, and the run's values of the swept keys."""
     return {key: value for key, value in _launch_tags(run_dir).items() if key in (SWEEP_TAG, VARIED_TAG)}
 
 
@@ -69,12 +69,11 @@ def _launch_tags(run_dir: Path) -> dict[str, str]:
 
 
 def prepare_run(config: RunConfig, run_dir: Path) -> str:
-    """MLflow run id of `run_dir` in the recipe's store, created with its parameters and tags when there is none.
+    """MLflow run id of `run_dir` in the recipe's store; the run is created with parameters and tags if necessary.
 
-    Safe to call again: the bookmark in the folder, then the run's tag, are looked up first; a run that was deleted
-    there is restored, and has the recipe's description and tags where those changed. MLflow moves no run to another
-    experiment: where `tracking.experiment` changed, it is made again there. Any error of MLflow or of the server passes
-    through.
+    An existing run is found by the bookmark in the folder, else by its tag. It is restored if it was deleted in MLflow,
+    and its description and tags are updated if those of the recipe changed. MLflow cannot move a run to another
+    experiment, so if `tracking.experiment` changed, the run is created again there. MLflow's errors propagate.
     """
     uri = tracking_uri(config)
     with hold(runfolder.mlflow_lock(run_dir), "opening the MLflow run", MAKING_WAIT_S):
@@ -101,13 +100,12 @@ def prepare_run(config: RunConfig, run_dir: Path) -> str:
 
 
 def prepare_store(config: RunConfig) -> None:
-    """Create database and experiment before any job starts: jobs that create them simultaneously make each other
-    fail."""
+    """Create database and experiment before any job starts, because jobs that create them simultaneously fail."""
     _experiment(client(tracking_uri(config)), config)
 
 
 def prepare_sweep(config: RunConfig, sweep: str) -> str:
-    """MLflow run id of a sweep's parent, created when there is none."""
+    """MLflow run id of a sweep's parent run, which is created if necessary."""
     mlflow = client(tracking_uri(config))
     (root := output_root(config)).mkdir(parents=True, exist_ok=True)
     with hold(root / ".mlflow-sweeps.lock", f"opening sweep {sweep}", MAKING_WAIT_S):
@@ -119,15 +117,15 @@ def prepare_sweep(config: RunConfig, sweep: str) -> str:
 
 
 def read_bookmark(run_dir: Path) -> dict[str, str] | None:
-    """`uri` and `run_id` of a run folder, and what of its recipe MLflow was told; None before it has an MLflow run."""
+    """`uri` and `run_id` of a run folder's MLflow run, and the description and tags sent last; None without a run."""
     known = read_json(runfolder.mlflow(run_dir), dict[str, str])
     return known if known and {"uri", "run_id"} <= known.keys() else None
 
 
 def set_status(run_dir: Path, status: str) -> None:
-    """Set the MLflow status of a run: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED.
+    """Set the MLflow status of a run, if it has an MLflow run: RUNNING, SCHEDULED, FINISHED, FAILED or KILLED.
 
-    ValueError where its store was moved or removed since: nothing is made in its place.
+    Raises ValueError if its sqlite store is gone; it is not created again.
     """
     bookmark = read_bookmark(run_dir)
     if bookmark is None:
@@ -143,7 +141,7 @@ def set_status(run_dir: Path, status: str) -> None:
 
 
 def _restored(mlflow: MlflowClient, run_id: str) -> str | None:
-    """The run's id when the store has it, brought back if somebody deleted it there; None when it never had it."""
+    """The run's id if the store has it, after restoring it if it was deleted there; None if the store never had it."""
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
@@ -174,7 +172,7 @@ def _told(config: RunConfig) -> str:
 
 
 def _retell(mlflow: MlflowClient, run_id: str, known: dict[str, str], config: RunConfig, run_dir: Path) -> None:
-    """Description and tags of the recipe, where they changed since: what people wrote in MLflow stays."""
+    """Update description and tags if those of the recipe changed; what users wrote in MLflow is kept."""
     if known.get("told", _told(config)) == _told(config):
         return
     try:
@@ -192,7 +190,7 @@ def _retell(mlflow: MlflowClient, run_id: str, known: dict[str, str], config: Ru
 
 
 def _experiment(mlflow: MlflowClient, config: RunConfig) -> str:
-    """Id of the recipe's experiment: made, brought back from deletion, or told where its artifacts are now."""
+    """Id of the recipe's experiment, which is created, restored, or given its present artifact folder if necessary."""
     own = tracking_uri(config).startswith(SQLITE)
     database = Path(tracking_uri(config).removeprefix(SQLITE))
     artifacts = database.parent / "mlartifacts"
@@ -214,13 +212,13 @@ def _make_experiment(mlflow: MlflowClient, name: str, location: str | None) -> s
     try:
         return mlflow.create_experiment(name, artifact_location=location)
     except MlflowException:
-        if (found := mlflow.get_experiment_by_name(name)) is None:  # not another launcher's doing
+        if (found := mlflow.get_experiment_by_name(name)) is None:  # no other process has created it meanwhile
             raise
         return found.experiment_id
 
 
 def _find_run(mlflow: MlflowClient, experiment: str, run_dir: Path) -> str | None:
-    """By its folder as it is now, or as it was when the run was launched."""
+    """MLflow run id found by the tag with the run's folder, the present one or the one at launch."""
     place = read_place(run_dir)
     folders: dict[str, None] = dict.fromkeys(map(printable, [run_dir, *([place.folder] if place else [])]))
     found = (_find(mlflow, experiment, RUN_TAG, folder) for folder in folders)
@@ -234,8 +232,8 @@ def _find(mlflow: MlflowClient, experiment: str, tag: str, value: str, extra: st
 
 
 def quoted(text: str) -> str:
-    """Quoted text for MLflow's filter language, which has two kinds of quotes and no escapes. ValueError: the text
-    contains both."""
+    """The text in quotes for MLflow's filter language, which has two kinds of quotes and no escapes. ValueError if the
+    text contains both."""
     mark = '"' if "'" in text else "'"
     if mark in text:
         raise ValueError(f"{text!r}: holds both kinds of quotation marks, which MLflow cannot search for; rename it")
@@ -248,7 +246,7 @@ def _create(mlflow: MlflowClient, experiment: str, name: str, tags: dict[str, st
 
 def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
     launched = _launch_tags(run_dir)
-    # A parent of another store means nothing here: the sweep's name finds, or makes, this store's.
+    # Run ids differ between stores, so the parent is found, or created, by the sweep's name.
     parent = {PARENT_TAG: prepare_sweep(config, launched[SWEEP_TAG])} if SWEEP_TAG in launched else {}
     found = {
         RUN_TAG: str(run_dir),
@@ -264,7 +262,7 @@ def _tags(config: RunConfig, run_dir: Path) -> dict[str, str]:
 
 
 def _describe(config: RunConfig, run_dir: Path) -> str:
-    """What a person who meets the run in MLflow wants to know first (Markdown)."""
+    """The run's description in MLflow (Markdown)."""
     run = shlex.quote(f"run={run_dir}")
     profile = f", profile {config.tracking.tags['profile']}" if "profile" in config.tracking.tags else ""
     return (
@@ -275,7 +273,7 @@ def _describe(config: RunConfig, run_dir: Path) -> str:
 
 
 def _log_params(mlflow: MlflowClient, run_id: str, config: RunConfig) -> None:
-    """In batches below MLflow's limits."""
+    """Log the recipe's fields as parameters, in batches below MLflow's limits."""
     from mlflow.entities import Param
 
     params = [Param(key, text) for name, value in flatten(config).items() for key, text in _in_parts(name, value)]

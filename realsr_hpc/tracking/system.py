@@ -1,4 +1,4 @@
-"""A run's use of its machine, sampled at each step by the process that logs."""
+"""Samples CPU, memory, disk and GPU use at each step, in the process that logs metrics."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from realsr_hpc.files import GIB
 
 
 class SystemUse:
-    """Processor, memory, disk and GPUs of this process and its node; keys `system/quantity/unit`."""
+    """Resource use of this process and its node; keys are `system/quantity/unit`."""
 
     def __init__(self, run_dir: Path) -> None:
         self._process = psutil.Process()
-        self._process.cpu_percent()  # the first call only starts the measure
+        self._process.cpu_percent()  # the first call only starts the measurement
         self._run_dir = run_dir
         self._nvml = _nvml()
 
     def sample(self) -> dict[str, float]:
-        """CPU use since the last call in percent (100: one core); present memory of process and node, free disk space,
-        and GPUs."""
+        """CPU use since the last call in percent (100 is one core); memory of process and node, free disk space and
+        GPUs at present."""
         with self._process.oneshot():
             processor, memory = self._process.cpu_percent(), self._process.memory_info().rss
         return {
@@ -34,7 +34,7 @@ class SystemUse:
         }
 
     def _gpus(self) -> dict[str, float]:
-        """Each GPU that Slurm lets this job see: use, memory, power."""
+        """Utilisation, memory and power of each GPU that is visible to this job."""
         nvml, values = self._nvml, {}
         for number in range(nvml.nvmlDeviceGetCount() if nvml else 0):
             gpu = nvml.nvmlDeviceGetHandleByIndex(number)
@@ -45,7 +45,7 @@ class SystemUse:
 
 
 def _nvml() -> Any:
-    """NVIDIA's management library where it is installed (extra `gpu`) and finds a driver, else None."""
+    """NVIDIA's management library if it is installed (extra `gpu`) and finds a driver, else None."""
     try:
         import pynvml  # pyright: ignore[reportMissingImports]
     except ImportError:

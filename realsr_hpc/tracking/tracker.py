@@ -1,7 +1,7 @@
 """The tracking interface of a training loop: metrics, artifacts, progress.
 
-Calls write to the run's spool and return; a thread delivers to MLflow. So a slow or unreachable server costs the run
-nothing, and `sync` later sends whatever did not arrive.
+Calls write to the run's spool and return; a thread delivers to MLflow. A slow or unreachable server therefore does not
+delay training, and `sync` sends later what did not arrive.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from realsr_hpc.tracking.spool import Spool
 from realsr_hpc.tracking.store import read_bookmark, set_status, tracking_uri
 
 LAUNCH_FILES = (runfolder.recipe, runfolder.plan, runfolder.environment)
-"""What the launcher left in the run folder: logged once, as `launch/`."""
+"""Files that the launcher wrote to the run folder; they are logged once, under `launch/`."""
 INTERVAL_S = 2.0
 CLOSE_TIMEOUT_S = 60.0
 logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """One run's tracker; without `writer` (all ranks but one) every call does nothing."""
+    """Tracker of one run. With writer=False (on all ranks but one) every call does nothing."""
 
     def __init__(self, config: RunConfig, run_dir: Path, *, writer: bool) -> None:
         self.config = config
@@ -50,7 +50,7 @@ class Tracker:
                     tracker.log_artifact(path, "launch")
         if tracker._thread is not None:
             try:
-                # imports MLflow here and now: two threads that import at once get in each other's way
+                # Imports MLflow in this thread, because importing it in two threads at once fails.
                 client(tracking_uri(config))
             except Exception as error:  # tracking never stops training
                 logger.warning("tracking: %s; events are kept in %s", brief(error), run_dir)
@@ -79,7 +79,7 @@ class Tracker:
             state = Progress(step, total, text, _now_ms())
             try:
                 write_atomically(runfolder.progress(self.run_dir), json.dumps(asdict(state)))
-            except OSError as error:  # a full disk: the next step may find room
+            except OSError as error:  # a full disk; the next step tries again
                 logger.error("tracking: progress not written (%s)", error.strerror)
 
     def truncate(self, step: int) -> None:
@@ -88,7 +88,7 @@ class Tracker:
             self._spool.append({"kind": "truncate", "step": step})
 
     def close(self, status: str = "FINISHED") -> None:
-        """Deliver the rest and set the MLflow run's status; `sync` can send later what cannot be delivered now."""
+        """Deliver the rest and set the MLflow run's status; `sync` sends later what cannot be delivered now."""
         if self._spool is None or self._thread is None:
             return
         self._spool.close()
@@ -101,21 +101,21 @@ class Tracker:
 
 
 def sync(run_dir: Path) -> int:
-    """Send what a run's spool holds and MLflow does not; number of values and artifacts sent.
+    """Send everything in a run's folder that MLflow does not have; returns the number of values and artifacts sent.
 
-    Raises RecipeError without a recipe.yaml; errors of MLflow pass through.
+    Raises RecipeError if recipe.yaml is missing or invalid. MLflow's errors propagate.
     """
     delivery = Delivery(recipe_of(run_dir), run_dir)
     return delivery.send_pending() + delivery.num_results
 
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
-"""What a garbled file may hold beyond is no step, and would fill the screen."""
+"""Steps and times in progress.json; larger numbers come from a damaged file."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The last sign of life."""
+    """progress.json: the last completed step of a run, with a line of text and its Unix time in milliseconds."""
 
     step: Count
     total: Count = 0

@@ -13,7 +13,7 @@ from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degra
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.manifest import read_manifest, write_manifest
 from realsr_hpc.paths import project_root
-from realsr_hpc.prepare.folders import PrepareOptions, prepare
+from realsr_hpc.prepare.build_manifest import PrepareOptions, prepare
 from realsr_hpc.records import ResizeTo
 
 torch.set_num_threads(1)

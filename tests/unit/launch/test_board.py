@@ -169,7 +169,7 @@ def test_the_boards_keys_cancel_resume_and_follow_a_run(tmp_path, image_tokenize
         os.write(terminal, b"f")
         wait_for(terminal, b"/3000\x1b[0m \x1b[33m0:00:")  # the bar of whoever follows a run; the board has another
         os.write(terminal, b"\x03")  # leaves the run alone
-        wait_for(terminal, b"The run goes on")
+        wait_for(terminal, b"The run continues")
         wait_for(terminal, b"1 alive")
         os.write(terminal, b"cq")
         wait_for(terminal, b"", until_closed=True)

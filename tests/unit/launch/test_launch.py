@@ -182,7 +182,7 @@ def test_nothing_is_lost_or_submitted_twice_while_slurm_is_silent(tmp_path, monk
         ("running", True, "12 OUT_OF_MEMORY", "lost", "(OUT_OF_MEMORY)"),
         ("running", True, "12 CANCELLED", "stopped", "was cancelled"),
         ("stopping", True, "12 COMPLETING", "stopping", ""),
-        ("stopping", True, "", "stopped", "ended before it could save; launch it again to go on from step 30"),
+        ("stopping", True, "", "stopped", "ended before it could save; launch it again to continue from step 30"),
         ("submitted", False, "", "stopped", "was cancelled"),
         ("submitted", True, "12 FAILED", "lost", "the log"),
         ("stopped", True, "12 PENDING", "requeued", ""),

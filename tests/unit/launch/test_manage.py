@@ -76,7 +76,7 @@ def test_cancelling_knows_what_the_job_is_doing(tmp_path, slurm):
     assert calls.read_text().splitlines() == ["12", "--signal=TERM 12", "12"]
     (tmp_path / "asked").unlink()
     slurm(squeue=f"[ -e {tmp_path}/asked ] || echo 12 RUNNING None", scancel=scancel)
-    assert "job 12 left without a word; see log" in cancel(make_run(runs, "silently"))
+    assert "job 12 ended without reporting a state; see log" in cancel(make_run(runs, "silently"))
     (tmp_path / "asked").unlink()
     done = make_run(runs, "done")
     last = json.dumps({"state": "done", "code": 0, "message": "", "time_s": 1.0, "launch": "a"})
@@ -180,5 +180,5 @@ def test_launching_again_says_where_it_goes_on(tmp_path):
     (step := run_dir / "checkpoints" / "step-000004").mkdir(parents=True)
     assert _look(config, run_dir, Queue({})).note == "starts again: it had saved no checkpoint"  # never completed
     (step / "manifest.json").touch()
-    assert _look(config, run_dir, Queue({})).note == "goes on from step 4"
+    assert _look(config, run_dir, Queue({})).note == "continues from step 4"
     assert _look(config, tmp_path / "new", Queue({})).note == ""

@@ -82,7 +82,7 @@ def test_an_sbatch_that_names_no_job_refuses_run_and_stage_in_one_line(sbatch, s
     slurm(sbatch=sbatch)
     [item] = submit([config])
     assert item.failed and item.note.startswith("Could not make sense of sbatch output") and said in item.note
-    with pytest.raises(ValueError, match="export: Could not make sense of .*; launch the chain again to go on"):
+    with pytest.raises(ValueError, match="export: Could not make sense of .*; launch the chain again to continue"):
         submit_stage(stage, ())
     monkeypatch.setattr("submitit.SlurmExecutor.affinity", lambda executor: -1)  # no srun
     [item] = submit([config])
