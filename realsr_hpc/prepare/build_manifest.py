@@ -116,7 +116,7 @@ def _prepared(
 ) -> PrepareReport:
     keys = dict(zip((item.name for item in items), without_endings([item.name for item in items]), strict=True))
     notes = read_notes(options.captions) if options.captions else Notes()
-    passed_over = notes.nameless | notes.unused({*keys, *keys.values(), *left_out})
+    passed_over = {**notes.nameless, **notes.unused({*keys, *keys.values(), *left_out})}
     items = _with_partners(items, notes, keys, source)
     splits = dict(zip((item.name for item in items), folder_splits(items), strict=True))
     mine = items[options.shard[0] - 1 :: options.shard[1]] if options.shard else items
@@ -200,7 +200,7 @@ def _notes_of(
                     passed_over[item.name + ".json"] = "foreign: another program's, without captions of ours"
         except WrongNote as error:
             wrong[item.name] = str(error)
-        if name in notes.wrong:
+        if name is not None and name in notes.wrong:
             wrong[item.name] = notes.wrong[name]
         if item.remarks:
             passed_over[item.name] = f"note: {'; '.join(item.remarks)}"

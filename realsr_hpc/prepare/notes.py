@@ -209,8 +209,9 @@ def _type_fault(name: str, value: object) -> str | None:
     """Why a field's value cannot be used, or None."""
     if value is None:
         return None
-    texts: object = value if name == "tags" else [value]
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    given = [value] if name != "tags" else value if isinstance(value, list) else [None]
+    texts = [text for text in given if isinstance(text, str)]
+    if len(texts) < len(given):
         wanted = 'a list of texts such as ["house"]' if name == "tags" else "a text"
         return f"{name} is {json.dumps(value)[:60]}; give {wanted}"
     if name not in ("path", "lq_path") and printable("".join(texts)) != "".join(texts):
