@@ -148,19 +148,22 @@ def _evaluate(given: Given):
     from realsr_hpc.evaluate import BICUBIC, Bicubic, FinishedImages, Metrics, evaluate
 
     config, checkpoint, upscale = None, None, read_count(given, "upscale", 1)
+    ours: dict[str, Method] = {}
     count, draws = read_count(given, "num_images", 1), read_count(given, "draws", 1)
     against = list(_kinds(given["against"] or ""))  # raises for unknown ones before a model is loaded
     crop_px = read_count(given, "crop_px")
     if given["images"]:
         folder = Path(given["images"]).resolve()
-        ours = {names_of_folders([folder], {BICUBIC, "start", *TAKEN})[folder]: FinishedImages(folder)}
+        ours[names_of_folders([folder], {BICUBIC, "start", *TAKEN})[folder]] = FinishedImages(folder)
         default, run_dir, step = folder.with_name(f"{folder.name}-evaluation"), None, 0
     else:
-        config, checkpoint, ours, default = _model(given)
+        config, checkpoint, default = _model(given)
         upscale = config.vlcot.upscale
         run_dir = runfolder.run_of_checkpoint(checkpoint) if checkpoint else None
         step = runfolder.step_of(checkpoint.resolve()) if checkpoint else 0
     cases, remarks = _cases(given, config, count, upscale)
+    if config is not None:  # not before the set is known to be there: it may take minutes
+        ours["ours"] = _restores(given, config, checkpoint)
     methods = {BICUBIC: Bicubic(upscale)}
     methods |= _others(against, {*methods, *ours, *TAKEN}, given, config, checkpoint, upscale)
     methods |= ours
@@ -182,7 +185,7 @@ def _evaluate(given: Given):
 
 
 def _model(given: Given):
-    """Recipe, checkpoint, the method named `ours`, and the default folder of the report."""
+    """Recipe, checkpoint, and where the report goes."""
     from realsr_hpc.restore import find_model, with_sampling
 
     config, checkpoint, name = find_model(given)
@@ -192,7 +195,7 @@ def _model(given: Given):
         if checkpoint
         else runfolder.evaluations(Path(name))
     )
-    return config, checkpoint, {"ours": _restores(given, config, checkpoint)}, default
+    return config, checkpoint, default
 
 
 def _restores(given: Given, config: RunConfig, checkpoint: Path | None):

@@ -57,11 +57,13 @@ def _restore(given: dict[str, str | None]):
         upscale = read_number(given, "upscale", "give one from 1 up to the model's factor")
         if not upscale >= 1.0:
             raise ValueError(f"upscale={given['upscale']} is below 1; give one from 1 up to the model's factor")
-    from realsr_hpc.restore import find_model, open_with_options, restore_folder, with_sampling
+    from realsr_hpc.restore import find_model, inputs_of, open_with_options, restore_folder, with_sampling
 
+    source, output = Path(given["input"] or ""), Path(given["output"] or "")
+    inputs_of(source, output)
     config, checkpoint, name = find_model(given)
     config = with_sampling(config, given)
     restorer, settings = open_with_options(
         given, config, checkpoint, name, upscale=upscale, batch_size=batch_size, steps=steps
     )
-    return restore_folder(restorer, Path(given["input"] or ""), Path(given["output"] or ""), settings, steps=steps)
+    return restore_folder(restorer, source, output, settings, steps=steps)

@@ -6,7 +6,7 @@ does so from a command's options, and `simple` from Python.
 """
 
 from realsr_hpc.restore.candidates import BestOf, Chosen
-from realsr_hpc.restore.folder import RestoreReport, restore_folder
+from realsr_hpc.restore.folder import RestoreReport, inputs_of, restore_folder
 from realsr_hpc.restore.image_files import Picture, find_images, read_picture
 from realsr_hpc.restore.model import find_checkpoint, find_model, open_restorer, with_sampling
 from realsr_hpc.restore.options import open_with_options
@@ -26,6 +26,7 @@ __all__ = [
     "find_images",
     "find_checkpoint",
     "find_model",
+    "inputs_of",
     "load",
     "open_restorer",
     "open_with_options",

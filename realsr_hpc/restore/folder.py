@@ -70,6 +70,16 @@ def restore_folder(
     cannot be written, is written by another process, or holds results of other settings or other files of the results'
     names.
     """
+    root, files, unread = inputs_of(source, output)
+    with sole_writer(output):
+        return _restore_missing(restorer, targets(files, root, output), unread, output, settings, steps, show_progress)
+
+
+def inputs_of(source: Path, output: Path) -> tuple[Path, list[Path], dict[str, str]]:
+    """The inputs' own folder, the files to restore, and why by path for those that are not read.
+
+    ValueError, without a model having been loaded: there is nothing to read, or results would stand among the inputs.
+    """
     root = source if source.is_dir() else source.parent
     if output.resolve() == root.resolve():
         raise ValueError(
@@ -81,8 +91,7 @@ def restore_folder(
         raise ValueError(
             f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))} {told}".strip()
         )
-    with sole_writer(output):
-        return _restore_missing(restorer, targets(files, root, output), unread, output, settings, steps, show_progress)
+    return root, files, unread
 
 
 def _restore_missing(

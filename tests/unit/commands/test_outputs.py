@@ -15,6 +15,7 @@ from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.export.weight_files import Aside
 from realsr_hpc.files import write_atomically
 from realsr_hpc.locks import LockRefused, hold
+from realsr_hpc.paths import project_root
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8))
 WRITERS = {
@@ -114,6 +115,24 @@ def test_what_the_system_refuses_or_no_number_can_be_is_one_line(command, line, 
     assert commands.main(command.format(source=source, file=file).split()) == 2
     said = " ".join("".join(capsys.readouterr()).split())
     assert line.format(file=file) in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("restore export={policy} input={file}/none output={file}-out", "input={file}/none: no images there"),
+        ("restore export={policy} input={source} output={source}", "is the folder of the input"),
+        ("evaluate export={policy} against=none set=unpaired data={file}", "data={file}: no such folder"),
+    ],
+)
+def test_inputs_are_looked_for_before_a_model_is_loaded(command, said, source, tmp_path, capsys, monkeypatch):
+    """At 7B loading takes minutes."""
+    (file := tmp_path / "file").touch()
+    loaded = []
+    monkeypatch.setattr("realsr_hpc.restore.open_with_options", lambda *given, **more: loaded.append(given))
+    policy = project_root() / "recipes" / "assets" / "tiny" / "policy_sft"
+    assert commands.main(command.format(policy=policy, source=source, file=file).split()) == 2
+    assert said.format(file=file) in capsys.readouterr().err and not loaded
 
 
 def test_a_reader_that_has_enough_ends_a_command_without_a_traceback(source):
