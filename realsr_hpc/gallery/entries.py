@@ -146,18 +146,26 @@ def _restored(folder: Path, image: Path) -> list[Entry]:
     tile, count = found.tiles[0], len(found.tiles)
     # A relative path starts from the result's folder, not from the current one.
     source, steps = image.parent / found.input, restoration.steps_file(image)
-    images = {"final": image} | ({"steps": steps} if steps.is_file() else {})
+    images = _paths(
+        folder, {name: str(path.relative_to(folder)) for name, path in (("final", image), ("steps", steps))}
+    )
+    if "final" not in images:
+        raise ValueError(f"{image}: a link out of its folder")
     name = "restored" if count == 1 else f"restored in {count} tiles (words of the first)"
-    inputs = {"input": source} if _is_the_input(source, found.input_sha256) else {}
+    inputs = {"input": source} if _is_the_input(source, found.input_sha256, folder) else {}
     result = Result(name, images, tile.degradation, tile.texts, tile.faults)
     return [Entry(folder.name, "restored", 0, printable(image.stem), inputs, (result,))]
 
 
-def _is_the_input(source: Path, sha256: str) -> bool:
-    """Whether the input is readable and is the file that was restored, not a later file of the same name."""
+def _is_the_input(source: Path, sha256: str, folder: Path) -> bool:
+    """Whether the input is readable and is the file that was restored, not a later file of the same name.
+
+    A record without a digest may only name files in its own folder: it may come from a stranger.
+    """
     try:
-        return source.is_file() and sha256 in ("", sha256_of(source))
-    except OSError:  # in a folder without read permission
+        known = sha256 == sha256_of(source) if sha256 else source.resolve().is_relative_to(folder.resolve())
+        return source.is_file() and known
+    except OSError:  # missing, or in a folder without read permission
         return False
 
 

@@ -217,6 +217,15 @@ def test_a_link_out_of_the_folder_and_a_replaced_input_are_not_shown(run_dir, tm
     for digest, shown in ((sha256_of(restored / "input.png"), {"input"}), ("0" * 64, set())):
         restoration.write(restored / "a.png", Restoration((tile,), "input.png", digest))
         assert set(read_restored(restored)[0].images) == shown
+    Image.fromarray(data.chelsea()[:32, :32]).save(secret := tmp_path / "secret.png")
+    for named, digest, shown in (("input.png", "", {"input"}), (str(secret), "", set()), ("../secret.png", "", set())):
+        restoration.write(restored / "a.png", Restoration((tile,), named, digest))
+        assert set(read_restored(restored)[0].images) == shown
+    restoration.write(restored / "a.png", Restoration((tile,), str(secret), sha256_of(secret)))
+    assert set(read_restored(restored)[0].images) == {"input"}
+    (restored / "a.png").unlink()
+    (restored / "a.png").symlink_to(secret)
+    assert not read_restored(restored)
 
 
 def test_sources_that_are_called_alike_are_told_apart_by_the_folders_above(run_dir, tmp_path, capsys):
