@@ -93,6 +93,7 @@ def check(given: Given) -> None:
     check_restoring(given)
     if len([key for key in SOURCES if given[key]]) != 1:
         raise ValueError("give one of run=RUN_DIR, checkpoint=RUN_DIR/checkpoints/step-N, export=DIR, images=DIR")
+    _refuse_what_would_be_lost(given)
     if given["data"]:
         refuse_unknown_set(given["set"])
         if given["split"]:
@@ -101,6 +102,22 @@ def check(given: Given) -> None:
             )
     elif given["set"] != "heldout" or given["images"]:
         raise ValueError(f"set={given['set']} needs data=DIR, the folder of the test set")
+
+
+def _refuse_what_would_be_lost(given: Given) -> None:
+    """ValueError for an option of something else than what is evaluated."""
+    if given["data"] and given["num_images"] != DEFAULTS["num_images"]:
+        raise ValueError(f"num_images={given['num_images']} goes without data=DIR, whose images are all taken")
+    if not given["images"] and given["upscale"] != DEFAULTS["upscale"]:
+        raise ValueError(f"upscale={given['upscale']} goes with images=DIR; a model's factor is its own")
+
+
+def _refuse_without_model(given: Given, kinds: Collection[str]) -> None:
+    """ValueError for an option of restoring where all images are finished ones."""
+    options = {"draws": DEFAULTS["draws"], **RESTORING}
+    lost = [key for key, usual in options.items() if key != "weights_dir" and given[key] != usual]
+    if lost and given["images"] and not {"run", "checkpoint", "export"} & set(kinds):
+        raise ValueError(f"{lost[0]}={given[lost[0]]} goes with a model that restores; finished images are as they are")
 
 
 def fits(given: Given, recipe_of: Callable[[str], RunConfig | None]) -> None:
@@ -151,6 +168,7 @@ def _evaluate(given: Given):
     ours: dict[str, Method] = {}
     count, draws = read_count(given, "num_images", 1), read_count(given, "draws", 1)
     against = list(_kinds(given["against"] or ""))  # raises for unknown ones before a model is loaded
+    _refuse_without_model(given, [kind for _, kind in against])
     crop_px = read_count(given, "crop_px")
     if given["images"]:
         folder = Path(given["images"]).resolve()

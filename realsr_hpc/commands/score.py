@@ -41,12 +41,23 @@ def main(arguments: list[str]) -> int:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__, sections_only=True)
         if not given["input"]:
             raise ValueError("input=DIR is needed")
+        refuse_what_would_be_lost(given, overrides)
         refuse_bad_output(given["output"])
         found, unread = find_files(Path(str(given["input"])), given)
         return max(score(found, given, overrides), int(bool(unread)))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+def refuse_what_would_be_lost(given: dict[str, str | None], overrides: list[str]) -> None:
+    """ValueError for an option of rewards where metrics are asked for, or the other way round."""
+    if given["rewards"] or given["recipe"]:
+        if given["metric"] != DEFAULTS["metric"]:
+            raise ValueError(f"metric={given['metric']}: not with rewards= or recipe=, which score instead")
+    elif overrides or given["manifest"]:
+        named = overrides[0] if overrides else f"manifest={given['manifest']}"
+        raise ValueError(f"{named}: goes with rewards=GROUP or recipe=NAME; name one")
 
 
 def refuse_bad_output(output: str | None) -> None:

@@ -120,6 +120,23 @@ def test_what_the_system_refuses_or_no_number_can_be_is_one_line(command, line, 
 @pytest.mark.parametrize(
     ("command", "said"),
     [
+        ("evaluate images={0} set=unpaired data={0} num_images=4", "num_images=4 goes without data=DIR"),
+        ("evaluate run={0} upscale=2", "upscale=2 goes with images=DIR"),
+        ("evaluate images={0} set=unpaired data={0} temperature=0.5", "temperature=0.5 goes with a model"),
+        ("evaluate images={0} set=unpaired data={0} against=none draws=3", "draws=3 goes with a model"),
+        ("score input={0} rewards=tiny metric=psnr_y", "metric=psnr_y: not with rewards="),
+        ("score input={0} rewards.terms.fidelity.weight=2", "weight=2: goes with rewards=GROUP or recipe=NAME"),
+        ("score input={0} manifest={0}/m.parquet", "m.parquet: goes with rewards=GROUP or recipe=NAME"),
+    ],
+)
+def test_options_that_would_be_lost_are_refused(command, said, source, capsys):
+    assert commands.main(command.format(source).split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
         ("restore export={policy} input={file}/none output={file}-out", "input={file}/none: no images there"),
         ("restore export={policy} input={source} output={source}", "is the folder of the input"),
         ("evaluate export={policy} against=none set=unpaired data={file}", "data={file}: no such folder"),
