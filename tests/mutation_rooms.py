@@ -158,6 +158,30 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ("restore/image_files.py", "tests/unit/restore/test_names.py::test_a_profile_stays_where_the_colours_stay"): (
         ("a CMYK profile on RGB", "icc_profile if keeps_profile else None", "icc_profile"),
     ),
+    ("behaviour/draws.py", "tests/unit/behaviour/test_distribution.py"): (
+        ("noise of -inf", "clamp_(max=1 - 2.0**-24)", "clamp_(max=1)"),
+        ("noise of inf", ".add_(0.5)", ""),
+    ),
+    ("grpo/advantages.py", "tests/unit/grpo/test_advantages.py"): (
+        ("always the unbiased std", "unbiased_std=config.unbiased_std,", "unbiased_std=True,"),
+        ("always the same epsilon", "epsilon=config.advantage_epsilon,", "epsilon=1e-4,"),
+    ),
+    ("optim/step.py", "tests/unit/optim/test_step.py"): (
+        ("a skipped update stops the clock", "self.num_updates += 1", "self.num_updates += applied"),
+        ("gradients pile up", "                chunk.zero_grad_buffer()\n", "                pass\n"),
+        ("one beta for both", '"adam_beta1": optim.beta1', '"adam_beta1": optim.beta2'),
+    ),
+    ("rewards/base.py", "tests/unit/rewards/test_mixture.py"): (
+        ("infinity is no failure", "broken[chosen] = ~np.isfinite(raw)", "broken[chosen] = np.isnan(raw)"),
+    ),
+    ("rewards/mixture.py", "tests/unit/rewards/test_mixture.py"): (
+        ("places of malformed traces", "malformed[:, None] & reward.needs_image", "malformed[:, None] & False"),
+        ("no places of their phrases", "malformed[:, None] & reward.needs_image", "malformed[:, None]"),
+    ),
+    ("rewards/fidelity.py", "tests/unit/rewards/test_fidelity.py"): (
+        ("the LQ image unsmoothed", "truth = smooth(truth, self.options.smooth_px)", "pass"),
+        ("a narrow filter", "round(3 * sigma_px)", "round(sigma_px)"),
+    ),
 }
 ROOM_MUTATIONS = tuple(
     Mutation(f"{file.removesuffix('.py')}: {name}", f"realsr_hpc/{file}", old, new, test)

@@ -154,6 +154,28 @@ def test_gumbel_noise_is_standard_and_belongs_to_key_and_token():
     assert torch.equal(gumbel(keys_of(2000)[7:9], 100, 200), noise[7:9, 96:196])
 
 
+def key_of(bits: int) -> torch.Tensor:
+    """The key whose noise for token 0 comes from these bits: the hash, run backwards from them."""
+
+    def unmixed(value: int, by: int) -> int:
+        start = value
+        for _ in range(32 // by):
+            value = start ^ (value >> by)
+        return value
+
+    state = unmixed(bits, 14)
+    for shift, multiplier in ((15, 0x31848BAB), (11, 0xAC4C1B51)):
+        state = unmixed(state * pow(multiplier, -1, 1 << 32) % (1 << 32), shift)
+    return torch.tensor([[0, state - (1 << 32) if state >= 1 << 31 else state]], dtype=torch.int32)
+
+
+def test_the_largest_and_the_smallest_noise_are_finite():
+    """Noise of -inf would take an allowed token's chance away, noise of inf all others'."""
+    largest, smallest = (float(gumbel(key_of(bits), 0, 1)) for bits in (0, 0x7FFFFFFF))
+    assert largest == pytest.approx(32 * np.log(2), rel=1e-5)  # of u = 2^-32
+    assert smallest == pytest.approx(-np.log(24 * np.log(2)), rel=1e-5)  # of 1 - u = 2^-24, float32's
+
+
 def test_streams_differ_by_seed_and_rollout_and_positions_do_not_depend_on_the_length():
     assert np.array_equal(stream_keys(3, 9, 50)[:20], stream_keys(3, 9, 20))
     streams = [stream_keys(*pair, 20).tobytes() for pair in ((3, 9), (3, 10), (4, 9), (3, 9 + (1 << 40)))]

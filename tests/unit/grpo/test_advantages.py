@@ -6,6 +6,7 @@ import torch
 from realsr_hpc.config.learning import GRPOConfig
 from realsr_hpc.grpo.advantages import (
     configured_advantages,
+    contributions,
     group_advantages,
     mixed_advantages,
     zero_variance,
@@ -79,6 +80,12 @@ def test_recipe_options_reach_the_formula():
     config = GRPOConfig(advantage="leave_one_out", normalise_each_reward=False)
     got = configured_advantages(breakdown, {"a": 1.0}, config)
     torch.testing.assert_close(got, group_advantages(breakdown["a"], kind="leave_one_out"))
+    for normalise in (True, False):
+        config = GRPOConfig(unbiased_std=False, advantage_epsilon=0.3, normalise_each_reward=normalise)
+        expected = group_advantages(breakdown["a"], unbiased_std=False, epsilon=0.3)
+        torch.testing.assert_close(configured_advantages(breakdown, {"a": 1.0}, config), expected)
+        shares = contributions(breakdown, {"a": 1.0}, config)
+        torch.testing.assert_close(shares["a"].float(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_unweighted_rewards_are_refused():

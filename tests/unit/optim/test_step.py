@@ -78,7 +78,16 @@ def test_gradient_that_is_not_finite_changes_nothing_and_is_counted(distributed:
     result = optimiser.step(batch(1), scaled_loss(float("nan")))
     assert not result.applied and optimiser.num_skipped == 1
     assert all(torch.equal(a, b) for a, b in zip(before, optimiser.policy.parameters(), strict=True))
+    assert (optimiser.num_updates, optimiser.skipped_in_a_row) == (1, 1)  # the schedule's clock goes on
     assert optimiser.step(batch(1), scaled_loss(1.0)).applied and optimiser.num_skipped == 1
+    assert (optimiser.num_updates, optimiser.skipped_in_a_row) == (2, 0)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_every_update_begins_with_no_gradient(distributed: bool) -> None:
+    optimiser = make(distributed, lr=1e-12)
+    first, second = (optimiser.step(batch(1), scaled_loss(1.0)).grad_norm for _ in range(2))
+    assert second == pytest.approx(first, rel=1e-6)
 
 
 def test_clipping_bounds_the_update() -> None:
@@ -117,6 +126,8 @@ def test_lean_main_weights_are_transformer_engines_and_refused_without_it() -> N
     assert arguments["use_precision_aware_optimizer"] and arguments["store_param_remainders"]
     assert arguments["exp_avg_dtype"] is arguments["exp_avg_sq_dtype"] is torch.bfloat16
     assert arguments["main_params_dtype"] is torch.float32  # what weights and remainders make together
+    adam = optimizer_arguments(OptimConfig(beta1=0.7, beta2=0.8, epsilon=1e-5), torch.float32, distributed=False)
+    assert (adam["adam_beta1"], adam["adam_beta2"], adam["adam_eps"], adam["bf16"]) == (0.7, 0.8, 1e-5, False)
     plain = optimizer_arguments(OptimConfig(), torch.bfloat16, distributed=True)
     assert "use_precision_aware_optimizer" not in plain
     offloaded = optimizer_arguments(OptimConfig(cpu_offload=True), torch.bfloat16, distributed=True)

@@ -40,7 +40,11 @@ def test_naming_everything_wins_nothing():
 
 @pytest.mark.parametrize(
     ("phrase", "resizes"),
-    [("upsample, light noise", ("upsample", None)), ("light noise, light compression, keep", (None, "keep"))],
+    [
+        ("upsample, light noise", ("upsample", None)),
+        ("light blur, keep", ("keep", None)),
+        ("light noise, light compression, keep", (None, "keep")),
+    ],
 )
 def test_a_single_resize_word_takes_the_slot_of_its_place(phrase, resizes):
     said = read_phrase(phrase)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from realsr_hpc.config.learning import RewardTerm
 from realsr_hpc.config.reward_options import FidelityOptions, read_options
@@ -24,6 +25,20 @@ def test_smoothing_makes_it_robust_to_noise_of_the_lq_image(photograph):
     items = [make_candidate(photograph, lq=noisy)]
     plain, smoothed = (FidelityReward(FidelityOptions(smooth_px=s)).score(items)[0] for s in (0.0, 1.0))
     assert smoothed > plain + 0.1
+
+
+def test_both_sides_are_smoothed_alike_with_repeated_borders(photograph, other_photograph):
+    """By SciPy's filter of the same reach, 3 sigma."""
+    image, lq = photograph, make_candidate(other_photograph).lq
+    small = image.reshape(32, 4, 32, 4, 3).astype(np.float64).mean((1, 3))
+    pair = (gaussian_filter(side, (1.3, 1.3, 0), mode="nearest", truncate=3.0) for side in (small, lq.astype(float)))
+    expected = 1 - np.abs(np.subtract(*pair)).mean() / 255
+    options = FidelityOptions(metric="l1", smooth_px=1.3)
+    [score] = FidelityReward(options).score([make_candidate(image, lq=lq)])
+    assert score == pytest.approx(expected, abs=1e-6)
+    trace = make_trace(images=(None, None, np.zeros((8, 8), np.int64)))
+    [places] = FidelityReward(options).score_places([make_candidate(image, trace, lq=lq)])
+    assert 1 + places.mean() / 255 == pytest.approx(score, abs=1e-6)
 
 
 def test_psnr_map_has_its_ends(photograph):

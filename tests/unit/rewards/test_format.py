@@ -34,8 +34,15 @@ def test_repetition_emptiness_and_length_break_a_text(text):
 
 
 @pytest.mark.parametrize(
-    ("words", "passes"), [("a b c d a b c d a b", True), ("a b c a b c a b c a", False), ("a " * 7, True)]
+    ("words", "passes"),
+    [("a b c d a b c d a b", True), ("a b c a b c a b c a", False), ("a " * 7, True), ("a b " * 4, False)],
 )
 def test_a_text_of_eight_words_or_more_needs_two_fifths_of_them_distinct(words, passes):
     """Four of ten are 0.4, three are not; shorter texts may repeat themselves."""
     assert (scores(make_trace(texts=(words, "fine", "fine")))[0] == 1.0) == passes
+
+
+@pytest.mark.parametrize(("words", "passes"), [("a", False), ("a b", True), ("a b c", True), ("a b c d", False)])
+def test_both_ends_of_the_length_are_allowed(words, passes):
+    trace = make_trace(texts=(words, "two words", "two words"))
+    assert (scores(trace, min_words=2, max_words=3)[0] == 1.0) == passes

@@ -4,7 +4,7 @@ import torch
 
 from realsr_hpc.config.learning import RewardsConfig, RewardTerm
 from realsr_hpc.rewards.base import Reward
-from realsr_hpc.rewards.mixture import RewardMixture, build_reward
+from realsr_hpc.rewards.mixture import RewardMixture, build_reward, stacked
 
 from .conftest import make_candidate, make_trace
 
@@ -15,14 +15,15 @@ TEXT_TERMS = {
 
 
 class Breaks(Reward):
-    """Raises on some items, returns NaN on others."""
+    """Raises on some items, returns NaN or infinity on others."""
 
     range = (-1.0, 1.0)
 
     def compute(self, candidates):
         if any(item.trace.degradation == "raise" for item in candidates):
             raise RuntimeError("broken on purpose")
-        return np.array([np.nan if item.trace.degradation == "nan" else 9.0 for item in candidates])
+        scores = {"nan": np.nan, "inf": np.inf}
+        return np.array([scores.get(item.trace.degradation, 9.0) for item in candidates])
 
 
 def test_rewards_are_the_weighted_sum_of_the_breakdown(photograph):
@@ -52,10 +53,23 @@ def test_many_groups_score_as_each_alone(photograph, other_photograph):
 
 
 def test_a_broken_item_gets_the_minimum_and_is_counted():
-    items = [make_candidate(None, make_trace(degradation=text)) for text in ("fine", "raise", "nan", "fine")]
+    items = [make_candidate(None, make_trace(degradation=text)) for text in ("fine", "raise", "nan", "inf", "fine")]
     scores, broken = Breaks().score_counted(items)
-    np.testing.assert_array_equal(scores, [1.0, -1.0, -1.0, 1.0])
-    np.testing.assert_array_equal(broken, [False, True, True, False])
+    np.testing.assert_array_equal(scores, [1.0, -1.0, -1.0, -1.0, 1.0])
+    np.testing.assert_array_equal(broken, [False, True, True, True, False])
+
+
+def test_places_of_malformed_traces_are_unknown_and_parts_without_places_are_filled_up():
+    """Of what is read from the image; the phrase of a malformed trace can be scored slot by slot all the same."""
+    terms = {"degradation": RewardTerm(kind="degradation"), "fidelity": RewardTerm(kind="fidelity")}
+    mixture = RewardMixture(RewardsConfig(terms=terms), with_places=True)
+    image = np.zeros((128, 128, 3), np.uint8)
+    items = [make_candidate(image), make_candidate(image, make_trace(faults=("x",)))]
+    places = mixture.score_batches([items]).places
+    assert np.isfinite(places["degradation"]).all()
+    assert np.isfinite(places["fidelity"]).all(1).tolist() == [True, False] and np.isnan(places["fidelity"][1]).all()
+    joined = stacked([np.ones((2, 3)), None, np.zeros((1, 0))], [2, 2, 1])
+    np.testing.assert_array_equal(joined, [[1.0] * 3] * 2 + [[np.nan] * 3] * 3)
 
 
 def test_every_default_term_is_deterministic_within_its_range(photograph):
