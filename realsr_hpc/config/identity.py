@@ -12,15 +12,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import cast
 
 from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.places import ROOT, output_root, without_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.section import Mark, Section
 
+Tree = dict[str, object]
+"""A JSON object: a dumped recipe or section, or fields by path."""
 WORLD = frozenset({"cluster.nodes", "cluster.tasks_per_node"})
-"""Their product alone is part of the layout: 2 nodes of 4 processes compute what 1 node of 8 does."""
+"""Only their product is part of the layout: 2 nodes with 4 processes each compute the same as 1 node with 8."""
 
 
 @cache
@@ -61,7 +63,7 @@ def decides(key: str, task: str | None = None) -> bool:
     return not found or any(mark.role == "decides" and (task is None or task in (mark.tasks or ())) for mark in found)
 
 
-def identity(tree: dict[str, Any], task: str) -> dict[str, Any]:
+def identity(tree: Tree, task: str) -> Tree:
     """The fields of a dumped recipe that `signature` covers, by path."""
     return {
         path: _value(tree, path)
@@ -76,7 +78,7 @@ def signature(config: RunConfig) -> str:
     return digest(without_root(fields, output_root(config)))[:12]
 
 
-def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
+def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[object, object]]:
     """Both values of every key that makes two recipes of one task different runs; None: that recipe lacks the key."""
     one, two = flatten(before), flatten(now)
     found = {
@@ -100,25 +102,26 @@ def scheme() -> str:
     return digest({"paths from": ROOT, **covered})[:8]
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """SHA-256 of a JSON value as hexadecimal digits, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _value(tree: dict[str, Any], path: str) -> Any:
-    for name in path.split("."):
-        tree = tree[name]
-    return tree
+def _value(tree: Tree, path: str) -> object:
+    *sections, name = path.split(".")
+    for section in sections:
+        tree = cast(Tree, tree[section])
+    return tree[name]
 
 
-def flatten(config: RunConfig) -> dict[str, Any]:
+def flatten(config: RunConfig) -> Tree:
     """All leaves by path: `{"grpo.kl_beta": 0.01, ...}`. Lists are leaves; empty mappings are left out."""
     return dict(_leaves(config.model_dump(mode="json"), ""))
 
 
-def _leaves(tree: dict[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+def _leaves(tree: Tree, prefix: str) -> Iterable[tuple[str, object]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(cast(Tree, value), f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

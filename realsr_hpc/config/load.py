@@ -16,15 +16,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -34,6 +34,9 @@ from realsr_hpc.config.schema import GROUPS, RunConfig
 from realsr_hpc.config.yaml_files import CUT_LINE, LAST_LINE, RecipeError, read_yaml
 from realsr_hpc.files import first_line
 from realsr_hpc.paths import recipe_folders
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 SCHEME_LINE = "# fields that the signature covers: "
 """First line of a resolved recipe, before `identity.scheme`."""
@@ -104,9 +107,9 @@ def search_space(overrides: list[str]) -> tuple[list[str], list[Axis]]:
 
 
 def _axis(item: Override) -> Axis:
-    value: Any = item.value()
-    if item.is_interval_sweep():
-        return Axis(item.key_or_group, low=float(value.start), high=float(value.end), log="log" in value.tags)
+    value = item.value()
+    if isinstance(value, IntervalSweep):
+        return Axis(item.key_or_group, low=float(value.start or 0), high=float(value.end or 0), log="log" in value.tags)
     return Axis(item.key_or_group, choices=tuple(item.sweep_string_iterator()))
 
 
@@ -128,14 +131,14 @@ def values_of(line: str) -> list[str]:
     return [only for [only] in _expand([_parse_one(line)], True)]
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     """A YAML value in the syntax of Hydra's overrides: a list becomes a sweep, text is already in that syntax."""
     if isinstance(value, list):
         return ",".join(map(written, value))
     return value if isinstance(value, str) else written(value)
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """A plain value in the syntax of Hydra's overrides, which read it back unchanged."""
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
@@ -151,7 +154,7 @@ def quoted(text: str) -> str:
     return f"'{escaped}{chr(92) * trailing}'"
 
 
-def validate(tree: Any, *, source: str) -> RunConfig:
+def validate(tree: object, *, source: str) -> RunConfig:
     """Plain tree -> RunConfig: checks the schema, then the rules across sections. RecipeError lists every fault."""
     try:
         config = RunConfig.model_validate(tree)
@@ -248,7 +251,7 @@ class _Composer:
 
     def __init__(self) -> None:
         self._parsed: dict[str, Override] = {}
-        self._trees: dict[tuple[str, ...], Any] = {}
+        self._trees: dict[tuple[str, ...], DictConfig] = {}
 
     def config(self, overrides: list[str]) -> RunConfig:
         """One recipe with its overrides, none of them swept."""
@@ -260,7 +263,7 @@ class _Composer:
             [self._parsed[line]] = _parse([line])
         return self._parsed[line]
 
-    def tree(self, recipe: str, lines: list[str]) -> Any:
+    def tree(self, recipe: str, lines: list[str]) -> object:
         """The plain tree of a recipe, not yet validated."""
         groups, overrides = _groups_of(recipe), [self._parse(line) for line in lines]
         chosen = [item for item in overrides if item.key_or_group in GROUPS or item.is_delete()]
@@ -294,7 +297,7 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
     return line
 
 
-def _refuse_odd_yaml(group: str, option: Any) -> None:
+def _refuse_odd_yaml(group: str, option: object) -> None:
     """RecipeError where a group's file holds what Hydra would read as something else than it says."""
     path = yaml_file(f"{group}/{option}") if isinstance(option, str) else None
     if path is not None:
@@ -324,7 +327,8 @@ def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
     return groups
 
 
-def _explain(item: Any) -> str:
+def _explain(item: ErrorDetails) -> str:
+    """One line about a fault that pydantic found: field, value, and what is valid there."""
     path = ".".join(str(part) for part in item["loc"])
     if not path:
         return f"holds no sections, but {item['input']!r:.60}; copy it again, or launch the run again to write it"
@@ -335,15 +339,16 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{path}: missing; the recipe must give it"
     if item["type"] == "literal_error":
-        options = [part.strip().strip("'") for part in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        expected = str(item.get("ctx", {}).get("expected", ""))
+        options = [part.strip().strip("'") for part in expected.replace(" or ", ", ").split(",")]
         return f"{path}: {item['input']!r} is not one of {', '.join(options)}{nearest(str(item['input']), options)}"
     said = item["msg"].removeprefix("Value error, ")
     return f"{path}: {item['input']!r}: {said[0].lower()}{said[1:]}"
 
 
-def _fields_at(loc: tuple[Any, ...]) -> Iterable[str]:
+def _fields_at(loc: tuple[int | str, ...]) -> Iterable[str]:
     """Field names of the section that `loc` leads to; none inside a free mapping."""
-    section: Any = RunConfig
+    section: object = RunConfig
     for part in loc:
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
             return ()

@@ -1,7 +1,7 @@
 """The list of photographs that a run reads: a Parquet table with checksums, captions and tags.
 
-Paths in the table are relative to its folder, so a data set can be moved as a whole. `verify` reads every file and
-reports what is missing, altered or broken. What to train on is decided elsewhere (`loader`, `samples`).
+Paths in the table are relative to its folder, so a data set can be moved as a whole. Reading it does not read the
+photographs; the loader skips and names those that cannot be used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.naming import as_text, from_text
-from realsr_hpc.data.storage import exists, photograph_sha256
 from realsr_hpc.files import checksum_fault, with_checksum
 from realsr_hpc.records import SceneText
 
@@ -124,20 +122,6 @@ class Manifest:
         return self.root / entry.lq_path
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """Result of `verify`: a manifest of the good entries, and the fault of every other one."""
-
-    good: Manifest
-    faults: dict[str, str]
-    """By key: `missing`, `checksum`, or the decoder's reason."""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Photographs by kind of fault."""
-        return dict(Counter(fault.split(":")[0] for fault in self.faults.values()))
-
-
 def read_manifest(path: Path | str) -> Manifest:
     """Read and check the table (not the photographs).
 
@@ -202,40 +186,6 @@ def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
     table = table.replace_schema_metadata({_DIGEST: _digest_of(table.to_pylist())})
     with with_checksum(Path(path)) as aside, aside.open("wb") as stream:
         pq.write_table(table, stream, write_page_checksum=True)
-
-
-def verify(manifest: Manifest, on_entry: Callable[[], None] = lambda: None) -> VerifyReport:
-    """Read every photograph whole: existence, checksum, decoding. `on_entry` is called after each (progress)."""
-    good: list[ManifestEntry] = []
-    faults: dict[str, str] = {}
-    for entry in manifest.entries:
-        fault = entry_fault(manifest, entry)
-        if fault is None:
-            good.append(entry)
-        else:
-            faults[entry.key] = fault
-        on_entry()
-    return VerifyReport(Manifest(manifest.root, tuple(good)), faults)
-
-
-def entry_fault(manifest: Manifest, entry: ManifestEntry) -> str | None:
-    """Why the entry cannot be used, or None."""
-    if fault := caption_fault(entry.scene.captions if entry.scene else ()):
-        return fault
-    path = manifest.path(entry)
-    if not exists(path):
-        return "missing"
-    if entry.sha256 and photograph_sha256(path) != entry.sha256:
-        return "checksum"
-    try:
-        height, width, _ = decode_image(path).shape
-        if entry.lq_path is not None:
-            decode_image(manifest.lq_path(entry))
-    except BrokenImage as error:
-        return str(error)
-    if (width, height) != (entry.width, entry.height):
-        return f"size: {width}x{height} px, the manifest says {entry.width}x{entry.height}"
-    return None
 
 
 def _refuse_repeated_keys(entries: Iterable[ManifestEntry]) -> None:

@@ -78,12 +78,6 @@ def relative_to(path: Path, folder: Path) -> str:
     return f"{seen}#{member['name']}@{member['offset']}+{member['size']}" if member else seen
 
 
-def exists(path: Path) -> bool:
-    """Whether the file, or the tar it is in, is there."""
-    member = _MEMBER.fullmatch(str(path))
-    return os.path.isfile(member["tar"] if member else path)
-
-
 def stamp(path: Path) -> str:
     """Text that changes when the file (or its tar) is written again: size and modification time."""
     member = _MEMBER.fullmatch(str(path))

@@ -14,9 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +93,7 @@ def _frozen(
     return len(FrozenTraces(output, config))
 
 
-def trace_identity(config: RunConfig) -> dict[str, Any]:
+def trace_identity(config: RunConfig) -> dict[str, object]:
     """Everything that the tokens of a trace depend on, as JSON values."""
     return {
         "seed": config.seed,
@@ -168,11 +167,11 @@ class TraceLoader:
         self.position += self._batch_size * self._dp_size
         return [self.traces[self._number(index)] for index in range(start, start + self._batch_size)]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int | str]:
         """The position as JSON values, for `load_state_dict`."""
         return {"position": self.position, "traces": self.traces.fingerprint}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Continue where the state was taken, also with other batch or data-parallel sizes.
 
         Raises:
@@ -195,10 +194,10 @@ class TraceLoader:
         return int(self._order[1][place])
 
 
-def _identity_of(path: Path) -> dict[str, Any]:
+def _identity_of(path: Path) -> dict[str, object]:
     try:
         with safe_open(path, framework="pt") as file:
-            found = parse_json((file.metadata() or {}).get("identity", "").encode(), dict[str, Any])
+            found = parse_json((file.metadata() or {}).get("identity", "").encode(), dict[str, object])
             if {"tokens", "starts", "prompts"} <= set(file.keys()) and "seed" in found:
                 return found
     except (SafetensorError, OSError, ValueError) as error:
@@ -208,7 +207,7 @@ def _identity_of(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} was not written by realsr-hpc freeze-traces; name a folder that holds nothing but traces")
 
 
-def _require_same(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def _require_same(path: Path, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     for name, here in expected.items():
         if found.get(name) != here:
             raise ValueError(
@@ -232,7 +231,7 @@ def _pairs(
     loader.close()
 
 
-def _write(path: Path, pairs: list[TracePair], identity: dict[str, Any]) -> None:
+def _write(path: Path, pairs: list[TracePair], identity: Mapping[str, object]) -> None:
     rows = [torch.cat([prompt, torch.tensor(response)]) for prompt, response in pairs]
     tensors = {
         "tokens": torch.cat(rows).int() if rows else torch.zeros(0, dtype=torch.int32),

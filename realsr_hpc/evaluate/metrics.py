@@ -25,17 +25,6 @@ from realsr_hpc.rewards.degradation import slot_matches
 from realsr_hpc.rewards.generation import NIQE_PATH
 from realsr_hpc.rewards.mixture import RewardMixture
 
-PAPER_PYIQA = {
-    "lpips": "LPIPS",
-    "dists": "DISTS",
-    "fid": "FID",
-    "niqe": "NIQE",
-    "musiq": "MUSIQ",
-    "maniqa-pipal": "MANIQA",
-    "clipiqa": "CLIPIQA",
-    "topiq_nr": "TOPIQ",
-}
-"""pyiqa's name -> column of the paper's table, whose PSNR and SSIM are `psnr_y` and `ssim_y` here."""
 FID = "fid"
 _CANNOT_TAKE = (ValueError, RuntimeError, AssertionError, IndexError)
 """Exceptions of metrics for an image that is too small for their windows or patches."""

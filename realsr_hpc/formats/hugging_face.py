@@ -38,14 +38,14 @@ def look(place: Place) -> Signs:
     """Recognised by its files, then by the tensor names in the index or the weights."""
     signs = Signs().ask(place.file("config.json") is not None, "config.json")
     weights = place.file(*(name for pair in INDEXED for name in pair))
-    signs.ask(weights is not None, "model.safetensors, pytorch_model.bin or their index")
+    signs = signs.ask(weights is not None, "model.safetensors, pytorch_model.bin or their index")
     if signs.against:
         return signs
     names = {plain(name) for name in open_folder(place.path).specs}
     tied = bool(read_json(place.path / "config.json").get("tie_word_embeddings"))
     for key in _KEYS:
         why = " (tie_word_embeddings true: our output matrix is one of its own)" if tied and "lm_head" in key else ""
-        signs.ask(key in names, key + why)
+        signs = signs.ask(key in names, key + why)
     norm = "model.layers.0.self_attn.q_norm.weight"
     return signs.ask(norm in names, f"{norm} (Chameleon normalises queries and keys; Llama and others do not)")
 

@@ -28,7 +28,7 @@ def look(place: Place) -> Signs:
     signs = Signs().ask(place.content is not None, "one file of tensors (.pt, .pth, .safetensors)")
     keys = place.keys(*_UNDER)
     for key in ("encoder.conv_blocks.0.res.0.conv1.weight", "decoder.mid.0.conv1.weight", "post_quant_conv.weight"):
-        signs.ask(key in keys, key)
+        signs = signs.ask(key in keys, key)
     return signs
 
 

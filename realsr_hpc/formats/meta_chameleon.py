@@ -65,11 +65,11 @@ def look(place: Place) -> Signs:
     if folder is None:
         beside = place.file("params.json", "models/*/params.json")
         return signs if beside is None else signs.ask(True, str(beside.relative_to(place.path)))
-    signs.ask((folder / "params.json").is_file(), f"{folder.name}/params.json")
+    signs = signs.ask((folder / "params.json").is_file(), f"{folder.name}/params.json")
     first = sorted(folder.glob("consolidated*.pth"))[0]
     content = read_pickle(first)
     keys = set(content) if isinstance(content, dict) else set()
-    signs.ask("tok_embeddings.weight" in keys, f"tok_embeddings.weight in {first.name}")
+    signs = signs.ask("tok_embeddings.weight" in keys, f"tok_embeddings.weight in {first.name}")
     return signs.ask(bool(keys & {_UNFUSED, _FUSED}), f"{_UNFUSED} or wqkv in {first.name}")
 
 

@@ -17,11 +17,10 @@ DECODER_FILE = "vq_decoder.safetensors"
 def look(place: Place) -> Signs:
     """Recognised by the files that only our exports have, then by those of any Hugging Face folder."""
     signs = Signs().ask(place.file("realsr.json") is not None, "realsr.json")
-    signs.ask(place.file(RECIPE) is not None, RECIPE)
+    signs = signs.ask(place.file(RECIPE) is not None, RECIPE)
     if not signs.against:
         inner = hugging_face.look(place)
-        signs.support += inner.support
-        signs.against += inner.against
+        signs = signs.joined(inner)
     return signs
 
 

@@ -13,7 +13,7 @@ def look(place: Place) -> Signs:
     """A safetensors file with the keys of an encoder, a codebook and a decoder."""
     signs = Signs().ask(place.path.is_file() and place.path.suffix == ".safetensors", "one .safetensors file")
     for key in ("encoder.mid.block_1.conv1.weight", "quantize.embedding.weight", "decoder.conv_out.weight"):
-        signs.ask(key in place.keys(), key)
+        signs = signs.ask(key in place.keys(), key)
     return signs
 
 

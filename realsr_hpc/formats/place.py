@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,19 +17,22 @@ Rotary = Literal["interleaved", "halves"]
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Signs:
-    """Which signs of a format a source shows. The format is recognised if none is absent."""
+    """Which signs of a format (a file, a key) a source has. The format is recognised if none is absent."""
 
-    support: list[str] = field(default_factory=list)
+    support: tuple[str, ...] = ()
     """Signs that are present."""
-    against: list[str] = field(default_factory=list)
+    against: tuple[str, ...] = ()
     """Signs that are absent."""
 
     def ask(self, present: bool, sign: str) -> Signs:
-        """Record one sign (a file, a key) as present or absent."""
-        (self.support if present else self.against).append(sign)
-        return self
+        """These signs and one more, which is present or absent."""
+        return self.joined(Signs((sign,), ()) if present else Signs((), (sign,)))
+
+    def joined(self, other: Signs) -> Signs:
+        """Both sets of signs."""
+        return Signs(self.support + other.support, self.against + other.against)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def look(place: Place) -> Signs:
     signs = Signs().ask(place.content is not None, "one file of tensors (.ckpt, .pt, .pth, .bin, .safetensors)")
     keys = place.keys(*_UNDER)
     for key in ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"):
-        signs.ask(key in keys, key)
+        signs = signs.ask(key in keys, key)
     return signs
 
 

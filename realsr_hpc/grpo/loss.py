@@ -47,23 +47,12 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How far the trainer's log-probabilities are from the sampler's; sums, to be reduced over ranks."""
+    """How far the trainer's log-probabilities are from the sampler's: sums over tokens, to be summed over ranks."""
 
-    num_tokens: Float[Tensor, ""]
     abs_sum: Float[Tensor, ""]
-    abs_max: Float[Tensor, ""]
-    """Reduce by maximum."""
+    """|policy - rollout| log-probability, in nats; over the number of tokens it is `rollout/mismatch_abs`."""
     kl_sum: Float[Tensor, ""]
-
-    @property
-    def mean_abs(self) -> Float[Tensor, ""]:
-        """Mean |policy - rollout| log-probability, nats per token."""
-        return self.abs_sum / self.num_tokens.clamp_min(1)
-
-    @property
-    def kl(self) -> Float[Tensor, ""]:
-        """Mean KL(rollout || policy), nats per token: the metric `rollout/mismatch_kl`."""
-        return self.kl_sum / self.num_tokens.clamp_min(1)
+    """KL(rollout || policy), in nats; over the number of tokens it is `rollout/mismatch_kl`."""
 
 
 def policy_loss(
@@ -223,14 +212,7 @@ def mismatch(
     """Compare sampler and trainer on the same tokens and weights; KL(rollout || policy) by k3, never clamped."""
     rollout = _masked(rollout_logprobs, mask).detach()
     policy = _masked(policy_logprobs, mask).detach()
-    difference = (policy - rollout).abs()
-    largest = difference.max() if difference.numel() else difference.sum()
-    return Mismatch(
-        num_tokens=mask.sum().to(difference.dtype),
-        abs_sum=difference.sum(),
-        abs_max=largest,
-        kl_sum=_k3(rollout - policy).sum(),
-    )
+    return Mismatch((policy - rollout).abs().sum(), _k3(rollout - policy).sum())
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from realsr_hpc.data.decoding import BrokenImage, decode_image
-from realsr_hpc.data.manifest import ManifestEntry, read_manifest, verify, write_manifest
+from realsr_hpc.data.manifest import ManifestEntry, read_manifest, write_manifest
 from realsr_hpc.paths import project_root
 from realsr_hpc.prepare.build_manifest import prepare
 from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
+from tests.manifests import verify
 
 PHOTOGRAPHS = project_root() / "recipes/assets/photographs"
 

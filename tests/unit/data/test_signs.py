@@ -9,8 +9,9 @@ from realsr_hpc.commands import make_scenes
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.lexicon import HELDOUT_WORDS, TRAINING_WORDS
 from realsr_hpc.data.loader import LQLoader
-from realsr_hpc.data.manifest import read_manifest, verify
+from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.data.signs import HELDOUT_FONTS, MIN_CONTRAST, TRAINING_FONTS, Ground, _font_file, make_sign
+from tests.manifests import verify
 
 LUMA = np.array([0.299, 0.587, 0.114])
 

@@ -235,18 +235,17 @@ def test_whatever_stands_outside_the_mask_reaches_neither_loss_nor_gradient():
     assert torch.equal(got, expected)
 
 
-def test_mismatch_reports_mean_largest_and_divergence():
+def test_mismatch_sums_differences_and_divergence_inside_the_mask():
     rollout = torch.tensor([[-1.0, -2.0, -torch.inf]])
     policy = torch.tensor([[-1.1, -1.8, 0.0]])
     mask = torch.tensor([[True, True, False]])
     got = mismatch(rollout, policy, mask)
-    assert got.mean_abs.item() == pytest.approx(0.15)
-    assert got.abs_max.item() == pytest.approx(0.2)
-    expected = (math.exp(-0.1) - 1 + 0.1 + math.exp(0.2) - 1 - 0.2) / 2
-    assert got.kl.item() == pytest.approx(expected, rel=1e-5)
+    assert got.abs_sum.item() == pytest.approx(0.3)
+    expected = math.exp(-0.1) - 1 + 0.1 + math.exp(0.2) - 1 - 0.2
+    assert got.kl_sum.item() == pytest.approx(expected, rel=1e-5)
     same = mismatch(policy, policy, mask)
-    assert (same.abs_sum, same.abs_max, same.kl_sum) == (0, 0, 0)
-    assert mismatch(rollout[:0], policy[:0], mask[:0]).kl == 0
+    assert (same.abs_sum, same.kl_sum) == (0, 0)
+    assert mismatch(rollout[:0], policy[:0], mask[:0]).kl_sum == 0
 
 
 @pytest.mark.parametrize("name", ["old", "reference", "rollout"])
@@ -329,4 +328,4 @@ def test_up_to_e20_the_gradient_is_the_ratio_itself():
 
 def test_a_token_the_trainer_finds_impossible_fails_the_mismatch_gate():
     never = mismatch(torch.tensor([-1.0, -2.0]), torch.tensor([-torch.inf, -2.0]), torch.ones(2, dtype=torch.bool))
-    assert not never.kl <= 1e6
+    assert not never.kl_sum <= 1e6

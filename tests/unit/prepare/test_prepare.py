@@ -13,12 +13,13 @@ from PIL import Image
 
 from realsr_hpc.commands import prepare_data
 from realsr_hpc.data.decoding import decode_image
-from realsr_hpc.data.manifest import read_manifest, verify
+from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.paths import project_root
 from realsr_hpc.prepare.build_manifest import PrepareOptions, prepare
 from realsr_hpc.prepare.describe import Captioner, ClassTagger, tags_of_captions
 from realsr_hpc.prepare.duplicates import difference_hash, near_duplicates
 from realsr_hpc.prepare.scan import find_items, folder_splits
+from tests.manifests import verify
 
 TEXTS = dict(caption_rough="r", caption_middle="m", caption_final="f", tags=["t"])
 
