@@ -7,6 +7,7 @@ from tests.mutation_table import Mutation
 TRAIN, UPDATES = "tests/unit/train/", "tests/unit/train/test_updates.py::test_"
 STEP, SFT = "tests/unit/train/test_step.py::test_", "tests/unit/train/test_sft.py::test_"
 RESTORE, OPENED = "tests/unit/restore/test_restore.py::test_", "tests/unit/restore/test_model.py::test_"
+RESTORE_FOLDER = "restore/image_folder.py"
 AHEAD = "tests/unit/rollout/test_ahead.py::test_"
 
 ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
@@ -149,10 +150,10 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("filled up with black", 'mode="symmetric"', 'mode="constant"'),
         ("steps at the input's size", "max(1, step.shape[0] // self.settings.tile_px)", "1"),
     ),
-    ("restore/folder.py", f"{RESTORE}a_result_that_cannot_be_written_leaves_no_older_image_beside_its_new_record"): (
+    (RESTORE_FOLDER, f"{RESTORE}a_result_that_cannot_be_written_leaves_no_older_image_beside_its_new_record"): (
         ("the older image stays", "work.target.unlink(missing_ok=True)", "pass"),
     ),
-    ("restore/folder.py", f"{RESTORE}results_of_other_settings_are_not_mixed"): (
+    (RESTORE_FOLDER, f"{RESTORE}results_of_other_settings_are_not_mixed"): (
         ("colours mixed", 'not in ("batch_size", "workers")', 'not in ("batch_size", "workers", "colour")'),
     ),
     ("restore/image_files.py", "tests/unit/restore/test_names.py::test_a_profile_stays_where_the_colours_stay"): (

@@ -1,13 +1,15 @@
 """Restores low-quality images with a policy and records its reasoning.
 
-`folder` processes files, `tiles` cuts and blends an image, `candidates` chooses among several results, `colour`
+`image_folder` processes files, `tiles` cuts and blends an image, `candidates` chooses among several results, `colour`
 transfers the input's colours, `image_files` reads and writes image formats, `model` opens a run or an export, `options`
 does so from a command's options, and `simple` from Python.
 """
 
 from realsr_hpc.restore.candidates import BestOf, Chosen
-from realsr_hpc.restore.folder import RestoreReport, inputs_of, restore_folder
 from realsr_hpc.restore.image_files import Picture, find_images, read_picture
+from realsr_hpc.restore.image_folder import RestoreTally, inputs_of, restore_folder
+from realsr_hpc.restore.image_files import Picture, find_images, read_picture
+from realsr_hpc.restore.image_folder import RestoreTally, restore_folder
 from realsr_hpc.restore.model import find_checkpoint, find_model, open_restorer, with_sampling
 from realsr_hpc.restore.options import open_with_options
 from realsr_hpc.restore.simple import Model, Result, load
@@ -20,7 +22,7 @@ __all__ = [
     "Blended",
     "Chosen",
     "Picture",
-    "RestoreReport",
+    "RestoreTally",
     "RestoreSettings",
     "Restorer",
     "find_images",

@@ -1,6 +1,6 @@
-"""Restore a folder of images file by file: finished files are skipped, unreadable ones reported.
+"""Restores a folder of images: finished files are skipped, files that cannot be read are reported.
 
-An input is finished if its result exists and records the digest of its content; a replaced input is restored again.
+An input is finished if its result exists and records the SHA-256 of its content; a replaced input is restored again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_t
 
 
 @dataclass
-class RestoreReport:
-    """Result of restoring a folder: which files are done, skipped or failed."""
+class RestoreTally:
+    """Counts which files of a folder are done, skipped or failed; filled in while they are restored."""
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -62,13 +62,14 @@ def restore_folder(
     *,
     steps: bool = True,
     show_progress: bool = True,
-) -> RestoreReport:
+) -> RestoreTally:
     """Restore every image of a folder (or one file) into `output`: NAME.png, NAME.json, with `steps` NAME.steps.jpg.
 
-    Small images are restored together, a batch of tiles at once; each file is written as soon as it is done.
-    Raises ValueError, before anything is written, when there is nothing to read, `output` is the inputs' own folder,
-    cannot be written, is written by another process, or holds results of other settings or other files of the results'
-    names.
+    Tiles of several small images are restored in one batch; each file is written as soon as it is done.
+
+    Raises:
+        ValueError: before anything is written, if there is no image, or if `output` is the folder of the inputs, cannot
+            be written, is written by another process, or has results of other settings or other files of these names.
     """
     root, files, unread = inputs_of(source, output)
     with sole_writer(output):
@@ -102,10 +103,10 @@ def _restore_missing(
     settings: RestoreSettings,
     steps: bool,
     show_progress: bool,
-) -> RestoreReport:
+) -> RestoreTally:
     done = {file for file, target in places.items() if _is_done(file, target)}
     _claim(output, settings)
-    report = RestoreReport(skipped=[str(file) for file in places if file in done], failed=unread)
+    report = RestoreTally(skipped=[str(file) for file in places if file in done], failed=unread)
     missing = {file: target for file, target in places.items() if file not in done}
     expected = {str(file): _expected_tiles(file, settings) for file in missing}
     with _progress(show_progress) as progress:
@@ -121,7 +122,7 @@ def _restore_missing(
     return report
 
 
-def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: RestoreReport) -> Iterator[list[_Work]]:
+def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: RestoreTally) -> Iterator[list[_Work]]:
     """Readable files, in groups whose tiles fill the batches of all workers."""
     part: list[_Work] = []
     waiting = 0
@@ -146,7 +147,7 @@ def _said(work: _Work, result: Blended) -> str:
     return printable(f"{work.target}: {count} tile{'s' if count > 1 else ''}, the first: {named}")
 
 
-def _write(work: _Work, result: Blended, settings: RestoreSettings, report: RestoreReport, steps: bool) -> None:
+def _write(work: _Work, result: Blended, settings: RestoreSettings, report: RestoreTally, steps: bool) -> None:
     """Write the reasoning first and the image last, after removing an older one: an image that exists is complete."""
     try:
         work.target.parent.mkdir(parents=True, exist_ok=True)
