@@ -117,7 +117,7 @@ def in_turns_with_trl(
     """Ours and TRL's timings; ours runs between TRL's steps, outside their time."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     class Turns(TrainerCallback):
         """Times TRL from the end of one step to that of the next, generation included, and ours in between."""
@@ -138,30 +138,11 @@ def in_turns_with_trl(
     texts = [tokenizer.decode(row) for row in prompts]
     lengths = {len(tokenizer(text)["input_ids"]) for text in texts}
     assert lengths == {prompts.shape[1]}, f"the export's tokenizer reads prompts of {lengths}, not {prompts.shape[1]}"
-    grpo, group = config.grpo, config.grpo.group_size
-    rollouts, turns = len(texts) * group, Turns()
+    turns = Turns()
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: rewards_of(len(completions)),
-        args=GRPOConfig(
-            output_dir=str(folder / "trl"),
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=rollouts,
-            num_generations=group,
-            max_completion_length=config.rollout.max_new_tokens,
-            generation_kwargs={"min_new_tokens": config.rollout.max_new_tokens},
-            num_iterations=1,
-            beta=grpo.kl_beta,
-            learning_rate=config.optim.lr,
-            max_steps=rounds + 1,
-            save_strategy="no",
-            report_to=[],
-            logging_steps=1000,
-            disable_tqdm=True,
-            trust_remote_code=True,
-        ),
+        args=trl_settings(config, len(texts), rounds + 1, folder / "trl"),
         train_dataset=Dataset.from_dict({"prompt": texts * (rounds + 1)}),
         processing_class=tokenizer,
         callbacks=[turns],
@@ -170,6 +151,31 @@ def in_turns_with_trl(
         warnings.simplefilter("ignore")
         trainer.train()
     return as_timing(turns.ours[1:]), as_timing(turns.theirs[1:])
+
+
+def trl_settings(config: RunConfig, num_prompts: int, num_steps: int, output: Path) -> Any:
+    """TRL's GRPOConfig for the recipe's step: the same prompts, rollouts, lengths, KL weight and learning rate."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(output),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=num_prompts * config.grpo.group_size,
+        num_generations=config.grpo.group_size,
+        max_completion_length=config.rollout.max_new_tokens,
+        generation_kwargs={"min_new_tokens": config.rollout.max_new_tokens},
+        num_iterations=1,
+        beta=config.grpo.kl_beta,
+        learning_rate=config.optim.lr,
+        max_steps=num_steps,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=1000,
+        disable_tqdm=True,
+        trust_remote_code=True,
+    )
 
 
 def now() -> Clock:
