@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from hydra import compose as hydra_compose
@@ -27,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from realsr_hpc.config.checks import faults
 from realsr_hpc.config.identity import scheme
@@ -34,9 +34,6 @@ from realsr_hpc.config.schema import GROUPS, RunConfig
 from realsr_hpc.config.yaml_files import CUT_LINE, LAST_LINE, RecipeError, read_yaml
 from realsr_hpc.files import first_line
 from realsr_hpc.paths import recipe_folders
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 SCHEME_LINE = "# fields that the signature covers: "
 """First line of a resolved recipe, before `identity.scheme`."""
