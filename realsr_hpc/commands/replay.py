@@ -57,7 +57,7 @@ def _refused(message: str) -> int:
     """Rank 0 tells what every rank finds; the others only what it did not."""
     if _rank() and CODE_FILE in os.environ:
         time.sleep(OTHER_RANKS_WAIT_S)
-        if Path(os.environ[CODE_FILE]).read_text():
+        if Path(os.environ[CODE_FILE]).read_text(encoding="utf-8"):
             return 0
     print(message, file=sys.stderr)
     return _ended(2)
@@ -66,7 +66,7 @@ def _refused(message: str) -> int:
 def _ended(code: int) -> int:
     """The process's own exit code, where rank 0's is `code`."""
     if CODE_FILE in os.environ and not _rank():
-        Path(os.environ[CODE_FILE]).write_text(str(code))
+        Path(os.environ[CODE_FILE]).write_text(str(code), encoding="utf-8")
         return 0
     return code
 
