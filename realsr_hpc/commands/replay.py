@@ -29,10 +29,10 @@ from realsr_hpc.paths import module_command, python_path
 
 DEFAULTS = {"run": None, "step": None, "output": None}
 CODE_FILE = "REALSR_HPC_REPLAY_CODE"
-"""Environment variable: where rank 0 leaves its exit code. Of a rank that ends with another than 0, torchrun tells more
-than the rank does."""
+"""Environment variable with the path of a file for rank 0's exit code. The ranks themselves exit with 0, because
+torchrun prints a long report about a rank that does not."""
 OTHER_RANKS_WAIT_S = 5
-"""Before they tell an error, which is most likely rank 0's as well."""
+"""How long other ranks wait before they print an error, which rank 0 has most likely printed already."""
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _refused(message: str) -> int:
-    """Rank 0 tells what every rank finds; the others only what it did not."""
+    """Print an error: on rank 0, and on other ranks only if rank 0 had none."""
     if _rank() and CODE_FILE in os.environ:
         time.sleep(OTHER_RANKS_WAIT_S)
         if Path(os.environ[CODE_FILE]).read_text(encoding="utf-8"):
@@ -64,7 +64,7 @@ def _refused(message: str) -> int:
 
 
 def _ended(code: int) -> int:
-    """The process's own exit code, where rank 0's is `code`."""
+    """The exit code of this process, after rank 0 has stored `code` as that of the command."""
     if CODE_FILE in os.environ and not _rank():
         Path(os.environ[CODE_FILE]).write_text(str(code), encoding="utf-8")
         return 0
