@@ -26,10 +26,8 @@ _MIDDLE = ("block_1", "attn_1", "block_2")
 def look(place: Place) -> Signs:
     """Recognised by LlamaGen's keys in a single file."""
     signs = Signs().ask(place.content is not None, "one file of tensors (.pt, .pth, .safetensors)")
-    keys = place.keys(*_UNDER)
-    for key in ("encoder.conv_blocks.0.res.0.conv1.weight", "decoder.mid.0.conv1.weight", "post_quant_conv.weight"):
-        signs = signs.ask(key in keys, key)
-    return signs
+    wanted = "encoder.conv_blocks.0.res.0.conv1.weight", "decoder.mid.0.conv1.weight", "post_quant_conv.weight"
+    return signs.ask_keys(place.keys(*_UNDER), *wanted)
 
 
 def our_name(name: str, levels: int) -> str:

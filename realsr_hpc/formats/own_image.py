@@ -12,9 +12,8 @@ NAME = "image_tokenizer.safetensors of realsr_hpc"
 def look(place: Place) -> Signs:
     """A safetensors file with the keys of an encoder, a codebook and a decoder."""
     signs = Signs().ask(place.path.is_file() and place.path.suffix == ".safetensors", "one .safetensors file")
-    for key in ("encoder.mid.block_1.conv1.weight", "quantize.embedding.weight", "decoder.conv_out.weight"):
-        signs = signs.ask(key in place.keys(), key)
-    return signs
+    wanted = "encoder.mid.block_1.conv1.weight", "quantize.embedding.weight", "decoder.conv_out.weight"
+    return signs.ask_keys(place.keys(), *wanted)
 
 
 def open_own(place: Place, rotary: Rotary | None) -> Found:

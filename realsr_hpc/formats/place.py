@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,11 @@ class Signs:
     def ask(self, present: bool, sign: str) -> Signs:
         """These signs and one more, which is present or absent."""
         return self.joined(Signs((sign,), ()) if present else Signs((), (sign,)))
+
+    def ask_keys(self, present: Collection[str], *keys: str) -> Signs:
+        """These signs and each key, which is among the present ones or absent."""
+        there, absent = (tuple(key for key in keys if (key in present) is wanted) for wanted in (True, False))
+        return self.joined(Signs(there, absent))
 
     def joined(self, other: Signs) -> Signs:
         """Both sets of signs."""

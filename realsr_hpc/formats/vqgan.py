@@ -44,10 +44,8 @@ SETTINGS = {
 def look(place: Place) -> Signs:
     """Recognised by taming-transformers' keys in a pickle or safetensors file."""
     signs = Signs().ask(place.content is not None, "one file of tensors (.ckpt, .pt, .pth, .bin, .safetensors)")
-    keys = place.keys(*_UNDER)
-    for key in ("encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"):
-        signs = signs.ask(key in keys, key)
-    return signs
+    wanted = "encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"
+    return signs.ask_keys(place.keys(*_UNDER), *wanted)
 
 
 def open_vqgan(place: Place, rotary: Rotary | None) -> Found:
