@@ -129,7 +129,7 @@ def sha256_of(path: Path) -> str:
 
 
 def json_value(content: str | bytes) -> Any:
-    """What JSON holds. ValueError, and no other, where it is none: also for a depth that no stack has room for."""
+    """The value of a JSON document. Only ValueError is raised for an invalid one, also if it is nested too deeply."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -137,7 +137,7 @@ def json_value(content: str | bytes) -> Any:
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:
-    """A JSON object of somebody else's form; None: it is none, or cut."""
+    """A JSON object with any keys; None if the content is not one."""
     try:
         found = json_value(content)
     except ValueError:
@@ -158,13 +158,13 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any] | None, int]:
 
 
 def weight_map(index: Path) -> dict[str, str] | None:
-    """Tensor name -> file name in the index of sharded weights; None: the file is no such index."""
+    """Tensor name -> file name from the index of sharded weights; None if the file is not such an index."""
     places = (json_object(index.read_bytes()) or {}).get("weight_map")
     return places if isinstance(places, dict) and all(isinstance(file, str) for file in places.values()) else None
 
 
 def checked_weight_map(index: Path) -> dict[str, str]:
-    """As `weight_map`. ValueError: it is no index, names files outside of its folder, or a shard is missing."""
+    """Like `weight_map`, but ValueError if it is no index, names files outside its folder, or a shard is missing."""
     places = weight_map(index)
     if places is None:
         raise ValueError(f"{index} is not an index of weights; copy it again")
@@ -195,7 +195,7 @@ def writable_folder(path: Path, field: str) -> Path:
 
 
 def printable(text: object) -> str:
-    """A path or message that any UTF-8 file or terminal takes: bytes of a name that are no UTF-8 as `\\xff`."""
+    """A path or message as valid UTF-8: bytes of a file name that are not UTF-8 become escapes like `\\xff`."""
     try:
         return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half of a character, which no file name holds
@@ -203,12 +203,12 @@ def printable(text: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that is not blank; without one, its type."""
+    """The first line of an error's message that is not blank, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def write_sums(folder: Path, leave_out: Collection[str] = ()) -> None:
-    """`SHA256SUMS` of the files directly in a folder, as `sha256sum -c` reads it."""
+    """Write `SHA256SUMS` of the files directly in a folder, in the format of `sha256sum`."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in {SUMS_FILE, *leave_out})
     (folder / SUMS_FILE).write_text("".join(f"{sha256_of(path)}  {path.name}\n" for path in files), encoding="utf-8")
 
@@ -233,7 +233,7 @@ def check_sums(folder: Path, largest_bytes: float = math.inf) -> None:
 
 
 def check_listed(path: Path, largest_bytes: float = math.inf) -> None:
-    """Compare one file, unless it is larger, with the `SHA256SUMS` beside it that lists it. ValueError: it differs."""
+    """Compare one file of limited size with the `SHA256SUMS` beside it, if that lists it. ValueError if it differs."""
     for line in _listed(path.parent):
         digest, _, name = line.partition("  ")
         if name == path.name and path.stat().st_size <= largest_bytes:
@@ -261,13 +261,13 @@ def _compare(path: Path, digest: str) -> None:
 
 
 def checksum_of(path: Path) -> Path:
-    """`NAME.sha256`, which lies beside a file and lists it as `sha256sum` does."""
+    """Path of `NAME.sha256` beside a file, which has its checksum in the format of `sha256sum`."""
     return path.with_name(f"{path.name}.sha256")
 
 
 @contextmanager
 def with_checksum(path: Path) -> Iterator[Path]:
-    """As `replacing`, with `NAME.sha256` beside it; a kill in between leaves the file without one, never another's."""
+    """Like `replacing`, and writes `NAME.sha256`. If the process is killed in between, the file has no checksum."""
     checksum_of(path).unlink(missing_ok=True)
     with replacing(path) as aside:
         yield aside
@@ -276,7 +276,7 @@ def with_checksum(path: Path) -> Iterator[Path]:
 
 
 def checksum_fault(path: Path) -> str | None:
-    """Why a file is not the one that its `NAME.sha256` lists; None where it is, or there is no such list."""
+    """Why a file differs from its `NAME.sha256`; None if it does not, or there is no such file."""
     listing = checksum_of(path)
     try:
         words = listing.read_bytes().split()
@@ -310,7 +310,7 @@ def read_json(path: Path, kind: type[T]) -> T | None:
 
 
 def parse_json(content: bytes, kind: type[T]) -> T:
-    """As `read_json`; ValueError in one line for what is no `kind`."""
+    """Like `read_json` for a document in memory; one-line ValueError if it is not a `kind`."""
     if not content.strip(b"\0 \t\r\n"):
         raise ValueError("it is empty")
     try:

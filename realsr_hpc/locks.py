@@ -1,9 +1,9 @@
-"""Locks that die with their holder, and who holds one.
+"""File locks that are released when their holder ends, with a record of the holder.
 
-`filelock` takes flock(2), which the system frees when the process ends, however it ends. What that means on shared file
-systems: NFS (Linux, version 3 with lockd or 4) turns it into a lock that all clients see, and frees a dead client's
-after its lease (90 s by default); Lustre needs the mount option `flock`, GPFS and CephFS have it. Where a file system
-has no locks, LockRefused says so: a lock that holds nothing would be worse than none.
+`filelock` uses flock(2), which the system releases when the process ends for any reason. On shared file systems: NFS
+(Linux, version 3 with lockd, or 4) makes the lock visible to all clients and releases that of a dead client after its
+lease (90 s by default); Lustre needs the mount option `flock`; GPFS and CephFS support it. On a file system without
+locks LockRefused is raised.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     host: str
     pid: int
     since: str
     what: str = ""
-    """What for, in words or as a job."""
+    """The purpose of the lock, or the job that holds it."""
 
     def __str__(self) -> str:
-        """As one reads it."""
+        """The holder for messages."""
         return f"process {self.pid} on {self.host} since {self.since}" + (f" ({self.what})" if self.what else "")
 
 
 class LockRefused(ValueError):
-    """Somebody else holds the lock; `holder` tells who, as far as it wrote that down."""
+    """Raised if another process holds the lock; `holder` names it, if known."""
 
     def __init__(self, message: str, holder: Holder | None = None) -> None:
         super().__init__(message)
@@ -49,9 +49,9 @@ class LockRefused(ValueError):
 
 @contextmanager
 def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of the file `path`, which stays behind; waits up to `wait_s` for it. LockRefused names the holder.
+    """Hold the lock of the file `path` inside the block; waits up to `wait_s` for it. LockRefused names the holder.
 
-    A process may not hold one lock twice. Started processes do not inherit it.
+    The file is not removed. A process cannot hold the same lock twice. Child processes do not inherit it.
     """
     lock = FileLock(path, mode=0o600, fallback_to_soft=False)
     try:
@@ -97,7 +97,7 @@ def sole_writer(folder: Path, field: str = "output", part: str = "") -> Iterator
 
 
 def holder_of(path: Path) -> Holder | None:
-    """What the holder of a lock wrote down; None when it did not."""
+    """The recorded holder of a lock; None if there is no record."""
     return read_json(_holder_file(path), Holder)
 
 
@@ -113,7 +113,7 @@ def is_held(path: Path) -> bool:
 
 
 def _sign(path: Path, what: str) -> None:
-    """Best effort: on a full disk a lock still locks."""
+    """Record the holder, if possible: the lock also works on a full disk."""
     mine = Holder(os.uname().nodename, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), what)
     with suppress(OSError):
         _holder_file(path).write_text(json.dumps(asdict(mine)), encoding="utf-8")

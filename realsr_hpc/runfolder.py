@@ -27,12 +27,12 @@ BEST = "best"
 
 
 def recipe(run_dir: Path) -> Path:
-    """The resolved recipe; a folder that has one is a run's."""
+    """recipe.yaml: the resolved recipe; a folder with this file is a run folder."""
     return run_dir / RECIPE
 
 
 def plan(run_dir: Path) -> Path:
-    """The plan as the launcher printed it."""
+    """plan.txt: the plan that the launcher printed."""
     return run_dir / "plan.txt"
 
 
@@ -42,7 +42,7 @@ def environment(run_dir: Path) -> Path:
 
 
 def launch_tags(run_dir: Path) -> Path:
-    """MLflow tags that the launcher knows."""
+    """MLflow tags that only the launcher knows."""
     return run_dir / "tags.json"
 
 
@@ -62,12 +62,12 @@ def code(run_dir: Path) -> Path:
 
 
 def job(run_dir: Path) -> Path:
-    """Which job runs the folder."""
+    """job.json: the job that runs the folder (`launch.rundir.Job`)."""
     return run_dir / "job.json"
 
 
 def status(run_dir: Path) -> Path:
-    """State, exit code and last words."""
+    """status.json: state, exit code and message (`launch.rundir.Status`)."""
     return run_dir / "status.json"
 
 
@@ -77,52 +77,52 @@ def requeues(run_dir: Path) -> Path:
 
 
 def notified(run_dir: Path) -> Path:
-    """Which events the recipe's command has been told of."""
+    """Counts of delivered and failed notifications (`tracking.notify`)."""
     return run_dir / "notified.json"
 
 
 def lock(run_dir: Path) -> Path:
-    """Held by the supervisor of the run's first node: two jobs never run one folder."""
+    """Lock that the supervisor of the run's first node holds, so that two jobs never run one folder."""
     return run_dir / "run.lock"
 
 
 def progress(run_dir: Path) -> Path:
-    """The last sign of life."""
+    """progress.json: the last completed step."""
     return run_dir / "progress.json"
 
 
 def events(run_dir: Path) -> Path:
-    """Metrics and artifacts, append-only."""
+    """events.jsonl: all metrics and artifacts, append-only."""
     return run_dir / "events.jsonl"
 
 
 def delivered(run_dir: Path) -> Path:
-    """How far the events have reached MLflow."""
+    """Up to where the events have been delivered to MLflow."""
     return run_dir / "delivered.json"
 
 
 def results(run_dir: Path) -> Path:
-    """Numbers and files of the run's evaluations, append-only."""
+    """results.jsonl: metrics and files of the run's evaluations, append-only."""
     return run_dir / "results.jsonl"
 
 
 def results_sent(run_dir: Path) -> Path:
-    """How far those have reached MLflow."""
+    """Up to where the evaluations' results have been delivered to MLflow."""
     return run_dir / "results_sent.json"
 
 
 def results_lock(run_dir: Path) -> Path:
-    """Held while they are written or sent: evaluations may run side by side."""
+    """Lock held while results are written or sent, because evaluations may run at the same time."""
     return run_dir / "results.lock"
 
 
 def mlflow(run_dir: Path) -> Path:
-    """Which MLflow run it is."""
+    """mlflow.json: store and id of the run's MLflow run."""
     return run_dir / "mlflow.json"
 
 
 def mlflow_lock(run_dir: Path) -> Path:
-    """Held while the MLflow run is opened."""
+    """Lock held while the MLflow run is found or created."""
     return run_dir / "mlflow.lock"
 
 
@@ -132,12 +132,12 @@ def checkpoints(run_dir: Path) -> Path:
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """Link to the best of the checkpoints that are kept for their metric."""
+    """Link to the best checkpoint, if `checkpoint.keep_best` is set."""
     return checkpoints(run_dir) / BEST
 
 
 def tokenizer_files(run_dir: Path) -> dict[str, Path]:
-    """What a run of task `tokenizer` leaves, by the field of a recipe that starts from it."""
+    """Tokenizers that a run of task `tokenizer` writes, by the recipe field that uses them."""
     return {
         "image_tokenizer.weights": run_dir / "image_tokenizer.safetensors",
         "text_tokenizer.path": run_dir / "text_tokenizer.json",
@@ -150,7 +150,7 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a path is one of a run's checkpoints, by its place alone."""
+    """Whether a path has the form of a run's checkpoint, RUN_DIR/checkpoints/step-N; the file system is not asked."""
     return folder.parent.name == "checkpoints"
 
 
@@ -160,7 +160,7 @@ def logs(run_dir: Path) -> Path:
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
-    """What a rank printed, all attempts one after the other."""
+    """Output of a rank, with all attempts one after the other."""
     return logs(run_dir) / f"rank-{rank}.log"
 
 
@@ -180,57 +180,57 @@ def notify_log(run_dir: Path) -> Path:
 
 
 def verdicts(run_dir: Path) -> Path:
-    """What the nodes of an attempt tell each other about its end."""
+    """Folder in which the nodes of an attempt exchange how it ended."""
     return logs(run_dir) / "verdicts"
 
 
 def exclude_lock(run_dir: Path) -> Path:
-    """Held while a node adds the unfit ones to the job's list of excluded nodes."""
+    """Lock held while a node adds unhealthy nodes to the job's list of excluded nodes."""
     return logs(run_dir) / "exclude.lock"
 
 
 def skipped(run_dir: Path) -> Path:
-    """Batches of updates that were skipped."""
+    """Folder with the batches of skipped updates."""
     return run_dir / "skipped"
 
 
 def samples(run_dir: Path, step: int) -> Path:
-    """Held-out images as the policy restores them after a step of SFT."""
+    """Held-out images that the policy restored after a step of SFT."""
     return run_dir / "samples" / f"{step_name(step)}.png"
 
 
 def rollouts(run_dir: Path, step: int, kind: str) -> Path:
-    """Folder of the groups kept for people at one step; kind: train or heldout."""
+    """Folder of the groups that training stored at one step, for the gallery; kind: train or heldout."""
     return run_dir / "rollouts" / f"{step_name(step)}-{kind}"
 
 
 def all_rollouts(run_dir: Path, kind: str = "*") -> list[Path]:
-    """The folders of kept groups, oldest step first."""
+    """All folders of stored groups, oldest step first."""
     return sorted((run_dir / "rollouts").glob(f"{STEP}*-{kind}"))
 
 
 def evaluations(run_dir: Path) -> Path:
-    """Parent of the evaluations: step-N/ on the held-out images, step-N/SET/ on a test set."""
+    """Folder of the evaluations: step-N/ for the held-out images, step-N/SET/ for a test set."""
     return run_dir / "evaluation"
 
 
 def replay(run_dir: Path, step: int) -> Path:
-    """Folder of one step that is kept whole."""
+    """Folder of one step that was stored for replaying."""
     return run_dir / "replay" / step_name(step)
 
 
 def replay_steps(run_dir: Path) -> list[int]:
-    """Steps that have such a folder, in order."""
+    """Steps that were stored for replaying, in order."""
     return sorted(step_of(path) for path in (run_dir / "replay").glob(f"{STEP}*") if is_step(path))
 
 
 def step_name(step: int) -> str:
-    """`step-000010`: sorted by name is sorted by step, up to a million."""
+    """`step-000010`: names sort like steps, up to a million."""
     return f"{STEP}{step:06d}"
 
 
 def is_step(folder: Path) -> bool:
-    """Whether a folder is named as `step_name` names."""
+    """Whether a folder has a name of the form of `step_name`."""
     number = folder.name.removeprefix(STEP)
     return number != folder.name and number.isdecimal()
 
@@ -241,7 +241,7 @@ def step_of(folder: Path) -> int:
 
 
 def list_runs(root: Path) -> list[Path]:
-    """Run folders of an output root, oldest first; those closed to us are left out. OSError: a closed root."""
+    """Run folders of an output root, oldest first, without those that cannot be read. OSError if the root cannot."""
     if root.is_dir():
         os.scandir(root).close()  # glob finds nothing where it may not look
     found = {path.parent: path.stat().st_mtime for path in root.glob(f"*/{RECIPE}") if path.is_file()}
@@ -249,7 +249,7 @@ def list_runs(root: Path) -> list[Path]:
 
 
 def find_run(root: Path, name: str) -> Path:
-    """The run whose folder is `name`, begins with it, or is that path; ValueError names the candidates."""
+    """The run whose folder has this name, unique prefix or path. ValueError names the candidates."""
     if recipe(Path(name)).exists():
         return Path(name).resolve()
     runs = list_runs(root)

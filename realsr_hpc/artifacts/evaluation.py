@@ -16,43 +16,43 @@ INPUT, TRUTH, FINAL = "input", "truth", "final"
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What one method made of an image."""
+    """One method's result for an image."""
 
     metrics: dict[Text, Number]
-    """NaN where one could not be computed."""
+    """By metric; NaN if it could not be computed."""
     files: dict[Text, Inside] = field(default_factory=dict)
-    """Images by name (rough, middle, final), as paths from the folder; without an image, none."""
+    """By name (rough, middle, final): paths of the images relative to the folder; empty if there are none."""
     degradation: Text | None = None
-    """As the model named it."""
+    """The degradation phrase that the model wrote."""
     texts: tuple[Text | None, ...] = ()
-    """Empty: a method that does not reason."""
+    """The model's three texts; empty for a method without reasoning."""
     faults: tuple[Text, ...] = ()
     not_computed: dict[Text, Text] = field(default_factory=dict)
-    """Why, by metric."""
+    """By metric: why it could not be computed."""
     further_draws: tuple[dict[Text, Number], ...] = ()
-    """Metrics of the same method's other draws of this image."""
+    """Metrics of the method's further draws for this image, one mapping per draw."""
 
     @property
     def well_formed(self) -> bool:
-        """Whether the method reasoned, in the grammar throughout."""
+        """Whether the method reasoned and its trace is well formed."""
         return bool(self.texts) and not self.faults
 
 
 @dataclass(frozen=True)
 class EvaluatedImage:
-    """An image with what every method made of it."""
+    """An image with the results of all methods."""
 
     key: Text
     files: dict[Text, Inside]
-    """`input`, and `truth` where it is known, as paths from the folder."""
+    """`input`, and `truth` if known: paths relative to the folder."""
     methods: dict[Text, MethodResult]
     degradation: Text | None = None
-    """The true phrase."""
+    """The true degradation phrase."""
     captions: tuple[Text, ...] | None = None
     word: Text | None = None
-    """The word that the image shows, where it is known."""
+    """The word that the image shows, if known."""
     weights: dict[Text, Number] = field(default_factory=dict)
-    """Of the recipe's reward terms; empty without rewards."""
+    """Weights of the recipe's reward terms; empty if rewards were not scored."""
     index: Whole = 0
 
     def total(self, result: MethodResult) -> float | None:
@@ -69,7 +69,7 @@ class EvaluatedImage:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What images.json holds."""
+    """The content of images.json."""
 
     set_name: Text
     images: tuple[EvaluatedImage, ...]
@@ -77,12 +77,12 @@ class Evaluation:
 
 
 def write(folder: Path, evaluation: Evaluation) -> None:
-    """Replace the folder's record; the images it names are there already."""
+    """Replace the folder's record; the images that it names must already exist."""
     stored.write(folder / FILE, evaluation)
 
 
 def read(folder: Path) -> Evaluation:
-    """Raises Damaged. Before there was a version, the file was the list of images alone."""
+    """Read the folder's record, also of the first version, which was a bare list of images. Raises Damaged."""
     path = folder / FILE
     content = stored.load(path)
     return stored.checked(

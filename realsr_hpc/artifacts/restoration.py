@@ -18,36 +18,36 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class RestoredTile:
-    """What the model said of one tile."""
+    """The model's reasoning about one tile."""
 
     top: Whole
     left: Whole
-    """Its corner in the input, px."""
+    """Its upper left corner in the input, in px."""
     well_formed: Flag
     bicubic: Flag
-    """The model gave no image: filled in bicubically."""
+    """Whether the tile was upscaled bicubically, because the model gave no image."""
     degradation: Text | None
     texts: tuple[Text | None, ...]
-    """Rough, middle, final; None where malformed."""
+    """Rough, middle and final text; None if malformed."""
     faults: tuple[Text, ...]
     chosen: Whole | None = None
-    """Of several candidates: the number of the one taken, -1 for the mean of all."""
+    """Number of the chosen candidate, or -1 for the mean of all."""
     scores: tuple[Number, ...] = ()
-    """What the chooser gave each candidate; NaN for one without an image."""
+    """Score of each candidate; NaN for one without an image."""
 
 
 @dataclass(frozen=True)
 class Restoration:
-    """What NAME.json holds."""
+    """The content of NAME.json."""
 
     tiles: tuple[RestoredTile, ...]
     input: Text = ""
     """Path of the input, relative to this file or absolute."""
     input_sha256: Text = ""
-    """Digest of its content: another file may by now have its name."""
+    """SHA-256 of the input's content, because the file may have been replaced since."""
     output: Text = ""
     source: Text = ""
-    """What restored it, and how it sampled."""
+    """The model and its sampling settings."""
     version: int = VERSION
 
 
@@ -62,7 +62,7 @@ def steps_file(target: Path) -> Path:
 
 
 def is_steps(path: Path) -> bool:
-    """Whether an image is not a result but the picture of its steps."""
+    """Whether an image file is a NAME.steps.jpg rather than a result."""
     return path.name.endswith(STEPS_SUFFIX)
 
 

@@ -15,19 +15,19 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class KeptRollout:
-    """One rollout, as it was scored."""
+    """One rollout with its scores."""
 
     degradation: Text | None
     texts: tuple[Text | None, ...]
-    """Rough, middle, final; None where malformed."""
+    """Rough, middle and final text; None if malformed."""
     faults: tuple[Text, ...]
     reward: Number
-    """Weighted total."""
+    """Weighted total reward."""
     rewards: dict[Text, Number]
-    """Unweighted, by term."""
+    """By term: the unweighted reward."""
     advantage: Number | None
     files: dict[Text, Inside]
-    """Images by name (rough, middle, final), as paths from the folder."""
+    """By name (rough, middle, final): paths of the images relative to the folder."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class KeptGroup:
     key: Text
     """The image's name in the manifest."""
     degradation: Text | None
-    """The true phrase."""
+    """The true degradation phrase."""
     captions: tuple[Text, ...] | None
     weights: dict[Text, Number]
-    """Of the reward terms at this step."""
+    """Weights of the reward terms at this step."""
     files: dict[Text, Inside]
-    """`input`, and `truth` where it is known."""
+    """`input`, and `truth` if known: paths relative to the folder."""
     rollouts: tuple[KeptRollout, ...]
 
 
 @dataclass(frozen=True)
 class KeptRollouts:
-    """What rollouts.json holds."""
+    """The content of rollouts.json."""
 
     run: Text
     step: Whole
@@ -58,10 +58,10 @@ class KeptRollouts:
 
 
 def write(folder: Path, kept: KeptRollouts) -> None:
-    """Replace the folder's record; the images it names are there already."""
+    """Replace the folder's record; the images that it names must already exist."""
     stored.write(folder / FILE, kept)
 
 
 def read(folder: Path) -> KeptRollouts:
-    """Raises Damaged."""
+    """Read the folder's record. Raises Damaged."""
     return stored.read(folder / FILE, KeptRollouts, VERSION)

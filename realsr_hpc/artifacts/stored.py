@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Damaged(ValueError):
-    """A file that is missing, cut, of another kind, or from a newer version of this program; the message names it."""
+    """Raised for a file that is missing, truncated, of another kind, or from a newer version; the message names it."""
 
 
 def _text(value: object) -> str:
@@ -45,13 +45,13 @@ def _inside(value: object) -> str:
 
 
 Text = Annotated[str, PlainValidator(_text)]
-"""A string as it is; names of files may hold bytes that are no UTF-8."""
+"""A string that may contain lone surrogates, which stand for bytes of file names that are not UTF-8."""
 Number = Annotated[float, BeforeValidator(_number)]
-"""A float; NaN is null in the file, since JSON has no word for it."""
+"""A float; NaN is stored as null, because JSON has no NaN."""
 Whole = Annotated[int, BeforeValidator(_whole)]
 Flag = Annotated[bool, Strict()]
 Inside = Annotated[str, PlainValidator(_inside)]
-"""A file of the record's own folder: one that came from elsewhere names no file of this machine."""
+"""Path of a file inside the record's folder. Other paths are refused, because records may come from elsewhere."""
 
 
 def write(path: Path, record: Any) -> None:
@@ -74,7 +74,7 @@ def load(path: Path) -> Any:
 
 
 def checked(path: Path, content: Any, kind: type[T], version: int) -> T:
-    """JSON as a record of at most `version`; unknown keys pass. Raises Damaged."""
+    """JSON as a record of at most `version`; unknown keys are ignored. Raises Damaged."""
     written = content.get("version", version) if isinstance(content, dict) else version
     if isinstance(written, int) and written > version:
         raise Damaged(f"{printable(path)}: written in version {written} of its format, this program reads {version}")

@@ -55,10 +55,10 @@ def _fit(given: dict[str, str | None], steps: int, seed: int) -> None:
 
 
 def photographs(folder: Path, split: str) -> list[Image]:
-    """The scenes of one split in the folder itself, as its photographs.jsonl lists them; its sub-folders are left out.
+    """The photographs of one split that photographs.jsonl lists in the folder itself, without sub-folders.
 
-    What ships was fitted on the 20 training scenes there, and the same command shall give it again. ValueError names
-    the line or photograph that cannot be read: without it the fit would be another one.
+    The shipped experts were fitted on the 20 training photographs there; the command reproduces them. So a line or
+    photograph that cannot be read raises ValueError instead of being skipped.
     """
     from PIL import Image
 

@@ -71,7 +71,7 @@ def serve(page: Path, port: int) -> None:
 
 
 def told_apart(read: Mapping[Path, Sequence[Entry]]) -> list[Entry]:
-    """All entries; sources that are called alike in several folders have these before their names."""
+    """All entries; sources with the same name in several folders get the folder as prefix."""
     folders: dict[str, list[Path]] = {}
     for folder, entries in read.items():
         for source in {entry.source for entry in entries}:

@@ -42,7 +42,7 @@ _SIZES = {
 
 
 _TENSOR = ("GLOBAL", "BINGET", "LONG_BINGET")
-"""How a tensor begins in a pickle: torch's function by name, or where it stood before."""
+"""Pickle opcodes at the beginning of a tensor: torch's function by name, or a reference to its first occurrence."""
 
 
 @dataclass(frozen=True)

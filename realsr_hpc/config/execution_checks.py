@@ -73,7 +73,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     tensor_parallel_divides_the_model,
     sequence_parallel_needs_tensor_parallel,
 )
-"""What the parallel layout asks of the model, whoever chose it."""
+"""Conditions of the parallel layout on the model."""
 
 
 def world_size_divides_by_the_layout(config: RunConfig) -> Iterator[str]:
@@ -209,7 +209,7 @@ def path_fault(path: Path) -> str:
 
 
 def an_output_root_can_be_written_anywhere(config: RunConfig) -> Iterator[str]:
-    """Spaces, `$` and one kind of quotation marks are quoted; some characters nobody can quote."""
+    """Shell commands quote spaces, `$` and one kind of quotation marks in its path; some characters cannot be quoted."""
     if fault := path_fault(resolve(config.output_root)):
         yield f"output_root: {fault}"
 

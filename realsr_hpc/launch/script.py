@@ -84,7 +84,7 @@ def setup_lines(cluster: ClusterConfig, code: Path) -> list[str]:
 
 
 def again_lines(cluster: ClusterConfig) -> list[str]:
-    """The shell function `again`, for `trap again EXIT`: asks Slurm to requeue the job of a killed supervisor."""
+    """Lines of the shell function `again`, for `trap again EXIT`: requeues the job of a killed supervisor."""
     return AGAIN.format(max_requeues=cluster.max_requeues, patience_s=int(PATIENCE_S)).strip().splitlines()
 
 

@@ -117,9 +117,9 @@ def submit_patiently(
     sweep: str = "",
     varied: list[str] | None = None,
 ) -> list[Submission]:
-    """As `submit_into`; while Slurm's controller is away (a restart, a failover) it is asked again for minutes.
+    """Like `submit_into`, but retries for PATIENCE_S while Slurm's controller does not answer (restart, failover).
 
-    For a launcher that follows a sweep for hours. SlurmAway: it stays away.
+    For a launcher that follows a sweep for hours. Raises SlurmAway if the controller does not come back.
     """
     waited, pause = 0.0, FIRST_PAUSE_S
     while True:

@@ -170,7 +170,7 @@ class RealSRProcessor(ProcessorMixin):
 
 
 class TraceGrammar(LogitsProcessor):
-    """For `generate`: keeps a response a whole trace, whatever the weights. Make a new one for every call.
+    """For `generate`: constrains a response to a well-formed trace. Create a new one for every call.
 
     Tags, sizes, newlines and brackets are forced, the degradation is one of its 243 phrases, text runs to its closing
     tag. Equal to realsr_hpc's own constrained grammar.

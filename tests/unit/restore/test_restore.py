@@ -15,7 +15,6 @@ from realsr_hpc.restore import (
     Chosen,
     RestoreSettings,
     find_model,
-    folder,
     read_picture,
     restore_folder,
     restore_images,
