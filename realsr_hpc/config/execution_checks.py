@@ -209,7 +209,7 @@ def path_fault(path: Path) -> str:
 
 
 def an_output_root_can_be_written_anywhere(config: RunConfig) -> Iterator[str]:
-    """Shell commands quote spaces, `$` and one kind of quotation marks in its path; some characters cannot be quoted."""
+    """Shell commands quote spaces, `$` and one kind of quotation marks in it; some characters cannot be quoted."""
     if fault := path_fault(resolve(config.output_root)):
         yield f"output_root: {fault}"
 

@@ -15,6 +15,7 @@ from realsr_hpc.restore import (
     Chosen,
     RestoreSettings,
     find_model,
+    image_folder,
     read_picture,
     restore_folder,
     restore_images,
@@ -239,7 +240,7 @@ def test_a_result_that_cannot_be_written_leaves_no_older_image_beside_its_new_re
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(folder, "write_picture", full)
+        patched.setattr(image_folder, "write_picture", full)
         report = restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", SETTINGS, show_progress=False)
     assert "No space left" in report.failed[str(tmp_path / "x.png")] and not (tmp_path / "out/x.png").exists()
     report = restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", SETTINGS, show_progress=False)
