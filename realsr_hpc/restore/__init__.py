@@ -8,8 +8,6 @@ does so from a command's options, and `simple` from Python.
 from realsr_hpc.restore.candidates import BestOf, Chosen
 from realsr_hpc.restore.image_files import Picture, find_images, read_picture
 from realsr_hpc.restore.image_folder import RestoreTally, inputs_of, restore_folder
-from realsr_hpc.restore.image_files import Picture, find_images, read_picture
-from realsr_hpc.restore.image_folder import RestoreTally, restore_folder
 from realsr_hpc.restore.model import find_checkpoint, find_model, open_restorer, with_sampling
 from realsr_hpc.restore.options import open_with_options
 from realsr_hpc.restore.simple import Model, Result, load
