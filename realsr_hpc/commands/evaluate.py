@@ -220,7 +220,7 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     """A method that restores with a policy: images of the model's input size directly, others in tiles."""
     from realsr_hpc.evaluate.methods import finished
     from realsr_hpc.records import Case, RestoredImage
-    from realsr_hpc.restore import open_with_options, restore_images
+    from realsr_hpc.restore import open_with_options, restore_cases, restore_images
     from realsr_hpc.restore.colour import fix_colour
     from realsr_hpc.restore.image_files import resized
 
@@ -231,7 +231,7 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
         if any(case.lq.shape[:2] != (tile_px, tile_px) for case in cases):
             blended = restore_images(restorer, [case.lq for case in cases], settings)
             return [finished(item.image) for item in blended]
-        return [fixed(case, item) for case, item in zip(cases, restorer(cases), strict=True)]
+        return [fixed(case, item) for case, item in zip(cases, restore_cases(restorer, cases, settings), strict=True)]
 
     def fixed(case: Case, item: RestoredImage) -> RestoredImage:
         if item.image is None:

@@ -11,7 +11,7 @@ from realsr_hpc.restore.image_folder import RestoreTally, inputs_of, restore_fol
 from realsr_hpc.restore.model import find_checkpoint, find_model, open_restorer, with_sampling
 from realsr_hpc.restore.options import open_with_options
 from realsr_hpc.restore.simple import Model, Result, load
-from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, restore_images, tile_starts
+from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, restore_cases, restore_images, tile_starts
 
 __all__ = [
     "Model",
@@ -31,6 +31,7 @@ __all__ = [
     "open_restorer",
     "open_with_options",
     "read_picture",
+    "restore_cases",
     "restore_folder",
     "restore_images",
     "tile_starts",

@@ -93,6 +93,12 @@ def restore_images(
     return [canvas.finish() for canvas in canvases]
 
 
+def restore_cases(restorer: Restorer, cases: Sequence[Case], settings: RestoreSettings) -> list[RestoredImage]:
+    """Restore cases of the model's input size, in as many batches side by side as `restore_images` its tiles."""
+    parts = (list(cases[start:stop]) for start, stop in itertools.pairwise(_bounds(len(cases), settings)))
+    return list(itertools.chain.from_iterable(_restored(restorer, parts, settings.workers)))
+
+
 def _bounds(count: int, settings: RestoreSettings) -> list[int]:
     """Where batches begin and end: equally large ones, as many for each worker, none above `batch_size`."""
     if not count:

@@ -17,6 +17,7 @@ from realsr_hpc.restore import (
     find_model,
     image_folder,
     read_picture,
+    restore_cases,
     restore_folder,
     restore_images,
     tile_starts,
@@ -75,6 +76,11 @@ def test_workers_restore_the_same_and_share_the_tiles_evenly():
         assert one.tiles == other.tiles
     assert len(threads) == 2 and threading.get_ident() not in threads
     assert len(sizes) == 6 and max(sizes) - min(sizes) <= 1 and max(sizes) <= SETTINGS.batch_size
+    sizes.clear()
+    cases = [Case(str(n), noise(32, 32) + n, index=n) for n in range(7)]
+    for case, item in zip(cases, restore_cases(seen, cases, replace(SETTINGS, workers=2)), strict=True):
+        np.testing.assert_array_equal(item.images[0], case.lq)
+    assert sorted(sizes) == [1, 2, 2, 2]
     sizes.clear()
     told: list[int] = []
     restore_images(seen, images[1:], replace(SETTINGS, workers=5), told.append)
