@@ -109,7 +109,7 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Proces
 
 
 def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What is wanted of a checkpoint; ValueError when it lacks a part of it.
+    """The sharded state to read from a checkpoint. ValueError if the checkpoint lacks a part of it.
 
     Transformer Engine's modules, norms too, ask for a state of their own even where it is empty. Torch's norms write
     none, so a checkpoint made without Transformer Engine (an import on a CPU, say) may lack those and nothing else.
@@ -158,7 +158,7 @@ def sharded_state(policy: Policy, optimiser: Optimiser | None, loading: bool) ->
 
 
 def _trained(policy: Policy, state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of a chunk: everything, or its adapters alone."""
+    """A chunk's state in a checkpoint: everything, or only the adapters."""
     return state if policy.lora is None else {key: value for key, value in state.items() if lora.is_adapter(key)}
 
 

@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 
 RESERVE = ".tmp-reserve"
 RESERVE_BYTES = 1 << 23
-"""Room that is taken first, for the small files that Megatron writes while other ranks wait for it: a disk that fills
-up then is noticed where a rank writes alone."""
+"""Bytes that are reserved on disk first, for small files that Megatron writes while other ranks wait. A full disk is
+then noticed before, while each rank writes on its own."""
 
 
 class _HeldCommon(TorchCommonSaveStrategy):
@@ -71,7 +71,7 @@ class _Writer(FileSystemWriterAsync):
     """
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
-        """Megatron's, on nothing in place of each tensor."""
+        """Megatron's method, called with an empty tensor in place of each tensor, which is put back afterwards."""
         resolve, kept = planner.resolve_data, []
 
         def empty(item: Any) -> Any:
@@ -95,7 +95,7 @@ vendor.FileSystemWriterAsync = _Writer  # Megatron takes no writer as an argumen
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    """In memory of its own: of a view, torch writes all that it is a view of."""
+    """The tensor in its own memory, because torch saves the whole storage of a view."""
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 

@@ -29,7 +29,7 @@ _NO_DECAY: Any = {ParamKey(name="*layernorm.*"): {"wd_mult": 0.0}}
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update did."""
+    """The result of one update."""
 
     outputs: list[Outputs]
     """The loss function's outputs by microbatch on the last stage, [] on the others."""
@@ -51,7 +51,7 @@ class Optimiser:
         self.num_updates = 0
         """Updates tried so far; the schedule's clock."""
         self.num_skipped = 0
-        """Of these, not applied because of a gradient that was not finite."""
+        """Updates that were not applied because their gradient was not finite."""
         self.skipped_in_a_row = 0
         self.on_skipped: Callable[[list[Microbatch]], None] | None = None
         """Called on every rank with the microbatches of an update that was not applied."""
@@ -174,7 +174,7 @@ def optimizer_arguments(optim: OptimConfig, params_dtype: torch.dtype, *, distri
 def _sum_gradients(
     model: list[Any], num_tokens: Tensor | None = None, pg_collection: Any = None, **arguments: Any
 ) -> None:
-    """Megatron's reduction without its division by the number of tokens: the caller's loss has divided already."""
+    """Megatron's reduction of gradients without dividing by the number of tokens; the loss is already divided."""
     del num_tokens
     finalize_model_grads(model, None, pg_collection, **arguments)
 

@@ -45,7 +45,7 @@ def compute_on(device: torch.device | None) -> None:
 
 
 def on_cuda() -> bool:
-    """True where this process computes on a GPU."""
+    """Whether this process computes on a GPU."""
     return torch.cuda.is_available() if _named is None else _named.type == "cuda"
 
 
@@ -57,7 +57,7 @@ def device(local_rank: int = 0) -> torch.device:
 
 
 def named_device(name: str) -> torch.device:
-    """The device that a user names. ValueError: there is none of that name here."""
+    """The device with this name. ValueError if it is not available on this machine."""
     try:
         where = torch.device(name)
         torch.empty(0, device=where)
@@ -70,7 +70,7 @@ def named_device(name: str) -> torch.device:
 
 
 def chosen_device(name: str, choice: str, own: torch.device) -> torch.device:
-    """What the recipe's field `name` says: auto is this process's own device; ValueError for cuda without one."""
+    """The device that the recipe's field `name` chooses; auto: this process's. ValueError for cuda without a GPU."""
     if choice == "auto" or choice == own.type:
         return own
     if choice == "cpu":
@@ -91,7 +91,7 @@ def set_device(local_rank: int) -> None:
 
 @cache
 def has_transformer_engine() -> bool:
-    """True where Transformer Engine can be used. Its import raises RuntimeError without CUDA, so ask CUDA first."""
+    """Whether Transformer Engine can be used. Importing it without CUDA raises RuntimeError, so CUDA comes first."""
     if not on_cuda():
         return False
     try:
@@ -102,9 +102,9 @@ def has_transformer_engine() -> bool:
 
 
 def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
-    """`step` as a CUDA graph: a call replays it, reading and writing the memory it was captured with.
+    """`step` as a CUDA graph: a call replays it on the tensors that it was captured with.
 
-    It is run a few times first, as capturing asks. Elsewhere there are no graphs: `step` itself.
+    `step` is run three times before capturing, as CUDA graphs require. On other devices `step` itself is returned.
     """
     if where.type != "cuda":
         return step
@@ -126,19 +126,19 @@ def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
 
 
 def logit_columns(where: torch.device, vocabulary: int) -> int:
-    """Vocabulary columns whose logits are computed at once when tokens are scored.
+    """Number of vocabulary columns whose logits are computed at once when tokens are scored.
 
-    On a CPU 2048, which with 1024 tokens stay in its caches (docs/benchmarks.md); at most 8192 columns are not divided.
+    On a CPU 2048, which stay in its caches with 1024 tokens (docs/benchmarks.md); up to 8192 columns are not split.
     """
     return 2048 if where.type == "cpu" and vocabulary > 8192 else vocabulary
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q k / sqrt(d) + bias) v and the softmax's log-sum-exp, by torch's fused kernel where it tells the latter.
+    """softmax(q k / sqrt(d) + bias) v and the softmax's log-sum-exp; on a CPU by torch's fused kernel.
 
     Args:
         q: [n, h, r, d]; keys, values: [n, h, T, d].
-        bias: [n, 1 or h, r, T] of q's type, added to the scores; of no query -inf alone.
+        bias: [n, 1 or h, r, T] of q's type, added to the scores; no query may have only -inf.
 
     Returns:
         [n, h, r, d] of q's type, and [n, h, r], at least float32.
@@ -149,7 +149,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = Non
 
 
 def plain_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`attention` from its definition, on any device."""
+    """`attention` computed from its definition, on any device."""
     scores = ((q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias
@@ -158,38 +158,39 @@ def plain_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
 
 
 def synchronise(where: torch.device) -> None:
-    """Wait until a GPU has done what it was given; elsewhere everything is done at once."""
+    """Wait for a GPU's pending work; other devices compute synchronously."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)
 
 
 def peak_bytes(where: torch.device) -> int:
-    """The most that tensors took on a GPU since the process began; 0 elsewhere."""
+    """Peak bytes of tensors on a GPU since the process started; 0 on other devices."""
     return torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0
 
 
 def name_of(where: torch.device) -> str:
-    """A GPU's product name; elsewhere the device's type."""
+    """A GPU's product name, or the type of another device."""
     return torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
 
 
 def workers(where: torch.device) -> int:
-    """Independent pieces of work that are best done side by side, one thread each: a GPU takes one.
+    """Number of independent pieces of work to run in parallel, one thread each; 1 on a GPU.
 
-    Of a CPU's cores each of the processes that a launcher started on this machine takes its share.
+    On a CPU the cores are divided among the processes that a launcher started on this machine.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, len(os.sched_getaffinity(0)) // local) if where.type == "cpu" else 1
 
 
 def rows_at_once(where: torch.device) -> int:
-    """Rows of a decoding batch beyond which little is gained: a CPU's arithmetic is the limit early."""
+    """Rows of a decoding batch beyond which throughput hardly increases; a CPU is soon limited by arithmetic."""
     return 32 if where.type == "cpu" else 256
 
 
 @contextmanager
 def one_thread_each() -> Iterator[Callable[[], None]]:
-    """Scope of threads that compute side by side; each calls what is yielded before it works."""
+    """Scope for computing in parallel threads: yields a function that each thread calls before it starts, which limits
+    torch to one thread."""
     threads = torch.get_num_threads()
     try:
         yield lambda: torch.set_num_threads(1)
@@ -198,7 +199,7 @@ def one_thread_each() -> Iterator[Callable[[], None]]:
 
 
 def free_bytes(where: torch.device) -> int:
-    """Memory that is not taken: a GPU's, else what the machine and this process' control group have left."""
+    """Free memory in bytes: that of the GPU, else that of the machine within the limit of this process's cgroup."""
     if where.type == "cuda":
         return torch.cuda.mem_get_info(where)[0]
     free = psutil.virtual_memory().available
@@ -209,7 +210,7 @@ def free_bytes(where: torch.device) -> int:
 
 
 def work_seconds(where: torch.device) -> float:
-    """A clock for comparing pieces of work: CPU time where the CPU computes, whatever else it does; else wall time."""
+    """A clock in seconds for comparing work: CPU time if the device is a CPU, which may be busy, else wall time."""
     return time.process_time() if where.type == "cpu" else time.perf_counter()
 
 

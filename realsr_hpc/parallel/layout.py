@@ -25,7 +25,7 @@ class Layout:
 
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
-    """The layout that fills a world; ValueError when tp x pp does not divide it."""
+    """The layout of a world of so many processes. ValueError if tp x pp does not divide it."""
     model_size = parallel.tp * parallel.pp
     if world_size % model_size:
         raise ValueError(
@@ -36,82 +36,83 @@ def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Transformer layers of one model chunk (a stage holds `virtual_pp` chunks); `check` has seen that they divide."""
+    """Transformer layers of one model chunk (a stage has `virtual_pp` chunks); `check` ensures that this is exact."""
     return model.num_layers // (parallel.pp * parallel.virtual_pp)
 
 
 def kv_heads(model: ModelConfig) -> int:
-    """Key and value heads."""
+    """Number of key and value heads."""
     return model.num_kv_heads or model.num_heads
 
 
 def padded_vocab(vocab_size: int, tp_size: int) -> int:
-    """Vocabulary rows held over all tensor ranks: the next multiple of tp."""
+    """Vocabulary rows over all tensor-parallel ranks: the next multiple of tp."""
     return rounded_up(vocab_size, tp_size)
 
 
 def check(config: RunConfig) -> None:
-    """ValueError with every fault of a recipe whose model its layout cannot hold.
+    """Raise ValueError with every reason why the recipe's layout does not suit its model.
 
-    The rules are those that a composed recipe has passed already; a layout that a program chose has not.
+    A composed recipe has already passed these rules; a layout that a program chose has not.
     """
     if faults := [fault for rule in (heads_divide_the_hidden_size, *LAYOUT_RULES) for fault in rule(config)]:
         raise ValueError("\n".join(faults))
 
 
 def row_multiple(parallel: ParallelConfig) -> int:
-    """A row's tokens are a multiple of this: FP8 products need 16 a rank, sequence parallelism cuts rows over tp."""
+    """Divisor of the tokens of a row: FP8 products need a multiple of 16 per rank; sequence parallelism splits rows."""
     return 16 * (parallel.tp if parallel.sequence_parallel else 1)
 
 
 def rounded_up(tokens: int, multiple: int) -> int:
-    """The next multiple."""
+    """`tokens` rounded up to a multiple."""
     return -(-tokens // multiple) * multiple
 
 
 def microbatch_multiple(parallel: ParallelConfig) -> int:
-    """The number of microbatches of a step is a multiple of this (interleaved 1F1B goes round the stages)."""
+    """Divisor of a step's number of microbatches; interleaved 1F1B needs a multiple of the stages."""
     return parallel.pp if parallel.virtual_pp > 1 else 1
 
 
 @dataclass(frozen=True)
 class Branches:
-    """What a row holds: one prompt, then `count` of its responses side by side, then padding."""
+    """Layout of a row: one prompt, then `count` of its responses one after the other, then padding."""
 
     prompt: int
-    """Tokens."""
+    """Tokens of the prompt."""
     response: int
-    """Tokens of each, its padding included."""
+    """Tokens of each response, including its padding."""
     count: int
+    """Number of responses."""
 
     @property
     def tokens(self) -> int:
-        """Of a row, without the padding at its end."""
+        """Tokens of a row without the padding at its end."""
         return self.prompt + self.count * self.response
 
 
 def fitting_branches(prompt: int, response: int, group: int, parallel: ParallelConfig, streams: int) -> Branches:
-    """Rows for groups of `group` responses: as many a row as `microbatch_tokens` holds, evenly spread.
+    """The row layout for groups of `group` responses: as many per row as fit `microbatch_tokens`, evenly distributed.
 
-    streams: 2 when every row has an unconditional twin.
+    prompt, response: tokens. streams: 2 if every row has an unconditional twin, else 1.
     """
     most = max(1, (parallel.microbatch_tokens // streams - prompt) // response)
     return Branches(prompt, response, even_parts(group, most)[1])
 
 
 def even_parts(count: int, most: int, multiple: int = 1) -> tuple[int, int]:
-    """(number of parts, size of each) that hold `count` >= 0 with as little padding as parts of at most `most` allow.
+    """Split `count` >= 0 items into parts of equal size, at most `most` each, with as little padding as possible.
 
-    All parts are of one size; their number is at least one and a multiple of `multiple`.
+    Returns the number of parts, which is at least one and a multiple of `multiple`, and their size.
     """
     parts = math.ceil(max(1, math.ceil(count / most)) / multiple) * multiple
     return parts, max(1, math.ceil(count / parts))
 
 
 def batches_of_rank(count: int, batch_size: int, rank: int, size: int) -> list[range]:
-    """The batches of `count` items that one of `size` ranks works on: every size-th, from its own.
+    """The batches of `count` items that rank `rank` of `size` ranks works on: every size-th, starting at its own.
 
-    Batches are cut before they are dealt, so that each holds the same items whatever the number of ranks.
+    Items are split into batches first, so that a batch has the same items for any number of ranks.
     """
     starts = range(0, count, batch_size)
     return [range(start, min(start + batch_size, count)) for start in starts[rank::size]]

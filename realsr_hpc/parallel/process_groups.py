@@ -120,8 +120,8 @@ def _join(world_size: int) -> None:
 
 
 def meeting_point(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:  # pyright: ignore[reportPrivateImportUsage]
-    """The store where ranks meet. It listens on `address` alone, the loopback of a one-node job: torch's own listens on
-    every address of the node, and whoever reaches it may write to it."""
+    """The store through which ranks connect. It listens only on `address`, the loopback address of a one-node job;
+    torch's default listens on every address of the node, and any client can write to it."""
     if rank:
         return dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
     try:

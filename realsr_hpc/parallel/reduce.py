@@ -33,7 +33,7 @@ def reduce_float(value: float, group: Group, device: torch.device, how: Reductio
 
 
 def broadcast_from_last_stage(value: Any, groups: ProcessGroups) -> Any:
-    """The last pipeline stage's object, on every stage (pickled: for small things)."""
+    """The last pipeline stage's object, on every stage. It is pickled, so it should be small."""
     return broadcast_object(value, groups.pp, groups.pp_size - 1)
 
 
