@@ -6,7 +6,7 @@ import hashlib
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -16,14 +16,14 @@ from realsr_hpc.config.execution_checks import path_fault
 from realsr_hpc.config.load import RecipeError, compose, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import writable_folder
+from realsr_hpc.launch.asha import Halving
 from realsr_hpc.launch.console import print_plan, print_submissions
 from realsr_hpc.launch.follow import follow
+from realsr_hpc.launch.proposals import Space, read_space, recipes
 from realsr_hpc.launch.refusals import refuse_what_cannot_fit, refuse_what_is_missing, unchecked_manifests
+from realsr_hpc.launch.search import sample
 from realsr_hpc.launch.submit import prepare, submit
 from realsr_hpc.tracking import compare_command
-
-if TYPE_CHECKING:
-    from realsr_hpc.launch.proposals import Space
 
 USAGE = """\
 realsr-hpc launch [-m] recipe=NAME [group=NAME] [section.field=value ...] [option=value ...]
@@ -107,8 +107,6 @@ def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunCo
         composed = compose(overrides, multirun=multirun)
         return composed if isinstance(composed, list) else [composed]
     if options.sampler == "asha":
-        from realsr_hpc.launch.proposals import recipes
-
         return recipes(_space(options, overrides))
     if options.sampler != "optuna":
         raise RecipeError(f"sampler: {options.sampler!r} is not one of all, optuna, asha")
@@ -116,15 +114,11 @@ def choose(options: Options, multirun: bool, overrides: list[str]) -> list[RunCo
 
 
 def _draw(options: Options, overrides: list[str], *, keep: bool) -> list[RunConfig]:
-    from realsr_hpc.launch.search import sample
-
     return sample(overrides, options.sweep or _sweep_name(overrides), options.trials or 16, keep=keep)
 
 
 def halve(configs: list[RunConfig], options: Options, overrides: list[str], console: Console) -> int:
     """Run a sweep by asynchronous successive halving to its end; with follow=false submit what can start now."""
-    from realsr_hpc.launch.asha import Halving
-
     if options.fresh:
         raise RecipeError("fresh: not with sampler=asha, which continues its runs; choose another output_root")
     refuse_what_cannot_fit(configs)
@@ -135,8 +129,6 @@ def halve(configs: list[RunConfig], options: Options, overrides: list[str], cons
 
 
 def _space(options: Options, overrides: list[str]) -> Space:
-    from realsr_hpc.launch.proposals import read_space
-
     return read_space(overrides, options.trials, options.rungs, options.keep or 3)
 
 
