@@ -20,7 +20,7 @@ CHECKOUT_VARIABLE = "REALSR_HPC_CHECKOUT"
 
 
 def code_root() -> Path:
-    """The folder that holds `realsr_hpc/`: what PYTHONPATH must name for a child process to run this very code."""
+    """The folder that contains `realsr_hpc/`; child processes need it in PYTHONPATH to run the same code."""
     return PACKAGE.parent
 
 

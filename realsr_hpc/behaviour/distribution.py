@@ -1,5 +1,5 @@
 # pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-"""The behaviour distribution: what a rollout was sampled from, and what the loss scores.
+"""The behaviour distribution, from which rollouts are sampled and under which the loss scores them.
 
 A row of logits becomes a distribution in this order: guidance, mask of the grammar, truncation (top-k, entropy-adaptive
 top-k, top-p), temperature, softmax. `restricted` is the one place that masks and tempers; the sampler here and the

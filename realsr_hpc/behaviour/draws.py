@@ -1,4 +1,4 @@
-"""The noise behind every draw: a function of the run's seed, the rollout's number, the position and the token alone.
+"""The noise behind every draw: a function of only the run's seed, the rollout's number, the position and the token.
 
 Therefore a token can be drawn again at any time and in any batch. Because each token keeps its noise, two similar rows
 of logits usually choose the same token. Look-ahead decoding (rollout/) relies on both properties.

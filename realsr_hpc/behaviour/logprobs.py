@@ -35,9 +35,9 @@ class TokenScores(NamedTuple):
 
     logprobs: Float[Tensor, " n"]
     entropy: Float[Tensor, " n"]
-    """Of the behaviour distribution, nats."""
+    """Entropy of the behaviour distribution, in nats."""
     logsumexp: Float[Tensor, " n"]
-    """Of the guided logits before mask and temperature."""
+    """Log-sum-exp of the guided logits before mask and temperature."""
 
 
 @dataclass(frozen=True)

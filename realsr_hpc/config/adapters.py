@@ -23,11 +23,11 @@ _SAME_FUNCTION = {
 """Fields that leave y = W x + (alpha / r) B A x as it is; which projections have adapters their tensors say. Any other
 field that is set is a variant, also one of a later release."""
 _BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Initialisations that train on W itself; PiSSA's, OLoRA's and their kin on what is left of it."""
+"""Initialisations that leave W unchanged; those of PiSSA, OLoRA and similar methods subtract a part from it."""
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a PEFT folder. ValueError where a file is missing or unreadable."""
+    """The adapter_config.json of a PEFT folder. ValueError if a file is missing or unreadable."""
     if not (folder / PEFT_WEIGHTS).is_file() or not (folder / PEFT_CONFIG).is_file():
         raise ValueError(f"no {PEFT_WEIGHTS} with {PEFT_CONFIG}: name a PEFT folder")
     try:

@@ -38,7 +38,7 @@ def read_arguments(
 def read_with_overrides(
     arguments: Sequence[str], valid: Mapping[str, Default], usage: str | None, *, sections_only: bool = False
 ) -> tuple[dict[str, Default | str], list[str]]:
-    """As `read_arguments`; also returns the overrides of a recipe, in the order given.
+    """Like `read_arguments`, but also returns the overrides of a recipe, in the order given.
 
     sections_only: only keys with a dot (`grpo.group_size=4`) are overrides; otherwise every key that is not in
     `valid`, and `~key`, which deletes one.

@@ -261,7 +261,7 @@ def the_best_checkpoint_is_measured(config: RunConfig) -> Iterator[str]:
 
 
 def the_instruction_shows_the_image_once(config: RunConfig) -> Iterator[str]:
-    """The mark in the prompt's text is where the LQ image stands."""
+    """The mark in the prompt's text shows the position of the LQ image."""
     found = config.vlcot.instruction.count(IMAGE_PLACEHOLDER)
     if found != 1:
         yield f"vlcot.instruction: holds {IMAGE_PLACEHOLDER!r} {found} times: write it once, where the LQ image stands"

@@ -59,7 +59,7 @@ class Start:
     """Values of rotary= to choose from; empty: the files say it."""
 
     def commands(self, config: RunConfig) -> list[str]:
-        """The import command for a recipe; one for each order where the files do not say it."""
+        """The import command for a recipe, or one for each rotary order if the files do not state it."""
         return [self._command(config, order) for order in self.orders or ("",)]
 
     def _command(self, config: RunConfig, order: str) -> str:

@@ -63,7 +63,7 @@ def tensor_parallel_divides_the_model(config: RunConfig) -> Iterator[str]:
 
 
 def sequence_parallel_needs_tensor_parallel(config: RunConfig) -> Iterator[str]:
-    """It shards what tensor parallelism leaves whole."""
+    """Sequence parallelism shards the activations that tensor parallelism does not."""
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
         yield "parallel.sequence_parallel: true: needs parallel.tp >= 2; set it to false"
 
@@ -77,7 +77,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
 
 
 def world_size_divides_by_the_layout(config: RunConfig) -> Iterator[str]:
-    """Data parallelism is what TP x PP leaves of the world."""
+    """The data-parallel size is the world size divided by TP x PP."""
     world, block = world_size(config), config.parallel.tp * config.parallel.pp
     if world % block:
         yield (
@@ -169,7 +169,7 @@ def a_checkpoint_can_be_taken_before_time_is_up(config: RunConfig) -> Iterator[s
 
 
 def a_tracking_uri_holds_no_password(config: RunConfig) -> Iterator[str]:
-    """The URI is logged as a parameter and stands in files that people share."""
+    """The URI is logged as a parameter and written to files that people share."""
     uri = unquote(config.tracking.uri or "")
     place, *rest = re.split("[?#;]", uri.partition("://")[2], maxsplit=1)
     if ":" in place.rpartition("@")[0] or any(_SECRET_KEY.search(part) for part in rest):

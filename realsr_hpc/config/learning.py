@@ -1,4 +1,4 @@
-"""Sections of a recipe that say what is sampled, what is rewarded and how the policy learns from it."""
+"""Sections of a recipe about sampling, rewards and how the policy learns from them."""
 
 from __future__ import annotations
 

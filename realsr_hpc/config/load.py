@@ -295,7 +295,7 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
 
 
 def _refuse_odd_yaml(group: str, option: object) -> None:
-    """RecipeError where a group's file holds what Hydra would read as something else than it says."""
+    """Raise RecipeError if a group's file has YAML that Hydra would read as something else than it seems."""
     path = yaml_file(f"{group}/{option}") if isinstance(option, str) else None
     if path is not None:
         read_yaml(path)

@@ -1,4 +1,4 @@
-"""Sections of a recipe that say where a run executes, what it keeps and where it reports, not what it learns."""
+"""Sections of a recipe about execution, checkpoints and tracking; they do not affect what a run learns."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.paths import expanded, project_root
 
 ROOT = "{output_root}/"
-"""Stands for the output root where its own place does not matter."""
+"""Replaces the output root in paths that must not depend on where it is."""
 
 
 def output_root(config: RunConfig) -> Path:

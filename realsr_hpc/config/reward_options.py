@@ -46,7 +46,7 @@ class DegradationOptions(Section):
 
     @property
     def slot_weights(self) -> tuple[float, ...]:
-        """In the order of the degradation's words."""
+        """The weights in the order of the degradation's words."""
         return (
             self.blur_weight,
             self.resize1_weight,

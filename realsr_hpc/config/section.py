@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of: closed, frozen, finite, and marked with what its fields are for."""
+"""The base class of recipe sections: closed, frozen, with finite numbers, and fields marked by their role."""
 
 from __future__ import annotations
 

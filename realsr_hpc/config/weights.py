@@ -21,7 +21,7 @@ from realsr_hpc.files import SUMS_FILE, check_listed, check_sums, sha256_of, wei
 from realsr_hpc.paths import resolve
 
 WEIGHTS_DIR = "weights/iqa"
-"""Folder of pyiqa's weights where an option does not name another."""
+"""Folder of pyiqa's weights, unless an option names another."""
 State = Literal["there", "missing", "differs", "damaged", "unlisted"]
 
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main/"

@@ -12,7 +12,7 @@ CUT_LINE = "# cut off where the last line is not `# end`\n"
 LAST_LINE = "# end\n"
 """Half a YAML file is YAML: its other half would be the schema's defaults."""
 MOST_VALUES = 1_000_000
-"""In one file, aliases written out: a few lines of them can stand for more than memory holds."""
+"""Largest number of values in a file after expanding aliases; a few lines of aliases can exceed the memory."""
 
 
 class RecipeError(ValueError):
@@ -20,10 +20,10 @@ class RecipeError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses keys that occur twice in a mapping (the first would be lost) and numbers that are not what they seem."""
+    """Refuses keys that occur twice in a mapping (the first would be lost), and numbers in surprising notations."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As in SafeLoader. ConstructorError if a key occurs twice."""
+        """Like SafeLoader, but ConstructorError if a key occurs twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":

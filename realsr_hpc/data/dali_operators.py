@@ -168,7 +168,7 @@ class DALIOperators:
         return y
 
     def noised(self, x, field, row):
-        """As `pixels.noised`."""
+        """DALI operator for `pixels.noised`."""
         if row[1] > 0:
             if row[2] > 0:
                 red, green, blue = pixels.LUMA
@@ -209,7 +209,7 @@ def _gather_rows(x, index, weights, source, target, width):
 
 
 def _photons(value):
-    """As `pixels.photons`, of the image."""
+    """DALI operator for `pixels.photons` of the image."""
     highest = fn.reductions.max(value, axes=[0, 1, 2])
     lowest = fn.reductions.min(value, axes=[0, 1, 2])
     span = dmath.floor(highest + 0.5) - dmath.floor(lowest + 0.5)  # pyright: ignore[reportOperatorIssue]

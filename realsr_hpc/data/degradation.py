@@ -31,7 +31,7 @@ class StagePreset:
     """Ranges and probabilities of one stage."""
 
     resize_probabilities: tuple[float, float, float]
-    """Of upsample, downsample, keep."""
+    """Probabilities of upsample, downsample and keep."""
     resize_range: Range
     gaussian_range: Range
     """Standard deviation, of 255."""
@@ -93,7 +93,7 @@ class StageParameters:
     resize_factor: float
     resize_mode: ResizeMode
     side_px: int
-    """Of the image after the resize."""
+    """Side of the image after the resize, in px."""
     noise: Noise
     noise_level: float
     gray: bool

@@ -52,7 +52,7 @@ def build_kernel(parameters: KernelParameters | None) -> Float32[np.ndarray, "si
 def build_factors(
     parameters: KernelParameters | None,
 ) -> tuple[Float32[np.ndarray, "rows columns"], Float32[np.ndarray, "size 1"]]:
-    """Two kernels that, applied in turn, do what `build_kernel`'s does, cheaper where it is separable.
+    """Two kernels that, applied one after the other, equal that of `build_kernel`; cheaper if it is separable.
 
     The isotropic Gaussian, the commonest shape, is a row and a column; any other is itself and the identity.
     """

@@ -119,7 +119,7 @@ RULES: tuple[Callable[[PurePath], Hashable], ...] = (
     lambda path: path.stem,
     plain_stem,
 )
-"""Rules for what the two files of a pair have in common, the strictest first."""
+"""Rules for matching the names of the two files of a pair, the strictest first."""
 
 
 def matched(lows: Sequence[PurePath], truths: Sequence[PurePath]) -> tuple[list[tuple[int, int]], dict[int, str]]:

@@ -32,7 +32,7 @@ _FINE = 3
 
 @dataclass(frozen=True)
 class Ground:
-    """A photograph behind a sign, and what it shows, in words."""
+    """A photograph behind a sign, with a caption."""
 
     photograph: Image.Image
     words: str
@@ -70,7 +70,7 @@ def make_sign(rng: np.random.Generator, side: int, grounds: Sequence[Ground], he
 
 
 def sign_texts(word: str, letters: str, plate: str, ground: str) -> SceneText:
-    """Texts about a sign; `plate` is empty where letters stand on the photograph itself.
+    """Texts about a sign; `plate` is empty if the letters are drawn on the photograph itself.
 
     `ground` says what the photograph shows, or is "plain".
     """
@@ -129,7 +129,7 @@ def _plate(mask: Image.Image) -> Image.Image:
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[str, str]:
-    """Names of a ground and of letters that stand out from it."""
+    """Names of a background colour and of a letter colour that contrasts with it."""
     names = list(COLOURS)
     ground = str(rng.choice(names))
     readable = [name for name in names if abs(_luma(COLOURS[name]) - _luma(COLOURS[ground])) >= MIN_CONTRAST]
@@ -137,7 +137,7 @@ def _two_colours(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _readable_on(rng: np.random.Generator, image: Image.Image, mask: Image.Image) -> str | None:
-    """A colour that stands out from the photograph where the letters will be; None where it is too busy."""
+    """A colour that contrasts with the photograph behind the letters; None if the photograph is too busy there."""
     behind = (np.asarray(image) @ _LUMA)[np.asarray(_plate(mask)) > 0]
     if behind.std() > MAX_BUSY:
         return None

@@ -23,7 +23,7 @@ _MEMBER = re.compile(r"(?P<tar>.+\.tar)#(?P<name>.+)@(?P<offset>\d+)\+(?P<size>\
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside a tar, and where its bytes start."""
+    """A file inside a tar, with the position of its bytes."""
 
     tar: Path
     name: str

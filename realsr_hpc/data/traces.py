@@ -172,7 +172,7 @@ class TraceLoader:
         return {"position": self.position, "traces": self.traces.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Continue where the state was taken, also with other batch or data-parallel sizes.
+        """Continue at the saved position, also with another batch size or data-parallel size.
 
         Raises:
             ValueError: if the state is of other traces.

@@ -39,9 +39,9 @@ from realsr_hpc.records import JPEG, Blur, Operators, ResizeTo
 SIGNAL_RMS = 50.0
 """Standard deviation of a photograph's brightness, of 255."""
 USUAL_BRIGHTNESS = 115.0
-"""Mean level of a photograph, where none is given."""
+"""Mean level of a photograph (0..255), if none is given."""
 PHOTONS = 256.0
-"""Of Poisson noise: what an image that uses most levels has."""
+"""Poisson noise: number of levels of an image that uses most of them."""
 LUMA_SHARE = 0.447
 """Share of independent noise in R, G, B that is brightness: the sum of the squared luma weights."""
 CONTRASTS = np.array([0.05, 0.45, 2.5])[:, None, None]
@@ -61,9 +61,9 @@ class Visible:
     """Sigma, in LQ pixels, of the Gaussian whose squares sum to what the chain's composed response leaves below the LQ
     image's Nyquist frequency: 0.28 is none."""
     noise_rms: float
-    """Of 255, over R, G, B, behind everything."""
+    """Noise in the LQ image: RMS over R, G, B, of 255."""
     compression_rms: float
-    """Of 255: what the JPEGs changed, as the later operators left it."""
+    """Compression in the LQ image: RMS of what the JPEGs changed, after the later operators, of 255."""
 
 
 def visible(

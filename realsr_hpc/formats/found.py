@@ -39,7 +39,7 @@ class FoundPolicy:
     format: str
     path: Path
     tensors: Mapping[str, Spec]
-    """By Hugging Face's names. If the folder also holds an image tokenizer, its tensors are in `FoundImage`."""
+    """Tensors by Hugging Face's names. If the folder also has an image tokenizer, its tensors are in `FoundImage`."""
     read: Callable[[str], Tensor]
     sizes: Mapping[str, float]
     """Sizes and constants under config.json's names: vocab_size, hidden_size, ..., rms_norm_eps, rope_theta."""

@@ -123,7 +123,7 @@ def _params(folder: Path) -> dict[str, Any]:
 
 
 def _count(params: dict[str, Any], name: str) -> int | None:
-    """A positive whole number of params.json; None where it is missing or null. ValueError for anything else."""
+    """A positive integer of params.json; None if it is missing or null. ValueError for anything else."""
     value = params.get(name)
     if value is not None and (not isinstance(value, int) or value < 1):
         raise ValueError(f"params.json: {name} is {value!r}, no positive number; copy the tree again")

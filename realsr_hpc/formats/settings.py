@@ -88,7 +88,7 @@ def mapping_of(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def token_ids(settings: Mapping[str, Any]) -> Mapping[str, int]:
-    """Ids by token name; {} where the file has none. ValueError: the map is none, or an id is no number."""
+    """Ids by token name; empty if the file has no map. ValueError if the map is invalid or an id is not a number."""
     ids = mapping_of(settings, "vocabulary_map")
     for name, token in ids.items():
         if type(token) is not int:

@@ -13,7 +13,7 @@ _OF_A_POLICY = (
     *("config.json", "params.json", "models/*/params.json", "consolidated*.pth", "models/*/consolidated*.pth"),
     *(name for pair in INDEXED for name in pair),
 )
-"""With one of these it is a policy's folder that lacks a file, not one of tokenizers."""
+"""Files of a policy: a folder with one of them is an incomplete policy, not a folder of tokenizers."""
 _IMAGE, _TEXT = ("vqgan.ckpt", "tokenizer/vqgan.ckpt"), ("text_tokenizer.json", "tokenizer/text_tokenizer.json")
 
 

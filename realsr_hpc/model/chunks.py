@@ -105,7 +105,7 @@ class PolicyChunk(GPTModel):
 
 @dataclass
 class Policy:
-    """The local chunks of one model and what the rooms need to know of it."""
+    """One model: the chunks on this rank, with their process groups and sizes."""
 
     chunks: list[PolicyChunk]
     """One, or `virtual_pp` of them in pipeline order."""
@@ -122,7 +122,7 @@ class Policy:
     lora: LoRAConfig | None = None
     """Low-rank adapters that are trained in place of the weights (model/lora.py); None: there are none."""
     base: str | None = None
-    """With adapters: which weights they belong to, a checksum of the files or the seed they were drawn from."""
+    """With adapters: identifies their base weights, by a checksum of the files or the seed of a random start."""
 
     @property
     def output_weight(self) -> Tensor:

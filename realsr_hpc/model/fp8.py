@@ -105,7 +105,7 @@ class _Fp8Layer:
     fp8_on = True
 
     def start_fp8(self, recipe: Fp8Recipe, groups: Sequence[dist.ProcessGroup]) -> None:
-        """From now on products are those of FP8; largest values are agreed over `groups`."""
+        """Multiply in FP8 from now on; maxima for scaling are reduced over `groups`."""
         self.fp8, self._groups = recipe, groups
         self.largest = torch.zeros(3)
         """Delayed scaling: largest input, weight and gradient of the pass before; 0: none yet."""
@@ -142,7 +142,7 @@ class _Fp8Layer:
         return self.largest.clone() if delayed else None
 
     def set_extra_state(self, state: Any) -> None:
-        """From a checkpoint; one that was written without FP8 has none."""
+        """Load the scales from a checkpoint; one that was written without FP8 has none."""
         if isinstance(state, Tensor) and self.fp8 is not None:
             self.largest = state.clone()
 
@@ -217,7 +217,7 @@ def without_fp8(policy: Policy) -> Iterator[None]:
 
 
 def stop_fp8(policy: Policy) -> None:
-    """From now on the same weights multiply in bf16; optimizer and checkpoints do not change."""
+    """Multiply in bf16 from now on; weights, optimizer and checkpoints do not change."""
     for module in _configured(policy):
         module.config.fp8 = None  # Megatron's blocks ask at every pass
     for chunk in policy.chunks:

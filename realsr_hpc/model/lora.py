@@ -94,7 +94,7 @@ class Adapters(nn.Module):
         return list(self._modules)
 
     def _mark(self, adapter: Adapter) -> None:
-        """Tell Megatron what is cut (gradient norm, checkpoints) and whose gradient a rank has a share of only."""
+        """Mark the parameters for Megatron: which are sharded, and which have only a partial gradient on a rank."""
         cut, whole = (adapter.a, adapter.b) if self.site.inputs_cut else (adapter.b, adapter.a)
         for parameter, is_cut in ((cut, True), (whole, False)):
             marks: Any = parameter
@@ -173,7 +173,7 @@ def _outputs(site: Site, policy: Policy) -> dict[str, int]:
 
 
 def attach(policy: Policy, lora: LoRAConfig, seed: int) -> None:
-    """Freeze the policy and give it adapters that change nothing yet (B = 0), the same whatever the layout."""
+    """Freeze the policy and add adapters with B = 0, which change nothing yet; they are equal on every layout."""
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
     for chunk in policy.chunks:
@@ -259,7 +259,7 @@ def is_adapter(key: str) -> bool:
 
 
 def adapters_of(linear: nn.Module) -> Adapters | None:
-    """The adapters of a linear layer, None where it has none."""
+    """The adapters of a linear layer; None if it has none."""
     found = linear._modules.get(NAME)
     return found if isinstance(found, Adapters) else None
 

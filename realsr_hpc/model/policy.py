@@ -28,7 +28,7 @@ from realsr_hpc.parallel.reduce import broadcast_object
 from realsr_hpc.paths import resolve
 
 BASE_NOTE = "base"
-"""In the notes of exported adapters: what they were trained on (`base_name`)."""
+"""Key in the metadata of exported adapters: their base weights (`base_name`)."""
 
 
 def build_policy(
@@ -141,7 +141,7 @@ def read_adapters(folder: Path, ours: LoRAConfig, base: str) -> dict[str, torch.
 
 
 def refuse_other_base(folder: Path, notes: Mapping[str, str], base: str) -> None:
-    """ValueError where adapters name other weights than `base`: our exports by checksum, PEFT by a folder's name."""
+    """Raise ValueError if adapters name other weights than `base`: our exports by checksum, PEFT by a folder's name."""
     named = adapter_config(folder).get(PEFT_BASE)
     theirs = notes.get(BASE_NOTE)
     if not theirs and isinstance(named, str) and named and resolve(named).is_dir():

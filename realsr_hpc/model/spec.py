@@ -105,7 +105,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def _parameter_device(device: str) -> torch.device:
-    """The default device where the caller set `meta`, else `device`."""
+    """The default device if the caller set it to `meta`, else `device`."""
     default = torch.get_default_device()
     return default if default.type == "meta" else torch.device(device)
 
@@ -128,7 +128,7 @@ class _HeadNorm(torch.nn.Module):
         return normalised * self.weight + self.bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
-        """Megatron's description of which part of the whole weights this rank holds."""
+        """Megatron's description of this rank's shards of the whole weights."""
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0, "bias": 0}, sharded_offsets
         )

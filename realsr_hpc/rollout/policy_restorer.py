@@ -27,7 +27,7 @@ class PolicyRestorer:
     """
 
     def __init__(self, policy: Policy, tokens: TraceTokenizer, config: RunConfig, *, constrained: bool = True):
-        """constrained: force a well-formed trace, whatever grammar the recipe trains with."""
+        """constrained: force a well-formed trace, also if the recipe trains with another grammar."""
         self.policy, self.tokens, self.seed = policy, tokens, config.seed
         self.with_steps = True
         """Rough and middle images are decoded too."""
@@ -37,7 +37,7 @@ class PolicyRestorer:
 
     @property
     def sampler(self) -> Sampler:
-        """This thread's: a sampler counts and measures what it does."""
+        """The sampler of the current thread; samplers are not shared, because they count and measure."""
         if not hasattr(self._of_thread, "sampler"):
             self._of_thread.sampler = Sampler(self.policy, self._grammar, self._options, self.seed)
         return self._of_thread.sampler
@@ -73,7 +73,7 @@ class PolicyRestorer:
 
 
 def sampling(config: RunConfig) -> RolloutConfig:
-    """The recipe's rollouts with what its section `restore` changes."""
+    """The recipe's section `rollout` with the sampling settings of its section `restore`."""
     chosen = config.restore
     cfg_scale = config.rollout.cfg_scale if chosen.cfg_scale is None else chosen.cfg_scale
     return config.rollout.model_copy(

@@ -136,7 +136,7 @@ class Level(nn.Module):
 
 
 def attended_levels(config: ImageTokenizerConfig, levels: int) -> list[bool]:
-    """Whether attention stands behind the blocks of each level, finest first."""
+    """Whether each level has attention after its blocks, finest level first."""
     return [config.attention == "lowest" and level == levels - 1 for level in range(levels)]
 
 

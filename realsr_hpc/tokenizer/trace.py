@@ -47,7 +47,7 @@ class TraceTokenizer:
         return torch.tensor([self.codec.prompt(grid) for grid in grids])
 
     def responses(self, batch: LQBatch) -> list[list[int] | None]:
-        """Response tokens of each image's true trace; None where its truth, label or texts are unknown."""
+        """Response tokens of each image's true trace; None if its truth, label or texts are unknown."""
         if batch.gt is None:
             return [None] * len(batch)
         stages = [self.encode(batch.gt, size) for size in self.codec.config.image_sizes_px]

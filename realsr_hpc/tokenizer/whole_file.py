@@ -14,7 +14,7 @@ from realsr_hpc.vlcot.token_names import code_of, is_text
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """A tokenizer file as it is. ValueError where it holds no vocabulary of named pieces."""
+    """The tree of a tokenizer file. ValueError if it has no vocabulary of named pieces."""
     try:
         tree = json_value(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of json and of UTF-8
@@ -38,7 +38,7 @@ def is_whole(tree: dict[str, Any]) -> bool:
 
 
 def text_part(tree: dict[str, Any], text_first: int) -> dict[str, Any]:
-    """The text tokenizer alone, ids counted from 0; the inverse of what an export combines."""
+    """The text tokenizer inside a whole vocabulary, with ids from 0; the inverse of `export.text_files.combined`."""
     whole = tree["model"]
 
     vocab = {piece: token - text_first for piece, token in whole["vocab"].items() if is_text(piece, token, text_first)}
@@ -60,7 +60,7 @@ def _parts(merge: Any) -> list[str]:
 
 
 def read_text_tree(path: Path, text_first: int | None) -> dict[str, Any]:
-    """The text tokenizer of a file: all of it, or its text part where the file holds a whole vocabulary.
+    """The text tokenizer of a file: the whole file, or its text part if the file has a whole vocabulary.
 
     ValueError where it holds a whole vocabulary and no `text_first` says where its text begins.
     """

@@ -50,7 +50,7 @@ def _rows(rollouts: RolloutTokens, values: Tensor | None) -> Tensor | None:
 
 
 class InexactStep(RuntimeError):
-    """Sampler, policy and reference do not agree where they must."""
+    """Raised if sampler, policy and reference disagree where their log-probabilities must be equal."""
 
 
 def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> None:

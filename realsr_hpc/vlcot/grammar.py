@@ -96,7 +96,7 @@ class Grammar:
         return self._rows[key]
 
     def _literal(self, tokens: Iterable[int], then: int) -> int:
-        """First state of these forced tokens; behind them stands state `then`."""
+        """First state of a sequence of forced tokens, which is followed by state `then`."""
         for token in reversed(list(tokens)):
             then = self._states.add(self._row([token]), then)
         return then
@@ -118,7 +118,7 @@ class Grammar:
         return state(root)
 
     def _free_text(self, name: str, then: int) -> int:
-        """At least one token of text without '<', then the closing tag."""
+        """States for at least one token of text without '<', then the closing tag."""
         close = self.codec.encode_text(f"</{name}>")
         start, more = self._row(self._text_tokens), self._row([*self._text_tokens, close[0]])
         closing = self._literal(close[1:], then)

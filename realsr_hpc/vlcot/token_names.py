@@ -23,7 +23,7 @@ def code_name(code: int) -> str:
 
 
 def code_of(name: str) -> int | None:
-    """Codebook entry that a name stands for; None for any other token."""
+    """Codebook index of an image code's name; None for any other token."""
     found = _CODE.fullmatch(name)
     return int(found[1].translate(_LETTERS)) if found else None
 
