@@ -32,7 +32,8 @@ from realsr_hpc.model.chunks import WeightShapes
 from realsr_hpc.model.hf_mapping import hf_shapes
 from realsr_hpc.paths import resolve
 from realsr_hpc.runfolder import RECIPE
-from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 from realsr_hpc.tokenizer.whole_file import is_whole, names_of, read_tree, text_part
 from realsr_hpc.vlcot.token_names import code_of, name_faults, num_text
 from realsr_hpc.vlcot.vocabulary import Vocabulary, build_vocabulary

@@ -9,28 +9,15 @@ stands in codebook.py; no adversarial loss, no dropout.
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
-
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from realsr_hpc.config.schema import ImageTokenizerConfig
-from realsr_hpc.files import json_value, replacing
-from realsr_hpc.formats.tensor_files import read_weights
-from realsr_hpc.paths import resolve
-
-FULL_PRECISION_LIMIT_BYTES = 6_000_000
-"""Above this a weights file is stored as float16, so that it stays small enough to commit."""
 
 FEATURES_AT_ONCE = 16384
 """Features that are compared with the codebook together."""
-
-_NOT_ARCHITECTURE = {"weights"}
 
 
 def _norm(channels: int, present: bool = True) -> nn.Module:
@@ -330,70 +317,3 @@ def _check_architecture(config: ImageTokenizerConfig) -> None:
             f"the decoder enlarges by {upsampling}, the encoder reduces by {config.downsample}: give "
             "image_tokenizer.decoder_channel_multiplier 1 + log2(downsample / decoder_output_shuffle) entries"
         )
-
-
-def _architecture(config: ImageTokenizerConfig) -> str:
-    return json.dumps(config.model_dump(mode="json", exclude=_NOT_ARCHITECTURE), sort_keys=True)
-
-
-def _check_written_for(stored: str, config: ImageTokenizerConfig, path: Path) -> None:
-    """A file's own word on its architecture; a field that did not exist when it was written has its default."""
-    try:
-        written = _architecture(ImageTokenizerConfig.model_validate(json_value(stored)))
-    except ValueError as error:  # pydantic's and json's errors are ValueErrors
-        raise ValueError(f"image_tokenizer.weights: {path} names an unknown architecture ({error})") from None
-    if written != _architecture(config):
-        raise ValueError(
-            f"image_tokenizer.weights: {path} was written for {written} but the recipe says "
-            f"{_architecture(config)}: change the recipe's image_tokenizer section or the file"
-        )
-
-
-def weights_path(config: ImageTokenizerConfig) -> Path:
-    """Where `config.weights` lies; relative paths start at the project root."""
-    return resolve(config.weights)
-
-
-def load_image_tokenizer(config: ImageTokenizerConfig, device: torch.device | str) -> ImageTokenizer:
-    """Frozen float32 tokenizer with the weights of `config.weights`.
-
-    Raises ValueError if the file is missing, damaged or was written for another architecture.
-    """
-    path = weights_path(config)
-    if not path.is_file():
-        raise ValueError(
-            f"image_tokenizer.weights names {path}, which does not exist: give a file written by "
-            "save_image_tokenizer, or train one with recipe=tokenizer_tiny"
-        )
-    try:
-        weights, notes = read_weights(path)
-    except ValueError as error:
-        raise ValueError(f"image_tokenizer.weights: {error}") from None
-    if "image_tokenizer" in notes:
-        _check_written_for(notes["image_tokenizer"], config, path)
-    weights = {name: value.to(device).float() for name, value in weights.items()}
-    tokenizer = ImageTokenizer(config).to(device)
-    expected = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
-    faults = [k for k in expected.keys() | weights.keys() if k not in weights or weights[k].shape != expected.get(k)]
-    if faults:
-        raise ValueError(
-            f"image_tokenizer.weights: {path} does not fit the recipe's image_tokenizer section at "
-            f"{len(faults)} tensors, first {sorted(faults)[0]}: change the section or the file"
-        )
-    tokenizer.load_state_dict(weights)
-    tokenizer.encoder.recognise_gathering()
-    return tokenizer.requires_grad_(False).eval()
-
-
-def save_image_tokenizer(tokenizer: ImageTokenizer, path: Path | str, full_precision: bool = False) -> None:
-    """Write weights and architecture as safetensors: aside, flushed to disk, then renamed over `path`.
-
-    full_precision: as they are, whatever their size; an import changes no bit.
-    """
-    path = Path(path)
-    weights = {key: value.detach().cpu().contiguous() for key, value in tokenizer.state_dict().items()}
-    size = sum(math.prod(value.shape) * 4 for value in weights.values())
-    if size > FULL_PRECISION_LIMIT_BYTES and not full_precision:
-        weights = {key: value.half() for key, value in weights.items()}
-    with replacing(path) as aside:
-        save_file(weights, aside, metadata={"image_tokenizer": _architecture(tokenizer.config), "format": "pt"})

@@ -13,7 +13,8 @@ from torch import Tensor
 from realsr_hpc.config.derived import PIXELS_AT_ONCE
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.records import DegradationLabel, LQBatch, SceneText
-from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.vlcot.sequence import Trace, TraceCodec
 from realsr_hpc.vlcot.vocabulary import build_vocabulary

@@ -21,7 +21,8 @@ from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
 from realsr_hpc.files import replacing
 from realsr_hpc.parallel import backend
 from realsr_hpc.tokenizer.codebook import CodebookAverages
-from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 from realsr_hpc.tokenizer.start import start_decoder, start_encoder
 from realsr_hpc.tracking.tracker import Tracker
 from realsr_hpc.train.tokenizer_images import TokenizerImages, heldout_images, photographs_of

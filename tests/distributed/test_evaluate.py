@@ -15,7 +15,8 @@ from realsr_hpc.config.load import to_yaml
 from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig, VLCoTConfig
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.process_groups import initialise
-from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from tests.distributed.launcher import run_ranks
 

@@ -33,7 +33,8 @@ def make_run(folder: Path, wide: ParallelConfig) -> None:
     from realsr_hpc.export import export_run
     from realsr_hpc.model.policy import build_policy
     from realsr_hpc.parallel.process_groups import initialise
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.tokenizer.image import ImageTokenizer
+    from realsr_hpc.tokenizer.image_file import save_image_tokenizer
     from realsr_hpc.tokenizer.text import train_text_tokenizer
     from realsr_hpc.tokenizer.trace import TraceTokenizer
 

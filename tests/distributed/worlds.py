@@ -31,7 +31,8 @@ NARROW = [
 def with_image_tokenizer(overrides: list[str], folder: Path) -> RunConfig:
     """The recipe with `folder` as its output root and in it an image tokenizer of random weights, always the same."""
     from realsr_hpc.config.load import compose_one
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.tokenizer.image import ImageTokenizer
+    from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 
     weights = folder / "image_tokenizer.safetensors"
     config = compose_one([*overrides, f"image_tokenizer.weights={weights}", f"output_root={folder}"])

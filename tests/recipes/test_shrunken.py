@@ -120,7 +120,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def make_tokenizers(config: RunConfig, folder: Path) -> None:
     """Random image tokenizer and a small text tokenizer: what a 7B recipe reads from `weights/`."""
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.tokenizer.image import ImageTokenizer
+    from realsr_hpc.tokenizer.image_file import save_image_tokenizer
     from realsr_hpc.tokenizer.text import train_text_tokenizer
     from realsr_hpc.vlcot.sequence import FIELDS
 

@@ -66,7 +66,8 @@ def image_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights are enough to train on."""
     import torch
 
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.tokenizer.image import ImageTokenizer
+    from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 
     path = tmp_path_factory.mktemp("tokenizer") / "image_tokenizer.safetensors"
     torch.manual_seed(0)

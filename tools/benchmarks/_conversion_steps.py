@@ -47,7 +47,8 @@ def make_source(folder: Path, shape: list[str], shard_bytes: int) -> None:
     from realsr_hpc.export.weight_files import write_weights
     from realsr_hpc.model.chunks import WeightShapes
     from realsr_hpc.model.hf_mapping import hf_shapes
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.tokenizer.image import ImageTokenizer
+    from realsr_hpc.tokenizer.image_file import save_image_tokenizer
     from realsr_hpc.tokenizer.text import train_text_tokenizer
     from realsr_hpc.vlcot.sequence import FIELDS
     from realsr_hpc.vlcot.vocabulary import build_vocabulary

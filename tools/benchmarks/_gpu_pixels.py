@@ -10,7 +10,7 @@ from realsr_hpc.data.dali_operators import DALIOperators
 from realsr_hpc.data.dali_pipeline import DegradationPipeline
 from realsr_hpc.parallel import backend
 from realsr_hpc.rewards.mixture import RewardMixture
-from realsr_hpc.tokenizer.image import load_image_tokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer
 from tools.benchmarks._degradation_inputs import UPSCALE, realesrgan_inputs
 from tools.benchmarks._gpu_models import Figure, Size, seconds_of
 from tools.benchmarks.rewards import some_candidates

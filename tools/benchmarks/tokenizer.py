@@ -23,7 +23,8 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.decoding import BrokenImage, decode_image
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.paths import resolve
-from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer
 from realsr_hpc.train.tokenizer_measures import bicubic, psnr_db
 from tools.benchmarks._measure import show
 

@@ -22,7 +22,8 @@ from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfi
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.process_groups import initialise, shutdown
-from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 torch.set_num_threads(1)

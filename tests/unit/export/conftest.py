@@ -21,7 +21,8 @@ from realsr_hpc.model.hf_mapping import local_to_hf
 from realsr_hpc.model.policy import Policy, build_policy
 from realsr_hpc.parallel.process_groups import initialise, shutdown
 from realsr_hpc.quality.pyiqa_adapter import declare_torchvision_operators
-from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 from realsr_hpc.tokenizer.text import train_text_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.vlcot.sequence import FIELDS

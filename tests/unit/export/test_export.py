@@ -27,7 +27,7 @@ from realsr_hpc.export.weight_files import weight_files, write_weights
 from realsr_hpc.model.policy import build_policy
 from realsr_hpc.parallel.process_groups import initialise
 from realsr_hpc.paths import project_root
-from realsr_hpc.tokenizer.image import load_image_tokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.vocabulary import Vocabulary

@@ -48,7 +48,8 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     from realsr_hpc.export.hf_config import vq_config
     from realsr_hpc.export.image_weights import VQ_PREFIX, encoder_tensors
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.tokenizer.image import ImageTokenizer
+    from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 
     folder = tmp_path_factory.mktemp("stock")
     config: RunConfig = compose_one(recipe(folder))

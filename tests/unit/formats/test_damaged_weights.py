@@ -19,7 +19,7 @@ from realsr_hpc.launch.refusals import refuse_what_is_missing
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.niqe import NIQEModel
 from realsr_hpc.quality.ranker import Ranker
-from realsr_hpc.tokenizer.image import load_image_tokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer, save_image_tokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.tokenizer.whole_file import read_tree
 

@@ -18,7 +18,8 @@ from realsr_hpc.formats import open_source
 from realsr_hpc.formats.settings import setting_faults, sizes_of
 from realsr_hpc.model.chunks import WeightShapes
 from realsr_hpc.model.hf_mapping import hf_shapes
-from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from tests.unit.formats.layouts import (
     HEADS,
@@ -173,7 +174,7 @@ def test_a_decoder_inside_becomes_the_recipes_image_tokenizer(model, tmp_path):
 
 
 def test_an_encoder_of_another_tokenizer_is_refused(model, tmp_path):
-    from realsr_hpc.tokenizer.image import save_image_tokenizer
+    from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 
     source = write_folder(tmp_path / "source", model, state_of(model))
     done = import_weights(Sources(source), tmp_path / "alone", recipe())

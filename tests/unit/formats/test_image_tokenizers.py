@@ -17,7 +17,8 @@ from realsr_hpc.export.image_weights import image_shapes
 from realsr_hpc.formats import open_source
 from realsr_hpc.formats.llamagen import our_name
 from realsr_hpc.paths import project_root
-from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer
 from tests.unit.formats import reference_llamagen as reference
 from tests.unit.formats.layouts import recipe
 

@@ -28,7 +28,8 @@ from realsr_hpc.records import Case
 from realsr_hpc.restore import BestOf, RestoreSettings, open_restorer, open_with_options, with_sampling
 from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.policy_restorer import FIRST_ID, PolicyRestorer, sampling
-from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 
 torch.set_num_threads(1)

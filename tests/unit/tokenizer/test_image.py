@@ -7,7 +7,8 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from realsr_hpc.config.schema import ImageTokenizerConfig
 from realsr_hpc.tokenizer.codebook import CodebookAverages
-from realsr_hpc.tokenizer.image import ImageTokenizer, load_image_tokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer, save_image_tokenizer
 
 TINY = ImageTokenizerConfig(
     codebook_size=64, base_channels=32, latent_channels=16, decoder_channel_multiplier=(1, 1, 2),

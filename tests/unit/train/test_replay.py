@@ -32,7 +32,8 @@ KEPT = ["tracking.replay_every_steps=1", "checkpoint.every_steps=2", "tracking.r
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of two updates, all of them kept, with checkpoints of steps 2 and 3."""
-    from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+    from realsr_hpc.tokenizer.image import ImageTokenizer
+    from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 
     root = tmp_path_factory.mktemp("it's kept")
     weights = root / "image_tokenizer.safetensors"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from realsr_hpc.config.schema import DataConfig, ImageTokenizerConfig, RunConfig, TokenizerTrainingConfig
 from realsr_hpc.data.shapes import dead_leaves
-from realsr_hpc.tokenizer.image import load_image_tokenizer
+from realsr_hpc.tokenizer.image_file import load_image_tokenizer
 from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.train.tokenizer import TokenizerTraining, main

@@ -12,7 +12,8 @@ from skimage import data
 
 from realsr_hpc.config.load import compose_one
 from realsr_hpc.data.manifest import ManifestEntry, write_manifest
-from realsr_hpc.tokenizer.image import ImageTokenizer, save_image_tokenizer
+from realsr_hpc.tokenizer.image import ImageTokenizer
+from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.train import grpo, sft
 from tests.distributed.test_training import GRPO, SFT, SMALL
