@@ -12,6 +12,7 @@ import copy
 import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ from realsr_hpc.config.yaml_files import CUT_LINE, LAST_LINE, RecipeError, read_
 from realsr_hpc.files import first_line
 from realsr_hpc.paths import recipe_folders
 
+MOST_RUNS = 10_000
+"""Of one sweep; more is a slip of the pen, and takes minutes to be found out."""
+_KINDS = ("bool", "int", "float", "str")
+"""Of a plain value that a mapping such as `cluster.extra_sbatch` holds, as pydantic names them."""
 SCHEME_LINE = "# fields that the signature covers: "
 """First line of a resolved recipe, before `identity.scheme`."""
 
@@ -156,7 +161,8 @@ def validate(tree: object, *, source: str) -> RunConfig:
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_message(source, [_explain(item) for item in error.errors()])) from None
+        lines = dict.fromkeys(map(_explain, error.errors()))  # of a union every kind complains
+        raise RecipeError(_message(source, list(lines))) from None
     broken = faults(config)
     if broken:
         raise RecipeError(_message(source, broken))
@@ -226,6 +232,8 @@ def _expand(parsed: list[Override], multirun: bool) -> list[list[str]]:
             choices.append([f"{key}={value}" for value in item.sweep_string_iterator()])
         else:
             choices.append([item.input_line or ""])
+    if (count := math.prod(map(len, choices))) > MOST_RUNS:
+        raise RecipeError(f"{', '.join(swept)}: {count} runs; a sweep has at most {MOST_RUNS}, so give fewer values")
     return [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -327,6 +335,8 @@ def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
 def _explain(item: ErrorDetails) -> str:
     """One line about a fault that pydantic found: field, value, and what is valid there."""
     path = ".".join(str(part) for part in item["loc"])
+    if len(item["loc"]) > 1 and item["loc"][-1] in _KINDS:
+        return f"{path.rpartition('.')[0]}: {item['input']!r}: give text, a number, true or false"
     if not path:
         return f"holds no sections, but {item['input']!r:.60}; copy it again, or launch the run again to write it"
     if item["type"] == "extra_forbidden":

@@ -202,3 +202,13 @@ def test_axes_that_are_none_are_refused_by_file(text, tmp_path, monkeypatch):
     (tmp_path / "sweeps" / "mine.yaml").write_text(text)
     with pytest.raises(RecipeError, match="mine.yaml"):
         read_axes("mine")
+
+
+def test_a_value_of_no_kind_is_one_fault_and_a_sweep_of_too_many_runs_is_refused():
+    for value in ("null", "[a,b]", "{a:1}"):
+        with pytest.raises(
+            RecipeError, match=r"^recipe sft_tiny: cluster\.extra_sbatch\.mem: .*: give text, a number, true"
+        ):
+            compose(["recipe=sft_tiny", f"cluster.extra_sbatch={{mem:{value}}}"])
+    with pytest.raises(RecipeError, match="seed=range.*: 40000 runs; a sweep has at most 10000"):
+        compose(["recipe=sft_tiny", "seed=range(0,20000)", "optim.lr=1e-3,1e-4"], multirun=True)
