@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> int:
         limit, port = read_count(given, "limit", 1), read_count(given, "port")
         show = read_flag(given, "serve")
         output = Path(given["output"] or "").resolve()
+        if output.is_dir():
+            raise ValueError(f"output={output}: a folder; name a file, such as gallery.html")
         count = _write(given, limit, output)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -62,8 +62,9 @@ def refuse_what_would_be_lost(given: dict[str, str | None], overrides: list[str]
 
 def refuse_bad_output(output: str | None) -> None:
     """Raise ValueError, before anything is computed, if the table cannot be written."""
-    if output and Path(output).is_dir():
-        raise ValueError(f"output={output}: a folder; name a file, such as scores.csv")
+    if output and Path(output).exists() and not Path(output).is_file():
+        what = "a folder" if Path(output).is_dir() else "a device or pipe"
+        raise ValueError(f"output={output}: {what}; name a file, such as scores.csv")
     if output:
         writable_folder(Path(output).absolute().parent, "output")
 

@@ -106,6 +106,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(name, source, tmp_path, capsys
     [
         ("score input={source} output={file}/x.csv", "output={file} cannot be written (File exists)"),
         ("prepare-data source={source} output={source}/out captions={source}", "Is a directory"),
+        ("gallery evaluation={source} output={source}", "output={source}: a folder; name a file, such as gallery.html"),
+        ("score input={source} output=/dev/null", "output=/dev/null: a device or pipe; name a file"),
         ("restore export=x input={source} output={source}/out upscale=0", "upscale=0 is below 1; give one from 1 up"),
         ("evaluate images={source} set=unpaired data={source} upscale=65", "upscale=65 is above 64; give the set's"),
     ],
@@ -114,7 +116,7 @@ def test_what_the_system_refuses_or_no_number_can_be_is_one_line(command, line, 
     (file := tmp_path / "file").touch()
     assert commands.main(command.format(source=source, file=file).split()) == 2
     said = " ".join("".join(capsys.readouterr()).split())
-    assert line.format(file=file) in said and "Traceback" not in said
+    assert line.format(file=file, source=source) in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
