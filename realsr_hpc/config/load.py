@@ -335,8 +335,9 @@ def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
 def _explain(item: ErrorDetails) -> str:
     """One line about a fault that pydantic found: field, value, and what is valid there."""
     path = ".".join(str(part) for part in item["loc"])
-    if len(item["loc"]) > 1 and item["loc"][-1] in _KINDS:
-        return f"{path.rpartition('.')[0]}: {item['input']!r}: give text, a number, true or false"
+    field, _, kind = path.rpartition(".")
+    if kind in _KINDS:
+        return f"{field}: {item['input']!r}: give text, a number, true or false"
     if not path:
         return f"holds no sections, but {item['input']!r:.60}; copy it again, or launch the run again to write it"
     if item["type"] == "extra_forbidden":

@@ -27,7 +27,7 @@ def test_a_recipe_of_another_shape_is_refused(run, tmp_path, capsys):
 def test_only_a_checkpoint_of_the_run_is_exported(run, tmp_path, capsys):
     for named in (tmp_path, tmp_path / "none", run.folder / "checkpoints"):
         assert command("export_hf")([f"run={run.folder}", f"output={tmp_path / 'x'}", f"checkpoint={named}"]) == 2
-        assert f"checkpoint={named}: none of {run.folder}" in capsys.readouterr().err
+        assert f"checkpoint={named}: not a checkpoint of {run.folder}" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
