@@ -202,7 +202,8 @@ def test_faults_name_stage_and_field_before_anything_is_written(stages, said, ch
 
 def test_a_plan_names_what_is_missing_and_tells_limits_from_estimates(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    words = [f"output_root={tmp_path}", "evaluate:data=no such folder", "evaluate:set=paired", "plan=true"]
+    words = [f"output_root={tmp_path}", "evaluate:data=no such folder", "evaluate:set=paired", "evaluate:num_images=16"]
+    words.append("plan=true")
     assert main(["chain=tiny", *words, f"data.manifest={tmp_path / 'none.parquet'}"]) == 0
     shown = capsys.readouterr().out
     assert f"evaluate: data: {project_root() / 'no such folder'} is not there" in shown
