@@ -55,11 +55,9 @@ def export_policy(
 ) -> None:
     """Write a policy in memory to the folder `output`. Collective: every rank calls it, world rank 0 writes.
 
-    The folder is renamed from a temporary name when complete. Adapters are merged into the weights. ValueError if
-    `output` exists or the recipe's text tokenizer does not fit the vocabulary.
+    Adapters are merged into the weights. ValueError if `output` exists or the text tokenizer does not fit.
 
-    step, metrics, licence: for the model card. shard_bytes: largest size of a weights file. dtype: round the weights
-    to it; None keeps their dtype, so that an import restores them exactly.
+    step, metrics, licence: for the model card. dtype: round the weights to it; None: an import restores them exactly.
     """
     config = without_adapters(config)
     kept = next(policy.parameters()).dtype if dtype is None else dtype
