@@ -1,4 +1,4 @@
-"""Renamed: realsr-hpc import-weights has the same source=, output= and recipe=, and reads more formats.
+"""realsr-hpc import-hf is renamed: realsr-hpc import-weights has the same source=, output= and recipe=, more formats.
 
 It writes start weights (model.weights=DIR) and tokenizers, no longer a run folder.
 """
