@@ -56,12 +56,14 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ),
     ("train/scoring.py", f"{UPDATES}microbatches_are_scored_together_as_alone"): (
         ("not filled up", "(passes * together - len(microbatches))", "0"),
-        ("guided by itself", "rows[1] if guided else", "rows[0] if guided else"),
         (
             "one by one",
             "even_parts(len(microbatches), at_once, multiple)",
             "even_parts(len(microbatches), 1, multiple)",
         ),
+    ),
+    ("train/scoring.py", f"{STEP}guided_rollouts_are_scored_as_they_were_sampled"): (
+        ("guided by itself", "rows[1] if guided else", "rows[0] if guided else"),
     ),
     ("train/grpo.py", f"{STEP}the_policy_is_held_to_its_reference_and_not_to_itself"): (
         ("the policy as its reference", "logprobs_of(reference, scored", "logprobs_of(parts.policy, scored"),
@@ -155,6 +157,10 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ),
     (RESTORE_FOLDER, f"{RESTORE}results_of_other_settings_are_not_mixed"): (
         ("colours mixed", 'not in ("batch_size", "workers")', 'not in ("batch_size", "workers", "colour")'),
+    ),
+    ("restore/reasoning.py", "tests/unit/restore/test_reasoning.py"): (
+        ("the input as the result", 'columns["final"] = result.image', 'columns["final"] = lq'),
+        ("small images enlarged", "min(1.0, MAX_SIDE_PX / max(height, width))", "MAX_SIDE_PX / max(height, width)"),
     ),
     ("restore/image_files.py", "tests/unit/restore/test_names.py::test_a_profile_stays_where_the_colours_stay"): (
         ("a CMYK profile on RGB", "icc_profile if keeps_profile else None", "icc_profile"),
