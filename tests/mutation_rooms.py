@@ -8,6 +8,7 @@ TRAIN, UPDATES = "tests/unit/train/", "tests/unit/train/test_updates.py::test_"
 STEP, SFT = "tests/unit/train/test_step.py::test_", "tests/unit/train/test_sft.py::test_"
 RESTORE, OPENED = "tests/unit/restore/test_restore.py::test_", "tests/unit/restore/test_model.py::test_"
 RESTORE_FOLDER = "restore/image_folder.py"
+DRAWN = "tests/unit/behaviour/test_distribution.py::test_"
 AHEAD = "tests/unit/rollout/test_ahead.py::test_"
 
 ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
@@ -168,6 +169,12 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ("behaviour/draws.py", "tests/unit/behaviour/test_distribution.py"): (
         ("noise of -inf", "clamp_(max=1 - 2.0**-24)", "clamp_(max=1)"),
         ("noise of inf", ".add_(0.5)", ""),
+    ),
+    ("behaviour/draws.py", f"{DRAWN}streams_differ_by_seed_and_rollout_and_positions_do_not_depend_on_the_length"): (
+        ("another stream for each seed", "key=[seed, rollout_id]", "key=[rollout_id, seed]"),
+    ),
+    ("behaviour/distribution.py", f"{DRAWN}adaptive_support_follows_the_entropy_of_the_masked_row"): (
+        ("top-p of what top-k dropped", "tempered.masked_fill(~keep, -torch.inf).softmax", "tempered.softmax"),
     ),
     ("grpo/advantages.py", "tests/unit/grpo/test_advantages.py"): (
         ("always the unbiased std", "unbiased_std=config.unbiased_std,", "unbiased_std=True,"),

@@ -42,6 +42,10 @@ def test_adaptive_support_follows_the_entropy_of_the_masked_row():
     support = truncated_support(logits, allowed, Truncation(adaptive=True))
     assert support.sum() == expected
     assert logits[support].min() >= logits[allowed & ~support].max()
+    # top-p is then of what the adaptive k has kept
+    kept = logits[support].double().sort(descending=True).values.softmax(-1)
+    both = truncated_support(logits, allowed, Truncation(adaptive=True, top_p=0.5))
+    assert both.sum() == (kept.cumsum(-1) - kept < 0.5).sum() < expected / 2
 
 
 def test_entropy_ignores_masked_tokens():
@@ -55,6 +59,7 @@ def test_top_k_keeps_exactly_k_and_never_a_forbidden_token():
     assert support.sum(-1).tolist() == [2, 1]
     assert not support[:, 0].any()
     assert support[1].tolist() == allowed[1].tolist()
+    assert torch.equal(truncated_support(logits, allowed, Truncation(top_k=9)), allowed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,6 +185,8 @@ def test_streams_differ_by_seed_and_rollout_and_positions_do_not_depend_on_the_l
     assert np.array_equal(stream_keys(3, 9, 50)[:20], stream_keys(3, 9, 20))
     streams = [stream_keys(*pair, 20).tobytes() for pair in ((3, 9), (3, 10), (4, 9), (3, 9 + (1 << 40)))]
     assert len(set(streams)) == 4
+    # another key would be another run from the same seed
+    assert stream_keys(3, 9, 2).tolist() == [[1433213821, 448920206], [1323938316, 104828565]]
 
 
 @pytest.mark.parametrize("vocabulary", [8, 13, 100])
