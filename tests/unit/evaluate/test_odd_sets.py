@@ -95,7 +95,7 @@ def test_a_flat_image_has_no_niqe_and_the_reason_is_not_its_size(tmp_path):
     cases, _ = open_set("unpaired", tmp_path / "set", 4)
     report = evaluate({BICUBIC: Bicubic(4)}, cases, tmp_path / "out", metrics=Metrics(), set_name="mine")
     assert report.interval(BICUBIC, "niqe").num_images == 1
-    assert "niqe of bicubic is without 1 of 2 images, first flat (flat: fewer than two" in report.markdown()
+    assert "niqe of bicubic is without 1 of 2 images, first flat (too flat: its patches" in report.markdown()
 
 
 def test_names_of_any_bytes_are_evaluated(tmp_path):
