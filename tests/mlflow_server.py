@@ -34,7 +34,7 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL, in the middle of whatever it does, and until it is gone; its database goes on."""
-        server, deadline = int((self.root / "server.pid").read_text()), time.time() + 60
+        server, deadline = int((self.root / "server.pid").read_text()), time.time() + 180
         with suppress(ProcessLookupError):
             os.killpg(server, signal.SIGKILL)
             while time.time() < deadline:
