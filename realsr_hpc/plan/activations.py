@@ -86,17 +86,16 @@ def logit_bytes(config: RunConfig, shape: MicrobatchShape, *, gradient: bool) ->
 
 
 def _bytes_a_logit(config: RunConfig, *, gradient: bool) -> tuple[int, int]:
-    """Of a chunk: all that is alive together (a logit, its mask, its exponential or gradient), and what is still there
-    when the next chunk begins."""
+    """Of a chunk: all that is alive together (a logit, its mask, its exponential or gradient), and what a backward pass
+    has not yet released when the next chunk begins."""
     if config.task == "sft":  # logits and their softmax, for the z-loss; the gradient, and its copy in bf16
         return 8, 4 + (2 if width(config) == 2 else 0)
     if guided(config) and not gradient:  # both streams' logits and what guidance makes of them
-        return 12, 4
-    alone, left = 6 + width(config), 2 + (2 if truncated(config) else 0) + (8 if guided(config) else 0)
-    if gradient:
-        alone += 16 if config.grpo.entropy_weight != 0.0 else 0
-        alone += 4 if guided(config) else 0
-        left += 2 if width(config) == 2 else 0
+        return 12, 0
+    if not gradient:  # a float32 logit, its mask and the mask's inverse
+        return 6 + (1 if truncated(config) else 0), 0
+    alone = 6 + width(config) + (16 if config.grpo.entropy_weight != 0.0 else 0) + (4 if guided(config) else 0)
+    left = 2 + (2 if truncated(config) else 0) + (8 if guided(config) else 0) + (2 if width(config) == 2 else 0)
     return alone, left
 
 
