@@ -273,10 +273,16 @@ def _describe(config: RunConfig, run_dir: Path) -> str:
 
 
 def _log_params(mlflow: MlflowClient, run_id: str, config: RunConfig) -> None:
-    """Log the recipe's fields as parameters, in batches below MLflow's limits."""
+    """Log the recipe's fields as parameters, in batches below MLflow's limits.
+
+    Parameters that the run has stay as they are, because MLflow refuses to change one: a run that was moved, and whose
+    bookmark was lost, has another output root.
+    """
     from mlflow.entities import Param
 
-    params = [Param(key, text) for name, value in flatten(config).items() for key, text in _in_parts(name, value)]
+    texts = dict(part for name, value in flatten(config).items() for part in _in_parts(name, value))
+    there = mlflow.get_run(run_id).data.params
+    params = [Param(key, text) for key, text in texts.items() if key not in there]
     for start in range(0, len(params), PARAMS_A_BATCH):
         mlflow.log_batch(run_id, params=params[start : start + PARAMS_A_BATCH])
 

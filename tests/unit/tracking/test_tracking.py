@@ -183,3 +183,11 @@ def test_preparing_twice_gives_one_run(root):
     first = prepare_run(config, run_dir)
     (run_dir / "mlflow.json").unlink()
     assert prepare_run(config, run_dir) == first
+
+
+def test_a_moved_run_without_its_bookmark_keeps_the_parameters_it_was_logged_with(root):
+    config, run_dir = make_run(root, "moved", uri=f"sqlite:///{root}/mlflow.db")
+    first = prepare_run(config, run_dir)
+    (run_dir / "mlflow.json").unlink()
+    assert prepare_run(config.model_copy(update={"output_root": "/elsewhere"}), run_dir) == first
+    assert client(config.tracking.uri).get_run(first).data.params["output_root"] == config.output_root
