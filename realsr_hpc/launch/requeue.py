@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -32,16 +32,23 @@ def requeue(job_id: str, patience_s: float = PATIENCE_S, sleep: Callable[[float]
     if shutil.which("scontrol") is None:
         print(f"requeue {job_id}: this node has no scontrol", flush=True)
         return False
-    waited, pause = 0.0, FIRST_PAUSE_S
-    while True:
+    for pause in [*pauses(patience_s), None]:
         code, text = _scontrol("requeue", job_id)
         print(f"requeue {job_id}: {code} {text.strip()}", flush=True)
         # A negative code: scontrol was killed by a signal, because the requeue it asked for already ends this job.
         if code <= 0 or any(word in text for word in ALREADY_REQUEUED):
             return True
-        if any(word in text for word in FINAL) or waited >= patience_s:
-            return False
+        if pause is None or any(word in text for word in FINAL):
+            break
         sleep(pause)
+    return False
+
+
+def pauses(patience_s: float) -> Iterator[float]:
+    """Seconds to wait between attempts: they double up to LAST_PAUSE_S, until they sum to the patience."""
+    waited, pause = 0.0, FIRST_PAUSE_S
+    while waited < patience_s:
+        yield pause
         waited, pause = waited + pause, min(2 * pause, LAST_PAUSE_S)
 
 

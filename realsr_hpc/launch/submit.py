@@ -23,7 +23,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import writable_folder, write_atomically
 from realsr_hpc.launch.console import plan_text
 from realsr_hpc.launch.prune import link_code
-from realsr_hpc.launch.requeue import FIRST_PAUSE_S, LAST_PAUSE_S, PATIENCE_S
+from realsr_hpc.launch.requeue import PATIENCE_S, pauses
 from realsr_hpc.launch.rundir import (
     ALIVE,
     Queue,
@@ -121,20 +121,17 @@ def submit_patiently(
 
     For a launcher that follows a sweep for hours. Raises SlurmAway if the controller does not come back.
     """
-    waited, pause = 0.0, FIRST_PAUSE_S
-    while True:
+    for pause in pauses(PATIENCE_S):
         try:
             found = submit_into(folders, sweep=sweep, varied=varied)
             away = next((item.note for item in found if item.failed and AWAY in item.note.lower()), "")
-            if not away or waited >= PATIENCE_S:
+            if not away:
                 return found
         except SlurmAway as error:
-            if waited >= PATIENCE_S:
-                raise
             away = str(error)
         say(f"{away}; asking again in {pause:.0f} s")
         sleep(pause)
-        waited, pause = waited + pause, min(2 * pause, LAST_PAUSE_S)
+    return submit_into(folders, sweep=sweep, varied=varied)
 
 
 def _queue(folders: list[tuple[RunConfig, Path]]) -> Queue:

@@ -79,8 +79,9 @@ def restore_images(
     """Restore images uint8 [h, w, 3] of any size; their tiles share batches. on_tiles: called with the size of each
     finished batch.
 
-    A tile's random draws depend on its number within the image, not on other images or the number of workers. In bf16,
-    rounding may still differ between calls, because look-ahead chooses its width by measured speed.
+    A tile's random draws depend on its number within the image, not on other images or the number of workers. Rounding
+    follows the shapes of batches: in float32 a few of 100,000 pixel values differ by one level. In bf16 tokens may
+    differ, also between calls, because look-ahead chooses its width by measured speed.
     """
     canvases = [_Canvas(image, settings) for image in images]
     work = [(canvas, number) for canvas in canvases for number in range(len(canvas.corners))]

@@ -5,40 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from realsr_hpc import checkpoint
 from realsr_hpc.commands import evaluate
 from realsr_hpc.config.learning import RewardsConfig, RewardTerm
-from realsr_hpc.config.load import to_yaml
-from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig, VLCoTConfig
-from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.process_groups import initialise
-from realsr_hpc.tokenizer.image import ImageTokenizer
-from realsr_hpc.tokenizer.image_file import save_image_tokenizer
-from realsr_hpc.tokenizer.trace import TraceTokenizer
 from tests.distributed.launcher import run_ranks
+from tests.random_run import random_checkpoint, random_recipe
 
 
 def make_run(folder: Path) -> None:
     """One layer and an image tokenizer, both at random, with a checkpoint."""
-    image = ImageTokenizerConfig(weights=str(folder / "image.safetensors"), codebook_size=40, base_channels=32)
-    torch.manual_seed(0)
-    save_image_tokenizer(ImageTokenizer(image), folder / "image.safetensors")
-    config = RunConfig(
-        name="tiny",
-        task="grpo",
-        image_tokenizer=image,
-        vlcot=VLCoTConfig(instruction="restore: <|image|>", max_text_tokens=4),
-        model=ModelConfig(num_layers=1, hidden_size=32, num_heads=2, ffn_hidden_size=48),
-        rewards=RewardsConfig(terms={"fidelity": RewardTerm(kind="fidelity")}),
-    )
-    (folder / "recipe.yaml").write_text(to_yaml(config))
-    groups = initialise(config.parallel, config.seed)
-    policy = build_policy(config, groups, TraceTokenizer.load(config, groups.device).codec.vocabulary.size)
-    state = {"step": 1, "data": {}, "counters": {}, "run_id": None}
-    checkpoint.save(folder / "checkpoints", 1, policy, None, state, checkpoint.Keep(last=1))
+    terms = {"fidelity": RewardTerm(kind="fidelity")}
+    random_checkpoint(folder, random_recipe(folder, rewards=RewardsConfig(terms=terms)), 1)
 
 
 def run_tool(arguments: list[str]) -> int:

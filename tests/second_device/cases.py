@@ -103,6 +103,7 @@ def train_and_use(recipe: list[str], folder: Path, use: bool) -> dict[str, Any]:
 
     from realsr_hpc.commands import evaluate, restore
     from realsr_hpc.config.load import to_yaml
+    from realsr_hpc.parallel import backend
     from realsr_hpc.tracking.spool import metrics_by_step
     from realsr_hpc.train import grpo, sft
 
@@ -120,9 +121,10 @@ def train_and_use(recipe: list[str], folder: Path, use: bool) -> dict[str, Any]:
         }
     }
     if use:
+        backend.workers = lambda where: 1  # the same batches on both devices: convolutions round by them
         given = [f"run={run_dir}", "temperature=0.7", "image_top_k=20", "cfg_scale=1.5"]
         assert restore.main([*given, f"input={small_photograph(folder)}", f"output={folder / 'restored'}"]) == 0
-        assert evaluate.main([f"run={run_dir}", "num_images=1", "pyiqa=none", f"output={folder / 'report'}"]) == 0
+        assert evaluate.main([f"run={run_dir}", "num_images=2", "pyiqa=none", f"output={folder / 'report'}"]) == 0
         result["images"] = pixels_of(folder / "restored") | pixels_of(folder / "report" / "images")
     return result
 

@@ -13,18 +13,13 @@ import torch
 from PIL import Image
 from skimage import data
 
-from realsr_hpc import checkpoint
 from realsr_hpc.artifacts import restoration
 from realsr_hpc.artifacts.restoration import Restoration, RestoredTile
 from realsr_hpc.config.learning import RewardsConfig, RewardTerm
-from realsr_hpc.config.load import compose_one, to_yaml
-from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig, VLCoTConfig
+from realsr_hpc.config.load import compose_one
 from realsr_hpc.data.loader import LQLoader
-from realsr_hpc.model.policy import build_policy
-from realsr_hpc.parallel.process_groups import initialise, shutdown
-from realsr_hpc.tokenizer.image import ImageTokenizer
-from realsr_hpc.tokenizer.image_file import save_image_tokenizer
-from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.parallel.process_groups import shutdown
+from tests.random_run import random_checkpoint, random_recipe
 
 torch.set_num_threads(1)
 
@@ -37,23 +32,8 @@ def command(name: str):
 def run_dir(tmp_path_factory) -> Path:
     """One layer and an image tokenizer, both at random, with a checkpoint of step 3."""
     folder = tmp_path_factory.mktemp("run")
-    image = ImageTokenizerConfig(weights=str(folder / "image.safetensors"), codebook_size=40, base_channels=32)
-    torch.manual_seed(0)
-    save_image_tokenizer(ImageTokenizer(image), folder / "image.safetensors")
-    config = RunConfig(
-        name="tiny",
-        task="grpo",
-        image_tokenizer=image,
-        vlcot=VLCoTConfig(instruction="restore: <|image|>", max_text_tokens=4),
-        model=ModelConfig(num_layers=1, hidden_size=32, num_heads=2, ffn_hidden_size=48),
-        rewards=RewardsConfig(terms={"fidelity": RewardTerm(kind="fidelity"), "format": RewardTerm(kind="format")}),
-    )
-    (folder / "recipe.yaml").write_text(to_yaml(config))
-    groups = initialise(config.parallel, config.seed)
-    tokens = TraceTokenizer.load(config, groups.device)
-    policy = build_policy(config, groups, tokens.codec.vocabulary.size)
-    state = {"step": 3, "data": {}, "counters": {}, "run_id": None}
-    checkpoint.save(folder / "checkpoints", 3, policy, None, state, checkpoint.Keep(last=1))
+    terms = {"fidelity": RewardTerm(kind="fidelity"), "format": RewardTerm(kind="format")}
+    random_checkpoint(folder, random_recipe(folder, rewards=RewardsConfig(terms=terms)), 3)
     yield folder
     shutdown()
 

@@ -9,28 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from realsr_hpc import checkpoint
 from realsr_hpc.config.derived import widest_lookahead
 from realsr_hpc.config.learning import RestoreConfig, RolloutConfig
 from realsr_hpc.config.restoring import RESTORING
 from realsr_hpc.config.schema import (
-    ImageTokenizerConfig,
     ModelConfig,
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
-    VLCoTConfig,
 )
-from realsr_hpc.model.policy import Policy, build_policy
+from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel import backend
-from realsr_hpc.parallel.process_groups import initialise, shutdown
+from realsr_hpc.parallel.process_groups import shutdown
 from realsr_hpc.records import Case
 from realsr_hpc.restore import BestOf, RestoreSettings, open_restorer, open_with_options, with_sampling
 from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.policy_restorer import FIRST_ID, PolicyRestorer, sampling
-from realsr_hpc.tokenizer.image import ImageTokenizer
-from realsr_hpc.tokenizer.image_file import save_image_tokenizer
-from realsr_hpc.tokenizer.trace import TraceTokenizer
+from tests.random_run import LAYER, random_checkpoint, random_recipe
 
 torch.set_num_threads(1)
 Opened = tuple[RunConfig, Path, PolicyRestorer, Policy]
@@ -40,22 +35,12 @@ Opened = tuple[RunConfig, Path, PolicyRestorer, Policy]
 def opened(tmp_path_factory):
     """A recipe of several processes and FP8 rollouts, a checkpoint of weights that are not its start's, and both."""
     folder = tmp_path_factory.mktemp("run")
-    image = ImageTokenizerConfig(weights=str(folder / "image.safetensors"), codebook_size=40, base_channels=32)
-    save_image_tokenizer(ImageTokenizer(image), folder / "image.safetensors")
-    config = RunConfig(
-        name="tiny",
-        task="grpo",
-        image_tokenizer=image,
-        vlcot=VLCoTConfig(instruction="restore: <|image|>", max_text_tokens=4),
-        model=ModelConfig(num_layers=1, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48),
-        rollout=RolloutConfig(cfg_scale=1.5, grammar="modality", max_new_tokens=600),
-    )
-    groups = initialise(config.parallel, config.seed)
-    trained = build_policy(config, groups, TraceTokenizer.load(config, groups.device).codec.vocabulary.size)
-    for parameter in trained.parameters():
-        parameter.data.mul_(1.1)
-    state = {"step": 3, "data": {}, "counters": {}, "run_id": None}
-    checkpoint.save(folder / "checkpoints", 3, trained, None, state, checkpoint.Keep(last=1))
+    sections = {
+        "model": ModelConfig(**{**LAYER, "num_heads": 4, "num_kv_heads": 2}),
+        "rollout": RolloutConfig(cfg_scale=1.5, grammar="modality", max_new_tokens=600),
+    }
+    config = random_recipe(folder, **sections)
+    trained = random_checkpoint(folder, config, 3, scale=1.1)
     elsewhere = config.model_copy(
         update={
             "parallel": ParallelConfig(tp=2),
