@@ -83,7 +83,7 @@ def find_files(source: Path, given: dict[str, str | None]) -> tuple[dict[Path, s
     root = source if source.is_dir() else source.parent
     files = {file: str(file.relative_to(root)) for file in found if not file.name.endswith(".steps.jpg")}
     if not files:
-        raise ValueError(f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(f"input={source}: no images found; known endings: {', '.join(sorted(SUFFIXES))}")
     for field in ("truth", "lq"):
         folder = given[field]
         missing = [printable(name) for name in files.values() if folder and not (Path(folder) / name).is_file()]

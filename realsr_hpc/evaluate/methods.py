@@ -50,7 +50,7 @@ class FinishedImages:
         found = [path for path in images_below(folder, unread) if not restoration.is_steps(path)]
         if not found:
             told = "".join(f" ({name}: {why})" for name, why in list(unread.items())[:1])
-            raise ValueError(f"{folder}: no images there{told}; name the folder of the method's results")
+            raise ValueError(f"{folder}: no images found{told}; name the folder of the method's results")
         for name, why in unread.items():
             log.warning("left out: %s: %s", name, why)
         self._names = dict(zip(names_of(found, folder), found, strict=True))

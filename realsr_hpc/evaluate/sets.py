@@ -181,7 +181,7 @@ def _unpaired(folder: Path, unread: dict[str, str]) -> list[tuple[str, Path, Pat
     files = images_below(place, unread)
     if not files:
         raise ValueError(
-            f"data={folder}: no images there, nor in a folder lq; known endings: {', '.join(sorted(SUFFIXES))}"
+            f"data={folder}: no images found, nor in a folder lq; known endings: {', '.join(sorted(SUFFIXES))}"
         )
     return [(key, path, None) for key, path in zip(names_of(files, place), files, strict=True)]
 

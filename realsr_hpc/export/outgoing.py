@@ -141,7 +141,7 @@ def export_run(
     groups = initialise(layout_here(config), config.seed)
     path = checkpoint_path or checkpoint.resume_path(runfolder.checkpoints(run_dir), groups)
     if path is None:
-        raise ValueError(f"run={run_dir} has no whole checkpoint under checkpoints/; let the run reach its first one")
+        raise ValueError(f"run={run_dir} has no complete checkpoint under checkpoints/; let it reach its first one")
     if checkpoint_path is not None:
         checkpoint.refuse_damaged(checkpoint_path, groups)
     tokens = TraceTokenizer.load(config, groups.device)

@@ -43,7 +43,7 @@ class BestOf:
         self.restorer, self.count, self.expert = restorer, count, expert
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
-        """One image per case. A candidate without an image is chosen only if none has one."""
+        """The chosen candidate of each case. One without an image is chosen only if no candidate has an image."""
         found = self.restorer.candidates(cases, self.count)
         return [self._choose(candidates, case) for candidates, case in zip(found, cases, strict=True)]
 
@@ -53,7 +53,7 @@ class BestOf:
             return found[0]
         if self.expert is None:
             return _mean(given)
-        scores = np.full(len(found), -np.inf)
+        scores = np.full(len(found), -np.inf)  # candidates without an image or a score rank last
         scores[[item.image is not None for item in found]] = np.nan_to_num(self.expert(given, case), nan=-np.inf)
         best = int(scores.argmax())
         item = found[best]
@@ -61,7 +61,7 @@ class BestOf:
 
 
 def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
-    """The expert named `choice`, one of `config.restoring.CHOICES` or pyiqa:METRIC; None for `mean`.
+    """The expert named `choice`: one of `config.restoring.CHOICES` or pyiqa:METRIC. None for `mean`.
 
     Raises ValueError for any other name, or if its weights are missing.
     """
@@ -83,6 +83,7 @@ def build_chooser(choice: str, weights_dir: str | None = None) -> Expert | None:
 
 def _mean(given: list[RestoredImage]) -> RestoredImage:
     """Pixel means of the rough, middle and final images, with the texts of the candidate nearest to the mean."""
+    # [candidates, H, W, 3]
     finals = np.stack([item.image for item in given if item.image is not None]).astype(np.float32)
     distances = np.square(finals - finals.mean(0)).mean((1, 2, 3))
     nearest = given[int(distances.argmin())]

@@ -13,7 +13,7 @@ _LEVELS = 5
 
 
 def fix_colour(image: np.ndarray, reference: np.ndarray, how: ColourFix) -> np.ndarray:
-    """uint8 [H, W, 3] with the colours of `reference`, the input resized to the same shape.
+    """The image, uint8 [H, W, 3], with the colours of `reference`, which is the input resized to the same shape.
 
     wavelet: low frequencies from the reference, high frequencies from the image. adain: each channel gets the
     reference's mean and standard deviation.
@@ -26,8 +26,10 @@ def fix_colour(image: np.ndarray, reference: np.ndarray, how: ColourFix) -> np.n
 
 
 def low_frequencies(planes: Tensor) -> Tensor:
-    """Low-pass residual [3, H, W] after five levels of the à trous transform: taps 1 2 1 with dilation 1, 2, 4, 8, 16
-    px."""
+    """Low-pass residual [3, H, W] after five levels of the à trous wavelet transform.
+
+    Each level filters rows and columns with the taps 1/4, 1/2, 1/4, dilated by 1, 2, 4, 8 and 16 px.
+    """
     taps = torch.tensor([0.25, 0.5, 0.25])
     for level in range(_LEVELS):
         spread = 2**level

@@ -19,7 +19,7 @@ RESERVED = ("restore",)
 
 @dataclass(frozen=True)
 class Picture:
-    """The pixels of a file, and what is needed to write the result in the same form."""
+    """The pixels of a file, and its alpha, grey mode and colour profile, which the result is written with."""
 
     rgb: np.ndarray
     """uint8 [h, w, 3]."""
@@ -30,9 +30,9 @@ class Picture:
 
 
 def find_images(source: Path, output: Path) -> tuple[list[Path], dict[str, str]]:
-    """Images below a folder, sorted by name, or the single file; and by path, why other images cannot be read.
+    """Images below a folder, sorted by name, or the single file; and by path the reason why other images are not read.
 
-    Files below `output` are left out.
+    Files below `output` are excluded.
     """
     if source.is_file():
         return [source], {}
@@ -67,8 +67,10 @@ def read_picture(path: Path) -> Picture:
 
 
 def write_picture(pixels: np.ndarray, picture: Picture, target: Path) -> None:
-    """Write uint8 [H, W, 3] as PNG with `picture`'s alpha, grey mode and profile. The file is renamed into place, so it
-    is complete if it exists."""
+    """Write uint8 [H, W, 3] as PNG with `picture`'s alpha, grey mode and profile.
+
+    The file is renamed into place, so it is complete if it exists.
+    """
     image = Image.fromarray(pixels)
     if picture.is_grey:
         image = image.convert("L")

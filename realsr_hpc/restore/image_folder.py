@@ -26,7 +26,7 @@ from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_t
 
 @dataclass
 class RestoreTally:
-    """Counts which files of a folder are done, skipped or failed; filled in while they are restored."""
+    """Lists which files of a folder are done, skipped or failed; filled in during restoring."""
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -37,10 +37,10 @@ class RestoreTally:
     """Tiles without an image from the model; they were upscaled bicubically."""
 
     def __str__(self) -> str:
-        lines = [f"{len(self.done)} restored, {len(self.skipped)} already there, {len(self.failed)} failed"]
+        lines = [f"{len(self.done)} restored, {len(self.skipped)} already done, {len(self.failed)} failed"]
         if self.num_tiles_bicubic:
             lines.append(
-                f"{self.num_tiles_bicubic} of {self.num_tiles} tiles are bicubic: the model gave no image there"
+                f"{self.num_tiles_bicubic} of {self.num_tiles} tiles are bicubic, because the model gave no image"
             )
         return printable("\n".join(lines + [f"  {name}: {reason}" for name, reason in self.failed.items()]))
 
@@ -69,7 +69,7 @@ def restore_folder(
 
     Raises:
         ValueError: before anything is written, if there is no image, or if `output` is the folder of the inputs, cannot
-            be written, is written by another process, or has results of other settings or other files of these names.
+            be written, is in use by another process, or has results of other settings or other files of these names.
     """
     root, files, unread = inputs_of(source, output)
     with sole_writer(output):
@@ -77,20 +77,20 @@ def restore_folder(
 
 
 def inputs_of(source: Path, output: Path) -> tuple[Path, list[Path], dict[str, str]]:
-    """The inputs' own folder, the files to restore, and why by path for those that are not read.
+    """The inputs' folder, the files to restore, and by path the reason why other images are not read.
 
-    ValueError, without a model having been loaded: there is nothing to read, or results would stand among the inputs.
+    Needs no model. ValueError if there is nothing to read, or if `output` is the folder of the inputs.
     """
     root = source if source.is_dir() else source.parent
     if output.resolve() == root.resolve():
         raise ValueError(
-            f"output={output} is the folder of the input: results would stand among the inputs; name another"
+            f"output={output} is the folder of the input, where results would mix with inputs; name another"
         )
     files, unread = find_images(source, output)
     if not files:
         told = "; ".join(f"{name}: {why}" for name, why in unread.items())
         raise ValueError(
-            f"input={source}: no images there; known endings: {', '.join(sorted(SUFFIXES))} {told}".strip()
+            f"input={source}: no images found; known endings: {', '.join(sorted(SUFFIXES))} {told}".strip()
         )
     return root, files, unread
 
@@ -123,7 +123,7 @@ def _restore_missing(
 
 
 def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: RestoreTally) -> Iterator[list[_Work]]:
-    """Readable files, in groups whose tiles fill the batches of all workers."""
+    """Readable files, in parts whose tiles fill the batches of all workers; unreadable files are reported as failed."""
     part: list[_Work] = []
     waiting = 0
     for file, target in missing.items():
@@ -142,13 +142,13 @@ def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: Restore
 
 
 def _said(work: _Work, result: Blended) -> str:
-    """The line that reports a restored file."""
-    count, named = len(result.tiles), result.tiles[0].degradation or "nothing well formed"
+    """The progress line of a restored file."""
+    count, named = len(result.tiles), result.tiles[0].degradation or "not well-formed"
     return printable(f"{work.target}: {count} tile{'s' if count > 1 else ''}, the first: {named}")
 
 
 def _write(work: _Work, result: Blended, settings: RestoreSettings, report: RestoreTally, steps: bool) -> None:
-    """Write the reasoning first and the image last, after removing an older one: an image that exists is complete."""
+    """Remove an older image, write the reasoning, then the image: an image that exists has its reasoning."""
     try:
         work.target.parent.mkdir(parents=True, exist_ok=True)
         work.target.unlink(missing_ok=True)
@@ -163,7 +163,7 @@ def _write(work: _Work, result: Blended, settings: RestoreSettings, report: Rest
 
 
 def _is_done(file: Path, target: Path) -> bool:
-    """Whether `target` is the finished result of `file`. ValueError if another file occupies its place."""
+    """Whether `target` is the finished result of `file`. ValueError if it is another file's result or not a result."""
     if not target.exists():
         return False
     if not restoration.record_file(target).exists():

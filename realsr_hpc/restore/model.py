@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRestorer:
-    """A restorer in this process, without model parallelism; with several processes, each opens its own.
+    """Open a restorer in this process, without model parallelism; with several processes, each opens its own.
 
     checkpoint_path None: use the recipe's start weights. Raises ValueError if there are neither.
     """
@@ -62,7 +62,7 @@ def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None,
 
 
 def origin_of(name: str) -> str:
-    """What restores, told from others wherever its folder is moved: its last names, and a digest of its list of files.
+    """Identifies a model wherever its folder is moved: the folder's last names, and a digest of its list of files.
 
     name: as `find_model` gives it; empty: unknown.
     """
@@ -98,7 +98,7 @@ def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[Run
 
     newest = checkpoint.latest(runfolder.checkpoints(run_dir))
     if newest is None:
-        raise ValueError(f"run={run_dir} has no whole checkpoint under checkpoints/; let it reach its first one")
+        raise ValueError(f"run={run_dir} has no complete checkpoint under checkpoints/; let it reach its first one")
     return config, newest
 
 

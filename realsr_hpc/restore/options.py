@@ -17,7 +17,7 @@ from realsr_hpc.restore.model import open_restorer, origin_of
 from realsr_hpc.restore.tiles import Restorer, RestoreSettings
 
 MEMORY_SHARE = 0.5
-"""Share of the free memory that keys and values may use; the rest is for decoding and images."""
+"""Share of the free memory that keys and values may use; the rest is for activations and images."""
 
 
 def open_with_options(
@@ -64,6 +64,6 @@ def open_with_options(
 
 
 def _batch_size(device: torch.device, count: int, tile_bytes: int, workers: int) -> int:
-    """Tiles of one batch, `count` candidates each: as many as speed up decoding and fit the free memory."""
+    """Tiles per batch, with `count` candidates each: the most that still speed up decoding and fit the free memory."""
     fitting = int(MEMORY_SHARE * backend.free_bytes(device) / workers / tile_bytes)
     return max(1, min(backend.rows_at_once(device) // count, fitting))

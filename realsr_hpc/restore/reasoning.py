@@ -1,4 +1,4 @@
-"""Writes the reasoning beside a restored image: NAME.json for programs, NAME.steps.jpg for people."""
+"""Writes the reasoning beside a restored image: NAME.json to be parsed, NAME.steps.jpg to be looked at."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHARACTER_PX = 6
 
 
 def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended, made_by: str, steps: bool) -> None:
-    """Write the record of `source`, restored as `target`, and with `steps` its NAME.steps.jpg. lq: uint8 [h, w, 3].
+    """Write the record of `source`, restored as `target`; `steps`: also NAME.steps.jpg. lq: uint8 [h, w, 3].
 
     The record has the input's absolute path and a digest of its content, so that a later reader can tell whether the
     file has been replaced.
@@ -58,7 +58,7 @@ def _words(result: Blended) -> list[str]:
     said = [first.degradation, *first.texts]
     names = ("degradation", *IMAGE_NAMES)
     of = f" (tile 1 of {len(result.tiles)})" if len(result.tiles) > 1 else ""
-    return [f"{name}{of}: {text or 'nothing well formed'}" for name, text in zip(names, said, strict=True)]
+    return [f"{name}{of}: {text or 'not well-formed'}" for name, text in zip(names, said, strict=True)]
 
 
 def _columns(width_px: int) -> int:

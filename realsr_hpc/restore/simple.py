@@ -20,12 +20,12 @@ from realsr_hpc.restore.tiles import Restorer, RestoreSettings, restore_images
 
 @dataclass(frozen=True)
 class Result:
-    """A restored image with what the policy said about it."""
+    """A restored image with the policy's reasoning."""
 
     image: Image.Image
     """RGB, the input's size times `upscale`."""
     tiles: tuple[RestoredTile, ...]
-    """What the policy said about each tile: the degradation it named, its three texts, faults."""
+    """The policy's reasoning for each tile: the degradation that it named, its three texts, format faults."""
 
 
 class Model:
@@ -35,8 +35,11 @@ class Model:
         self.restorer, self.settings = restorer, settings
 
     def restore(self, image: Image.Image | str | Path) -> Result:
-        """One image of any size, seen as `realsr-hpc restore` sees files: upright, more than 8 bits scaled, without
-        transparency. ValueError for a file that is not an image."""
+        """Restore one image of any size.
+
+        It is decoded as `realsr-hpc restore` decodes files: turned upright, scaled to 8 bits, transparency removed.
+        BrokenImage, a ValueError, for a file that is not an image.
+        """
         if isinstance(image, Image.Image):
             pixels = np.array(upright_8_bit(image).convert("RGB"))
         else:

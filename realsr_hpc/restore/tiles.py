@@ -23,16 +23,18 @@ from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 Restorer = Callable[[Sequence[Case]], list[RestoredImage]]
 STEPS = IMAGE_NAMES[:-1]
-"""Images that a model makes on its way to the final one."""
+"""Names of the intermediate images: rough, middle."""
 
 
 @dataclass(frozen=True)
 class RestoreSettings:
-    """How an image is cut into tiles and what restores it. Stored with the results, so that results of different
-    settings never mix."""
+    """How an image is cut into tiles, and which model restores them.
+
+    Stored with the results, so that results of different settings never mix.
+    """
 
     source: str
-    """What restores (`origin_of`), and how it samples."""
+    """The model that restores (`origin_of`), and its sampling settings."""
     tile_px: int
     """Side of a tile of the LQ image."""
     model_upscale: int
@@ -43,14 +45,14 @@ class RestoreSettings:
     """Overlap of neighbouring tiles in LQ pixels."""
     colour: ColourFix = "none"
     batch_size: int = 64
-    """Most tiles restored at once; tiles of several small images share a batch."""
+    """Largest number of tiles per batch; tiles of several small images share a batch."""
     workers: int = 1
     """Number of batches restored in parallel, each in its own thread."""
 
     def __post_init__(self) -> None:
         refuse_wide_overlap(self.overlap_px, self.tile_px)
         if self.upscale and not 1 <= self.upscale <= self.model_upscale:
-            raise ValueError(f"upscale={self.upscale:g} must lie in 1..{self.model_upscale} (what the model enlarges)")
+            raise ValueError(f"upscale={self.upscale:g} must be in 1..{self.model_upscale}, the model's factor")
 
     @property
     def factor(self) -> float:
@@ -65,9 +67,9 @@ class Blended:
     image: np.ndarray
     """[round(h factor), round(w factor), 3]."""
     steps: dict[str, np.ndarray]
-    """The tiles' images of `STEPS`, blended in the same way, at their own size."""
+    """Images of `STEPS`, blended from the tiles in the same way, at their own size."""
     tiles: tuple[RestoredTile, ...]
-    """What the model said about each tile."""
+    """The model's reasoning for each tile."""
 
 
 def restore_images(
@@ -76,8 +78,9 @@ def restore_images(
     settings: RestoreSettings,
     on_tiles: Callable[[int], None] = lambda count: None,
 ) -> list[Blended]:
-    """Restore images uint8 [h, w, 3] of any size; their tiles share batches. on_tiles: called with the size of each
-    finished batch.
+    """Restore images uint8 [h, w, 3] of any size; their tiles share batches.
+
+    on_tiles: called with the number of tiles of each finished batch.
 
     A tile's random draws depend on its number within the image, not on other images or the number of workers. Rounding
     follows the shapes of batches: in float32 a few of 100,000 pixel values differ by one level. In bf16 tokens may
@@ -95,13 +98,13 @@ def restore_images(
 
 
 def restore_cases(restorer: Restorer, cases: Sequence[Case], settings: RestoreSettings) -> list[RestoredImage]:
-    """Restore cases of the model's input size, in as many batches side by side as `restore_images` its tiles."""
+    """Restore cases of the model's input size, batched and distributed over threads as `restore_images` does tiles."""
     parts = (list(cases[start:stop]) for start, stop in itertools.pairwise(_bounds(len(cases), settings)))
     return list(itertools.chain.from_iterable(_restored(restorer, parts, settings.workers)))
 
 
 def _bounds(count: int, settings: RestoreSettings) -> list[int]:
-    """Where batches begin and end: equally large ones, as many for each worker, none above `batch_size`."""
+    """Boundaries of the batches: about equally large, the same number for each worker, none above `batch_size`."""
     if not count:
         return [0]
     rounds = -(-count // (settings.batch_size * settings.workers))
@@ -119,7 +122,7 @@ def _restored(restorer: Restorer, batches: Iterator[list[Case]], workers: int) -
 
 
 def count_tiles(height: int, width: int, settings: RestoreSettings) -> int:
-    """Tiles of an image of this size."""
+    """Number of tiles of an image of this size in px."""
     sides = (max(side, settings.tile_px) for side in (height, width))
     down, across = (len(tile_starts(side, settings.tile_px, settings.overlap_px)) for side in sides)
     return down * across
@@ -153,11 +156,11 @@ class _Canvas:
         return self.padded[top : top + self.settings.tile_px, left : left + self.settings.tile_px]
 
     def add(self, number: int, restored: RestoredImage) -> None:
-        """Blend a tile in; bicubic where the model gave no image."""
+        """Add a restored tile to the sums; a bicubic one if the model gave no image. ValueError for a wrong size."""
         corner, side = self.corners[number], self.settings.tile_px * self.settings.model_upscale
         image = restored.image if restored.image is not None else resized(self.tile(number), side, side)
         if image.shape != (side, side, 3):
-            raise ValueError(f"a tile came back as {image.shape}, not {(side, side, 3)}; check tile_px and upscale")
+            raise ValueError(f"a restored tile is {image.shape}, not {(side, side, 3)}; check tile_px and upscale")
         self.final.add(corner, image)
         for name, step in zip(STEPS, restored.images, strict=False):
             if step is not None:
@@ -167,7 +170,7 @@ class _Canvas:
         self.tiles.append(_restored_tile(corner, restored))
 
     def finish(self) -> Blended:
-        """Blended, cut to the image, with the colour fix, at the size asked for."""
+        """The blended result without padding, with the colour fix, resized to `RestoreSettings.factor`."""
         height, width = self.rgb.shape[:2]
         large = self.final.blended(height, width)
         large = fix_colour(large, resized(self.rgb, *large.shape[:2]), self.settings.colour)
@@ -178,12 +181,13 @@ class _Canvas:
 
 
 class _Sum:
-    """Weighted sum of tiles at `scale` times the LQ size; the weight rises over the overlap from every edge."""
+    """Weighted sum of tiles at `scale` times the LQ size; weights rise linearly from a tile's edge over the overlap."""
 
     def __init__(self, shape: tuple[int, ...], settings: RestoreSettings, scale: int):
         self.scale = scale
         self.total = np.zeros((shape[0] * scale, shape[1] * scale, 3), np.float32)
         self.weight = np.zeros((*self.total.shape[:2], 1), np.float32)
+        # [tile, tile, 1]: 1 inside, falling linearly to 1 / (overlap + 1) at the edges
         distance = np.minimum(np.arange(settings.tile_px * scale), np.arange(settings.tile_px * scale)[::-1]) + 1.0
         line = np.minimum(distance / (settings.overlap_px * scale + 1.0), 1.0).astype(np.float32)
         self.ramp = (line[:, None] * line[None])[..., None]

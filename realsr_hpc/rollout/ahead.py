@@ -3,10 +3,11 @@
 A drawn token is a function of its prefix and of its own noise (behaviour/draws.py). So one pass can feed W tokens: the
 last sampled one and guesses for the next W - 1. As long as the guesses equal the draws at their positions, the prefix
 was right and the following draw is final. Everything after the first wrong guess is drawn again, with the discarded
-draws as the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). The result equals decoding token
-by token, whatever the guesses.
+draws as the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). The result equals decoding one
+token at a time, whatever the guesses.
 
-This module only keeps small integer arrays on the host. Every rank knows all draws and does the same bookkeeping.
+The state of this module is a few small integer arrays in host memory. Every rank receives all draws and updates the
+same arrays.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from realsr_hpc.vlcot.automaton import END
 from realsr_hpc.vlcot.grammar import Grammar
 
 WIDEST = 64
-"""Most tokens per row in one pass."""
+"""Largest number of tokens per row in one pass."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Window:
 
 
 class Ahead:
-    """The tokens of a batch of rollouts: final up to `count`, guesses after it."""
+    """The tokens of a batch of rollouts: the first `count` of a row are final, the ones after them are guesses."""
 
     def __init__(self, grammar: Grammar, rows: int, limit: int):
         vocabulary = grammar.codec.vocabulary
@@ -66,8 +67,10 @@ class Ahead:
         return (self.state[rows] != END) & (self.count[rows] < self.limit)
 
     def window(self, rows: Sequence[int], width: int) -> Window:
-        """What to feed to these rows next. Before the first draw, `fed` is padding and unused: the prompt gives the
-        first logits."""
+        """The input of the next pass over these rows.
+
+        Before the first draw, `fed` is padding and unused: the prompt gives the first logits.
+        """
         rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         count, state = self.count[rows], self.state[rows]
         # Column by column, [n] each: the grammar state of a position follows from the token before it.
@@ -78,15 +81,17 @@ class Ahead:
             if step:
                 fed[:, step] = self._guess(rows, count + step - 1, state)  # pyright: ignore[reportArgumentType]
                 state = self.grammar.automaton.after(state, fed[:, step])
-            # The unconditional stream sees only the current image block: a token that does not continue it is the first
-            # one it sees. The fed token stands at position count + step - 1.
+            # The unconditional stream sees only the current image block: a token that does not continue the block is
+            # the first one that it sees. The fed token is at position count + step - 1.
             start = np.where(self._continues[fed[:, step]], start, count + step - 1)
             states[:, step], starts[:, step] = state, start
         return Window(fed, count - 1, states, starts)
 
     def accept(self, rows: Sequence[int], window: Window, drawn: np.ndarray) -> np.ndarray:
-        """Keep the draws [n, W] whose prefix was right; the others become guesses. Returns which are kept, bool [n,
-        W]."""
+        """Keep the draws [n, W] whose prefix was right; the others become guesses.
+
+        Returns which draws are kept, bool [n, W].
+        """
         rows = np.asarray(rows)  # pyright: ignore[reportAssignmentType]
         width = drawn.shape[1]
         count = self.count[rows]
@@ -95,7 +100,7 @@ class Ahead:
         final[:, 1:] = np.logical_and.accumulate(window.fed[:, 1:] == drawn[:, :-1], axis=1)
         final &= (window.states != END) & (count[:, None] + offsets < self.limit)
         number = final.sum(1)  # [n]: draws that are kept of each row
-        # all W draws are stored: those behind the final ones are the next guesses
+        # all W draws are stored: those after the final ones are the next guesses
         self.tokens[rows[:, None], count[:, None] + offsets] = drawn  # pyright: ignore[reportArgumentType, reportCallIssue]
         some = np.flatnonzero(number)
         last = number[some] - 1
@@ -114,7 +119,7 @@ class Ahead:
         return again
 
     def _guess(self, rows: np.ndarray, position: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """Token [n] at a position in a grammar state, kept in `tokens` for what is guessed from it."""
+        """Guess the tokens [n] at these positions and grammar states; also stored, because later guesses copy them."""
         back = self.grammar.automaton.copies[state]  # [n]: distance to the code above; 0: unknown, guess the last token
         known = position < self._guessed[rows]
         guess = self.tokens[rows, np.where(known, position, position - np.maximum(back, 1))]

@@ -16,14 +16,14 @@ from realsr_hpc.parallel import backend
 
 
 class Place:
-    """Positions of the tokens of a pass in the suffix: W neighbouring ones in each of n rows."""
+    """Positions of a pass's tokens in the suffix: W consecutive ones in each of n rows."""
 
     def __init__(self, first: int | Tensor, width: int, length: int, starts: Tensor | None = None):
         """
         Args:
-            first: position of each row's first token, int64 [n]; a number where all rows stand alike and W is 1.
-            width: W.
-            length: positions read: up to the last token of all rows, or more.
+            first: position of each row's first token, int64 [n]; an int if all rows are at one position and W is 1.
+            width: W, the number of tokens per row.
+            length: number of cached positions that attention reads: at least up to the last token of all rows.
             starts: first position that each token of the unconditional stream sees, int64 [n, W].
         """
         self.first, self.width, self.length = first, width, length
@@ -42,33 +42,35 @@ class Place:
             self.outside = before if self.hidden is None else before | self.hidden
 
     def write(self, cache: Tensor, x: Tensor) -> None:
-        """x [n W, kv, d] into cache [n, kv, T, d]."""
-        if isinstance(self.first, int):
+        """Write x [n W, kv, d] into cache [n, kv, T, d]."""
+        if isinstance(self.first, int):  # W is 1: one column of all rows, [n, kv, d]
             cache[:, :, self.first] = x
-        else:
+        else:  # rows [n, 1] and positions [n, W] select [n, W, kv, d]
             cache[self.rows, :, self.positions] = x.unflatten(0, self.positions.shape)
 
     def bias(self, unconditional: bool, q: Tensor) -> Tensor | None:
-        """The bias to add to attention scores of q [n, kv, W h/kv, d]: 0 or -inf, [n, 1, W h/kv, length]; None:
-        nothing.
+        """The bias for the attention scores of q [n, kv, W h/kv, d]: 0 or -inf, [n, 1, W h/kv, length]; None: no bias.
 
-        Of the same shapes in every layer, so it is made once per pass and stream.
+        It is the same in every layer, so it is computed once per pass and stream.
         """
         hidden = self.outside if unconditional else self.hidden
         if hidden is not None and unconditional not in self._biases:
+            # the h/kv queries of a token are neighbours in q: [n, W, length] -> [n, 1, W h/kv, length]
             repeated = hidden.repeat_interleave(q.shape[2] // self.width, 1)[:, None]
             self._biases[unconditional] = q.new_zeros(repeated.shape).masked_fill_(repeated, float("-inf"))
         return self._biases.get(unconditional)
 
 
 class Stream:
-    """Keys and values of one stream, per layer: a shared prefix [P, kv, L, d] and each row's own suffix [n, kv, T,
-    d]."""
+    """Keys and values of one stream.
+
+    Per layer: a prefix [P, kv, L, d] shared by the rows of a prompt, and each row's own suffix [n, kv, T, d].
+    """
 
     def __init__(self, num_layers: int, rows: int, kv_heads: int, max_tokens: int, head_dim: int, like: Tensor):
         shape = (num_layers, rows, kv_heads, max_tokens, head_dim)
         self.prefix: list[tuple[Tensor, Tensor]] = []
-        # Hidden positions that nothing was written to still enter the products: they must be finite.
+        # Unwritten positions are masked but still enter the products, so they must be finite.
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
     def keep(self, rows: Tensor, prompts: Tensor, length: int) -> None:
@@ -86,7 +88,7 @@ class Stream:
         at.write(self.values[layer], v)
         keys = self.keys[layer, :, :, : at.length]
         values = self.values[layer, :, :, : at.length]
-        # all queries that share a row's keys side by side:
+        # put all queries that share a row's keys side by side, so that one product serves them:
         # [n W, kv, h/kv, d] -> [n, W, kv, h/kv, d] -> [n, kv, W h/kv, d]
         q = q.unflatten(0, (len(keys), at.width)).transpose(1, 2).flatten(2, 3)
         out, lse = backend.attention(q, keys, values, at.bias(not self.prefix, q))
@@ -96,7 +98,7 @@ class Stream:
         return out.unflatten(2, (at.width, -1)).transpose(1, 2).flatten(0, 1)
 
     def _with_prefix(self, layer: int, q: Tensor, own: Tensor, own_lse: Tensor) -> Tensor:
-        """Attention over prefix and suffix together, from that over the suffix alone and its log-sum-exp.
+        """Attention over prefix and suffix together, given `own` over the suffix alone and its log-sum-exp.
 
         Both are weighted by their shares of the common softmax's denominator (Flash-Decoding, Dao et al. 2023).
         """
@@ -110,7 +112,7 @@ class Stream:
 
 @dataclass
 class Cache:
-    """Everything that decoding a batch of rollouts keeps between its steps."""
+    """The state of decoding a batch of rollouts: keys and values, and the rotary tables."""
 
     streams: list[Stream]
     """The conditional stream, and with guidance the unconditional one."""
@@ -120,15 +122,16 @@ class Cache:
     prompt_length: int
 
     def keep(self, rows: list[int], prompts: list[int], length: int) -> None:
-        """Keep only these rows and prompts (indices among the present ones); `length` suffix positions are in use."""
+        """Keep only these rows and prompts (indices into the current ones); `length` suffix positions are in use."""
         device = self.cos.device
         for stream in self.streams:
             stream.keep(torch.tensor(rows, device=device), torch.tensor(prompts, device=device), length)
 
 
 def _by_prompt(x: Tensor, prompts: int) -> Tensor:
-    """[n, kv, r, *] -> [P, kv, G r, *]: the group's queries side by side."""
+    """[n, kv, r, *] -> [P, kv, G r, *]: the queries of a prompt's whole group side by side."""
     n, kv, r, last = x.shape
+    # [P G, kv, r, *] -> [P, G, kv, r, *] -> [P, kv, G, r, *] -> [P, kv, G r, *]
     return x.view(prompts, n // prompts, kv, r, last).transpose(1, 2).reshape(prompts, kv, -1, last)
 
 

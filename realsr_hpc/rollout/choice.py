@@ -28,11 +28,11 @@ class Drawn:
     logprobs: Float[Tensor, " m"]
     forced: Bool[Tensor, " m"]
     supports: list[tuple[Int[Tensor, " c"], Bool[Tensor, "c V"], int]]
-    """Positions, which of some columns survived truncation there, and the first of these columns."""
+    """For each draw of several: c positions, which vocabulary columns survived truncation there, the first column."""
 
 
 class Choice:
-    """Draws for one grammar and one set of options."""
+    """Draws tokens under one grammar and one set of sampling options."""
 
     def __init__(self, masks: MaskTable, config: RolloutConfig):
         self.masks = masks
@@ -42,11 +42,11 @@ class Choice:
         self._modalities = ((True, image, masks.image_columns), (False, text, everything))
         self.truncates = image.active or text.active
         self._only = masks.allowed.int().argmax(-1)
-        """[M]: the token of a mask that forces one."""
+        """[masks]: the first allowed token, which is the only one of a mask that forces its token."""
         self._forced, self._image = masks.forced.cpu().numpy(), masks.image.cpu().numpy()
 
     def in_images(self, mask_ids: Int[np.ndarray, " n"]) -> bool:
-        """Most of these positions choose an image code."""
+        """Whether most of these positions draw an image code."""
         return bool(2 * self._image[mask_ids].sum() > len(mask_ids))
 
     def __call__(
@@ -57,7 +57,7 @@ class Choice:
         choosing: Bool[np.ndarray, " m"],
         keys: Int[Tensor, "m 2"],
     ) -> Drawn:
-        """Draw where `choosing` says that a token is to come; elsewhere, and where one token is left, it is forced."""
+        """Draw at the positions where `choosing` is True; a token is forced elsewhere and where only one is allowed."""
         device = hidden.device
         masks = torch.from_numpy(mask_ids).to(device)
         free = choosing & ~self._forced[mask_ids]
@@ -82,9 +82,9 @@ class Choice:
         truncation: Truncation,
         columns: slice,
     ) -> None:
-        """One modality's positions [c], from their hidden states [1 or 2, c, H]."""
+        """Draw at c positions of one modality, from their hidden states [1 or 2 streams, c, H]."""
         table = self.masks
-        logits = decoder.logits(streams[0], columns)
+        logits = decoder.logits(streams[0], columns)  # [c, columns]
         if len(streams) > 1:
             logits = guided(logits, decoder.logits(streams[1], columns), table.cfg_scale[masks])
         allowed, temperature = table.allowed[:, columns][masks], table.temperature[masks]

@@ -9,7 +9,7 @@ starting at each row's own position; the next pass overwrites tokens that the sa
 Classifier-free guidance adds a second stream of the same rows that sees only the current image block (RealSR-R1); its
 linear layers are batched with the first stream's. Rotary embeddings are relative, so that stream keeps its positions.
 
-Steps can have fixed shapes (`FixedSteps`); a CUDA graph then replays them, and a step costs a single launch.
+Steps can have fixed shapes (`FixedSteps`); a CUDA graph then replays them, so that a step is a single launch.
 
 Under pipeline parallelism a forward pass is a generator that yields before it would wait for another stage, so that the
 caller can interleave several batches and no stage idles.
@@ -38,10 +38,12 @@ from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.layout import rounded_up
 from realsr_hpc.rollout.cache import Cache, Place, Stream
 
+# In shapes: n rows, W tokens per row, m = streams x n x W tokens, H hidden size, h query and kv key heads of this
+# rank's tensor-parallel shard, d head dim, L prompt and T response tokens.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [m, kv, h/kv, d], k [m, kv, d], v [m, kv, d]) of m tokens -> context [m, h, d]."""
 Turns = Generator[None, None, Tensor | None]
-"""A pass in turns; returns the last stage's result, None on the others."""
+"""A forward pass that yields before it waits for another stage; returns the last stage's result, else None."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class AdaptedWeight:
     """Every A of the layer, [adapters x rank, in]."""
 
     def product(self, x: Tensor) -> Tensor:
-        """x [n, in] -> [n, out]; a share where the sum over tp comes later, as the base's product is."""
+        """x [n, in] -> [n, out]; like the base's product a partial sum where the sum over tp follows later."""
         return _product(x, self.base) + self.adapters.outputs(F.linear(x, self.inner))
 
 
@@ -69,7 +71,7 @@ class LayerWeights:
     attention_norm: Tensor
     qkv: Matrix
     qk_norm_weight: Tensor
-    """[kv, h/kv + 1, d]: of each key head's queries, then of the key, as the rows of `qkv` lie."""
+    """[kv, h/kv + 1, d]: per key head the weights of its queries, then of its key, in the order of `qkv`'s rows."""
     qk_norm_bias: Tensor
     proj: Matrix
     mlp_norm: Tensor
@@ -80,7 +82,7 @@ class LayerWeights:
     def of(cls, layer: torch.nn.Module, fp8: bool = False) -> LayerWeights:
         """Works for the local spec and for Transformer Engine's, whose linears hold their norm's weight.
 
-        fp8: the matrices as FP8 copies of what they are now.
+        fp8: convert the matrices to FP8; the copies do not follow later updates.
         """
         attention, mlp = layer.self_attention, layer.mlp
         fused = hasattr(attention.linear_qkv, "layer_norm_weight")
@@ -114,7 +116,7 @@ def _beside(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 class Decoder:
-    """Prefill and steps over a policy's local layers."""
+    """Runs prefill and decode steps through this rank's layers of a policy."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
@@ -135,7 +137,7 @@ class Decoder:
         self._fixed: FixedSteps | None = None
 
     def new_cache(self, prompts: Int[Tensor, "P L"], group_size: int, max_new_tokens: int, guided: bool) -> Cache:
-        """Room for the rollouts of these prompts."""
+        """An empty cache for `group_size` rollouts of each of these prompts."""
         size = (self.num_layers, prompts.shape[0] * group_size, self.kv_heads, max_new_tokens, self.head_dim)
         like = self.policy.chunks[0].decoder.layers[0].self_attention.linear_qkv.weight
         streams = [Stream(*size, like=like) for _ in range(2 if guided else 1)]
@@ -144,7 +146,8 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, cache: Cache, prompts: Int[Tensor, "P L"]) -> Turns:
-        """Cache the prompts; their last hidden states [P, H]."""
+        """Cache the prompts; returns the hidden states of their last tokens, [P, H]."""
+        # [L, d] -> [P L, d]: one row per token
         cos, sin = (table[: cache.prompt_length].repeat(len(prompts), 1) for table in (cache.cos, cache.sin))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,7 +157,7 @@ class Decoder:
             cache.streams[0].prefix.append((k, v))
             repeated = [x.repeat_interleave(self.queries_per_kv, 1) for x in (k, v)]  # [P, h, L, d]
             out = F.scaled_dot_product_attention(q, *repeated, is_causal=True)
-            return out.movedim(-2, 1).flatten(0, 1)
+            return out.movedim(-2, 1).flatten(0, 1)  # [P, h, L, d] -> [P, L, h, d] -> [P L, h, d]
 
         hidden = yield from self._run(prompts.flatten(), attend, cos, sin)
         return None if hidden is None else hidden.view(*prompts.shape, -1)[:, -1]
@@ -167,7 +170,7 @@ class Decoder:
         first: Int[np.ndarray, " n"],
         starts: Int[Tensor, "n W"] | None = None,
     ) -> Turns:
-        """Feed W tokens per row from response position `first` on; hidden states [streams, n, W, H].
+        """Feed W tokens per row, the first at response position `first`; returns hidden states [streams, n, W, H].
 
         starts: with guidance, the first response position that each token of the unconditional stream sees.
         """
@@ -182,7 +185,7 @@ class Decoder:
         return (yield from self.step_at(cache, tokens, Place(where, width, high + width, starts)))
 
     def step_at(self, cache: Cache, tokens: Tensor, at: Place) -> Turns:
-        """`step` at a place."""
+        """`step` with the positions as a `Place`."""
         streams = cache.streams
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -201,20 +204,20 @@ class Decoder:
         return None if hidden is None else hidden.view(len(streams), *tokens.shape, -1)
 
     def finish(self) -> None:
-        """Wait until the other stages have what was sent to them; let go of the last cache."""
+        """Wait until the other stages have received what was sent to them, and release the last cache."""
         self._fixed = None
         while self._sent:
             self._sent.popleft()[0].wait()
 
     def _run(self, tokens: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Turns:
-        """Embed, pass every local layer in pipeline order, final norm; None off the last stage."""
+        """Embedding, local layers in pipeline order, final norm: [m] -> [m, H]; None except on the last stage."""
         groups, x = self.groups, None
         offset = 0
         for index, layers in enumerate(self.chunks):
             if groups.is_first_stage and index == 0:
                 x = self._embed(tokens)
             else:
-                if index:
+                if index:  # an interleaved schedule: the chunk before this one is on another stage
                     yield
                 x = self._receive(tokens.shape[0])
             for number, layer in enumerate(layers):
@@ -226,13 +229,14 @@ class Decoder:
         return None
 
     def _layer(self, x: Tensor, w: LayerWeights, number: int, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
+        """One layer, [m, H] -> [m, H]. Swin norm normalises the outputs of attention and MLP instead of the inputs."""
         y = x if self.swin_norm else self._norm(x, w.attention_norm)  # [m, H]
         # Megatron's fused layout: per key head its h/kv queries, then the key, then the value: [m, kv, h/kv + 2, d]
         qkv = _product(y, w.qkv).view(-1, self.kv_heads, self.queries_per_kv + 2, self.head_dim)
         # queries and key of each key head are normalised and rotated together: [m, kv, h/kv + 1, d]
         qk = F.layer_norm(qkv[:, :, :-1], (self.head_dim,), None, None, HEAD_NORM_EPSILON)
         qk = _rotate(qk * w.qk_norm_weight + w.qk_norm_bias, cos, sin)
-        context = attend(number, qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]).flatten(1)
+        context = attend(number, qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]).flatten(1)  # [m, h d]
         y = self._sum_tp(_product(context, w.proj))
         x = x + (self._norm(y, w.attention_norm) if self.swin_norm else y)
         y = x if self.swin_norm else self._norm(x, w.mlp_norm)
@@ -244,6 +248,7 @@ class Decoder:
         return F.rms_norm(x, weight.shape, weight, self.epsilon)
 
     def _embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [m] -> [m, H]. The table is split over tp by rows: each rank looks up its own, zeros elsewhere."""
         table = self.policy.chunks[0].embedding.word_embeddings.weight
         if self.groups.tp_size == 1:
             return F.embedding(tokens, table)
@@ -257,7 +262,7 @@ class Decoder:
         return gathered_logits(hidden, self.policy.output_weight, columns, self.groups.tp)
 
     def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [length, head_dim], computed in float32; sin has the sign that `_rotate` wants."""
+        """cos and sin [length, head_dim], computed in float32; the first half of sin is negated, see `_rotate`."""
         half = torch.arange(0, self.head_dim, 2, device=like.device, dtype=torch.float32) / self.head_dim
         positions = torch.arange(length, device=like.device, dtype=torch.float32)
         angles = torch.outer(positions, 1.0 / self.policy.chunks[0].rotary_base ** half)
@@ -278,8 +283,8 @@ class Decoder:
         return x
 
     def _send(self, x: Tensor) -> None:
-        # A tensor sent two rounds of all batches ago has long been received: waiting for it takes no time, and memory
-        # stays bounded.
+        # A tensor that was sent two rounds of all batches ago has been received by now: waiting for it takes no time,
+        # and memory stays bounded.
         if len(self._sent) > 2 * self.groups.pp_size * len(self.chunks):
             self._sent.popleft()[0].wait()
         x = x.contiguous()
@@ -289,10 +294,10 @@ class Decoder:
 
 
 class FixedSteps:
-    """Decode steps whose shapes and memory do not change while the same rows go on, so that they can be replayed.
+    """Decode steps whose shapes and memory do not change while the same rows continue, so that they can be replayed.
 
-    A step reads the cache up to the next multiple of `BUCKET` and hides what lies behind its tokens: one graph for all
-    positions of a bucket and each width. Without pipeline stages only.
+    A step reads the cache up to the next multiple of `BUCKET` and masks the positions after its tokens. So there is one
+    graph per bucket and width, for all positions in the bucket. Not for pipeline stages.
     """
 
     BUCKET = 128
@@ -302,11 +307,11 @@ class FixedSteps:
         device = cache.cos.device
         self.first = torch.zeros(rows, dtype=torch.long, device=device)
         self._inputs: dict[int, tuple[Tensor, Tensor | None]] = {}
-        """Of each width: tokens and starts."""
+        """Input buffers by width: tokens and starts, [n, W] each."""
         self._steps: dict[tuple[int, int], Callable[[], Tensor]] = {}
 
     def __call__(self, tokens: Tensor, first: np.ndarray, starts: Tensor | None) -> Tensor:
-        """Hidden states [streams, n, W, H], in memory that the next call writes to."""
+        """Hidden states [streams, n, W, H], in memory that the next call overwrites."""
         width = tokens.shape[1]
         if width not in self._inputs:
             self._inputs[width] = (tokens.clone(), None if starts is None else starts.clone())

@@ -1,4 +1,4 @@
-"""Restore images with a policy: prompts, one or several sampled traces each, decoded images."""
+"""Restore images with a policy: build prompts, sample one or several traces for each, decode their images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.vlcot.grammar import Grammar
 
 FIRST_ID = 1 << 40
-"""Rollout numbers from here on are no training rollout's: restoring never shares draws with training."""
+"""Smallest rollout number used for restoring: training's are below, so that the two never share random draws."""
 
 
 class PolicyRestorer:
@@ -27,23 +27,23 @@ class PolicyRestorer:
     """
 
     def __init__(self, policy: Policy, tokens: TraceTokenizer, config: RunConfig, *, constrained: bool = True):
-        """constrained: force a well-formed trace, also if the recipe trains with another grammar."""
+        """constrained: force a well-formed trace, even if the recipe trains with another grammar."""
         self.policy, self.tokens, self.seed = policy, tokens, config.seed
         self.with_steps = True
-        """Rough and middle images are decoded too."""
+        """Whether the rough and middle images are decoded too."""
         self._grammar = Grammar(tokens.codec, "constrained" if constrained else config.rollout.grammar)
         self._options = sampling(config)
         self._of_thread = threading.local()
 
     @property
     def sampler(self) -> Sampler:
-        """The sampler of the current thread; samplers are not shared, because they count and measure."""
+        """The current thread's sampler; threads do not share one, because a sampler counts and measures passes."""
         if not hasattr(self._of_thread, "sampler"):
             self._of_thread.sampler = Sampler(self.policy, self._grammar, self._options, self.seed)
         return self._of_thread.sampler
 
     def image_bytes(self) -> int:
-        """Keys and values of one image while it is restored."""
+        """Bytes of keys and values that restoring one image needs."""
         config, options, codec = self.policy.config, self._options, self.tokens.codec
         prompt = len(codec.prompt(np.zeros([codec.side(codec.config.lq_size_px)] * 2, dtype=np.int64)))
         streams = 2 if options.cfg_scale != 1.0 else 1
@@ -53,11 +53,11 @@ class PolicyRestorer:
         return (prompt + own) * numbers * config.params_dtype.itemsize
 
     def __call__(self, cases: Sequence[Case]) -> list[RestoredImage]:
-        """One restored image each."""
+        """One restored image per case."""
         return [candidates[0] for candidates in self.candidates(cases, 1)]
 
     def candidates(self, cases: Sequence[Case], count: int) -> list[list[RestoredImage]]:
-        """`count` restored images each; their prompt is read once."""
+        """`count` restored images per case, which share the prompt's keys and values."""
         ids = [FIRST_ID + case.index * count + member for case in cases for member in range(count)]
         self.policy.eval()
         groups = self.sampler.generate(self.tokens.prompts(lq_pixels(cases)), count, ids)

@@ -1,8 +1,7 @@
 """The tokens sampled so far in a batch of rollouts, with everything that scoring them needs.
 
-Memory per token: 8 bytes of token, 4 of log-probability, 8 of mask id, 1 of flag on the device, and where top-k or
-top-p truncate, the vocabulary's bits (9.2 KB at 73,728 tokens) in host memory: 5,500 tokens x 8 rollouts are 0.4 GB a
-group.
+Memory per token on the device: token 8 bytes, log-probability 4, mask id 8, flag 1. Where top-k or top-p truncate, one
+bit per vocabulary token in host memory (9.2 KB at 73,728 tokens): a group of 8 rollouts of 5,500 tokens takes 0.4 GB.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class SampledTokens:
         mask_ids: Int[Tensor, " m"],
         forced: Bool[Tensor, " m"] | None,
     ) -> None:
-        """Final tokens, one per row and position; None: another pipeline stage knows it."""
+        """Write m final tokens, one per row and position; a column is None if only another pipeline stage has it."""
         self.tokens[rows, positions] = tokens
         self.mask_ids[rows, positions] = mask_ids
         if logprobs is not None and forced is not None:
@@ -67,7 +66,7 @@ class SampledTokens:
     ) -> None:
         """Record the tokens that survived truncation at these positions.
 
-        support covers the vocabulary from `first` on; rows and positions are in host memory.
+        support covers `width` vocabulary columns from `first` on; rows and positions are in host memory.
         """
         whole = F.pad(support, (first, self.vocabulary_size - first - support.shape[-1]))
         packed = pack_support(whole).cpu()
@@ -77,7 +76,7 @@ class SampledTokens:
         self.support[rows, positions] = packed
 
     def groups(self, prompts: Int[Tensor, "P L"], group_size: int) -> list[RolloutGroup]:
-        """One group per prompt, on the CPU, as long as its longest rollout."""
+        """One group per prompt, on the CPU, cut to the length of its longest rollout."""
         stacked = (self.tokens, self.logprobs, self.mask_ids, self.forced)
         columns, lengths = [column.cpu() for column in stacked], self.lengths.cpu()
         groups = []

@@ -41,7 +41,7 @@ from realsr_hpc.vlcot.grammar import Grammar
 
 T = TypeVar("T")
 RETIRE_AT = 0.75
-"""Finished rows leave the batch once no more than this share of its rows has to go on: leaving copies the cache."""
+"""Finished rows leave the batch once at most this share of its rows is unfinished: leaving copies the cache."""
 
 
 class Sampler:
@@ -65,10 +65,10 @@ class Sampler:
         """One group per prompt. Prompts are of equal length (one instruction, one LQ size).
 
         Args:
-            prompts: token ids.
+            prompts: token ids, [P, L].
             group_size: rollouts per prompt.
             rollout_ids: global number of every rollout [P * group_size]; with the seed it decides the draws.
-            progress: told the number of rollouts finished so far.
+            progress: called with the number of rollouts finished so far.
         """
         if len(rollout_ids) != len(prompts) * group_size:
             raise ValueError(f"{len(rollout_ids)} rollout ids for {len(prompts)} prompts x {group_size}: give one each")
@@ -77,7 +77,7 @@ class Sampler:
         result: list[RolloutGroup] = []
         for start in range(0, len(prompts), at_once):
             stop = min(start + at_once, len(prompts))
-            # As many batches as pipeline stages, in turns: each stage has one to work on.
+            # As many batches as pipeline stages: while one batch is in transit, each stage works on another.
             bounds = np.linspace(start, stop, min(self.groups.pp_size, stop - start) + 1).astype(int).tolist()
             batches = []
             for first, last in itertools.pairwise(bounds):
@@ -91,12 +91,13 @@ class Sampler:
     def _batch(
         self, decoder: Decoder, prompts: Tensor, group_size: int, rollout_ids: Sequence[int]
     ) -> Generator[None, None, list[RolloutGroup]]:
-        """Decode one batch to its end, yielding before what needs another pipeline stage's result."""
+        """Decode one batch to its end; yields before every wait for another pipeline stage's result."""
         is_last, batch = self.groups.is_last_stage, self._new_batch(rollout_ids)
         room = self.config.max_new_tokens + self.width.widest
         cache = decoder.new_cache(prompts, group_size, room, self.masks.guided)
         hidden = yield from decoder.prefill(cache, prompts)
         if hidden is not None:
+            # the first draw of all rollouts of a prompt: [P, H] -> [1 stream, n = P G rows, 1 token, H]
             hidden = hidden.repeat_interleave(group_size, 0)[None, :, None]
         window, started = batch.ahead.window(batch.rows, 1), backend.work_seconds(self.groups.device)
         while True:
@@ -136,7 +137,7 @@ class Sampler:
     def redraw(self, decoder: Decoder, batch: Batch, prompts: Int[Tensor, "P L"]) -> Generator[None, None, None]:
         """Draw the first rollout's tokens again, all in one pass, and count those that rounding alone changes.
 
-        Passes of another shape round logits otherwise; in bf16 that flips draws that were near ties.
+        A pass of another shape rounds logits differently; in bf16 this flips draws that were near ties.
         """
         count = int(batch.ahead.count[0])
         if count < 2:
@@ -158,13 +159,15 @@ class Sampler:
     def _take(self, decoder: Decoder, batch: Batch, window: Window, hidden: Tensor | None, started: float) -> int:
         """Draw the tokens after a pass and keep the final ones; returns the width of the next pass."""
         rows, limit, width = np.array(batch.rows), self.config.max_new_tokens, window.fed.shape[1]
+        # [n, W] each: the token drawn after each fed one, and its mask
         positions = window.first[:, None] + 1 + np.arange(width)
         mask_ids = self.grammar.automaton.masks[window.states]
-        drawn, told = None, np.zeros(positions.size + 1, dtype=np.int64)
+        drawn, told = None, np.zeros(positions.size + 1, dtype=np.int64)  # n W tokens, then the next width
         if hidden is not None:
             where = (rows[:, None], positions.clip(max=limit - 1))
             keys = batch.keys[tuple(torch.from_numpy(index).to(hidden.device) for index in where)].flatten(0, 1)
             choosing = (window.states != END) & (positions < limit)
+            # [streams, n, W, H] -> [streams, n W, H]
             drawn = self.choice(decoder, hidden.flatten(1, 2), mask_ids.flatten(), choosing.flatten(), keys)
             told[:-1] = drawn.tokens.cpu().numpy()
             final = batch.ahead.accept(batch.rows, window, told[:-1].reshape(positions.shape))
@@ -181,12 +184,13 @@ class Sampler:
         return int(told[-1])
 
     def _learn(self, batch: Batch, final: Bool[np.ndarray, "n W"], seconds: float) -> None:
+        """Tell the width's chooser how many draws the pass kept per unfinished row, and how long it took."""
         if batch.situation is not None:
             accepted = float(final.sum() / max(1, final.any(1).sum()))
             self.width.saw(*batch.situation, final.shape[1], accepted, seconds)
 
     def _next_width(self, batch: Batch) -> int:
-        """The width of the next pass; the first tensor-parallel rank decides, because clocks differ."""
+        """The width of the next pass; tensor-parallel rank 0 decides for all, because the ranks measure other times."""
         masks = self.grammar.automaton.masks[batch.ahead.state[batch.rows]]
         batch.situation = (len(batch.rows), self.choice.in_images(masks))
         width, groups = self.width.choose(*batch.situation), self.groups
@@ -197,8 +201,10 @@ class Sampler:
         return width
 
     def _share(self, sampled: SampledTokens) -> None:
-        """Send log-probabilities and flags from the last pipeline stage to all. Supports stay there, where scoring
-        happens."""
+        """Send log-probabilities and flags from the last pipeline stage to all.
+
+        Supports stay on the last stage, which alone scores tokens.
+        """
         if self.groups.pp_size > 1:
             for column in (sampled.logprobs, sampled.forced):
                 dist.broadcast(column, _last_stage(self.groups), group=self.groups.pp)
@@ -210,21 +216,21 @@ class Counts:
 
     passes: int = 0
     row_passes: int = 0
-    """Rows that still had tokens to come, summed over passes."""
+    """Number of unfinished rows, summed over passes."""
     tokens: int = 0
     redrawn: int = 0
     """Tokens drawn again in a pass of another shape, see `Sampler.redraw`."""
     flips: int = 0
-    """How many of these differed from the first draw."""
+    """Number of redrawn tokens that differed from the first draw."""
 
     def add(self, final: Bool[np.ndarray, "n W"]) -> None:
-        """A pass that kept these draws."""
+        """Count a pass that kept these draws."""
         self.passes += 1
         self.row_passes += int(final.any(1).sum())
         self.tokens += int(final.sum())
 
     def read(self) -> dict[str, float]:
-        """Metrics of this rank; the counts start anew."""
+        """This rank's metrics since the last call; resets the counts."""
         metrics = {"rollout/lookahead_flips/share": self.flips / self.redrawn} if self.redrawn else {}
         metrics |= {
             "rollout/passes/count": float(self.passes),
@@ -244,10 +250,10 @@ class Batch:
     rows: list[int]
     """The rows that are still in the batch."""
     situation: tuple[int, bool] | None = None
-    """Rows and kind of tokens that the last width was chosen for; see width.py."""
+    """Number of rows, and whether most are in images, for which the last width was chosen; see width.py."""
 
     def leave(self, cache: Cache, kept: list[int], group_size: int, written: int) -> None:
-        """Go on with these of the present rows; `written` positions of the cache hold something."""
+        """Continue with only the `kept` ones of the current rows; `written` cache positions are in use."""
         prompt_of = [row // group_size for row in self.rows]
         left, present = sorted({prompt_of[slot] for slot in kept}), sorted(set(prompt_of))
         cache.keep(kept, [present.index(prompt) for prompt in left], written)
@@ -277,10 +283,10 @@ class Batch:
 
 
 def retire(rows: Sequence[int], alive: Sequence[bool], group_size: int) -> list[int]:
-    """Which of the present rows to go on with, as indices into `rows`, when the rest is finished.
+    """Which of the current rows stay in the batch, as indices into `rows`.
 
-    Groups stay equally large, so that a prompt's queries meet its prefix in one product: each prompt that has a row
-    alive keeps as many rows as the fullest one has alive, finished ones as padding.
+    Groups stay equally large, so that one product computes the attention of a group to its prefix: each prompt with an
+    unfinished row keeps as many rows as the prompt with most unfinished rows, finished rows serving as padding.
     """
     by_prompt: dict[int, list[int]] = {}
     for slot, row in enumerate(rows):
@@ -291,9 +297,9 @@ def retire(rows: Sequence[int], alive: Sequence[bool], group_size: int) -> list[
 
 
 def _in_turns(batches: list[Generator[None, None, T]]) -> list[T]:
-    """Run all generators side by side, each up to its next yield in turn; their results in order.
+    """Run all generators in turns, each up to its next yield; returns their results in order.
 
-    Every pipeline stage takes the turns in the same order, so sends, receives and broadcasts meet.
+    Every pipeline stage takes the turns in the same order, so that sends, receives and broadcasts match.
     """
     results: dict[int, T] = {}
     while len(results) < len(batches):

@@ -1,4 +1,4 @@
-"""Chooses how many tokens per row a pass feeds: as the recipe says, or the width that gives most tokens per second.
+"""Chooses how many tokens per row a pass feeds: the recipe's number, or the one that gives most tokens per second.
 
 With `auto` the first passes try widths 1, 2, 4, ... as long as they pay off. Later passes use the best width and
 occasionally measure a neighbour again, because the cost of a pass grows with the cache and guesses are better in some
@@ -13,11 +13,11 @@ from realsr_hpc.config.derived import pass_tokens, widest_lookahead
 from realsr_hpc.config.learning import RolloutConfig
 
 TRIALS = 3
-"""Passes of each width before the next is tried."""
+"""Number of passes of each width before the next is tried."""
 AGAIN_EVERY = 32
-"""Passes between two measurements of a neighbour."""
+"""Number of passes between two measurements of a neighbouring width."""
 WORSE = 0.7
-"""Wider passes are not tried once a rate falls below this share of the best."""
+"""Wider passes are not tried once a width's rate falls below this share of the best rate."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class _Seen:
     def add(self, accepted: float, seconds: float) -> None:
         self.passes += 1
         self.accepted += (accepted - self.accepted) * max(1 / self.passes, 0.1)
-        # The minimum of recent passes, because other load only adds time. It may grow slowly, as the cache does.
+        # The minimum of recent passes, because other load only adds time. It grows slowly, because the cache does.
         self.seconds = seconds if self.passes == 1 else min(seconds, 1.02 * self.seconds)
 
     @property
@@ -50,7 +50,7 @@ class _Situation:
 class Width:
     """Chooses the width of every pass and measures the result.
 
-    Example: `width.choose(16, images=True)` for 16 rows that mostly stand in image blocks, then
+    Example: `width.choose(16, images=True)` for 16 rows of which most are in image blocks, then
     `width.saw(16, True, 4, accepted=2.3, seconds=0.012)`.
     """
 

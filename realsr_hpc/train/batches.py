@@ -38,7 +38,7 @@ Placed = tuple[TrainingSequence, Tensor]
 
 
 def plain_sequence(tokens: Tensor, first: int) -> TrainingSequence:
-    """A sequence whose tokens carry loss from number `first` >= 1 on, under the plain softmax: no mask, temperature 1.
+    """A sequence whose tokens from index `first` >= 1 on carry loss, under the plain softmax: no mask, temperature 1.
 
     tokens: int64 [S].
     """
@@ -46,6 +46,7 @@ def plain_sequence(tokens: Tensor, first: int) -> TrainingSequence:
     return TrainingSequence(
         tokens,
         LossTokens(
+            # the hidden state at position i predicts token i + 1
             positions=torch.arange(first - 1, len(tokens) - 1),
             targets=targets,
             mask_ids=torch.zeros(len(targets), dtype=torch.long),
@@ -60,18 +61,19 @@ def collate(
     """Microbatches of one shape [rows, row_tokens] for all sequences; at least one, empty ones at the end.
 
     Args:
-        sequences: may be none.
-        parallel: a microbatch holds at most `microbatch_tokens`, padding included; a longer row is alone in its own.
+        sequences: may be empty.
+        parallel: a microbatch holds at most `microbatch_tokens`, padding included; a longer row has its own microbatch.
         packing: fill rows with several sequences instead of padding.
         pad: token id of padding.
         device: where the tensors go.
     """
     longest = max((len(sequence.tokens) for sequence in sequences), default=1)
     row_tokens = rounded_up(max(longest, parallel.microbatch_tokens) if packing else longest, row_multiple(parallel))
+    # [rows][sequences in the row]
     layout = _pack(sequences, row_tokens) if packing else [[sequence] for sequence in sequences]
     rows = []
     for members in layout:
-        # one after another: a sequence of S tokens that ends at `end` stands at [end - S, end)
+        # one after another: a sequence of S tokens that ends at `end` occupies positions [end - S, end)
         ends = itertools.accumulate(len(sequence.tokens) for sequence in members)
         rows.append([(s, torch.arange(end - len(s.tokens), end)) for s, end in zip(members, ends, strict=True)])
     parts, rows_each = _parts(rows, parallel, row_tokens)
@@ -86,7 +88,7 @@ def collate_groups(
     A row is [prompt | response 0 | response 1 | ... | padding], each response padded to the longest of all groups.
 
     Args:
-        groups: with prompts of one length, else ValueError; may be none: a rank whose groups were all dropped still
+        groups: with prompts of one length, else ValueError; may be empty: a rank whose groups were all dropped still
             takes part.
         parallel: see `collate`.
         pad: token id of padding.
@@ -104,6 +106,7 @@ def collate_groups(
     guided = any(sequence.image_blocks is not None for sequence in sequences)
     streams = 2 if guided else 1
     largest = max((len(group.sequences) for group in groups), default=1)
+    # how many responses of one length fit beside their prompt: a group larger than that takes several rows
     shared = fitting_branches(prompt, response, largest, parallel, streams)
     row_tokens = rounded_up(shared.tokens, row_multiple(parallel))
     layout = [
@@ -115,8 +118,8 @@ def collate_groups(
 
 
 def _pack(sequences: Sequence[TrainingSequence], row_tokens: int) -> list[list[TrainingSequence]]:
-    """First fit, longest first; rows keep the sequences' order inside."""
-    free: list[int] = []
+    """Sequences of each row, by first-fit decreasing bin packing; within a row they keep their order."""
+    free: list[int] = []  # unused tokens of each row
     layout: list[list[int]] = []
     for number in sorted(range(len(sequences)), key=lambda n: -len(sequences[n].tokens)):
         length = len(sequences[number].tokens)
@@ -130,7 +133,7 @@ def _pack(sequences: Sequence[TrainingSequence], row_tokens: int) -> list[list[T
 
 
 def _branch(sequence: TrainingSequence, shared: Branches, number: int) -> Tensor:
-    """Positions in the row of the tokens of the prompt and of response `number`, int64 [S]."""
+    """Positions in the row, int64 [S], of a sequence's tokens: the shared prompt's, then those of response `number`."""
     start = shared.prompt + number * shared.response
     return torch.cat([torch.arange(shared.prompt), torch.arange(start, start + len(sequence.tokens) - shared.prompt)])
 
@@ -152,6 +155,7 @@ def _microbatch(
     shared: Branches | None = None,
     guided: bool = False,
 ) -> Microbatch:
+    """Write the placed sequences into tensors of `shape` [rows, row_tokens]; missing rows are padding."""
     # [rows, S] each; -1: padding
     tokens, segments, blocks = torch.full(shape, pad), torch.full(shape, -1), torch.full(shape, -1)
     losses = []
@@ -174,14 +178,17 @@ def _microbatch(
 
 
 def joined_microbatch(parts: Sequence[Microbatch]) -> Microbatch:
-    """Several microbatches of one shape joined to one with all their rows, for scoring; what only the loss needs is
-    left out."""
+    """Several microbatches of one shape joined to one with all their rows, for scoring.
+
+    Fields that only the loss needs (`LossTokens.rollouts`) are dropped.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first
     streams = 1 if first.image_blocks is None else 2
     # [streams x rows, S] each -> [streams, parts x rows, S]: first all conditional rows, then all their twins
     tokens = torch.cat([part.tokens.unflatten(0, (streams, -1)) for part in parts], 1).flatten(0, 1)
+    # loss positions index one stream, flattened [rows x S], so part number k starts k x rows x S further on
     stream_tokens = first.tokens.numel() // streams
     losses = [
         replace(part.loss, positions=part.loss.positions + number * stream_tokens, rollouts=None)
@@ -198,7 +205,7 @@ def joined_microbatch(parts: Sequence[Microbatch]) -> Microbatch:
 
 
 def _joined(parts: Sequence[LossTokens], device: torch.device) -> LossTokens:
-    """The loss tokens of all parts, n1 + n2 + ... of them, in order; rollouts are numbered through."""
+    """The loss tokens of all parts, [n1 + n2 + ...] in order; their rollouts are numbered consecutively."""
     rollouts = [part.rollouts for part in parts if part.rollouts is not None]
     return LossTokens(
         positions=torch.cat([part.positions for part in parts]).to(device),
@@ -225,7 +232,7 @@ def _joined_rollouts(parts: Sequence[RolloutTokens], device: torch.device) -> Ro
 
 
 def _cat(values: Sequence[Tensor | None], device: torch.device | None = None) -> Tensor | None:
-    """Along the first dim; None where no part has the value. All parts have it or none."""
+    """Concatenate along the first dim; None if no part has the value. Either all parts have it or none."""
     present = [value for value in values if value is not None]
     assert len(present) in (0, len(values)), "some parts of a batch have a column that others lack"
     return torch.cat(present).to(device) if present else None

@@ -28,8 +28,8 @@ class BatchSource(Protocol):
 def collect(parts: GRPOParts, source: BatchSource, seconds: dict[str, float] | None = None) -> list[ScoredGroup]:
     """This rank's groups of one step; with `zero_variance=resample`, groups that teach nothing are replaced.
 
-    Every rank takes the same number of rounds, so that the ranks' loaders stay in step. The times of rollouts and
-    rewards are added to `seconds`.
+    Every rank takes the same number of rounds, so that all ranks read equally far into the data. The times of rollouts
+    and rewards are added to `seconds`.
     """
     grpo, seconds = parts.config.grpo, {} if seconds is None else seconds
     batch, groups = _next_groups(parts, source, seconds)
@@ -38,6 +38,7 @@ def collect(parts: GRPOParts, source: BatchSource, seconds: dict[str, float] | N
     for _ in range(grpo.max_resample_rounds):
         kept = [group for group in groups if not teaches_nothing(group)]
         missing = len(batch) - len(kept)
+        # sampling is collective: a rank that needs nothing samples along as long as any rank needs groups
         if not reduce_float(float(missing), parts.groups.dp, parts.groups.device, "max"):
             break
         groups = kept + _next_groups(parts, source, seconds)[1]
@@ -58,12 +59,12 @@ def heldout_due(grpo: GRPOConfig, step: int) -> bool:
 
 
 def held_out(parts: GRPOParts, batch: LQBatch, step: int) -> StepReport:
-    """Mean rewards of the fixed held-out images after `step`; the same draws each time, whatever the step."""
+    """Mean rewards of the fixed held-out images after `step`; every step uses the same random draws."""
     seconds: dict[str, float] = {}
     with clock(seconds, "heldout"):
         ids = [FIRST_ID + index for index in batch.index.tolist()]
         groups = rollout(parts, batch, parts.config.grpo.heldout_rollouts, ids, {})
-        parts.sampler.counts.read()  # a step's counts are those of its training rollouts
+        parts.sampler.counts.read()  # discarded: a step reports the counts of its training rollouts only
         means = {f"heldout/{name}/mean": value for name, value in _reward_means(groups).items()}
         means["heldout/well_formed/mean"] = _well_formed(groups)
         means = reduce_floats(means, parts.groups.dp, parts.groups.device)
@@ -77,6 +78,7 @@ def rollout(
 
     The draws depend only on the samples' ids (one per image), not on the batch, the step or the rank.
     """
+    # one id per rollout, [images x G]: it selects the random stream that the rollout is drawn from
     ids = [sample * group_size + member for sample in sample_ids for member in range(group_size)]
     parts.policy.eval()
     with clock(seconds, "rollout"):
@@ -87,7 +89,7 @@ def rollout(
 
 def group_metrics(parts: GRPOParts, groups: Sequence[ScoredGroup], rollout_s: float) -> dict[str, float]:
     """Rewards and rollout health of a step, means over all ranks."""
-    lengths = torch.cat([group.rollouts.lengths for group in groups]).double()
+    lengths = torch.cat([group.rollouts.lengths for group in groups]).double()  # [groups x G], in tokens
     metrics = {f"rewards/{name}/mean": value for name, value in _reward_means(groups).items()}
     metrics |= parts.sampler.counts.read()
     metrics |= {
@@ -99,7 +101,7 @@ def group_metrics(parts: GRPOParts, groups: Sequence[ScoredGroup], rollout_s: fl
         "grpo/dropped_groups/mean": sum(teaches_nothing(group) for group in groups) / len(groups),
     }
     for name, term in parts.config.rewards.terms.items():
-        if is_elsewhere(term):  # it can be away: its failures are seen apart
+        if is_elsewhere(term):  # a remote service can be unreachable: its failures have a metric of their own
             metrics[f"rewards/failures/{name}"] = float(sum(group.rewards.failures[name] for group in groups))
     return reduce_floats(metrics, parts.groups.dp, parts.groups.device)
 

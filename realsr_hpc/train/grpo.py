@@ -60,7 +60,8 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
 def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
     """Step `number`, counted from 1: sample rollouts of the source's next images and update the policy on them."""
     seconds: dict[str, float] = {}
-    parts.rewards.at_step(number)
+    parts.rewards.at_step(number)  # reward weights can follow a ramp over the steps
+    # this rank's images (prompts_per_step / dp_size), each with a group of `group_size` rollouts
     groups = collect(parts, source, seconds)
     metrics = group_metrics(parts, groups, seconds["time/rollout/s"]) | learn(parts, groups, number, seconds)
     return StepReport(number, metrics | parts.slowest(seconds), tuple(groups))
@@ -69,19 +70,21 @@ def step(parts: GRPOParts, source: BatchSource, number: int) -> StepReport:
 def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds: dict[str, float]) -> dict[str, float]:
     """Update the policy on this rank's scored groups; returns the last update's metrics, and adds times to `seconds`.
 
-    Replaying a step (train/replay.py) calls this as well.
+    Replaying a step (train/replay.py) calls this as well. Raises InexactStep (train/objective.py) if the first update
+    does not start at ratio 1.
     """
     metrics: dict[str, float] = {}
+    # one batch per update; as microbatches its rollouts are rows [rows, prompt + responses + padding]
     batches = grpo_batches(parts, groups, parts.sampler.masks)
     collated = [parts.group_microbatches(batch.groups) for batch in batches]
-    with clock(seconds, "score"):  # for all updates, before the first of them moves the policy
+    with clock(seconds, "score"):  # for all updates, before the first of them changes the policy
         scored = [score_before_updates(parts, microbatches) for microbatches in collated]
     with clock(seconds, "update"):
         for batch, microbatches in zip(batches, scored, strict=True):
             loss = objective(parts.config, parts.policy, batch, parts.sampler.masks)
             result = parts.optimiser.step(microbatches, loss)
             totals = parts.total(result.outputs)
-            if batch is batches[0]:  # nothing has moved since the rollouts were sampled
+            if batch is batches[0]:  # the weights are still those that sampled the rollouts
                 check_exactness(parts.config, number, totals)
             metrics |= totals | {"optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
     return metrics
@@ -93,17 +96,19 @@ def score_before_updates(parts: GRPOParts, microbatches: Sequence[Microbatch]) -
     parallel, allowed, scored = parts.config.parallel, parts.sampler.masks.allowed, list(microbatches)
     with parts.as_reference() as reference:
         if reference is not None:
+            # scoring stores no activations, so several microbatches fit into one pass
             at_once, multiple = parallel.scoring_microbatches, microbatch_multiple(parallel)
             logprobs = logprobs_of(reference, scored, allowed, at_once=at_once, multiple=multiple)
             scored = [with_columns(m, reference_logprobs=values) for m, values in zip(scored, logprobs, strict=True)]
     if parts.config.grpo.updates_per_step > 1:
+        # later updates start from changed weights, and their ratio is taken to these log-probabilities
         logprobs = logprobs_of(parts.policy, scored, allowed)
         scored = [with_columns(m, old_logprobs=values) for m, values in zip(scored, logprobs, strict=True)]
     return scored
 
 
 def training_source(parts: GRPOParts) -> LQLoader:
-    """This rank's share of `grpo.prompts_per_step` training images a step."""
+    """This rank's share of the `grpo.prompts_per_step` training images per step."""
     config, groups = parts.config, parts.groups
     share = parts.per_rank(config.grpo.prompts_per_step, "grpo.prompts_per_step")
     return LQLoader(config, config.data.train_split, share, dp_rank=groups.dp_rank, dp_size=groups.dp_size)

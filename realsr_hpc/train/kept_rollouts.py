@@ -83,6 +83,6 @@ def _rollout(folder: Path, name: str, group: ScoredGroup, member: int, images: S
 
 
 def _save(image: np.ndarray, folder: Path, name: str) -> str:
-    """uint8 [H, W, 3]; the file's name."""
+    """Save an image, uint8 [H, W, 3], as PNG; returns the file's name."""
     Image.fromarray(image).save(folder / f"{name}.png")
     return f"{name}.png"

@@ -65,18 +65,18 @@ class _Stored:
 
 
 def keep_step(run: TrainingRun, report: StepReport) -> None:
-    """Save the step that was just done if `tracking.replay_every_steps` asks for it."""
+    """Save the step that was just made if `tracking.replay_every_steps` asks for it; an OSError is logged only."""
     every, groups = run.config.tracking.replay_every_steps, run.parts.groups
     if not every or report.step % every or groups.tp_rank or groups.pp_rank:
         return
     try:
         write_step(runfolder.replay(run.run_dir, report.step), report, groups, run.config.parallel)
     except OSError as error:
-        logger.error("step %d is not kept for a replay (%s); going on", report.step, error)
+        logger.error("step %d could not be saved for a replay (%s); training continues", report.step, error)
 
 
 def write_step(folder: Path, report: StepReport, groups: ProcessGroups, parallel: ParallelConfig) -> None:
-    """Write this data-parallel rank's groups, and on the main rank the report."""
+    """Write this data-parallel rank's groups, and on the main rank step.json. OSError: not writable."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     facts = []
@@ -101,7 +101,7 @@ def read_step(folder: Path) -> KeptStep:
             raise ValueError(f"step.json is of step {content.step} on {content.dp_size} ranks")
         ranks = [_read(folder / f"dp-{rank}.safetensors") for rank in range(content.dp_size)]
     except OSError as error:
-        raise ValueError(f"step={folder} is not kept whole ({error}); tracking.replay_every_steps keeps them") from None
+        raise ValueError(f"step={folder} is incomplete ({error}); tracking.replay_every_steps saves steps") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         told = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(f"step={folder} is damaged ({told}); copy it again, or name another step") from None

@@ -23,7 +23,7 @@ def objective(config: RunConfig, policy: Policy, batch: GRPOBatch, masks: MaskTa
         if loss is None or loss.rollouts is None:
             return nothing_to_score(hidden, output_weight), {}
         scores = score_tokens(hidden, output_weight, loss, masks.allowed, policy, with_entropy=with_entropy)
-        # from here on [N rollouts, longest]: compact columns [n] laid out in rows
+        # from here on [N rollouts, longest]: the n loss tokens, one row per rollout, padded where `mask` is False
         rollouts, mask = loss.rollouts, loss.rollouts.mask
         logprobs, sampled = rollouts.rows(scores.logprobs), rollouts.rows(rollouts.rollout_logprobs)
         old, per_token = _rows(rollouts, rollouts.old_logprobs), _rows(rollouts, rollouts.token_advantages)
@@ -63,7 +63,7 @@ def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> No
     if gate is not None and not drift <= gate:
         raise InexactStep(
             f"step {step}: KL(rollout || policy) is {drift:.3g} nats per token, above grpo.mismatch_kl_gate={gate}: "
-            "sampler and scorer disagree; lower rollout precision, or raise the gate if this drift is known"
+            "sampler and scorer disagree; lower rollout precision, or raise the gate if you expect this drift"
         )
     ratio = first.get("grpo/ratio/mean", 1.0)
     if not abs(ratio - 1.0) <= 1e-5:

@@ -1,10 +1,10 @@
 """Image codes drawn by the policy itself, which supervised fine-tuning reads in place of the true ones.
 
-A policy trained on true traces alone never sees its own mistakes: when it paints, each wrong code leads to further
-wrong ones (exposure bias). Here some updates read what the policy would have painted, and their targets stay the true
-codes (scheduled sampling, Bengio et al. 2015). A pass draws all codes of a batch at once, each after the codes of the
-previous pass (parallel scheduled sampling, Duckworth et al. 2019). A position keeps its noise, so after n passes the
-first n codes of a trace are exactly those that sampling one by one gives.
+A policy trained on true traces alone never sees its own mistakes: when it generates an image, each wrong code leads to
+further wrong ones (exposure bias). Here some updates read codes that the policy itself draws, while their targets stay
+the true codes (scheduled sampling, Bengio et al. 2015). A pass draws all codes of a batch in parallel, each conditioned
+on the codes of the previous pass (parallel scheduled sampling, Duckworth et al. 2019). The noise of each position is
+fixed, so after n passes the first n codes of a trace are exactly those that autoregressive sampling gives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COLDEST = 0.05
 
 
 def with_own_codes(parts: Parts, microbatches: list[Microbatch], step: int) -> list[Microbatch]:
-    """The microbatches of this update, in a share `sft.own_codes` of all updates with codes of the policy to read.
+    """The microbatches of this update; in a share `sft.own_codes` of all updates their inputs hold the policy's codes.
 
     Which updates, the number of passes (1 to `sft.own_codes_passes`), the temperature (0.05 to 1) and the noise follow
     from the seed and the step.
@@ -37,6 +37,7 @@ def with_own_codes(parts: Parts, microbatches: list[Microbatch], step: int) -> l
     if chance.random() >= sft.own_codes:
         return microbatches
     passes, temperature = int(chance.integers(1, sft.own_codes_passes + 1)), float(chance.uniform(COLDEST, 1.0))
+    # number of this rank's first noise stream: 2^20 streams per rank and step, so no two microbatches share one
     first = (step * parts.groups.dp_size + parts.groups.dp_rank) << 20
     keys = [keys_of(microbatch, seed, first + number) for number, microbatch in enumerate(microbatches)]
     parts.policy.eval()
@@ -46,7 +47,7 @@ def with_own_codes(parts: Parts, microbatches: list[Microbatch], step: int) -> l
 
 
 def keys_of(microbatch: Microbatch, seed: int, number: int) -> Tensor:
-    """Noise keys int32 [n, 2] of the n loss tokens."""
+    """Noise keys of the n loss tokens, one each, int32 [n, 2]."""
     count = 0 if microbatch.loss is None else len(microbatch.loss.targets)
     return torch.from_numpy(stream_keys(seed, number, count)).to(microbatch.tokens.device)
 
@@ -54,7 +55,7 @@ def keys_of(microbatch: Microbatch, seed: int, number: int) -> Tensor:
 def drawn_once(
     parts: Parts, microbatches: list[Microbatch], keys: Sequence[Tensor], temperature: float
 ) -> list[Microbatch]:
-    """One pass: every image code of the responses is drawn after the tokens before it; targets stay as they are."""
+    """One pass: draw every image code of the responses given the tokens before it; the targets do not change."""
     vocabulary, tp = parts.vocabulary, parts.groups.tp
     columns = slice(vocabulary.image_first, vocabulary.image_end)
     queue = iter(keys)
@@ -64,11 +65,11 @@ def drawn_once(
         if loss is None:
             return hidden.new_zeros(()), {}
         codes = _is_code(loss.targets, columns)
-        rows = hidden.flatten(0, 1)[loss.positions[codes]]  # [b, S, H] -> [b x S, H] -> [m, H]
-        logits = gathered_logits(rows, output_weight, columns, tp)
+        rows = hidden.flatten(0, 1)[loss.positions[codes]]  # [b, S, H] -> [b x S, H] -> [m codes, H]
+        logits = gathered_logits(rows, output_weight, columns, tp)  # [m, image codes]
         allowed = torch.ones(1, logits.shape[-1], dtype=torch.bool, device=logits.device)
-        even = torch.full(rows.shape[:1], temperature, device=logits.device)
-        tokens, _ = sample(logits, allowed, even, key[codes], first=columns.start)
+        temperatures = torch.full(rows.shape[:1], temperature, device=logits.device)
+        tokens, _ = sample(logits, allowed, temperatures, key[codes], first=columns.start)
         return hidden.new_zeros(()), {"codes": tokens}
 
     outputs = run_pipeline(parts.policy, microbatches, draw, forward_only=True)
@@ -77,11 +78,11 @@ def drawn_once(
 
 
 def _reading(microbatch: Microbatch, codes: Tensor | None, columns: slice) -> Microbatch:
-    """The microbatch whose tokens at the places of its targets' image codes are these."""
+    """The microbatch with `codes` as its input tokens at the positions of its image codes; targets do not change."""
     if codes is None or microbatch.loss is None:
         return microbatch
     tokens, loss = microbatch.tokens.clone(), microbatch.loss
-    places = loss.positions[_is_code(loss.targets, columns)] + 1  # a prediction is made one place before its target
+    places = loss.positions[_is_code(loss.targets, columns)] + 1  # position i predicts token i + 1
     tokens.view(-1)[places] = codes.to(tokens)
     return replace(microbatch, tokens=tokens)
 

@@ -33,7 +33,7 @@ class ParityGate:
     """Compares FP8 with bf16 on a fixed batch and acts on it; every rank comes to the same decision."""
 
     def __init__(self, parts: Parts, counters: dict[str, int]):
-        """counters: the run's, which its checkpoints keep; falling back is written there."""
+        """counters: the run's, saved with its checkpoints; the gate records there that the run fell back to bf16."""
         self.parts, self.counters, self.precision = parts, counters, parts.config.precision
         batch = LQLoader(parts.config, parts.config.data.heldout_split, NUM_IMAGES, shuffle=False).next()
         rows = zip(parts.tokens.prompts(batch.lq), parts.tokens.responses(batch), strict=True)
@@ -43,18 +43,21 @@ class ParityGate:
         self._allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, parts.groups.device)
 
     def start(self, step: int) -> None:
-        """Call before the first step after `step`: stays in bf16 if the run had fallen back, otherwise measures."""
+        """Call before the first step after `step`: stays in bf16 if the run had fallen back, otherwise measures.
+
+        RuntimeError if the difference exceeds the gate and `precision.fp8_gate_action` is "stop".
+        """
         if STOPPED in self.counters:
             self._stop_fp8()
             return
-        logger.info("FP8 against bf16: %s", self._ask(step))
+        logger.info("FP8 against bf16: %s", self._measure(step))
 
     def metrics(self, step: int) -> dict[str, float]:
         """The gate's metrics at a step; {} if it is not due."""
         every = self.precision.fp8_gate_every_steps
         if STOPPED in self.counters:
             return {"fp8/on/step": 0.0}
-        return self._ask(step) if every and step and step % every == 0 else {}
+        return self._measure(step) if every and step and step % every == 0 else {}
 
     def difference(self) -> float:
         """Mean |log-prob(FP8) - log-prob(bf16)| in nats per token, the same on every rank; inf if one is not finite."""
@@ -66,7 +69,8 @@ class ParityGate:
         agreed = shared if math.isfinite(shared) else math.inf
         return reduce_float(agreed, torch.distributed.group.WORLD, self.parts.groups.device, "max")
 
-    def _ask(self, step: int) -> dict[str, float]:
+    def _measure(self, step: int) -> dict[str, float]:
+        """Measure the difference and act on it; the gate's metrics. RuntimeError if it exceeds the gate and stops."""
         difference, limit = self.difference(), self.precision.fp8_gate_logprob
         metrics = {"fp8/logprob_difference/mean": difference, "fp8/on/step": 1.0}
         if difference <= limit:
@@ -75,15 +79,16 @@ class ParityGate:
         if self.precision.fp8_gate_action == "stop":
             raise RuntimeError(
                 f"{found}, above precision.fp8_gate_logprob={limit}: set precision.fp8=none (or another recipe of "
-                "scaling), raise the gate if this is known, or let precision.fp8_gate_action=bf16 go on without FP8"
+                "scaling), raise the gate if you expect this difference, or set precision.fp8_gate_action=bf16 to "
+                "continue without FP8"
             )
-        logger.warning("%s, above precision.fp8_gate_logprob=%s: the run goes on in bf16", found, limit)
+        logger.warning("%s, above precision.fp8_gate_logprob=%s: the run continues in bf16", found, limit)
         self.counters[STOPPED] = step
         self._stop_fp8()
         return metrics | {"fp8/on/step": 0.0}
 
     def _stop_fp8(self) -> None:
-        """In a frozen reference too, so that policy and reference go on rounding alike."""
+        """Switch FP8 off in the policy and in a frozen reference, so that both keep rounding alike."""
         for policy in self.parts.policies:
             stop_fp8(policy)
 

@@ -63,13 +63,13 @@ class Parts:
         return collate_groups(groups, self.config.parallel, pad=self.vocabulary.pad, device=self.groups.device)
 
     def count(self, local: int) -> int:
-        """Sum over the data-parallel ranks."""
+        """Sum of every data-parallel rank's `local`."""
         return int(reduce_float(float(local), self.groups.dp, self.groups.device, "sum"))
 
     def total(self, outputs: list[Outputs]) -> dict[str, float]:
         """The last stage's outputs, summed over microbatches and data-parallel ranks; the same on every rank."""
         local: dict[str, float] = {}
-        for output in outputs:
+        for output in outputs:  # one dictionary of scalars per microbatch
             for name, value in output.items():
                 local[name] = local.get(name, 0.0) + float(value)
         # a rank without loss tokens has no outputs, so the names come from all ranks
@@ -101,7 +101,7 @@ class GRPOParts(Parts):
     @contextmanager
     def as_reference(self) -> Iterator[Policy | None]:
         """Context in which the frozen reference is on its device; None without a KL term."""
-        if self.reference is self.policy:
+        if self.reference is self.policy:  # low-rank adapters: one copy of the frozen weights serves both
             with adapters_off(self.policy):
                 yield self.policy
             return
@@ -113,7 +113,10 @@ class GRPOParts(Parts):
 
 
 def build_parts(config: RunConfig, num_updates: int) -> Parts:
-    """Build from a recipe. num_updates: optimizer updates of the whole run, at which the learning-rate decay ends."""
+    """Build the parts from a recipe, on every rank.
+
+    num_updates: optimizer updates of the whole run, at which the learning-rate decay ends.
+    """
     groups = initialise(config.parallel, config.seed)
     tokens = TraceTokenizer.load(config, groups.device)
     policy = build_policy(config, groups, tokens.codec.vocabulary.size)
@@ -121,7 +124,7 @@ def build_parts(config: RunConfig, num_updates: int) -> Parts:
 
 
 def build_grpo_parts(config: RunConfig) -> GRPOParts:
-    """Build from a recipe."""
+    """Build the parts of GRPO from a recipe, on every rank."""
     parts = build_parts(config, config.grpo.num_steps * config.grpo.updates_per_step)
     return GRPOParts(
         config,

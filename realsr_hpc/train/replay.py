@@ -66,11 +66,11 @@ class Replay:
     """Largest relative difference from the reported numbers that another layout explains; 0 on the same one."""
 
     def faults(self) -> list[str]:
-        """Metrics that are not the reported ones."""
+        """Names of the metrics that do not agree with the reported ones."""
         return [name for name, value in self.again.metrics.items() if not self.agrees(name, value)]
 
     def agrees(self, name: str, value: float) -> bool:
-        """Whether a metric is the reported one, bit for bit or as near as another layout comes."""
+        """Whether a metric equals the reported one: bit for bit, or within `tolerance` on another layout."""
         reported = self.step.metrics.get(name)
         if reported is None or self.same_layout or not math.isfinite(value - reported):
             return is_equal(reported, value)
@@ -78,7 +78,7 @@ class Replay:
 
 
 def is_equal(reported: float | None, value: float) -> bool:
-    """The same number; what is not a number equals only another such, as in a step whose update was skipped."""
+    """Whether both are the same number; NaN equals NaN, which a step reports whose update was skipped."""
     return reported == value or (reported is not None and math.isnan(reported) and math.isnan(value))
 
 
@@ -93,7 +93,7 @@ def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptS
     keys = {line: line.partition("=")[0] for line in overrides}
     elsewhere = {
         key for key in keys.values() if key.startswith(("parallel.", "cluster.")) and may_change_on_resume(key)
-    } | {GATE}  # it changes no number, only whether they are told
+    } | {GATE}  # the gate changes no number, it only decides whether the replay stops
     layout = [line for line, key in keys.items() if key in elsewhere]
     terms = config.rewards.terms
     allowed = {f"grpo.{name}" for name in MAY_DIFFER} | {f"rewards.terms.{name}.weight" for name in terms}
@@ -106,7 +106,7 @@ def recipes(run_dir: Path, number: int, overrides: Sequence[str]) -> tuple[KeptS
             )
     if number not in (kept := runfolder.replay_steps(run_dir)):
         there = ", ".join(map(str, kept)) or "none"
-        raise ValueError(f"step={number} was not kept; kept steps: {there}; tracking.replay_every_steps keeps them")
+        raise ValueError(f"step={number} was not saved; saved steps: {there}; tracking.replay_every_steps saves them")
     step = read_step(runfolder.replay(run_dir, number))
     config = _on_layout_of(step, config)
     return step, override(config, layout), override(config, list(overrides))
@@ -134,7 +134,7 @@ def replay(run_dir: Path, number: int, overrides: Sequence[str]) -> Replay:
 
 
 def tolerance(config: RunConfig) -> float:
-    """Of another layout, relative: sums in another order, at the policy's precision."""
+    """Relative tolerance on another layout, which sums in another order at the policy's precision."""
     return {"fp32": 1e-3, "bf16": 5e-2}[config.precision.params]
 
 
@@ -147,15 +147,15 @@ def starting_point(run_dir: Path, number: int) -> Path | None:
             return saved.get(step)
     raise ValueError(
         f"step={number}: no checkpoint of step {number - 1}, and the steps since an earlier one (available: "
-        f"{', '.join(map(str, sorted(saved))) or 'none'}) are not all kept; keep more with checkpoint.keep_last, or "
-        "every step with tracking.replay_every_steps=1"
+        f"{', '.join(map(str, sorted(saved))) or 'none'}) are not all saved; keep more checkpoints "
+        "with checkpoint.keep_last, or save every step with tracking.replay_every_steps=1"
     )
 
 
 def _outcome(
     run_dir: Path, step: KeptStep, start: Path | None, config: RunConfig, other: RunConfig
 ) -> tuple[Outcome, bool]:
-    """Updates of the step under `other`, from the weights that `config` led to; whether all was on the run's layout."""
+    """Update with recipe `other` from the weights that `config` led to; also whether every step was on its layout."""
     beta = max(config.grpo.kl_beta, other.grpo.kl_beta)
     built = build_grpo_parts(config.model_copy(update={"grpo": config.grpo.model_copy(update={"kl_beta": beta})}))
     as_run = replace(built, config=config, reference=built.reference if config.grpo.kl_beta else None)
@@ -179,7 +179,7 @@ def _outcome(
 
 
 def reweighted(group: ScoredGroup, weights: Mapping[str, float], config: RunConfig) -> ScoredGroup:
-    """The group with the advantages that these weights and the recipe's way of centring give."""
+    """The group with the advantages that follow from these reward weights and the recipe's `grpo` fields."""
     rewards = replace(group.rewards, weights=dict(weights))
     return replace(
         group, rewards=rewards, advantages=configured_advantages(rewards.breakdown, rewards.weights, config.grpo)

@@ -1,4 +1,4 @@
-"""A replayed step as people read it: a table, a picture, and the numbers as JSON."""
+"""Reports a replayed step: a table, a picture, and the numbers as JSON."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def table(replay: Replay, overrides: Sequence[str]) -> str:
 
 
 def verdict(replay: Replay) -> str:
-    """Whether the step is the one that was reported, in words."""
+    """One sentence: whether the replay reproduced the step's reported metrics."""
     where = "on the run's layout" if replay.same_layout else f"on another layout, tolerance {replay.tolerance:g}"
     faults = replay.faults()
     if faults:
-        return f"Step {replay.step.number} is NOT what was reported ({where}): {', '.join(faults)}"
-    return f"Step {replay.step.number} is what was reported ({where})."
+        return f"Step {replay.step.number} is NOT reproduced ({where}): {', '.join(faults)} differ"
+    return f"Step {replay.step.number} is reproduced ({where})."
 
 
 def write(replay: Replay, overrides: Sequence[str], folder: Path) -> None:

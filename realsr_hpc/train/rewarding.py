@@ -67,12 +67,13 @@ def _shared(
     for one in shares:
         for place, image in zip(one.places, one.images, strict=True):
             images[place] = image
+    # the shares hold the rollouts rank by rank: restore the order of `rollouts`
     order = np.argsort([place for one in shares for place in one.places])
     return images, TermScores.joined([one.scores for one in shares]).taken(order)
 
 
 def _candidates(parts: GRPOParts, rollouts: Sequence[tuple[Case, int, ParsedTrace]]) -> Iterator[Candidate]:
-    """Rollouts as the rewards see them, their final images decoded together."""
+    """Rollouts in the form that the rewards score; their final images are decoded in one batch."""
     images = parts.tokens.decode([trace.images[2] for _, _, trace in rollouts])
     for (source, member, trace), image in zip(rollouts, images, strict=True):
         yield source.candidate(trace, image, member)

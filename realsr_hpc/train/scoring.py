@@ -25,7 +25,7 @@ def score_tokens(
     with_entropy: bool = False,
     with_logsumexp: bool = False,
 ) -> TokenScores:
-    """Scores of the n loss tokens; with guidance hidden [b, S, H] holds the unconditional twins in its second half."""
+    """Scores of the n loss tokens; with guidance, the second half of hidden [b, S, H] is the unconditional twins."""
     guided = loss.cfg_scale is not None
     streams = hidden.chunk(2) if guided else (hidden,)
     rows = [stream.flatten(0, 1)[loss.positions] for stream in streams]  # [rows, S, H] -> [rows x S, H] -> [n, H]
@@ -50,18 +50,19 @@ def logprobs_of(
 ) -> list[Tensor | None]:
     """Log-probabilities [n] of each microbatch's loss tokens, without gradient.
 
-    None for a microbatch without loss tokens, and for all of them off the last pipeline stage.
+    None for a microbatch without loss tokens; None for every microbatch on all pipeline stages but the last.
 
     Args:
-        policy: whose log-probabilities.
-        microbatches: of one shape.
+        policy: the model that scores.
+        microbatches: all of one shape.
         allowed: the sampler's masks, bool [masks, padded vocabulary].
-        at_once: most microbatches in one pass.
+        at_once: largest number of microbatches per pass.
         multiple: the number of passes is a multiple of this (interleaved pipeline schedules need it).
     """
     passes, together = even_parts(len(microbatches), at_once, multiple)
     first = microbatches[0]
     blank = Microbatch(first.tokens, first.segment_ids, first.branches, first.image_blocks)
+    # passes x together microbatches: blank ones without loss tokens fill up the last pass
     filled = [*microbatches, *[blank] * (passes * together - len(microbatches))]
     parts = [filled[start : start + together] for start in range(0, len(filled), together)]
 
@@ -80,7 +81,7 @@ def logprobs_of(
 
 
 def _split(part: Sequence[Microbatch], output: Outputs) -> list[Tensor | None]:
-    """Log-probabilities of a pass, [n1 + n2 + ...], back to its microbatches, [n1], [n2], ..."""
+    """Split the log-probabilities of a pass, [n1 + n2 + ...], into those of its microbatches, [n1], [n2], ..."""
     lengths = [0 if microbatch.loss is None else len(microbatch.loss.positions) for microbatch in part]
     if not output:
         return [None] * len(part)

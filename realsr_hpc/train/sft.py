@@ -58,7 +58,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
 
 
 def training_source(parts: Parts) -> LQLoader | TraceLoader:
-    """This rank's share of `sft.batch_size` traces a step: frozen ones, or images that are tokenized when they come."""
+    """This rank's share of `sft.batch_size` traces per step: frozen ones, or images that are tokenized as they load."""
     config, rank, size = parts.config, parts.groups.dp_rank, parts.groups.dp_size
     share = parts.per_rank(config.sft.batch_size, "sft.batch_size")
     if config.sft.traces is not None:
@@ -73,13 +73,13 @@ def _next_microbatches(parts: Parts, loader: LQLoader | TraceLoader) -> tuple[li
         if num_tokens:
             return microbatches, num_tokens
     raise ValueError(
-        f"data.train_split: {parts.config.data.train_split!r}: no photograph that could be read has captions; write "
+        f"data.train_split: {parts.config.data.train_split!r}: no readable photograph has captions; write "
         "them with realsr-hpc prepare-data captions=FILE or captioner=DIR"
     )
 
 
 def next_sequences(tokens: TraceTokenizer, loader: LQLoader | TraceLoader) -> list[TrainingSequence]:
-    """The next batch of this rank as sequences: frozen traces, or images that are tokenized now."""
+    """This rank's next batch as sequences: frozen traces, or images that are tokenized now."""
     if isinstance(loader, TraceLoader):
         return [_sequence(prompt, response) for prompt, response in loader.next()]
     return trace_sequences(tokens, loader.next())
@@ -92,6 +92,7 @@ def trace_sequences(tokens: TraceTokenizer, batch: LQBatch) -> list[TrainingSequ
 
 
 def _sequence(prompt: Tensor, response: list[int]) -> TrainingSequence:
+    # [prompt | response]; only response tokens carry loss
     return plain_sequence(torch.cat([prompt, torch.tensor(response)]), first=len(prompt))
 
 
@@ -102,7 +103,7 @@ def _microbatches(parts: Parts, sequences: list[TrainingSequence]) -> tuple[list
 
 
 def heldout_loss(parts: Parts, batch: LQBatch) -> dict[str, float]:
-    """Cross-entropy of the held-out traces, nats a token, of all and of each part by itself.
+    """Cross-entropy of the held-out traces in nats per token: over all tokens, and over each part of the trace.
 
     The mean over texts and images can fall while images get worse, because the short texts are memorised. Every
     data-parallel rank scores the same traces. Empty if no held-out photograph has captions.
@@ -116,7 +117,7 @@ def heldout_loss(parts: Parts, batch: LQBatch) -> dict[str, float]:
 
 
 def _log_samples(run: TrainingRun, batch: LQBatch, step: int) -> None:
-    """Restored held-out images of the current policy as a grid."""
+    """Log a grid of the held-out images as the current policy restores them."""
     parts = run.parts
     cases = batch.cases()
     restored = PolicyRestorer(parts.policy, parts.tokens, parts.config)(cases)

@@ -37,7 +37,7 @@ def cross_entropy(policy: Policy, vocabulary: Vocabulary, num_tokens: int, sft: 
 
 
 def heldout_cross_entropy(policy: Policy, vocabulary: Vocabulary) -> LossFunction:
-    """Sums and numbers of tokens of `loss_by_part`, nothing weighted."""
+    """Loss function for evaluation: its outputs are the sums and token counts of `loss_by_part`, unweighted."""
     allowed = everything_allowed(policy.vocab_size, policy.padded_vocab_size, policy.groups.device)
 
     def loss_fn(hidden: Tensor, output_weight: Tensor, microbatch: Microbatch) -> tuple[Tensor, Outputs]:
@@ -51,7 +51,7 @@ def heldout_cross_entropy(policy: Policy, vocabulary: Vocabulary) -> LossFunctio
 
 
 def means_by_part(outputs: dict[str, float]) -> dict[str, float]:
-    """Cross-entropy in nats a token of all tokens and of each part, from the sums over all microbatches and ranks."""
+    """Cross-entropy in nats per token of all tokens and of each part, from the sums over all microbatches and ranks."""
     names = ("all", *IMAGE_NAMES, "text")
     means = {name: outputs[f"sum/{name}"] / max(1.0, outputs[f"count/{name}"]) for name in names}
     return {"heldout/loss/mean": means.pop("all")} | {f"heldout/loss_{name}/mean": v for name, v in means.items()}
@@ -62,7 +62,7 @@ def loss_by_part(
 ) -> dict[str, Tensor]:
     """Sums of cross-entropy and numbers of tokens: of all, of texts, and of the codes of each of the three images.
 
-    targets: whole responses one after another.
+    targets: complete responses, concatenated.
     """
     image = images_begun(targets, vocabulary)
     is_code = (targets >= vocabulary.image_first) & (targets < vocabulary.image_end)
@@ -76,6 +76,7 @@ def loss_by_part(
 def images_begun(targets: Int[Tensor, " n"], vocabulary: Vocabulary) -> Int[Tensor, " n"]:
     """Number of images begun up to each token within its response; a response ends with the end-of-turn token."""
     begun, ended = (targets == vocabulary.image_begin).long(), (targets == vocabulary.end_turn).long()
-    response = ended.cumsum(0) - ended
+    response = ended.cumsum(0) - ended  # index of the response that each token belongs to, [n]
+    # images per response [responses]; their sum over the earlier responses is subtracted from the running count [n]
     each = torch.zeros(int(response[-1]) + 1, dtype=torch.long, device=begun.device).index_add_(0, response, begun)
     return begun.cumsum(0) - (each.cumsum(0) - each)[response]

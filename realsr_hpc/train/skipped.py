@@ -15,7 +15,7 @@ from realsr_hpc.optim.step import Optimiser
 from realsr_hpc.parallel.pipeline import Microbatch
 
 MAX_KEPT = 10
-"""Batches saved per run: enough to inspect without filling the disk."""
+"""Largest number of batches saved per run: enough to inspect without filling the disk."""
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ class SkippedUpdates:
             )
         if optimiser.skipped_in_a_row >= self.limit:
             raise RuntimeError(
-                f"optim.max_skipped_in_a_row: {self.limit}: so many updates in a row had a gradient that was not "
+                f"optim.max_skipped_in_a_row: {self.limit}: that many consecutive updates had a gradient that was not "
                 f"finite; their batches are in {self.folder}; lower optim.lr ({optimiser.optim.lr}) or raise "
                 "precision.params"
             )

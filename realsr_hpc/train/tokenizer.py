@@ -1,4 +1,4 @@
-"""Train the small image tokenizer and text tokenizer from scratch; `main` reads in order.
+"""Train the small image tokenizer and text tokenizer from scratch; read `main` first.
 
 Plain PyTorch in one process, on its GPU or the CPU: the tokenizer is small and trained once. There is neither an
 adversarial nor a downloaded perceptual loss; a multi-scale gradient loss rewards sharpness. The published weights are
@@ -33,15 +33,18 @@ from realsr_hpc.train.training_run import DONE, REQUEUE, Stop
 AVERAGE_DECAY = 0.995
 KMEANS_ROUNDS = 10
 EVALUATED_AT_ONCE, GRID_COLUMNS = 16, 24
-"""Held-out images that pass the tokenizer together; those that the grid shows."""
+"""Number of held-out images per batch, and number of images that the grid shows."""
 _CPU = torch.device("cpu")
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
-    """Train, resuming from `run_dir/checkpoint.pt`; grids and both tokenizers go to `run_dir`; the exit code."""
+    """Train, resuming from `run_dir/checkpoint.pt`, and write grids and both tokenizers to `run_dir`.
+
+    Returns the exit code (see train/training_run.py).
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    left = runfolder.tokenizer_files(run_dir)
-    train_recipe_text_tokenizer(config, left["text_tokenizer.path"])
+    files = runfolder.tokenizer_files(run_dir)
+    train_recipe_text_tokenizer(config, files["text_tokenizer.path"])
     training = config.tokenizer_training
     photographs = photographs_of(config, config.data.train_split)
     images = TokenizerImages(photographs, training, config.seed, config.data.num_threads)
@@ -59,7 +62,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
             metrics |= state.evaluate(heldout, grid)
             tracker.log_metrics(state.step, metrics)
             tracker.log_artifact(grid, "reconstructions")
-            save_image_tokenizer(state.average, left["image_tokenizer.weights"])
+            save_image_tokenizer(state.average, files["image_tokenizer.weights"])
             state.save(run_dir / "checkpoint.pt")
         tracker.progress(state.step, training.num_steps, f"loss {metrics['tokenizer/loss/step']:.3f}")
         if stopping and state.step < training.num_steps:
@@ -70,7 +73,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
 
 
 class TokenizerTraining:
-    """Everything that changes from step to step, and the step itself."""
+    """The state that changes from step to step (weights, optimizer, codebook averages), and the step itself."""
 
     def __init__(self, config: RunConfig, device: torch.device = _CPU) -> None:
         torch.manual_seed(config.seed)
@@ -94,8 +97,9 @@ class TokenizerTraining:
         self.optimizer.param_groups[0]["lr"] = learning_rate(self.training, self.step)
         images = images.to(self.device).contiguous(memory_format=torch.channels_last)
         with self._autocast(not self.training.freeze_encoder):
-            features = self.tokenizer.features(images)
+            features = self.tokenizer.features(images)  # [B, h, w, E]
         features = features.float()
+        # codes [B, h, w]; `quantised` passes its gradient straight through to `features`
         quantised, codes = self.tokenizer.quantise(features)
         commitment = functional.mse_loss(features, functional.embedding(codes, self.tokenizer.quantize.codebook()))
         with self._autocast(True):
@@ -118,7 +122,7 @@ class TokenizerTraining:
         }
 
     def _autocast(self, trained: bool) -> torch.autocast:
-        """bfloat16 where the recipe says so and the part is trained: frozen codes must be those of fp32."""
+        """bfloat16 if the recipe asks for it and the part is trained: a frozen encoder must give the codes of fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=trained and self.training.precision == "bf16")
 
     def _update_codebook(self, features: Float[Tensor, "N E"], codes: Int[Tensor, " N"]) -> int:
@@ -143,7 +147,7 @@ class TokenizerTraining:
         self.average.encoder.recognise_gathering()
 
     def evaluate(self, images: Float[Tensor, "B 3 H W"], grid: Path) -> dict[str, float]:
-        """PSNR and codes in use on held-out images; `grid` shows truths above reconstructions."""
+        """PSNR in dB and number of codes in use on held-out images; `grid` shows truths above reconstructions."""
         shown = [(self.average.encode(part), part) for part in images.to(self.device).split(EVALUATED_AT_ONCE)]
         codes = torch.cat([codes for codes, _ in shown]).cpu()
         reconstruction = torch.cat([self.average.decode(codes) for codes, _ in shown]).cpu()
@@ -165,7 +169,7 @@ class TokenizerTraining:
         """Continue exactly from `path`; False if there is none. Images and random choices depend on the step alone."""
         if not path.exists():
             return False
-        stored = torch.load(path, weights_only=True, map_location=_CPU)  # copied from there
+        stored = torch.load(path, weights_only=True, map_location=_CPU)  # load_state_dict copies to the device
         self.step = stored.pop("step")
         for part, state in stored.items():
             getattr(self, part).load_state_dict(state)

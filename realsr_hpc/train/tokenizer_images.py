@@ -1,8 +1,8 @@
-"""Images to train the tokenizer on: photographs, seen at many scales, and images made from nothing.
+"""Images to train the tokenizer on: photographs, cropped at many scales, and synthetic images.
 
 One image depends only on (seed, step, place in the batch), so a resumed run needs no data state. Crops span whole
 scenes to native resolution because the tokenizer encodes the same scene at 32, 64 and 128 px; some are degraded
-first because it also encodes LQ images. The degradation here is a rough stand-in; labels and exactness are data/'s.
+first because it also encodes LQ images. This degradation is approximate; the exact, labelled one is in data/.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 CROP_DIVISORS = (1, 2, 2, 2, 4)
 """Crop sides of the steps, as divisors of `crop_px`; small crops come in larger batches, so steps cost the same."""
 DECODED = 256
-"""Photographs that stay decoded; of larger sets the others are read again."""
+"""Number of decoded photographs kept in memory; the others of a larger set are decoded again."""
 HELDOUT = 64
-"""Most held-out scenes that are measured on."""
+"""Largest number of held-out scenes to measure on."""
 
 
 class Photographs(Sequence[Image.Image]):
-    """RGB photographs of files, decoded when they are looked at; an unreadable one is named and the next one taken."""
+    """RGB photographs, decoded on access; an unreadable one is logged and replaced by the next. ValueError: none."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths, self._unreadable = paths, set[Path]()
@@ -61,7 +61,7 @@ class Photographs(Sequence[Image.Image]):
 
 
 class Grounds(Sequence[Ground]):
-    """The same photographs, as grounds of signs."""
+    """The same photographs, as backgrounds of signs."""
 
     def __init__(self, photographs: Sequence[Image.Image]) -> None:
         self.photographs = photographs
@@ -118,7 +118,7 @@ def _crop(rng: np.random.Generator, photograph: Image.Image, side: int) -> Image
 
 
 def _degrade(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Blur, shrink, noise, JPEG, enlarge: what an LQ image shown in the prompt looks like."""
+    """Blur, shrink, noise, JPEG, enlarge: about what an LQ image in the prompt looks like."""
     side = image.width
     small = max(8, round(side / rng.uniform(1, 4)))
     image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0, 1.5)))).resize((small, small))
@@ -129,7 +129,7 @@ def _degrade(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def _recolour(rng: np.random.Generator, image: UInt8[np.ndarray, "s s 3"]) -> UInt8[np.ndarray, "s s 3"]:
-    """Half the images unchanged; else channels permuted and scaled, saturation, contrast and brightness changed."""
+    """Leave half the images unchanged; permute and scale the others' channels, change saturation and brightness."""
     if rng.random() < 0.5:
         return image
     pixels = image[..., rng.permutation(3)].astype(np.float32)

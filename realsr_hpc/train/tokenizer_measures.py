@@ -1,4 +1,4 @@
-"""What the tokenizer is trained to minimise, how it is measured, and how it is shown."""
+"""The image tokenizer's loss, its metrics, and the grid that shows its reconstructions."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def reconstruction_loss(
 
 
 def psnr_db(output: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) -> float:
-    """Mean over images, peak-to-peak 2."""
+    """PSNR in dB of images in [-1, 1] (peak-to-peak 2), mean over images."""
     errors = (output - target).square().mean((1, 2, 3)).clamp_min(1e-10)
     return float((10 * torch.log10(4 / errors)).mean())
 
 
 def bicubic(images: Float[Tensor, "B 3 H W"], factor: int) -> Float[Tensor, "B 3 H W"]:
-    """Down by `factor` (antialiased) and up again: what a tokenizer of that stride must beat."""
+    """Down by `factor` (antialiased) and up again: the baseline that a tokenizer of that stride must beat."""
     height, width = images.shape[-2:]
     small = functional.interpolate(images, (height // factor, width // factor), mode="bicubic", antialias=True)
     return functional.interpolate(small, (height, width), mode="bicubic").clamp(-1, 1)
 
 
 def write_grid(images: Float[Tensor, "N 3 H W"], columns: int, path: Path) -> None:
-    """PNG of images in [-1, 1], row by row."""
+    """Write images in [-1, 1] as one PNG, row by row."""
     rows = [torch.cat(list(images[start : start + columns]), -1) for start in range(0, len(images), columns)]
     pixels = ((torch.cat(rows, -2).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     Image.fromarray(pixels.movedim(0, -1).numpy()).save(path)

@@ -36,7 +36,7 @@ class TrainingRun:
         self.parts, self.config, self.run_dir, self._stop, self.num_steps = parts, config, run_dir, stop, num_steps
         self.tracker = Tracker.open(config, run_dir, writer=parts.groups.is_main)
         self.counters: dict[str, int] = {}
-        """Saved with every checkpoint; changed in place, since the FP8 gate has the same dictionary."""
+        """Saved with every checkpoint; changed in place, because the FP8 gate shares the dictionary."""
         SkippedUpdates(runfolder.skipped(run_dir), parts.optimiser, config.optim.max_skipped_in_a_row)
         keep = config.checkpoint
         self._keep = checkpoint.Keep(keep.keep_last, keep.keep_best, highest=best_is_highest(config))
@@ -49,7 +49,7 @@ class TrainingRun:
         """The FP8 gate; None without FP8."""
 
     def resume(self, loader: Any) -> int:
-        """Load the newest complete checkpoint, if there is one; returns the number of steps already done."""
+        """Load the newest complete checkpoint, if there is one, into parts and loader; returns the steps done."""
         step = self._resume(loader)
         if self.parity is not None:
             self.parity.start(step)
@@ -88,11 +88,11 @@ class TrainingRun:
         asked = self._stop() or step == self.config.checkpoint.stop_at_step
         mine = {"stop": asked, "best": self._is_among_best(), "writing": self._saver.writing}
         flags = {name: float(flag) for name, flag in mine.items()}
-        flags["left_out"] = float(len(getattr(loader, "skipped", ())))  # frozen traces leave none out
+        flags["left_out"] = float(len(getattr(loader, "skipped", ())))  # frozen traces skip no image
         world = torch.distributed.group.WORLD
         assert world is not None, "the parts of a run exist in a process group only"
         agreed = reduce_floats(flags, world, self.parts.groups.device, "max")
-        if agreed["left_out"]:  # photographs so far, by the rank that met most
+        if agreed["left_out"]:  # unreadable photographs so far, on the rank with most of them
             self.tracker.log_metrics(step, {"data/skipped/count": agreed["left_out"]})
         leaving = agreed["stop"] > 0 or step == self.num_steps
         due = leaving or agreed["best"] > 0 or step % self.config.checkpoint.every_steps == 0
@@ -108,7 +108,7 @@ class TrainingRun:
         return agreed["stop"] > 0 and step < self.num_steps
 
     def _try(self, act: Callable[[], None], *, must: bool = False) -> None:
-        """Continue after a failed checkpoint, unless it `must` be written or too many in a row have failed."""
+        """Call `act`; continue after a failed checkpoint unless it `must` be written or too many in a row failed."""
         try:
             act()
         except checkpoint.NotSaved as error:

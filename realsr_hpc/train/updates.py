@@ -17,7 +17,7 @@ from realsr_hpc.train.parts import GRPOParts
 
 
 def grpo_batches(parts: GRPOParts, groups: Sequence[ScoredGroup], masks: MaskTable) -> list[GRPOBatch]:
-    """The step's updates: rollouts with loss tokens, spread over `updates_per_step` batches with their global counts.
+    """The step's updates: this rank's rollouts with loss tokens in `updates_per_step` batches, with global counts.
 
     An update for which no rank has a loss token is skipped.
     """

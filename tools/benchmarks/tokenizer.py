@@ -69,7 +69,7 @@ def of_folder(folder: Path) -> dict[str, Pictures]:
         except (BrokenImage, OSError):
             continue
     if not pictures:
-        raise ValueError(f"folder={folder}: no images there")
+        raise ValueError(f"folder={folder}: no images found")
     return {folder.name: pictures}
 
 

@@ -139,7 +139,7 @@ def test_options_that_would_be_lost_are_refused(command, said, source, capsys):
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("restore export={policy} input={file}/none output={file}-out", "input={file}/none: no images there"),
+        ("restore export={policy} input={file}/none output={file}-out", "input={file}/none: no images found"),
         ("restore export={policy} input={source} output={source}", "is the folder of the input"),
         ("evaluate export={policy} against=none set=unpaired data={file}", "data={file}: no such folder"),
     ],

@@ -111,7 +111,7 @@ def test_what_a_model_cannot_be_compared_with_is_named_and_nothing_is_written(ru
     (tmp_path / "export" / "config.json").write_text("{}")
     wrong = {
         "strat": "did you mean 'start'?",
-        "unsaved": "has no whole checkpoint",
+        "unsaved": "has no complete checkpoint",
         "by two": "its vlcot.upscale is 2, not 4",
         "cut": "recipe.yaml: ",
         "export": "has no recipe.yaml",

@@ -269,7 +269,7 @@ def test_a_folder_without_decoder_or_recipe_says_what_to_do(run, tmp_path):
 def test_an_export_never_overwrites_and_a_failed_one_leaves_nothing(run, tmp_path):
     with pytest.raises(ValueError, match="exists"):
         export_run(run.folder, run.export)
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         empty = tmp_path / "empty"
         empty.mkdir()
         shutil.copy(run.folder / "recipe.yaml", empty)

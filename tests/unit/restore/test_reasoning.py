@@ -37,7 +37,7 @@ def test_the_steps_stand_in_their_order_with_the_first_tiles_texts(monkeypatch):
     assert said[4:] == [
         "degradation (tile 1 of 2): heavy blur",
         "rough (tile 1 of 2): a",
-        "middle (tile 1 of 2): nothing well formed",
+        "middle (tile 1 of 2): not well-formed",
         "final (tile 1 of 2): c",
     ]
 

@@ -264,12 +264,12 @@ def test_tiles_without_an_image_are_bicubic_and_said_so(tmp_path):
 
 
 def test_nothing_to_do_and_wrong_settings_are_said(tmp_path):
-    with pytest.raises(ValueError, match="no images there"):
+    with pytest.raises(ValueError, match="no images found"):
         restore_folder(nearest, tmp_path, tmp_path / "out", SETTINGS)
     with pytest.raises(ValueError, match="overlap_px=20"):
         RestoreSettings("x", tile_px=32, model_upscale=4, overlap_px=20)
     for upscale in (0.5, 5):
-        with pytest.raises(ValueError, match=rf"upscale={upscale} must lie in 1\.\.4"):
+        with pytest.raises(ValueError, match=rf"upscale={upscale} must be in 1\.\.4"):
             RestoreSettings("x", tile_px=32, model_upscale=4, upscale=upscale)
     with pytest.raises(ValueError, match="one of run="):
         find_model({"run": "a", "export": "b"})

@@ -118,14 +118,14 @@ def test_a_step_whose_update_was_skipped_is_the_runs_where_its_numbers_are_not_f
     kept, groups = (broken / "replay" / "step-000003" / name for name in ("step.json", "dp-0.safetensors"))
     tensors, facts = load_file(groups), safe_open(groups, "pt").metadata()
     save_file(tensors | {"0.rewards.format": torch.full_like(tensors["0.rewards.format"], math.nan)}, groups, facts)
-    assert main(words) == 1 and "Step 3 is NOT what was reported" in capsys.readouterr().out
+    assert main(words) == 1 and "Step 3 is NOT reproduced" in capsys.readouterr().out
     again = json.loads((output / "replay.json").read_text())["again"]["metrics"]
     unknown = [name for name, value in again.items() if math.isnan(value)]
     assert "grpo/loss/mean" in unknown and again["optim/grad_norm/step"] == math.inf
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"metrics": again}))  # as training reported that step
     assert main(words) == 0
     told = capsys.readouterr().out
-    assert "Step 3 is what was reported" in told and all(f"| {name} | nan | nan | equal |" in told for name in unknown)
+    assert "Step 3 is reproduced" in told and all(f"| {name} | nan | nan | equal |" in told for name in unknown)
 
 
 @pytest.mark.parametrize("layout", [[], ["parallel.tp=2", "cluster.tasks_per_node=2"]])
@@ -156,7 +156,7 @@ def test_a_step_above_the_gate_is_one_line_with_the_remedy_and_compared_without_
         (["step=3", "grpo.clip_high=nan"], "grpo.clip_high: nan: input should be a finite number"),
         (["step=3", "parallel.tp=2"], "parallel: tp 2 x pp 1 = 2: must divide the world size 1"),
         (["step=3", "run=nowhere"], "run 'nowhere': no recipe.yaml there"),
-        (["step=9"], "step=9 was not kept; kept steps: "),
+        (["step=9"], "step=9 was not saved; saved steps: "),
         (["step=two"], "step='two' is not a whole number"),
     ],
 )
