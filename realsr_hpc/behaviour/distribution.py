@@ -5,8 +5,8 @@ A row of logits becomes a distribution in this order: guidance, mask of the gram
 top-k, top-p), temperature, softmax. `restricted` is the one place that masks and tempers; the sampler here and the
 scorer in `logprobs.py` both call it, so that the two cannot drift apart.
 
-Elsewhere: how a mask is chosen (vlcot/grammar.py) and the key-value cache (rollout/). Truncation needs a row's whole
-vocabulary, so only the sampler truncates; the scorer receives the surviving tokens bit-packed.
+vlcot/grammar.py defines the masks and which position has which; rollout/ has the key-value cache. Truncation needs a
+row's whole vocabulary, so only the sampler truncates; the scorer receives the surviving tokens bit-packed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ADAPTIVE_LIMIT = 2000
 
 @dataclass(frozen=True)
 class Truncation:
-    """Which of the allowed tokens survive."""
+    """Options that decide which of the allowed tokens survive."""
 
     top_k: int = 0
-    """Most probable tokens kept; 0: all."""
+    """Number of most probable tokens kept; 0: all."""
     top_p: float = 1.0
     """Smallest set of the most probable tokens whose tempered probability reaches this; 1: all."""
     adaptive: bool = False
@@ -139,8 +139,8 @@ def truncated_support(
         probability = tempered.masked_fill(~keep, -torch.inf).softmax(-1)
         # Mass before a token: the first is always kept, as is the one that crosses the threshold.
         keep &= probability.cumsum(-1) - probability < truncation.top_p
-    # Which of equal logits topk returns is not defined, and is another on each device: only how many survive is its.
-    least = values.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)  # [n, k] -> [n, 1]
+    # Which of several equal logits topk returns differs between devices, so only the number of survivors is used.
+    least = values.masked_fill(~keep, torch.inf).amin(-1, keepdim=True)  # smallest survivor, [n, k] -> [n, 1]
     above, tied = masked > least, masked == least
     room = keep.sum(-1, keepdim=True) - above.sum(-1, keepdim=True)
     return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))  # [n, V]
@@ -163,6 +163,7 @@ def sample(
     allowed token.
     """
     values = restricted(logits, allowed, temperature, support)
+    # argmax of value + noise: the token's offset from `first`, [n, V] -> [n]
     columns = (values + gumbel(keys, first, first + values.shape[-1])).argmax(-1)
     logprobs = values.gather(-1, columns[:, None])[:, 0] - values.logsumexp(-1)
     return columns + first, logprobs

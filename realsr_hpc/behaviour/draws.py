@@ -32,7 +32,7 @@ def gumbel(keys: Int[Tensor, "n 2"], first: int, stop: int) -> Float[Tensor, "n 
     float32 is finest.
     """
     tokens = torch.arange(first, stop, dtype=torch.int32, device=keys.device)
-    bits = tokens + keys[:, :1]
+    bits = tokens + keys[:, :1]  # [width] + [n, 1] -> [n, width]; int32 arithmetic wraps around
     for number, (shift, multiplier) in enumerate(_ROUNDS):
         bits ^= _shifted(bits, shift)
         bits *= multiplier

@@ -2,7 +2,7 @@
 """Log-probabilities of given tokens under the behaviour distribution, over vocabulary shards, tile by tile.
 
 GRPO's loss needs one number per token, but Megatron's cross-entropy holds [tokens, vocabulary] in float32. Here the
-forward pass keeps three numbers per token and the backward pass recomputes the logits. Both walk over tiles of
+forward pass keeps three numbers per token and the backward pass recomputes the logits. Both iterate over tiles of
 chunk_tokens x block_columns logits, which alone decide the peak memory. A GPU takes all columns of its shard at once; a
 CPU takes blocks that stay in its caches, and then recomputing costs little time.
 
@@ -42,7 +42,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class _Options:
-    """What `_Score` needs beside tensors."""
+    """The arguments of `_Score` that are not tensors."""
 
     first_id: int
     """Vocabulary id of the shard's first row."""
@@ -74,7 +74,7 @@ class _Inputs(NamedTuple):
         return guided(logits, project(self.unconditional[rows], self.weight[columns]), self.cfg_scale[rows])
 
     def masks(self, first_id: int, dtype: torch.dtype) -> Tensor:
-        """What is allowed on this shard, [M, V/tp]; a single mask is returned as a penalty, which is faster to add."""
+        """The masks over this shard's tokens, [M, V/tp]; a single mask comes as a penalty, which is faster to add."""
         allowed = self.mask_table[:, first_id : first_id + len(self.weight)]
         return penalty_of(allowed, dtype) if len(allowed) == 1 else allowed
 
@@ -90,19 +90,21 @@ class _Inputs(NamedTuple):
         return restricted(logits, allowed, self.temperature[rows], support, overwrite=overwrite)
 
     def local_targets(self, rows: slice, columns: slice, first_id: int) -> tuple[Tensor, Tensor]:
-        """Column of the target within the tile (0 where it is in another) [c, 1], and whether it is in this one
-        [c, 1]."""
+        """Column of the target within the tile, [c, 1] (0 if another tile has it); whether this tile has it, [c, 1]."""
         column = self.targets[rows, None] - (first_id + columns.start)
         ours = (column >= 0) & (column < columns.stop - columns.start)
         return column.where(ours, 0), ours
 
 
 class _Partial(NamedTuple):
-    """What a tile, or one shard, contributes to a chunk's softmax: shift [c], and sums [c] relative to it."""
+    """The part of a chunk's softmax that one tile or shard holds: its maximum [c], and sums [c] relative to it."""
 
     shift: Tensor
+    """Largest value of each row."""
     total: Tensor
+    """Sum of exp(value - shift)."""
     weighted: Tensor
+    """Sum of exp(value - shift) x value, for the entropy; 0 if not requested."""
 
 
 def _partial_softmax(values: Tensor, *, with_weighted: bool = False, overwrite: bool = False) -> _Partial:
@@ -117,7 +119,7 @@ def _partial_softmax(values: Tensor, *, with_weighted: bool = False, overwrite: 
 
 
 def _merged(blocks: Sequence[_Partial]) -> _Partial:
-    """One chunk's blocks of columns as one."""
+    """Merge the blocks of columns of one chunk, as in an online softmax."""
     if len(blocks) == 1:
         return blocks[0]
     shifts, totals, weighted = (torch.stack(column) for column in zip(*blocks, strict=True))  # [blocks, c] each
@@ -127,7 +129,7 @@ def _merged(blocks: Sequence[_Partial]) -> _Partial:
 
 
 def _combine(partial: _Partial, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Global shift, logarithm of the total relative to it, and mean value of softmax; all [n]."""
+    """Merge the shards: global shift, log of the total relative to it, and mean value under the softmax; all [n]."""
     if group is None:
         return partial.shift, partial.total.log(), partial.weighted / partial.total
     shift = partial.shift.clone()
@@ -215,8 +217,7 @@ def _blocks(inputs: _Inputs, options: _Options) -> list[slice]:
 def _scored_tile(
     inputs: _Inputs, options: _Options, rows: slice, columns: slice, masks: Tensor
 ) -> tuple[Tensor, _Partial, _Partial | None]:
-    """Of a tile: the targets' values [c], and its share of the softmax of the behaviour and, on request, of the raw
-    logits."""
+    """The targets' values [c] in a tile, and its part of the softmax of behaviour logits and, on request, raw ones."""
     logits = inputs.logits(rows, columns)  # [c, b], the largest tensor; only sums over it [c] outlive this call
     raw = _partial_softmax(logits) if options.with_logsumexp else None
     values = inputs.behaviour(logits, rows, columns, masks, options.first_id, overwrite=True)
@@ -308,7 +309,7 @@ def behaviour_scores(
     `hidden` is the output layer's input, whole on every rank of `tp_group`; `output_weight` is its vocabulary shard. A
     target that its mask or support excludes has log-probability -inf. Computes in float32 or better for any input.
 
-    chunk_tokens, block_columns: most tokens and vocabulary columns of the logits that exist at once; 0 columns: as many
+    chunk_tokens, block_columns: tokens and vocabulary columns of the largest logits tile; 0 columns: as many
     as suit the device (`backend.logit_columns`).
     """
     parts = 1 if tp_group is None else dist.get_world_size(tp_group)

@@ -19,7 +19,7 @@ from realsr_hpc.vlcot.grammar import Grammar
 class MaskTable:
     """A grammar's M masks over V tokens (`padded_vocab_size`), with the sampling options of each mask.
 
-    Example: `table.allowed[mask_ids]` are the tokens [n, V] that may stand at n positions, drawn at the temperatures
+    Example: `table.allowed[mask_ids]` are the tokens [n, V] that are allowed at n positions, drawn at temperatures
     `table.temperature[mask_ids]` [n].
     """
 
@@ -30,20 +30,22 @@ class MaskTable:
         self.forced = torch.from_numpy(grammar.forced).to(device)
         """bool [M]: one token is allowed."""
         self.image = torch.from_numpy(grammar.image_rows).to(device)
-        """bool [M]: chooses among image codes."""
+        """bool [M]: the allowed tokens are image codes."""
         text = config.temperature if config.text_temperature is None else config.text_temperature
         self.temperature = torch.where(self.image, config.temperature, text)
         """float32 [M]."""
         self.guided = config.cfg_scale != 1.0
-        """Logits are guided: rows have an unconditional twin."""
+        """Whether logits are guided: each row then has an unconditional twin."""
         self.cfg_scale = torch.where(self.image, config.cfg_scale, 1.0)
         """float32 [M]: text is never guided."""
         image = grammar.mask_table[int(grammar.image_rows.argmax())].nonzero()[0]
         self.image_columns = slice(int(image[0]), int(image[-1]) + 1)
-        """Vocabulary columns among which all image codes are."""
+        """Smallest range of vocabulary columns that holds all image codes."""
         self.continues_block = torch.from_numpy(grammar.continues_block).to(device)
-        """bool [vocabulary]: continues an image block. Sampler and scorer cut the unconditional stream's context with
-        this one rule."""
+        """bool [vocabulary]: the token continues an image block.
+
+        Sampler and scorer both limit the context of the unconditional stream by this rule.
+        """
 
 
 def everything_allowed(vocab_size: int, padded_vocab_size: int, device: torch.device) -> Bool[Tensor, "1 V"]:

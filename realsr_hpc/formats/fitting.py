@@ -72,7 +72,7 @@ def _tensor_faults(found: FoundPolicy, wanted: Mapping[str, Shape]) -> list[str]
         given = found.tensors[name].shape if name in found.tensors else shape
         shared = name.split(".")[-2] in ("q_norm", "k_norm") and grouped(given, shape)
         if given != shape and not shared:
-            return [*faults, f"{name} has shape {given}, the recipe's model section wants {shape}"]
+            return [*faults, f"{name} has shape {given}, the recipe's model section has {shape}"]
     return faults
 
 

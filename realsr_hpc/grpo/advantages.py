@@ -52,7 +52,7 @@ def mixed_advantages(
     unbiased_std: bool = True,
     epsilon: float = 1e-4,
 ) -> Float[Tensor, "*prompts G"]:
-    """Advantage of several rewards.
+    """Advantages from several rewards.
 
     normalise_each: the weighted sum of each reward's own group advantages, so that no reward dominates by its scale
     (GDPO, arXiv 2601.05242, without its last normalisation over the batch, which would make a rollout's advantage
@@ -76,7 +76,7 @@ def mixed_advantages(
 def configured_advantages(
     breakdown: Mapping[str, Float[Tensor, "*prompts G"]], weights: Mapping[str, float], config: GRPOConfig
 ) -> Float[Tensor, "*prompts G"]:
-    """`mixed_advantages` as the recipe says."""
+    """`mixed_advantages` with the recipe's options."""
     return mixed_advantages(
         breakdown,
         weights,
@@ -116,7 +116,7 @@ def place_advantages(
     """Each place's scores centred over the group's rollouts, divided by one number for all places.
 
     The divisor is the root mean square over places of the unbiased std, so that a place at which rollouts differ more
-    weighs more, as it does in the mean over the image. NaN stays NaN and is left out of the means.
+    weighs more, as it does in the mean over the image. NaN stays NaN and does not enter the means.
     """
     exact = scores.double()
     known = ~exact.isnan()

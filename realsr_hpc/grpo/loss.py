@@ -47,12 +47,12 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How far the trainer's log-probabilities are from the sampler's: sums over tokens, to be summed over ranks."""
+    """Difference of the trainer's log-probabilities from the sampler's: sums over tokens, to be summed over ranks."""
 
     abs_sum: Float[Tensor, ""]
-    """|policy - rollout| log-probability, in nats; over the number of tokens it is `rollout/mismatch_abs`."""
+    """|policy - rollout| log-probability in nats; `rollout/mismatch_abs` is this divided by the number of tokens."""
     kl_sum: Float[Tensor, ""]
-    """KL(rollout || policy), in nats; over the number of tokens it is `rollout/mismatch_kl`."""
+    """KL(rollout || policy) in nats; `rollout/mismatch_kl` is this divided by the number of tokens."""
 
 
 def policy_loss(
@@ -70,14 +70,14 @@ def policy_loss(
     """Clipped surrogate, KL to the reference and entropy bonus of one microbatch; whole rollouts in any order.
 
     advantages: of rollouts, or of their tokens. old_logprobs None: the policy's own, detached: ratio 1 (first update).
-    Outside `loss_mask` anything may stand, -inf included. ValueError: an option needs an argument that is missing.
+    Values outside `loss_mask` are ignored, even -inf and NaN. ValueError: an option needs an argument that is missing.
     """
     _check(counts, config, reference_logprobs, entropy)
     mask = loss_mask
     policy = _masked(policy_logprobs, mask)
     old = policy.detach() if old_logprobs is None else _masked(old_logprobs, mask).detach()
     surrogate, means, counted = _surrogate(policy, old, _masked(rollout_logprobs, mask), advantages, mask, config)
-    objective = surrogate
+    objective = surrogate  # [N, T], per token; maximised
     if reference_logprobs is not None:
         reference = _masked(reference_logprobs, mask).detach()
         divergence = kl_estimate(policy, reference, config.kl_estimator)

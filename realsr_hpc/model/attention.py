@@ -68,8 +68,10 @@ class BranchedRows:
     """Number of the image block of every token of the twins, [twins, S]; None: no guidance."""
 
     def positions(self, row_tokens: int, device: torch.device) -> Tensor:
-        """Position of each token of a row within its own sequence, int64 [S]: every response begins right after the
-        prompt."""
+        """Position of each token of a row within its own sequence, int64 [S].
+
+        Every response continues the prompt, so all responses have the same positions; the rotary embedding uses them.
+        """
         prompt, response = self.branches.prompt, self.branches.response
         places = torch.arange(row_tokens, device=device)
         return torch.where(places < prompt, places, prompt + (places - prompt) % response)
@@ -83,14 +85,15 @@ class BranchedRows:
         return torch.cat([self._conditional(q[:rows], k[:rows], v[:rows]), twins])
 
     def _conditional(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rows in which each response sees the prompt and itself: [b, heads, S, d] -> [b, heads, S, d]."""
         grouped, prompt = q.shape[1] != k.shape[1], self.branches.prompt
         if self.branches.count == 1:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        # [b, h, prompt, d]: causal, computed once for all responses of a row. Contiguous copies, because the backward
-        # pass keeps them and a view would keep the whole row alive.
+        # [b, h, prompt, d]: causal, computed once for all responses of a row. The copies are contiguous, because the
+        # backward pass keeps them and a view would keep the whole row in memory.
         begin = (x[:, :, :prompt].contiguous() for x in (q, k, v))
         of_prompt = F.scaled_dot_product_attention(*begin, is_causal=True, enable_gqa=grouped)  # pyright: ignore[reportArgumentType]
-        # [b x count, kv, prompt + response, d]: each response as a batch entry of its own behind a copy of the prompt
+        # [b x count, kv, prompt + response, d]: each response is a separate batch entry after a copy of the prompt
         keys, values = self._with_prompt(k), self._with_prompt(v)
         # query i of a response [response] sees the whole prompt and the response up to i
         mask = causal_lower_right(self.branches.response, keys.shape[2])
@@ -98,6 +101,7 @@ class BranchedRows:
         return self._rows(of_prompt, out, q)
 
     def _unconditional(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rows in which a token sees only its own image block; zero on the prompt, which carries no loss."""
         assert self.blocks is not None, "only guided batches have unconditional rows"
         # blocks [twins, S] -> [twins x count, response] -> causal within the same image block
         mask = segment_mask(self._responses(self.blocks[:, None, :, None])[:, 0, :, 0])

@@ -26,7 +26,7 @@ from realsr_hpc.parallel.process_groups import ProcessGroups
 
 @dataclass(frozen=True)
 class WeightShapes:
-    """Sizes that decide every tensor's shape."""
+    """The sizes that determine the shape of every tensor."""
 
     num_layers: int
     hidden: int
@@ -57,13 +57,13 @@ class SumGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Any shape, as it is."""
+        """Return `hidden`, of any shape, unchanged."""
         ctx.group = group
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient, summed over the group."""
+        """Return the gradient summed over the group."""
         summed = gradients[0].contiguous().clone()
         dist.all_reduce(summed, group=ctx.group)
         return summed, None
@@ -81,10 +81,10 @@ class PolicyChunk(GPTModel):
     ) -> Tensor:
         """tokens int64 [b, S] -> last chunk: hidden [b, S, H]; others: [S/sp, b, H].
 
-        segment_ids, branches and image_blocks say what the rows hold, as `Microbatch` does. The gradient that comes
-        back into the hidden states may be one tensor rank's share (from its vocabulary shard): it is summed over tp
-        here.
+        segment_ids, branches and image_blocks describe the rows, as in `Microbatch`. The gradient with respect to the
+        hidden states may be one tensor rank's part (from its vocabulary shard): it is summed over tp here.
         """
+        # hidden [S/sp, b, H]; rotary angles [S, 1, 1, d]
         hidden, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=None)  # pyright: ignore[reportArgumentType]
         mask, rows = None, None
         if branches is not None:
@@ -113,12 +113,12 @@ class Policy:
     groups: ProcessGroups
     shapes: WeightShapes
     vocab_size: int
-    """Rows that mean something; `padded_vocab_size` rows are held over all tensor ranks."""
+    """Number of token ids; the weights have `padded_vocab_size` rows, split over the tensor-parallel ranks."""
     padded_vocab_size: int
     rollout_fp8_layers: tuple[int, ...] = ()
     """Layers, from 1, whose products rollouts compute in FP8."""
     decode_graphs: bool = False
-    """Rollouts replay steps of fixed shapes."""
+    """Whether rollouts replay decode steps of fixed shapes (as CUDA graphs on a GPU)."""
     lora: LoRAConfig | None = None
     """Low-rank adapters that are trained in place of the weights (model/lora.py); None: there are none."""
     base: str | None = None
@@ -142,17 +142,17 @@ class Policy:
             yield from chunk.parameters()
 
     def train(self, mode: bool = True) -> Policy:
-        """Training mode (recomputation happens only there)."""
+        """Set training mode; only there are activations recomputed."""
         for chunk in self.chunks:
             chunk.train(mode)
         return self
 
     def eval(self) -> Policy:
-        """Evaluation mode."""
+        """Set evaluation mode."""
         return self.train(False)
 
     def offload(self, to_host: bool) -> None:
-        """Move a frozen model's weights to host memory, or back to its device."""
+        """Move a frozen model's weights to host memory, or back to its device. ValueError for a trainable one."""
         if any(parameter.requires_grad for parameter in self.parameters()):
             raise ValueError("offload moves a frozen policy; this one is trainable (build it with trainable=False)")
         target = torch.device("cpu") if to_host else self.groups.device

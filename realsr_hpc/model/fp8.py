@@ -43,13 +43,13 @@ class Fp8Recipe:
 
     @classmethod
     def of(cls, precision: PrecisionConfig) -> Fp8Recipe:
-        """Of the recipe's precision section; `hybrid` keeps gradients in E5M2, whose range is wider."""
+        """From the recipe's precision section; `hybrid` rounds gradients to E5M2, whose range is wider."""
         backward = torch.float8_e5m2 if precision.fp8_format == "hybrid" else torch.float8_e4m3fn
         return cls(precision.fp8, torch.float8_e4m3fn, backward)
 
 
 def rounded(x: Tensor, dtype: torch.dtype, largest: Tensor) -> Tensor:
-    """`x` as FP8 holds it when `largest` is scaled to the format's maximum; what exceeds it saturates.
+    """`x` rounded to FP8 with `largest` scaled to the format's maximum; larger values saturate.
 
     largest: float32, one value or any shape that broadcasts with x.
     """
@@ -59,21 +59,22 @@ def rounded(x: Tensor, dtype: torch.dtype, largest: Tensor) -> Tensor:
 
 
 def rounded_by_blocks(x: Tensor, dtype: torch.dtype, *, square: bool) -> Tensor:
-    """`x` [..., K] under power-of-two scales of 128 neighbours of a row, or of 128 x 128 where `square`."""
+    """`x` [..., K] rounded with power-of-two scales: one per 128 neighbours in a row, `square`: one per 128 x 128."""
+    # [n, K], padded to whole blocks, then [n / block, block, K / 128, 128]: one scale per (dim 0, dim 2)
     rows = x.reshape(-1, x.shape[-1]).float()
     block = (BLOCK if square else 1, BLOCK)
     padding = [-size % side for size, side in zip(rows.shape, block, strict=True)]
     padded = F.pad(rows, (0, padding[1], 0, padding[0]))
     tiles = padded.view(padded.shape[0] // block[0], block[0], -1, BLOCK)
     top = torch.finfo(dtype).max
-    # the next power of two above: the scale is one too, and its product with any value is exact
+    # rounded up so that the scale is a power of two: multiplying by it is exact
     largest = top * torch.exp2(torch.ceil(torch.log2(tiles.abs().amax((1, 3), keepdim=True) / top)))
     whole = rounded(tiles, dtype, largest).view(padded.shape)
     return whole[: rows.shape[0], : rows.shape[1]].reshape(x.shape).to(x.dtype)
 
 
 class _Rounded(torch.autograd.Function):
-    """A rounded value whose gradient passes as it is."""
+    """Straight-through rounding: returns `value`; the gradient passes to `x` unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class _Rounded(torch.autograd.Function):
 
 
 class _RoundedGradient(torch.autograd.Function):
-    """The same value; its gradient is rounded by the layer."""
+    """Identity whose gradient is rounded by the layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: _Fp8Layer) -> Tensor:
@@ -98,10 +99,10 @@ class _RoundedGradient(torch.autograd.Function):
 
 
 class _Fp8Layer:
-    """What both linear layers share: rounding around Megatron's product."""
+    """Rounds the operands of Megatron's product; base of both linear layers."""
 
     fp8: Fp8Recipe | None = None
-    """None: an ordinary layer of the same kind."""
+    """None: the layer multiplies without FP8."""
     fp8_on = True
 
     def start_fp8(self, recipe: Fp8Recipe, groups: Sequence[dist.ProcessGroup]) -> None:
@@ -111,9 +112,9 @@ class _Fp8Layer:
         """Delayed scaling: largest input, weight and gradient of the pass before; 0: none yet."""
 
     def round(self, x: Tensor, operand: int) -> Tensor:
-        """One operand as the recipe rounds it."""
+        """Round one operand (`_INPUT`, `_WEIGHT` or `_GRADIENT`) as the recipe says."""
         recipe, learns = self.fp8, operand == _GRADIENT or torch.is_grad_enabled()
-        assert recipe is not None, "start_fp8 comes first"
+        assert recipe is not None, "call start_fp8 before the first product"
         dtype = recipe.backward if operand == _GRADIENT else recipe.forward
         with torch.no_grad():
             if recipe.scaling == "blockwise":
@@ -122,7 +123,7 @@ class _Fp8Layer:
             if recipe.scaling == "tensorwise":
                 return rounded(x, dtype, largest)
             known = self.largest[operand].to(x.device)
-            if learns:  # scoring changes nothing; of a recomputed pass only the second run does
+            if learns:  # scoring must not change the scales; recomputed layers update them in their second run only
                 for group in self._groups:
                     dist.all_reduce(agreed := largest.clone(), dist.ReduceOp.MAX, group=group)
                     largest = agreed
@@ -137,12 +138,12 @@ class _Fp8Layer:
         return _RoundedGradient.apply(product(*values, *args, **named), self)
 
     def get_extra_state(self) -> Tensor | None:
-        """Delayed scaling's values, under the key that Transformer Engine's have; None for the other recipes."""
+        """The state of delayed scaling, under the key that Transformer Engine uses; None for the other recipes."""
         delayed = self.fp8 is not None and self.fp8.scaling == "delayed"
         return self.largest.clone() if delayed else None
 
     def set_extra_state(self, state: Any) -> None:
-        """Load the scales from a checkpoint; one that was written without FP8 has none."""
+        """Load the state of delayed scaling; a checkpoint written without FP8 has none."""
         if isinstance(state, Tensor) and self.fp8 is not None:
             self.largest = state.clone()
 
@@ -166,11 +167,11 @@ class Fp8Weight:
 
     @classmethod
     def of(cls, weight: Tensor) -> Fp8Weight:
-        """A copy of a weight [out, in] of any format."""
+        """A rounded copy of a weight [out, in] of any number format."""
         return cls(*_by_rows(weight.detach()))
 
     def product(self, x: Tensor) -> Tensor:
-        """x [n, in] -> [n, out] in x's format; x is rounded by rows as well. Sizes are multiples of 16."""
+        """x [n, in] -> [n, out] in x's number format; x is also rounded, per row. in and out are multiples of 16."""
         values, scales = _by_rows(x)
         return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             values, self.values.t(), scale_a=scales, scale_b=self.scales.t().contiguous(), out_dtype=x.dtype
@@ -178,14 +179,14 @@ class Fp8Weight:
 
 
 def _by_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn [n, k] and float32 scales [n, 1] whose product is x, rounded."""
+    """x [n, k] as float8_e4m3fn [n, k] and float32 scales [n, 1], whose product is x rounded."""
     top = torch.finfo(torch.float8_e4m3fn).max
     scales = (x.abs().amax(-1, keepdim=True).float() / top).clamp(min=torch.finfo(torch.float32).tiny)
     return (x.float() / scales).to(torch.float8_e4m3fn), scales
 
 
 def start_emulation(policy: Policy, precision: PrecisionConfig) -> None:
-    """FP8 numerics in every layer that is not kept in bf16."""
+    """Emulate FP8 in every layer that is not kept in bf16."""
     recipe, num_layers = Fp8Recipe.of(precision), policy.shapes.num_layers
     ends = (1, num_layers) if keeps_ends_in_bf16(precision, num_layers) else ()
     groups = [group for group in (policy.groups.tp, policy.groups.dp) if group.size() > 1]
@@ -202,7 +203,7 @@ def _fp8_layers(root: torch.nn.Module) -> list[_Fp8Layer]:
 
 @contextmanager
 def without_fp8(policy: Policy) -> Iterator[None]:
-    """Within, the same weights multiply in bf16."""
+    """Context in which the same weights multiply in bf16."""
     configs = {id(module.config): module.config for module in _configured(policy)}
     formats = {key: config.fp8 for key, config in configs.items()}
     states = [(module, module.fp8_on) for chunk in policy.chunks for module in _fp8_layers(chunk)]
@@ -219,7 +220,7 @@ def without_fp8(policy: Policy) -> Iterator[None]:
 def stop_fp8(policy: Policy) -> None:
     """Multiply in bf16 from now on; weights, optimizer and checkpoints do not change."""
     for module in _configured(policy):
-        module.config.fp8 = None  # Megatron's blocks ask at every pass
+        module.config.fp8 = None  # Megatron's blocks read this in every pass
     for chunk in policy.chunks:
         for layer in _fp8_layers(chunk):
             layer.fp8_on = False

@@ -5,7 +5,7 @@ the local shard directly; writing gathers one parameter at a time to world rank 
 table (one generator per tensor, by name), so that they do not depend on the layout.
 
 Shared q and k norms ([head_dim] or [groups, head_dim], as Meta's and Lumina's weights have them) are spread over the
-heads. The image tokenizer's weights (`model.vqmodel.*`) are no part of this table.
+heads. The image tokenizer's weights (`model.vqmodel.*`) are not in this table.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Reader = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """A local parameter and the Hugging Face tensors it holds; `{i}` is the layer (local | global index)."""
+    """A local parameter and the Hugging Face tensors it holds; `{i}`: index of the layer, local in `local`."""
 
     local: str
     hf: tuple[str, ...]
@@ -100,9 +100,10 @@ def merge(row: Row, tensors: list[Tensor], shapes: WeightShapes, tp_size: int, t
     if row.cut == "whole":
         return tensors[0]
     if row.cut == "qkv":
+        # q [h d, H], k and v [kv d, H] -> [kv, h/kv d, H], [kv, d, H] -> Megatron's [kv, (h/kv + 2) d, H], split by kv
         groups = [t.view(shapes.kv_heads, -1, shapes.hidden) for t in tensors]
         return torch.cat(groups, 1).chunk(tp_size, 0)[tp_rank].reshape(-1, shapes.hidden)
-    if row.cut == "gate_up":
+    if row.cut == "gate_up":  # each rank holds its part of both, gate above up: [2 ffn / tp, H]
         return torch.cat([t.chunk(tp_size, 0)[tp_rank] for t in tensors])
     if row.cut == "columns":
         return tensors[0].chunk(tp_size, 1)[tp_rank]
@@ -133,7 +134,7 @@ def _pad_rows(whole: Tensor, multiple: int) -> Tensor:
 
 @torch.no_grad()
 def hf_to_local(read: Reader, policy: Policy) -> None:
-    """Fill the local chunks from whole tensors read by name. ValueError when a shape does not fit the model."""
+    """Fill the local chunks from whole tensors that `read` gives by name. ValueError for a shape that does not fit."""
     groups, shapes = policy.groups, policy.shapes
     for row, layer, parameter in _local_rows(policy):
         tensors = [_read(read, name.format(i=layer), shapes) for name in row.hf]
@@ -141,7 +142,7 @@ def hf_to_local(read: Reader, policy: Policy) -> None:
 
 
 def _local_rows(policy: Policy) -> Iterator[tuple[Row, int, Tensor]]:
-    """(row, global layer index, parameter) of everything this process holds, in the table's order."""
+    """(row, global layer index, parameter) of every parameter on this rank, in the table's order."""
     for chunk in policy.chunks:
         parameters = dict(chunk.named_parameters())
         if chunk.pre_process:
@@ -154,10 +155,10 @@ def _local_rows(policy: Policy) -> Iterator[tuple[Row, int, Tensor]]:
 
 
 def mark_cuts(policy: Policy) -> None:
-    """Tell Megatron which parameters are cut over tp.
+    """Mark for Megatron which parameters are split over tp.
 
-    Its layers do so while they draw their random weights, which we skip; without the marks the gradient norm would
-    leave out every tensor rank's share but the first's.
+    Megatron's layers set the marks while they draw random weights, which we skip. Without the marks the gradient norm
+    would count only the first tensor rank's shard.
     """
     for row, _, parameter in _local_rows(policy):
         marks: Any = parameter
@@ -172,7 +173,7 @@ def _read(read: Reader, name: str, shapes: WeightShapes) -> Tensor:
         tensor = whole(tensor, wanted)
     if tuple(tensor.shape) != wanted:
         raise ValueError(
-            f"weights: {name} has shape {tuple(tensor.shape)}, the recipe's model section wants {wanted}: "
+            f"weights: {name} has shape {tuple(tensor.shape)}, the recipe's model section has {wanted}: "
             "set the model section (and the vocabulary) to those of the weights"
         )
     return tensor
@@ -206,7 +207,7 @@ def hf_tensors(policy: Policy, part: Callable[[Tensor], Tensor] | None = None) -
     """Name and whole tensor, one parameter gathered at a time, in the order of `hf_names`.
 
     The tensor is in host memory on world rank 0 and None elsewhere. Every rank of the first data-parallel replica must
-    take all of it (all ranks may). part: what to take of a parameter instead of its value, e.g. its gradient.
+    exhaust the iterator (all ranks may). part: what to gather instead of a parameter's value, e.g. its gradient.
     """
     groups, shapes = policy.groups, policy.shapes
     owned = {(row.local, layer): (row, parameter) for row, layer, parameter in _local_rows(policy)}
@@ -241,7 +242,7 @@ def _shards(value: Tensor, row: Row, policy: Policy) -> list[Tensor]:
 
 
 def _owners(policy: Policy) -> Iterator[tuple[tuple[Row, int], int]]:
-    """Every row of the whole model in one order all ranks agree on, with the stage that holds it."""
+    """Every row of the whole model with the stage that holds it, in the same order on all ranks."""
     last = policy.groups.pp_size - 1
     yield (EMBEDDING, 0), 0
     for layer in range(policy.shapes.num_layers):

@@ -4,9 +4,9 @@ LoRA (Hu et al., arXiv 2106.09685): y = W x + (alpha / rank) B A x with W frozen
 zero at the start. An adapter belongs to one Hugging Face projection (`q_proj`, `gate_proj`, ...), also where Megatron
 fuses several into one layer, so that adapters and PEFT's files are one to one.
 
-A forward hook adds the product, so that any linear layer will do: torch's, FP8-emulating ones, Transformer Engine's.
+A forward hook adds the product, so it works for any linear layer: torch's, FP8-emulating ones, Transformer Engine's.
 Where tensor parallelism cuts the layer's outputs, B is cut by rows and A is whole; where it cuts the inputs, A is cut
-by columns and B is whole. Left out: dropout on adapters, which would make sampler and scorer differ.
+by columns and B is whole. There is no dropout on adapters: it would make sampler and scorer differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from realsr_hpc.config.schema import LoRAConfig
 from realsr_hpc.model.chunks import Policy, SumGradient
 
 NAME = "lora"
-"""Of the adapters inside their linear layer: `linear_qkv.lora.q_proj.a`."""
+"""Name of the adapters' submodule in its linear layer: `linear_qkv.lora.q_proj.a`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Adapter(nn.Module):
     """A and B of one projection on this rank."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, like: Tensor) -> None:
-        """inputs and outputs: of this rank's part; like: gives number format and device."""
+        """inputs, outputs: sizes of this rank's part; like: a tensor with the number format and device."""
         super().__init__()
         self.a = nn.Parameter(like.new_zeros(rank, inputs))
         self.b = nn.Parameter(like.new_zeros(outputs, rank))
@@ -78,7 +78,7 @@ class Adapters(nn.Module):
         self.tp_group, self.tp_size = policy.groups.tp, policy.groups.tp_size
         self.sequence_parallel = policy.config.sequence_parallel
         self.widths = _outputs(site, policy)
-        """Outputs of each projection on this rank, of those without an adapter too."""
+        """Number of outputs of each projection on this rank, including projections without an adapter."""
         for name in site.projections:
             if name in lora.targets:
                 adapter = Adapter(linear.weight.shape[1], self.widths[name], lora.rank, linear.weight)
@@ -101,15 +101,15 @@ class Adapters(nn.Module):
             marks.tensor_model_parallel = is_cut
             marks.partition_dim = (1 if self.site.inputs_cut else 0) if is_cut else -1
             marks.partition_stride = 1
-        # under sequence parallelism the whole one meets this rank's tokens alone: summed over tp, as norms are
+        # under sequence parallelism the unsplit matrix sees this rank's tokens only: its gradient is summed over tp
         whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def inner(self) -> Tensor:
-        """Every A, one below the other: [adapters x rank, in]."""
+        """Every A, stacked: [adapters x rank, in], so that one product computes all of them."""
         return torch.cat([self[name].a for name in self.names])
 
     def outputs(self, hidden: Tensor) -> Tensor:
-        """B h, scaled, in the order of the layer's outputs on this rank: [..., adapters x rank] -> [..., out].
+        """(alpha / rank) B h in the order of the layer's outputs: h [..., adapters x rank] -> [..., out], on this rank.
 
         Linear in h, so that decoding may sum over tensor-parallel ranks after it instead of before.
         """
@@ -118,18 +118,18 @@ class Adapters(nn.Module):
         return self.scale * self._in_order(rows, hidden.dim() - 1)
 
     def _in_order(self, parts: dict[str, Tensor], axis: int) -> Tensor:
-        """Projections joined along their outputs' axis as the fused layer has them; those without an adapter are 0."""
+        """Projections joined along their output dim, in the fused layer's order; those without an adapter are 0."""
         some = next(iter(parts.values()))
         shapes = {name: (*some.shape[:axis], width, *some.shape[axis + 1 :]) for name, width in self.widths.items()}
         every = [parts[name] if name in parts else some.new_zeros(shape) for name, shape in shapes.items()]
         if len(every) < 3:
             return torch.cat(every, axis)
-        # q, k, v lie key head by key head: its queries, the key, the value
+        # Megatron's fused order, key head by key head: its queries, the key, the value: [..., kv, (h/kv + 2) d]
         by_head = [part.unflatten(axis, (self.kv_heads, -1)) for part in every]
         return torch.cat(by_head, axis + 1).flatten(axis, axis + 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added to the layer's output: the layer's input [S, b, in] -> its output's shape, [S, b, out].
+        """The term to add to the layer's output: the layer's input [S, b, in] -> [S, b, out].
 
         With sequence parallelism S is this rank's share on the side that tensor parallelism does not cut.
         """
@@ -148,12 +148,12 @@ class Adapters(nn.Module):
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """W + (alpha / rank) B A of this rank [out, in], computed in float32."""
+        """W + (alpha / rank) B A, this rank's [out, in], computed in float32."""
         products = {name: self[name].b.float() @ self[name].a.float() for name in self.names}
         return (weight.float() + self.scale * self._in_order(products, 0)).to(weight.dtype)
 
     def cut_axes(self) -> dict[str, int]:
-        """Parameter name within the linear layer -> axis that is cut over tp."""
+        """Parameter name within the linear layer -> dim that is split over tp."""
         which, axis = ("a", 1) if self.site.inputs_cut else ("b", 0)
         return {f"{NAME}.{name}.{which}": axis for name in self.names}
 
@@ -173,12 +173,12 @@ def _outputs(site: Site, policy: Policy) -> dict[str, int]:
 
 
 def attach(policy: Policy, lora: LoRAConfig, seed: int) -> None:
-    """Freeze the policy and add adapters with B = 0, which change nothing yet; they are equal on every layout."""
+    """Freeze the policy and add adapters with B = 0, which do not change it yet; A is the same on every layout."""
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
     for chunk in policy.chunks:
         if chunk.pre_process:
-            # a recomputed layer has a backward pass only where its input asks for a gradient
+            # a recomputed layer runs its backward pass only if its input requires a gradient
             chunk.embedding.register_forward_hook(_ask_for_gradient)
         for layer in chunk.decoder.layers:
             for site in SITES:
@@ -201,11 +201,11 @@ def _ask_for_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tens
 
 
 class _OrderedGradient(torch.autograd.Function):
-    """Changes nothing; the gradient's numbers go on in the order of its shape.
+    """Identity whose gradient is made contiguous.
 
-    A frozen layer multiplies the gradient [S, b, out] of its output with its weight [out, in]. Where the gradient lies
-    in memory otherwise (the policy's output is transposed), torch takes that for S products, each with a copy of the
-    weight: hundreds of times an activation, and slow.
+    A frozen layer multiplies the gradient [S, b, out] of its output with its weight [out, in]. If the gradient is a
+    transposed view (as the policy's output is), torch computes S products instead, each with a copy of the weight: this
+    takes hundreds of times the memory of an activation, and it is slow.
     """
 
     @staticmethod
@@ -214,7 +214,7 @@ class _OrderedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        return grad_outputs[0].contiguous().view(-1).view(grad_outputs[0].shape)  # strides of axes of size 1 count, too
+        return grad_outputs[0].contiguous().view(-1).view(grad_outputs[0].shape)  # resets strides of size-1 dims
 
 
 def _order_gradient(linear: Any, arguments: Any, output: Any) -> Any:
@@ -231,7 +231,7 @@ def _add(linear: Any, arguments: tuple[Tensor, ...], output: Any) -> Any:
 
 
 def _shard_with(linear: Any, adapters: Adapters) -> None:
-    """Let Megatron's checkpoints know how the adapters are cut; their own linear layer takes them for whole."""
+    """Describe to Megatron's checkpoints how the adapters are split; the linear layer would describe them as whole."""
     describe = linear.sharded_state_dict
 
     def sharded_state_dict(prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
@@ -244,7 +244,7 @@ def _shard_with(linear: Any, adapters: Adapters) -> None:
 
 
 def adapted(policy: Policy) -> Iterator[tuple[int, Any, Adapters]]:
-    """(layer counted from 0, linear layer, its adapters) of this rank."""
+    """(layer counted from 0, linear layer, its adapters) of every linear layer with adapters on this rank."""
     for chunk in policy.chunks:
         for layer in chunk.decoder.layers:
             for site in SITES:
@@ -275,7 +275,7 @@ def parameters(policy: Policy) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextmanager
 def adapters_off(policy: Policy) -> Iterator[None]:
-    """Within, the policy is the model that it started from: LoRA's frozen reference costs no second copy."""
+    """Context in which the policy equals its start model: with LoRA the frozen reference needs no second copy."""
     found = [adapters for _, _, adapters in adapted(policy)]
     for adapters in found:
         adapters.on = False
@@ -287,7 +287,7 @@ def adapters_off(policy: Policy) -> Iterator[None]:
 
 
 def merging(policy: Policy) -> Callable[[Tensor], Tensor]:
-    """A parameter -> its value with its adapters merged in; any other parameter as it is."""
+    """Function that returns a parameter's value with its adapters merged in; other parameters unchanged."""
     by_weight = {id(linear.weight): adapters for _, linear, adapters in adapted(policy)}
 
     def value(parameter: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def whole_shape(name: str, policy: Policy) -> tuple[int, int]:
 
 
 def cut_axis(name: str) -> int | None:
-    """Axis that tensor parallelism cuts a whole A or B along; None: every rank holds it whole."""
+    """Dim along which tensor parallelism splits a whole A or B; None: every rank holds it whole."""
     projection, which = name.split(".")[-3], name.split(".")[-2]
     inputs_cut = any(projection in site.projections and site.inputs_cut for site in SITES)
     if which == "lora_A":

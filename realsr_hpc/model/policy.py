@@ -1,4 +1,4 @@
-"""Build a policy: its chunks by the layout, filled from a folder of weights or at random, frozen where asked."""
+"""Build a policy: its chunks for the layout, filled from a folder of weights or at random, optionally frozen."""
 
 from __future__ import annotations
 
@@ -42,10 +42,16 @@ def build_policy(
 ) -> Policy:
     """Build the local chunks and fill them.
 
-    Weights come from `config.model.weights` (a Hugging Face export folder) or at random from `config.seed`, the
-    same whatever the layout. meta: shapes only, on torch's meta device, nothing filled. filled=False: the caller
-    overwrites every weight (a checkpoint, an import), so none is drawn.
-    ValueError naming the field when the layout cannot hold the model.
+    Weights come from `config.model.weights` (a Hugging Face export folder) or are drawn from `config.seed`, equally on
+    every layout. ValueError naming the field if the layout cannot hold the model.
+
+    Args:
+        config: the recipe.
+        groups: process groups of its layout.
+        vocab_size: number of token ids.
+        trainable: False: parameters are frozen and the policy is in evaluation mode.
+        meta: shapes only, on torch's meta device; nothing is filled.
+        filled: False: the caller overwrites every weight (from a checkpoint or an import), so none is drawn.
     """
     layout.check(config)
     padded = layout.padded_vocab(vocab_size, groups.tp_size)
@@ -105,14 +111,14 @@ def _fill(policy: Policy, config: RunConfig) -> None:
 
 
 def base_name(config: RunConfig) -> str:
-    """Which weights adapters are trained on: a checksum of every weight file, or how they were drawn."""
+    """Identifies the weights that adapters are trained on, by a checksum of all files or the seed of random ones."""
     if config.model.weights is None:
         return f"random weights of seed {config.seed}"
     return weights_name(resolve(config.model.weights))
 
 
 def weights_name(folder: Path) -> str:
-    """A checksum of every weight file of a folder."""
+    """One checksum over all weight files of a folder."""
     total = hashlib.sha256()
     kinds = (".safetensors", ".bin", ".pth")
     for path in sorted(path for path in folder.rglob("*") if path.suffix in kinds):
@@ -124,8 +130,8 @@ def weights_name(folder: Path) -> str:
 def read_adapters(folder: Path, ours: LoRAConfig, base: str) -> dict[str, torch.Tensor]:
     """Adapters of a PEFT folder by the names of `lora.parameters`.
 
-    base: what they are put on (`base_name`). ValueError where there are none, where adapter_config.json says another
-    function than the recipe, or where they tell that they were trained on other weights.
+    base: identifies the weights that they are added to (`base_name`). ValueError if the folder has no adapters, if its
+    adapter_config.json describes another function than the recipe, or if they were trained on other weights.
     """
     try:
         refuse_other_function(folder, ours)
@@ -148,6 +154,6 @@ def refuse_other_base(folder: Path, notes: Mapping[str, str], base: str) -> None
         theirs = weights_name(resolve(named))
     if theirs and theirs != base:
         raise ValueError(
-            f"its adapters were trained on {theirs} ({PEFT_BASE} {named!r}), the recipe puts them on {base}; set "
+            f"its adapters were trained on {theirs} ({PEFT_BASE} {named!r}), the recipe adds them to {base}; set "
             "model.weights to their base"
         )

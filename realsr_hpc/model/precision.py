@@ -20,7 +20,7 @@ def params_dtype(precision: PrecisionConfig) -> torch.dtype:
 def precision_arguments(precision: PrecisionConfig, num_layers: int) -> dict[str, Any]:
     """Keywords for TransformerConfig.
 
-    ValueError when FP8 is asked for without Transformer Engine (Megatron would ignore it silently) or without
+    ValueError if FP8 is requested without Transformer Engine (Megatron would ignore it silently) or without
     bf16 parameters.
     """
     dtype = params_dtype(precision)
@@ -36,12 +36,12 @@ def precision_arguments(precision: PrecisionConfig, num_layers: int) -> dict[str
 
 
 def emulates_fp8(precision: PrecisionConfig) -> bool:
-    """FP8 numerics come from model/fp8.py."""
+    """Whether model/fp8.py emulates FP8 numerics, without Transformer Engine."""
     return precision.fp8 != "none" and precision.fp8_backend == "emulated"
 
 
 def keeps_ends_in_bf16(precision: PrecisionConfig, num_layers: int) -> bool:
-    """The first and the last layer stay in bf16. Delayed scaling holds for the whole block, so it keeps none."""
+    """Whether the first and last layer stay in bf16. Delayed scaling applies to the whole block, so it keeps none."""
     return precision.first_last_layers_bf16 and precision.fp8 != "delayed" and num_layers > 2
 
 

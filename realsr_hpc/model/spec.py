@@ -1,7 +1,7 @@
 """Chameleon as a Megatron layer spec: RMSNorm, rotary embeddings, SwiGLU, and a LayerNorm with bias per head on q, k.
 
-The same module names stand in every variant (input_layernorm, self_attention.linear_qkv, ...), with Transformer
-Engine or without, so that weights, checkpoints and the decode loop never ask which it is.
+Every variant, with Transformer Engine or without, has the same module names (input_layernorm,
+self_attention.linear_qkv, ...), so that weights, checkpoints and the decode loop need not distinguish them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def transformer_config(config: RunConfig, groups: ProcessGroups) -> TransformerC
 def _recompute_arguments(recompute: str) -> dict[str, Any]:
     if recompute == "none":
         return {}
-    if recompute == "selective":  # flash attention keeps little; the MLP's inner activations are the bulk
+    if recompute == "selective":  # flash attention stores little; the MLP's activations take most of the memory
         return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -152,7 +152,7 @@ class SwinLayer(TransformerLayer):
     """A layer with its norms after attention and MLP: x + norm(attention(x)), then y + norm(mlp(y)).
 
     Source: `swin_norm` of facebookresearch/chameleon `inference/transformer.py`. The modules, and so the names of the
-    weights, are those of the plain layer; attention and MLP hand on sums over tp, which the norms need.
+    weights, are those of the plain layer; attention and MLP return sums over tp, which the norms need.
     """
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **named: Any) -> tuple[Tensor, None]:
@@ -172,7 +172,7 @@ class SwinLayer(TransformerLayer):
 def block_spec(
     num_layers: int, transformer_engine: bool | None = None, emulated_fp8: bool = False, swin_norm: bool = False
 ) -> TransformerBlockSubmodules:
-    """Spec of `num_layers` layers and the final norm; Transformer Engine's linear layers and norms where it is.
+    """Spec of `num_layers` layers and the final norm; with Transformer Engine's linear layers and norms if installed.
 
     emulated_fp8: linear layers that can round their operands, whatever is installed. swin_norm: layers of `SwinLayer`.
     """

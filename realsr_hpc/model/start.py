@@ -28,7 +28,7 @@ def load_start_weights(policy: Policy, folder: Path, config: RunConfig) -> None:
         raise ValueError(f"model.weights = {folder}: {error}") from None
     if found is None:
         raise ValueError(f"model.weights = {folder}: it holds no policy; name a folder of realsr-hpc import-weights")
-    # where the text ends is not known here; what the layout says of codes and control tokens does not depend on it
+    # The number of text tokens is not known here; the ids of codes and control tokens do not depend on it.
     layout = build_vocabulary(config.vlcot, config.image_tokenizer.codebook_size, 0)
     vocabulary = replace(layout, size=policy.vocab_size, num_text=policy.vocab_size - layout.text_first)
     refuse(folder, "model.weights =", config, policy_faults(found, config, vocabulary, hf_shapes(policy.shapes)))

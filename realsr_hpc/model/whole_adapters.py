@@ -1,4 +1,4 @@
-"""Whole adapters by PEFT's names: gathered from the ranks that hold their parts, and dealt out to them."""
+"""Gathers whole adapters, by PEFT's names, from the ranks that hold their parts, and distributes them to the ranks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from realsr_hpc.model.lora import SITES, cut_axis, parameters, part_of, whole_sh
 def whole_tensors(
     policy: Policy, part: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Every whole A and B by PEFT's name, in host memory on world rank 0, None elsewhere; all ranks take all of it.
+    """Every whole A and B by PEFT's name, in host memory on world rank 0, None elsewhere.
 
-    part: what to take of a parameter, e.g. its gradient.
+    Every rank must exhaust the iterator. part: what to gather of a parameter, e.g. its gradient.
     """
     groups, local = policy.groups, {name: part(parameter) for name, parameter in parameters(policy)}
     kinds = dict.fromkeys(name.split(".", 3)[3] for name in local)
@@ -46,9 +46,9 @@ def _gathered(value: Tensor, axis: int | None, policy: Policy) -> Tensor:
 
 @torch.no_grad()
 def load(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the adapters from whole tensors by PEFT's names, of all layers, whichever this rank holds.
+    """Fill this rank's part of the adapters from whole tensors of all layers, by PEFT's names.
 
-    ValueError, on every rank, for one that does not fit, is missing, or is left over.
+    ValueError, on every rank, if a tensor is missing, is superfluous or has another shape.
     """
     _refuse_others(policy, tensors)
     for name, parameter in parameters(policy):
@@ -73,7 +73,7 @@ def _refuse_others(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
     wanted, targets = names(policy), list(policy.lora.targets)
     for name in sorted(tensors.keys() - set(wanted)):
         why = f"the recipe has model.num_layers {policy.shapes.num_layers} and model.lora.targets {targets}"
-        raise ValueError(f"model.lora.weights: {name} has no place here: {why}; set both to those of the adapter")
+        raise ValueError(f"model.lora.weights: {name} does not belong here: {why}; set both to those of the adapter")
     for name in wanted:
         if name not in tensors:
             raise ValueError(f"model.lora.weights: no tensor {name}; set model.lora.targets to those of the adapter")

@@ -19,14 +19,14 @@ END = 0
 class Automaton:
     """S states over a vocabulary of V tokens.
 
-    Example: `automaton.after(np.array([3, 3]), np.array([17, 900]))` are the states of two rollouts that stand in state
-    3 and get the tokens 17 and 900.
+    Example: `automaton.after(np.array([3, 3]), np.array([17, 900]))` are the states of two rollouts that are in state
+    3 and receive the tokens 17 and 900.
     """
 
     masks: np.ndarray
-    """int64 [S]: mask id of the tokens that may stand here; of `END`: 0."""
+    """int64 [S]: mask id of the tokens allowed in this state; of `END`: 0."""
     copies: np.ndarray
-    """int64 [S]: how many tokens back the likeliest token stands: an image code's upper neighbour; 0: not known."""
+    """int64 [S]: distance back to the token that the next one likely equals: the code above in an image; 0: unknown."""
     default: np.ndarray
     """int64 [S]: state after any token that has no branch of its own."""
     branches: np.ndarray
@@ -36,7 +36,7 @@ class Automaton:
     vocabulary_size: int
 
     def after(self, states: np.ndarray | np.int64, tokens: np.ndarray | np.int64) -> np.ndarray:
-        """States after one allowed token each; both int64 of one shape."""
+        """States after one allowed token each; states, tokens and result are int64 of one shape."""
         result = self.default[states]
         keys = states * self.vocabulary_size + tokens
         places = np.searchsorted(self.branches, keys).clip(max=len(self.branches) - 1)
@@ -52,20 +52,20 @@ class Builder:
         self._size = vocabulary_size
 
     def add(self, mask: int, default: int = END, branches: Mapping[int, int] | None = None, copies: int = 0) -> int:
-        """A state of this mask, see `Automaton`; branches: token -> state."""
+        """Add a state with this mask id, see `Automaton`; branches: token -> state. Returns its number."""
         self._masks.append(mask)
         self._copies.append(copies)
         self._default.append(default)
         return self.lead(len(self._masks) - 1, default, branches or {})
 
     def lead(self, state: int, default: int, branches: Mapping[int, int]) -> int:
-        """Set where a state leads: for cycles, whose states must exist before they are joined."""
+        """Set the successors of an existing state, as cycles need; returns its number."""
         self._default[state] = default
         self._branches |= {state * self._size + token: target for token, target in branches.items()}
         return state
 
     def build(self) -> Automaton:
-        """All states so far."""
+        """The automaton of all states so far."""
         keys = sorted(self._branches)
         columns = (self._masks, self._copies, self._default, keys, [self._branches[key] for key in keys])
         masks, copies, default, branches, targets = (np.array(column, dtype=np.int64) for column in columns)

@@ -7,7 +7,7 @@ of an image block (the size repeats, rows end in a newline) and leaves text, tag
 so that it can learn the format.
 
 A grammar is a table of masks over the vocabulary plus an automaton whose state at a position selects a row of that
-table. The scorer needs only the row numbers, so these travel with the tokens and scoring never replays the automaton.
+table. The scorer needs only the row numbers, so these are stored with the tokens and scoring never runs the automaton.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from realsr_hpc.records import DegradationLabel, Level, Resize
 from realsr_hpc.vlcot.automaton import END, Builder
 from realsr_hpc.vlcot.sequence import IMAGE_FIELDS, TEXT_FIELDS, TraceCodec
 
-Walk = Generator[int, int, None]
-"""Yields a mask id, is sent the chosen token, returns after the end of turn."""
+MaskIds = Generator[int, int, None]
+"""Yields the mask id of the next token, is sent the chosen token, and returns after the end of turn."""
 _Trie = dict[int, "_Trie"]
 
 
@@ -65,7 +65,7 @@ class Grammar:
 
     @property
     def image_rows(self) -> np.ndarray:
-        """bool [masks]: the row chooses among image codes."""
+        """bool [masks]: the row allows image codes."""
         return np.arange(len(self._table)) == self._codes
 
     @property
@@ -78,15 +78,15 @@ class Grammar:
         continues[[*sizes, *codes, vocabulary.newline, vocabulary.image_end]] = True
         return continues
 
-    def walk(self) -> Walk:
-        """A fresh walk of one response; `next()` it once for the first mask id."""
+    def mask_ids(self) -> MaskIds:
+        """Mask ids of one response, token by token: `next()` gives the first one, `send(token)` each further one."""
         state = np.int64(self.start)
         while state != END:
             token = yield int(self.automaton.masks[state])
             state = self.automaton.after(state, np.int64(token))
 
     def _row(self, tokens: Iterable[int]) -> int:
-        """Mask id that allows exactly these tokens."""
+        """Id of the mask that allows exactly these tokens; added to the table if it is new."""
         mask = np.zeros(self.codec.vocabulary.size, dtype=bool)
         mask[list(tokens)] = True
         key = np.packbits(mask).tobytes()
@@ -96,13 +96,13 @@ class Grammar:
         return self._rows[key]
 
     def _literal(self, tokens: Iterable[int], then: int) -> int:
-        """First state of a sequence of forced tokens, which is followed by state `then`."""
+        """First state of a sequence of forced tokens that ends in state `then`."""
         for token in reversed(list(tokens)):
             then = self._states.add(self._row([token]), then)
         return then
 
     def _phrase(self, then: int) -> int:
-        """One of the degradation phrases and its closing tag."""
+        """First state of a degradation phrase and its closing tag: a prefix tree over the phrases' tokens."""
         root: _Trie = {}
         closing = self.codec.encode_text("</degradation>")
         for phrase in degradation_phrases():
@@ -128,12 +128,12 @@ class Grammar:
         return self._states.add(start, state)
 
     def _image_body(self, side: int, then: int) -> int:
-        """Rows of codes and the end of the image, after its size tokens."""
+        """First state of an image block after its size tokens: rows of codes, newlines, end of the image."""
         state = self._literal([self.codec.vocabulary.image_end], then)
         for row in reversed(range(side)):
             state = self._literal([self.codec.vocabulary.newline], state)
             for column in reversed(range(side)):
-                # The code above, a row and its newline back; in the first row the one to the left.
+                # guess the code above, a row and its newline back; in the first row the one to the left
                 copies = side + 1 if row else min(column, 1)
                 state = self._states.add(self._codes, state, copies=copies)
         return state

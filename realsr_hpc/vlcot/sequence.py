@@ -59,11 +59,11 @@ class Trace:
 
 
 class TraceCodec:
-    """Traces and prompts to tokens and back, for one vocabulary, text tokenizer and trace shape."""
+    """Converts traces and prompts to tokens and back, for one vocabulary, text tokenizer and trace shape."""
 
     def __init__(self, config: VLCoTConfig, vocabulary: Vocabulary, text: TextCodec, downsample: int):
         if IMAGE_PLACEHOLDER not in config.instruction:
-            raise ValueError(f"vlcot.instruction has no {IMAGE_PLACEHOLDER}: it marks where the LQ image stands")
+            raise ValueError(f"vlcot.instruction has no {IMAGE_PLACEHOLDER}, which marks the place of the LQ image")
         self.config = config
         self.vocabulary = vocabulary
         self.text = text
@@ -81,7 +81,7 @@ class TraceCodec:
         return [self.vocabulary.text_first + token for token in self.text.encode(text)]
 
     def decode_text(self, tokens: Sequence[int]) -> str:
-        """Text of text tokens; the private marks are removed, so that no text can imitate an image."""
+        """Text of text tokens; private-use marks are removed, so that no text can be taken for an image."""
         text = self.text.decode([token - self.vocabulary.text_first for token in tokens])
         return text.replace(_OPEN, "").replace(_CLOSE, "")
 
@@ -96,7 +96,7 @@ class TraceCodec:
         return [*tokens, vocabulary.image_end]
 
     def prompt(self, lq_codes: np.ndarray) -> list[int]:
-        """Instruction with the LQ image in its place, closed by end of turn."""
+        """Prompt tokens: the instruction with the LQ image's codes [side, side] in its place, then end of turn."""
         before, after = self.config.instruction.split(IMAGE_PLACEHOLDER, 1)
         image = self.image_block(lq_codes)
         vocabulary = self.vocabulary
@@ -179,12 +179,12 @@ class TraceCodec:
         return places
 
     def parse_group(self, group: RolloutGroup) -> list[ParsedTrace]:
-        """The traces of a group's responses, padding left out."""
+        """The traces of a group's responses, without padding."""
         rows = zip(group.tokens, group.lengths.tolist(), strict=True)
         return [self.parse(row[:length].tolist()) for row, length in rows]
 
     def _linearise(self, tokens: list[int], faults: list[str]) -> tuple[str, list[np.ndarray | None]]:
-        """The response as one string, each image block a numbered mark, and the grids by number."""
+        """The response as one string, in which a numbered mark replaces each image block, and the grids by number."""
         parts: list[str] = []
         grids: list[np.ndarray | None] = []
         position = 0
@@ -205,7 +205,7 @@ class TraceCodec:
         return "".join(parts), grids
 
     def _read_image(self, tokens: list[int], position: int, faults: list[str]) -> tuple[np.ndarray | None, int]:
-        """Grid of the block at `position` (None when malformed) and the position behind it."""
+        """Grid of the image block at `position` (None if malformed), and the position after the block."""
         vocabulary = self.vocabulary
         end = position + 1
         while end < len(tokens) and not (vocabulary.is_text(tokens[end]) or tokens[end] == vocabulary.image_begin):
@@ -228,7 +228,7 @@ class TraceCodec:
     def _image(
         self, body: str | None, name: str, size_px: int, grids: list[np.ndarray | None], faults: list[str]
     ) -> np.ndarray | None:
-        """The field's grid when it is one image of the right size."""
+        """The field's code grid if it holds one image of the right size; else None, with a fault."""
         if body is None:
             return None
         mark = _IMAGE_MARK.fullmatch(body)
@@ -251,7 +251,7 @@ def _body(text: str, name: str, faults: list[str]) -> str | None:
 
 
 def _plain(body: str | None, name: str, faults: list[str]) -> str | None:
-    """The field's text without surrounding blanks, if it holds nothing but text."""
+    """The field's text without trailing blanks, if it holds nothing but text; else None, with a fault."""
     if body is None:
         return None
     if not body.strip() or _IMAGE_MARK.search(body) or "<" in body:

@@ -1,4 +1,4 @@
-"""Chameleon's token names: the names in a tokenizer file are compared with the layout, never assumed.
+"""Chameleon's token names, to compare the names in a tokenizer file with the layout.
 
 `IMGIMG` + decimal digits as letters A..J + `Z` is a code of the image tokenizer, `<reservedN>` the id N + 4, other
 names in `<...>` are control tokens, everything else is text.
@@ -65,7 +65,7 @@ def name_faults(names: Mapping[str, int], vocabulary: Vocabulary) -> list[str]:
     if below:
         name, token = min(below.items(), key=lambda item: item[1])
         faults.append(
-            f"{len(below)} pieces of text lie below id {vocabulary.text_first}, where the recipe's layout begins its "
+            f"{len(below)} pieces of text have ids below {vocabulary.text_first}, where the recipe's layout begins its "
             f"text, first {name!r} ({token})"
         )
     return faults

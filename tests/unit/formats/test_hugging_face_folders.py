@@ -303,7 +303,7 @@ def test_half_a_folder_and_malformed_json_name_the_file(model, tmp_path):
         ),
         (lambda names: {n: t for n, t in names.items() if n != "IMGIMGDJZ"}, r"39 image codes .* layout: 40"),
         (lambda names: names | {"<eoss>": 46}, r"<eoss> has id 46 \(the recipe's layout: 44\)"),
-        (lambda names: names | {"lion": 500}, r"1 pieces of text lie below id 808"),
+        (lambda names: names | {"lion": 500}, r"1 pieces of text have ids below 808"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_is_refused_with_both_sides(change, message, model, tmp_path):

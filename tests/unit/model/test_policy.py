@@ -106,7 +106,7 @@ def test_shared_head_norms_are_spread_and_wrong_shapes_named(groups: ProcessGrou
     of_groups = torch.randn(2, 8)  # of neighbouring heads
     hf_to_local((weights | {name: of_groups}).__getitem__, policy)
     assert torch.equal(spread, of_groups[[0, 0, 1, 1]])
-    with pytest.raises(ValueError, match=r"q_norm\.weight has shape \(3, 8\), the recipe's model section wants \(4, 8"):
+    with pytest.raises(ValueError, match=r"q_norm\.weight has shape \(3, 8\), the recipe's model section has \(4, 8"):
         hf_to_local((weights | {name: torch.randn(3, 8)}).__getitem__, policy)
 
 

@@ -137,18 +137,18 @@ def test_faults_name_order_truncation_and_size(codec):
 def test_constrained_walk_always_ends_in_a_well_formed_trace(codec, seed):
     grammar = Grammar(codec, "constrained")
     table, rng = grammar.mask_table, np.random.default_rng(seed)
-    walk, tokens = grammar.walk(), []
-    mask_id = next(walk)
+    mask_ids, tokens = grammar.mask_ids(), []
+    mask_id = next(mask_ids)
     while True:
         tokens.append(int(rng.choice(np.flatnonzero(table[mask_id]))))
         try:
-            mask_id = walk.send(tokens[-1])
+            mask_id = mask_ids.send(tokens[-1])
         except StopIteration:
             break
     parsed = codec.parse(tokens)
     # Random bytes may hold a lone space as a whole text; nothing else can go wrong.
     assert all("empty" in fault for fault in parsed.faults), parsed.faults
-    assert len(grammar.mask_table) == len(table), "a walk met a mask that the warm-up had not made"
+    assert len(grammar.mask_table) == len(table), "a response met a mask that the warm-up had not made"
 
 
 @pytest.mark.parametrize("kind", ["constrained", "modality"])
@@ -156,24 +156,24 @@ def test_every_true_trace_is_allowed(codec, kind):
     grammar = Grammar(codec, kind)
     table = grammar.mask_table
     trace = random_trace(codec, 7)
-    walk = grammar.walk()
-    mask_id = next(walk)
+    mask_ids = grammar.mask_ids()
+    mask_id = next(mask_ids)
     tokens = codec.build(Trace(trace.degradation, ("cat", "cat", "cat"), trace.images))
     for token in tokens[:-1]:
         assert table[mask_id][token]
-        mask_id = walk.send(token)
+        mask_id = mask_ids.send(token)
     assert table[mask_id][tokens[-1]]
 
 
 def test_modality_walk_offers_no_fourth_image(codec):
     grammar = Grammar(codec, "modality")
     vocabulary = codec.vocabulary
-    walk = grammar.walk()
-    mask_id = next(walk)
+    mask_ids = grammar.mask_ids()
+    mask_id = next(mask_ids)
     for _ in range(3):
         assert grammar.mask_table[mask_id][vocabulary.image_begin]
         for token in codec.image_block(np.zeros((4, 4), dtype=np.int64)):
-            mask_id = walk.send(token)
+            mask_id = mask_ids.send(token)
     assert not grammar.mask_table[mask_id][vocabulary.image_begin]
 
 
