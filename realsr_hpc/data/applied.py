@@ -15,12 +15,14 @@ from realsr_hpc.records import LEVELS, DegradationLabel
 
 LOWER_IS_HEAVIER = frozenset({"jpeg_quality", "sinc_omega"})
 Edges = Mapping[str, tuple[float, float]]
-"""By `config.schema.APPLIED_EDGES`."""
+"""Edges between light and medium, and medium and heavy; keys as in `config.schema.APPLIED_EDGES`."""
 
 
 def applied_words(parameters: DegradationParameters, preset: Preset, severity_edges: Edges) -> DegradationLabel:
-    """The five words of one sample. preset: the one its parameters were drawn from, whose terciles separate the
-    levels."""
+    """The five words of one sample.
+
+    preset: the one that the parameters were drawn from; terciles of its ranges separate the levels.
+    """
     stages = (
         ("first", parameters.first, preset.first),
         ("second", parameters.second, preset.second),
@@ -53,7 +55,7 @@ def _noise_severity(name: str, stage: StageParameters, gaussian: Range, poisson:
 
 
 def _severity(number: str, stage: str, value: float, drawn_from: Range, edges: Edges) -> int:
-    """0 light, 1 medium, 2 heavy."""
+    """Level of a value: 0 light, 1 medium, 2 heavy."""
     low, high = drawn_from
     first, second = edges.get(f"{number}_{stage}", (low + (high - low) / 3, high - (high - low) / 3))
     above = int(value >= first) + int(value >= second)

@@ -1,9 +1,9 @@
 """Two implementations of the degradation graph's operators: DALI's own, for a GPU, and calls of `realsr_hpc.pixels`.
 
-Both offer the same methods and read the same arrays (`graph_inputs.py`): a blur is (way, kernel, column), a resize is
-the output of `resize_sources`, noise is (field, row). DALI's own operators also run on a CPU, where they take two to
-ten times as long and the tests compare the two implementations. Images are float32 [h, w, 3] on 0..255 unless said
-otherwise.
+Both classes have the same methods and read the same arrays (`graph_inputs.py`): a blur is (way, kernel, column), a
+resize is the output of `resize_sources`, noise is (field, row). DALI's own operators also run on a CPU, where they take
+two to ten times as long; the tests compare the two implementations there. Images are float32 [h, w, 3] on 0..255 unless
+a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from realsr_hpc.data.graph_inputs import NOTHING, SEPARABLE
 
 
 class HostOperators:
-    """OpenCV and NumPy: one call for all operations between two JPEGs; the caller's `map` distributes a batch's
-    samples."""
+    """OpenCV and NumPy: one Python call for all operations between two JPEGs.
+
+    map_samples: distributes the samples of a batch, e.g. over threads.
+    """
 
     reads_tables = False
 
@@ -60,10 +62,10 @@ class HostOperators:
         return self._call(_sharpened, x)
 
     def to_bytes(self, x):
-        """Clamped and rounded."""
+        """Clamp and round to uint8."""
         return self._call(pixels.to_bytes, x)
 
-    # DALI would convert what is called here as it converts the graph's conditionals, and it would take a fifth longer.
+    # Without this, DALI would convert the called functions as it does the graph's conditionals: a fifth slower.
     @do_not_convert
     def _call(self, function: Callable, *inputs):
         def batch(*columns):
@@ -108,7 +110,7 @@ def _floats(image):
 
 
 class DALIOperators:
-    """DALI's own operators on one device. Resizes are weighted sums of rows, since DALI lacks some of the modes."""
+    """DALI's own operators on one device. Resizes are weighted sums of rows, because DALI lacks some of the modes."""
 
     reads_tables = True
 
@@ -148,7 +150,7 @@ class DALIOperators:
         return self.noised(self.resized(self.filtered(_to_float(x), *blur), *resize), *noise)
 
     def filtered(self, x, way, kernel, column):
-        """Filter in the way that `kernel_inputs` chose: 2-D, separable, or not at all."""
+        """Filter as `kernel_inputs` chose: with a 2-D kernel, with a row and a column, or not at all."""
         if way[0] == NOTHING:
             y = x
         elif way[0] == SEPARABLE:
@@ -168,7 +170,7 @@ class DALIOperators:
         return y
 
     def noised(self, x, field, row):
-        """DALI operator for `pixels.noised`."""
+        """Add noise as `pixels.noised` does, with DALI's operators."""
         if row[1] > 0:
             if row[2] > 0:
                 red, green, blue = pixels.LUMA
@@ -191,7 +193,7 @@ class DALIOperators:
         return fn.reshape(x + soft * (_clamp(x + pixels.USM_AMOUNT * residual) - x), layout="HWC")
 
     def to_bytes(self, x):
-        """Clamped and rounded: DALI's cast does both."""
+        """Clamp and round to uint8; DALI's cast does both."""
         return fn.reshape(fn.cast(x, dtype=types.UINT8), layout="HWC")  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -200,8 +202,12 @@ def _correlate(x, kernel):
 
 
 def _gather_rows(x, index, weights, source, target, width):
-    """[source, width, 3] -> [target, width, 3]: weighted sums of `count` source rows each."""
+    """[source, width, 3] -> [target, width, 3]: weighted sums of `count` source rows each.
+
+    index: source rows [count, target]; weights: [count, target, 1].
+    """
     count = index.shape(dtype=types.INT32)[0]  # pyright: ignore[reportAttributeAccessIssue]
+    # rows as frames [source, 3 width], gathered to [count x target, 3 width], then [count, target, 3 width] x weights
     x = fn.reshape(x, shape=fn.stack(source, width * 3), layout="FC")
     x = fn.sequence_rearrange(x, new_order=fn.reshape(index, shape=[-1]))
     x = fn.reshape(x, shape=fn.stack(count, target, width * 3), layout="TFC") * weights
@@ -209,7 +215,7 @@ def _gather_rows(x, index, weights, source, target, width):
 
 
 def _photons(value):
-    """DALI operator for `pixels.photons` of the image."""
+    """`pixels.photons` of the image, with DALI's operators."""
     highest = fn.reductions.max(value, axes=[0, 1, 2])
     lowest = fn.reductions.min(value, axes=[0, 1, 2])
     span = dmath.floor(highest + 0.5) - dmath.floor(lowest + 0.5)  # pyright: ignore[reportOperatorIssue]

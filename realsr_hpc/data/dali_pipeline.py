@@ -1,12 +1,12 @@
 """Applies the drawn numbers to pixels: one DALI graph for crop -> truth -> degraded image.
 
-Nothing is drawn here: kernels, noise and parameters come in with each sample, so a sample's bytes do not depend on
-its place in a batch or on the threads. One description serves both devices; `dali_operators.py` alone knows the
-difference. Pixels are float32 on 0..255 between two JPEGs.
+Nothing is drawn here: kernels, noise and parameters arrive with each sample, so a sample's bytes do not depend on its
+place in a batch or on the threads. One description serves both devices; only `dali_operators.py` differs between them.
+Pixels are float32 on 0..255 between two JPEGs.
 
-Stated differences from Real-ESRGAN's own operators: Poisson is its normal approximation with the same mean and
-variance, its value not rounded to 8 bits first and its photon count taken from the image's span of levels (theirs from
-the number of levels in use); JPEG is libjpeg's (theirs a differentiable imitation of it).
+There are three differences from Real-ESRGAN's operators. Poisson noise is a normal approximation with the same mean and
+variance, and its mean is not rounded to 8 bits first. Its photon count follows from the image's span of levels, theirs
+from the number of levels in use. JPEG is libjpeg's, theirs a differentiable approximation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from realsr_hpc.data.graph_inputs import DegradationInput, graph_inputs
 
 
 class DegradationPipeline:
-    """Runs batches of up to `max_batch_size` samples through the graph, one at a time, nothing prefetched.
+    """Runs batches of up to `max_batch_size` samples through the graph, one batch at a time, without prefetching.
 
-    operators: those of the device, where no others are given.
+    device_id: the GPU to run on; None: the CPU. operators: None: those of the device.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class DegradationPipeline:
     def run(
         self, samples: Sequence[DegradationInput]
     ) -> tuple[UInt8[np.ndarray, "B h w 3"], UInt8[np.ndarray, "B H W 3"]]:
-        """Degraded images uint8 [h, w, 3] and truths uint8 [H, W, 3] of the samples, in their order."""
+        """Degraded images uint8 [B, h, w, 3] and truths uint8 [B, H, W, 3] of the samples, in their order."""
         rows = list(self._map(self._inputs, samples))
         for name in self._operators.sources:
             self._pipeline.feed_input(name, [row[name] for row in rows])
@@ -78,7 +78,7 @@ class DegradationPipeline:
 
 
 def _remove_generated_sources() -> None:
-    """DALI writes the graph's conditionals into temporary files, and a killed process would leave them there."""
+    """Remove DALI's temporary files of the graph's conditionals now: a killed process would leave them behind."""
     for name, module in list(sys.modules.items()):
         if name.startswith("__autograph_generated_file"):
             Path(str(module.__file__)).unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def _remove_generated_sources() -> None:
 
 @pipeline_def(enable_conditionals=True)  # pyright: ignore[reportArgumentType]
 def _graph(operators, gt_size_px, usm_sharpen_gt):
-    """Crop -> resize to the truth's size (antialiased) -> USM -> two stages -> the end; 8 bits out."""
+    """Crop -> resize to the truth's size (antialiased) -> USM -> two stages -> final operations; returns uint8."""
     crop = operators.array("crop", "HWC")
     if operators.numbers("sides")[0] > 0:
         gt = fn.resize(crop, size=[gt_size_px, gt_size_px], interp_type=types.INTERP_CUBIC, antialias=True)  # pyright: ignore[reportAttributeAccessIssue]
@@ -108,7 +108,7 @@ def _graph(operators, gt_size_px, usm_sharpen_gt):
 
 
 def _stage_sources(operators, number):
-    """Those of blur, resize and noise."""
+    """The graph inputs of a stage's blur, resize and noise."""
     noise = operators.array(f"noise{number}", "HWC"), operators.numbers(f"noising{number}")
     return _blur_sources(operators, number), operators.resize_sources(number), noise
 
@@ -118,5 +118,5 @@ def _blur_sources(operators, number):
 
 
 def _jpeg(x, quality):
-    """Bytes that went through a JPEG file."""
+    """Compress to JPEG and decompress."""
     return fn.jpeg_compression_distortion(x, quality=quality)

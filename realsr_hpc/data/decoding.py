@@ -1,10 +1,10 @@
-"""Files to pixels: every photograph comes out as 8-bit RGB as a viewer shows it, or is refused with a reason.
+"""Decodes files: every photograph becomes 8-bit RGB, as a viewer shows it, or is refused with a reason.
 
 | file | what happens |
 |---|---|
 | grey | the channel is repeated |
 | palette, CMYK, YCbCr, Lab | converted to RGB |
-| alpha | laid over white |
+| alpha | composited over white |
 | 16-bit grey | scaled to 8 bits |
 | rotated by EXIF | turned upright |
 | a phone's picture with a second view (MPO) | the first view |
@@ -13,7 +13,7 @@
 | truncated, unreadable | refused: `broken` |
 | more than 179 million pixels | refused: `huge` (a decompression bomb) |
 
-All files of users are opened through `opened`. It turns every exception of a decoder into `BrokenImage` and suppresses
+All users' files are opened through `opened`. It turns every exception of a decoder into `BrokenImage` and suppresses
 what decoders print (libtiff on standard error, Pillow as warnings).
 """
 
@@ -39,11 +39,11 @@ SUFFIXES = frozenset(
 UNREAD_SUFFIXES = frozenset(
     ".arw .cr2 .cr3 .dng .exr .hdr .heic .heif .jxl .nef .orf .psd .raf .raw .rw2 .svg .tga".split()
 )
-"""Endings of images that are not read: such files are named, not passed over."""
+"""Endings of images that are not read: such files are reported, not silently skipped."""
 
 
 class BrokenImage(ValueError):
-    """A file that gives no usable photograph; the message starts with the kind of fault."""
+    """Raised for a file that is no usable photograph; the message starts with the kind of fault."""
 
 
 def decode_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
@@ -58,10 +58,10 @@ def decode_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """The file's picture, to be decoded inside the `with`.
+    """The file's image, to be decoded inside the `with` block.
 
     Raises:
-        BrokenImage: also for what is raised inside the `with`.
+        BrokenImage: also in place of any exception raised inside the `with` block.
     """
     _keep_decoders_quiet()
     try:
@@ -74,10 +74,10 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BrokenImage(f"huge: {error}") from error
     except UnidentifiedImageError as error:
-        raise BrokenImage("broken: not an image format that Pillow knows") from error
+        raise BrokenImage("broken: not an image format that Pillow can read") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise BrokenImage(f"broken: {error}") from error
-    except Exception as error:  # what Pillow's parsers trip over: TypeError, KeyError, struct.error, ...
+    except Exception as error:  # Pillow's parsers also raise TypeError, KeyError, struct.error, ...
         raise BrokenImage(f"broken: {type(error).__name__}: {error}") from error
 
 
@@ -87,7 +87,7 @@ def upright_8_bit(image: Image.Image) -> Image.Image:
     The range of floats is the first of 0..1, 0..255 and 0..65535 that contains all finite values; NaN becomes black.
 
     Raises:
-        BrokenImage: `depth`, where values lie outside of all of these.
+        BrokenImage: `depth`, if values are outside all of these ranges.
     """
     upright = ImageOps.exif_transpose(image)
     if not (upright.mode.startswith("I;16") or upright.mode in ("I", "F")):
@@ -105,7 +105,7 @@ def upright_8_bit(image: Image.Image) -> Image.Image:
 
 
 def shown_rgb(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """A file's first picture for people to look at: also floats and animations, without transparency.
+    """A file's first image, for display: also of floats and animations, without transparency.
 
     Raises:
         BrokenImage: as `decode_image`.
@@ -128,8 +128,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _keep_decoders_quiet() -> None:
-    """No line of Pillow's or libtiff's about a file: what makes it unusable is raised, and told with its name."""
-    # Not `catch_warnings`, which is not safe in threads; put in again because a caller may have reset the filters.
+    """Suppress what Pillow and libtiff print about a file: a fault is raised and reported with the file's name."""
+    # `catch_warnings` is not thread-safe; the filter is added again because a caller may have reset the filters.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     _silence_libtiff()
 
@@ -137,7 +137,7 @@ def _keep_decoders_quiet() -> None:
 @functools.cache
 def _silence_libtiff() -> None:
     """libtiff writes to the process's standard error, past Python; Pillow offers no way to stop it."""
-    library = ctypes.CDLL(Image.core.__file__)  # whose symbols are found through the extension that links it
+    library = ctypes.CDLL(Image.core.__file__)  # libtiff's symbols are found through the extension that links it
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
         handler = getattr(library, name, None)  # absent where Pillow was built without libtiff
         if handler is not None:

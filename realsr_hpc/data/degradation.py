@@ -1,4 +1,4 @@
-"""Second-order degradation as numbers: the parameters drawn for a sample.
+"""Draws the parameters of a sample's second-order degradation.
 
 Pure NumPy. A sample's crop, parameters and noise come from one Philox generator keyed on (seed, global sample index),
 so they do not depend on sharding, batch size or threads. `dali_pipeline.py` applies them to pixels. Published values:
@@ -23,7 +23,7 @@ Range = tuple[float, float]
 
 RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 MIN_SIDE_PX = 8
-"""No intermediate image is smaller: JPEG's block, and enough for the widest kernel's reflected border."""
+"""Smallest side of an intermediate image: a JPEG block, and enough for the widest kernel's reflected border."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class StagePreset:
     """Probabilities of upsample, downsample and keep."""
     resize_range: Range
     gaussian_range: Range
-    """Standard deviation, of 255."""
+    """Standard deviation, on 0..255."""
     poisson_range: Range
-    """Factor on the noise of a photon count; 1 is the count's own."""
+    """Factor on the noise of a photon count; 1: unchanged."""
     jpeg_range: tuple[int, int]
-    """Quality, both ends included."""
+    """JPEG quality, both ends included."""
     blur_sigma: Range
     blur_probability: float = 1.0
     kernel_sizes_px: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)
@@ -97,13 +97,13 @@ class StageParameters:
     noise: Noise
     noise_level: float
     gray: bool
-    """One noise field for the three channels."""
+    """Whether the three channels share one noise field."""
     jpeg_quality: int
 
 
 @dataclass(frozen=True)
 class DegradationParameters:
-    """Everything one image undergoes after its crop."""
+    """Parameters of every operation on an image after its crop."""
 
     first: StageParameters
     second: StageParameters
@@ -133,7 +133,7 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, index: int, stream: Stream) -> np.random.Generator:
-    """Philox keyed on (seed, index), its counter starting in the stream's own part.
+    """Philox generator keyed on (seed, index), whose counter starts in the stream's own part.
 
     `index` is the global sample index, or the epoch for `Stream.ORDER`.
     """
@@ -141,7 +141,7 @@ def generator(seed: int, index: int, stream: Stream) -> np.random.Generator:
 
 
 def sample_crop(rng: np.random.Generator, width: int, height: int, min_fraction: float, hflip: float) -> Crop:
-    """A square of random side, between `min_fraction` of the shorter side and the whole of it, at a random place."""
+    """A square at a random place, whose side is between `min_fraction` of the shorter side and all of it."""
     shorter = min(width, height)
     side = min(shorter, max(1, round(shorter * rng.uniform(min_fraction, 1.0))))
     left, top = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
@@ -207,7 +207,7 @@ def _sample_blur(rng: np.random.Generator, preset: StagePreset) -> KernelParamet
 
 
 def _sample_beta(rng: np.random.Generator, preset: StagePreset, shape: Shape) -> float:
-    """Below 1 in half of the draws, as published."""
+    """The shape's exponent; below 1 in half of the draws, as published."""
     if shape in ("iso", "aniso"):
         return 1.0
     low, high = preset.beta_generalised if shape.startswith("gen") else preset.beta_plateau
@@ -215,13 +215,15 @@ def _sample_beta(rng: np.random.Generator, preset: StagePreset, shape: Shape) ->
 
 
 def sinc_omega_range(size_px: int) -> Range:
-    """Lowest and highest cut-off, in radians per px, drawn for a sinc kernel of this side; small kernels cannot
-    represent low ones."""
+    """Lowest and highest cut-off, in radians per px, for a sinc kernel of this side.
+
+    Small kernels cannot represent low cut-offs.
+    """
     return (math.pi / 3 if size_px < 13 else math.pi / 5, math.pi)
 
 
 def noise_field(rng: np.random.Generator, stage: StageParameters) -> Float32[np.ndarray, "side side 3"]:
-    """Standard normal noise [side, side, 3] for the stage's image; all channels are equal if `stage.gray`."""
+    """Standard normal noise [side, side, 3] for the image after the stage's resize; equal channels if `stage.gray`."""
     channels = 1 if stage.gray else 3
     field = rng.standard_normal((stage.side_px, stage.side_px, channels), dtype=np.float32)
     return np.repeat(field, 3, axis=2) if stage.gray else field

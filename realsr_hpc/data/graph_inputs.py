@@ -16,7 +16,7 @@ from realsr_hpc.pixels import resize_taps
 from realsr_hpc.records import ResizeMode
 
 WHOLE, SEPARABLE, NOTHING = range(3)
-"""Ways to apply a kernel."""
+"""Ways to apply a kernel: as a 2-D filter, as a row and a column, not at all."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,17 @@ class DegradationInput:
     """Crop, drawn parameters and noise generator of one sample."""
 
     crop: UInt8[np.ndarray, "side side 3"]
-    """Square cut of the photograph, already mirrored."""
+    """Square window of the photograph, already mirrored."""
     parameters: DegradationParameters
     noise_rng: np.random.Generator
     """Draws two noise fields: for the first stage, then for the second."""
 
 
 def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int, *, tables: bool) -> dict[str, np.ndarray]:
-    """Arrays of one sample by the name of the graph's input. tables: also those of the resizes, which only DALI's own
-    operators read."""
+    """Arrays of one sample, by the name of the graph's input.
+
+    tables: include the resize tables, which only DALI's own operators read.
+    """
     p = sample.parameters
     first, second = p.first, p.second
     resizes: tuple[tuple[str, ResizeMode, int, int], ...] = (
@@ -65,7 +67,7 @@ def kernel_inputs(number: str, parameters: KernelParameters | None) -> dict[str,
 
 
 def resize_row(mode: ResizeMode, source_px: int, target_px: int) -> np.ndarray:
-    """[source, target, number of the mode]."""
+    """int32 [3]: source side, target side, index of the mode."""
     return np.array([source_px, target_px, RESIZE_MODES.index(mode)], np.int32)
 
 
@@ -76,5 +78,5 @@ def table_inputs(number: str, mode: ResizeMode, source_px: int, target_px: int) 
 
 
 def noise_row(stage: StageParameters) -> np.ndarray:
-    """[level, of 255 for Gaussian, a factor for Poisson; is Poisson; is gray]."""
+    """float32 [3]: level (Gaussian: standard deviation on 0..255, Poisson: a factor); is Poisson; is gray."""
     return np.array([stage.noise_level, stage.noise == "poisson", stage.gray], np.float32)

@@ -21,7 +21,7 @@ SHAPES: tuple[Shape, ...] = ("iso", "aniso", "gen_iso", "gen_aniso", "plateau_is
 
 @dataclass(frozen=True)
 class KernelParameters:
-    """What decides one kernel; fields a shape does not use keep their defaults."""
+    """Parameters of one kernel; fields that its shape does not use keep their defaults."""
 
     shape: Shape
     size_px: int
@@ -34,11 +34,11 @@ class KernelParameters:
     beta: float = 1.0
     """Exponent of the generalised and plateau shapes; 1 is the Gaussian."""
     omega: float = 0.0
-    """Cut-off of the sinc filter, radians a px, up to pi."""
+    """Cut-off of the sinc filter, radians per px, up to pi."""
 
 
 IDENTITY: Float32[np.ndarray, "1 1"] = np.ones((1, 1), np.float32)
-"""The kernel that changes nothing."""
+"""The kernel that leaves an image unchanged."""
 
 
 def build_kernel(parameters: KernelParameters | None) -> Float32[np.ndarray, "size size"]:
@@ -54,7 +54,7 @@ def build_factors(
 ) -> tuple[Float32[np.ndarray, "rows columns"], Float32[np.ndarray, "size 1"]]:
     """Two kernels that, applied one after the other, equal that of `build_kernel`; cheaper if it is separable.
 
-    The isotropic Gaussian, the commonest shape, is a row and a column; any other is itself and the identity.
+    The isotropic Gaussian, the most frequent shape, gives a row and a column; others their kernel and the identity.
     """
     if parameters is None or parameters.shape != "iso":
         return build_kernel(parameters), IDENTITY

@@ -22,7 +22,7 @@ BRIGHTNESS_STRIDE = 4
 
 
 class Labeller:
-    """The words of samples whose truths have `gt_px` a side and whose LQ images `gt_px // upscale`."""
+    """Labels samples whose truths have a side of `gt_px` and whose LQ images a side of `gt_px // upscale`."""
 
     def __init__(self, config: DegradationConfig, gt_px: int, upscale: int) -> None:
         self._config, self._gt_px, self._lq_px = config, gt_px, gt_px // upscale

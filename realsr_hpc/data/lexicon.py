@@ -1,7 +1,6 @@
-"""The words on generated signs: plain English of three to six letters, in two disjoint lists for training and held-out
-signs.
+"""The words on generated signs: plain English of three to six letters.
 
-So a policy can read a held-out sign only letter by letter.
+The lists for training and held-out signs are disjoint, so a policy can read a held-out sign only letter by letter.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 class LQLoader:
     """Batches of one split for one data-parallel rank.
 
-    With `shuffle=False` the order is the manifest's: the first batch of a held-out split is the same fixed images
-    each time. `batch_size` is this rank's. The index counts on over epochs, so a
-    photograph gets a new window and degradation each time.
+    With `shuffle=False` the order is the manifest's, so that the first batch of a held-out split is always the same
+    images. `batch_size` is this rank's. The global index keeps counting over epochs, so a photograph gets a new window
+    and degradation in each epoch. device_id: the GPU that degrades images; None: the CPU.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class LQLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what it belongs to, as JSON values for `load_state_dict`."""
+        """The position, and the seed, split, order and photographs it belongs to, as JSON values."""
         return {"position": self._position, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -208,7 +208,7 @@ def _geometry(config: RunConfig) -> Geometry:
 
 
 def _fingerprint(manifest: Manifest) -> str:
-    """Changes when a photograph is added, removed, moved or altered."""
+    """A digest that changes when a photograph is added, removed, moved or altered."""
     text = "\n".join(f"{entry.key} {entry.sha256}" for entry in manifest.entries)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

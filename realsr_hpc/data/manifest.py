@@ -48,8 +48,10 @@ _MARKS = "<>\ue000\ue001"
 
 
 def caption_fault(captions: Iterable[str]) -> str | None:
-    """Why captions cannot be used in a trace, or None. A caption that closes its field could forge the rest of the
-    trace."""
+    """Why captions cannot be used in a trace; None: they can.
+
+    A caption that closes its field's tag could forge the rest of the trace.
+    """
     held = [mark for mark in _MARKS if any(mark in text for text in captions)]
     return f"caption: {held[0]!r} in it could close a trace's field; leave it out" if held else None
 
@@ -71,7 +73,7 @@ class ManifestEntry:
     lq_path: str | None = None
     """A real low-quality photograph of the same scene (paired data)."""
     source: str = ""
-    """Where the photograph came from, in words."""
+    """Origin of the photograph, as free text."""
     word: str = ""
     """A word that the image shows; such an image is taken whole and never mirrored."""
 
@@ -191,4 +193,4 @@ def write_manifest(path: Path | str, entries: Sequence[ManifestEntry]) -> None:
 def _refuse_repeated_keys(entries: Iterable[ManifestEntry]) -> None:
     repeated = [key for key, count in Counter(entry.key for entry in entries).items() if count > 1]
     if repeated:
-        raise ValueError(f"keys {repeated[:5]} occur more than once; give each photograph a key of its own")
+        raise ValueError(f"keys {repeated[:5]} occur more than once; give each photograph a unique key")

@@ -1,6 +1,6 @@
-"""Rules for files in folders, shared by all commands: which files there are, how results are named, which form pairs.
+"""Rules for files in folders, shared by all commands: listing files, naming results, matching pairs.
 
-A short name (without suffix, without tag) is used only if no two files would get the same one.
+A short name (without suffix, without tag) is used only if it stays unique.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _NOT_UTF_8 = "bytes:"
 
 
 def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
-    """Files below a folder, sorted by path; and by path, why a folder or link could not be read.
+    """Files below a folder, sorted by path; and by path the reason why a folder or link could not be read.
 
-    Linked folders are entered once, so loops end. A file that is reachable by two paths is listed under the real one.
+    Linked folders are listed once, so loops end. A file that is reachable by two paths is listed under the real one.
     Pipes, sockets and devices are not files: reading them might never end.
     """
     found: list[Path] = []
@@ -46,7 +46,7 @@ def files_below(root: Path) -> tuple[list[Path], dict[str, str]]:
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
                 is_dead = entry.is_symlink() and not os.path.exists(entry.path)
-            except OSError as error:  # a link to itself, or through a folder that is closed to us
+            except OSError as error:  # a link to itself, or through a folder without permission
                 faults[entry.path] = f"link: {error.strerror}"
                 continue
             if is_folder:
@@ -85,7 +85,7 @@ def without_endings(names: Sequence[str]) -> list[str]:
 def flat_names(names: Sequence[str], files: Sequence[str] | None = None) -> list[str]:
     """Printable names for files in a single folder: without folders, or with as many as are needed to be distinct.
 
-    files: distinct strings that tell apart names which print alike; default: the names themselves.
+    files: distinct strings that separate names which print alike; default: the names themselves.
     """
     options = []
     for name, file in zip(names, files or names, strict=True):
@@ -123,10 +123,10 @@ RULES: tuple[Callable[[PurePath], Hashable], ...] = (
 
 
 def matched(lows: Sequence[PurePath], truths: Sequence[PurePath]) -> tuple[list[tuple[int, int]], dict[int, str]]:
-    """Pairs of positions (low, truth); and by position, the fault of lows whose truth is ambiguous.
+    """Pairs of positions (low, truth); and by position the fault of each low whose truth is ambiguous.
 
     Whole names are matched first, then names without suffix, then without tags. So `box1` .. `box4` stay four images if
-    both sides have them. A low without a truth is in neither result.
+    both folders have them. A low without a truth is in neither result.
     """
     pairs, several = [], {}
     left, right = list(range(len(lows))), list(range(len(truths)))

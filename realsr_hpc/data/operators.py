@@ -1,6 +1,6 @@
 """The deterministic part of a drawn degradation, which rewards apply to a restored image.
 
-Noise is left out: the expected value of a noisy image is the image itself, for Gaussian and Poisson noise alike.
+Noise is excluded: the expected value of a noisy image is the image itself, for Gaussian and Poisson noise alike.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from realsr_hpc.files import printable
 
 logger = logging.getLogger(__name__)
 _said: set[tuple[Path, str]] = set()
-"""Photographs that were named as left out: once in a process, however many read the same manifest."""
+"""Photographs already logged as left out: once per process, even if several loaders read the same manifest."""
 MIN_PHOTOGRAPH_PX = 32
 """Photographs with a shorter side below this are not used as truths."""
 
@@ -149,7 +149,7 @@ class Samples:
         return Sample(index, entry, cut(image, crop), None, drawn)
 
     def _paired(self, index: int, entry: ManifestEntry, rng: np.random.Generator) -> Sample:
-        """Windows at native resolution: resampling would alter the real degradation."""
+        """A pair of windows at native resolution: resampling would alter the real degradation."""
         upscale = self.geometry.upscale
         try:
             partner = self.manifest.lq_path(entry)
@@ -164,10 +164,10 @@ class Samples:
 
 
 def fitted(lq: Pixels, gt: Pixels, upscale: int) -> tuple[Pixels, Pixels]:
-    """A pair at `upscale`. A low-quality photograph as large as its truth (RealSR as released) is averaged down.
+    """A pair whose sizes differ by `upscale`. If they are equal (RealSR as released), the LQ image is averaged down.
 
     Raises:
-        BrokenImage: `pair`, where the sizes are neither equal nor `upscale` apart.
+        BrokenImage: `pair`, if the sizes are neither equal nor differ by the factor `upscale`.
     """
     if lq.shape == gt.shape and min(gt.shape[:2]) >= upscale:
         gt = gt[: gt.shape[0] // upscale * upscale, : gt.shape[1] // upscale * upscale]
@@ -178,7 +178,7 @@ def fitted(lq: Pixels, gt: Pixels, upscale: int) -> tuple[Pixels, Pixels]:
 
 
 def cut(image: Pixels, crop: Crop) -> UInt8[np.ndarray, "side side 3"]:
-    """The crop's window of an image [h, w, 3], mirrored if the crop is."""
+    """The crop's window of an image [h, w, 3], mirrored if `crop.flip`."""
     window = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
     return np.ascontiguousarray(window[:, ::-1] if crop.flip else window)
 

@@ -1,4 +1,4 @@
-"""Generated images: overlapping shapes with the statistics of photographs, and true texts about them.
+"""Generates images of overlapping shapes, with the statistics of photographs, and true texts about them.
 
 A model can memorise a few photographs but not an unlimited number of shapes; so a model that also trains on shapes must
 use its input. The texts name the colours by measured area, so they are exactly true, as degradation labels are. Dead
@@ -59,14 +59,14 @@ def dead_leaves(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
-    """Greyish colours more often than saturated ones."""
+    """A random colour, more often greyish than saturated."""
     grey, tint = rng.uniform(0, 255), rng.normal(size=3) * rng.choice((5.0, 25.0, 70.0))
     red, green, blue = np.clip(grey + tint, 0, 255).astype(int).tolist()
     return red, green, blue
 
 
 def _leaf_mask(rng: np.random.Generator, radius: float) -> Image.Image:
-    """An ellipse or a polygon in a square of its own, sometimes out of focus."""
+    """Mask of an ellipse or a polygon, L, square, sometimes out of focus."""
     centre = 1.6 * radius + 4
     mask = Image.new("L", (int(2 * centre), int(2 * centre)))
     draw = ImageDraw.Draw(mask)
@@ -81,7 +81,7 @@ def _leaf_mask(rng: np.random.Generator, radius: float) -> Image.Image:
 
 
 def _leaf_paint(rng: np.random.Generator, side: int) -> Image.Image:
-    """Flat, shaded between two colours, or with noise of a random coarseness."""
+    """A square of paint: flat, shaded between two colours, or with noise of a random coarseness."""
     kind, first = rng.random(), _colour(rng)
     if kind < 0.3:
         return Image.new("RGB", (side, side), first)

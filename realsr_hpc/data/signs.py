@@ -1,4 +1,4 @@
-"""Generated signs: a short word in one colour on a plain background or a photograph.
+"""Generates signs: a short word in one colour on a plain background or a photograph.
 
 The word on a sign is known exactly, so reading and restoring can be measured exactly: the rough text must name the
 word, the final image must show it. Fonts are those that matplotlib ships (DejaVu, STIX, Computer Modern). Held-out
@@ -37,7 +37,7 @@ class Ground:
     photograph: Image.Image
     words: str
     key: str = ""
-    """Which photograph it is."""
+    """Key of the photograph."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sign:
 
 
 def make_sign(rng: np.random.Generator, side: int, grounds: Sequence[Ground], heldout: bool = False) -> Sign:
-    """A square sign of `side` px: a quarter on plain grounds (all without `grounds`), the others on a photograph."""
+    """A square sign of `side` px, in a quarter of cases (always without `grounds`) plain, else on a photograph."""
     word = str(rng.choice(HELDOUT_WORDS if heldout else TRAINING_WORDS))
     font = str(rng.choice(HELDOUT_FONTS if heldout else TRAINING_FONTS))
     mask = _letters(rng, word.upper(), font, side)
@@ -100,7 +100,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _letters(rng: np.random.Generator, word: str, font: str, side: int) -> Image.Image:
-    """The word as a mask, L: 70 to 95 % of the width, at most half the height, a little turned and slanted."""
+    """The word as a mask, L: 70 to 95 % of the width, at most half the height, slightly rotated and slanted."""
     big = side * _FINE
     spacing = float(rng.uniform(0.02, 0.12))
     measured = _font(font, 100)
@@ -120,7 +120,7 @@ def _letters(rng: np.random.Generator, word: str, font: str, side: int) -> Image
 
 
 def _plate(mask: Image.Image) -> Image.Image:
-    """The letters' surrounding rectangle, with a margin."""
+    """Mask of the rectangle around the letters, with a margin."""
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     margin = mask.width // 16
     plate = Image.new("L", mask.size)
@@ -151,7 +151,7 @@ def _luma(colour: tuple[int, int, int]) -> float:
 
 
 def _flat(rng: np.random.Generator, name: str, side: int) -> Image.Image:
-    """A colour, slightly uneven from corner to corner."""
+    """An image of one colour that is slightly uneven from corner to corner."""
     corners = np.array(COLOURS[name]) + rng.normal(size=(2, 2, 1)) * 8 + rng.normal(size=3) * 6
     return Image.fromarray(np.clip(corners, 0, 255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
 

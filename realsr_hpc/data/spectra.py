@@ -1,9 +1,9 @@
 """Frequency responses of the degradation's operators: blurs, resizes, JPEG. NumPy on small arrays.
 
-A spectrum [8, 8] holds a quarter of a grid's band, at the middles of eight equal parts of 0..pi radians a pixel down
-and across: the resolution of JPEG's own coefficients. Its mean is the variance of a pixel. Borders are left out, and a
-target pixel may lie anywhere between source pixels. Gains are real because every kernel here is symmetric about its
-centre.
+A spectrum [8, 8] holds the power at positive frequencies: at the centres of eight equal parts of 0..pi radians per
+pixel, vertically and horizontally, which is the resolution of JPEG's coefficients. Its mean is the variance of a pixel.
+Borders are neglected, and a target pixel may have any phase relative to the source pixels. Gains are real because every
+kernel here is symmetric about its centre.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from realsr_hpc.records import ResizeMode
 
 BANDS = 8
 CENTRES: Float64[np.ndarray, "8"] = (np.arange(BANDS) + 0.5) * math.pi / BANDS
-"""Frequencies of a spectrum's rows and columns, radians a pixel."""
+"""Frequencies of a spectrum's rows and columns, radians per pixel."""
 ALIASES = 2 * math.pi * np.arange(-4, 5)
-"""Multiples of the target's sampling rate that are folded back."""
+"""Offsets of the frequencies that alias to one target frequency, radians per target pixel."""
 PLACES = 16
-"""Target pixels looked at, at most, where an area resize treats each otherwise."""
+"""Largest number of target pixels averaged over for an area resize, which weights each one differently."""
 
 
 def kernel_gains(kernel: Float32[np.ndarray, "n n"], frequency: np.ndarray) -> Float64[np.ndarray, "2 f f"]:
@@ -53,7 +53,7 @@ def _centre_waves(size: int) -> np.ndarray:
 
 
 def resize_gain(frequency: np.ndarray, source_px: int, target_px: int, mode: ResizeMode) -> np.ndarray:
-    """Gain of a resize at radians a source pixel; beyond pi that of the source's replicas."""
+    """Gain of a resize at frequencies in radians per source pixel; beyond pi the gain of the source's replicas."""
     if source_px == target_px:
         return np.ones_like(frequency)
     cycles = frequency / (2 * math.pi)
@@ -63,7 +63,7 @@ def resize_gain(frequency: np.ndarray, source_px: int, target_px: int, mode: Res
 
 
 def _area_gain(cycles: np.ndarray, source_px: int, target_px: int) -> np.ndarray:
-    """A target pixel is the mean of the run of source pixels that it touches (`adaptive_avg_pool2d`)."""
+    """Gain of `adaptive_avg_pool2d`: a target pixel is the mean of the source pixels that it overlaps."""
     rows = np.linspace(0, target_px - 1, min(target_px, PLACES)).astype(int)
     first = rows * source_px // target_px
     length = -(-(rows + 1) * source_px // target_px) - first
@@ -83,13 +83,12 @@ def _keys_gain(cycles: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def folding(source_px: int, target_px: int, mode: ResizeMode) -> Float64[np.ndarray, "8 8"]:
-    """Matrix F of a resize along one axis: for a source of spectrum P, F P F^T is the target's spectrum, aliasing
-    included."""
+    """Matrix F of a resize along one dim: a source spectrum P becomes the target spectrum F P F^T, with aliasing."""
     if source_px == target_px:
         return np.eye(BANDS)
     ratio = target_px / source_px
     theta = (CENTRES[:, None] + ALIASES) * ratio
-    # An area resize that enlarges holds its pixels; what it does beyond pi is a box's.
+    # An area resize that enlarges repeats pixels; beyond pi its gain is that of a box filter.
     box = mode == "area" and ratio > 1
     gain = np.sinc(theta / (2 * math.pi)) if box else resize_gain(theta, source_px, target_px, mode)
     power = np.where(np.abs(theta) <= math.pi * (3 if ratio > 1 else 1), ratio * gain**2, 0.0)
@@ -100,7 +99,7 @@ def folding(source_px: int, target_px: int, mode: ResizeMode) -> Float64[np.ndar
 
 @lru_cache
 def jpeg_steps(quality: int) -> tuple[Float64[np.ndarray, "8 8"], Float64[np.ndarray, "8 8"]]:
-    """Quantisation steps of brightness and colour at a quality, as libjpeg writes them; rows are frequencies down."""
+    """Quantisation steps of luma and chroma at a quality, as libjpeg writes them; rows are vertical frequencies."""
     held = io.BytesIO()
     Image.new("RGB", (8, 8)).save(held, "JPEG", quality=quality)
     tables = Image.open(held).quantization  # type: ignore[attr-defined]
@@ -114,7 +113,7 @@ def rounding_loss(variance: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 def _rounding_losses(sigma: np.ndarray) -> np.ndarray:
-    """By the deviation in steps: the mean of (x - round(x))^2 over that of x^2."""
+    """Mean of (x - round(x))^2 over that of x^2, for normal x with these standard deviations in steps."""
     z = np.linspace(-8.0, 8.0, 4001)
     weights = np.exp(-0.5 * z * z) / np.exp(-0.5 * z * z).sum()
     x = sigma[:, None] * z

@@ -30,7 +30,7 @@ class Member:
     offset: int
     size: int
     is_file: bool = True
-    """Not a link or device, whose bytes are not here."""
+    """False for a link or device, which has no bytes in the tar."""
 
     @property
     def path(self) -> Path:
@@ -58,7 +58,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
     Raises:
         FileNotFoundError: if the file or its tar is missing.
-        OSError: also for what is no regular file: opening a pipe would wait for ever.
+        OSError: also for anything but a regular file: opening a pipe would block for ever.
     """
     member = _MEMBER.fullmatch(str(path))
     if not stat.S_ISREG(os.stat(member["tar"] if member else path).st_mode):

@@ -1,4 +1,4 @@
-"""Frozen VLCoT traces: prompts and true responses as tokens, made once, so that SFT needs no image and no tokenizer.
+"""Frozen VLCoT traces: prompts and true responses, tokenized once, so that SFT needs no images and no tokenizer.
 
 The folder holds `traces-00000.safetensors` and so on. Each file has the tokens of some traces in sequence, the start of
 each, and the length of its prompt. Files are written under a temporary name and renamed. The content of a file depends
@@ -50,8 +50,8 @@ def freeze_traces(
 ) -> int:
     """Tokenise the first `num_samples` samples of the training split. Returns the number of traces in the folder.
 
-    A photograph without captions gives no trace. `shard` (k, n) writes every n-th file only. skipped: receives the
-    photographs that could not be used, by key, and why.
+    A photograph without captions gives no trace. `shard` (k, n) writes every n-th file, from file k. skipped: receives
+    the reasons, by key, of photographs that could not be used.
 
     Raises:
         ValueError: if the folder holds files of another recipe or cannot be written, or another process writes this
@@ -114,7 +114,7 @@ def _digest(field: str, named: str) -> str:
 
 
 class FrozenTraces:
-    """The traces of a folder by number, read from disk as they are asked for."""
+    """The traces of a folder by number, read from disk on access."""
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         paths = sorted(folder.glob("traces-*.safetensors"))
@@ -126,7 +126,7 @@ class FrozenTraces:
         self._files = [safe_open(path, framework="pt") for path in paths]
         numbers = [int(path.stem.partition("-")[2]) for path in paths]
         self.missing = sorted(set(range(numbers[-1])) - set(numbers))
-        """Numbers of files that are not there, below that of the last one."""
+        """Numbers of missing files, below that of the last one."""
         self._starts = [file.get_tensor("starts") for file in self._files]
         self._ends = np.cumsum([len(starts) - 1 for starts in self._starts])
         self.fingerprint = hashlib.sha256(json.dumps([identity, self._ends.tolist()]).encode()).hexdigest()[:16]
@@ -158,7 +158,7 @@ class TraceLoader:
         self._order: tuple[int, np.ndarray] = (0, np.arange(len(self.traces)))
 
     def __len__(self) -> int:
-        """Traces in the folder."""
+        """Number of traces in the folder."""
         return len(self.traces)
 
     def next(self) -> list[TracePair]:
@@ -175,17 +175,17 @@ class TraceLoader:
         """Continue at the saved position, also with another batch size or data-parallel size.
 
         Raises:
-            ValueError: if the state is of other traces.
+            ValueError: if the state belongs to other traces.
         """
         if state.get("traces") != self.traces.fingerprint:
-            raise ValueError("the saved data position belongs to other traces; resume with those the run began with")
+            raise ValueError("the saved data position belongs to other traces; resume with those of the run's start")
         self.position = int(state["position"])
 
     def close(self) -> None:
         """Nothing runs in the background."""
 
     def _number(self, index: int) -> int:
-        """The first round in the order of the files; each later one in an order of its own."""
+        """Number of the trace: the first epoch is in the order of the files, each later one is shuffled differently."""
         epoch, place = divmod(index, len(self.traces))
         if epoch == 0:
             return place
@@ -210,15 +210,13 @@ def _identity_of(path: Path) -> dict[str, object]:
 def _require_same(path: Path, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
     for name, here in expected.items():
         if found.get(name) != here:
-            raise ValueError(
-                f"{path} was made with another {name}; make traces of this recipe in a folder of their own"
-            )
+            raise ValueError(f"{path} was made with another {name}; make traces of this recipe in another folder")
 
 
 def _pairs(
     config: RunConfig, tokens: TraceTokenizer, start: int, stop: int, skipped: dict[str, str]
 ) -> Iterator[TracePair]:
-    """Traces of the samples start..stop; the batch divides the range so that no sample is read twice."""
+    """Traces of the samples start..stop; the batch size divides the range, so that no sample is read twice."""
     size = next(size for size in range(16, 0, -1) if (stop - start) % size == 0)
     loader = LQLoader(config, config.data.train_split, size)
     loader.load_state_dict({**loader.state_dict(), "position": start})

@@ -1,9 +1,10 @@
 """Computes how much of a drawn degradation is still visible in the LQ image, from its parameters alone.
 
-Blur is exact for the linear part: every blur, resize and sinc filter composed on the LQ image's frequencies. Noise and
-what JPEG changes are expected values for a photograph of usual contrast (`SIGNAL_RMS`, falling with the square of the
-frequency): spectra of the photograph, of both noises and of JPEG's errors go through the operators in their order. How
-near that comes to chains run with and without their noise or their JPEGs is measured in docs/data.md.
+Blur is exact for the linear part: the gains of every blur, resize and sinc filter are multiplied at the LQ image's
+frequencies. Noise and JPEG's changes are expected values for a photograph of usual contrast (`SIGNAL_RMS`, with power
+falling with the square of the frequency): the spectra of the photograph, of both noises and of JPEG's errors pass
+through the operators in their order. docs/data.md compares the result with chains that are run with and without noise
+or JPEG.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from realsr_hpc.data.spectra import (
 from realsr_hpc.records import JPEG, Blur, Operators, ResizeTo
 
 SIGNAL_RMS = 50.0
-"""Standard deviation of a photograph's brightness, of 255."""
+"""Standard deviation of a photograph's brightness, on 0..255."""
 USUAL_BRIGHTNESS = 115.0
 """Mean level of a photograph (0..255), if none is given."""
 PHOTONS = 256.0
@@ -45,7 +46,7 @@ PHOTONS = 256.0
 LUMA_SHARE = 0.447
 """Share of independent noise in R, G, B that is brightness: the sum of the squared luma weights."""
 CONTRASTS = np.array([0.05, 0.45, 2.5])[:, None, None]
-"""Local variances of an image's flat, middle and busy thirds over their mean: JPEG rounds most of a flat block away."""
+"""Local variance of an image's flat, middle and busy thirds over the mean: JPEG rounds most of a flat block to zero."""
 EDGE_DRAWS = 600
 Edges = tuple[float, float]
 
@@ -58,12 +59,12 @@ class Visible:
     """Numbers of one LQ image; each grows with the degradation. Named as in `config.schema.VISIBLE_EDGES`."""
 
     blur_px: float
-    """Sigma, in LQ pixels, of the Gaussian whose squares sum to what the chain's composed response leaves below the LQ
-    image's Nyquist frequency: 0.28 is none."""
+    """Sigma, in LQ pixels, of the Gaussian blur whose total squared gain is that of the chain of operators below the LQ
+    image's Nyquist frequency; 0.28 means no blur."""
     noise_rms: float
-    """Noise in the LQ image: RMS over R, G, B, of 255."""
+    """Noise in the LQ image: RMS over R, G, B, on 0..255."""
     compression_rms: float
-    """Compression in the LQ image: RMS of what the JPEGs changed, after the later operators, of 255."""
+    """Compression in the LQ image: RMS of the JPEGs' changes after the later operators, on 0..255."""
 
 
 def visible(
@@ -88,7 +89,7 @@ def visible(
 
 @lru_cache
 def tercile_edges(preset: str, gt_px: int, upscale: int) -> dict[str, Edges]:
-    """Terciles of every number over `EDGE_DRAWS` draws of the preset at these sizes: always the same draws."""
+    """Terciles of every number over `EDGE_DRAWS` draws of the preset at these sizes; the draws are fixed."""
     drawn = [
         sample_degradation(generator(0, index, Stream.DEGRADATION), PRESETS[preset], gt_px, upscale)
         for index in range(EDGE_DRAWS)
@@ -105,13 +106,13 @@ def tercile_edges(preset: str, gt_px: int, upscale: int) -> dict[str, Edges]:
 def _blur_px(operators: Operators, gt_px: int, lq_px: int) -> float:
     gain, side = np.ones((2, len(CENTRES), len(CENTRES))), gt_px
     for operator in operators:
-        # The LQ image's frequencies in radians a pixel of the image that is worked on.
+        # The LQ image's frequencies in radians per pixel of the current intermediate image.
         here = CENTRES * lq_px / side
         match operator:
             case Blur():
                 gain = gain * kernel_gains(operator.kernel, here)
             case ResizeTo():
-                # What a smaller image cannot hold is gone.
+                # Frequencies above the Nyquist frequency of a smaller intermediate image are lost.
                 line = resize_gain(here, side, operator.side_px, operator.mode) * (here < math.pi)
                 side = operator.side_px
                 line = line * (CENTRES * lq_px / side < math.pi)
@@ -122,6 +123,7 @@ def _blur_px(operators: Operators, gt_px: int, lq_px: int) -> float:
 def _tracked(
     parameters: DegradationParameters, operators: Operators, gt_px: int, brightness: float
 ) -> Float64[np.ndarray, "5 8 8"]:
+    """Spectra of signal, luma noise, chroma noise, luma error and chroma error after all operators."""
     spectra, side = np.zeros((5, *_FALLING.shape)), gt_px
     spectra[_SIGNAL] = SIGNAL_RMS**2 * _FALLING / _FALLING.mean()
     noisy = [parameters.first, parameters.second]
@@ -147,7 +149,7 @@ def _add_noise(spectra: np.ndarray, stage: StageParameters, brightness: float) -
 
 
 def _round(spectra: np.ndarray, quality: int) -> None:
-    """JPEG: what rounding takes of noise and signal becomes error. Colour is halved in size first (4:2:0)."""
+    """JPEG: the part of noise and signal that rounding removes becomes error. Chroma is subsampled first (4:2:0)."""
     luma_steps, colour_steps = jpeg_steps(quality)
     variance = spectra[_SIGNAL] * CONTRASTS + spectra[_NOISE] + spectra[_ERROR]
     loss = rounding_loss(variance, luma_steps)
@@ -157,7 +159,7 @@ def _round(spectra: np.ndarray, quality: int) -> None:
     half = len(CENTRES) // 2
     colour = spectra[_COLOUR_NOISE, :half, :half] + CONTRASTS[0] * spectra[_SIGNAL, :half, :half]
     kept = np.zeros_like(kept)
-    # Half the size has twice the frequency, and a pixel there averages four: steps count half.
+    # At half the size frequencies double, and a pixel averages four pixels: steps count half.
     kept[:half, :half] = 1.0 - rounding_loss(colour, colour_steps[::2, ::2] / 2)
     spectra[_COLOUR_ERROR] = spectra[_COLOUR_ERROR] * kept + spectra[_COLOUR_NOISE] * (1.0 - kept)
     spectra[_COLOUR_NOISE] *= kept
