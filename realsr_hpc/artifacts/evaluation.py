@@ -56,9 +56,9 @@ class EvaluatedImage:
     index: Whole = 0
 
     def total(self, result: MethodResult) -> float | None:
-        """The weighted reward of a result. None without rewards, and of a malformed trace.
+        """The weighted reward of a result; None without rewards or if the trace is malformed.
 
-        Training counts other values for a malformed trace than those that an evaluation measures.
+        For a malformed trace training uses other values than those that an evaluation measures.
         """
         terms = {f"reward_{term}": weight for term, weight in self.weights.items()}
         values = {name: result.metrics.get(name, float("nan")) for name in terms}

@@ -1,4 +1,4 @@
-"""The files that accompany a restored image NAME.png: NAME.json for programs, NAME.steps.jpg for people.
+"""The files that accompany a restored image NAME.png: NAME.json (its record) and NAME.steps.jpg (a figure).
 
 A folder of restored images holds the settings that made them in restore.json.
 """
@@ -67,12 +67,12 @@ def is_steps(path: Path) -> bool:
 
 
 def write(target: Path, restoration: Restoration) -> None:
-    """The record of the restored image `target`."""
+    """Write the record of the restored image `target`."""
     stored.write(record_file(target), restoration)
 
 
 def read(target: Path) -> Restoration:
-    """The record of the restored image `target`. Raises Damaged, also for another program's NAME.json."""
+    """Read the record of the restored image `target`. Raises Damaged, also for another program's NAME.json."""
     found = stored.read(record_file(target), Restoration, VERSION)
     if not found.tiles:
         raise stored.Damaged(f"{record_file(target)}: it lists no tiles")

@@ -1,4 +1,4 @@
-"""Groups of rollouts that training kept for people: RUN_DIR/rollouts/step-N-KIND/rollouts.json and its images."""
+"""Groups of rollouts that training saved for inspection: RUN_DIR/rollouts/step-N-KIND/rollouts.json and its images."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ Inside = Annotated[str, PlainValidator(_inside)]
 
 def write(path: Path, record: Any) -> None:
     """Replace the file; `record` is a dataclass instance."""
-    # Escaped to ASCII: a file name may hold bytes that are no text.
+    # Escaped to ASCII, because file names may contain bytes that are not UTF-8.
     write_atomically(path, json.dumps(_without_nan(dataclasses.asdict(record)), indent=1))
 
 

@@ -37,7 +37,7 @@ class Keep:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """A file as a manifest lists it."""
+    """Size in bytes and SHA-256 of a file in a manifest."""
 
     size: int
     sha256: str
@@ -49,7 +49,7 @@ def folder_of(root: Path, step: int) -> Path:
 
 
 def aside_of(root: Path, step: int) -> Path:
-    """Temporary folder in which it is written first."""
+    """Temporary folder in which the checkpoint of a step is written first."""
     return root / f"{_ASIDE}{step_name(step)}"
 
 
@@ -68,8 +68,7 @@ def describe(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def complete(aside: Path, final: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write the manifest and rename the folder; then the checkpoint exists. An older one of the same step is
-    replaced."""
+    """Write the manifest and rename the folder, which completes the checkpoint; replaces one of the same step."""
     (aside / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True), encoding="utf-8")
     if final.exists():
         shutil.rmtree(final)
@@ -98,12 +97,12 @@ def _listed(facts: dict[str, Any]) -> dict[str, FileFacts]:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, after reading every byte; None if it is complete and undamaged."""
+    """The first fault of a checkpoint, whose bytes are all read; None if it is complete and undamaged."""
     return next(faults_of_share(folder, 0, 1), None)
 
 
 def faults_of_share(folder: Path, number: int, num_shares: int) -> Iterator[str]:
-    """What is wrong with one of `num_shares` about equal shares of a checkpoint's files, after reading every byte."""
+    """Faults of share `number` of a checkpoint's files, which are split into about equal shares; reads every byte."""
     try:
         listed = _listed(read(folder))
     except ValueError as error:
@@ -127,13 +126,13 @@ def _file_fault(path: Path, name: str, facts: FileFacts) -> str:
 
 
 def completed(root: Path) -> list[Path]:
-    """Folders with a manifest, oldest step first; their files are not read."""
+    """Checkpoint folders with a manifest, oldest step first; their files are not read."""
     folders = (path for path in root.glob(f"{STEP}*") if is_step(path))
     return sorted((path for path in folders if (path / MANIFEST).is_file()), key=step_of)
 
 
 def candidates(root: Path) -> list[Path]:
-    """All folders of checkpoints, newest step first, including those whose manifest is lost."""
+    """All checkpoint folders, newest step first, including those without a manifest."""
     folders = (path for path in root.glob(f"{STEP}*") if is_step(path))
     return sorted((path for path in folders if path.is_dir() and any(path.iterdir())), key=step_of, reverse=True)
 
@@ -145,13 +144,13 @@ def refuse_damaged(folder: Path) -> None:
 
 
 def damaged(folder: Path, wrong: str) -> str:
-    """The error message for a damaged checkpoint that was named explicitly."""
+    """The error message for a damaged checkpoint that the user named."""
     return wrong if str(folder) in wrong else f"checkpoint {folder}: {wrong}; name another one, or copy it again"
 
 
 def reject(folder: Path, wrong: str) -> None:
     """Log as an error that a checkpoint is skipped."""
-    logger.error("checkpoint %s rejected: %s; trying the one before", folder, wrong)
+    logger.error("checkpoint %s rejected: %s; trying the previous one", folder, wrong)
 
 
 def latest(root: Path) -> Path | None:
@@ -166,21 +165,20 @@ def latest(root: Path) -> Path | None:
             return folder
         reject(folder, wrong)
     if found:
-        raise ValueError(none_is_whole(root, found))
+        raise ValueError(all_damaged(root, found))
     return None
 
 
-def none_is_whole(root: Path, found: list[Path]) -> str:
+def all_damaged(root: Path, found: list[Path]) -> str:
     """The error message, with remedy, if all checkpoints are damaged."""
     return (
         f"{root}: all {len(found)} checkpoints are damaged (the log says how), the newest is {found[0].name}; bring "
-        "one back from a copy, or move the folder away to start anew from step 0"
+        "one back from a copy, or move the folder away to start again from step 0"
     )
 
 
 def best(root: Path, count: int, *, highest: bool) -> list[tuple[Path, float]]:
-    """The `count` checkpoints with the best metric, each with its value, the best first; of equal ones the newer
-    first."""
+    """The `count` checkpoints with the best metric and its value, best first; of equal ones the newer comes first."""
     rated = [(folder, _metric(folder)) for folder in reversed(completed(root))] if count else []
     finite = [(folder, value) for folder, value in rated if value is not None and math.isfinite(value)]
     return sorted(finite, key=lambda item: item[1], reverse=highest)[:count]

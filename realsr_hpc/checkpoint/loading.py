@@ -1,8 +1,8 @@
-"""What a checkpoint holds, and loading it: Megatron's sharded state, each rank's random states, the run's own state.
+"""Loads checkpoints: Megatron's sharded state, each rank's random states, the run's own state.
 
-All ranks call `load` together. A checkpoint loads onto any tensor, pipeline and data-parallel layout; random states
-return only onto the layout that wrote them. Nothing in training draws from those: rollouts and degradations draw from
-generators keyed by run seed and sample, whatever the layout; they are kept for whoever adds something that does.
+All ranks call `load` together. A checkpoint loads onto any tensor, pipeline and data-parallel layout; random states are
+restored only on the layout that wrote them. Training does not use these states, because rollouts and degradations draw
+from generators keyed by seed and sample on every layout. They are saved for extensions that do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 _EXTRA_STATE = "_extra_state"
-"""Torch's name for what a module keeps beside its tensors; Transformer Engine's: the scales of delayed FP8."""
+"""Torch's key for a module's state other than tensors; Transformer Engine's modules keep delayed FP8's scales there."""
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -61,12 +61,12 @@ def resume_path(root: Path, groups: ProcessGroups) -> Path | None:
         if groups.is_main:
             integrity.reject(folder, wrong)
     if found:
-        raise ValueError(integrity.none_is_whole(root, found))
+        raise ValueError(integrity.all_damaged(root, found))
     return None
 
 
 def refuse_damaged(folder: Path, groups: ProcessGroups) -> None:
-    """ValueError, on every rank, unless a checkpoint is whole; each rank reads and hashes its share of the files."""
+    """ValueError, on every rank, if a checkpoint is damaged; each rank reads and hashes its share of the files."""
     if wrong := _fault(folder, groups):
         raise ValueError(integrity.damaged(folder, wrong))
 
@@ -79,17 +79,17 @@ def _fault(folder: Path, groups: ProcessGroups) -> str | None:
 def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: ProcessGroups) -> dict[str, Any]:
     """Fill policy and optimizer from a checkpoint of any layout; returns the run's state given to `save`.
 
-    A checkpoint that holds more than data (`pickles.refuse_code`) is refused before anything of it is loaded.
+    A checkpoint that contains anything but data is refused (`pickles.refuse_code`) before any of it is loaded.
 
-    optimiser None: weights only. ValueError when the folder is not a complete checkpoint or has no optimizer state
-    although one is wanted.
+    optimiser None: weights only. ValueError if the folder is not a complete checkpoint, or has no optimizer state
+    although an optimizer is given.
     """
     facts = integrity.read(path)
     refuse_code(path)
     if facts.get("base") != policy.base:
         raise ValueError(
             f"checkpoint {path} belongs to {facts.get('base') or 'no base'}, this recipe's model.weights to "
-            f"{policy.base or 'none'}: adapters fit only the weights they were trained on; set model.weights to those"
+            f"{policy.base or 'none'}: adapters fit only the weights they were trained on; set model.weights to these"
         )
     own = json.loads((path / STATE).read_text(encoding="utf-8"))
     if optimiser is not None and own["optimiser"] is None:
@@ -111,8 +111,8 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Proces
 def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     """The sharded state to read from a checkpoint. ValueError if the checkpoint lacks a part of it.
 
-    Transformer Engine's modules, norms too, ask for a state of their own even where it is empty. Torch's norms write
-    none, so a checkpoint made without Transformer Engine (an import on a CPU, say) may lack those and nothing else.
+    Transformer Engine's modules, including norms, request an extra state even if it is empty. Torch's norms write none,
+    so a checkpoint made without Transformer Engine (e.g. an import on a CPU) may lack those states and nothing else.
     """
     read: Any = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
     loaded, _, absent = read
@@ -126,10 +126,11 @@ def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _merged_in_place(value: Any) -> Any:
-    """A parameter whose parts are stored apart (SwiGLU's two projections), which loading fills where they lie in it.
+    """A parameter that is stored in parts (SwiGLU's two projections), so that loading fills its memory in place.
 
-    Megatron joins them in a tensor of their own before the parameter takes it, and holds those of all layers at once:
-    0.4 copies of a model's weights. Parts that lie elsewhere are joined as Megatron does.
+    Megatron joins the parts in a new tensor before it copies this into the parameter, and holds these tensors for all
+    layers at once: 0.4 copies of a model's weights. Parts that are not views of the parameter are joined as Megatron
+    does.
     """
     if not isinstance(value, ShardedTensorFactory):
         return value
@@ -147,12 +148,12 @@ def _merged_in_place(value: Any) -> Any:
 
 
 def sharded_state(policy: Policy, optimiser: Optimiser | None, loading: bool) -> dict[str, Any]:
-    """Weights and optimizer state as Megatron saves and loads them; to be called inside `vendor_calls`."""
+    """Weights and optimizer state as Megatron saves and loads them. Call it inside `vendor_calls`."""
     chunks = _named_chunks(policy)
     state: dict[str, Any] = {name: _trained(policy, chunk.sharded_state_dict()) for name, chunk in chunks}
     if optimiser is not None:
         whole = dict(state) if len(policy.chunks) > 1 else state["model"]
-        _give_empty_states(optimiser)
+        _initialise_states(optimiser)
         state["optimizer"] = optimiser.vendor.sharded_state_dict(whole, is_loading=loading, metadata=_SHARDING)
     return state
 
@@ -168,11 +169,11 @@ def _named_chunks(policy: Policy) -> list[tuple[str, Any]]:
     return [(f"model{index}", chunk) for index, chunk in enumerate(policy.chunks)]
 
 
-def _give_empty_states(optimiser: Optimiser) -> None:
-    """Torch's Adam has no states before its first update, and Megatron's sharded optimizer asserts that it has.
+def _initialise_states(optimiser: Optimiser) -> None:
+    """Create the states of torch's Adam if there was no update yet, because Megatron's sharded optimizer requires them.
 
-    A run may save without one: every group of its rollouts was dropped. Megatron's own way is an update with zero
-    gradients; at a rate of zero it changes no weight, and its count is taken back.
+    A run may save before its first update if all groups of its rollouts were dropped. Megatron creates states by an
+    update with zero gradients; at a rate of zero it changes no weight, and its step count is reset.
     """
     for vendor in getattr(optimiser.vendor, "chained_optimizers", [optimiser.vendor]):
         if not optimiser.distributed or vendor.optimizer.state:
@@ -194,12 +195,12 @@ def _take_model(policy: Policy, loaded: dict[str, Any]) -> None:
 
 
 def counters(optimiser: Optimiser) -> dict[str, int]:
-    """The counters that the learning-rate schedule depends on."""
+    """The optimizer's counters, on which the learning-rate schedule depends."""
     return {"updates": optimiser.num_updates, "skipped": optimiser.num_skipped}
 
 
 def layout(groups: ProcessGroups, policy: Policy) -> dict[str, int]:
-    """The sizes that determine which rank holds what."""
+    """The sizes that determine which rank holds which parameters."""
     sizes = {"tp": groups.tp_size, "pp": groups.pp_size, "dp": groups.dp_size}
     return sizes | {"virtual_pp": len(policy.chunks)}
 
@@ -210,7 +211,7 @@ def random_file(rank: int) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """Every generator of this process, as tensors, numbers and tuples: what `weights_only` loading takes."""
+    """The states of all generators of this process, as tensors, numbers and tuples, which `weights_only` can load."""
     kind, keys, *rest = np.random.get_state()
     tracker: Any = get_cuda_rng_tracker()
     return {
@@ -234,13 +235,12 @@ def _restore_random_states(path: Path, facts: dict[str, Any], policy: Policy, gr
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Restore the states from `random_states`; the device's generators only if they come from the same kind of
-    device."""
+    """Restore the states from `random_states`; the device's generators only if they come from the same device type."""
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"])
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"].shape != torch.cuda.get_rng_state().shape:  # a run goes on where another kind of device began it
+    if states["cuda"].shape != torch.cuda.get_rng_state().shape:  # the run began on another device type
         logger.warning("the checkpoint was written on another kind of device: its generator's state is not restored")
         return
     torch.cuda.set_rng_state(states["cuda"])

@@ -47,10 +47,10 @@ class _Restricted(pickle.Unpickler):
 
 
 def refuse_code(folder: Path) -> None:
-    """Read what a loader of this checkpoint would unpickle.
+    """Check everything that loading this checkpoint would unpickle.
 
     Raises:
-        ValueError: naming the file, where it holds anything but data, or is damaged.
+        ValueError: naming the file, if it contains anything but data or is damaged.
     """
     path = folder / METADATA
     try:
@@ -66,7 +66,7 @@ def refuse_code(folder: Path) -> None:
                 _read_part(path, part.offset, part.length)
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path.parent} has no {path.name}; name a complete one") from None
-    except Exception as error:  # a damaged pickle raises whatever its opcodes trip over
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(f"checkpoint file {path} cannot be trusted or is damaged ({first_line(error)})") from None
 
 

@@ -46,17 +46,19 @@ logger = logging.getLogger(__name__)
 
 RESERVE = ".tmp-reserve"
 RESERVE_BYTES = 1 << 23
-"""Bytes that are reserved on disk first, for small files that Megatron writes while other ranks wait. A full disk is
-then noticed before, while each rank writes on its own."""
+"""Bytes reserved on disk first, for small files that Megatron writes while other ranks wait in a collective.
+
+A full disk is then noticed earlier, while each rank writes independently.
+"""
 
 
 class _HeldCommon(TorchCommonSaveStrategy):
-    """Megatron's file of unsharded state, written by us: Megatron writes it while other ranks already wait for it."""
+    """Keeps Megatron's unsharded state for us to write: Megatron would write it while other ranks already wait."""
 
     state: Any = None
 
     def save_common(self, common_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Keep the state until this rank writes on its own."""
+        """Keep the state until this rank writes independently."""
         self.state = common_state_dict
 
 
@@ -65,13 +67,13 @@ register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _COMMON)
 
 
 class _Writer(FileSystemWriterAsync):
-    """Megatron's writer, which copies every view (halves of a layer's gate and up) before the first byte is written.
+    """Megatron's writer, without copies of all views (a layer's gate and up halves) before the first byte is written.
 
     Here they stay views of the weights; `_compact` copies one at a time.
     """
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
-        """Megatron's method, called with an empty tensor in place of each tensor, which is put back afterwards."""
+        """Call Megatron's method with empty tensors, then put the real ones back."""
         resolve, kept = planner.resolve_data, []
 
         def empty(item: Any) -> Any:
@@ -112,11 +114,11 @@ def save(
     keep: integrity.Keep,
     metric: float | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` under `root`, then drop those that `keep` does not name; all ranks together.
+    """Write the checkpoint of `step` under `root`, then remove those that `keep` does not keep; all ranks together.
 
-    state: what the run needs to go on, as JSON (data position, counters, MLflow run id). metric: what the best are
-    chosen by. The folder appears under its name only when every byte of it is on disk and hashed. NotSaved, on every
-    rank, when one of them cannot write.
+    state: what the run needs to continue, as JSON (data position, counters, MLflow run id). metric: the value by which
+    the best checkpoints are chosen. The folder gets its name only after all its bytes are on disk and hashed. NotSaved,
+    on every rank, if one of them cannot write.
     """
     saver = Saver(root, keep, behind=False)
     saver.start(step, policy, optimiser, state, metric)
@@ -144,7 +146,7 @@ class Saver:
     def start(
         self, step: int, policy: Policy, optimiser: Optimiser | None, state: dict[str, Any], metric: float | None
     ) -> None:
-        """Begin the checkpoint of a step, as `save` says; all ranks together, none pending. NotSaved: not begun."""
+        """Begin the checkpoint of a step (arguments: see `save`); all ranks together. NotSaved if it cannot begin."""
         assert self._saving is None, f"checkpoint of step {step} begins before the previous one is complete"
         self._saving = _Saving(self.root, step, policy, optimiser, state, metric, copy=self.behind)
         if self.behind:
@@ -154,7 +156,7 @@ class Saver:
             self._saving.write()
 
     def complete(self) -> Path:
-        """Wait for this rank's files, give the checkpoint its name; all ranks together. NotSaved: no trace is left."""
+        """Wait for this rank's files and rename the folder; all ranks together. NotSaved: the folder is removed."""
         assert self._saving is not None, "no checkpoint was started"
         if self._thread is not None:
             self._thread.join()
@@ -186,7 +188,7 @@ class _Saving:
             self._attempt(self._prepare)
         self._agree()
         strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        if policy.groups.dp_size > 1:  # what data-parallel ranks hold alike, each of them writes a share of
+        if policy.groups.dp_size > 1:  # each data-parallel rank writes a share of what all of them hold
             strategy = FullyParallelSaveStrategyWrapper(strategy, policy.groups.dp)
         with backend.vendor_calls():
             wanted = sharded_state(policy, optimiser, loading=False)
@@ -198,7 +200,7 @@ class _Saving:
         self._random = random_states()
 
     def _prepare(self) -> None:
-        """An empty folder, and half of the reserve still held when Megatron writes to it."""
+        """Make an empty folder and the reserve file, half of which is freed for what Megatron writes."""
         shutil.rmtree(self._aside, ignore_errors=True)
         self._aside.mkdir(parents=True)
         reserve = self._root / RESERVE
@@ -211,14 +213,14 @@ class _Saving:
         (self._aside / STATE).write_text(state, encoding="utf-8")
 
     def _attempt(self, write: Callable[[], object]) -> None:
-        """Do what one rank does alone; what it raises waits for `_agree`."""
+        """Do one rank's own work; an exception is kept and raised by `_agree`."""
         try:
             write()
-        except Exception as error:  # whatever it is: the other ranks must hear of it
+        except Exception as error:  # of any kind: the other ranks must be told
             self._error = f"rank {self._groups.world_rank}: {type(error).__name__}: {error}"
 
     def _agree(self) -> None:
-        """NotSaved on every rank when one of them failed; all ranks together."""
+        """Raise NotSaved on every rank if one of them failed; all ranks together."""
         errors = [error for error in gather_objects(self._error, dist.group.WORLD) if error]
         if not errors:
             return
@@ -229,7 +231,7 @@ class _Saving:
         raise NotSaved(f"checkpoint {self._final} was not written ({errors[0]}); free space there if the disk is full")
 
     def _stage(self, copy: bool) -> list[Any]:
-        """This rank's tensors in host memory, copied where training would change them while they are written."""
+        """This rank's tensors in host memory; copy: also those on the CPU, because training changes them meanwhile."""
         if self._request.async_fn is None:
             return []
         staged = []
@@ -244,7 +246,7 @@ class _Saving:
 
     def _write(self) -> None:
         mine = [self._aside / random_file(self._groups.world_rank)]
-        with mine[0].open("wb") as stream:  # torch's own stream hides which error it was
+        with mine[0].open("wb") as stream:  # torch's own stream would hide the kind of error
             torch.save(self._random, stream)
         for number, bucket in enumerate(self._buckets):
             self._results[number] = self._write_bucket(number, bucket)
@@ -288,5 +290,5 @@ class _Saving:
         integrity.complete(self._aside, self._final, written | integrity.describe(self._aside, rest), self._facts)
         try:
             integrity.prune(self._root, keep)
-        except OSError as error:  # the checkpoint is there; the next one tries again
+        except OSError as error:  # this checkpoint is complete; the next one tries again
             logger.error("checkpoints of %s: old ones were not removed (%s)", self._root, error)

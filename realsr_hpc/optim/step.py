@@ -1,7 +1,7 @@
 """One optimizer update: data-parallel wrapping, forward and backward, clipping, AdamW.
 
-Gradients are sums over microbatches and data-parallel ranks of what the loss function returned; nothing averages
-them. An update whose gradient is not finite is not applied, and counted.
+Gradients are those of the sum of all losses over microbatches and data-parallel ranks; nothing divides them. An update
+whose gradient is not finite is skipped and counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from realsr_hpc.parallel.pipeline import LossFunction, Microbatch, Outputs, run_
 from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.parallel.reduce import reduce_float
 
-# norms and their biases do not decay; by name, as the weights of q and k norms have two dimensions
+# norms and their biases do not decay; selected by name, because the weights of q and k norms have two dims
 _NO_DECAY: Any = {ParamKey(name="*layernorm.*"): {"wd_mult": 0.0}}
 
 
@@ -44,12 +44,12 @@ class Optimiser:
     """Owns the trained policy's gradient buffers, AdamW's state and the learning-rate schedule."""
 
     def __init__(self, policy: Policy, config: RunConfig, total_steps: int) -> None:
-        """total_steps: updates of the whole run, the end of the decay."""
+        """total_steps: number of updates of the whole run, at which the learning-rate decay ends."""
         self.policy = policy
         self.optim = config.optim
         self.total_steps = total_steps
         self.num_updates = 0
-        """Updates tried so far; the schedule's clock."""
+        """Number of updates so far, skipped ones included; the learning-rate schedule follows it."""
         self.num_skipped = 0
         """Updates that were not applied because their gradient was not finite."""
         self.skipped_in_a_row = 0
@@ -70,7 +70,7 @@ class Optimiser:
         return self.policy.groups
 
     def step(self, microbatches: list[Microbatch], loss_fn: LossFunction) -> StepResult:
-        """Zero gradients, forward and backward over all microbatches, clip, update."""
+        """Make one update: forward and backward passes over all microbatches, clipping, AdamW."""
         self.backward(microbatches, loss_fn, outputs := [])
         with backend.vendor_calls():
             result = self._update(outputs)
@@ -80,7 +80,7 @@ class Optimiser:
         return result
 
     def backward(self, microbatches: list[Microbatch], loss_fn: LossFunction, outputs: list[Outputs]) -> None:
-        """Fresh gradients of the microbatches in every parameter's `main_grad`; outputs are appended."""
+        """Compute the microbatches' gradients in every parameter's `main_grad`; appends their outputs to `outputs`."""
         self.policy.train()
         with backend.vendor_calls():
             for chunk in self.chunks:
@@ -114,7 +114,7 @@ class Optimiser:
         if factor >= 1.0:
             return
         for parameter in self.vendor.get_parameters():
-            # where the optimizer keeps no float32 weights of its own, gradients stand beside the bf16 ones
+            # an optimizer without separate float32 weights stores gradients as `decoupled_grad` of the bf16 ones
             gradient: Tensor | None = getattr(parameter, "decoupled_grad", parameter.grad)
             if gradient is not None:
                 gradient.mul_(factor)

@@ -2,8 +2,8 @@
 
 Megatron-Core 0.16.1 is written for CUDA. On other devices, `prepare()` replaces the few `torch.cuda` functions that
 Megatron calls, and `vendor_calls()` rewrites its `device="cuda"` literals during our calls into Megatron (nothing is
-intercepted outside of them, so our own hot loops pay nothing). On CUDA neither does anything. Two faults in Megatron's
-checkpoints of torch's Adam are also fixed here.
+intercepted outside of them, so our own inner loops have no overhead). On CUDA neither does anything. Two faults in
+Megatron's checkpoints of torch's Adam are also fixed here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CPU = torch.device("cpu")
 _named: torch.device | None = None
 _CGROUP = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
+"""Option numbers of `mallopt`, from glibc's malloc.h."""
 _FACTORIES = {
     torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor, torch.arange,
     torch.empty_like, torch.zeros_like, torch.ones_like,
@@ -36,9 +36,10 @@ _FACTORIES = {
 
 
 def compute_on(device: torch.device | None) -> None:
-    """Compute on this device, which is registered with torch, instead of the GPU or the CPU; None: on those again.
+    """Compute on this device, which must be registered with torch; None: on the GPU if there is one, else the CPU.
 
-    Call it before `groups.initialise`. On the CPU beside a GPU: before `prepare`, in a process that has not used CUDA.
+    Call it before `process_groups.initialise`. To use the CPU of a machine with a GPU, call it before `prepare` in a
+    process that has not used CUDA.
     """
     global _named
     _named = device
@@ -64,9 +65,7 @@ def named_device(name: str) -> torch.device:
         return where
     except (RuntimeError, AssertionError) as error:
         told = str(error).splitlines()[0]
-        raise ValueError(
-            f"device={name} is not available here ({told}); name cpu, or cuda where there is a GPU"
-        ) from None
+        raise ValueError(f"device={name} is not available here ({told}); name cpu, or cuda if there is a GPU") from None
 
 
 def chosen_device(name: str, choice: str, own: torch.device) -> torch.device:
@@ -91,7 +90,7 @@ def set_device(local_rank: int) -> None:
 
 @cache
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used. Importing it without CUDA raises RuntimeError, so CUDA comes first."""
+    """Whether Transformer Engine can be used. CUDA is checked first: importing it without CUDA raises RuntimeError."""
     if not on_cuda():
         return False
     try:
@@ -108,6 +107,7 @@ def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
     """
     if where.type != "cuda":
         return step
+    # warm up on a second stream, as torch's documentation of CUDA graphs asks
     current, beside = torch.cuda.current_stream(where), torch.cuda.Stream(where)
     beside.wait_stream(current)
     with torch.cuda.stream(beside):
@@ -150,6 +150,7 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = Non
 
 def plain_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`attention` computed from its definition, on any device."""
+    # [n, h, r, d] @ [n, h, d, T] -> [n, h, r, T]; the softmax is computed in float32
     scores = ((q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)).float()
     if bias is not None:
         scores = scores + bias
@@ -174,7 +175,7 @@ def name_of(where: torch.device) -> str:
 
 
 def workers(where: torch.device) -> int:
-    """Number of independent pieces of work to run in parallel, one thread each; 1 on a GPU.
+    """Number of independent tasks to run in parallel, one thread each; 1 on a GPU.
 
     On a CPU the cores are divided among the processes that a launcher started on this machine.
     """
@@ -183,14 +184,16 @@ def workers(where: torch.device) -> int:
 
 
 def rows_at_once(where: torch.device) -> int:
-    """Rows of a decoding batch beyond which throughput hardly increases; a CPU is soon limited by arithmetic."""
+    """Rows of a decoding batch beyond which throughput hardly increases; a CPU is limited by arithmetic early."""
     return 32 if where.type == "cpu" else 256
 
 
 @contextmanager
 def one_thread_each() -> Iterator[Callable[[], None]]:
-    """Scope for computing in parallel threads: yields a function that each thread calls before it starts, which limits
-    torch to one thread."""
+    """Context for computing in parallel threads.
+
+    Yields a function that each thread calls first and that limits torch to one thread.
+    """
     threads = torch.get_num_threads()
     try:
         yield lambda: torch.set_num_threads(1)
@@ -199,7 +202,7 @@ def one_thread_each() -> Iterator[Callable[[], None]]:
 
 
 def free_bytes(where: torch.device) -> int:
-    """Free memory in bytes: that of the GPU, else that of the machine within the limit of this process's cgroup."""
+    """Free memory of the GPU in bytes; else of the machine, within the limit of this process's cgroup."""
     if where.type == "cuda":
         return torch.cuda.mem_get_info(where)[0]
     free = psutil.virtual_memory().available
@@ -210,7 +213,7 @@ def free_bytes(where: torch.device) -> int:
 
 
 def work_seconds(where: torch.device) -> float:
-    """A clock in seconds for comparing work: CPU time if the device is a CPU, which may be busy, else wall time."""
+    """A clock in seconds to compare amounts of work: CPU time on a CPU, which may be shared, else wall time."""
     return time.process_time() if where.type == "cpu" else time.perf_counter()
 
 
@@ -251,36 +254,36 @@ def _on_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def vendor_calls() -> Iterator[None]:
-    """Scope of a call into Megatron (building, schedule, optimizer, checkpoint)."""
+    """Context of a call into Megatron (building, schedule, optimizer, checkpoint)."""
     if on_cuda():
         yield
         return
     with _CudaLiteralsToOurs(), warnings.catch_warnings():
-        # what the vendor does passes through this module's mode, so its warnings come out under our name
+        # Megatron's calls pass through this module's mode, so its warnings appear under this module's name
         warnings.filterwarnings("ignore", module=__name__.replace(".", r"\."))
         yield
 
 
 @cache
 def prepare() -> None:
-    """Make Megatron usable here. May be called any number of times; acts once."""
+    """Make Megatron usable on this device. Further calls do nothing."""
     _write_checkpoints_without_manager()
     if not on_cuda():
         _keep_freed_memory()
         _replace_cuda_functions()
     if not has_transformer_engine():
-        _mend_adam_checkpoints()
+        _fix_adam_checkpoints()
 
 
 def _keep_freed_memory() -> None:
     """Have the C library (glibc) keep the memory of freed tensors for the next ones.
 
-    It would return large blocks to the system, which has to map and clear their pages again at once: a tenth of a small
-    model's training step.
+    By default it returns large blocks to the system, which must then map and clear their pages again for the next
+    tensors: this takes a tenth of a small model's training step.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, 2**25)  # the largest that glibc takes
+        set_option(_M_MMAP_THRESHOLD, 2**25)  # the largest that glibc accepts
         set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -300,9 +303,9 @@ def _replace_cuda_functions() -> None:
 
 
 def _write_checkpoints_without_manager() -> None:
-    """Megatron hands a writer's results through a spawned manager process, which imports the whole program again.
+    """Replace the manager process through which Megatron passes a writer's results by a plain queue.
 
-    Our saves end before they return, in the same process: a plain queue does.
+    The process would import the whole program again. Our writers run in this process, so a queue suffices.
     """
     import megatron.core.dist_checkpointing.strategies.filesystem_async as vendor_writer
 
@@ -310,11 +313,11 @@ def _write_checkpoints_without_manager() -> None:
     writer._results_queue = queue.Queue()
 
 
-def _mend_adam_checkpoints() -> None:
-    """Torch's Adam keeps `step` as a tensor in each parameter's state; Megatron expects Transformer Engine's Adam.
+def _fix_adam_checkpoints() -> None:
+    """Fix Megatron's loading of torch's Adam, which keeps `step` as a tensor in each parameter's state.
 
-    Loading raises KeyError on 'step', and hands one shared `step` tensor to all parameters, which Adam then
-    increases once for each of them.
+    Megatron expects Transformer Engine's Adam: loading raises KeyError on 'step', and gives all parameters one shared
+    `step` tensor, which Adam then increases once for each of them.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

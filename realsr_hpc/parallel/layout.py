@@ -25,7 +25,7 @@ class Layout:
 
 
 def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
-    """The layout of a world of so many processes. ValueError if tp x pp does not divide it."""
+    """The layout of `world_size` processes. ValueError if tp x pp does not divide their number."""
     model_size = parallel.tp * parallel.pp
     if world_size % model_size:
         raise ValueError(
@@ -36,7 +36,7 @@ def layout_of(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def layers_per_chunk(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Transformer layers of one model chunk (a stage has `virtual_pp` chunks); `check` ensures that this is exact."""
+    """Number of layers of one model chunk (a stage has `virtual_pp` chunks); `check` ensures exact division."""
     return model.num_layers // (parallel.pp * parallel.virtual_pp)
 
 
@@ -53,14 +53,14 @@ def padded_vocab(vocab_size: int, tp_size: int) -> int:
 def check(config: RunConfig) -> None:
     """Raise ValueError with every reason why the recipe's layout does not suit its model.
 
-    A composed recipe has already passed these rules; a layout that a program chose has not.
+    A loaded recipe has already passed these rules; a layout chosen by code has not.
     """
     if faults := [fault for rule in (heads_divide_the_hidden_size, *LAYOUT_RULES) for fault in rule(config)]:
         raise ValueError("\n".join(faults))
 
 
 def row_multiple(parallel: ParallelConfig) -> int:
-    """Divisor of the tokens of a row: FP8 products need a multiple of 16 per rank; sequence parallelism splits rows."""
+    """The tokens per row are a multiple of this: FP8 products need 16 per rank; sequence parallelism splits rows."""
     return 16 * (parallel.tp if parallel.sequence_parallel else 1)
 
 
@@ -70,7 +70,7 @@ def rounded_up(tokens: int, multiple: int) -> int:
 
 
 def microbatch_multiple(parallel: ParallelConfig) -> int:
-    """Divisor of a step's number of microbatches; interleaved 1F1B needs a multiple of the stages."""
+    """The number of microbatches is a multiple of this: interleaved 1F1B needs a multiple of the number of stages."""
     return parallel.pp if parallel.virtual_pp > 1 else 1
 
 
@@ -110,7 +110,7 @@ def even_parts(count: int, most: int, multiple: int = 1) -> tuple[int, int]:
 
 
 def batches_of_rank(count: int, batch_size: int, rank: int, size: int) -> list[range]:
-    """The batches of `count` items that rank `rank` of `size` ranks works on: every size-th, starting at its own.
+    """The batches of `count` items that belong to rank `rank` of `size`: every `size`-th batch from number `rank` on.
 
     Items are split into batches first, so that a batch has the same items for any number of ranks.
     """

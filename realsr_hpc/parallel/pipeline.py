@@ -27,15 +27,19 @@ class Microbatch:
     tokens: Tensor
     """int64 [b, S]."""
     segment_ids: Tensor | None = None
-    """Packed rows, int64 [b, S]: attention stays within equal ids; None: each row is one causal sequence, or
-    branched."""
+    """Packed rows, int64 [b, S]: attention stays within equal ids.
+
+    None: each row is one causal sequence, or branched.
+    """
     branches: Branches | None = None
     """How rows of one prompt and several responses are laid out; the same for all microbatches of a call."""
     image_blocks: Tensor | None = None
-    """Branched rows with guidance, [b / 2, S]: the image block of every token of the unconditional twins, which are the
-    second half of the rows; None: there are no twins."""
+    """Branched rows with guidance, int64 [b / 2, S]: number of the image block of each token.
+
+    It limits the context of the unconditional twins, which are the second half of the rows. None: there are no twins.
+    """
     loss: LossTokens | None = None
-    """What the loss function needs; None: no token of these rows carries loss."""
+    """Inputs of the loss function; None: no token of these rows carries loss."""
 
 
 Outputs = dict[str, Tensor]
@@ -62,8 +66,8 @@ def run_pipeline(
 ) -> list[Outputs]:
     """Run all microbatches; returns the loss function's outputs in order on the last stage, [] on the others.
 
-    forward_only: no gradients. Otherwise gradients are accumulated and, where the chunks are wrapped for it,
-    reduced. ValueError when the microbatches do not fit the layout.
+    forward_only: no gradients. Otherwise gradients are accumulated and, if the chunks are wrapped for data parallelism,
+    reduced. ValueError if the microbatches do not fit the layout.
     """
     _check(model, microbatches)
     shape = microbatches[0].tokens.shape

@@ -1,4 +1,4 @@
-"""This process's groups, their sizes and its ranks. Created once and passed on, never read from a global."""
+"""This process's groups, their sizes and its ranks. They are created once and passed as arguments."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ class ProcessGroups:
 
     @property
     def is_first_stage(self) -> bool:
-        """This process holds the embedding."""
+        """Whether this process holds the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """This process holds the output layer."""
+        """Whether this process holds the output layer."""
         return self.pp_rank == self.pp_size - 1
 
     @property
     def is_main(self) -> bool:
-        """World rank 0: the one that writes and logs."""
+        """Whether this is world rank 0, which writes files and logs."""
         return self.world_rank == 0
 
 
 def initialise(parallel: ParallelConfig, seed: int) -> ProcessGroups:
-    """Join the world and build the groups.
+    """Connect to the other processes and build the groups.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without them it is a world of one process.
-    Called again with the same layout it returns the same groups; with another layout it builds new ones.
-    ValueError when tp x pp does not divide the world, or when a larger world has no address.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without them this is the only process. A second call
+    with the same layout returns the same groups, one with another layout builds new groups. ValueError if tp x pp does
+    not divide the number of processes, or if there are several and no address is set.
     """
     backend.prepare()
     from megatron.core import parallel_state
@@ -93,7 +93,7 @@ def initialise(parallel: ParallelConfig, seed: int) -> ProcessGroups:
 
 
 def shutdown() -> None:
-    """Leave the world; `initialise` may be called again."""
+    """Destroy all groups; `initialise` may be called again."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -115,13 +115,15 @@ def _join(world_size: int) -> None:
         dist.init_process_group(backend.dist_backend(), timeout=timeout)
         return
     rank = int(os.environ["RANK"])
-    store = meeting_point(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world_size, timeout)
+    store = rendezvous_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world_size, timeout)
     dist.init_process_group(backend.dist_backend(), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def meeting_point(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:  # pyright: ignore[reportPrivateImportUsage]
-    """The store through which ranks connect. It listens only on `address`, the loopback address of a one-node job;
-    torch's default listens on every address of the node, and any client can write to it."""
+def rendezvous_store(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.TCPStore:  # pyright: ignore[reportPrivateImportUsage]
+    """The TCP store through which ranks connect; it listens only on `address`, on a single node the loopback address.
+
+    Torch's default listens on every address of the node, and any client can write to it.
+    """
     if rank:
         return dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
     try:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from realsr_hpc.parallel.process_groups import ProcessGroups
 
 Group = dist.ProcessGroup | None
-"""None: all processes (`torch.distributed.group.WORLD` until it is initialised, and by its type)."""
+"""None: all processes, as in `torch.distributed`; `group.WORLD` is None before initialisation."""
 Reduction = Literal["sum", "mean", "max", "min"]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -18,7 +18,7 @@ _OPERATIONS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.
 def reduce_floats(
     values: dict[str, float], group: Group, device: torch.device, how: Reduction = "mean"
 ) -> dict[str, float]:
-    """Each value reduced over the group, in float64. Every rank passes the same keys; the order may differ."""
+    """Each value reduced over the group, in float64. Every rank must pass the same keys, in any order."""
     names = sorted(values)
     packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(packed, _OPERATIONS[how], group=group)

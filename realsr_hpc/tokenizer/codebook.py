@@ -1,8 +1,8 @@
 """Learns the codebook by moving averages of the features assigned to each entry (VQ-VAE, appendix A.1).
 
-Entries that attract almost nothing are moved onto features of the current batch; without that a small data set
-uses a fraction of the codebook. Lives beside the tokenizer, not in it, so that the tokenizer's weights stay those
-transformers expects.
+Entries with almost no assigned features are moved onto features of the current batch; otherwise a small data set uses
+only a fraction of the codebook. The averages are not part of the tokenizer module, so that its weights stay those that
+transformers expects. Source: van den Oord et al. 2017 (arXiv 1711.00937).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class CodebookAverages:
-    """Moving counts [K] and feature sums [K, E] behind a codebook of shape [K, E]."""
+    """Moving averages of assignment counts [K] and feature sums [K, E], whose ratio is the codebook [K, E]."""
 
     def __init__(self, codebook: Float[Tensor, "K E"], decay: float, dead_share: float = 0.03) -> None:
         """`dead_share`: an entry below this share of the mean count is moved."""

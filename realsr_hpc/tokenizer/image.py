@@ -1,10 +1,10 @@
-"""Image tokenizer: a Chameleon-shaped VQ encoder and the decoder that transformers leaves out.
+"""Image tokenizer: a Chameleon-shaped VQ encoder, and the decoder that transformers does not have.
 
-Encoder and quantiser carry exactly the keys and shapes of transformers' `ChameleonVQVAE`; the decoder is
-taming-transformers' (`decoder.*`, `post_quant_conv.*`), from which Chameleon's comes. Fully convolutional: any image
-whose sides are multiples of `downsample`. With `attention: lowest` it is LlamaGen's `VQModel`, under taming's names
-for attention behind residual blocks (`encoder.down.N.attn.M`, `decoder.up.N.attn.M`). How the codebook is learned
-stands in codebook.py; no adversarial loss, no dropout.
+Encoder and quantiser have exactly the keys and shapes of transformers' `ChameleonVQVAE`. The decoder is that of
+taming-transformers (`decoder.*`, `post_quant_conv.*`), from which Chameleon's is derived. It is fully convolutional and
+takes any image whose sides are multiples of `downsample`. With `attention: lowest` it is LlamaGen's `VQModel`, under
+taming's names for attention after residual blocks (`encoder.down.N.attn.M`, `decoder.up.N.attn.M`). codebook.py learns
+the codebook. There is no adversarial loss and no dropout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 from realsr_hpc.config.schema import ImageTokenizerConfig
 
 FEATURES_AT_ONCE = 16384
-"""Features that are compared with the codebook together."""
+"""Largest number of features compared with the codebook at once."""
 
 
 def _norm(channels: int, present: bool = True) -> nn.Module:
@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
-        """Residual branch plus the (projected) input."""
+        """Residual branch plus the (projected) input, [B, C, h, w] -> [B, D, h, w]."""
         branch = self.conv1(functional.silu(self.norm1(hidden)))
         branch = self.conv2(functional.silu(self.norm2(branch)))
         return branch + (self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else hidden)
@@ -57,6 +57,7 @@ class SpatialAttention(nn.Module):
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
         """Input plus attention output."""
         normed = self.norm(hidden)
+        # positions as tokens: [B, C, h, w] -> [B, h w, C]
         query, key, value = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
         mixed = functional.scaled_dot_product_attention(query, key, value)
         return hidden + self.proj_out(mixed.transpose(1, 2).reshape(hidden.shape))
@@ -72,7 +73,7 @@ class Middle(nn.Module):
         self.block_2 = ResidualBlock(channels, channels, norm)
 
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        """In order."""
+        """The three layers in order."""
         return self.block_2(self.attn_1(self.block_1(hidden)))
 
 
@@ -84,7 +85,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h//2 w//2"]:
-        """Half the size."""
+        """Halve both sides."""
         return self.conv(functional.pad(hidden, (0, 1, 0, 1)))
 
 
@@ -96,12 +97,12 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C 2*h 2*w"]:
-        """Twice the size."""
+        """Double both sides."""
         return self.conv(functional.interpolate(hidden, scale_factor=2.0, mode="nearest"))
 
 
 class Level(nn.Module):
-    """Blocks of one resolution, each with attention behind it if asked for, and the resampling to the next one."""
+    """Blocks of one resolution, each optionally followed by attention, and the resampling to the next resolution."""
 
     def __init__(
         self, channels_in: int, channels_out: int, num_blocks: int, norm: bool = True, attention: bool = False
@@ -146,7 +147,7 @@ class Encoder(nn.Module):
         self.norm_out = _norm(channels)  # type: ignore
         self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)  # type: ignore
         self.gathers = False
-        """The first layers only gather pixels (tokenizer/start.py), which is done without multiplying."""
+        """Whether the first layers only gather pixels (tokenizer/start.py); `forward` then does so without products."""
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B L h w"]:
         """Latents at 1/downsample of the size."""
@@ -159,16 +160,16 @@ class Encoder(nn.Module):
         return self.conv_out(functional.silu(self.norm_out(self.mid(hidden))))
 
     def gathered(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        """What the layers before the last two levels hand on: blocks of pixels in the order of `places`, then zeros."""
+        """The input of the last two levels: channels are the pixels of a block in the order of `places`, then zeros."""
         hidden = images
         for _ in self.down[:-2]:
             blocks = hidden.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, h, 2, w, 2]
-            hidden = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+            hidden = blocks.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)  # [B, 2, 2, C, h, w] -> [B, 4 C, h, w]
         return functional.pad(hidden, (0, 0, 0, 0, 0, self.conv_in.out_channels - hidden.shape[1]))
 
     @torch.no_grad()
     def recognise_gathering(self) -> None:
-        """Set `gathers` by the weights."""
+        """Set `gathers` if the weights of the first layers only copy pixels."""
         widths = [3 * 4**depth for depth in range(len(self.down) - 1)]
         if any(level.block for level in self.down) or widths[-1] > self.conv_in.out_channels or len(self.down) < 2:
             return
@@ -183,7 +184,7 @@ class Encoder(nn.Module):
 
 
 def places(width: int) -> list[tuple[int, int, int]]:
-    """(row, column, channel) of a 2 x 2 block, in the order its entries are stacked when they are gathered."""
+    """(row, column, channel) of the entries of a 2 x 2 block, in the order in which gathering stacks them."""
     return [(row, column, channel) for row in range(2) for column in range(2) for channel in range(width)]
 
 
@@ -212,7 +213,7 @@ class Decoder(nn.Module):
             self.patch_out = nn.Conv2d(config.latent_channels, 3 * config.downsample**2, 3, padding=1)
 
     def forward(self, latents: Float[Tensor, "B L h w"]) -> Float[Tensor, "B 3 H W"]:
-        """Images, not clamped."""
+        """Images, about [-1, 1], not clamped."""
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden = level(hidden)
@@ -223,7 +224,7 @@ class Decoder(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Nearest codebook entry; with `normalised`, nearest in angle, and unit vectors come out (LlamaGen)."""
+    """Finds the nearest codebook entry; with `normalised` by angle, among entries of unit length (LlamaGen)."""
 
     def __init__(self, codebook_size: int, embed_dim: int, normalised: bool) -> None:
         super().__init__()
@@ -231,12 +232,12 @@ class Quantizer(nn.Module):
         self.normalised = normalised
 
     def codebook(self) -> Float[Tensor, "K E"]:
-        """The entries features are compared with."""
+        """The entries that features are compared with."""
         weight = self.embedding.weight
         return functional.normalize(weight, dim=-1) if self.normalised else weight
 
     def nearest(self, features: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
-        """Index of the entry of least squared distance."""
+        """Index of the entry with the smallest squared distance."""
         codebook = self.codebook()
         norms = codebook.square().sum(1)
         parts = features.split(FEATURES_AT_ONCE)  # N x K distances of all features would take gigabytes
@@ -257,7 +258,7 @@ class ImageTokenizer(nn.Module):
         self.decoder = Decoder(config)
 
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w E"]:
-        """What is compared with the codebook."""
+        """The features that are compared with the codebook; ValueError for sides that `downsample` does not divide."""
         height, width = images.shape[-2:]
         if height % self.config.downsample or width % self.config.downsample:
             raise ValueError(
@@ -276,7 +277,7 @@ class ImageTokenizer(nn.Module):
     def reconstruct(self, quantised: Float[Tensor, "B h w E"]) -> Float[Tensor, "B 3 H W"]:
         """Decoder output, not clamped."""
         latents = quantised.permute(0, 3, 1, 2)
-        # a CPU's kernels are two bits less exact where channels stand together in memory, as behind a permutation
+        # a CPU's kernels are two bits less exact in channels-last layout, which the permutation leaves
         latents = latents.contiguous() if self.config.decoder_norm else latents
         return self.decoder(self.post_quant_conv(latents))
 

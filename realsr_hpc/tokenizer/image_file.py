@@ -25,7 +25,7 @@ def _architecture(config: ImageTokenizerConfig) -> str:
 
 
 def _check_written_for(stored: str, config: ImageTokenizerConfig, path: Path) -> None:
-    """Raise ValueError if the file states another architecture; fields that it does not have have their defaults."""
+    """Raise ValueError if the file states another architecture; missing fields take their defaults."""
     try:
         written = _architecture(ImageTokenizerConfig.model_validate(json_value(stored)))
     except ValueError as error:  # pydantic's and json's errors are ValueErrors

@@ -4,8 +4,9 @@ Without residual blocks the encoder's downsampling is linear. It gathers each pa
 principal components; `quant_conv` keeps the strongest. The decoder's `patch_out` starts as the least-squares inverse
 from quantised features. Training therefore starts at the quality of vector-quantised components instead of noise.
 
-transformers fixes 32 normalisation groups. Each holds a component, its negative and two constants: normalisation would
-otherwise remove an image's brightness and colour, and silu(x) - silu(-x) = x passes the activation unharmed.
+transformers fixes 32 normalisation groups. Each contains a component, its negative and two constants. The constants
+keep normalisation from removing an image's brightness and colour; the pair passes the activation unchanged, because
+silu(x) - silu(-x) = x.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ def start_encoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
 
 @torch.no_grad()
 def start_decoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W"]]) -> None:
-    """Fit `decoder.patch_out` to pixels by least squares over 3 x 3 quantised features; the rest adds nothing yet."""
+    """Fit `decoder.patch_out` to pixels by least squares over 3 x 3 quantised features; the rest outputs zeros yet."""
     decoder, factor = tokenizer.decoder, tokenizer.config.downsample
     inputs, targets = [], []
     for batch in images:
         quantised = tokenizer.quantise(tokenizer.features(batch))[0].permute(0, 3, 1, 2)
         inputs.append(functional.unfold(quantised, 3, padding=1).transpose(1, 2).flatten(0, 1))
         targets.append(functional.pixel_unshuffle(batch, factor).flatten(2).transpose(1, 2).flatten(0, 1))
-    x, y = torch.cat(inputs), torch.cat(targets)
+    x, y = torch.cat(inputs), torch.cat(targets)  # [N, 9 E] and [N, 3 x downsample^2], one row per latent position
     x = torch.cat([x, x.new_ones(len(x), 1)], 1)
     ridge = 1e-6 * len(x) * torch.eye(x.shape[1], device=x.device)
     solution = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
@@ -89,7 +90,7 @@ def _project(
 
 
 def _keep_strongest(tokenizer: ImageTokenizer, deviations: Float[Tensor, " D"]) -> None:
-    """Features = the first components, each with its own deviation in units of the first's."""
+    """Features are the first components, each scaled by its deviation relative to the first's."""
     out = tokenizer.encoder.conv_out
     out.weight.zero_()
     scale = ((1 + CONSTANT**2) / 2) ** 0.5
@@ -107,7 +108,7 @@ def _patches(tokenizer: ImageTokenizer, images: Float[Tensor, "B 3 H W"], width:
 
 
 def _calm(tokenizer: ImageTokenizer) -> None:
-    """Variance-keeping convolutions without biases; residual branches of the encoder start at nothing."""
+    """Initialise convolutions to preserve variance, without biases; residual branches of the encoder start at zero."""
     for name, layer in tokenizer.named_modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")

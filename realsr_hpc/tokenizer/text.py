@@ -1,7 +1,7 @@
 """Text tokenizer: byte-level BPE through the `tokenizers` library.
 
 Ids start at 0 and there are no special tokens: vlcot/ decides where text is in the policy's vocabulary.
-Every byte has an id, so any text can be written; the seven tags are single tokens when trained by
+Every byte has an id, so any text can be encoded; the seven tags are single tokens if trained by
 `train_text_tokenizer`, and never merge with their neighbours.
 """
 
@@ -25,9 +25,9 @@ class TextTokenizer:
     """A `tokenizer.json`; encodes to and decodes from ids in [0, vocab_size)."""
 
     def __init__(self, path: Path | str, text_first: int | None = None) -> None:
-        """`path` starts at the project root if relative. ValueError if it is no tokenizer's file.
+        """`path`: if relative, it starts at the project root. ValueError if it is not a tokenizer.json.
 
-        text_first: where text begins in a file that holds a whole vocabulary, as Chameleon's and Hugging Face's do.
+        text_first: first text id in a file that holds a whole vocabulary, as Chameleon's and Hugging Face's do.
         """
         path = resolve(path)
         if not path.is_file():
@@ -54,7 +54,7 @@ class TextTokenizer:
 def train_text_tokenizer(
     texts: Iterable[str], vocab_size: int, path: Path | str, whole_tokens: Sequence[str] = ()
 ) -> TextTokenizer:
-    """Train on `texts`, write `path` (aside, then renamed) and return it loaded.
+    """Train on `texts`, write `path` (under a temporary name, then renamed) and return the loaded tokenizer.
 
     The vocabulary is the 256 bytes, merges, and each of `whole_tokens` (the trace's tags) as one token. Raises
     ValueError if `vocab_size` has no room for bytes and whole tokens.

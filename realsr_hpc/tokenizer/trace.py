@@ -1,4 +1,4 @@
-"""Images and texts of a batch to tokens, and code grids back to pixels: the two tokenizers behind one object."""
+"""Converts images and texts to tokens, and code grids back to pixels, with both tokenizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from realsr_hpc.vlcot.vocabulary import build_vocabulary
 
 
 class TraceTokenizer:
-    """Prompts, traces and pixels of one recipe."""
+    """Builds prompts and traces and decodes images, with the tokenizers of one recipe."""
 
     def __init__(self, codec: TraceCodec, image: ImageTokenizer, device: torch.device):
         self.codec, self.image, self.device = codec, image, device
@@ -37,13 +37,13 @@ class TraceTokenizer:
 
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "B 3 h w"], size_px: int) -> Int[np.ndarray, "B side side"]:
-        """Code grids of images shown at `size_px`."""
+        """Code grids of images that are resized to `size_px`; side = size_px / downsample."""
         parts = images.split(_images_at_once(size_px))
         codes = [self.image.encode(shown_at(part.to(self.device), size_px)).cpu() for part in parts]
         return torch.cat(codes).numpy()
 
     def prompts(self, lq: UInt8[Tensor, "B 3 h w"]) -> Int[Tensor, "B P"]:
-        """Prompt tokens with each LQ image shown at the recipe's `vlcot.lq_size_px`."""
+        """Prompt tokens, with each LQ image resized to the recipe's `vlcot.lq_size_px`."""
         grids = self.encode(lq, self.codec.config.lq_size_px)
         return torch.tensor([self.codec.prompt(grid) for grid in grids])
 
@@ -64,7 +64,7 @@ class TraceTokenizer:
 
     @torch.no_grad()
     def decode(self, grids: Sequence[np.ndarray | None]) -> list[np.ndarray | None]:
-        """uint8 [H, W, 3] of each grid, all grids of one shape in one batch; None stays None."""
+        """The image uint8 [H, W, 3] of each grid; None stays None. Grids of equal shape are decoded in one batch."""
         images: list[np.ndarray | None] = [None] * len(grids)
         shapes = {grid.shape for grid in grids if grid is not None}
         for shape in sorted(shapes):
@@ -83,7 +83,7 @@ def _images_at_once(size_px: int) -> int:
 
 
 def shown_at(images: UInt8[Tensor, "B 3 h w"], size_px: int) -> Float[Tensor, "B 3 size size"]:
-    """Bicubic (antialiased) resize to a square, in [-1, 1]."""
+    """Resize to a square (bicubic, antialiased); 0..255 becomes [-1, 1]."""
     pixels = images.float() / 127.5 - 1.0
     if images.shape[-2:] != (size_px, size_px):
         pixels = F.interpolate(pixels, (size_px, size_px), mode="bicubic", antialias=True, align_corners=False)

@@ -1,7 +1,7 @@
-"""The text part of a tokenizer file that holds a whole vocabulary: image codes, control tokens and text.
+"""Extracts the text tokenizer from a file that holds a whole vocabulary: image codes, control tokens and text.
 
 Chameleon's `text_tokenizer.json` and the `tokenizer.json` of every Hugging Face folder are such files. The text
-tokenizer counts its ids from 0; here the pieces from `text_first` on are taken out of the whole.
+tokenizer counts its ids from 0; here the pieces from `text_first` on are extracted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from realsr_hpc.vlcot.token_names import code_of, is_text
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """The tree of a tokenizer file. ValueError if it has no vocabulary of named pieces."""
+    """The JSON of a tokenizer file. ValueError if it has no vocabulary of named pieces."""
     try:
         tree = json_value(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of json and of UTF-8
@@ -32,7 +32,7 @@ def names_of(tree: dict[str, Any]) -> dict[str, int]:
 
 
 def is_whole(tree: dict[str, Any]) -> bool:
-    """Whether the file names control tokens or image codes beside its text."""
+    """Whether the file names control tokens or image codes in addition to text."""
     names = names_of(tree)
     return "<racm3:break>" in names or "<eoss>" in names or any(code_of(name) is not None for name in names)
 
@@ -48,7 +48,7 @@ def text_part(tree: dict[str, Any], text_first: int) -> dict[str, Any]:
         if is_text(item["content"], item["id"], text_first)
     ]
     model = {**whole, "vocab": vocab}
-    if "merges" in whole:  # those that would build a piece outside of the text
+    if "merges" in whole:  # without those that build a piece outside the text
         outside = whole["vocab"].keys() - vocab.keys()
         model["merges"] = [merge for merge in whole["merges"] if not {*_parts(merge), "".join(_parts(merge))} & outside]
     return {**tree, "added_tokens": added, "post_processor": None, "model": model}
@@ -62,7 +62,7 @@ def _parts(merge: Any) -> list[str]:
 def read_text_tree(path: Path, text_first: int | None) -> dict[str, Any]:
     """The text tokenizer of a file: the whole file, or its text part if the file has a whole vocabulary.
 
-    ValueError where it holds a whole vocabulary and no `text_first` says where its text begins.
+    ValueError if it holds a whole vocabulary and `text_first` is None.
     """
     tree = read_tree(path)
     if not is_whole(tree):

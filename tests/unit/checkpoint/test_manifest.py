@@ -96,7 +96,7 @@ def test_a_damaged_old_manifest_hinders_no_new_checkpoint(tmp_path: Path, conten
 def test_when_every_checkpoint_is_damaged_a_run_asks_instead_of_starting_anew(tmp_path: Path) -> None:
     for step, lost in ((10, "a.bin"), (20, integrity.MANIFEST)):
         (write(tmp_path, step) / lost).unlink()
-    with pytest.raises(ValueError, match="all 2 checkpoints are damaged.*newest is step-000020.*start anew"):
+    with pytest.raises(ValueError, match="all 2 checkpoints are damaged.*newest is step-000020.*start again"):
         integrity.latest(tmp_path)
 
 

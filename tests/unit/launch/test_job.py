@@ -21,7 +21,7 @@ from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.job import start_ranks, watch
 from realsr_hpc.launch.signals import StopFlag
 from realsr_hpc.launch.verdict import CRASHED, DONE, FAILED, HUNG, STOPPED, Verdict, agree, count_requeue
-from realsr_hpc.parallel.process_groups import meeting_point
+from realsr_hpc.parallel.process_groups import rendezvous_store
 from realsr_hpc.runfolder import rank_log
 
 PREAMBLE = (
@@ -208,7 +208,7 @@ def test_a_port_is_reserved_until_rank_0_listens_on_it():
     port = reserved_port()
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("127.0.0.1", port))
-    store = meeting_point("127.0.0.1", port, 0, 1, timedelta(seconds=30))
+    store = rendezvous_store("127.0.0.1", port, 0, 1, timedelta(seconds=30))
     store.set("met", "yes")
     assert store.get("met") == b"yes"
 
