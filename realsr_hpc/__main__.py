@@ -21,7 +21,10 @@ from realsr_hpc.tracking.place import read_place, recipe_of
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 wrong usage or invalid recipe, 85 stopped with a checkpoint, else failed."""
+    """Execute a run; returns the exit code.
+
+    0: done; 2: wrong usage or invalid recipe; 85: stopped with a checkpoint; any other: failed.
+    """
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m realsr_hpc RUN_DIR   (a run folder made by realsr-hpc launch)", file=sys.stderr)
         return 2
@@ -41,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run_rank(config: RunConfig, run_dir: Path) -> int:
-    """One process of the run."""
+    """Run one process of the run's training loop; returns its exit code."""
     from realsr_hpc.launch.signals import StopFlag
 
     # Before the slow imports, so that a signal during them does not kill the rank.
@@ -49,7 +52,7 @@ def run_rank(config: RunConfig, run_dir: Path) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
     train = import_module(f"realsr_hpc.train.{config.task}")
-    # The imported modules have a million objects that live until the end. Megatron runs the garbage collector at every
+    # The imported modules hold a million permanent objects. Megatron runs the garbage collector at every
     # checkpoint, and Python several times at exit. Frozen objects are skipped, which saves half a second per checkpoint
     # and seconds at exit.
     gc.freeze()

@@ -1,7 +1,7 @@
-"""Files that are whole or not there: written aside, flushed to disk, renamed. Text is UTF-8 in every locale.
+"""Writes files atomically: under a temporary name, flushed to disk, then renamed. Text is UTF-8 in every locale.
 
-A small file may be empty or garbled all the same: a disk that lost power, a copy that was cut, somebody's editor. So
-nobody reads one with `json.loads` alone: `read_json` says once which file is damaged and treats it as absent.
+A small file can still be empty or garbled, after a power failure, a truncated copy or an edit. So small files are read
+with `read_json`, which logs a damaged file once and treats it as missing.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _said: set[tuple[Path, str]] = set()
 
 MIB, GIB = 2**20, 2**30
 ASIDE_BYTES = 120
-"""Of a file's name, in the name it is written under: with host, process and thread that has to fit in 255."""
+"""Bytes of a file's name that its temporary name keeps: with host, process and thread it must fit in 255."""
 SUMS_FILE = "SHA256SUMS"
 LARGEST_HEADER_BYTES = 100 * MIB
-"""Of a safetensors file, as its library has it."""
+"""Largest header of a safetensors file, the library's own limit."""
 
 
 def flush(path: Path) -> None:
-    """Force a file or folder to disk, so that a rename never stands before the bytes it names."""
+    """Flush a file or folder to disk, so that a later rename never becomes visible before its bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,26 +44,26 @@ def flush(path: Path) -> None:
 
 
 def as_other_files(path: Path) -> None:
-    """Give a weights file the permissions of other new files (umask); safetensors makes it readable by its owner
-    only."""
-    mask = os.umask(0o077)  # it can only be read by setting it; a file of another thread would be closed meanwhile
+    """Give a file the default permissions (umask), because safetensors makes it readable by its owner only."""
+    # the umask can only be read by setting it; files that other threads create meanwhile stay private
+    mask = os.umask(0o077)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 
 def other_content(path: Path) -> str:
-    """What a file is that was downloaded in place of another: a Git LFS pointer, a web page; "": neither."""
+    """Description of a file that was downloaded in place of the wanted one: a Git LFS pointer or a web page; "": no."""
     with path.open("rb") as stream:
         head = stream.read(512).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file that it stands for; fetch that one with `git lfs pull`"
+        return "is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, not the file; download it again, logged in where its owner asks for that"
     return ""
 
 
 def publish(aside: Path, final: Path) -> None:
-    """Give a finished folder its name: everything in it is on disk before, the name itself when this returns."""
+    """Rename a finished folder: its content is on disk before, the new name when this returns."""
     for path in (*aside.rglob("*"), aside):
         flush(path)
     os.replace(aside, final)
@@ -72,14 +72,14 @@ def publish(aside: Path, final: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes `path` when the block ends.
+    """Yields a temporary path to write to, which is renamed to `path` when the block ends.
 
-    `path` holds the old content or the new, never a part of it, whenever this process or the machine dies; once the
-    block has ended, it is the new. What was written aside is removed if the block raises.
+    `path` always has either the old or the new content, even if this process or the machine dies; after the block it
+    has the new one. The temporary file is removed if the block raises.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or pipe, which would be gone
+    if path.exists() and not (path.is_file() or path.is_dir()):  # the rename would replace a device or pipe
         raise OSError(errno.EINVAL, "not a regular file, so it is not replaced", str(path))
-    # Another host on the same file system may have our process id; the name itself may be as long as names can be.
+    # Another host on the same file system may have our process id; the name itself may be as long as the limit.
     beginning = os.fsdecode(os.fsencode(path.name)[:ASIDE_BYTES])
     aside = path.with_name(f".{beginning}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}")
     try:
@@ -95,22 +95,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file, as `replacing` does; bytes of a name that are no UTF-8 are kept as they came."""
+    """Replace a text file, as `replacing` does; bytes of file names that are not UTF-8 are preserved."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted; linked folders are entered as well, each once, and broken links left out.
+    """Every file below a folder, sorted. Linked folders are included, each once; broken links are not.
 
-    A folder below it that cannot be read is logged and passed over; OSError: the folder itself.
+    A folder below it that cannot be read is logged and skipped; OSError if the folder itself cannot be read.
     """
     os.scandir(folder).close()
     found: list[Path] = []
     entered: set[str] = set()
     for place, folders, names in os.walk(folder, onerror=_say_closed, followlinks=True):
         if (real := os.path.realpath(place)) in entered:
-            folders.clear()  # a link to where we have been
+            folders.clear()  # a link to a folder that was already listed
             continue
         entered.add(real)
         folders.sort()
@@ -119,7 +119,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _say_closed(error: OSError) -> None:
-    logger.warning("%s: passed over (%s)", printable(error.filename), error.strerror)
+    logger.warning("%s: skipped (%s)", printable(error.filename), error.strerror)
 
 
 def sha256_of(path: Path) -> str:
@@ -146,9 +146,9 @@ def json_object(content: bytes) -> dict[str, Any] | None:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, Any] | None, int]:
-    """What a safetensors file says of its tensors, by name, and where their numbers begin; None: it is cut or none.
+    """The header of a safetensors file, by tensor name, and the offset of the data; None if truncated or invalid.
 
-    Without the library: launching reads it, and imports no vendor that it can do without.
+    Does not use the safetensors library, because launching avoids importing vendors.
     """
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -164,7 +164,7 @@ def weight_map(index: Path) -> dict[str, str] | None:
 
 
 def checked_weight_map(index: Path) -> dict[str, str]:
-    """Like `weight_map`, but ValueError if it is no index, names files outside its folder, or a shard is missing."""
+    """Like `weight_map`; ValueError if it is not an index, names files outside its folder, or a shard is missing."""
     places = weight_map(index)
     if places is None:
         raise ValueError(f"{index} is not an index of weights; copy it again")
@@ -177,10 +177,10 @@ def checked_weight_map(index: Path) -> dict[str, str]:
 
 
 def writable_folder(path: Path, field: str) -> Path:
-    """The folder, made where it is missing.
+    """Return the folder, after creating it if it is missing.
 
     Raises:
-        ValueError: naming the field it was given in, where nothing can be written there.
+        ValueError: naming the field that gave the folder, if nothing can be written there.
     """
     probe = path / f".writable.{os.getpid()}"
     try:
@@ -198,12 +198,12 @@ def printable(text: object) -> str:
     """A path or message as valid UTF-8: bytes of a file name that are not UTF-8 become escapes like `\\xff`."""
     try:
         return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half of a character, which no file name holds
+    except UnicodeEncodeError:  # half of a surrogate pair, which no file name contains
         return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that is not blank, or the name of its type."""
+    """The first non-blank line of an error's message, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -214,9 +214,9 @@ def write_sums(folder: Path, leave_out: Collection[str] = ()) -> None:
 
 
 def check_sums(folder: Path, largest_bytes: float = math.inf) -> None:
-    """Compare a folder's files with its `SHA256SUMS`; without one there is nothing to compare.
+    """Compare a folder's files with its `SHA256SUMS`; without one nothing is checked.
 
-    largest_bytes: larger files are looked for, not read.
+    largest_bytes: of larger files only the existence is checked.
 
     Raises:
         ValueError: naming the first file that is missing or differs.
@@ -267,7 +267,7 @@ def checksum_of(path: Path) -> Path:
 
 @contextmanager
 def with_checksum(path: Path) -> Iterator[Path]:
-    """Like `replacing`, and writes `NAME.sha256`. If the process is killed in between, the file has no checksum."""
+    """Like `replacing`, but also writes `NAME.sha256`. If the process is killed in between, there is no checksum."""
     checksum_of(path).unlink(missing_ok=True)
     with replacing(path) as aside:
         yield aside
@@ -294,9 +294,9 @@ def checksum_fault(path: Path) -> str | None:
 
 
 def read_json(path: Path, kind: type[T]) -> T | None:
-    """What a small JSON file holds, checked to be a `kind` (a dataclass, `dict[str, int]`, ...; unknown keys pass).
+    """The content of a small JSON file, validated as `kind` (a dataclass, `dict[str, int]`, ...; unknown keys pass).
 
-    None where it is absent; also where it is empty, cut, garbled, of another kind or unreadable, which is logged once.
+    None if it is missing; also if it is empty, truncated, garbled, of another kind or unreadable, which is logged once.
     """
     try:
         return parse_json(path.read_bytes(), kind)
@@ -310,7 +310,7 @@ def read_json(path: Path, kind: type[T]) -> T | None:
 
 
 def parse_json(content: bytes, kind: type[T]) -> T:
-    """Like `read_json` for a document in memory; one-line ValueError if it is not a `kind`."""
+    """Validate a JSON document in memory as `kind`. ValueError, of one line, if it is not."""
     if not content.strip(b"\0 \t\r\n"):
         raise ValueError("it is empty")
     try:
@@ -323,7 +323,7 @@ def parse_json(content: bytes, kind: type[T]) -> T:
 
 @cache
 def adapter(kind: Any) -> TypeAdapter[Any]:
-    """Pydantic's validator of a type, made once."""
+    """Pydantic's validator of a type, created once per type."""
     return TypeAdapter(kind)
 
 

@@ -76,13 +76,13 @@ def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def sole_writer(folder: Path, field: str = "output", part: str = "") -> Iterator[None]:
-    """Make a folder for results, and be the only process that writes there until the block ends.
+    """Create a folder for results and hold its lock, so that no other process writes there until the block ends.
 
-    part: of a folder that several may share (`1-of-4`): one writer each.
+    part: name of one part of a folder (`1-of-4`): several processes may write, one per part.
 
     Raises:
-        ValueError: naming the field it was given in, where nothing can be written.
-        LockRefused: naming who writes there.
+        ValueError: naming the field that gave the folder, if nothing can be written there.
+        LockRefused: naming the process that writes there.
     """
     writable_folder(folder, field)
     with ExitStack() as stack:
@@ -113,7 +113,7 @@ def is_held(path: Path) -> bool:
 
 
 def _sign(path: Path, what: str) -> None:
-    """Record the holder, if possible: the lock also works on a full disk."""
+    """Record the holder; errors are ignored, because the lock also works on a full disk."""
     mine = Holder(os.uname().nodename, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), what)
     with suppress(OSError):
         _holder_file(path).write_text(json.dumps(asdict(mine)), encoding="utf-8")

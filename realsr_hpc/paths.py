@@ -1,7 +1,7 @@
-"""Where the code, the recipes that come with it, and a user's relative paths lie.
+"""Finds the code, the recipes that ship with it, and the folder that relative paths start from.
 
-From a checkout, or from a job's snapshot of one, all three are one folder. Installed as a wheel, the recipes lie inside
-the package and a relative path starts from the current folder, where a user's own `recipes/` is found as well.
+In a checkout, or a job's snapshot of one, all three are in one folder. In an installed wheel the recipes are inside the
+package, and relative paths start from the current folder, where a user's own `recipes/` is found too.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import realsr_hpc
 
 PACKAGE = Path(realsr_hpc.__file__).resolve().parent
 SAFE_PATH = "PYTHONSAFEPATH"
-"""Set: Python does not look for modules in the current folder. As its -P, for processes that others start."""
+"""If set, Python does not search the current folder for modules; like its -P, for processes started by others."""
 CHECKOUT_VARIABLE = "REALSR_HPC_CHECKOUT"
-"""In the environment of a job that runs from a snapshot of the code: the folder it was launched from."""
+"""Environment variable of a job that runs from a snapshot of the code: the checkout it was launched from."""
 
 
 def code_root() -> Path:
@@ -25,36 +25,36 @@ def code_root() -> Path:
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
-    """`python -m MODULE ARGUMENTS`, to be started with `python_path()`: it runs this very code from any folder.
+    """`python -m MODULE ARGUMENTS`, to be started with `python_path()`: it runs this code from any folder.
 
-    Without -P Python would look in the current folder first, which may be another checkout's.
+    Without -P Python would search the current folder first, which may be another checkout.
     """
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def python_path() -> str:
-    """PYTHONPATH of a child process that runs this very code."""
+    """PYTHONPATH with which a child process runs this code."""
     named = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return os.pathsep.join(dict.fromkeys([str(code_root()), *named]))
 
 
 def is_checkout() -> bool:
-    """Whether the code runs from a checkout or a snapshot, which hold `recipes/` beside the package; else a wheel."""
+    """Whether the code runs from a checkout or snapshot, which has `recipes/` next to the package; else a wheel."""
     return (PACKAGE.parent / "recipes").is_dir()
 
 
 def project_root() -> Path:
-    """The folder that relative paths start from: the checkout or snapshot; of an installed wheel, the current one."""
+    """The folder that relative paths start from: the checkout or snapshot; for an installed wheel the current one."""
     return PACKAGE.parent if is_checkout() else Path.cwd()
 
 
 def shipped_root() -> Path:
-    """The folder that holds the `recipes/` and `slurm/` that come with the code."""
+    """The folder with the `recipes/` and `slurm/` that ship with the code."""
     return PACKAGE.parent if is_checkout() else PACKAGE
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes are looked for, the first match winning: $REALSR_HPC_RECIPES alone, or a user's own and ours."""
+    """Folders searched for recipes, in order: only $REALSR_HPC_RECIPES if set, else the user's own and the shipped."""
     if named := os.environ.get("REALSR_HPC_RECIPES"):
         return [Path(named).resolve()]
     folders = [project_root() / "recipes", shipped_root() / "recipes"]
@@ -70,11 +70,10 @@ def expanded(path: str | Path) -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """An absolute path as it is (`~` expanded), a relative one from the project root.
+    """An absolute path, with `~` expanded; a relative path starts from the first root in which it exists.
 
-    A snapshot holds code and recipes; what else a recipe names (weights, data) a job finds where its launcher did, in
-    the checkout it was launched from. What lies only among the files that come with the code (`recipes/assets/...`) is
-    found there.
+    The roots are the project root, the checkout that a job was launched from (its snapshot has only code and recipes,
+    not weights and data), and the files that ship with the code (`recipes/assets/...`).
     """
     named = expanded(path)
     roots = [project_root(), *map(Path, filter(None, [os.environ.get(CHECKOUT_VARIABLE)])), shipped_root()]

@@ -1,8 +1,8 @@
-"""What blur, resize, noise, sharpening and JPEG do to the pixels of an image, on a CPU: OpenCV, SciPy, Pillow.
+"""Blur, resize, noise, sharpening and JPEG on the pixels of an image, on a CPU: with OpenCV, SciPy, Pillow.
 
-The operators of Real-ESRGAN's degradation as PyTorch and BasicSR define them. The data room's graph calls them where
-it runs on a CPU; the fidelity reward applies recorded ones again. Pixels are float32 on 0..255 and not clamped unless
-it is said.
+These are the operators of Real-ESRGAN's degradation, as PyTorch and BasicSR define them. The data room's graph calls
+them on a CPU; the fidelity reward applies recorded ones again. Pixels are float32 on 0..255, and not clamped unless a
+docstring says so.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LUMA = (0.2989, 0.587, 0.114)
 """Weights of R, G, B in a gray value (ITU-R 601), as PyTorch's and BasicSR's."""
 USM_SIDE_PX, USM_SIGMA_PX = 51, 8.0
 USM_AMOUNT, USM_THRESHOLD = 0.5, 10.0
-"""BasicSR's USMSharp: radius 50 (made odd), the sigma OpenCV derives from it; amount, and threshold of 255."""
+"""BasicSR's USMSharp: radius 50 (made odd), the sigma that OpenCV derives from it, amount, threshold on 0..255."""
 KEYS_A = -0.75
 """Keys' parameter of the bicubic kernel, PyTorch's and OpenCV's."""
 _INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 _BORDER = cv2.BORDER_REFLECT_101
 
-# Images are worked on side by side: threads inside of one would only stand in each other's way.
+# Images are processed in parallel threads: OpenCV's own threads within an image would only compete with them.
 cv2.setNumThreads(1)
 
 FloatImage = Float32[np.ndarray, "h w 3"]
@@ -37,30 +37,30 @@ FloatImage = Float32[np.ndarray, "h w 3"]
 
 @dataclass(frozen=True)
 class Taps:
-    """A resize along one axis: `count` source rows for each of `target` rows, and their weights, which sum to 1."""
+    """A resize along one dim: `count` source rows for each of `target` rows, and their weights, which sum to 1."""
 
     index: Int32[np.ndarray, "count target"]
     weights: Float32[np.ndarray, "count target"]
 
 
 def filtered(image: FloatImage, kernel: Float32[np.ndarray, "rows columns"]) -> FloatImage:
-    """Correlation; borders reflected without their outermost pixel (101)."""
+    """Correlate with a kernel; borders are reflected without repeating the edge pixel (BORDER_REFLECT_101)."""
     return cv2.filter2D(image, -1, kernel, borderType=_BORDER)
 
 
 def filtered_separably(
     image: FloatImage, row: Float32[np.ndarray, "1 n"], column: Float32[np.ndarray, "n 1"]
 ) -> FloatImage:
-    """The same with the kernel `column @ row`."""
+    """As `filtered` with the kernel `column @ row`."""
     return cv2.sepFilter2D(image, -1, row, column, borderType=_BORDER)
 
 
 def resized(image: Float32[np.ndarray, "H H 3"], side_px: int, mode: ResizeMode) -> Float32[np.ndarray, "h h 3"]:
-    """Of a square image, without antialiasing, as PyTorch's `interpolate`; to the same side nothing changes."""
+    """Resize a square image without antialiasing, as PyTorch's `interpolate`; the same side leaves it unchanged."""
     if side_px == len(image):
         return image
     if mode == "area":
-        # OpenCV's own weighs border pixels by the part that is covered, PyTorch's wholly.
+        # OpenCV's area mode weights partly covered pixels by their covered area, PyTorch's weights them fully.
         return _area(image, resize_taps(len(image), side_px, mode))
     return cv2.resize(image, (side_px, side_px), interpolation=_INTERPOLATION[mode])
 
@@ -69,13 +69,14 @@ def _area(image: Float32[np.ndarray, "H H 3"], taps: Taps) -> Float32[np.ndarray
     source, (count, target) = len(image), taps.index.shape
     starts = np.arange(0, count * target + 1, count)
     matrix = csr_array((taps.weights.T.ravel(), taps.index.T.ravel(), starts), shape=(target, source))
+    # rows first: [target, H] @ [H, H 3] -> [target, H, 3]; transposed, the same for columns
     rows = (matrix @ image.reshape(source, -1)).reshape(target, source, 3)
     columns = (matrix @ cv2.transpose(rows).reshape(source, -1)).reshape(target, target, 3)
     return cv2.transpose(columns)
 
 
 def resize_taps(source_px: int, target_px: int, mode: ResizeMode) -> Taps:
-    """What PyTorch's `interpolate` reads for each target row, edges repeated; unused rows weigh 0."""
+    """The source rows that PyTorch's `interpolate` reads for each target row, with repeated edges; unused: weight 0."""
     if mode == "area":
         return _area_taps(source_px, target_px)
     position = (np.arange(target_px) + 0.5) * source_px / target_px - 0.5
@@ -87,7 +88,7 @@ def resize_taps(source_px: int, target_px: int, mode: ResizeMode) -> Taps:
 
 
 def _area_taps(source_px: int, target_px: int) -> Taps:
-    """The mean of all source rows that a target row touches (`adaptive_avg_pool2d`), shrinking or enlarging."""
+    """The mean of all source rows that a target row overlaps (`adaptive_avg_pool2d`), shrinking or enlarging."""
     rows = np.arange(target_px)
     first = rows * source_px // target_px
     lengths = -(-(rows + 1) * source_px // target_px) - first
@@ -104,7 +105,7 @@ def _keys(x: np.ndarray) -> np.ndarray:
 
 
 def noised(image: FloatImage, field: FloatImage, level: float, *, poisson: bool, gray: bool) -> FloatImage:
-    """Gaussian: level * field. Poisson: level * sqrt(255 v / n) * field, v the (gray) value of 255, n photons.
+    """Add noise. Gaussian: level * field. Poisson: level * sqrt(255 v / n) * field, v the (gray) value, n `photons`.
 
     `field` is standard normal noise. Poisson noise is its normal approximation, of the same mean and variance.
     """
@@ -116,12 +117,12 @@ def noised(image: FloatImage, field: FloatImage, level: float, *, poisson: bool,
 
 
 def photons(lowest: float, highest: float) -> float:
-    """A power of two, the first that is no less than the image's span of 8-bit levels."""
+    """The smallest power of two that is at least the image's span of 8-bit levels."""
     return 2.0 ** math.ceil(math.log2(math.floor(highest + 0.5) - math.floor(lowest + 0.5) + 1))
 
 
 def sharpened(image: FloatImage) -> FloatImage:
-    """BasicSR's USMSharp, clamped: add half of what a wide blur removes, where that is more than a threshold."""
+    """BasicSR's USMSharp, clamped: add half of what a wide blur removes, where this exceeds a threshold."""
     row = usm_line()[None, :]
     residual = image - filtered_separably(image, row, row.T)
     soft = filtered_separably((np.abs(residual) > USM_THRESHOLD).astype(np.float32), row, row.T)
@@ -129,12 +130,12 @@ def sharpened(image: FloatImage) -> FloatImage:
 
 
 def usm_line() -> Float32[np.ndarray, "51"]:
-    """One axis of the Gaussian with which sharpening blurs."""
+    """The one-dimensional Gaussian with which sharpening blurs."""
     return cv2.getGaussianKernel(USM_SIDE_PX, USM_SIGMA_PX, cv2.CV_32F)[:, 0]
 
 
 def to_bytes(image: FloatImage) -> UInt8[np.ndarray, "h w 3"]:
-    """Clamped, rounded to the nearest, halves to even."""
+    """Clamp and round to the nearest integer, halves to even."""
     # One pass that saturates, where NumPy needs three.
     return cv2.add(image, 0.0, dtype=cv2.CV_8U)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
@@ -154,7 +155,7 @@ def degraded(image: UInt8[np.ndarray, "H H 3"], operators: Operators) -> Float32
 
 
 def _jpeg(image: FloatImage, quality: int) -> FloatImage:
-    """Through a JPEG file in memory."""
+    """Compress to JPEG in memory and decompress."""
     held = io.BytesIO()
     Image.fromarray(to_bytes(image)).save(held, "JPEG", quality=quality)
     return np.asarray(Image.open(held)).astype(np.float32)

@@ -48,8 +48,7 @@ class DegradationLabel:
 
 @dataclass(frozen=True, eq=False)
 class Blur:
-    """Correlation with a kernel. Borders are reflected without repeating the edge pixel (OpenCV's
-    BORDER_REFLECT_101)."""
+    """Correlation with a kernel; borders are reflected without repeating the edge pixel (BORDER_REFLECT_101)."""
 
     kernel: Float[np.ndarray, "rows columns"]
 
@@ -144,11 +143,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate(Case):
-    """A case and one restored image of it, as rewards and metrics see it."""
+    """A case and one restored image of it, the input of rewards and metrics."""
 
     trace: ParsedTrace
     image: np.ndarray | None
-    """Final image, uint8 [H, W, 3]; None when the trace has none."""
+    """Final image, uint8 [H, W, 3]; None if the trace has none."""
     member: int = 0
     """Number of the rollout within its group, from 0."""
 
@@ -167,12 +166,11 @@ class ParsedTrace:
     images: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
     """Code grids, int64 [rows, columns] of codebook indices."""
     faults: tuple[str, ...]
-    """What is malformed, in words; empty for a well-formed trace."""
+    """Descriptions of what is malformed; empty for a well-formed trace."""
 
     @property
     def well_formed(self) -> bool:
-        """Whether all seven tags are there in order, every image is complete and of the right size, and nothing else is
-        there."""
+        """Whether the trace has exactly the seven tags in order, and every image is complete and of the right size."""
         return not self.faults
 
 
@@ -182,7 +180,7 @@ class RestoredImage:
 
     trace: ParsedTrace
     images: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]
-    """Rough, middle and final image; None where the trace holds none, or it was not decoded."""
+    """Rough, middle and final image; None if the trace has none, or it was not decoded."""
 
     @property
     def image(self) -> np.ndarray | None:
@@ -192,8 +190,7 @@ class RestoredImage:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """Sampled responses of one prompt, with everything needed to score them under the distribution they were drawn
-    from.
+    """Sampled responses to one prompt, with everything needed to score them under the sampling distribution.
 
     Example, G = 2 and T = 3; the second response ends after two tokens, the grammar forced the first of each:
 
@@ -234,9 +231,9 @@ class GroupRewards:
     failures: dict[str, int] = field(default_factory=dict)
     """Number of rollouts on which a term failed, by name."""
     places: dict[str, Float[Tensor, "G places"]] = field(default_factory=dict)
-    """From terms that also score every place of their part by itself: each code of the final image in reading order, or
-    each slot of the degradation. Higher is better; NaN for a rollout without them. Empty unless `grpo.credit` is
-    part."""
+    """Scores of the single places of a term's part: each code of the final image in reading order, or each slot of the
+    degradation. Only some terms have them. Higher is better; NaN for a rollout without them. Empty unless `grpo.credit`
+    is part."""
 
 
 @dataclass(frozen=True)
@@ -251,12 +248,12 @@ class ScoredGroup:
     """Decoded final images, uint8 [H, W, 3]; None: the trace has none."""
     rewards: GroupRewards
     advantages: Float[Tensor, " G"] | None
-    """The rewards, centred within the group as the recipe says; None for a group of one."""
+    """The rewards, centred within the group by the recipe's method; None for a group of one."""
 
 
 @dataclass(frozen=True)
 class RolloutTokens:
-    """What GRPO's loss needs for n loss tokens of N rollouts, besides their distribution.
+    """The inputs of GRPO's loss for n loss tokens of N rollouts, except for their distribution.
 
     Example, N = 2 rollouts with three and one loss tokens: rollout [0, 0, 0, 1], column [0, 1, 2, 0], and `rows` puts
     values [a, b, c, d] at [[a, b, c], [d, 0, 0]].
@@ -279,13 +276,13 @@ class RolloutTokens:
     """Advantage of each token, used instead of its rollout's (`grpo.credit=part`)."""
 
     def rows(self, values: Tensor) -> Tensor:
-        """Compact values [n] laid out as [N, longest]; 0 behind a rollout's last loss token."""
+        """Compact values [n] laid out as [N, longest]; 0 after a rollout's last loss token."""
         shape = (len(self.advantages), int(self.column.max()) + 1)
         return values.new_zeros(shape).index_put((self.rollout, self.column), values)
 
     @property
     def mask(self) -> Bool[Tensor, "N longest"]:
-        """Where `rows` places a value."""
+        """True where `rows` places a value, False for padding."""
         return self.rows(torch.ones_like(self.rollout)).bool()
 
 
@@ -297,7 +294,7 @@ class LossTokens:
     """
 
     positions: Int[Tensor, " n"]
-    """Position that predicts the target, one before it: within the sequence, or in the flattened [rows x S] of a
+    """Position that predicts the target, one before it: in the sequence, or in the flattened [rows x S] of a
     microbatch."""
     targets: Int[Tensor, " n"]
     """Token ids."""
@@ -318,10 +315,10 @@ class TrainingSequence:
 
     tokens: Int[Tensor, " S"]
     loss: LossTokens
-    """Positions count from the first token of the prompt; a rollout's own number is 0."""
+    """Its positions count from the first token of the prompt; in `loss.rollouts` this rollout has the number 0."""
     image_blocks: Int[Tensor, " S"] | None = None
-    """With guidance: number of the image block that each token belongs to; a token outside image blocks is a block of
-    its own. In the unconditional stream a token sees only its own block."""
+    """With guidance: number of the image block that each token belongs to; a token outside image blocks is a separate
+    block. In the unconditional stream a token sees only its own block."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +326,7 @@ class TrainingGroup:
     """Rollouts of one prompt that carry loss; their common prompt is computed once."""
 
     prompt_tokens: int
-    """Number of first tokens that all sequences share."""
+    """Number of leading tokens that all sequences share."""
     sequences: tuple[TrainingSequence, ...]
 
 

@@ -1,18 +1,18 @@
-"""Every path inside a run's folder, and how a run is found by its name.
+"""Defines every path inside a run's folder, and finds a run by its name.
 
 OUTPUT_ROOT/<name>-<signature>/
     recipe.yaml  plan.txt  environment.json  tags.json  place.json      the launcher, once
-    again.sh                                                            prepare, for a batch file of one's own
+    again.sh                                                            prepare, for a user's own batch file
     code                                                                link to the snapshot of the code (Slurm)
     job.json  status.json  requeues.json  notified.json  run.lock       launch
     progress.json  events.jsonl  delivered.json  mlflow.json            tracking
     results.jsonl  results_sent.json                                    tracking, for evaluations
     checkpoints/step-N/  checkpoints/best                               checkpoint
     logs/rank-N.log  logs/controller.log  logs/job/  logs/verdicts/     launch
-    rollouts/step-N-KIND/  evaluation/step-N/                           artifacts: what people look at
+    rollouts/step-N-KIND/  evaluation/step-N/                           artifacts, for inspection
     replay/step-N/  skipped/  samples/                                  train
 
-Paths only: what a file holds is known to the module that writes and reads it.
+This module has paths only; the module that writes and reads a file defines its content.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def events(run_dir: Path) -> Path:
 
 
 def delivered(run_dir: Path) -> Path:
-    """Up to where the events have been delivered to MLflow."""
+    """delivered.json: byte offset in events.jsonl up to which MLflow has the events."""
     return run_dir / "delivered.json"
 
 
@@ -107,7 +107,7 @@ def results(run_dir: Path) -> Path:
 
 
 def results_sent(run_dir: Path) -> Path:
-    """Up to where the evaluations' results have been delivered to MLflow."""
+    """results_sent.json: position in results.jsonl up to which MLflow has the results."""
     return run_dir / "results_sent.json"
 
 
@@ -150,7 +150,7 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a path has the form of a run's checkpoint, RUN_DIR/checkpoints/step-N; the file system is not asked."""
+    """Whether a path has the form of a run's checkpoint, RUN_DIR/checkpoints/step-N; it need not exist."""
     return folder.parent.name == "checkpoints"
 
 
@@ -160,7 +160,7 @@ def logs(run_dir: Path) -> Path:
 
 
 def rank_log(run_dir: Path, rank: int) -> Path:
-    """Output of a rank, with all attempts one after the other."""
+    """Output of a rank, of all attempts in order."""
     return logs(run_dir) / f"rank-{rank}.log"
 
 
@@ -180,7 +180,7 @@ def notify_log(run_dir: Path) -> Path:
 
 
 def verdicts(run_dir: Path) -> Path:
-    """Folder in which the nodes of an attempt exchange how it ended."""
+    """Folder in which the nodes of an attempt record how it ended for them."""
     return logs(run_dir) / "verdicts"
 
 
@@ -243,13 +243,13 @@ def step_of(folder: Path) -> int:
 def list_runs(root: Path) -> list[Path]:
     """Run folders of an output root, oldest first, without those that cannot be read. OSError if the root cannot."""
     if root.is_dir():
-        os.scandir(root).close()  # glob finds nothing where it may not look
+        os.scandir(root).close()  # raises OSError, where glob would silently find nothing
     found = {path.parent: path.stat().st_mtime for path in root.glob(f"*/{RECIPE}") if path.is_file()}
     return sorted(found, key=lambda path: found[path])
 
 
 def find_run(root: Path, name: str) -> Path:
-    """The run whose folder has this name, unique prefix or path. ValueError names the candidates."""
+    """The run with this folder name, unique prefix or path. ValueError names the candidates."""
     if recipe(Path(name)).exists():
         return Path(name).resolve()
     runs = list_runs(root)
@@ -258,5 +258,5 @@ def find_run(root: Path, name: str) -> Path:
     if len(found) == 1:
         return found[0]
     names = ", ".join(run.name for run in (found or runs)) or "none"
-    why = "several names begin with it" if found else f"no {RECIPE} there, and unknown"
+    why = "several names begin with it" if found else f"no {RECIPE} at this path, and no run of this name"
     raise ValueError(f"run {name!r}: {why} in {root}; available: {names}")

@@ -1,6 +1,6 @@
-"""Adapters of the package `peft` that a recipe starts from: is their adapter_config.json about the recipe's function?
+"""Checks that PEFT adapters from which a recipe starts compute the same function as the recipe's `model.lora`.
 
-Reads the configuration alone, so that launching can ask; tensors are compared when the policy is filled.
+Only adapter_config.json is read, so that launching can check it; tensors are compared when the policy is filled.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from realsr_hpc.config.schema import LoRAConfig
 from realsr_hpc.files import parse_json
 
 PEFT_WEIGHTS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
-"""File of PEFT's adapters, and what it puts before the names of the model's modules."""
+"""File of PEFT's adapters, and PEFT's prefix of the model's module names."""
 PEFT_CONFIG = "adapter_config.json"
 PEFT_BASE = "base_model_name_or_path"
 _SAME_FUNCTION = {
@@ -20,8 +20,10 @@ _SAME_FUNCTION = {
     "init_lora_weights", "layers_pattern", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
     "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-"""Fields that leave y = W x + (alpha / r) B A x as it is; which projections have adapters their tensors say. Any other
-field that is set is a variant, also one of a later release."""
+"""Fields that do not change y = W x + (alpha / r) B A x; the tensors show which projections have adapters.
+
+Any other field that is set is a variant of LoRA, also a field of a later release.
+"""
 _BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave W unchanged; those of PiSSA, OLoRA and similar methods subtract a part from it."""
 
@@ -37,7 +39,7 @@ def adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def refuse_other_function(folder: Path, ours: LoRAConfig) -> None:
-    """ValueError naming every field in which a PEFT folder says another function than the recipe's `model.lora`."""
+    """ValueError naming every field in which a PEFT folder's function differs from the recipe's `model.lora`."""
     theirs = adapter_config(folder)
     wanted = {"peft_type": "LORA", "r": ours.rank, "lora_alpha": ours.alpha, "bias": "none"}
     numbers = [name for name, value in wanted.items() if theirs.get(name) != value]

@@ -15,12 +15,12 @@ from realsr_hpc.paths import expanded
 
 Default = TypeVar("Default", str, str | None)
 RECIPE_KEYS = {"recipe", *GROUPS, *RunConfig.model_fields}
-"""What an override without a dot may name."""
+"""Keys that an override without a dot may set."""
 FLAGS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
 class ArgumentError(ValueError):
-    """A command line that cannot be read."""
+    """Raised for a command line that cannot be parsed."""
 
 
 def read_arguments(
@@ -28,7 +28,7 @@ def read_arguments(
 ) -> dict[str, Default | str]:
     """Values by key; `valid` holds each key's default. `--help` prints `usage` and exits with 0.
 
-    `~` and `~user` are expanded, which no shell does behind `=`. Raises ArgumentError for an argument that is not
+    `~` and `~user` are expanded, which shells do not do after `=`. Raises ArgumentError for an argument that is not
     key=value, an empty value, a key given twice, and an unknown key, naming the nearest valid one.
     """
     values, _ = _read(arguments, valid, usage, lambda key: False)
@@ -53,26 +53,26 @@ def take_switch(arguments: Sequence[str], *names: str) -> tuple[bool, list[str]]
 
 
 def read_count(arguments: Mapping[str, str | None], key: str, minimum: int = 0) -> int:
-    """The whole number under `key`. ArgumentError: there is none, or it is below `minimum`."""
+    """The whole number under `key`. ArgumentError: it is missing, no whole number, or below `minimum`."""
     value = arguments[key]
     if value is None:
-        raise ArgumentError(f"{key}=N is needed: a whole number from {minimum} up")
+        raise ArgumentError(f"{key}=N is needed: a whole number of at least {minimum}")
     try:
         number = int(value)
     except ValueError:
-        raise ArgumentError(f"{key}={value!r} is not a whole number; give one from {minimum} up") from None
+        raise ArgumentError(f"{key}={value!r} is not a whole number; give one of at least {minimum}") from None
     if number < minimum:
         raise ArgumentError(f"{key}={number} is below {minimum}; give {minimum} or more")
     return number
 
 
 def read_counts(arguments: Mapping[str, str], keys: Iterable[str]) -> dict[str, int]:
-    """The whole numbers from 1 up under several keys. ArgumentError: one of them is not."""
+    """The whole numbers, each at least 1, under several keys. ArgumentError: one of them is not."""
     return {key: read_count(arguments, key, 1) for key in keys}
 
 
 def read_number(arguments: Mapping[str, str | None], key: str, remedy: str) -> float:
-    """The number under `key`. ArgumentError, ending in `remedy`: there is none."""
+    """The number under `key`. ArgumentError, ending in `remedy`: it is missing or no number."""
     try:
         return float(arguments[key] or "")
     except ValueError:
@@ -132,7 +132,7 @@ def _read(
 def _refuse_unknown_override(key: str, valid: Collection[str]) -> None:
     """ArgumentError for a key without a dot that neither the program nor a recipe has: it may be meant for either."""
     bare = key.lstrip("+~")
-    if not {".", ":"} & set(bare) and bare not in RECIPE_KEYS:  # STAGE:KEY may be of a chain's command
+    if not {".", ":"} & set(bare) and bare not in RECIPE_KEYS:  # STAGE:KEY may belong to a command of a chain
         close = difflib.get_close_matches(bare, [*valid, *sorted(RECIPE_KEYS)], n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         own = f"{', '.join(valid)}; " if valid else ""

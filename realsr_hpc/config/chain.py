@@ -6,7 +6,7 @@
       grpo: {recipe: grpo_tiny, set: {model.weights: "{sft.export}"}}
       evaluate: {command: evaluate, set: {run: "{grpo.run}"}}
 
-A stage refers to the output of an earlier one as `{STAGE.WHAT}`; `OF_RUN` and `OF_COMMAND` list the outputs.
+A stage refers to the output of an earlier one as `{STAGE.OUTPUT}`; `OF_RUN` and `OF_COMMAND` list the outputs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PLACEHOLDER = re.compile(rf"\{{({NAME})\.([a-z_]+)\}}")
 OF_RUN = {
     "run": "the run's folder; a command uses its newest checkpoint",
     "best": "its best checkpoint (checkpoint.keep_best)",
-    "export": "a Hugging Face folder of its last checkpoint, exported when a stage asks for it",
-    "best_export": "the same of its best checkpoint",
+    "export": "a Hugging Face folder of its last checkpoint, exported if a stage uses it",
+    "best_export": "a Hugging Face folder of its best checkpoint",
 }
 """Outputs of a stage that runs a recipe."""
 OF_COMMAND = {"output": "the folder that the command wrote"}
@@ -44,7 +44,7 @@ class StageConfig(BaseModel):
     set: dict[str, Any] = {}
     """Overrides of the recipe, or arguments of the command."""
     cluster: dict[str, Any] = {}
-    """Only for a command: fields of `cluster` for its job. Default: one task, otherwise as in the run it works on."""
+    """Only for a command: fields of `cluster` for its job. Default: one task, the others from the run it works on."""
 
     @model_validator(mode="after")
     def names_a_recipe_or_a_command(self) -> StageConfig:

@@ -39,7 +39,7 @@ def a_name_is_one_folder_name(config: RunConfig) -> Iterator[str]:
 
 
 def image_sizes_are_multiples_of_32(config: RunConfig) -> Iterator[str]:
-    """The size tokens count in units of 32 px."""
+    """Size tokens count in units of 32 px."""
     sizes = [(f"vlcot.image_sizes_px.{i}", size) for i, size in enumerate(config.vlcot.image_sizes_px)]
     for field, size in [*sizes, ("vlcot.lq_size_px", config.vlcot.lq_size_px)]:
         if size % SIZE_UNIT_PX:
@@ -79,8 +79,8 @@ def tokenizer_strides_match_its_levels(config: RunConfig) -> Iterator[str]:
         )
 
 
-def the_tokenizer_begins_with_a_feature_a_code(config: RunConfig) -> Iterator[str]:
-    """The initial codes are features of the start batches; each crop is also used at half and quarter size."""
+def the_tokenizer_starts_with_a_feature_per_code(config: RunConfig) -> Iterator[str]:
+    """The initial codes are features of the start batches; crops are also used at half and quarter size."""
     training, stride = config.tokenizer_training, config.image_tokenizer.downsample
     if config.task != "tokenizer":
         return
@@ -96,7 +96,7 @@ def the_tokenizer_begins_with_a_feature_a_code(config: RunConfig) -> Iterator[st
 
 
 def a_trained_tokenizer_starts_from_principal_components(config: RunConfig) -> Iterator[str]:
-    """Its encoder is computed, not learned (tokenizer/start.py), which needs this shape."""
+    """The start weights of its encoder are computed (tokenizer/start.py), which needs this architecture."""
     tokenizer = config.image_tokenizer
     for name, wanted in (("base_channels", 128), ("num_res_blocks", 0)):
         if config.task == "tokenizer" and getattr(tokenizer, name) != wanted:
@@ -144,7 +144,7 @@ def text_slots_fit_the_grammar(config: RunConfig) -> Iterator[str]:
 
 
 def prompt_and_trace_fit_the_model(config: RunConfig) -> Iterator[str]:
-    """The context holds the LQ image, and the longest rollout behind it."""
+    """The context holds the LQ image and the longest rollout after it."""
     limit, prompt = config.model.max_sequence_tokens, prompt_image_tokens(config)
     response = config.rollout.max_new_tokens if config.task == "grpo" else trace_image_tokens(config)
     if config.task != "tokenizer" and prompt + response > limit:
@@ -167,7 +167,7 @@ def mismatch_bounds_hold_one(config: RunConfig) -> Iterator[str]:
     """If sampler and trainer agree, the ratio is 1; the bounds must not mask it."""
     bounds = config.grpo.mismatch_bounds
     if bounds is not None and not bounds[0] <= 1.0 <= bounds[1]:
-        yield f"grpo.mismatch_bounds: {list(bounds)}: must hold 1, the ratio of equal numbers; try [0.5, 5]"
+        yield f"grpo.mismatch_bounds: {list(bounds)}: must contain 1, the ratio of equal numbers; try [0.5, 5]"
 
 
 def grpo_has_rewards_to_learn_from(config: RunConfig) -> Iterator[str]:
@@ -245,9 +245,9 @@ def warm_up_ends_before_the_run(config: RunConfig) -> Iterator[str]:
 
 
 def the_best_checkpoint_is_measured(config: RunConfig) -> Iterator[str]:
-    """The best is known by a metric that the task reports, in the direction that the metric declares."""
+    """The best checkpoint is chosen by a metric that the task reports, in the direction that the metric declares."""
     checkpoint, metric = config.checkpoint, best_metric(config)
-    ignored = not checkpoint.keep_best and metric == TASK_METRIC["grpo"]  # every resolved recipe once held it
+    ignored = not checkpoint.keep_best and metric == TASK_METRIC["grpo"]  # earlier recipes hold it
     if checkpoint.best_metric is not None and metric not in reported(config) and not ignored:
         yield f"checkpoint.best_metric: {metric!r}: task {config.task} reports {', '.join(reported(config))}"
     if not checkpoint.keep_best:
@@ -261,10 +261,10 @@ def the_best_checkpoint_is_measured(config: RunConfig) -> Iterator[str]:
 
 
 def the_instruction_shows_the_image_once(config: RunConfig) -> Iterator[str]:
-    """The mark in the prompt's text shows the position of the LQ image."""
+    """The placeholder in the prompt's text marks the position of the LQ image."""
     found = config.vlcot.instruction.count(IMAGE_PLACEHOLDER)
     if found != 1:
-        yield f"vlcot.instruction: holds {IMAGE_PLACEHOLDER!r} {found} times: write it once, where the LQ image stands"
+        yield f"vlcot.instruction: holds {IMAGE_PLACEHOLDER!r} {found} times: write it once, where the LQ image goes"
 
 
 RULES: tuple[Rule, ...] = (
@@ -274,7 +274,7 @@ RULES: tuple[Rule, ...] = (
     image_sizes_grow_from_rough_to_final,
     the_truth_is_a_multiple_of_the_upscale,
     tokenizer_strides_match_its_levels,
-    the_tokenizer_begins_with_a_feature_a_code,
+    the_tokenizer_starts_with_a_feature_per_code,
     a_trained_tokenizer_starts_from_principal_components,
     vocabulary_fits_the_image_tokenizer,
     heads_divide_the_hidden_size,

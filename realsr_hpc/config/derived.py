@@ -1,4 +1,4 @@
-"""Numbers that follow from a recipe, and sizes of chunks of work. Checks, the program and the planner share them."""
+"""Numbers that follow from a recipe, and sizes of chunks of work, shared by checks, program and planner."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ SIZE_UNIT_PX = 32
 """Unit of the size tokens at the beginning of an image block."""
 
 TAG_TOKENS, MOST_TAG_TOKENS = 130, 260
-"""Tokens of the fourteen tags and the degradation phrase of a trace: in the 7B vocabulary, and at most (one per
-character)."""
+"""Tokens of a trace's tags and degradation phrase: in the 7B vocabulary, and at most (one per character)."""
 
 LOGIT_CHUNK_TOKENS = 1024
 """Tokens whose logits are in memory at once when a loss is scored (behaviour/logprobs.py)."""
@@ -50,12 +49,12 @@ def trace_image_tokens(config: RunConfig) -> int:
 
 
 def widest_lookahead(config: RolloutConfig) -> int:
-    """Most tokens per row that one decoding pass feeds; the cache has that much room behind the last token."""
+    """Largest number of tokens per row in one decoding pass; the cache has that much room after the last token."""
     return AUTO_WIDEST if config.lookahead == "auto" else config.lookahead
 
 
 def pass_tokens(config: RolloutConfig, rows: int) -> int:
-    """Most tokens that one decoding pass over this many rows feeds."""
+    """Largest number of tokens in one decoding pass over this many rows."""
     if config.lookahead == "auto":
         return max(rows, min(rows * AUTO_WIDEST, AUTO_TOKENS))
     return rows * config.lookahead

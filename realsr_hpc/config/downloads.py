@@ -1,7 +1,7 @@
 """Finds published weights in a folder of downloads, by file names, config.json and file headers.
 
-This works without torch, so a login node can list what is there with the command that converts it. Truncated files and
-other models' weights are listed with what is wrong; only complete, fitting ones get a command. The import itself
+This works without torch, so that a login node can list them with the commands that convert them. Truncated files and
+other models' weights are listed with their faults; only complete, fitting ones get a command. The import itself
 recognises weights by their keys (`formats`).
 """
 
@@ -27,7 +27,7 @@ ORDERS = {
     "interleaved": "trained with Anole's own fork of transformers",
     "halves": "trained with a release of transformers",
 }
-"""Of the rotary pairs, and whose they are where the files do not say."""
+"""Orders of the rotary pairs, with the software that uses each, if the files do not state the order."""
 CHOOSE = "choose " + " or ".join(f"rotary={order} ({whose})" for order, whose in ORDERS.items())
 _VOCABULARY = {65536: "chameleon_f16", 73728: "llamagen_f8"}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -54,9 +54,9 @@ class Start:
     image_tokenizer: Path | None
     text_tokenizer: Path | None
     against: tuple[str, ...]
-    """Why it cannot be imported: missing or truncated files, sizes of another model; empty if it can."""
+    """Reasons why it cannot be imported: missing or truncated files, sizes of another model; empty if it can."""
     orders: tuple[str, ...] = ()
-    """Values of rotary= to choose from; empty: the files say it."""
+    """Values of rotary= to choose from; empty: the files state the order."""
 
     def commands(self, config: RunConfig) -> list[str]:
         """The import command for a recipe, or one for each rotary order if the files do not state it."""
@@ -89,7 +89,7 @@ class _Policy:
 def starts(folder: Path, config: RunConfig) -> list[Start]:
     """All policies below `folder` with the recipe's vocabulary. ValueError if there is no such folder."""
     if not folder.is_dir():
-        raise ValueError(f"downloads={folder} is not a folder; name the one that your downloads lie in")
+        raise ValueError(f"downloads={folder} is not a folder; name the one that holds your downloads")
     files = files_below(folder)
     image_name = IMAGE_FILES[config.vlcot.vocabulary]
     images = [path for path in files if path.name == image_name]
@@ -124,15 +124,18 @@ def _trees(files: Sequence[Path]) -> Iterator[_Policy]:
 
 
 def _is_renamed(path: Path) -> bool:
-    """Whether a tree was made from a Hugging Face folder (Anole's bin_to_pth.py): then `rope.freqs` is no tensor, and
-    nothing says in which order the rotary pairs stand. The import asks the same, with torch."""
+    """Whether a tree was made from a Hugging Face folder (Anole's bin_to_pth.py).
+
+    Then `rope.freqs` is no tensor, and no key states the order of the rotary pairs. The import checks the same with
+    torch.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             inner = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             words = (item for item in pickletools.genops(archive.read(inner)) if "PUT" not in item[0].name)
             return any(said == "rope.freqs" and next(words)[0].name not in _TENSOR for _, said, _ in words)
     except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
-        return False  # what is wrong with the file is told elsewhere
+        return False  # `_fault` reports the file's fault
 
 
 def _folders(files: Sequence[Path]) -> Iterator[_Policy]:
@@ -141,7 +144,7 @@ def _folders(files: Sequence[Path]) -> Iterator[_Policy]:
         named = [path.parent / name for name in _WEIGHTS if (path.parent / name).is_file()]
         if path.name != "config.json" or not named:
             continue
-        settings = _settings(path)  # another model's is left out; the import says what is wrong with one asked for
+        settings = _settings(path)  # folders of other models are excluded; the import reports their faults
         size = settings.get("vocab_size")
         vocabulary = _VOCABULARY.get(size, "") if isinstance(size, int) else ""
         if settings.get("model_type") not in MODEL_TYPES:
@@ -156,8 +159,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _start(policy: _Policy, images: Sequence[Path], texts: Sequence[Path], image_name: str, config: RunConfig) -> Start:
-    """The policy with its own tokenizers, which the import finds by itself; or, if it has none, with the first complete
-    ones among the downloads."""
+    """The policy with its own tokenizers, which the import finds itself, else with the first complete ones found."""
     against = _other_sizes(policy, config) + [fault for path in policy.files if (fault := _fault(path))]
     image, text, inside = None, None, policy.root / "tokenizer" / image_name
     if inside.is_file():
@@ -186,7 +188,7 @@ def _other_sizes(policy: _Policy, config: RunConfig) -> list[str]:
 
 
 def _first_whole(paths: Sequence[Path], name: str) -> tuple[Path | None, list[str]]:
-    """The first complete file, or what is wrong with them."""
+    """The first complete file; if there is none, the fault of the first file."""
     faults = {path: file_fault(path) for path in paths}
     whole = next((path for path, fault in faults.items() if not fault), None)
     told = [fault for fault in faults.values() if fault] or [f"{name} is not there"]

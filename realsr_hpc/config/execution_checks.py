@@ -20,7 +20,7 @@ _SECRET_KEY = re.compile(
     r"(^|[&;#])([^=&;]*(passw|pwd|secret|token|api_?key|credential|signature)[^=&;]*|auth|sig|key)=", re.IGNORECASE
 )
 _STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks")
-"""Schemes of MLflow's stores; a database's may bear a driver, `postgresql+psycopg2`."""
+"""Schemes of MLflow's stores; a database's may name a driver, `postgresql+psycopg2`."""
 _UNFIT_IN_PATHS = {
     ":": "PYTHONPATH",
     "%": "Slurm's file names",
@@ -28,15 +28,15 @@ _UNFIT_IN_PATHS = {
     "?": "MLflow's address",
     "#": "MLflow's address",
 }
-"""Characters that a folder of runs may not have in its path, and where they mean something else."""
+"""Characters that must not occur in the path of a folder of runs, and where they have a special meaning."""
 RESERVED = ("array", "output", "error", "open-mode", "signal", "nodes", "ntasks", "ntasks-per-node", "wrap", "parsable")
-"""Options of sbatch that launching gives itself and reads back."""
+"""Options of sbatch that launching sets itself and parses."""
 
 FP8_MULTIPLE = 16
 
 
 def layers_divide_over_pipeline_stages(config: RunConfig) -> Iterator[str]:
-    """Every stage and every virtual chunk holds as many layers."""
+    """All stages and virtual chunks hold the same number of layers."""
     parallel, layers = config.parallel, config.model.num_layers
     chunks = parallel.pp * parallel.virtual_pp
     if layers % chunks:
@@ -46,7 +46,7 @@ def layers_divide_over_pipeline_stages(config: RunConfig) -> Iterator[str]:
 
 
 def tensor_parallel_divides_the_model(config: RunConfig) -> Iterator[str]:
-    """Heads, key/value heads, feed-forward and vocabulary are cut over the tensor-parallel ranks."""
+    """Heads, key/value heads, feed-forward and vocabulary are split over the tensor-parallel ranks."""
     tp, model = config.parallel.tp, config.model
     parts = {
         "model.num_heads": model.num_heads,
@@ -73,7 +73,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     tensor_parallel_divides_the_model,
     sequence_parallel_needs_tensor_parallel,
 )
-"""Conditions of the parallel layout on the model."""
+"""Rules that the parallel layout sets for the model."""
 
 
 def world_size_divides_by_the_layout(config: RunConfig) -> Iterator[str]:
@@ -87,7 +87,7 @@ def world_size_divides_by_the_layout(config: RunConfig) -> Iterator[str]:
 
 
 def data_parallel_ranks_share_the_batch_evenly(config: RunConfig) -> Iterator[str]:
-    """Prompts (GRPO) and traces (SFT) are dealt out evenly."""
+    """Prompts (GRPO) and traces (SFT) are distributed evenly."""
     block = config.parallel.tp * config.parallel.pp
     dp = max(1, world_size(config) // block)
     if config.task == "grpo" and config.grpo.prompts_per_step % dp:
@@ -99,7 +99,7 @@ def data_parallel_ranks_share_the_batch_evenly(config: RunConfig) -> Iterator[st
 
 
 def a_microbatch_holds_one_sequence(config: RunConfig) -> Iterator[str]:
-    """The token budget of a microbatch counts at least one whole sequence."""
+    """The token budget of a microbatch holds at least one whole sequence."""
     budget, longest = config.parallel.microbatch_tokens, config.model.max_sequence_tokens
     if config.task != "tokenizer" and budget < longest:
         yield f"parallel.microbatch_tokens: {budget}: must hold one sequence of model.max_sequence_tokens {longest}"
@@ -123,7 +123,7 @@ def fp8_needs_bf16_gpus_and_aligned_dimensions(config: RunConfig) -> Iterator[st
 
 
 def lean_optimizers_need_gpus(config: RunConfig) -> Iterator[str]:
-    """Offloading moves memory off a GPU; 16-bit remainders are Transformer Engine's."""
+    """Offloading frees GPU memory; 16-bit remainders need Transformer Engine."""
     optim, gpus = config.optim, config.cluster.gpus_per_node > 0
     if optim.cpu_offload and not gpus:
         yield "optim.cpu_offload: true: without GPUs everything is in host memory already; set it to false"
@@ -143,7 +143,7 @@ def graphs_hold_whole_decode_steps(config: RunConfig) -> Iterator[str]:
         yield f"parallel.decode_graphs: true: needs parallel.pp=1, not {config.parallel.pp}; set one of them"
 
 
-def one_task_a_gpu(config: RunConfig) -> Iterator[str]:
+def one_task_per_gpu(config: RunConfig) -> Iterator[str]:
     """A task drives one GPU; on a CPU cluster there are none."""
     cluster = config.cluster
     if cluster.gpus_per_node and cluster.tasks_per_node > cluster.gpus_per_node:
@@ -180,7 +180,7 @@ def a_tracking_uri_holds_no_password(config: RunConfig) -> Iterator[str]:
 
 
 def a_tracking_uri_is_an_address(config: RunConfig) -> Iterator[str]:
-    """A relative one would be another store for the launcher than for the job, which starts in another folder."""
+    """A relative path would be another store for the job than for the launcher, because the job starts elsewhere."""
     uri = config.tracking.uri
     if not uri or uri == "databricks":
         return
@@ -192,11 +192,11 @@ def a_tracking_uri_is_an_address(config: RunConfig) -> Iterator[str]:
             "http://HOST:PORT or sqlite:////ABSOLUTE/PATH.db, or null for a database in output_root"
         )
     elif (kind == "sqlite" and not rest.startswith("////")) or (kind == "file" and not rest.startswith("/")):
-        yield f"tracking.uri: {uri!r}: a relative path; write it out, {kind}:{'//' * (kind == 'sqlite')}//ABSOLUTE/PATH"
+        yield f"tracking.uri: {uri!r}: a relative path; write it as {kind}:{'//' * (kind == 'sqlite')}//ABSOLUTE/PATH"
 
 
 def path_fault(path: Path) -> str:
-    """Why runs cannot live in this folder, else nothing: its path is read by Slurm, Python's path and MLflow too."""
+    """Why runs cannot be in this folder, whose path also Slurm, PYTHONPATH and MLflow parse; "": they can."""
     text = str(path)
     if not text.isprintable():
         return f"{text!r}: holds characters that cannot be printed; rename the folder"
@@ -240,7 +240,7 @@ EXECUTION_RULES: tuple[Rule, ...] = (
     fp8_needs_bf16_gpus_and_aligned_dimensions,
     lean_optimizers_need_gpus,
     graphs_hold_whole_decode_steps,
-    one_task_a_gpu,
+    one_task_per_gpu,
     a_local_run_has_one_node,
     a_checkpoint_can_be_taken_before_time_is_up,
     a_tracking_uri_holds_no_password,

@@ -1,7 +1,7 @@
 """Defines the identity of a run from the marks of the schema's fields. Signature, resume and compare all use it.
 
 - The signature, which names a run's folder, covers the fields that decide the result, and the layout (which changes
-  rounding), as far as the run's task reads them. Paths below the output root count from there: it may be moved.
+  rounding), if the run's task reads them. Paths below the output root are relative to it, because it may be moved.
 - Resuming may change layout and operation.
 - A comparison treats runs that differ in layout, operation or seed as repetitions of one experiment.
 """
@@ -28,14 +28,14 @@ WORLD = frozenset({"cluster.nodes", "cluster.tasks_per_node"})
 @cache
 def marks() -> dict[str, Mark]:
     """Role and tasks of every field, by its path; a mapping (`rewards.terms`) is one field."""
-    return dict(_walk(RunConfig, ""))
+    return dict(_section_marks(RunConfig, ""))
 
 
-def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, Mark]]:
+def _section_marks(section: type[Section], prefix: str) -> Iterator[tuple[str, Mark]]:
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            yield from _walk(kind, f"{prefix}{name}.")
+            yield from _section_marks(kind, f"{prefix}{name}.")
             continue
         own = next((item for item in field.metadata if isinstance(item, Mark)), Mark())
         yield f"{prefix}{name}", Mark(own.role or section.mark.role, own.tasks or section.mark.tasks)
@@ -97,7 +97,7 @@ def _names_the_run(key: str, task: str) -> bool:
 
 @cache
 def scheme() -> str:
-    """Hash, 8 hexadecimal digits, of what signatures cover, and how; the first line of a resolved recipe."""
+    """Hash, 8 hexadecimal digits, of the fields that signatures cover, with their marks; see `load.SCHEME_LINE`."""
     covered = {path: [mark.role, sorted(mark.tasks or ())] for path, mark in marks().items()}
     return digest({"paths from": ROOT, **covered})[:8]
 
@@ -115,7 +115,7 @@ def _value(tree: Tree, path: str) -> object:
 
 
 def flatten(config: RunConfig) -> Tree:
-    """All leaves by path: `{"grpo.kl_beta": 0.01, ...}`. Lists are leaves; empty mappings are left out."""
+    """All leaves by path: `{"grpo.kl_beta": 0.01, ...}`. Lists are leaves; empty mappings are omitted."""
     return dict(_leaves(config.model_dump(mode="json"), ""))
 
 

@@ -19,7 +19,7 @@ class RewardTerm(Section):
     final_weight: float | None = None
     """Weight at and after the ramp's end; None: `weight` throughout."""
     ramp_steps: tuple[Annotated[int, Field(ge=0)], Count] | None = None
-    """Steps between which the weight goes linearly from `weight` to `final_weight`."""
+    """First and last step of the linear change from `weight` to `final_weight`."""
     options: dict[str, float | int | str | bool | list[str]] = {}
     """Options of the kind, listed below."""
 
@@ -36,10 +36,11 @@ class RewardsConfig(Section, tasks=("grpo",)):
     }
     """Rewards by a name of your choice; each is reported as `rewards/NAME/mean`."""
     gate_malformed: bool = True
-    """Give a malformed trace the minimum of each reward that looks at its image."""
+    """Give a malformed trace the minimum of each reward that scores its image."""
     batch_size: Annotated[Count, LAYOUT] = 1
-    """Rollouts that are decoded to pixels and scored together: bounds the experts' memory. Batches are distributed over
-    the TP x PP ranks of a replica and do not depend on the layout: on a CPU the scores are bitwise equal on all."""
+    """Rollouts that are decoded to pixels and scored together; it bounds the experts' memory. Batches are distributed
+    over the TP x PP ranks of a replica and do not depend on the layout: on a CPU all layouts give bitwise equal
+    scores."""
     device: Annotated[Literal["auto", "cpu", "cuda"], OPERATION] = "auto"
     """Device of the reward networks. auto: each rank's own device."""
     offload: Annotated[bool, OPERATION] = False
@@ -52,25 +53,25 @@ class RolloutConfig(Section, tasks=POLICY):
     grammar: Literal["constrained", "modality"] = "modality"
     """constrained: the whole trace; modality: image blocks only, the text around them is free."""
     temperature: Positive = 1.0
-    """Divides the logits of image codes, and of text unless `text_temperature` says otherwise."""
+    """Divides the logits of image codes, and those of text unless `text_temperature` is set."""
     text_temperature: Positive | None = None
     """Divides the logits of text; None: as `temperature`."""
     text_top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample text among its k likeliest tokens; 1: greedy, 0: off."""
+    """Sample text among its k most probable tokens; 1: greedy, 0: off."""
     image_top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample image codes among the k likeliest; 0: off."""
+    """Sample image codes among the k most probable; 0: off."""
     image_adaptive_top_k: bool = False
     """Sample image codes with k = round(1 + 1999 sigmoid(H - 5)), H the entropy in nats (RealSR-R1)."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample from the smallest set of likeliest tokens whose probabilities sum to this; 1: off."""
+    """Sample from the smallest set of most probable tokens whose probabilities sum to this; 1: off."""
     cfg_scale: NonNegative = 1.0
     """Classifier-free guidance on image tokens: u + s (c - u); 1: off."""
     max_new_tokens: Count = 640
     """Longest response; a rollout that reaches it is malformed."""
     batch_size: Count = 64
-    """Rollouts decoded at once on one data-parallel rank."""
+    """Largest number of rollouts decoded at once on one data-parallel rank."""
     lookahead: Annotated[Annotated[int, Field(ge=1, le=64)] | Literal["auto"], LAYOUT] = "auto"
-    """Tokens per row verified in one forward pass; the sampled tokens are the same. auto: the fastest width."""
+    """Tokens per row that one decoding pass verifies; the sampled tokens do not change. auto: the fastest number."""
 
 
 class RestoreConfig(Section, role="operation"):
@@ -81,11 +82,11 @@ class RestoreConfig(Section, role="operation"):
     text_temperature: Positive | None = None
     """Divides the logits of text; None: as `temperature`."""
     image_top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample image codes among the k likeliest; 0: off."""
+    """Sample image codes among the k most probable; 0: off."""
     text_top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample text among its k likeliest tokens; 1: greedy, 0: off."""
+    """Sample text among its k most probable tokens; 1: greedy, 0: off."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sample from the smallest set of likeliest tokens whose probabilities sum to this; 1: off."""
+    """Sample from the smallest set of most probable tokens whose probabilities sum to this; 1: off."""
     cfg_scale: NonNegative | None = None
     """Classifier-free guidance on image tokens; None: as `rollout.cfg_scale`."""
 
@@ -127,21 +128,21 @@ class GRPOConfig(Section, tasks=("grpo",)):
     normalise_each_reward: bool = True
     """Each reward is normalised in its group before weighting (GDPO)."""
     credit: Literal["rollout", "part"] = "rollout"
-    """Tokens that a reward teaches: all of the rollout (GRPO, the paper), or those of the parts of the trace that the
-    reward judges; then fidelity and generation teach each code of the final image by its own place, where they can, and
-    degradation each slot of the phrase."""
+    """Tokens that get a reward's advantage: all tokens of the rollout (GRPO, the paper), or those of the parts of the
+    trace that the reward judges. With part, fidelity and generation score each code of the final image separately,
+    where they can, and degradation each slot of the phrase."""
     zero_variance: Literal["drop", "resample", "keep"] = "drop"
-    """Groups whose rewards are all equal: leave them out, sample other prompts instead, or keep them (advantage 0)."""
+    """Groups whose rewards are all equal: drop them, sample other prompts instead, or keep them with advantage 0."""
     max_resample_rounds: Count = 2
-    """Rounds of new prompts with zero_variance=resample; groups still missing after them are left out."""
+    """Largest number of rounds of new prompts with zero_variance=resample; groups still missing then are dropped."""
     entropy_weight: float = 0.0
     """Weight of an entropy bonus; negative: a penalty."""
     mismatch_cap: Positive | None = None
     """Truncated importance sampling: cap of exp(policy - rollout log-prob); None: off."""
     mismatch_bounds: tuple[Positive, Positive] | None = None
-    """Tokens whose exp(policy - rollout log-prob) lies outside are masked out of the policy loss; None: off."""
+    """Tokens whose exp(policy - rollout log-prob) is outside are masked out of the policy loss; None: off."""
     mismatch_kl_gate: Positive | None = 1e-3
-    """Stop the run when the mean KL(rollout || policy) of the first update exceeds this, nats per token. In bf16 it
+    """Stop the run if the mean KL(rollout || policy) of a step's first update exceeds this, nats per token. In bf16 it
     grows with depth: 8e-5 at 2 and 8e-4 at 32 layers of a small random policy (docs/behaviour.md)."""
     heldout_every_steps: Annotated[int, Field(ge=0)] = 0
     """Steps between measurements on held-out images; 0: never."""
@@ -159,17 +160,17 @@ class SFTConfig(Section, tasks=("sft",)):
     batch_size: Count = 16
     """Traces per optimizer update, over all data-parallel ranks."""
     traces: str | None = None
-    """Folder of frozen traces (realsr-hpc freeze-traces) to train on; None: made from photographs at each step."""
+    """Folder of frozen traces (realsr-hpc freeze-traces) to train on; None: traces are made from photographs."""
     z_loss: NonNegative = 1e-5
     """Weight of the squared log-partition function, which keeps logits from drifting."""
     perception_weight: Positive = 1.0
     """Loss weight of each token before the first image (degradation and rough text); all others weigh 1. Only these few
-    tokens describe the input directly, beside hundreds of image codes."""
+    tokens describe the input directly, next to hundreds of image codes."""
     own_codes: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Share of the updates that read image codes drawn from the policy itself; their targets stay the true codes, so
-    that the policy learns to recover from what it paints (scheduled sampling); 0: off."""
+    """Share of the updates whose input image codes are drawn from the policy itself; their targets stay the true codes,
+    so that the policy learns to recover from its own errors (scheduled sampling); 0: off."""
     own_codes_passes: Count = 3
-    """Most parallel passes in which these codes are drawn, each a forward pass; the number is drawn from 1 on."""
+    """Largest number of forward passes that draw these codes in parallel; each update draws a number from 1 to this."""
     packing: bool = True
     """Pack several traces into one row up to the token budget; false: one trace per row."""
     heldout_every_steps: Count = 200
@@ -177,4 +178,4 @@ class SFTConfig(Section, tasks=("sft",)):
     heldout_traces: Count = 32
     """Held-out traces measured each time."""
     sample_every_steps: Annotated[int, Field(ge=0)] = 500
-    """Updates between pictures restored from held-out images; 0: never."""
+    """Updates between figures of restored held-out images; 0: never."""

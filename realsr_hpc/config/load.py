@@ -1,4 +1,4 @@
-"""Recipes and command-line overrides -> RunConfig. The one file that knows Hydra.
+"""Loads recipes and command-line overrides as RunConfig. Only this file uses Hydra.
 
 Hydra only composes YAML (its compose API: no `outputs/` folder, no change of directory); the closed pydantic schema
 validates the result. So every field can be overridden whether or not the recipe mentions it, `+foo=1` cannot add
@@ -37,9 +37,9 @@ from realsr_hpc.files import first_line
 from realsr_hpc.paths import recipe_folders
 
 MOST_RUNS = 10_000
-"""Of one sweep; more is a slip of the pen, and takes minutes to be found out."""
+"""Largest number of runs in one sweep; more are likely a mistake, which would take minutes to show."""
 _KINDS = ("bool", "int", "float", "str")
-"""Of a plain value that a mapping such as `cluster.extra_sbatch` holds, as pydantic names them."""
+"""pydantic's names of the types of plain values in a mapping such as `cluster.extra_sbatch`."""
 SCHEME_LINE = "# fields that the signature covers: "
 """First line of a resolved recipe, before `identity.scheme`."""
 
@@ -73,7 +73,7 @@ def compose(overrides: list[str], *, multirun: bool = False) -> RunConfig | list
 def compose_one(overrides: list[str]) -> RunConfig:
     """One recipe with its overrides, none of them swept."""
     if several := [item.input_line or "" for item in _parse(overrides) if item.is_sweep_override()]:
-        raise RecipeError(f"{several[0]}: several values where one is needed; launch -m sweeps, or quote the text")
+        raise RecipeError(f"{several[0]}: several values where one is needed; sweep with launch -m, or quote the text")
     return _Composer().config(overrides)
 
 
@@ -98,7 +98,7 @@ class Axis:
     low: float = 0.0
     high: float = 0.0
     log: bool = False
-    """Drawn evenly in the logarithm: `tag(log, interval(1e-6, 1e-4))`."""
+    """Whether values are drawn uniformly in the logarithm: `tag(log, interval(1e-6, 1e-4))`."""
 
 
 def search_space(overrides: list[str]) -> tuple[list[str], list[Axis]]:
@@ -157,11 +157,11 @@ def quoted(text: str) -> str:
 
 
 def validate(tree: object, *, source: str) -> RunConfig:
-    """Plain tree -> RunConfig: checks the schema, then the rules across sections. RecipeError lists every fault."""
+    """Validate a plain tree: first the schema, then the rules across sections. RecipeError lists every fault."""
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = dict.fromkeys(map(_explain, error.errors()))  # of a union every kind complains
+        lines = dict.fromkeys(map(_explain, error.errors()))  # every member of a union reports the same fault
         raise RecipeError(_message(source, list(lines))) from None
     broken = faults(config)
     if broken:
@@ -252,7 +252,7 @@ def _split_recipe(overrides: list[str]) -> tuple[str, list[str]]:
 
 
 class _Composer:
-    """Composes many recipes that share files: Hydra reads each choice of groups once, values are set on a copy."""
+    """Composes many recipes that share files: Hydra composes each choice of groups once; values are set on a copy."""
 
     def __init__(self) -> None:
         self._parsed: dict[str, Override] = {}
@@ -303,7 +303,7 @@ def _as_hydra(item: Override, groups: set[str]) -> str:
 
 
 def _refuse_odd_yaml(group: str, option: object) -> None:
-    """Raise RecipeError if a group's file has YAML that Hydra would read as something else than it seems."""
+    """Raise RecipeError if a group's file contains YAML that Hydra would interpret in a surprising way."""
     path = yaml_file(f"{group}/{option}") if isinstance(option, str) else None
     if path is not None:
         read_yaml(path)
@@ -315,7 +315,7 @@ def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
     if path is None:
         raise RecipeError(f"recipe {recipe}: not found in {', '.join(map(str, recipe_folders()))}")
     if recipe in extended_by:
-        raise RecipeError(f"recipe {recipe}: extends itself ({' -> '.join((*extended_by, recipe))}); break the circle")
+        raise RecipeError(f"recipe {recipe}: extends itself ({' -> '.join((*extended_by, recipe))}); remove one")
     tree = read_yaml(path) or {}
     listed = tree.get("defaults", []) if isinstance(tree, dict) else None
     if not isinstance(listed, list):
@@ -333,7 +333,7 @@ def _groups_of(recipe: str, extended_by: tuple[str, ...] = ()) -> set[str]:
 
 
 def _explain(item: ErrorDetails) -> str:
-    """One line about a fault that pydantic found: field, value, and what is valid there."""
+    """One line about a fault that pydantic found: field, value, and the valid values."""
     path = ".".join(str(part) for part in item["loc"])
     field, _, kind = path.rpartition(".")
     if kind in _KINDS:

@@ -15,15 +15,15 @@ class CheckpointConfig(Section, role="operation"):
     every_steps: Count = 10
     """Steps between checkpoints; one is also saved when a run is stopped and at its end."""
     keep_last: Count = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
     keep_best: Annotated[int, Field(ge=0)] = 0
-    """Best checkpoints by `best_metric` that are kept in addition to the newest; a new best is saved as soon as it is
-    measured."""
+    """Number of best checkpoints by `best_metric` that are kept besides the newest; a new best one is saved as soon as
+    it is measured."""
     best_metric: str | None = None
     """Metric by which the best checkpoints are chosen; None: heldout/total/mean (grpo), heldout/loss/mean (sft),
     heldout/psnr_db/mean (tokenizer)."""
     best_is: Literal["highest", "lowest"] | None = None
-    """Direction of `best_metric`; None: as the metric declares. A given value must agree with it."""
+    """Direction of `best_metric`; None: the metric's own, with which a given value must agree."""
     async_save: bool = False
     """Write files while the next steps run; needs a copy of the shards in host memory."""
     stop_at_step: Count | None = None
@@ -44,11 +44,11 @@ class TrackingConfig(Section, role="operation"):
     tags: dict[str, str] = {}
     """Tags of the run in MLflow."""
     rollouts_every_steps: Annotated[int, Field(ge=0)] = 8
-    """Steps between those that keep a few groups for inspection (realsr-hpc gallery); 0: never."""
+    """Steps between savings of a few groups for inspection (realsr-hpc gallery); 0: never."""
     rollouts_groups: Count = 2
-    """Groups kept each time, for training and for held-out images."""
+    """Number of groups saved each time, of training and of held-out images each."""
     notify: Annotated[str, Field(min_length=1)] | None = None
-    """Shell command that gets one line of JSON on its input when the run starts, is requeued, stops, fails or ends."""
+    """Shell command that reads one line of JSON when the run starts, is requeued, stops, fails or ends."""
     replay_every_steps: Annotated[int, Field(ge=0)] = 0
     """Steps between GRPO steps that are recorded completely for replay (realsr-hpc replay); 0: never."""
 
@@ -89,13 +89,13 @@ class ClusterConfig(Section, role="operation"):
     array_parallelism: Count | None = None
     """Runs of a sweep that run at the same time; None: 16 on Slurm, one after the other on this machine."""
     signal_delay_s: Count = 120
-    """Seconds before the time limit at which the job is told to save and requeue."""
+    """Seconds before the time limit at which the job gets the signal to save and requeue."""
     max_requeues: Annotated[int, Field(ge=0)] = 5
     """Requeues in a row without a new step; a run that makes progress is requeued without limit."""
     restarts_in_place: Annotated[int, Field(ge=0)] = 1
     """Restarts of killed ranks inside the allocation, in a row without a new step, before the job is requeued."""
     hang_limit_s: Count = 1800
-    """Longest time without a completed step; after it the job logs its stacks, ends and is requeued."""
+    """Longest time without a completed step; then the job logs its stack traces, ends and is requeued."""
 
     @property
     def runs_at_once(self) -> int:

@@ -1,4 +1,4 @@
-"""Where a recipe's runs lie, and paths below that folder, which is moved and copied as a whole."""
+"""The folder of a recipe's runs, and paths below it, which stay valid if it is moved or copied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.paths import expanded, project_root
 
 ROOT = "{output_root}/"
-"""Replaces the output root in paths that must not depend on where it is."""
+"""Replaces the output root in paths that must not depend on its location."""
 
 
 def output_root(config: RunConfig) -> Path:
@@ -20,12 +20,12 @@ def output_root(config: RunConfig) -> Path:
 
 
 def without_root(tree: Any, root: Path) -> Any:
-    """A plain tree whose texts name paths below `root` alike wherever it lies: a run stays itself when it is moved."""
+    """A plain tree with `ROOT` in place of `root` in its texts, so that moving the folder does not change a run."""
     return _each(tree, lambda text: text.replace(f"{root}/", ROOT))
 
 
 def moved_below(tree: Any, before: Path, now: Path) -> Any:
-    """A plain tree in which paths below `before` that are no longer there lie below `now`."""
+    """A plain tree in which paths below `before` that no longer exist are replaced by paths below `now`."""
 
     def moved(text: str) -> str:
         path = Path(text)

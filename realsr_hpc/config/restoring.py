@@ -19,7 +19,7 @@ from realsr_hpc.config.weights import pyiqa_needs
 ColourFix = Literal["none", "wavelet", "adain"]
 COLOUR_FIXES: tuple[ColourFix, ...] = get_args(ColourFix)
 CHOICES = ("ranker", "niqe", "fidelity", "mean")
-"""Experts that choose among candidates without staged weights; pyiqa:METRIC is the other possibility."""
+"""Experts that choose among candidates and need no staged weights; pyiqa:METRIC is valid too."""
 RESTORING: dict[str, str | None] = {
     "candidates": "1",
     "choose": "ranker",

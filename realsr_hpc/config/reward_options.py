@@ -19,11 +19,11 @@ class FormatOptions(Section):
     """Reward `format`."""
 
     partial: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Reward of a trace with all seven parts but not well formed; 0: the paper's plain 1/0."""
+    """Reward of a trace that has all seven parts but is not well-formed; 0: the paper's plain 1/0."""
     min_words: Annotated[int, Field(ge=0)] = 1
-    """Fewest words of a valid text; a shorter one counts as missing."""
+    """Smallest number of words of a valid text; a shorter one counts as missing."""
     max_words: Count = 120
-    """Most words of a valid text; a longer one counts as missing."""
+    """Largest number of words of a valid text; a longer one counts as missing."""
     min_distinct: Probability = 0.4
     """Smallest share of distinct words in a text of eight words or more (repetition guard)."""
 
@@ -32,7 +32,7 @@ class DegradationOptions(Section):
     """Reward `degradation`."""
 
     neighbour: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Credit of a level one step off (light for medium); 0: the paper's plain match."""
+    """Credit for a level that is one step off (light for medium); 0: the paper's plain match."""
     blur_weight: NonNegative = 1.0
     """Weight of the blur slot; the five weights are divided by their sum. The paper weights all slots equally."""
     resize1_weight: NonNegative = 0.0
@@ -57,7 +57,7 @@ class DegradationOptions(Section):
 
     @model_validator(mode="after")
     def some_slot_counts(self) -> Self:
-        """Not every slot weighs nothing."""
+        """At least one slot has a weight above 0."""
         if not any(self.slot_weights):
             raise ValueError("every slot's weight is 0: raise blur_weight or another one, or drop the term")
         return self
@@ -76,12 +76,12 @@ class UnderstandingOptions(Section):
     word_credit: Literal["exact", "letters"] = "exact"
     """exact: 1 if the rough text contains the word, else 0; letters: 1 minus the share of letters that differ."""
     synonyms: Literal["none", "wordnet", "minilm"] = "none"
-    """What counts as naming a tag besides the tag itself: words of its WordNet senses, or one or two words of nearly
-    the same meaning."""
+    """Words that count as a tag besides the tag itself: words of its WordNet senses, or one or two words of similar
+    meaning (MiniLM)."""
     wordnet_dir: str = "/usr/share/wordnet"
     """Folder with WordNet's index.noun and data.noun; only with synonyms=wordnet."""
     min_cosine: Probability = 0.7
-    """Similarity from which words mean nearly the same; only with synonyms=minilm."""
+    """Smallest cosine similarity at which words count as synonyms; only with synonyms=minilm."""
 
 
 class GenerationOptions(Section):
@@ -115,10 +115,10 @@ class FidelityOptions(Section):
     """Reward `fidelity`."""
 
     reference: Literal["lq", "gt"] = "lq"
-    """What the final image is compared with. lq: the LQ image; gt: the truth."""
+    """Image that the final image is compared with. lq: the LQ image; gt: the truth."""
     degradation: Literal["downscale", "known"] = "downscale"
-    """What the final image undergoes before it is compared with the LQ image: area averaging to its size, or the blurs,
-    resizes and JPEGs that made this LQ image of its truth. known scores 0 where they are not recorded."""
+    """Operations on the final image before it is compared with the LQ image: area averaging to its size, or the blurs,
+    resizes and JPEGs that made this LQ image from its truth. known scores 0 if they are not recorded."""
     metric: Literal["psnr", "l1", "ssim", "pyiqa"] = "psnr"
     """pyiqa: its full-reference metrics by name, at full size (reference=gt)."""
     metrics: list[str] = []
@@ -134,7 +134,7 @@ class FidelityOptions(Section):
 
     @model_validator(mode="after")
     def options_belong_together(self) -> Self:
-        """pyiqa compares with the truth; PSNR's ends are in order."""
+        """pyiqa compares with the truth; psnr_low is below psnr_high."""
         if (self.metric == "pyiqa") != bool(self.metrics):
             raise ValueError(
                 f"metric={self.metric} with metrics={self.metrics}: only metric=pyiqa takes metrics, and needs them"
@@ -158,13 +158,13 @@ class HttpOptions(Section):
     url: str
     """Address that rollouts are sent to, such as http://127.0.0.1:8090/terms/generation."""
     allow_remote: bool = False
-    """Needed where the URL names another machine: images, captions and texts are sent there."""
+    """Required if the URL names another machine: images, captions and texts are sent there."""
     connect_timeout_s: Positive = 2.0
-    """Longest wait for a connection."""
+    """Longest wait for a connection, in seconds."""
     read_timeout_s: Positive = 60.0
-    """Longest wait for a whole answer of the other process."""
+    """Longest wait for a complete response, in seconds."""
     retries: Annotated[int, Field(ge=0, le=10)] = 3
-    """Further attempts when a call cannot connect, is not answered, or gets status 429, 500, 502, 503 or 504."""
+    """Further attempts if a call cannot connect, gets no response, or gets status 429, 500, 502, 503 or 504."""
     pause_s: Positive = 0.5
     """The first retry follows at once, the later ones after 2, 4, 8 ... times this, at most 30 s."""
     at_once: Count = 4
@@ -173,8 +173,8 @@ class HttpOptions(Section):
     """Environment variable with a secret that both sides know, sent as `Authorization: Bearer ...`."""
 
     @model_validator(mode="after")
-    def the_url_leads_somewhere(self) -> Self:
-        """An http address without a password; on this machine, unless the recipe allows another."""
+    def the_url_is_an_allowed_address(self) -> Self:
+        """The URL is an http address without a password, on this machine unless `allow_remote` is set."""
         fault = _url_fault(self.url)
         if fault:
             raise ValueError(f"url={self.url!r}: {fault}; write it as http://127.0.0.1:8090/terms/generation")
@@ -187,7 +187,7 @@ class HttpOptions(Section):
 
 
 def _url_fault(url: str) -> str:
-    """What is wrong with an address, else nothing."""
+    """The fault of an address; "": none."""
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -224,7 +224,7 @@ def is_elsewhere(term: RewardTerm) -> bool:
 def read_options(name: str, term: RewardTerm) -> Section:
     """Options of the term called `name`, as the typed section of its kind, or as `HttpOptions` with expert=http.
 
-    With expert=http the kind's own options may stay, for the process that computes it; they are not read here.
+    With expert=http the kind's own options are allowed, for the process that computes the reward, but not read here.
     Raises ValueError naming every unknown or wrong option, its value and the valid names.
     """
     section, options = OPTIONS[term.kind], dict(term.options)

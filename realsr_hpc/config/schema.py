@@ -1,9 +1,8 @@
 """The whole recipe as one typed, closed, frozen tree.
 
-A default lives here, in `learning.py` or in `operation.py`, and nowhere else. Unknown keys, wrong types and
-values out of range fail in `RunConfig.model_validate`, all of them in one message, each with its path. Rules that need
-two sections stand in `checks.py` and `execution_checks.py`. This file imports neither torch nor Hydra, so that
-launching stays fast.
+A default is set here, in `learning.py` or in `operation.py`, and nowhere else. Unknown keys, wrong types and values out
+of range fail in `RunConfig.model_validate`, all in one message, each with its path. Rules across sections are in
+`checks.py` and `execution_checks.py`. This file imports neither torch nor Hydra, so that launching stays fast.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from realsr_hpc.config.section import (
 )
 
 GROUPS = ("model", "data", "rewards", "parallel", "cluster", "profile")
-"""Folders of the recipes with ready sections: `model=7b`."""
+"""Folders of recipes/ with ready-made sections, chosen by an override such as `model=7b`."""
 IMAGE_PLACEHOLDER = "<|image|>"
 INSTRUCTION = (
     "Perceive the degradation, understand the image content, and restore the high-quality image step by step "
@@ -49,17 +48,17 @@ class VLCoTConfig(Section, tasks=POLICY):
     image_sizes_px: tuple[Count, Count, Count] = (32, 64, 128)
     """Side of the rough, middle and final image; multiples of 32 (the size tokens' unit)."""
     lq_size_px: Count = 64
-    """Side at which the LQ image is shown in the prompt; a multiple of 32."""
+    """Side to which the LQ image is resized for the prompt; a multiple of 32."""
     upscale: Count = 4
-    """Side of the truth over side of the LQ image."""
+    """Side of the truth divided by the side of the LQ image."""
     instruction: Annotated[str, read_by(*get_args(Task))] = INSTRUCTION
-    """Prompt text; `<|image|>` marks where the LQ image stands."""
+    """Prompt text; `<|image|>` marks the position of the LQ image."""
     max_text_tokens: Count = 48
     """Longest free text of one understanding field."""
     text_slots: Annotated[tuple[Count, Count, Count] | None, read_by("sft")] = None
-    """Training traces: tokens that each text is filled up to with blanks. Images then begin at the same place in every
-    trace, and a small model learns where to look. A longer text loses its last words, which is counted
-    (`sft/shortened_texts/total`). None: texts as they are (the paper)."""
+    """Number of tokens to which each text of a training trace is padded with blanks. Images then begin at the same
+    position in every trace, so that a small model can learn which positions to attend to. A longer text loses its last
+    words, which is counted (`sft/shortened_texts/total`). None: texts keep their length (the paper)."""
 
 
 class ImageTokenizerConfig(Section):
@@ -78,10 +77,10 @@ class ImageTokenizerConfig(Section):
     base_channels: Count = 128
     """Encoder channels at full resolution, before `channel_multiplier`."""
     channel_multiplier: tuple[Count, ...] = (1, 1, 1, 1)
-    """Channels of each encoder level over `base_channels`, finest first; every level but the last halves the side."""
+    """Channels of each encoder level relative to `base_channels`, finest first; each but the last halves the side."""
     num_res_blocks: Annotated[int, Field(ge=0)] = 0
-    """Residual blocks per encoder level (the decoder has one more); 0 is the cheapest and needs channel multipliers of
-    1."""
+    """Number of residual blocks per encoder level (the decoder has one more); 0 is the cheapest and needs channel
+    multipliers of 1."""
     decoder_base_channels: Count | None = 64
     """Decoder channels at full resolution, before `decoder_channel_multiplier`; None: as the encoder."""
     decoder_norm: bool = False
@@ -90,13 +89,13 @@ class ImageTokenizerConfig(Section):
     """Add the decoder's output to a linear projection of each latent to its patch; false: the decoder alone
     (taming)."""
     decoder_channel_multiplier: tuple[Count, ...] | None = (2, 2)
-    """Channels of each decoder level over `decoder_base_channels`, finest first; None: as the encoder."""
+    """Channels of each decoder level relative to `decoder_base_channels`, finest first; None: as the encoder."""
     decoder_output_shuffle: Count = 4
     """The decoder ends at 1/s of the image size and emits s x s sub-pixels; 1: taming's full-size last level."""
     normalised_codes: bool = False
     """Codes and features are compared after l2 normalisation (LlamaGen VQ-8)."""
     attention: Literal["middle", "lowest"] = "middle"
-    """middle: self-attention in the middle blocks alone (Chameleon); lowest: also behind every residual block of the
+    """middle: self-attention in the middle blocks only (Chameleon); lowest: also after every residual block of the
     lowest resolution, in encoder and decoder (LlamaGen)."""
 
     @property
@@ -133,7 +132,7 @@ class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     commitment_weight: NonNegative = 0.25
     """Weight of the commitment loss, which pulls features to their codes."""
     gradient_weight: NonNegative = 1.0
-    """Weight of the multi-scale gradient loss beside L1 and L2."""
+    """Weight of the multi-scale gradient loss relative to L1 and L2."""
     codebook_decay: Probability = 0.99
     """Decay of the codes' exponential moving averages, per update."""
     start_batches: Count = 40
@@ -151,7 +150,7 @@ class TokenizerTrainingConfig(Section, tasks=("tokenizer",)):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: convolutions in bfloat16 (autocast), several times faster on CPUs with AMX; codes are chosen in fp32."""
     text_vocab_size: Count = 768
-    """Entries of the byte-pair vocabulary that is trained beside the images."""
+    """Size of the byte-pair vocabulary, which is trained in the same run."""
     log_every_steps: Count = 100
     """Updates between two reports of the metrics."""
 
@@ -160,7 +159,7 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 
 class LoRAConfig(Section, tasks=POLICY):
-    """Low-rank adapters: training moves them alone, the weights stay as they are."""
+    """Low-rank adapters: only they are trained, the weights stay frozen."""
 
     rank: Count = 16
     """Inner width of an adapter."""
@@ -169,7 +168,7 @@ class LoRAConfig(Section, tasks=POLICY):
     targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = get_args(Projection)
     """Projections that get an adapter, by their Hugging Face names."""
     weights: str | None = None
-    """Start adapters: a PEFT folder (adapter_model.safetensors); None: adapters that change nothing yet."""
+    """Start adapters: a PEFT folder (adapter_model.safetensors); None: new adapters, whose output is 0 at first."""
 
 
 class ModelConfig(Section, tasks=POLICY):
@@ -190,15 +189,15 @@ class ModelConfig(Section, tasks=POLICY):
     norm_epsilon: Positive = 1e-5
     """Epsilon of RMSNorm and of the query/key LayerNorm."""
     swin_norm: bool = False
-    """RMSNorm after attention and MLP, on what they add to the residual stream (Chameleon 30B), and not before them."""
+    """Apply RMSNorm to the outputs of attention and MLP (Chameleon 30B) instead of to their inputs."""
     init_std: Positive = 0.02
     """Standard deviation of random initial weights."""
     max_sequence_tokens: Count = 1024
-    """Longest prompt and response together."""
+    """Largest number of tokens of prompt and response together."""
     weights: str | None = None
     """Start weights: a Hugging Face export folder; None: random. A run's own checkpoint takes precedence."""
     lora: LoRAConfig | None = None
-    """Train low-rank adapters in place of the weights: `{rank: 16, alpha: 32}`; None: train all weights."""
+    """Train low-rank adapters instead of the weights: `{rank: 16, alpha: 32}`; None: train all weights."""
 
 
 class ParallelConfig(Section, role="layout", tasks=POLICY):
@@ -209,14 +208,14 @@ class ParallelConfig(Section, role="layout", tasks=POLICY):
     pp: Count = 1
     """Pipeline stages: each holds consecutive layers."""
     virtual_pp: Count = 1
-    """Model chunks a pipeline stage holds (interleaved 1F1B); 1: none."""
+    """Number of model chunks per pipeline stage (interleaved 1F1B); 1: no interleaving."""
     sequence_parallel: bool = False
     """Shard norms and residuals along the sequence over the tensor-parallel ranks; needs tp > 1."""
     microbatch_tokens: Count = 4096
-    """Token budget of one microbatch on one data-parallel rank, padding included. Of a GRPO group as many rollouts
-    share one copy of their prompt as it holds."""
+    """Token budget of one microbatch on one data-parallel rank, padding included. As many rollouts of a GRPO group as
+    fit share one copy of their prompt."""
     scoring_microbatches: Annotated[Count, read_by("grpo")] = 4
-    """Microbatches that the reference scores at once: without gradients it keeps no activations."""
+    """Number of microbatches that the reference scores at once; without gradients it stores no activations."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes: none, those of the MLPs (selective), or all (full)."""
     reference_offload: Annotated[bool, OPERATION] = False
@@ -239,15 +238,15 @@ class PrecisionConfig(Section, tasks=POLICY):
     fp8_backend: Literal["transformer_engine", "emulated"] = "transformer_engine"
     """emulated: operands are rounded to FP8 and multiplied in bf16. The same numerics, no speed, on any machine."""
     rollout_fp8: bool = False
-    """Rollouts multiply FP8 copies of the weights (one scale per row), whatever training does."""
+    """Rollouts multiply FP8 copies of the weights (one scale per row), independently of training's format."""
     first_last_layers_bf16: bool = True
     """Compute the first and the last layer in bf16 instead of FP8."""
     fp8_gate_logprob: Positive = 0.1
     """Largest mean |log-prob(FP8) - log-prob(bf16)| on a fixed batch, nats per token."""
     fp8_gate_every_steps: Annotated[int, Field(ge=0)] = 50
-    """Steps between checks of the gate, after the one before the first step; 0: only that one."""
+    """Steps between checks of the gate; the first check is before the first step. 0: no further checks."""
     fp8_gate_action: Literal["bf16", "stop"] = "bf16"
-    """What happens above `fp8_gate_logprob`: continue in bf16, or stop the run."""
+    """Action above `fp8_gate_logprob`: continue in bf16, or stop the run."""
 
 
 class OptimConfig(Section, tasks=POLICY):
@@ -274,7 +273,7 @@ class OptimConfig(Section, tasks=POLICY):
     max_skipped_in_a_row: Count = 5
     """Stop the run after this many consecutive non-finite gradients; each update is skipped and its batch kept."""
     cpu_offload: bool = False
-    """Adam's states and arithmetic in host memory (Megatron's hybrid optimizer); slower by two copies a step."""
+    """Keep Adam's states and its arithmetic in host memory (Megatron's hybrid optimizer); costs two copies per step."""
     main_params: Literal["fp32", "bf16"] = "fp32"
     """bf16: main weights as the bf16 weights plus their 16-bit remainders (no bit is lost), Adam's moments in bf16:
     6 instead of 12 bytes per parameter. Needs Transformer Engine's optimizer."""
@@ -290,12 +289,11 @@ class DataConfig(Section):
     heldout_split: str = "heldout"
     """Split of the manifest for measurements; it is never trained on."""
     mode: Annotated[Literal["unpaired", "paired", "lq_only"], read_by(*POLICY)] = "unpaired"
-    """unpaired: photographs that are degraded on the fly; paired: LQ images with their truths; lq_only: LQ images
-    alone."""
+    """unpaired: photographs, degraded on the fly; paired: LQ images with their truths; lq_only: LQ images only."""
     num_threads: Annotated[Count, OPERATION] = 1
     """Threads that decode and degrade, per process."""
     prefetch: Annotated[Count, OPERATION] = 1
-    """Batches prepared ahead."""
+    """Number of batches prepared ahead."""
     min_scene_fraction: Annotated[Probability, read_by(*POLICY)] = 0.7
     """Smallest crop, as a share of the photograph's shorter side, before resizing to the GT size."""
     hflip: Annotated[Probability, read_by(*POLICY)] = 0.5
@@ -309,7 +307,7 @@ APPLIED_EDGES = tuple(
 )
 """Keys of `degradation.severity_edges` with labels=applied; each takes two ascending values in its own unit."""
 VISIBLE_EDGES = ("blur_px", "noise_rms", "compression_rms")
-"""Its keys with labels=visible: LQ pixels, and levels of 255 (data/visible.py)."""
+"""Keys of `degradation.severity_edges` with labels=visible: LQ pixels, and levels on 0..255 (data/visible.py)."""
 
 
 class DegradationConfig(Section, tasks=POLICY):
@@ -320,10 +318,10 @@ class DegradationConfig(Section, tasks=POLICY):
     usm_sharpen_gt: bool = True
     """Sharpen truths with an unsharp mask, as Real-ESRGAN does."""
     labels: Literal["visible", "applied"] = "visible"
-    """What the labels describe: the damage still visible in the LQ image, or the parameters that were drawn."""
+    """The labels describe the damage still visible in the LQ image, or the parameters that were drawn."""
     severity_edges: dict[str, tuple[float, float]] = {}
-    """Limits between light, medium and heavy by name. Default with labels=visible: terciles of what the preset yields
-    at the recipe's sizes; with labels=applied: terciles of each range."""
+    """Limits between light, medium and heavy by name. Default with labels=visible: terciles of the values that the
+    preset gives at the recipe's sizes; with labels=applied: terciles of each range."""
 
 
 class RunConfig(Section):

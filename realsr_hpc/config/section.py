@@ -16,8 +16,9 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Task = Literal["grpo", "sft", "tokenizer"]
 Role = Literal["decides", "layout", "operation"]
-"""What a field affects. decides: the result; another value is another experiment. layout: how the same computation is
-distributed over processes, which changes only rounding. operation: where the run executes and what it reports."""
+"""What a field affects. decides: the result, so that another value is another experiment. layout: how the same
+computation is distributed over processes, which changes only rounding. operation: where the run executes and what it
+reports."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,19 @@ POLICY: tuple[Task, ...] = ("grpo", "sft")
 
 
 def read_by(*tasks: Task) -> Mark:
-    """Mark of a field that only these of its section's tasks read."""
+    """Mark of a field that only these tasks read."""
     return Mark(tasks=frozenset(tasks))
 
 
 LARGEST = 1e15
-"""Largest number in a recipe. No count, size, rate or seed of a run is larger, and larger integers would not fit
-tensors, seeds and floats."""
+"""Largest number in a recipe. No count, size, rate or seed needs more; larger integers would not fit tensors, seeds and
+floats."""
 
 
 class Section(BaseModel):
-    """Base of every section. Unknown keys, NaN, infinities, huge numbers, and true in place of a number are errors; a
-    number in place of text is accepted.
+    """Base of every section. Unknown keys, NaN, infinities, huge numbers, and true in place of a number are errors.
+
+    A number in place of text is accepted.
 
     `class GRPOConfig(Section, tasks=("grpo",))` marks all fields of a section, `field: Annotated[int, OPERATION]` one.
     `identity.py` reads the marks.
@@ -64,7 +66,7 @@ class Section(BaseModel):
     def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses true and false for numbers, which pydantic would turn into 1 and 0."""
         kinds = _kinds(cls, info.field_name or "")
-        if any(issubclass(kind, BaseModel) for kind in kinds):  # sections judge their own fields
+        if any(issubclass(kind, BaseModel) for kind in kinds):  # sections check their own fields
             return value
         for item in _plain_values(value):
             if isinstance(item, bool) and bool not in kinds:

@@ -1,4 +1,4 @@
-"""The files that a recipe needs besides the code: tokenizers, start weights, reward networks, each with its place.
+"""Lists the files that a recipe needs besides the code: tokenizers, start weights, reward networks.
 
 Nothing is downloaded, here or anywhere else, because compute nodes often have no network. pyiqa's files are listed for
 the metrics of the super-resolution literature; for other metrics, pyiqa's adapter names missing files when it is built.
@@ -112,7 +112,7 @@ class Need:
         return [self.path] if self.path.is_file() else []
 
 
-_CONVERTED = "; import-weights makes it of them: downloads=DIR lists what is there, and the commands (docs/start.md)"
+_CONVERTED = "; import-weights makes it from them: downloads=DIR lists what is there, and the commands (docs/start.md)"
 _RESEARCH = "Chameleon Research License: non-commercial research"
 PUBLIC: dict[str, tuple[str, str, str]] = {
     "chameleon_f16": (
@@ -122,7 +122,7 @@ PUBLIC: dict[str, tuple[str, str, str]] = {
         f"text_tokenizer.json of Meta's Chameleon release, or tokenizer.json beside the policy ({_RESEARCH})",
     ),
     "llamagen_f8": (
-        "nonwhy/PURE (its code is Lumina-mGPT's; read its licence, and Chameleon's, which began both)",
+        "nonwhy/PURE (its code is Lumina-mGPT's; read its licence, and Chameleon's, on which both are based)",
         "vq_ds8_c2i.pt of FoundationVision/LlamaGen (MIT)",
         "tokenizer.json beside the policy in nonwhy/PURE",
     ),
@@ -153,7 +153,7 @@ def start_files(config: RunConfig) -> dict[str, str | None]:
 
 
 def needs_of(config: RunConfig) -> list[Need]:
-    """Every file that the recipe reads beside code and photographs."""
+    """Every file that the recipe reads besides code and photographs."""
     if config.task == "tokenizer":  # makes its own
         return []
     own = "realsr-hpc launch recipe=tokenizer_tiny"
@@ -195,13 +195,13 @@ def missing_shards(folder: Path) -> list[str]:
     """Files that the index of a Hugging Face folder names and that are not there; [] without a readable index."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            named = (weight_map(folder / index) or {}).values()  # whoever reads the weights refuses a damaged one
+            named = (weight_map(folder / index) or {}).values()  # reading the weights reports a damaged index
             return sorted({name for name in named if not (folder / name).is_file()})
     return []
 
 
 def pyiqa_needs(purpose: str, metrics: list[str], weights_dir: str | None) -> list[Need]:
-    """Files of some pyiqa metrics; one that is not in the table needs whatever its folder lists."""
+    """Files of pyiqa metrics; for a metric that is not in the table, only the folder's SHA256SUMS is required."""
     folder = resolve(weights_dir or WEIGHTS_DIR)
     needs = []
     for metric in metrics:
@@ -219,7 +219,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def read_listing(path: Path) -> dict[str, str]:
-    """SHA-256 by name of a file as `sha256sum` writes it. ValueError names the file and the line that is none."""
+    """SHA-256 by file name, from a file that `sha256sum` wrote. ValueError names the file and the invalid line."""
     sums = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         row = re.fullmatch(rb"([0-9a-f]{64})[ \t]+\*?(.+)", line.strip())
@@ -231,7 +231,7 @@ def read_listing(path: Path) -> dict[str, str]:
 
 
 def state(need: Need) -> State:
-    """Whether it is there and its bytes are those listed (or, by the habit of such names, those its name says).
+    """Whether the file is there, and its SHA-256 is the listed one, or begins with the digits in its name.
 
     A folder of weights, or a file of one, is compared with the `SHA256SUMS` that its import or export wrote.
     """

@@ -1,4 +1,4 @@
-"""Checks whether a file is complete and of the kind its suffix says, without reading its content.
+"""Checks whether a file is complete and of the kind that its suffix says, without reading its content.
 
 Launching and staging use it: only the beginning and the end of a file are read.
 """
@@ -15,7 +15,7 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 def file_fault(path: Path) -> str:
-    """What is wrong with an existing file: empty, truncated, or not what its suffix says; "" if nothing is found.
+    """The fault of an existing file: empty, truncated, or not what its suffix says; "": none found.
 
     Also finds Git LFS pointers and login pages saved in place of weights. OSError if the file cannot be read.
     """
@@ -45,7 +45,9 @@ def _whole_safetensors(path: Path) -> bool:
 
 
 def _whole_pickle(path: Path) -> bool:
-    """Whether it is a zip archive, whose directory is at the end, or begins like a bare pickle (before torch 1.6),
-    whose end cannot be checked."""
+    """Whether it is a zip archive, whose directory is at the end, or begins like a plain pickle (before torch 1.6).
+
+    The end of a plain pickle cannot be checked.
+    """
     with path.open("rb") as stream:
         return zipfile.is_zipfile(path) or stream.read(1) == b"\x80"

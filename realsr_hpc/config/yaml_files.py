@@ -1,4 +1,4 @@
-"""YAML files of people: read once, strictly. What YAML would take for something else than is meant is refused."""
+"""Reads hand-written YAML files strictly: notations that YAML interprets in a surprising way are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 CUT_LINE = "# cut off where the last line is not `# end`\n"
 LAST_LINE = "# end\n"
-"""Half a YAML file is YAML: its other half would be the schema's defaults."""
+"""A truncated YAML file is still valid YAML; the missing fields would silently get the schema's defaults."""
 MOST_VALUES = 1_000_000
 """Largest number of values in a file after expanding aliases; a few lines of aliases can exceed the memory."""
 
@@ -57,7 +57,7 @@ def read_yaml(path: Path, remedy: str = "name another file") -> Any:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 ({error.reason}); {remedy}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number or date that is none
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: an invalid number or date
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())[:200]}); {remedy}") from None
@@ -66,14 +66,14 @@ def read_yaml(path: Path, remedy: str = "name another file") -> Any:
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
     if count > MOST_VALUES:
-        raise RecipeError(f"{path}: its aliases stand for more than {MOST_VALUES:,} values; write out what is meant")
+        raise RecipeError(f"{path}: its aliases stand for more than {MOST_VALUES:,} values; write the values out")
     return tree
 
 
 def _num_values(tree: Any, known: dict[int, int]) -> int:
-    """Values in a tree with its aliases written out; one that holds itself has more than any.
+    """Number of values in a tree with its aliases expanded; above `MOST_VALUES` for a tree that contains itself.
 
-    ValueError for what is neither text, number, true, false, null, nor a list or mapping of these.
+    ValueError for values other than text, numbers, true, false, null, and lists and mappings of these.
     """
     if not isinstance(tree, dict | list):
         if not isinstance(tree, str | int | float | None):
@@ -82,7 +82,7 @@ def _num_values(tree: Any, known: dict[int, int]) -> int:
     if id(tree) not in known:
         known[id(tree)] = MOST_VALUES + 1
         if wrong := [key for key in tree if isinstance(tree, dict) and not isinstance(key, str)]:
-            raise ValueError(f"key {wrong[0]!r} is not text; put it in quotes as it stands in the file")
+            raise ValueError(f"key {wrong[0]!r} is not text; put it in quotes")
         inside = tree.values() if isinstance(tree, dict) else tree
         known[id(tree)] = 1 + sum(_num_values(value, known) for value in inside)
     return known[id(tree)]

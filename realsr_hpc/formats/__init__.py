@@ -1,4 +1,4 @@
-"""Reads published weights: recognises a format by its files and keys, and gives its tensors under our names.
+"""Reads published weights: recognises a format by its files and keys, and returns its tensors under our names.
 
 Each format is one module with its detection and its conversion; `table` lists them. Tensors are read one at a time.
 This room only reads: `export` writes.

@@ -33,10 +33,12 @@ _FIELDS = {
 def policy_faults(
     found: FoundPolicy, config: RunConfig, vocabulary: Vocabulary, wanted: Mapping[str, Shape]
 ) -> list[str]:
-    """Everything in which a policy differs from the recipe; wanted: the names and shapes of the recipe's model in
-    Hugging Face's format."""
+    """Every difference between a policy and the recipe.
+
+    wanted: names and shapes of the tensors of the recipe's model, in Hugging Face's format.
+    """
     sizes = _size_faults(found.sizes, config, vocabulary.size)
-    # If a size differs, nearly every tensor has another shape. Report the cause and not its effects.
+    # If a size differs, nearly every tensor has another shape: only the cause is reported.
     tensors = [] if sizes else _tensor_faults(found, wanted)
     names = found.names or {}
     named = name_faults(names, vocabulary) if any(code_of(name) is not None for name in names) else []
@@ -67,7 +69,7 @@ def _tensor_faults(found: FoundPolicy, wanted: Mapping[str, Shape]) -> list[str]
     missing = [name for name in wanted if name not in found.tensors]
     extra = sorted(name for name in found.tensors if name not in wanted)
     faults = [f"it has no tensor {_some(missing)}"] if missing else []
-    faults += [f"it has a tensor {_some(extra)}, for which our model has no place"] if extra else []
+    faults += [f"it has a tensor {_some(extra)}, which our model does not have"] if extra else []
     for name, shape in wanted.items():
         given = found.tensors[name].shape if name in found.tensors else shape
         shared = name.split(".")[-2] in ("q_norm", "k_norm") and grouped(given, shape)
@@ -83,9 +85,9 @@ def _some(names: Iterable[str]) -> str:
 
 
 def grouped(given: Shape, shape: Shape) -> bool:
-    """Whether a q or k norm can be expanded to `shape` [heads, d]: from [d], or from [groups, d], one row per group of
-    neighbouring heads.
+    """Whether a q or k norm can be expanded to `shape` [heads, d].
 
+    It can from [d], and from [groups, d] with one row per group of consecutive heads.
     Lumina-mGPT's 34B has one norm for each of the eight shards that Chameleon was trained in.
     """
     rows = given[0] if len(given) == 2 else 1
@@ -101,8 +103,7 @@ def whole(tensor: Tensor, shape: Shape) -> Tensor:
 
 
 def image_faults(found: FoundImage, config: ImageTokenizerConfig, wanted: Mapping[str, Shape]) -> list[str]:
-    """Everything in which an image tokenizer (or only its encoder) differs from the recipe's section
-    image_tokenizer."""
+    """Every difference between an image tokenizer (or only its encoder) and the recipe's section image_tokenizer."""
     settings = [
         f"image_tokenizer.{key} {value!r} (recipe: {getattr(config, key)!r})"
         for key, value in found.settings.items()

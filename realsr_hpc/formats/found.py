@@ -1,4 +1,4 @@
-"""What every format returns: tensors under our names, and the settings of the model.
+"""The records that every format returns: tensors under our names, and the settings of the model.
 
 A policy's tensors have Hugging Face's names, with the rows of queries and keys in the order of rotary halves. An image
 tokenizer's tensors have the names of `tokenizer/image.py`, which are taming-transformers'. A tensor is loaded when
@@ -44,7 +44,7 @@ class FoundPolicy:
     sizes: Mapping[str, float]
     """Sizes and constants under config.json's names: vocab_size, hidden_size, ..., rms_norm_eps, rope_theta."""
     rotary: str
-    """Order of the rotary pairs of queries and keys in the file, and how we know it."""
+    """Order of the rotary pairs of queries and keys in the file, and the evidence for it."""
     names: Mapping[str, int] | None = None
     """Token names and ids in config.json (vocabulary_map)."""
     faults: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ class Found:
 
 
 def finite(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """Returns the tensor. ValueError, naming it, if it holds NaN or infinities."""
+    """Return the tensor. ValueError, naming it, if it contains NaN or infinities."""
     if tensor.numel() and tensor.is_floating_point():
         low, high = torch.aminmax(tensor)
         if not (low.isfinite() and high.isfinite()):

@@ -2,7 +2,7 @@
 
 They differ in details. config.json may lack `num_key_value_heads`. The q and k norms may have the shape [head_dim],
 [1, head_dim] or one row per head. An image tokenizer in the folder (`model.vqmodel.*`) is usually only transformers'
-encoder; some folders add the decoder. Folders that Anole's fork of transformers wrote hold the rotary pairs of queries
+encoder; some folders add the decoder. Folders that Anole's fork of transformers wrote have the rotary pairs of queries
 and keys in Meta's order; they are recognised by the class name in config.json.
 """
 
@@ -44,15 +44,17 @@ def look(place: Place) -> Signs:
     names = {plain(name) for name in open_folder(place.path).specs}
     tied = bool(read_json(place.path / "config.json").get("tie_word_embeddings"))
     for key in _KEYS:
-        why = " (tie_word_embeddings true: our output matrix is one of its own)" if tied and "lm_head" in key else ""
+        why = " (tie_word_embeddings true: our output matrix is separate)" if tied and "lm_head" in key else ""
         signs = signs.ask(key in names, key + why)
     norm = "model.layers.0.self_attn.q_norm.weight"
     return signs.ask(norm in names, f"{norm} (Chameleon normalises queries and keys; Llama and others do not)")
 
 
 def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
-    """The folder, with all weights memory-mapped. ValueError, naming the file, for a missing shard or malformed
-    JSON."""
+    """The folder, with all weights memory-mapped.
+
+    ValueError, naming the file, for a missing shard or malformed JSON.
+    """
     settings = read_json(place.path / "config.json")
     files = open_folder(place.path)
     given = {plain(name): name for name in files.specs}
@@ -92,9 +94,9 @@ def _adapters(place: Place) -> list[str]:
 
 
 def _order(asked: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, str]:
-    """Rotary order, and how we know it. Anole's fork stores Meta's order and permutes within attention."""
+    """Rotary order, and the evidence for it. Anole's fork stores Meta's order and permutes within attention."""
     if asked is not None:
-        return asked, "as asked for"
+        return asked, "as requested"
     named = settings.get("architectures")
     if isinstance(named, list) and _FORK in named:
         return "interleaved", f"{_FORK}: Anole's fork of transformers"

@@ -1,8 +1,8 @@
 """LlamaGen's image tokenizers, `vq_ds8_c2i.pt` and `vq_ds16_c2i.pt` (FoundationVision/LlamaGen, `VQModel`).
 
-`conv_blocks.N.res.M` and `.attn.M` become taming's `down.N.block.M` and `.attn.M`; the decoder's blocks run from the
-lowest resolution up there, from the highest down here. A file that its trainer saved also holds several copies of the
-weights and the options of the training.
+`conv_blocks.N.res.M` and `.attn.M` become taming's `down.N.block.M` and `.attn.M`. LlamaGen numbers the decoder's
+blocks from the lowest resolution, taming from the highest. A file saved by LlamaGen's trainer also holds several copies
+of the weights and the training options.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def our_name(name: str, levels: int) -> str:
 
 
 def open_llamagen(place: Place, rotary: Rotary | None) -> Found:
-    """The tensors that LlamaGen's own code loads. The record of used codes is reported as not read."""
+    """The tensors that LlamaGen's own code loads; the record of used codes is reported as not read."""
     tensors = state_of(place.content, place.path, _UNDER)
     levels = 1 + max(int(name.split(".")[2]) for name in tensors if name.startswith("encoder.conv_blocks."))
     stored = {our_name(name, levels): name for name in tensors if name != _USAGE}
@@ -65,8 +65,7 @@ def open_llamagen(place: Place, rotary: Rotary | None) -> Found:
 
 
 def _normalised(content: Any) -> bool:
-    """Whether codes are compared as unit vectors: by the trainer's options, else true, as in both published
-    tokenizers."""
+    """Whether codes are compared as unit vectors: from the trainer's options, else true, as in published tokenizers."""
     options = content.get("args") if isinstance(content, Mapping) else None
     return bool(getattr(options, "codebook_l2_norm", True))
 

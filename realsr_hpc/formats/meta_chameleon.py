@@ -3,7 +3,7 @@
 Names and the order of rows follow facebookresearch/chameleon, `inference/transformer.py`. wqkv and w13 may be fused.
 Several `consolidated.0N.pth` are tensor-parallel shards, each with its own q and k norm.
 
-Meta's rotary embedding rotates neighbouring pairs of rows, ours rotates the two halves of a head. So the rows of wq, wk
+Meta's rotary embedding rotates pairs of consecutive rows, ours rotates the two halves of a head. So the rows of wq, wk
 and the q and k norms are reordered. Trees that were converted from a Hugging Face folder (Anole's `bin_to_pth.py`) do
 not record their order in any key; they are recognised by their norms or by `rope.freqs`. Anole's own fork of
 transformers keeps Meta's order; releases of transformers do not.
@@ -38,7 +38,7 @@ _USED = (
     "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_dim_multiplier", "multiple_of", "norm_eps",
     "rope_theta", "swin_norm", "head_dim", "model_parallel_size",
 )  # fmt: skip
-"""Settings that sizes or shapes are compared with."""
+"""Settings that are compared with sizes or shapes."""
 _FIXED = {"qk_normalization": True, "non_linearity": "swiglu", "activation": "swiglu", "norm_type": "rmsnorm"}
 """Settings that must be absent, null or have this value."""
 
@@ -76,7 +76,7 @@ def look(place: Place) -> Signs:
 def open_tree(place: Place, rotary: Rotary | None) -> Found:
     """The tree, with all shards memory-mapped. ValueError for a missing shard or an unclear rotary order."""
     folder = _folder(place)
-    assert folder is not None, "opened without a look"
+    assert folder is not None, "call look before opening"
     files = _shard_files(folder)
     contents = [read_pickle(path) for path in files]
     shards = [TensorFiles([(path, state_of(content, path))]) for path, content in zip(files, contents, strict=True)]
@@ -145,7 +145,7 @@ def _setting_faults(params: dict[str, Any], shards: int) -> list[str]:
 
 
 def _not_read(params: dict[str, Any]) -> list[str]:
-    """Settings of the model that neither Meta's own code nor ours knows."""
+    """Settings of the model that neither Meta's code nor ours uses."""
     model = params.get("model")
     nested = model if isinstance(model, dict) else {}
     given = [key for key in nested if key not in {*_USED, *_FIXED, *_UNKNOWN} and nested[key] not in (None, False)]
@@ -154,14 +154,14 @@ def _not_read(params: dict[str, Any]) -> list[str]:
 
 def _order(asked: Rotary | None, content: dict[str, Any], tree: _Tree) -> tuple[Rotary, str]:
     if asked is not None:
-        return asked, "as asked for"
+        return asked, "as requested"
     norm = tree.shards[0].specs.get("layers.0.attention.q_normalization.weight")
     if norm is not None and len(norm.shape) > 1:
         return "halves", f"q norms of shape {list(norm.shape)}: renamed from a Hugging Face folder"
     if "rope.freqs" in content and not isinstance(content["rope.freqs"], Tensor):
         raise ValueError(
             f"{tree.shards[0].path_of('norm.weight')}: rope.freqs is {content['rope.freqs']!r}, so its tensors were "
-            f"renamed from a Hugging Face folder, and no key says in which order their rotary pairs stand: {CHOOSE}"
+            f"renamed from a Hugging Face folder, and no key says in which order their rotary pairs are: {CHOOSE}"
         )
     return "interleaved", "Meta's own files"
 
@@ -257,14 +257,14 @@ class _Tree:
 
         def merge(parts: list[Tensor], order: Rotary) -> Tensor:
             rows = torch.cat([part.reshape(-1, self.width) for part in parts])
-            if order == "interleaved":
+            if order == "interleaved":  # [rows, d/2, 2] -> [rows, 2, d/2]
                 rows = rows.view(-1, self.width // 2, 2).transpose(1, 2).reshape(-1, self.width)
             return rows.repeat_interleave(heads // len(rows), 0)
 
         return merge
 
     def specs(self) -> dict[str, Spec]:
-        """Shapes after merging, without reading the tensors; a tensor that a shard lacks is left out."""
+        """Shapes after merging, without reading the tensors; a tensor that a shard lacks is omitted."""
         sizes, found = self.sizes(), {}
         for name, (kept, _) in self.table.items():
             if all(kept[0] in shard.specs for shard in self.shards):
@@ -286,14 +286,14 @@ class _Tree:
         return (shapes[0][0], total) if beside else (total, shapes[0][1])
 
     def faults(self) -> list[str]:
-        """Tensors that have no place in our model, and those whose shapes do not fit the settings."""
+        """Tensors that our model does not have, and tensors whose shapes do not fit the settings."""
         used = {kept for names, _ in self.table.values() for kept in names} | {"rope.freqs"}
         given = {name for shard in self.shards for name in shard.specs}
-        extra = [f"tensor {name} (no place for it)" for name in sorted(given - used)]
+        extra = [f"tensor {name} (not in our model)" for name in sorted(given - used)]
         return [*extra, *(fault for name in sorted(given & used - {"rope.freqs"}) if (fault := self._odd(name)))]
 
     def _odd(self, name: str) -> str | None:
-        """What is wrong with the shapes of a tensor's shards; None: nothing."""
+        """The fault of the shapes of a tensor's shards; None: none."""
         shapes = [shard.specs[name].shape for shard in self.shards if name in shard.specs]
         shape, part = shapes[0], name.split(".")[-2]
         if not shape:
@@ -320,12 +320,13 @@ class _Tree:
 
 def halves_of(weight: Tensor, heads: int) -> Tensor:
     """Reorders rows [heads * d, hidden] from interleaved rotary pairs (0 1 0 1 ...) to halves (0 0 ... 1 1 ...)."""
+    # [heads, d/2, 2, hidden] -> [heads, 2, d/2, hidden]
     pairs = weight.view(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _mean(parts: list[Tensor], order: Rotary) -> Tensor:
-    """Every shard holds the whole norm. If they differ, their mean, as in transformers' converter."""
+    """Merge norms, which every shard holds whole; if they differ, their mean, as in transformers' converter."""
     return parts[0] if all(torch.equal(parts[0], part) for part in parts) else torch.stack(parts).mean(0)
 
 

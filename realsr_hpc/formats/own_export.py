@@ -25,7 +25,7 @@ def look(place: Place) -> Signs:
 
 
 def open_export(place: Place, rotary: Rotary | None) -> Found:
-    """The policy, and the image tokenizer put together from its encoder and its decoder."""
+    """The policy, and the image tokenizer assembled from its encoder and its decoder."""
     found = hugging_face.open_hugging_face(place, rotary)
     assert found.policy is not None, "a folder always has a policy"
     if place.file("tokenizer.json") is None:
@@ -41,8 +41,8 @@ def open_export(place: Place, rotary: Rotary | None) -> Found:
 def _with_decoder(encoder: FoundImage, place: Place) -> FoundImage:
     """Image tokenizer with the encoder's tensors and those of the decoder's file.
 
-    The decoder's file also holds `codebook`, the codes as they are used (normalised where the recipe normalises them);
-    it is left out here, because the raw codes are among the other tensors.
+    The decoder's file also has `codebook`, the codes as they are used (normalised if the recipe normalises them);
+    it is omitted here, because the raw codes are among the other tensors.
     """
     path = place.path / DECODER_FILE
     beside = TensorFiles([(path, safetensors_specs(path))])

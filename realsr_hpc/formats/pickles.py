@@ -31,7 +31,7 @@ _NAMED = re.compile(r"(?:GLOBAL|global(?!: GLOBAL)|class(?! <class))\W+([\w.]+)"
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a file; in files written by torch >= 1.6, tensors are memory-mapped and read when they are used.
+    """The content of a file; in files of torch >= 1.6, tensors are memory-mapped and read on use.
 
     ValueError if the file is damaged, or contains a class that is not allowed: the message names it.
     """
@@ -63,8 +63,8 @@ def _check_classes(path: Path) -> None:
 
 def _refusal(path: Path, classes: list[str]) -> str:
     return (
-        f"{path} is a pickle that asks for {', '.join(classes)}; none but tensors, plain containers, NumPy scalars and "
-        "argparse.Namespace are read, and nothing of it was executed; take the file from its owner, or have its "
+        f"{path} is a pickle that refers to {', '.join(classes)}; only tensors, plain containers, NumPy scalars and "
+        "argparse.Namespace are read, and nothing in it was executed; get the file from its owner, or have its "
         "tensors saved as safetensors"
     )
 

@@ -1,4 +1,4 @@
-"""The file or folder given as a source of weights, and what a format needs to define: how to recognise and open it."""
+"""The file or folder given as a source of weights, and the interface of a format: how to recognise and open it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 
 @dataclass(frozen=True)
 class Signs:
-    """Which signs of a format (a file, a key) a source has. The format is recognised if none is absent."""
+    """The signs of a format (files, keys) that a source has and lacks. It is recognised if none is absent."""
 
     support: tuple[str, ...] = ()
     """Signs that are present."""
@@ -27,11 +27,11 @@ class Signs:
     """Signs that are absent."""
 
     def ask(self, present: bool, sign: str) -> Signs:
-        """These signs and one more, which is present or absent."""
+        """These signs and one more, present or absent."""
         return self.joined(Signs((sign,), ()) if present else Signs((), (sign,)))
 
     def ask_keys(self, present: Collection[str], *keys: str) -> Signs:
-        """These signs and each key, which is among the present ones or absent."""
+        """These signs and one for each key, present if it is in `present`."""
         there, absent = (tuple(key for key in keys if (key in present) is wanted) for wanted in (True, False))
         return self.joined(Signs(there, absent))
 
@@ -67,8 +67,7 @@ class Place:
 
     @functools.cached_property
     def content(self) -> Any:
-        """Content of a single file: tensor specs by name (safetensors) or the unpickled object; None for a folder and
-        for other kinds of files."""
+        """Content of a single file: tensor specs by name (safetensors) or the unpickled object; else None."""
         if not self.path.is_file():
             return None
         if self.path.suffix == ".safetensors":

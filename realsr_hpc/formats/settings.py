@@ -1,4 +1,4 @@
-"""Checks the keys of a config.json: does our forward pass compute what they ask for?
+"""Checks that our forward pass implements the settings in a config.json.
 
 There are three lists: keys that are compared with the recipe (`SIZES`), keys whose value must match our forward pass
 (`FIXED`), and keys without effect here (`WITHOUT_EFFECT`). Any other key with a meaningful value is refused, because
@@ -23,7 +23,7 @@ SIZES = {
     "rope_theta": 10000.0,
     "swin_norm": False,
 }
-"""Keys that are compared with the recipe, each with the value of a missing key (that of transformers'
+"""Keys that are compared with the recipe, each with the value for a missing key (the default of transformers'
 `ChameleonConfig`); None: the key must be there."""
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": MODEL_TYPES,
@@ -57,7 +57,7 @@ WITHOUT_EFFECT = frozenset(
     cross_attention_hidden_size tie_encoder_decoder torchscript use_bfloat16 finetuning_task id2label label2id
     num_labels problem_type tokenizer_class prefix task_specific_params tf_legacy_loss gradient_checkpointing""".split()
 )
-"""Names, training options and generation options; rope_*, head_dim and vq_config have checks of their own."""
+"""Names, training options and generation options; rope_*, head_dim and vq_config are checked separately."""
 
 
 def setting_faults(settings: Mapping[str, Any]) -> list[str]:
@@ -74,13 +74,13 @@ def setting_faults(settings: Mapping[str, Any]) -> list[str]:
     known = SIZES.keys() | FIXED.keys() | WITHOUT_EFFECT
     for key in sorted(settings.keys() - known):
         value = settings[key]
-        if not (value is None or value is False or value in ({}, [])):  # 0 is a value: a scale, a limit
+        if not (value is None or value is False or value in ({}, [])):  # 0 can be meaningful: a scale, a limit
             faults.append(f"{key} {settings[key]!r} (unknown here; take it out of config.json if it changes nothing)")
     return faults
 
 
 def mapping_of(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The mapping under a key; {} for null or no such key. ValueError: it is something else."""
+    """The mapping under a key; {} for null or a missing key. ValueError for anything else."""
     value = settings.get(key)
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"config.json: {key} is {value!r:.60}, no mapping; copy the folder again")
@@ -113,7 +113,7 @@ def _rotary_faults(settings: Mapping[str, Any]) -> list[str]:
         if kind != "default" or any(value is not None for value in others.values()):
             faults.append(f"{key} {dict(given)!r} (ours: plain rotary embeddings, not scaled)")
     if len(set(thetas := _thetas(settings))) > 1:
-        faults.append(f"rope_theta {' and '.join(map(str, thetas))} (given twice; which of them holds is not known)")
+        faults.append(f"rope_theta {' and '.join(map(str, thetas))} (given twice; it is not known which one applies)")
     return faults
 
 
@@ -125,7 +125,7 @@ def _thetas(settings: Mapping[str, Any]) -> list[Any]:
 
 
 def sizes_of(settings: Mapping[str, Any]) -> dict[str, float]:
-    """Sizes under config.json's names. A missing key gets its default; one without a default is left out."""
+    """Sizes under config.json's names. A missing key gets its default; one without a default is omitted."""
     given = {**settings, "rope_theta": next(iter(_thetas(settings)), None)}
     sizes = {key: default if given.get(key) is None else given[key] for key, default in SIZES.items()}
     for key, value in sizes.items():

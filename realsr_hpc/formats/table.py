@@ -38,23 +38,23 @@ def open_source(path: Path, rotary: Rotary | None = None) -> Found:
     for known in FORMATS:
         signs = known.look(place)
         if not signs.against and place.path.is_file():
-            return known.open(place, rotary)  # the first, most specific format whose keys are all there
+            return known.open(place, rotary)  # the first, most specific format whose keys are all present
         if not signs.against:
             recognised.append(known)
         looked.append((len(signs.support) / (len(signs.support) + len(signs.against)), known, signs))
     if own_export.FORMAT in recognised:
-        recognised.remove(hugging_face.FORMAT)  # an export of ours is such a folder as well
+        recognised.remove(hugging_face.FORMAT)  # our exports are Hugging Face folders too
     if len(recognised) > 1:
         names = " and ".join(known.name for known in recognised)
-        raise ValueError(f"{path} holds weights in two formats, {names}; move those of one to a folder of their own")
+        raise ValueError(f"{path} holds weights in two formats, {names}; move one of them to another folder")
     if recognised:
         [known] = recognised
         return known.open(place, rotary)
     _, nearest, signs = max(looked, key=lambda row: row[0])
     if not signs.support:
         raise ValueError(
-            f"{path} is in none of the known formats: {', '.join(known.name for known in FORMATS)}; nothing in it "
-            "looks like one of them"
+            f"{path} is in none of the known formats: {', '.join(known.name for known in FORMATS)}; it has "
+            "none of their signs"
         )
     raise ValueError(
         f"{path} is in no known format; nearest is {nearest.name}: {', '.join(signs.support)} found, but not "

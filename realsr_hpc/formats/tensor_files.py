@@ -37,7 +37,7 @@ class TensorFiles:
         for path, tensors in opened:
             for name, value in tensors.items():
                 if name in self._places:
-                    raise ValueError(f"{name} stands in {self._places[name][0]} and in {path}; copy the folder again")
+                    raise ValueError(f"{name} is in {self._places[name][0]} and in {path}; copy the folder again")
                 self._places[name] = path, value
                 self.specs[name] = value if isinstance(value, Spec) else Spec(tuple(value.shape), value.dtype)
         self._handles: dict[Path, Any] = {}
@@ -94,8 +94,7 @@ def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:
 
 
 def state_of(content: Any, path: Path, under: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The tensors (or specs) of an opened file, at the top level or below one of the keys `under`; everything else is
-    left out.
+    """The tensors (or specs) of an opened file, at the top level or below one of the keys `under`, and nothing else.
 
     ValueError if there are none.
     """

@@ -1,5 +1,7 @@
-"""A folder with the tokenizers of Meta's release and no policy: `vqgan.ckpt` and `text_tokenizer.json`, there or in
-tokenizer/."""
+"""A folder with the tokenizers of Meta's release and no policy.
+
+`vqgan.ckpt` and `text_tokenizer.json` are in the folder itself or in its folder tokenizer/.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ _IMAGE, _TEXT = ("vqgan.ckpt", "tokenizer/vqgan.ckpt"), ("text_tokenizer.json", 
 
 
 def look(place: Place) -> Signs:
-    """Recognised by its image tokenizer, and by holding no weights of a policy."""
+    """Recognised by its image tokenizer and the absence of a policy's files."""
     signs = Signs().ask(place.file(*_IMAGE) is not None, "vqgan.ckpt")
     weights = place.file(*_OF_A_POLICY)
     return signs if weights is None else signs.ask(False, f"the absence of {weights.name}")
@@ -27,7 +29,7 @@ def look(place: Place) -> Signs:
 def open_folder(place: Place, rotary: Rotary | None) -> Found:
     """The image tokenizer, and the text tokenizer if there is one."""
     image = place.file(*_IMAGE)
-    assert image is not None, "opened without a look"
+    assert image is not None, "call look before opening"
     return Found(NAME, image=open_vqgan(Place(image), rotary).image, text=place.file(*_TEXT))
 
 

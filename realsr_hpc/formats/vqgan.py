@@ -31,7 +31,7 @@ _FIXED = {
     "attn_type": "vanilla",
 }
 _SIZES = {"z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "dropout"}
-"""Settings of `ddconfig` that the shapes of the tensors show, or that only training uses."""
+"""Settings of `ddconfig` that follow from the shapes of the tensors, or that only training uses."""
 SETTINGS = {
     "normalised_codes": False,
     "attention": "middle",
@@ -66,8 +66,10 @@ def open_vqgan(place: Place, rotary: Rotary | None) -> Found:
 
 
 def _yaml_faults(path: Path) -> list[str]:
-    """Settings in vqgan.yaml that we cannot compute. Sizes are not checked here: the shapes of all tensors are
-    compared."""
+    """Settings in vqgan.yaml that our tokenizer does not support.
+
+    Sizes are not checked here, because the shapes of all tensors are compared.
+    """
     if not path.is_file():
         return []
     try:

@@ -41,7 +41,7 @@ def test_of_a_source_with_closed_folders_the_rest_is_prepared(pictures, tmp_path
 
 def test_downloads_with_closed_folders_are_looked_through(pictures):
     code, said = answer("stage-weights", "recipe=sft_7b", f"downloads={pictures}")
-    assert code == 1 and f"{pictures}/closed: passed over (Permission denied)" in said
+    assert code == 1 and f"{pictures}/closed: skipped (Permission denied)" in said
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ BREACHES = {
     "image_sizes_grow_from_rough_to_final": ["vlcot.image_sizes_px=[64,32,128]"],
     "the_truth_is_a_multiple_of_the_upscale": ["vlcot.upscale=3"],
     "tokenizer_strides_match_its_levels": ["image_tokenizer.downsample=4"],
-    "the_tokenizer_begins_with_a_feature_a_code": [
+    "the_tokenizer_starts_with_a_feature_per_code": [
         "task=tokenizer",
         "tokenizer_training.start_batches=2",
         "tokenizer_training.batch_size=2",
@@ -46,7 +46,7 @@ BREACHES = {
     "fp8_needs_bf16_gpus_and_aligned_dimensions": ["precision.fp8=tensorwise"],
     "lean_optimizers_need_gpus": ["optim.cpu_offload=true"],
     "graphs_hold_whole_decode_steps": ["parallel.decode_graphs=true", "parallel.pp=2"],
-    "one_task_a_gpu": ["cluster.gpus_per_node=1", "cluster.tasks_per_node=2"],
+    "one_task_per_gpu": ["cluster.gpus_per_node=1", "cluster.tasks_per_node=2"],
     "a_local_run_has_one_node": ["cluster.nodes=2"],
     "clipping_has_both_bounds": ["grpo.clip_low=null"],
     "mismatch_bounds_hold_one": ["grpo.mismatch_bounds=[2,5]"],

@@ -242,7 +242,7 @@ def test_tensors_without_a_place_missing_ones_and_nan_are_refused_at_both_doors(
     damaged = state[gate].clone()
     damaged[3, 5] = float("nan")
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(HIDDEN)}
-    spoilt = {"q_proj.bias, for which our model has no place": {**state, **bias}}
+    spoilt = {"q_proj.bias, which our model does not have": {**state, **bias}}
     spoilt[r"gate_proj\.weight holds NaN"] = {**state, gate: damaged}
     spoilt[r"no tensor model\.layers\.1\.mlp\.gate_proj"] = {n: v for n, v in state.items() if n != gate}
     for number, (message, tensors) in enumerate(spoilt.items()):

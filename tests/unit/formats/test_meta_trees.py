@@ -72,7 +72,7 @@ def test_a_renamed_tree_that_does_not_say_its_order_asks_for_it(tmp_path):
     with pytest.raises(ValueError, match=r"rope.freqs is None.*rotary=interleaved .* or rotary=halves"):
         import_weights(Sources(tree), tmp_path / "out", recipe())
     assert not (tmp_path / "out").exists()
-    assert "as asked for" in import_weights(Sources(tree, rotary="halves"), tmp_path / "out", recipe()).recognised[0]
+    assert "as requested" in import_weights(Sources(tree, rotary="halves"), tmp_path / "out", recipe()).recognised[0]
 
 
 def test_half_of_a_tree_names_what_is_missing(tmp_path):
@@ -167,11 +167,11 @@ def test_two_models_or_two_layouts_in_one_tree_ask_which(tmp_path):
 def test_a_tensor_without_a_place_is_refused_by_name(tmp_path):
     shard = meta_state()[0] | {"layers.0.attention.wq.bias": torch.zeros(48)}
     tree = write_tree(tmp_path / "tree", [shard], recipe())
-    with pytest.raises(ValueError, match=r"tensor layers\.0\.attention\.wq\.bias \(no place for it\)"):
+    with pytest.raises(ValueError, match=r"tensor layers\.0\.attention\.wq\.bias \(not in our model\)"):
         import_weights(Sources(tree), tmp_path / "out", recipe())
     shards = meta_state(parts=2)
     shards[1]["layers.1.adapter.weight"] = torch.zeros(2)
-    with pytest.raises(ValueError, match=r"tensor layers\.1\.adapter\.weight \(no place for it\)"):
+    with pytest.raises(ValueError, match=r"tensor layers\.1\.adapter\.weight \(not in our model\)"):
         import_weights(Sources(write_tree(tmp_path / "two", shards, recipe())), tmp_path / "out", recipe())
 
 

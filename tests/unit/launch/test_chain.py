@@ -165,7 +165,7 @@ def started(recipe: str, more: str) -> str:
         ("{a: {recipe: sft_tiny}, b: {command: evaluate, set: {checkpoint: '{a.best}'}}}", "checkpoint.keep_best to 1"),
         ("{}", "stages: "),
         ("{a: {recipe: sft_tiny}, b: {command: export_hf, set: {run: '{a.run'}}}", "run: {a.run: not a placeholder"),
-        (evaluated("num_images: abc"), "num_images='abc' is not a whole number; give one from 1 up"),
+        (evaluated("num_images: abc"), "num_images='abc' is not a whole number; give one of at least 1"),
         (evaluated("draws: 2.5"), "draws='2.5' is not a whole number"),
         (evaluated("temperature: .nan"), "temperature=NaN: "),
         (evaluated("colour: [wavelet, adain]"), "colour='wavelet,adain' is not one of none, wavelet, adain"),
