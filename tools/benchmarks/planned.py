@@ -23,14 +23,14 @@ FEW = (
     ["sft_30b_lora"],
     ["grpo_7b_lora", "rewards=paper", "model=chameleon_30b", "parallel=tp2", "cluster=slurm_h100x8"],
 )
-"""Recipes with their overrides that one GPU, or two, are enough for; of the 30B one node."""
+"""Recipes with their overrides for which one GPU or two are enough; the 30B needs one node."""
 TITLES = {
-    "layouts": "32 prompts x 8 rollouts on one node: which layout",
-    "growing": "TP 2, 8 prompts a data-parallel rank: nodes and batch grow together",
-    "fixed": "TP 2, 512 prompts x 8 rollouts: more nodes, the same batch",
-    "long": "The same layouts for the f = 8 variant (5,500 image tokens a trace)",
+    "layouts": "Layouts of 32 prompts x 8 rollouts on one node",
+    "growing": "TP 2, 8 prompts per data-parallel rank; nodes and batch grow together",
+    "fixed": "TP 2, 512 prompts x 8 rollouts; more nodes, the same batch",
+    "long": "The same layouts for the f = 8 variant (5,500 image tokens per trace)",
     "few": "`sft_small`, `grpo_small`, then `sft_7b_lora` and `grpo_7b_lora rewards=paper` on one GPU and on two "
-    "of 48 GB; the same of the 30B on a node of eight (`sft_30b_lora`, and GRPO with `model=chameleon_30b`)",
+    "of 48 GB; the same for the 30B on a node of eight (`sft_30b_lora`, and GRPO with `model=chameleon_30b`)",
 }
 
 
