@@ -63,7 +63,8 @@ def reference() -> str:
     for kind, options in reward_options.OPTIONS.items():
         parts.append(f"\n### Options of kind `{kind}`\n\n{_table(options)}")
     elsewhere = _table(reward_options.HttpOptions)
-    parts.append(f"\n### Options of any kind with `expert: http` ([a judge in another process](judge.md))\n\n{elsewhere}")
+    link = "[a judge in another process](judge.md)"
+    parts.append(f"\n### Options of any kind with `expert: http` ({link})\n\n{elsewhere}")
     return "\n".join(parts)
 
 
