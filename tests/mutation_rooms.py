@@ -7,9 +7,14 @@ from tests.mutation_table import Mutation
 TRAIN, UPDATES = "tests/unit/train/", "tests/unit/train/test_updates.py::test_"
 STEP, SFT = "tests/unit/train/test_step.py::test_", "tests/unit/train/test_sft.py::test_"
 RESTORE, OPENED = "tests/unit/restore/test_restore.py::test_", "tests/unit/restore/test_model.py::test_"
+CANDIDATES = "tests/unit/restore/test_candidates.py::test_"
 RESTORE_FOLDER = "restore/image_folder.py"
 DRAWN = "tests/unit/behaviour/test_distribution.py::test_"
-AHEAD = "tests/unit/rollout/test_ahead.py::test_"
+AHEAD, WIDTH = "tests/unit/rollout/test_ahead.py::test_", "tests/unit/rollout/test_width.py::test_"
+DEGRADED, LOADED = "tests/unit/data/test_degradation.py::test_", "tests/unit/data/test_loader.py::test_"
+EVALUATED = "tests/unit/evaluate/test_evaluate.py::test_"
+REPETITIONS = "tests/unit/compare/test_repetitions.py::test_"
+UNDERSTOOD = "tests/unit/rewards/test_understanding.py::test_"
 
 ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ("train/batches.py", f"{TRAIN}test_batches.py"): (
@@ -116,6 +121,38 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ("rollout/sampled.py", "tests/unit/rollout/test_sampler.py::test_leaving_changes_no_rollout"): (
         ("padding carries loss", "torch.ones(shape, dtype=torch.bool", "torch.zeros(shape, dtype=torch.bool"),
     ),
+    (
+        "rollout/ahead.py",
+        f"{AHEAD}discarded_draws_are_the_next_guesses_and_an_unknown_token_is_guessed_like_the_last",
+    ): (
+        (
+            "discarded draws are forgotten",
+            "self._guessed[rows] = count + width",
+            "self._guessed[rows] = count + number",
+        ),
+    ),
+    ("rollout/ahead.py", f"{AHEAD}a_code_is_guessed_like_the_one_above_and_a_forced_token_as_itself"): (
+        ("guessed from the left", "position - np.maximum(back, 1)", "position - 1"),
+        (
+            "guesses that cannot be drawn",
+            "np.where(self._table[masks, guess], guess, self._first_allowed[masks])",
+            "guess",
+        ),
+    ),
+    ("rollout/width.py", f"{WIDTH}widths_are_tried_thrice_until_one_is_far_worse_and_neighbours_are_measured_again"): (
+        ("one trial", "TRIALS = 3", "TRIALS = 1"),
+        ("all widths are tried", "< WORSE * best", "< 0.0 * best"),
+        ("always the wider neighbour", "% 2 else -1", "% 2 else 1"),
+    ),
+    ("rollout/width.py", f"{WIDTH}each_kind_of_tokens_and_each_doubling_of_rows_is_measured_by_itself"): (
+        ("text measured as images", "setdefault((rows.bit_length(), images)", "setdefault((rows.bit_length(), True)"),
+        ("every number of rows alike", "setdefault((rows.bit_length(), images)", "setdefault((1, images)"),
+    ),
+    ("rollout/width.py", f"{WIDTH}a_rate_is_the_mean_of_recent_passes_over_the_time_without_other_load"): (
+        ("the last time counts", "min(seconds, 1.02 * self.seconds)", "seconds"),
+        ("the first passes weigh a tenth", "max(1 / self.passes, 0.1)", "0.1"),
+        ("old passes weigh alike", "max(1 / self.passes, 0.1)", "1 / self.passes"),
+    ),
     ("rollout/policy_restorer.py", f"{OPENED}each_candidate_of_each_image_draws_by_a_number_of_its_own"): (
         ("candidates alike", "FIRST_ID + case.index * count + member", "FIRST_ID + case.index * count"),
         ("training's draws", "FIRST_ID + case.index * count + member", "case.index * count + member"),
@@ -134,11 +171,30 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ),
     (
         "restore/candidates.py",
-        f"{RESTORE}what_an_expert_cannot_rate_is_not_chosen_and_the_mean_has_the_nearest_texts",
+        f"{CANDIDATES}what_an_expert_cannot_rate_is_not_chosen_and_the_mean_has_the_nearest_texts",
     ): (
         ("NaN is best", "nan=-np.inf", "nan=np.inf"),
         ("the first's texts", "item.trace, item.images, best", "found[0].trace, item.images, best"),
         ("the farthest's texts", "distances.argmin()", "distances.argmax()"),
+    ),
+    ("restore/candidates.py", f"{CANDIDATES}the_nearest_to_the_mean_is_so_over_all_pixels_and_not_at_its_worst"): (
+        ("the nearest at its worst pixel", "finals.mean(0)).mean((1, 2, 3))", "finals.mean(0)).max((1, 2, 3))"),
+    ),
+    ("restore/candidates.py", f"{CANDIDATES}pyiqas_metric_and_the_folder_of_its_weights_reach_the_expert"): (
+        ("pyiqa's default folder", "weights_dir=weights_dir)", "weights_dir=None)"),
+    ),
+    ("restore/options.py", f"{CANDIDATES}pyiqas_metric_and_the_folder_of_its_weights_reach_the_expert"): (
+        ("pyiqa's folder not passed on", 'build_chooser(choice, given["weights_dir"])', "build_chooser(choice)"),
+    ),
+    ("restore/tiles.py", f"{CANDIDATES}a_tiles_record_has_the_number_that_was_chosen_and_its_scores_to_four_digits"): (
+        ("always the first candidate", "chosen=restored.chosen", "chosen=0"),
+        ("two digits of the scores", "round(score, 4)", "round(score, 2)"),
+    ),
+    ("restore/tiles.py", f"{CANDIDATES}tiles_overlap_by_what_the_command_says_if_no_one_does"): (
+        ("another overlap from Python", "overlap_px: int = 8", "overlap_px: int = 4"),
+    ),
+    ("restore/tiles.py", f"{RESTORE}workers_restore_the_same_and_share_the_tiles_evenly"): (
+        ("a batch counts as a tile", "on_tiles(len(part))", "on_tiles(1)"),
     ),
     ("restore/colour.py", f"{RESTORE}low_frequencies_are_five_dilated_filters"): (
         ("four levels", "_LEVELS = 5", "_LEVELS = 4"),
@@ -173,24 +229,123 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ("behaviour/draws.py", f"{DRAWN}streams_differ_by_seed_and_rollout_and_positions_do_not_depend_on_the_length"): (
         ("another stream for each seed", "key=[seed, rollout_id]", "key=[rollout_id, seed]"),
     ),
+    ("behaviour/draws.py", f"{DRAWN}the_noise_of_a_token_is_its_key_hashed_with_its_id"): (
+        ("another hash", "((17, 0xED5AD4BB", "((16, 0xED5AD4BB"),
+        ("half of the key", "if number == 0:", "if number == 9:"),
+    ),
     ("behaviour/distribution.py", f"{DRAWN}adaptive_support_follows_the_entropy_of_the_masked_row"): (
         ("top-p of what top-k dropped", "tempered.masked_fill(~keep, -torch.inf).softmax", "tempered.softmax"),
     ),
     ("grpo/advantages.py", "tests/unit/grpo/test_advantages.py"): (
         ("always the unbiased std", "unbiased_std=config.unbiased_std,", "unbiased_std=True,"),
         ("always the same epsilon", "epsilon=config.advantage_epsilon,", "epsilon=1e-4,"),
+        ("places without epsilon", ".sqrt() + epsilon)).to(scores.dtype)", ".sqrt())).to(scores.dtype)"),
+        ("a place known once is NaN", "(count - 1).clamp_min(1)", "(count - 1)"),
+        ("places in float32", "exact = scores.double()", "exact = scores"),
+        ("a tie contributes", "factor.masked_fill(zero_variance(whole)[..., None], 0.0)", "factor"),
     ),
     ("optim/step.py", "tests/unit/optim/test_step.py"): (
         ("a skipped update stops the clock", "self.num_updates += 1", "self.num_updates += applied"),
         ("gradients pile up", "                chunk.zero_grad_buffer()\n", "                pass\n"),
         ("one beta for both", '"adam_beta1": optim.beta1', '"adam_beta1": optim.beta2'),
+        (
+            "the rate falls on",
+            "min(1.0, (step - optim.warmup_steps) / decay_steps)",
+            "(step - optim.warmup_steps) / decay_steps",
+        ),
     ),
     ("rewards/base.py", "tests/unit/rewards/test_mixture.py"): (
         ("infinity is no failure", "broken[chosen] = ~np.isfinite(raw)", "broken[chosen] = np.isnan(raw)"),
+        (
+            "broken places stop the run",
+            "            return None\n\n    def compute_p",
+            "            raise\n\n    def compute_p",
+        ),
     ),
     ("rewards/mixture.py", "tests/unit/rewards/test_mixture.py"): (
         ("places of malformed traces", "malformed[:, None] & reward.needs_image", "malformed[:, None] & False"),
+        ("a gated reward is 0", "np.where(malformed, reward.range[0],", "np.where(malformed, 0.0,"),
         ("no places of their phrases", "malformed[:, None] & reward.needs_image", "malformed[:, None]"),
+    ),
+    ("rewards/understanding.py", f"{UNDERSTOOD}the_word_has_its_share_on_signs_and_none_elsewhere"): (
+        ("exact words by letters", 'word_credit == "exact"', 'word_credit != "exact"'),
+    ),
+    ("rewards/wordnet.py", f"{UNDERSTOOD}synonyms_of_wordnet_name_a_tag"): (
+        ("rare senses", "_SENSES = 2", "_SENSES = 3"),
+        ("the number of words is decimal", "int(fields[3], 16)", "int(fields[3])"),
+    ),
+    ("data/degradation.py", f"{DEGRADED}crop_is_inside_and_as_large_as_said"): (
+        ("always the largest crop", "rng.uniform(min_fraction, 1.0)", "1.0"),
+        (
+            "never at the right edge",
+            "int(rng.integers(width - side + 1)), int",
+            "int(rng.integers(width - side or 1)), int",
+        ),
+    ),
+    ("data/degradation.py", f"{DEGRADED}ranges_are_the_published_ones"): (
+        ("round kernels", "sigma_y, rotation = rng.uniform(*preset.blur_sigma)", "sigma_y, rotation = sigma_x"),
+        ("half of the rotations", "rng.uniform(-math.pi, math.pi)", "rng.uniform(0, math.pi)"),
+    ),
+    ("data/degradation.py", f"{DEGRADED}a_kernel_of_13_px_holds_lower_cut_offs"): (
+        ("from 15 px on", "size_px < 13", "size_px <= 13"),
+        ("no lower cut-offs", "math.pi / 5", "math.pi / 3"),
+    ),
+    ("data/degradation.py", f"{DEGRADED}the_end_is_the_published_one"): (
+        ("one size of the last filter", "int(rng.choice(preset.final_sinc_sizes_px))", "7"),
+    ),
+    ("data/loader.py", f"{LOADED}noise_is_drawn_by_seed_and_sample_number"): (
+        (
+            "one noise for all",
+            "generator(self._config.seed, s.index, Stream.NOISE)",
+            "generator(self._config.seed, 0, Stream.NOISE)",
+        ),
+        (
+            "one noise for all seeds",
+            "generator(self._config.seed, s.index, Stream.NOISE)",
+            "generator(0, s.index, Stream.NOISE)",
+        ),
+    ),
+    ("data/loader.py", f"{LOADED}a_state_of_photographs_that_were_altered_since_is_refused"): (
+        ("altered photographs are the same", "{entry.key} {entry.sha256}", "{entry.key}"),
+    ),
+    ("data/loader.py", f"{LOADED}a_state_of_another_run_is_refused"): (
+        ("another mode goes on", '            "mode": self._config.data.mode,\n', ""),
+        ("another order goes on", '            "shuffle": self._samples.shuffle,\n', ""),
+    ),
+    ("data/samples.py", f"{LOADED}the_order_of_photographs_follows_the_seed"): (
+        ("one order for all seeds", "generator(self.seed, epoch, Stream.ORDER)", "generator(0, epoch, Stream.ORDER)"),
+    ),
+    ("evaluate/report.py", f"{EVALUATED}the_worst_are_without_an_image_then_of_lowest_psnr_or_highest_niqe"): (
+        ("the best by NIQE", "else -values, nan", "else values, nan"),
+        ("the worst of bicubic", 'self.values(self.methods[-1], "psnr_y"', 'self.values(self.methods[0], "psnr_y"'),
+    ),
+    ("evaluate/words.py", f"{EVALUATED}chance_is_the_share_of_the_commonest_true_word"): (
+        ("the commonest answer", "self.counts.sum(1).max()", "self.counts.sum(0).max()"),
+    ),
+    ("evaluate/methods.py", f"{EVALUATED}bicubic_has_the_truths_size_or_enlarges_by_the_factor"): (
+        (
+            "width for height",
+            "(round(shape[1] * factor), round(shape[0] * factor))",
+            "(round(shape[0] * factor), round(shape[1] * factor))",
+        ),
+        ("the truth enlarged", "if case.gt is None else 1.0", "if case.gt is None else self.upscale"),
+    ),
+    ("compare/repetitions.py", f"{REPETITIONS}differences_are_of_runs_of_one_seed_whatever_their_order"): (
+        (
+            "paired in their order",
+            'theirs.get(run.params.get("seed")))',
+            "other.runs[self.runs.index(run)].metrics.get(metric))",
+        ),
+    ),
+    ("compare/repetitions.py", f"{REPETITIONS}a_curve_has_the_steps_of_all_runs_between_their_lowest_and_highest"): (
+        ("highest for lowest", "values.min(0), values.max(0)", "values.max(0), values.min(0)"),
+        ("last for the difference", "points[-1][1] - points[0][1]", "points[-1][1]"),
+    ),
+    ("compare/repetitions.py", f"{REPETITIONS}costs_are_of_all_processes_and_tokens_of_the_data_parallel_ones"): (
+        ("every rank counts its tokens", "run.num_processes / model_parallel", "run.num_processes"),
+    ),
+    ("compare/runs.py", f"{REPETITIONS}costs_are_of_all_processes_and_tokens_of_the_data_parallel_ones"): (
+        ("one node", 'int(self.params.get("cluster.nodes", 1)) * ', ""),
     ),
     ("rewards/fidelity.py", "tests/unit/rewards/test_fidelity.py"): (
         ("the LQ image unsmoothed", "truth = smooth(truth, self.options.smooth_px)", "pass"),

@@ -1,9 +1,11 @@
 """Lines that a test must defend: each is changed in a copy of the tree, and its test has to fail there.
 
-    python -m tests.mutations [WORD ...]     only mutations whose file, name or test holds one of the words
+    python -m tests.mutations [workers=N] [WORD ...]     only mutations whose file, name or test holds one of the words
 
-Exit code 1 when a changed line survives. Add a row to `mutation_rooms.py`, `mutation_table.py` or
-`second_device/mutations.py` for every rule whose loss nobody would see in the metrics.
+Tests run in forks of one process that has imported the vendors; each of the N workers (default 1) keeps one copy for
+all its mutations. Exit code 1 when a changed line survives, a row no longer finds its line, or a test fails without a
+change. Add a row to a table beside this file, or to `second_device/mutations.py`, for every rule whose loss nobody
+would see in the metrics.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -25,8 +29,11 @@ from tests.mutation_table import MUTATIONS, Mutation
 from tests.second_device.mutations import DEVICE_MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
+ALL = (*MUTATIONS, *ROOM_MUTATIONS, *DEVICE_MUTATIONS)
 IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"
 """The vendors are imported before pytest starts."""
+KILLED, SURVIVES, STALE, BROKEN = "killed  ", "SURVIVES", "STALE   ", "BROKEN  "
+"""The test fails; it passes; the line is not there, or not once; the test fails without a change, or does not run."""
 
 
 @contextmanager
@@ -42,23 +49,31 @@ def copied() -> Iterator[Path]:
         yield copy
 
 
-def survives(mutation: Mutation) -> bool:
-    """Whether the test passes on the changed copy; ValueError when the line is not there, or not once."""
-    with copied() as copy:
-        text = (copy / mutation.file).read_text(encoding="utf-8")
+def judged(copy: Path, test: str, mutations: Sequence[Mutation]) -> Iterator[tuple[str, Mutation]]:
+    """The verdict on each mutation of one test, which runs first on the unchanged copy."""
+    if code := _tested(copy, test, changed=False):
+        print(f"{test} ends with {code} on the unchanged tree: it cannot judge a mutation", flush=True)
+        yield from ((BROKEN, mutation) for mutation in mutations)
+        return
+    for mutation in mutations:
+        path = copy / mutation.file
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if text.count(mutation.old) != 1:
-            raise ValueError(
-                f"{mutation.name}: {mutation.old!r} stands {text.count(mutation.old)} times in {mutation.file}"
-            )
-        (copy / mutation.file).write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
-        code = _tested(copy, mutation.test)
-        if code not in (0, 1):
-            raise ValueError(f"{mutation.name}: pytest ended with {code} on {mutation.test}, see above")
-        return code == 0
+            yield STALE, mutation
+            continue
+        written = path.stat()
+        path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        code = _tested(copy, test, changed=True)
+        path.write_text(text, encoding="utf-8")
+        os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))  # its compiled form is valid again
+        yield {0: SURVIVES, 1: KILLED}.get(code, BROKEN), mutation
 
 
-def _tested(copy: Path, test: str) -> int:
-    """pytest's exit code on the copy, in a fork that has the vendors' modules and none of ours."""
+def _tested(copy: Path, test: str, *, changed: bool) -> int:
+    """pytest's exit code on the copy, in a fork that has the vendors' modules and none of ours.
+
+    What is compiled of the unchanged copy is kept; of a changed one nothing is.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -67,6 +82,9 @@ def _tested(copy: Path, test: str) -> int:
             del sys.modules[name]
         os.chdir(copy)
         os.environ["PYTHONPATH"] = str(copy)
+        if changed:
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+            sys.dont_write_bytecode = True
         sys.path.insert(0, str(copy))
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", IMPORTED, test]))
@@ -76,26 +94,32 @@ def _tested(copy: Path, test: str) -> int:
     os._exit(code)
 
 
-def main(words: list[str]) -> int:
-    """Run the chosen mutations one after another, after their tests on the unchanged tree."""
-    chosen = [
-        m
-        for m in (*MUTATIONS, *ROOM_MUTATIONS, *DEVICE_MUTATIONS)
-        if not words or any(w in f"{m.name} {m.file} {m.test}" for w in words)
-    ]
+def _share(number: int, workers: int, mutations: Sequence[Mutation]) -> list[str]:
+    """Verdicts of one worker, which takes every `workers`-th test."""
+    verdicts = []
+    with copied() as copy:
+        for test in sorted({mutation.test for mutation in mutations})[number::workers]:
+            for verdict, mutation in judged(copy, test, [each for each in mutations if each.test == test]):
+                print(f"{verdict}  {mutation.name}  ({mutation.file})", flush=True)
+                verdicts.append(verdict)
+    return verdicts
+
+
+def main(arguments: list[str]) -> int:
+    """Judge the chosen mutations."""
+    words = [word for word in arguments if not word.startswith("workers=")]
+    workers = int(next((word.removeprefix("workers=") for word in arguments if word not in words), "1"))
+    chosen = [m for m in ALL if not words or any(w in f"{m.name} {m.file} {m.test}" for w in words)]
     sys.path.insert(0, str(ROOT))
     for module in ("realsr_hpc.train.grpo", "tests.steps"):
         importlib.import_module(module)  # for the vendors they import
-    alive = []
-    for test in sorted({mutation.test for mutation in chosen}):
-        with copied() as copy:
-            if _tested(copy, test):
-                raise ValueError(f"{test} fails on the unchanged tree: it cannot judge a mutation")
-    for mutation in chosen:
-        lives = survives(mutation)
-        alive += [mutation.name] if lives else []
-        print(f"{'SURVIVES' if lives else 'killed  '}  {mutation.name}  ({mutation.file})", flush=True)
-    return 1 if alive or not chosen else 0
+    began = time.monotonic()
+    with get_context("fork").Pool(workers) as pool:
+        shares = pool.starmap(_share, [(number, workers, chosen) for number in range(workers)], chunksize=1)
+    verdicts = [verdict for share in shares for verdict in share]
+    counts = ", ".join(f"{verdicts.count(kind)} {kind.strip().lower()}" for kind in (KILLED, SURVIVES, STALE, BROKEN))
+    print(f"{len(verdicts)} mutations: {counts}; {(time.monotonic() - began) / 60:.0f} minutes")
+    return 0 if verdicts and set(verdicts) == {KILLED} else 1
 
 
 if __name__ == "__main__":

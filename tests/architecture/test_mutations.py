@@ -6,12 +6,11 @@ import re
 
 import pytest
 
-from tests.mutation_table import MUTATIONS, Mutation
-from tests.mutations import ROOT
-from tests.second_device.mutations import DEVICE_MUTATIONS
+from tests.mutation_table import Mutation
+from tests.mutations import ALL, ROOT
 
 
-@pytest.mark.parametrize("mutation", (*MUTATIONS, *DEVICE_MUTATIONS), ids=lambda mutation: mutation.name)
+@pytest.mark.parametrize("mutation", ALL, ids=lambda mutation: mutation.name)
 def test_every_mutation_finds_its_line_and_its_test(mutation: Mutation):
     assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1
     path, _, test = mutation.test.partition("::")

@@ -159,6 +159,20 @@ def test_gumbel_noise_is_standard_and_belongs_to_key_and_token():
     assert torch.equal(gumbel(keys_of(2000)[7:9], 100, 200), noise[7:9, 96:196])
 
 
+def test_the_noise_of_a_token_is_its_key_hashed_with_its_id():
+    """In whole numbers: another hash would be other draws from the same seed."""
+    keys = stream_keys(3, 9, 6)
+    found = gumbel(torch.from_numpy(keys), 500, 504)
+    for (first, second), row in zip((keys.astype(np.int64) % (1 << 32)).tolist(), found.tolist(), strict=True):
+        for token, noise in enumerate(row, 500):
+            bits = (token + first) % (1 << 32)
+            bits = (bits ^ (bits >> 17)) * 0xED5AD4BB % (1 << 32) ^ second
+            bits = (bits ^ (bits >> 11)) * 0xAC4C1B51 % (1 << 32)
+            bits = (bits ^ (bits >> 15)) * 0x31848BAB % (1 << 32)
+            u = ((bits ^ (bits >> 14)) % (1 << 31) + 0.5) / (1 << 31)
+            assert noise == pytest.approx(-np.log(-np.log1p(-u)), rel=1e-4, abs=1e-5)
+
+
 def key_of(bits: int) -> torch.Tensor:
     """The key whose noise for token 0 comes from these bits: the hash, run backwards from them."""
 

@@ -14,6 +14,7 @@ from realsr_hpc.data.degradation import (
     noise_field,
     sample_crop,
     sample_degradation,
+    sinc_omega_range,
 )
 
 DRAWS = 1500
@@ -70,7 +71,18 @@ def test_ranges_are_the_published_ones(drawn, number):
     assert 0.5 <= min(generalised) < 0.6 and 3.8 < max(generalised) <= 4
     assert near(sum(beta < 1 for beta in generalised), len(generalised), 0.5)
     assert all(1 <= b.beta <= 2 for b in bells if b.shape.startswith("plateau"))
-    assert all(b.sigma_x == b.sigma_y for b in bells if not b.shape.endswith("aniso"))
+    plateaus = [b.beta for b in bells if b.shape.startswith("plateau")]
+    assert near(sum(beta == 1 for beta in plateaus), len(plateaus), 0.5) and 1.9 < max(plateaus)
+    skewed = [b for b in bells if b.shape.endswith("aniso")]
+    assert all(b.sigma_x == b.sigma_y and b.rotation == 0 for b in bells if b not in skewed)
+    assert fills([b.sigma_y for b in skewed], *sigma) and len({b.sigma_y / b.sigma_x for b in skewed}) > 100
+    assert fills([b.rotation for b in skewed], -math.pi, math.pi)
+    for cut in (s.blur for s in stages if s.blur and s.blur.shape == "sinc"):
+        assert (math.pi / 3 if cut.size_px < 13 else math.pi / 5) <= cut.omega <= math.pi
+
+
+def test_a_kernel_of_13_px_holds_lower_cut_offs():
+    assert [sinc_omega_range(size) for size in (11, 13)] == [(math.pi / 3, math.pi), (math.pi / 5, math.pi)]
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -99,6 +111,7 @@ def test_the_end_is_the_published_one(drawn):
     sincs = [s.final_sinc for s in samples if s.final_sinc]
     assert near(len(sincs), DRAWS, 0.8)
     assert fills([s.omega for s in sincs], math.pi / 3, math.pi)
+    assert {s.size_px for s in sincs} == set(range(7, 22, 2))
 
 
 def test_words_agree_with_sizes(drawn):
@@ -134,6 +147,11 @@ def test_crop_is_inside_and_as_large_as_said():
         crop = sample_crop(generator(0, i, Stream.CROP), 200, 120, 0.7, 0.5)
         assert 84 <= crop.side <= 120
         assert 0 <= crop.left <= 200 - crop.side and 0 <= crop.top <= 120 - crop.side
+    many = [sample_crop(generator(0, i, Stream.CROP), 60, 50, 0.7, 0.3) for i in range(DRAWS)]
+    assert {crop.side for crop in many} == set(range(35, 51))
+    smallest = [crop for crop in many if crop.side == 36]
+    assert {crop.left for crop in smallest} == set(range(25)) and {crop.top for crop in smallest} == set(range(15))
+    assert near(sum(crop.flip for crop in many), DRAWS, 0.3)
     flips = [sample_crop(generator(0, i, Stream.CROP), 9, 9, 1.0, 1.0).flip for i in range(9)]
     assert all(flips)
 

@@ -1,5 +1,6 @@
 """The stream: the same bytes however it is read, exact resumption, the three modes, faults."""
 
+import copy
 import dataclasses
 import json
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from realsr_hpc.config.schema import DataConfig, RunConfig, VLCoTConfig
+from realsr_hpc.data.dali_pipeline import DegradationPipeline
 from realsr_hpc.data.degradation import PRESETS, Stream, generator, sample_degradation
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.manifest import read_manifest, write_manifest
@@ -97,6 +99,23 @@ def test_another_seed_gives_other_samples(opened, stream):
     assert read(opened(config(seed=1), "train", 8), 1)[0] != stream[0]
 
 
+def test_noise_is_drawn_by_seed_and_sample_number(opened, monkeypatch):
+    run, seen = DegradationPipeline.run, []
+
+    def watched(self, inputs):
+        seen.extend(copy.deepcopy(item.noise_rng).random(3).tolist() for item in inputs)
+        return run(self, inputs)
+
+    monkeypatch.setattr(DegradationPipeline, "run", watched)
+    opened(config(seed=7), "train", 2, dp_rank=1, dp_size=2).next()
+    assert seen == [generator(7, number, Stream.NOISE).random(3).tolist() for number in (2, 3)]
+
+
+def test_the_order_of_photographs_follows_the_seed(opened):
+    orders = [opened(config(seed=seed, mode="lq_only"), "train", 8).next().keys for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+
+
 def test_an_epoch_is_a_permutation_and_visits_differ(opened):
     loader = opened(config(mode="lq_only"), "train", len(read_manifest(BUNDLED).split("train")))
     first, second = loader.next(), loader.next()
@@ -136,6 +155,20 @@ def test_a_state_of_another_run_is_refused(opened):
         opened(config(seed=4), "train", 2).load_state_dict(state)
     with pytest.raises(ValueError, match="split of the saved"):
         opened(config(), "heldout", 2).load_state_dict(state)
+    with pytest.raises(ValueError, match="mode of the saved"):
+        opened(config(mode="lq_only"), "train", 2).load_state_dict(state)
+    with pytest.raises(ValueError, match="shuffle of the saved"):
+        opened(config(), "train", 2, shuffle=False).load_state_dict(state)
+
+
+def test_a_state_of_photographs_that_were_altered_since_is_refused(opened, tmp_path):
+    first = prepare(folder(tmp_path), tmp_path, ALL_TRAIN)
+    state = opened(config(first.manifest), "train", 2).state_dict()
+    opened(config(first.manifest), "train", 2).load_state_dict(state)
+    Image.fromarray(np.full((96, 96, 3), 9, np.uint8)).save(tmp_path / "photo2.png")
+    again = prepare(tmp_path, tmp_path, ALL_TRAIN)
+    with pytest.raises(ValueError, match="photographs of the saved data position"):
+        opened(config(again.manifest), "train", 2).load_state_dict(state)
 
 
 def test_heldout_images_are_the_same_each_time(opened):

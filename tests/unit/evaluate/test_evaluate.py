@@ -7,9 +7,12 @@ import torch
 from PIL import Image
 from skimage import data
 
+from realsr_hpc.artifacts.evaluation import EvaluatedImage, MethodResult
 from realsr_hpc.config.learning import RewardsConfig
 from realsr_hpc.evaluate import BICUBIC, Bicubic, FinishedImages, Metrics, World, bootstrap, evaluate, open_set
 from realsr_hpc.evaluate.published import published_table
+from realsr_hpc.evaluate.report import EvaluationReport
+from realsr_hpc.evaluate.words import Confusion
 from realsr_hpc.quality.psnr_ssim import psnr_y
 from realsr_hpc.records import Case, DegradationLabel, ParsedTrace, RestoredImage, SceneText
 from realsr_hpc.rewards.mixture import RewardMixture
@@ -167,3 +170,27 @@ def test_bootstrap_interval_covers_the_normal_one():
     assert interval.num_images == 400 and interval.mean == pytest.approx(values.mean())
     np.testing.assert_allclose([interval.low, interval.high], [values.mean() - half, values.mean() + half], atol=0.06)
     assert bootstrap(np.array([np.nan])).num_images == 0
+
+
+@pytest.mark.parametrize(("gt", "size"), [(None, (30, 48, 3)), (np.zeros((31, 50, 3), np.uint8), (31, 50, 3))])
+def test_bicubic_has_the_truths_size_or_enlarges_by_the_factor(gt, size):
+    lq = np.zeros((10, 16, 3), np.uint8)
+    assert Bicubic(3)([Case("a", lq, gt)])[0].image.shape == size
+
+
+@pytest.mark.parametrize(("metric", "order"), [("psnr_y", "cab"), ("niqe", "cba")])
+def test_the_worst_are_without_an_image_then_of_lowest_psnr_or_highest_niqe(metric, order, tmp_path):
+    """Of the last method."""
+    values = {"a": 3.0, "b": 7.0, "c": np.nan}
+    images = [
+        EvaluatedImage(key, {}, {BICUBIC: MethodResult({metric: 5.0}), "ours": MethodResult({metric: value})})
+        for key, value in values.items()
+    ]
+    report = EvaluationReport(tmp_path, "x", (BICUBIC, "ours"), images, Metrics())
+    assert "".join(image.key for image in report.worst()) == order
+    assert [image.key for image in report.worst(1)] == ["c"]
+
+
+def test_chance_is_the_share_of_the_commonest_true_word():
+    counts = np.array([[1, 2, 2, 0], [0, 0, 0, 1], [0, 0, 0, 0]])
+    assert (Confusion("blur", counts).chance, Confusion("blur", counts).accuracy) == (5 / 6, 1 / 6)

@@ -1,5 +1,7 @@
 """Advantages against the formulas written out by hand, and their edges."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from realsr_hpc.grpo.advantages import (
     contributions,
     group_advantages,
     mixed_advantages,
+    place_advantages,
     zero_variance,
 )
 
@@ -88,6 +91,13 @@ def test_recipe_options_reach_the_formula():
         torch.testing.assert_close(shares["a"].float(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_contributions_of_a_group_whose_sum_ties_are_nothing():
+    """Each reward differs, their weighted sum does not: without normalising each, nothing is taught."""
+    breakdown = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1.0, 0.0])}
+    config = GRPOConfig(normalise_each_reward=False)
+    assert all(share.eq(0).all() for share in contributions(breakdown, {"a": 2.0, "b": 2.0}, config).values())
+
+
 def test_unweighted_rewards_are_refused():
     with pytest.raises(ValueError, match="one weight"):
         mixed_advantages({"a": torch.ones(2)}, {"b": 1.0})
@@ -111,3 +121,14 @@ def test_advantages_of_float32_rewards_are_computed_in_float64():
     rewards = 1000 + torch.arange(6) * 0.01
     expected = group_advantages(rewards.double(), kind="mean")
     torch.testing.assert_close(group_advantages(rewards, kind="mean"), expected.float(), rtol=1e-5, atol=0)
+
+
+def test_places_share_one_divisor_with_its_epsilon_and_teach_nothing_where_rollouts_agree():
+    """Of two rollouts at three places: variances 2, 0, and 0 where one rollout alone is known."""
+    scores = torch.tensor([[1.0, 5.0, torch.nan], [3.0, 5.0, 2.0]])
+    step = 1 / (math.sqrt(2 / 3) + 0.5)
+    expected = torch.tensor([[-step, 0.0, torch.nan], [step, 0.0, 0.0]])
+    torch.testing.assert_close(place_advantages(scores, epsilon=0.5), expected, equal_nan=True)
+    assert place_advantages(torch.ones(3, 4)).eq(0).all()
+    far = 1000 + torch.arange(6).view(2, 3) * 0.01  # no float32 number is the mean
+    torch.testing.assert_close(place_advantages(far), place_advantages(far.double()).float(), rtol=1e-5, atol=0)

@@ -47,11 +47,15 @@ def scaled_loss(factor: float) -> Any:
 
 @pytest.mark.parametrize(
     ("schedule", "rates"),
-    [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.55, 0.1]), ("cosine", [0.5, 1, 1, 0.55, 0.1])],
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.55, 0.1, 0.1]),
+        ("cosine", [0.5, 1, 1, 0.55, 0.1, 0.1]),
+    ],
 )
 def test_learning_rate_by_hand(schedule: Any, rates: list[float]) -> None:
     optim = OptimConfig(lr=1.0, min_lr=0.1, schedule=schedule, warmup_steps=2)
-    assert [learning_rate(optim, step, 10) for step in (0, 1, 2, 6, 10)] == pytest.approx(rates)
+    assert [learning_rate(optim, step, 10) for step in (0, 1, 2, 6, 10, 15)] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("distributed", [False, True])

@@ -11,8 +11,6 @@ from PIL import Image
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.records import Case, ParsedTrace, RestoredImage
 from realsr_hpc.restore import (
-    BestOf,
-    Chosen,
     RestoreSettings,
     find_model,
     image_folder,
@@ -70,19 +68,21 @@ def test_workers_restore_the_same_and_share_the_tiles_evenly():
 
     images = [noise(100, 57), noise(33, 32)]
     alone = restore_images(nearest, images, SETTINGS)
-    shared = restore_images(seen, images, replace(SETTINGS, workers=2))
+    told: list[int] = []
+    shared = restore_images(seen, images, replace(SETTINGS, workers=2), told.append)
     for one, other in zip(alone, shared, strict=True):
         np.testing.assert_array_equal(one.image, other.image)
         assert one.tiles == other.tiles
     assert len(threads) == 2 and threading.get_ident() not in threads
     assert len(sizes) == 6 and max(sizes) - min(sizes) <= 1 and max(sizes) <= SETTINGS.batch_size
+    assert sorted(told) == sorted(sizes) and min(told) > 1
     sizes.clear()
     cases = [Case(str(n), noise(32, 32) + n, index=n) for n in range(7)]
     for case, item in zip(cases, restore_cases(seen, cases, replace(SETTINGS, workers=2)), strict=True):
         np.testing.assert_array_equal(item.images[0], case.lq)
     assert sorted(sizes) == [1, 2, 2, 2]
     sizes.clear()
-    told: list[int] = []
+    told.clear()
     restore_images(seen, images[1:], replace(SETTINGS, workers=5), told.append)
     assert sizes == told == [1, 1]  # no batch is empty
 
@@ -286,52 +286,6 @@ def test_the_result_has_the_size_asked_for(upscale, size, tmp_path):
     restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", settings, show_progress=False)
     with Image.open(tmp_path / "out/x.png") as restored, Image.open(tmp_path / "out/x.steps.jpg") as steps:
         assert restored.size == size and steps.height > size[1]
-
-
-class Tints:
-    """Candidate k is the input, k times 40 grey levels too bright; the second has no image."""
-
-    def candidates(self, cases: list[Case], count: int) -> list[list[RestoredImage]]:
-        def tinted(image, member):
-            return (image.image.astype(int) // 2 + 40 * member).clip(0, 255).astype(np.uint8)
-
-        rows = [[tinted(image, member) if member != 1 else None for member in range(count)] for image in nearest(cases)]
-        return [[RestoredImage(TRACE, (None, None, image)) for image in row] for row in rows]
-
-
-def test_the_candidate_that_the_expert_likes_best_is_kept_and_said():
-    dark = (noise(32, 32) // 2).astype(np.uint8)
-    result = restore_images(BestOf(Tints(), 3, build_chooser("fidelity")), [dark], SETTINGS)[0]
-    record = result.tiles[0]
-    assert record.chosen == 0 and record.scores[0] > record.scores[2] and np.isnan(record.scores[1])
-    mean = restore_images(BestOf(Tints(), 3, build_chooser("mean")), [dark], SETTINGS)[0].image
-    expected = (dark.astype(int) // 2 + 40).repeat(4, axis=0).repeat(4, axis=1)
-    np.testing.assert_array_equal(mean, expected)
-    only = BestOf(Tints(), 1, build_chooser("ranker"))(_one(dark))[0]
-    assert isinstance(only, Chosen) and only.chosen == 0
-
-
-def test_what_an_expert_cannot_rate_is_not_chosen_and_the_mean_has_the_nearest_texts():
-    images = [np.full((4, 4, 3), value, np.uint8) for value in (10, 13, 21)]
-    rated = [RestoredImage(replace(TRACE, degradation=str(n)), (None, None, image)) for n, image in enumerate(images)]
-    unseen = [RestoredImage(replace(TRACE, degradation=str(n)), (None,) * 3) for n in range(3)]
-
-    class Told:
-        def candidates(self, cases, count):
-            return [rated, unseen]
-
-    cases = _one(images[0]) * 2
-    best, nothing = BestOf(Told(), 3, lambda found, case: np.array([np.nan, 0.1, 0.9]))(cases)
-    assert isinstance(best, Chosen) and (best.chosen, best.trace.degradation) == (2, "2")
-    assert best.image is images[2] and best.scores == (-np.inf, 0.1, 0.9) and nothing is unseen[0]
-    mean, _ = BestOf(Told(), 3, None)(cases)
-    assert isinstance(mean, Chosen) and (mean.chosen, mean.trace.degradation) == (-1, "1")
-    assert (mean.image == 15).all()  # of 14.67
-    assert mean.scores == pytest.approx([-((44 / 3 - value) ** 2) for value in (10, 13, 21)], rel=1e-5)
-
-
-def _one(image: np.ndarray) -> list[Case]:
-    return [Case("x", image)]
 
 
 def test_colour_fixes_keep_detail_and_take_the_colours_of_the_input():

@@ -42,6 +42,27 @@ def test_gate_gives_malformed_traces_the_minimum_of_image_rewards(photograph, ga
     assert scored.breakdown["format"][0] == 0.5  # judges the text as well: it is not gated
 
 
+class Judges(Reward):
+    """Of images, from -1 on; its places break."""
+
+    range = (-1.0, 1.0)
+    needs_image = True
+
+    def compute(self, candidates):
+        return np.full(len(candidates), 0.5)
+
+    def compute_places(self, candidates):
+        raise RuntimeError("broken on purpose")
+
+
+def test_the_minimum_of_a_gated_reward_is_that_of_its_range_and_broken_places_are_none(photograph):
+    mixture = RewardMixture(RewardsConfig(terms=TEXT_TERMS), with_places=True)
+    mixture.rewards["fidelity"] = Judges()
+    traces = (make_trace(), make_trace(faults=("x",)))
+    scored = mixture.score([make_candidate(photograph, trace) for trace in traces])
+    assert scored.breakdown["fidelity"].tolist() == [0.5, -1.0] and "fidelity" not in scored.places
+
+
 def test_many_groups_score_as_each_alone(photograph, other_photograph):
     mixture = RewardMixture(RewardsConfig())
     members = [[make_candidate(photograph), make_candidate(None)], [make_candidate(other_photograph)]]

@@ -70,14 +70,16 @@ def test_paper_profile_is_tags_alone_and_unknown_scene_zero():
 
 
 def write_wordnet(folder):
-    """A database of three senses in WordNet's own format."""
-    senses = ["06 n 02 house 0 dwelling 0 000 | a home", "06 n 01 theatre 0 000 | a house", "05 n 01 dog 0 000 | a pet"]
+    """Senses in WordNet's own format; the second of a house has ten words, 0a, and its third is too rare."""
+    many = " 0 ".join(("theatre", "hall", *"ABCDEFGH"))
+    senses = ["06 n 02 house 0 dwelling 0 000 | a home", f"06 n 0a {many} 0 000 | a house", "05 n 01 dog 0 000 | a pet"]
+    senses.append("04 n 01 dynasty 0 000 | a family")
     lines, offsets = b"", []
     for sense in senses:
         offsets.append(len(lines))
         lines += f"{len(lines):08d} {sense}\n".encode()
     (folder / "data.noun").write_bytes(lines)
-    index = [f"house n 2 0 2 1 {offsets[0]:08d} {offsets[1]:08d}", f"dog n 1 0 1 1 {offsets[2]:08d}"]
+    index = [f"house n 3 0 3 1 {offsets[0]:08d} {offsets[1]:08d} {offsets[3]:08d}", f"dog n 1 0 1 1 {offsets[2]:08d}"]
     (folder / "index.noun").write_text("  1 a licence\n" + "\n".join(index) + "\n")
     (folder / "noun.exc").write_text("hice house\n")
 
@@ -90,7 +92,7 @@ def test_synonyms_of_wordnet_name_a_tag(tmp_path):
     assert UnderstandingReward(options).score([item])[0] == 0.5
     plain = UnderstandingReward(UnderstandingOptions(similarity="none")).score([item])[0]
     assert plain == 0.25
-    assert WordNet(tmp_path).synonyms("hice") == {"house", "dwelling", "theatre"}
+    assert WordNet(tmp_path).synonyms("hice") == {"house", "dwelling", "theatre", "hall", *"abcdefgh"}
     with pytest.raises(ValueError, match="index.noun is not there"):
         UnderstandingReward(UnderstandingOptions(synonyms="wordnet", wordnet_dir=str(tmp_path / "none")))
 
@@ -143,3 +145,7 @@ def test_the_word_has_its_share_on_signs_and_none_elsewhere():
     reward = UnderstandingReward(UnderstandingOptions(similarity="none", word_weight=0.6))
     scores = reward.compute([make_candidate(None, trace, scene=sign), make_candidate(None, trace, scene=photograph)])
     assert scores == pytest.approx([0.6 + 0.4 * 0.5, 0.5])
+    near = make_candidate(None, make_trace(texts=("sign SHOP", None, None)), scene=sign)
+    for credit, right in (("letters", 0.75), ("exact", 0.0)):
+        options = UnderstandingOptions(similarity="none", word_weight=0.6, word_credit=credit)
+        assert UnderstandingReward(options).compute([near]) == pytest.approx([0.6 * right + 0.4 * 0.5])

@@ -14,8 +14,8 @@ from realsr_hpc.parallel.process_groups import initialise
 from realsr_hpc.paths import resolve
 from realsr_hpc.records import RolloutGroup
 from realsr_hpc.rollout import choice
+from realsr_hpc.rollout.ahead import Ahead
 from realsr_hpc.rollout.sampler import Sampler
-from realsr_hpc.rollout.width import Width
 from realsr_hpc.tokenizer.text import TextTokenizer
 from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.sequence import TraceCodec
@@ -39,11 +39,15 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def rollouts():
+def codec():
+    text = TextTokenizer(resolve(CONFIG.text_tokenizer.path))
+    return TraceCodec(CONFIG.vlcot, build_vocabulary(CONFIG.vlcot, 64, text.vocab_size), text, 16)
+
+
+@pytest.fixture(scope="module")
+def rollouts(codec):
     """(options, seed, **more) -> groups of two prompts x two, and the sampler that made them."""
     torch.set_num_threads(1)
-    text = TextTokenizer(resolve(CONFIG.text_tokenizer.path))
-    codec = TraceCodec(CONFIG.vlcot, build_vocabulary(CONFIG.vlcot, 64, text.vocab_size), text, 16)
     groups = initialise(ParallelConfig(), 0)
     policy = build_policy(CONFIG, groups, codec.vocabulary.size, trainable=False)
 
@@ -152,22 +156,21 @@ def test_top_p_is_of_the_tempered_distribution(rollouts):
     assert kept[1] < 0.6 * kept[0]
 
 
-def simulated(width: Width, rows: int, cost, accepted, passes: int = 120) -> int:
-    """Width in use after some passes."""
-    for _ in range(passes):
-        chosen = width.choose(rows, True)
-        width.saw(rows, True, chosen, accepted(chosen), cost(chosen))
-    return width.choose(rows, True)
+def test_discarded_draws_are_the_next_guesses_and_an_unknown_token_is_guessed_like_the_last(codec):
+    ahead, text = Ahead(Grammar(codec, "modality"), 1, 40), codec.vocabulary.text_first
+    ahead.accept([0], ahead.window([0], 1), np.array([[text]]))
+    window = ahead.window([0], 4)
+    assert window.fed.tolist() == [[text] * 4]
+    final = ahead.accept([0], window, text + np.array([[0, 1, 2, 3]]))
+    assert final.tolist() == [[True, True, False, False]] and ahead.count.tolist() == [3]
+    assert (ahead.window([0], 4).fed - text).tolist() == [[1, 2, 3, 3]]
 
 
-def test_auto_takes_what_accepts_most_tokens_a_second():
-    config = RolloutConfig()
-    saturating = lambda width: min(width, 1 + 0.4 * (width - 1), 5.0)  # noqa: E731
-    assert simulated(Width(config), 1, lambda width: 1 + 0.02 * width, saturating) in (8, 16)
-    assert simulated(Width(config), 64, lambda width: 0.1 + width, saturating) == 1
-    assert simulated(Width(RolloutConfig(lookahead=5)), 64, lambda width: width, saturating) == 5
-
-
-def test_auto_keeps_passes_small():
-    width = Width(RolloutConfig())
-    assert max(width.choose(64, True) or width.saw(64, True, 1, 1, 1) for _ in range(4)) <= 8
+def test_a_code_is_guessed_like_the_one_above_and_a_forced_token_as_itself(codec):
+    ahead, vocabulary = Ahead(Grammar(codec, "modality"), 1, 80), codec.vocabulary
+    side = codec.side(codec.config.image_sizes_px[0])
+    begun = codec.image_block(np.arange(side * side).reshape(side, side))[: 3 + side + 1]  # up to its first newline
+    for token in begun:
+        ahead.accept([0], ahead.window([0], 1), np.array([[token]]))
+    codes = [vocabulary.code_to_id(code) for code in range(side)]
+    assert ahead.window([0], side + 2).fed[0].tolist() == [vocabulary.newline, *codes, vocabulary.newline]
