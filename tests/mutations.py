@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
@@ -114,9 +115,9 @@ def main(arguments: list[str]) -> int:
     for module in ("realsr_hpc.train.grpo", "tests.steps"):
         importlib.import_module(module)  # for the vendors they import
     began = time.monotonic()
-    with get_context("fork").Pool(workers) as pool:
-        shares = pool.starmap(_share, [(number, workers, chosen) for number in range(workers)], chunksize=1)
-    verdicts = [verdict for share in shares for verdict in share]
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+        shares = [pool.submit(_share, number, workers, chosen) for number in range(workers)]
+    verdicts = [verdict for share in shares for verdict in share.result()]
     counts = ", ".join(f"{verdicts.count(kind)} {kind.strip().lower()}" for kind in (KILLED, SURVIVES, STALE, BROKEN))
     print(f"{len(verdicts)} mutations: {counts}; {(time.monotonic() - began) / 60:.0f} minutes")
     return 0 if verdicts and set(verdicts) == {KILLED} else 1
