@@ -77,7 +77,7 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ),
     ("train/experience.py", f"{STEP}every_rollout_has_a_number_of_its_own_for_its_draws"): (
         ("images share draws", "sample * group_size + member", "sample + member"),
-        ("held-out rollouts counted", "parts.sampler.counts.read()  # a", "pass  # a"),
+        ("held-out rollouts counted", "        parts.sampler.counts.read()", "        pass"),
     ),
     ("train/sft.py", f"{SFT}responses_are_learnt_and_prompts_and_images_without_captions_are_not"): (
         ("loss on the prompt", "first=len(prompt)", "first=1"),
