@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-_said: set[tuple[Path, str]] = set()
+_warned: set[tuple[Path, str]] = set()
 
 MIB, GIB = 2**20, 2**30
 ASIDE_BYTES = 120
@@ -58,7 +58,7 @@ def other_content(path: Path) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, not the file; download it again, logged in where its owner asks for that"
+        return "is a web page, not the file; download it again, after logging in if its owner requires that"
     return ""
 
 
@@ -108,7 +108,7 @@ def files_below(folder: Path) -> list[Path]:
     os.scandir(folder).close()
     found: list[Path] = []
     entered: set[str] = set()
-    for place, folders, names in os.walk(folder, onerror=_say_closed, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_log_unreadable, followlinks=True):
         if (real := os.path.realpath(place)) in entered:
             folders.clear()  # a link to a folder that was already listed
             continue
@@ -118,7 +118,7 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _say_closed(error: OSError) -> None:
+def _log_unreadable(error: OSError) -> None:
     logger.warning("%s: skipped (%s)", printable(error.filename), error.strerror)
 
 
@@ -303,9 +303,9 @@ def read_json(path: Path, kind: type[T]) -> T | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        _say(path, str(error.strerror))
+        _warn_once(path, str(error.strerror))
     except ValueError as error:
-        _say(path, str(error))
+        _warn_once(path, str(error))
     return None
 
 
@@ -327,7 +327,7 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def _say(path: Path, what: str) -> None:
-    if (path, what) not in _said:
-        _said.add((path, what))
+def _warn_once(path: Path, what: str) -> None:
+    if (path, what) not in _warned:
+        _warned.add((path, what))
         logger.warning("%s is damaged (%s): treated as missing", path, what)

@@ -66,7 +66,7 @@ def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
             f"{path}: this file system has no locks ({error.strerror}); use a folder on one that has them"
         ) from None
     try:
-        _sign(path, what)
+        _record_holder(path, what)
         yield
     finally:
         with suppress(OSError):
@@ -112,7 +112,7 @@ def is_held(path: Path) -> bool:
         return True
 
 
-def _sign(path: Path, what: str) -> None:
+def _record_holder(path: Path, what: str) -> None:
     """Record the holder; errors are ignored, because the lock also works on a full disk."""
     mine = Holder(os.uname().nodename, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), what)
     with suppress(OSError):

@@ -42,7 +42,7 @@ def environment(run_dir: Path) -> Path:
 
 
 def launch_tags(run_dir: Path) -> Path:
-    """MLflow tags that only the launcher knows."""
+    """MLflow tags that are known only when launching."""
     return run_dir / "tags.json"
 
 

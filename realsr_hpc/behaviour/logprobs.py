@@ -31,7 +31,7 @@ from realsr_hpc.parallel import backend
 
 
 class TokenScores(NamedTuple):
-    """Per token, at least float32; entropy and logsumexp are zeros when not asked for."""
+    """Per token, at least float32; entropy and logsumexp are zeros if not requested."""
 
     logprobs: Float[Tensor, " n"]
     entropy: Float[Tensor, " n"]

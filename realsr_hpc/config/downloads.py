@@ -168,9 +168,9 @@ def _start(policy: _Policy, images: Sequence[Path], texts: Sequence[Path], image
         image, faults = _first_whole(images, image_name)
         against += faults
     named = [policy.root / name for name in ("tokenizer.json", TEXT_FILE, f"tokenizer/{TEXT_FILE}")]
-    spoken = next((path for path in named if path.is_file()), None)
-    if spoken is not None:
-        against += [fault] if (fault := file_fault(spoken)) else []
+    text_file = next((path for path in named if path.is_file()), None)
+    if text_file is not None:
+        against += [fault] if (fault := file_fault(text_file)) else []
     else:
         text, faults = _first_whole(texts, TEXT_FILE)
         against += faults

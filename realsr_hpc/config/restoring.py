@@ -55,7 +55,7 @@ def refuse_what_does_not_fit(given: Mapping[str, str | None], config: RunConfig)
 def refuse_wide_overlap(overlap_px: int, tile_px: int) -> None:
     """ValueError if tiles of `tile_px` would overlap by more than half."""
     if overlap_px > tile_px // 2:
-        raise ValueError(f"overlap_px={overlap_px} must lie in 0..{tile_px // 2} (half a tile)")
+        raise ValueError(f"overlap_px={overlap_px} must be in 0..{tile_px // 2} (half a tile)")
 
 
 def refuse_unknown_choice(choice: str) -> None:

@@ -239,7 +239,7 @@ def read_options(name: str, term: RewardTerm) -> Section:
             for fault in error.errors()
         )
         valid = ", ".join(section.model_fields)
-        more = "" if section is HttpOptions else "; expert=http of any kind asks another process (docs/judge.md)"
+        more = "" if section is HttpOptions else "; expert=http: another process computes it (docs/judge.md)"
         raise ValueError(
             f"rewards.terms.{name}.options (kind {term.kind}): {faults}. Valid options: {valid}{more}"
         ) from None

@@ -30,7 +30,7 @@ from realsr_hpc.data.manifest import Manifest, ManifestEntry, caption_fault
 from realsr_hpc.files import printable
 
 logger = logging.getLogger(__name__)
-_said: set[tuple[Path, str]] = set()
+_logged: set[tuple[Path, str]] = set()
 """Photographs already logged as left out: once per process, even if several loaders read the same manifest."""
 MIN_PHOTOGRAPH_PX = 32
 """Photographs with a shorter side below this are not used as truths."""
@@ -110,8 +110,8 @@ class Samples:
 
     def _skip(self, entry: ManifestEntry, why: str) -> None:
         self.skipped[entry.key] = why
-        if (self.manifest.root, entry.key) not in _said:
-            _said.add((self.manifest.root, entry.key))
+        if (self.manifest.root, entry.key) not in _logged:
+            _logged.add((self.manifest.root, entry.key))
             logger.warning("left out: %s: %s", printable(entry.key), printable(why))
 
     def _epoch_order(self, epoch: int) -> np.ndarray:

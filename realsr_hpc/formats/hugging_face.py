@@ -34,20 +34,20 @@ def plain(name: str) -> str:
     return name.replace("model.language_model.", "model.", 1)
 
 
-def look(place: Place) -> Signs:
+def recognise(place: Place) -> Signs:
     """Recognised by its files, then by the tensor names in the index or the weights."""
-    signs = Signs().ask(place.file("config.json") is not None, "config.json")
+    signs = Signs().add(place.file("config.json") is not None, "config.json")
     weights = place.file(*(name for pair in INDEXED for name in pair))
-    signs = signs.ask(weights is not None, "model.safetensors, pytorch_model.bin or their index")
+    signs = signs.add(weights is not None, "model.safetensors, pytorch_model.bin or their index")
     if signs.against:
         return signs
     names = {plain(name) for name in open_folder(place.path).specs}
     tied = bool(read_json(place.path / "config.json").get("tie_word_embeddings"))
     for key in _KEYS:
         why = " (tie_word_embeddings true: our output matrix is separate)" if tied and "lm_head" in key else ""
-        signs = signs.ask(key in names, key + why)
+        signs = signs.add(key in names, key + why)
     norm = "model.layers.0.self_attn.q_norm.weight"
-    return signs.ask(norm in names, f"{norm} (Chameleon normalises queries and keys; Llama and others do not)")
+    return signs.add(norm in names, f"{norm} (Chameleon normalises queries and keys; Llama and others do not)")
 
 
 def open_hugging_face(place: Place, rotary: Rotary | None) -> Found:
@@ -143,4 +143,4 @@ def _image(files: TensorFiles, inside: Mapping[str, str], vq: Mapping[str, Any],
     )
 
 
-FORMAT = Format(NAME, look, open_hugging_face)
+FORMAT = Format(NAME, recognise, open_hugging_face)

@@ -23,11 +23,11 @@ _USAGE = "quantize.codebook_used"
 _MIDDLE = ("block_1", "attn_1", "block_2")
 
 
-def look(place: Place) -> Signs:
+def recognise(place: Place) -> Signs:
     """Recognised by LlamaGen's keys in a single file."""
-    signs = Signs().ask(place.content is not None, "one file of tensors (.pt, .pth, .safetensors)")
+    signs = Signs().add(place.content is not None, "one file of tensors (.pt, .pth, .safetensors)")
     wanted = "encoder.conv_blocks.0.res.0.conv1.weight", "decoder.mid.0.conv1.weight", "post_quant_conv.weight"
-    return signs.ask_keys(place.keys(*_UNDER), *wanted)
+    return signs.add_keys(place.keys(*_UNDER), *wanted)
 
 
 def our_name(name: str, levels: int) -> str:
@@ -70,4 +70,4 @@ def _normalised(content: Any) -> bool:
     return bool(getattr(options, "codebook_l2_norm", True))
 
 
-FORMAT = Format(NAME, look, open_llamagen)
+FORMAT = Format(NAME, recognise, open_llamagen)

@@ -58,25 +58,25 @@ def _folder(place: Place) -> Path | None:
     return None
 
 
-def look(place: Place) -> Signs:
+def recognise(place: Place) -> Signs:
     """Recognised by file names, then by the keys of the first file."""
     folder = _folder(place)
-    signs = Signs().ask(folder is not None, "consolidated*.pth, there or below models/*/")
+    signs = Signs().add(folder is not None, "consolidated*.pth, there or below models/*/")
     if folder is None:
         beside = place.file("params.json", "models/*/params.json")
-        return signs if beside is None else signs.ask(True, str(beside.relative_to(place.path)))
-    signs = signs.ask((folder / "params.json").is_file(), f"{folder.name}/params.json")
+        return signs if beside is None else signs.add(True, str(beside.relative_to(place.path)))
+    signs = signs.add((folder / "params.json").is_file(), f"{folder.name}/params.json")
     first = sorted(folder.glob("consolidated*.pth"))[0]
     content = read_pickle(first)
     keys = set(content) if isinstance(content, dict) else set()
-    signs = signs.ask("tok_embeddings.weight" in keys, f"tok_embeddings.weight in {first.name}")
-    return signs.ask(bool(keys & {_UNFUSED, _FUSED}), f"{_UNFUSED} or wqkv in {first.name}")
+    signs = signs.add("tok_embeddings.weight" in keys, f"tok_embeddings.weight in {first.name}")
+    return signs.add(bool(keys & {_UNFUSED, _FUSED}), f"{_UNFUSED} or wqkv in {first.name}")
 
 
 def open_tree(place: Place, rotary: Rotary | None) -> Found:
     """The tree, with all shards memory-mapped. ValueError for a missing shard or an unclear rotary order."""
     folder = _folder(place)
-    assert folder is not None, "call look before opening"
+    assert folder is not None, "call recognise before opening"
     files = _shard_files(folder)
     contents = [read_pickle(path) for path in files]
     shards = [TensorFiles([(path, state_of(content, path))]) for path, content in zip(files, contents, strict=True)]
@@ -330,4 +330,4 @@ def _mean(parts: list[Tensor], order: Rotary) -> Tensor:
     return parts[0] if all(torch.equal(parts[0], part) for part in parts) else torch.stack(parts).mean(0)
 
 
-FORMAT = Format(NAME, look, open_tree)
+FORMAT = Format(NAME, recognise, open_tree)

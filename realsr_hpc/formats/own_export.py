@@ -14,12 +14,12 @@ NAME = "export of realsr_hpc"
 DECODER_FILE = "vq_decoder.safetensors"
 
 
-def look(place: Place) -> Signs:
+def recognise(place: Place) -> Signs:
     """Recognised by the files that only our exports have, then by those of any Hugging Face folder."""
-    signs = Signs().ask(place.file("realsr.json") is not None, "realsr.json")
-    signs = signs.ask(place.file(RECIPE) is not None, RECIPE)
+    signs = Signs().add(place.file("realsr.json") is not None, "realsr.json")
+    signs = signs.add(place.file(RECIPE) is not None, RECIPE)
     if not signs.against:
-        inner = hugging_face.look(place)
+        inner = hugging_face.recognise(place)
         signs = signs.joined(inner)
     return signs
 
@@ -57,4 +57,4 @@ def _with_decoder(encoder: FoundImage, place: Place) -> FoundImage:
     )
 
 
-FORMAT = Format(NAME, look, open_export)
+FORMAT = Format(NAME, recognise, open_export)

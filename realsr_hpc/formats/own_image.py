@@ -9,11 +9,11 @@ from realsr_hpc.formats.tensor_files import TensorFiles
 NAME = "image_tokenizer.safetensors of realsr_hpc"
 
 
-def look(place: Place) -> Signs:
+def recognise(place: Place) -> Signs:
     """A safetensors file with the keys of an encoder, a codebook and a decoder."""
-    signs = Signs().ask(place.path.is_file() and place.path.suffix == ".safetensors", "one .safetensors file")
+    signs = Signs().add(place.path.is_file() and place.path.suffix == ".safetensors", "one .safetensors file")
     wanted = "encoder.mid.block_1.conv1.weight", "quantize.embedding.weight", "decoder.conv_out.weight"
-    return signs.ask_keys(place.keys(), *wanted)
+    return signs.add_keys(place.keys(), *wanted)
 
 
 def open_own(place: Place, rotary: Rotary | None) -> Found:
@@ -22,4 +22,4 @@ def open_own(place: Place, rotary: Rotary | None) -> Found:
     return Found(NAME, image=FoundImage(NAME, place.path, files.specs, files.read))
 
 
-FORMAT = Format(NAME, look, open_own)
+FORMAT = Format(NAME, recognise, open_own)

@@ -26,11 +26,11 @@ class Signs:
     against: tuple[str, ...] = ()
     """Signs that are absent."""
 
-    def ask(self, present: bool, sign: str) -> Signs:
+    def add(self, present: bool, sign: str) -> Signs:
         """These signs and one more, present or absent."""
         return self.joined(Signs((sign,), ()) if present else Signs((), (sign,)))
 
-    def ask_keys(self, present: Collection[str], *keys: str) -> Signs:
+    def add_keys(self, present: Collection[str], *keys: str) -> Signs:
         """These signs and one for each key, present if it is in `present`."""
         there, absent = (tuple(key for key in keys if (key in present) is wanted) for wanted in (True, False))
         return self.joined(Signs(there, absent))
@@ -42,10 +42,10 @@ class Signs:
 
 @dataclass(frozen=True)
 class Format:
-    """One format: its name, how to recognise it (`look`), and how to open it."""
+    """One format: its name, how to recognise it (`recognise`), and how to open it."""
 
     name: str
-    look: Callable[[Place], Signs]
+    recognise: Callable[[Place], Signs]
     open: Callable[[Place, Rotary | None], Found]
 
 

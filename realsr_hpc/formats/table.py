@@ -34,14 +34,14 @@ def open_source(path: Path, rotary: Rotary | None = None) -> Found:
     also if a file is missing or damaged, or if a folder holds weights in two formats.
     """
     place = Place(path)
-    looked, recognised = [], []
+    tried, recognised = [], []
     for known in FORMATS:
-        signs = known.look(place)
+        signs = known.recognise(place)
         if not signs.against and place.path.is_file():
             return known.open(place, rotary)  # the first, most specific format whose keys are all present
         if not signs.against:
             recognised.append(known)
-        looked.append((len(signs.support) / (len(signs.support) + len(signs.against)), known, signs))
+        tried.append((len(signs.support) / (len(signs.support) + len(signs.against)), known, signs))
     if own_export.FORMAT in recognised:
         recognised.remove(hugging_face.FORMAT)  # our exports are Hugging Face folders too
     if len(recognised) > 1:
@@ -50,7 +50,7 @@ def open_source(path: Path, rotary: Rotary | None = None) -> Found:
     if recognised:
         [known] = recognised
         return known.open(place, rotary)
-    _, nearest, signs = max(looked, key=lambda row: row[0])
+    _, nearest, signs = max(tried, key=lambda row: row[0])
     if not signs.support:
         raise ValueError(
             f"{path} is in none of the known formats: {', '.join(known.name for known in FORMATS)}; it has "

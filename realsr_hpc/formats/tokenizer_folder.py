@@ -19,18 +19,18 @@ _OF_A_POLICY = (
 _IMAGE, _TEXT = ("vqgan.ckpt", "tokenizer/vqgan.ckpt"), ("text_tokenizer.json", "tokenizer/text_tokenizer.json")
 
 
-def look(place: Place) -> Signs:
+def recognise(place: Place) -> Signs:
     """Recognised by its image tokenizer and the absence of a policy's files."""
-    signs = Signs().ask(place.file(*_IMAGE) is not None, "vqgan.ckpt")
+    signs = Signs().add(place.file(*_IMAGE) is not None, "vqgan.ckpt")
     weights = place.file(*_OF_A_POLICY)
-    return signs if weights is None else signs.ask(False, f"the absence of {weights.name}")
+    return signs if weights is None else signs.add(False, f"the absence of {weights.name}")
 
 
 def open_folder(place: Place, rotary: Rotary | None) -> Found:
     """The image tokenizer, and the text tokenizer if there is one."""
     image = place.file(*_IMAGE)
-    assert image is not None, "call look before opening"
+    assert image is not None, "call recognise before opening"
     return Found(NAME, image=open_vqgan(Place(image), rotary).image, text=place.file(*_TEXT))
 
 
-FORMAT = Format(NAME, look, open_folder)
+FORMAT = Format(NAME, recognise, open_folder)

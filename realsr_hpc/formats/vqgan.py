@@ -41,11 +41,11 @@ SETTINGS = {
 }
 
 
-def look(place: Place) -> Signs:
+def recognise(place: Place) -> Signs:
     """Recognised by taming-transformers' keys in a pickle or safetensors file."""
-    signs = Signs().ask(place.content is not None, "one file of tensors (.ckpt, .pt, .pth, .bin, .safetensors)")
+    signs = Signs().add(place.content is not None, "one file of tensors (.ckpt, .pt, .pth, .bin, .safetensors)")
     wanted = "encoder.down.0.block.0.conv1.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"
-    return signs.ask_keys(place.keys(*_UNDER), *wanted)
+    return signs.add_keys(place.keys(*_UNDER), *wanted)
 
 
 def open_vqgan(place: Place, rotary: Rotary | None) -> Found:
@@ -92,4 +92,4 @@ def _yaml_faults(path: Path) -> list[str]:
     ]
 
 
-FORMAT = Format(NAME, look, open_vqgan)
+FORMAT = Format(NAME, recognise, open_vqgan)

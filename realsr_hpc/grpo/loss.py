@@ -3,7 +3,7 @@
 Token and rollout counts of the whole update are arguments, so loss and gradient are plain sums over microbatches and
 ranks: every way of splitting the rollouts gives the same result. A single rollout is never split.
 
-Three policies meet here. The *policy* is being trained; the *old* policy is the same at the start of the step (ratio
+Three policies are involved. The *policy* is being trained; the *old* policy is the same at the start of the step (ratio
 and clipping are against it); the *rollout* log-probabilities are what the sampler reported for the old policy, and
 differ from it by numerics only. The reference is frozen. All are log-probabilities of the same behaviour distribution.
 

@@ -174,7 +174,8 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """Spec of `num_layers` layers and the final norm; with Transformer Engine's linear layers and norms if installed.
 
-    emulated_fp8: linear layers that can round their operands, whatever is installed. swin_norm: layers of `SwinLayer`.
+    emulated_fp8: linear layers that can round their operands, even if Transformer Engine is installed. swin_norm:
+    layers of `SwinLayer`.
     """
     if transformer_engine is None:
         transformer_engine = backend.has_transformer_engine()

@@ -118,7 +118,7 @@ def _restore_missing(
             for work, result in zip(part, results, strict=True):
                 _write(work, result, settings, report, steps)
                 if show_progress and str(work.file) in report.done:
-                    progress.console.print(_said(work, result), markup=False, highlight=False)
+                    progress.console.print(_progress_line(work, result), markup=False, highlight=False)
     return report
 
 
@@ -141,7 +141,7 @@ def _parts(missing: dict[Path, Path], settings: RestoreSettings, report: Restore
         yield part
 
 
-def _said(work: _Work, result: Blended) -> str:
+def _progress_line(work: _Work, result: Blended) -> str:
     """The progress line of a restored file."""
     count, named = len(result.tiles), result.tiles[0].degradation or "not well-formed"
     return printable(f"{work.target}: {count} tile{'s' if count > 1 else ''}, the first: {named}")
@@ -185,14 +185,14 @@ def _claim(output: Path, settings: RestoreSettings) -> None:
     """Record the settings in the folder. ValueError if it holds results of other settings."""
     path = output / restoration.SETTINGS_FILE
     wanted = {name: value for name, value in asdict(settings).items() if name not in ("batch_size", "workers")}
-    if path.exists() and (held := _held(path)) != wanted:
+    if path.exists() and (held := _stored_settings(path)) != wanted:
         differing = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
         was = ", ".join(f"{name}={held.get(name)}" for name in differing)
         raise ValueError(f"output={output} holds results of other settings ({was}); choose an empty folder")
     write_atomically(path, json.dumps(wanted, indent=1))
 
 
-def _held(path: Path) -> dict[str, object]:
+def _stored_settings(path: Path) -> dict[str, object]:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

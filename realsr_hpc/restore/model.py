@@ -62,7 +62,7 @@ def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None,
 
 
 def origin_of(name: str) -> str:
-    """Identifies a model wherever its folder is moved: the folder's last names, and a digest of its list of files.
+    """Identifies a model even if its folder is moved: by the folder's last names and a digest of its list of files.
 
     name: as `find_model` gives it; empty: unknown.
     """

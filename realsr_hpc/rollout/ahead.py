@@ -3,8 +3,8 @@
 A drawn token is a function of its prefix and of its own noise (behaviour/draws.py). So one pass can feed W tokens: the
 last sampled one and guesses for the next W - 1. As long as the guesses equal the draws at their positions, the prefix
 was right and the following draw is final. Everything after the first wrong guess is drawn again, with the discarded
-draws as the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). The result equals decoding one
-token at a time, whatever the guesses.
+draws as the next guesses (Jacobi iteration: Song et al. 2021; Santilli et al. 2023). For any guesses, the result equals
+decoding one token at a time.
 
 The state of this module is a few small integer arrays in host memory. Every rank receives all draws and updates the
 same arrays.

@@ -191,7 +191,7 @@ class Decoder:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if len(streams) == 1:
                 return streams[0].attend(layer, q, k, v, at).flatten(1, 2)
-            # [2 n W, ...]: the conditional stream's tokens, then the unconditional one's; each has a cache of its own
+            # [2 n W, ...]: the conditional stream's tokens, then the unconditional one's; each has its own cache
             parts = zip(streams, *(x.chunk(len(streams)) for x in (q, k, v)), strict=True)
             return torch.cat([stream.attend(layer, *qkv, at) for stream, *qkv in parts]).flatten(1, 2)
 

@@ -103,14 +103,14 @@ class Sampler:
         while True:
             if not is_last:
                 yield
-            width = self._take(decoder, batch, window, hidden, started)
+            width = self._accept_draws(decoder, batch, window, hidden, started)
             alive = batch.ahead.alive(batch.rows)
             if not alive.any():
                 break
             kept = retire(batch.rows, alive.tolist(), group_size)
             if len(kept) <= RETIRE_AT * len(batch.rows):
                 written = int(window.first.max()) + window.fed.shape[1]
-                batch.leave(cache, kept, group_size, written)
+                batch.keep_rows(cache, kept, group_size, written)
             if is_last:
                 yield
             window, started = batch.ahead.window(batch.rows, width), backend.work_seconds(self.groups.device)
@@ -156,38 +156,40 @@ class Sampler:
         self.counts.redrawn += int(free.sum())
         self.counts.flips += int((drawn.tokens != batch.sampled.tokens[0, 1:count])[free].sum())
 
-    def _take(self, decoder: Decoder, batch: Batch, window: Window, hidden: Tensor | None, started: float) -> int:
+    def _accept_draws(
+        self, decoder: Decoder, batch: Batch, window: Window, hidden: Tensor | None, started: float
+    ) -> int:
         """Draw the tokens after a pass and keep the final ones; returns the width of the next pass."""
         rows, limit, width = np.array(batch.rows), self.config.max_new_tokens, window.fed.shape[1]
         # [n, W] each: the token drawn after each fed one, and its mask
         positions = window.first[:, None] + 1 + np.arange(width)
         mask_ids = self.grammar.automaton.masks[window.states]
-        drawn, told = None, np.zeros(positions.size + 1, dtype=np.int64)  # n W tokens, then the next width
+        drawn, packed = None, np.zeros(positions.size + 1, dtype=np.int64)  # n W tokens, then the next width
         if hidden is not None:
             where = (rows[:, None], positions.clip(max=limit - 1))
             keys = batch.keys[tuple(torch.from_numpy(index).to(hidden.device) for index in where)].flatten(0, 1)
             choosing = (window.states != END) & (positions < limit)
             # [streams, n, W, H] -> [streams, n W, H]
             drawn = self.choice(decoder, hidden.flatten(1, 2), mask_ids.flatten(), choosing.flatten(), keys)
-            told[:-1] = drawn.tokens.cpu().numpy()
-            final = batch.ahead.accept(batch.rows, window, told[:-1].reshape(positions.shape))
-            self._learn(batch, final, backend.work_seconds(self.groups.device) - started)
-            told[-1] = self._next_width(batch)
+            packed[:-1] = drawn.tokens.cpu().numpy()
+            final = batch.ahead.accept(batch.rows, window, packed[:-1].reshape(positions.shape))
+            self._record_pass(batch, final, backend.work_seconds(self.groups.device) - started)
+            packed[-1] = self._next_width(batch)
         if self.groups.pp_size > 1:
-            sent = torch.from_numpy(told).to(self.groups.device)
+            sent = torch.from_numpy(packed).to(self.groups.device)
             dist.broadcast(sent, _last_stage(self.groups), group=self.groups.pp)
-            told = sent.cpu().numpy()
+            packed = sent.cpu().numpy()
         if hidden is None:
-            final = batch.ahead.accept(batch.rows, window, told[:-1].reshape(positions.shape))
+            final = batch.ahead.accept(batch.rows, window, packed[:-1].reshape(positions.shape))
         self.counts.add(final)
-        batch.write(final, positions, told[:-1], mask_ids, drawn)
-        return int(told[-1])
+        batch.write(final, positions, packed[:-1], mask_ids, drawn)
+        return int(packed[-1])
 
-    def _learn(self, batch: Batch, final: Bool[np.ndarray, "n W"], seconds: float) -> None:
+    def _record_pass(self, batch: Batch, final: Bool[np.ndarray, "n W"], seconds: float) -> None:
         """Tell the width's chooser how many draws the pass kept per unfinished row, and how long it took."""
         if batch.situation is not None:
             accepted = float(final.sum() / max(1, final.any(1).sum()))
-            self.width.saw(*batch.situation, final.shape[1], accepted, seconds)
+            self.width.record(*batch.situation, final.shape[1], accepted, seconds)
 
     def _next_width(self, batch: Batch) -> int:
         """The width of the next pass; tensor-parallel rank 0 decides for all, because the ranks measure other times."""
@@ -195,9 +197,9 @@ class Sampler:
         batch.situation = (len(batch.rows), self.choice.in_images(masks))
         width, groups = self.width.choose(*batch.situation), self.groups
         if self.width.fixed is None and groups.tp_size > 1:
-            told = torch.tensor([width], device=groups.device)
-            dist.broadcast(told, dist.get_global_rank(groups.tp, 0), group=groups.tp)
-            width = int(told)
+            shared = torch.tensor([width], device=groups.device)
+            dist.broadcast(shared, dist.get_global_rank(groups.tp, 0), group=groups.tp)
+            width = int(shared)
         return width
 
     def _share(self, sampled: SampledTokens) -> None:
@@ -252,7 +254,7 @@ class Batch:
     situation: tuple[int, bool] | None = None
     """Number of rows, and whether most are in images, for which the last width was chosen; see width.py."""
 
-    def leave(self, cache: Cache, kept: list[int], group_size: int, written: int) -> None:
+    def keep_rows(self, cache: Cache, kept: list[int], group_size: int, written: int) -> None:
         """Continue with only the `kept` ones of the current rows; `written` cache positions are in use."""
         prompt_of = [row // group_size for row in self.rows]
         left, present = sorted({prompt_of[slot] for slot in kept}), sorted(set(prompt_of))

@@ -51,7 +51,7 @@ class Width:
     """Chooses the width of every pass and measures the result.
 
     Example: `width.choose(16, images=True)` for 16 rows of which most are in image blocks, then
-    `width.saw(16, True, 4, accepted=2.3, seconds=0.012)`.
+    `width.record(16, True, 4, accepted=2.3, seconds=0.012)`.
     """
 
     def __init__(self, config: RolloutConfig):
@@ -80,7 +80,7 @@ class Width:
             place += 1 if situation.passes // AGAIN_EVERY % 2 else -1
         return widths[min(max(place, 0), len(widths) - 1)]
 
-    def saw(self, rows: int, images: bool, width: int, accepted: float, seconds: float) -> None:
+    def record(self, rows: int, images: bool, width: int, accepted: float, seconds: float) -> None:
         """Record that a pass of this width kept `accepted` tokens per row and took `seconds`."""
         if self.fixed is None:
             situation = self._situation(rows, images)

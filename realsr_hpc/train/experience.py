@@ -101,7 +101,7 @@ def group_metrics(parts: GRPOParts, groups: Sequence[ScoredGroup], rollout_s: fl
         "grpo/dropped_groups/mean": sum(teaches_nothing(group) for group in groups) / len(groups),
     }
     for name, term in parts.config.rewards.terms.items():
-        if is_elsewhere(term):  # a remote service can be unreachable: its failures have a metric of their own
+        if is_elsewhere(term):  # a remote service can be unreachable: its failures have a separate metric
             metrics[f"rewards/failures/{name}"] = float(sum(group.rewards.failures[name] for group in groups))
     return reduce_floats(metrics, parts.groups.dp, parts.groups.device)
 

@@ -2,7 +2,7 @@
 
 The policy's live weights score the same few traces with and without FP8 products. If the mean difference exceeds
 `precision.fp8_gate_logprob`, the run either continues in bf16 from there on, even after a resume, or stops. FP8
-rollouts have a gate of their own, `grpo.mismatch_kl_gate`, which is checked at every step.
+rollouts have a separate gate, `grpo.mismatch_kl_gate`, which is checked at every step.
 """
 
 from __future__ import annotations

@@ -86,6 +86,6 @@ def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable, cred
             token_advantages=None if credit is None else credit[row, free],
         ),
     )
-    # [P + length]: a token that does not continue an image block begins a new one (or is a block of its own)
+    # [P + length]: a token that does not continue an image block begins a new one (or is a separate block)
     blocks = (~masks.continues_block.cpu()[tokens]).cumsum(0) if masks.guided else None
     return TrainingSequence(tokens, loss, blocks)

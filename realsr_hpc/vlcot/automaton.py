@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 END = 0
-"""The state after the end of turn; it has no mask of its own and leads to itself."""
+"""The state after the end of turn; it has no mask and is its own successor."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Automaton:
     copies: np.ndarray
     """int64 [S]: distance back to the token that the next one likely equals: the code above in an image; 0: unknown."""
     default: np.ndarray
-    """int64 [S]: state after any token that has no branch of its own."""
+    """int64 [S]: state after any token that has no branch."""
     branches: np.ndarray
     """int64 [B], ascending: state * V + token."""
     targets: np.ndarray

@@ -178,7 +178,7 @@ def started(recipe: str, more: str) -> str:
         (exported("shard_mb: true"), "shard_mb='true' is no"),
         (evaluated("split: hedlout"), "split='hedlout': no photograph of the manifest in"),
         (evaluated("split: train, data: x, set: paired"), "split=train chooses among the recipe's own images"),
-        (evaluated("overlap_px: 17"), "overlap_px=17 must lie in 0..16 (half a tile)"),
+        (evaluated("overlap_px: 17"), "overlap_px=17 must be in 0..16 (half a tile)"),
         (evaluated("candidates: 2, choose: 'pyiqa:musiq', weights_dir: none"), "stage it from https://"),
         (exported("form: peft"), "form=peft: this run trained no adapters (model.lora is null); leave form out"),
         (exported("checkpoint: elsewhere/checkpoints/step-1"), "name one of /"),

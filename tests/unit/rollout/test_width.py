@@ -13,7 +13,7 @@ def simulated(width: Width, rows: int, cost, accepted, passes: int = 120) -> lis
     chosen = []
     for _ in range(passes):
         chosen.append(width.choose(rows, True))
-        width.saw(rows, True, chosen[-1], accepted(chosen[-1]), cost(chosen[-1]))
+        width.record(rows, True, chosen[-1], accepted(chosen[-1]), cost(chosen[-1]))
     return chosen
 
 
@@ -27,7 +27,7 @@ def test_auto_takes_what_accepts_most_tokens_a_second():
 
 def test_auto_keeps_passes_small():
     width = Width(RolloutConfig())
-    assert max(width.choose(64, True) or width.saw(64, True, 1, 1, 1) for _ in range(4)) <= 8
+    assert max(width.choose(64, True) or width.record(64, True, 1, 1, 1) for _ in range(4)) <= 8
 
 
 def test_widths_are_tried_thrice_until_one_is_far_worse_and_neighbours_are_measured_again():
@@ -43,7 +43,7 @@ def test_widths_are_tried_thrice_until_one_is_far_worse_and_neighbours_are_measu
 def test_each_kind_of_tokens_and_each_doubling_of_rows_is_measured_by_itself():
     width = Width(RolloutConfig())
     for _ in range(3):
-        width.saw(4, True, 1, 1.0, 1.0)
+        width.record(4, True, 1, 1.0, 1.0)
     assert width.choose(7, True) == 2
     assert width.choose(8, True) == width.choose(3, True) == width.choose(4, False) == 1
 
@@ -51,10 +51,10 @@ def test_each_kind_of_tokens_and_each_doubling_of_rows_is_measured_by_itself():
 def test_a_rate_is_the_mean_of_recent_passes_over_the_time_without_other_load():
     width = Width(RolloutConfig())
     for accepted, seconds in ((2.0, 0.4), (4.0, 0.2), (3.0, 1.0)):
-        width.saw(1, True, 1, accepted, seconds)
+        width.record(1, True, 1, accepted, seconds)
     [seen] = width._situations[1, True].seen.values()
     assert seen.rate == pytest.approx(3.0 / (1.02 * 0.2))  # a slow pass is other load; the time may grow slowly
     for _ in range(17):
-        width.saw(1, True, 1, 3.0, 0.2)
-    width.saw(1, True, 1, 13.0, 0.2)
+        width.record(1, True, 1, 3.0, 0.2)
+    width.record(1, True, 1, 13.0, 0.2)
     assert seen.rate == pytest.approx((3.0 + 0.1 * 10.0) / 0.2)  # the weight of one pass stays a tenth

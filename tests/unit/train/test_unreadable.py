@@ -53,7 +53,7 @@ def photographs(folder, names):
 
 def config_of(recipe, folder, monkeypatch, **names):
     """A run of two steps on these photographs."""
-    monkeypatch.setattr("realsr_hpc.data.samples._said", set())
+    monkeypatch.setattr("realsr_hpc.data.samples._logged", set())
     photographs(folder, names)
     words = [*recipe, *SMALL, "cluster.tasks_per_node=1", f"output_root={folder}", "data.train_split=train"]
     words += [f"data.manifest={folder / 'manifest.parquet'}", f"image_tokenizer.weights={folder / 'image.safetensors'}"]
