@@ -96,6 +96,7 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Proces
         raise ValueError(f"checkpoint {path} holds weights only: pass optimiser=None, or name a training checkpoint")
     with backend.vendor_calls():
         wanted = sharded_state(policy, optimiser, loading=True)
+        # `wanted` describes this rank's shards and their memory; loading reshards from the saved layout
         for name, _ in _named_chunks(policy):
             wanted[name] = {key: _merged_in_place(value) for key, value in wanted[name].items()}
         loaded = _read(wanted, path)

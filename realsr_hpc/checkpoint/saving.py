@@ -254,6 +254,7 @@ class _Saving:
         self._files = integrity.describe(self._aside, mine)
 
     def _write_bucket(self, number: int, bucket: Any) -> Any:
+        # Megatron's function for a writer process, called in this thread: it marks its slot in `running` as done
         path, key, (texts, tensors) = bucket
         compact: Iterator[Any] = ((item, _compact(tensor)) for item, tensor in tensors)
         results: queue.Queue[Any] = queue.Queue()
@@ -272,7 +273,7 @@ class _Saving:
         self._agree()
         if self._groups.is_main:
             (self._root / RESERVE).unlink(missing_ok=True)
-        if self._buckets:
+        if self._buckets:  # where Megatron's finalisation expects the results of its writers
             self._request.async_fn_args[2].put(self._results)
         with backend.vendor_calls():
             for finalise in self._request.finalize_fns:
@@ -286,6 +287,7 @@ class _Saving:
 
     def _publish(self, written: dict[str, dict[str, Any]], keep: integrity.Keep) -> None:
         named = {self._aside / name for name in written}
+        # files that Megatron wrote on this rank are hashed now; the ranks have hashed their own
         rest = [path for path in integrity.content(self._aside) if path not in named]
         integrity.complete(self._aside, self._final, written | integrity.describe(self._aside, rest), self._facts)
         try:

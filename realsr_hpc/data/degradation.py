@@ -156,6 +156,7 @@ def sample_degradation(
     The first resize is relative to the truth's side, the second to the LQ image's, as published; sides below
     `MIN_SIDE_PX` are raised to it.
     """
+    # The order of the draws must not change: a sample's degradation follows from it.
     first = _sample_stage(rng, preset.first, gt_size_px)
     second = _sample_stage(rng, preset.second, gt_size_px // upscale)
     sinc = None

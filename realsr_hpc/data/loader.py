@@ -144,6 +144,7 @@ class LQLoader:
     def _make_ahead(self, num_batches: int) -> None:
         global_batch = self._batch_size * self._dp_size
         while len(self._ahead) < num_batches:
+            # global batches follow one another; within one, rank r has samples [r x batch_size, (r + 1) x batch_size)
             start = self._position + len(self._ahead) * global_batch + self._dp_rank * self._batch_size
             self._ahead.append(self._maker.submit(self._make, range(start, start + self._batch_size)))
 

@@ -135,6 +135,7 @@ class FrozenTraces:
         return int(self._ends[-1])
 
     def __getitem__(self, number: int) -> TracePair:
+        # file that holds the trace, and the trace's row in it
         place = int(np.searchsorted(self._ends, number, side="right"))
         row = number - int(self._ends[place - 1] if place else 0)
         start, stop = self._starts[place][row : row + 2].tolist()

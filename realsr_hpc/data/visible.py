@@ -131,7 +131,7 @@ def _tracked(
         match operator:
             case Blur():
                 spectra = spectra * kernel_power(operator.kernel)
-            case ResizeTo():
+            case ResizeTo():  # noise is added after the resize of each stage; the last resize has none
                 fold = folding(side, operator.side_px, operator.mode)
                 spectra, side = fold @ spectra @ fold.T, operator.side_px
                 if noisy:

@@ -35,6 +35,7 @@ def group_advantages(
         raise ValueError(f"group_size is {group_size}: an advantage compares siblings; use at least 2")
     exact = rewards.double()
     centred = exact - exact.mean(-1, keepdim=True)
+    # equal rewards give exactly 0; otherwise the rounding of the mean would be divided by a tiny std
     centred = centred.masked_fill(zero_variance(rewards)[..., None], 0.0)
     if kind == "mean_std":
         centred = centred / (exact.std(-1, keepdim=True, correction=int(unbiased_std)) + epsilon)
@@ -100,6 +101,7 @@ def contributions(
             name: weights[name] * configured_advantages({name: values}, {name: 1.0}, config).double()
             for name, values in breakdown.items()
         }
+    # all terms are scaled by the factor [*prompts, 1] that the weighted sum is scaled by
     whole = torch.stack(list(exact.values())).sum(0)
     factor = torch.ones_like(whole[..., :1])
     if config.advantage == "mean_std":
@@ -119,6 +121,7 @@ def place_advantages(
     weighs more, as it does in the mean over the image. NaN stays NaN and does not enter the means.
     """
     exact = scores.double()
+    # the means run over the rollouts (dim -2) that have scores at a place
     known = ~exact.isnan()
     count = known.sum(-2, keepdim=True)
     centred = exact - exact.nansum(-2, keepdim=True) / count.clamp_min(1)

@@ -89,6 +89,7 @@ def policy_loss(
         bounded = _masked(entropy, mask)
         means["grpo/entropy/mean"] = bounded
         objective = objective + config.entropy_weight * bounded if config.entropy_weight else objective
+    # divided by global counts, so that the sums over microbatches and ranks are means over the update
     contributions = {name: (value.detach() * mask).sum() / counts.num_tokens for name, value in means.items()}
     contributions |= {name: (where & mask).sum().to(policy.dtype) for name, where in counted.items()}
     contributions["grpo/policy_loss/mean"] = -aggregate(surrogate.detach(), mask, counts, config.aggregation)
@@ -120,7 +121,7 @@ def importance_ratio(
     GSPO: arXiv 2507.18071, eq. 7. With aggregation "sequence" the loss is then exactly its eq. 5. The second result
     marks where the exponent was clamped; the gradient is 0 there.
     """
-    if importance == "sequence":
+    if importance == "sequence":  # the geometric mean of the token ratios
         length = mask.sum(-1, keepdim=True).clamp_min(1)
         log_ratio = (log_ratio.sum(-1, keepdim=True) / length).expand_as(log_ratio)  # [N, 1] -> [N, T]
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), log_ratio.detach().abs() > MAX_LOG_RATIO

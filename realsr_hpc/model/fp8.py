@@ -119,6 +119,7 @@ class _Fp8Layer:
         with torch.no_grad():
             if recipe.scaling == "blockwise":
                 return rounded_by_blocks(x, dtype, square=operand == _WEIGHT)
+            # tensorwise: this tensor's own maximum; delayed: the previous pass's, and this one is kept for the next
             largest = x.abs().max().float()
             if recipe.scaling == "tensorwise":
                 return rounded(x, dtype, largest)

@@ -115,7 +115,7 @@ def split(row: Row, shards: list[Tensor], shapes: WeightShapes) -> list[Tensor]:
     """All tensor ranks' parameters -> the whole Hugging Face tensors; the inverse of `merge`."""
     if row.cut == "whole":
         return [shards[0]]
-    if row.cut == "qkv":
+    if row.cut == "qkv":  # rank by rank, [kv / tp, (h/kv + 2) d, H] -> queries, keys and values of all heads
         d, queries = shapes.head_dim, shapes.heads // shapes.kv_heads
         grouped = torch.cat([s.view(-1, (queries + 2) * d, shapes.hidden) for s in shards])
         return [part.reshape(-1, shapes.hidden) for part in grouped.split([queries * d, d, d], 1)]
@@ -220,7 +220,7 @@ def hf_tensors(policy: Policy, part: Callable[[Tensor], Tensor] | None = None) -
         else:
             dtype = _part_dtype(policy, part)
             tensors = [torch.empty(hf_shape(n, shapes), dtype=dtype, device=groups.device) for n in names]
-        if groups.pp_size > 1:
+        if groups.pp_size > 1:  # from the stage that holds the layer to all others, world rank 0 among them
             source = dist.get_global_rank(groups.pp, stage)
             for tensor in tensors:
                 dist.broadcast(tensor, source, group=groups.pp)

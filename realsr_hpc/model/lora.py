@@ -134,15 +134,15 @@ class Adapters(nn.Module):
         With sequence parallelism S is this rank's share on the side that tensor parallelism does not cut.
         """
         hidden = F.linear(x, self.inner())  # [S, b, adapters x rank], of this rank's inputs and tokens
-        if self.site.inputs_cut and self.sequence_parallel:
+        if self.site.inputs_cut and self.sequence_parallel:  # add the ranks' partial sums; each keeps its tokens
             hidden = reduce_scatter_to_sequence_parallel_region(hidden.contiguous(), group=self.tp_group)
         elif self.site.inputs_cut and self.tp_size > 1:
             hidden = reduce_from_tensor_model_parallel_region(hidden.contiguous(), group=self.tp_group)
-        elif self.sequence_parallel:
+        elif self.sequence_parallel:  # the outputs are split, so each rank needs all tokens
             hidden = gather_from_sequence_parallel_region(
                 hidden.contiguous(), tensor_parallel_output_grad=True, group=self.tp_group
             )
-        elif self.tp_size > 1:
+        elif self.tp_size > 1:  # each rank's outputs give a part of the gradient of A h
             hidden = SumGradient.apply(hidden, self.tp_group)
         return self.outputs(hidden)
 

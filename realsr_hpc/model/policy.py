@@ -54,6 +54,7 @@ def build_policy(
         filled: False: the caller overwrites every weight (from a checkpoint or an import), so none is drawn.
     """
     layout.check(config)
+    # the vocabulary is split over tp, so its rows are padded to a multiple
     padded = layout.padded_vocab(vocab_size, groups.tp_size)
     megatron = transformer_config(config, groups)
     with backend.vendor_calls(), torch.device("meta") if meta else nullcontext():

@@ -93,12 +93,14 @@ class Optimiser:
         for group in self.vendor.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.optim.weight_decay * group["wd_mult"]
+        # copies the bf16 model's gradients to the float32 main weights; every rank then agrees on the norm
         found_inf = bool(self.vendor.prepare_grads())
         grad_norm = self._grad_norm()
         applied = not found_inf and math.isfinite(grad_norm)
         if applied:
             self._clip(grad_norm)
             self.vendor.step_with_ready_grads()
+        # a skipped update counts too, so that the learning rate is a function of the step
         self.num_updates += 1
         self.num_skipped += not applied
         return StepResult(outputs, grad_norm, applied, lr)

@@ -91,7 +91,7 @@ def _schedule(model: Pipelined) -> Callable[..., list[Outputs]]:
 
     if model.groups.pp_size == 1:
         return schedules.forward_backward_no_pipelining
-    if len(model.chunks) > 1:
+    if len(model.chunks) > 1:  # several chunks per stage: interleaved 1F1B, with a smaller bubble
         return schedules.forward_backward_pipelining_with_interleaving
     return schedules.forward_backward_pipelining_without_interleaving
 
@@ -99,6 +99,7 @@ def _schedule(model: Pipelined) -> Callable[..., list[Outputs]]:
 def _forward_step(loss_fn: LossFunction) -> Callable[..., Any]:
     from megatron.core.utils import unwrap_model
 
+    # the number of tokens by which Megatron would divide gradients; the loss is already divided
     one_token = torch.ones((), dtype=torch.int)
 
     def step(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

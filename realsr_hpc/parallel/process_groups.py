@@ -79,6 +79,7 @@ def initialise(parallel: ParallelConfig, seed: int) -> ProcessGroups:
     layout = layout_of(parallel, int(os.environ.get("WORLD_SIZE", "1")))
     if not dist.is_initialized():
         _join(layout.world_size)
+    # Megatron creates its groups in module state; we read them once and pass them as arguments from then on
     with backend.vendor_calls():
         if parallel_state.model_parallel_is_initialized() and not _same_layout(parallel):
             parallel_state.destroy_model_parallel()

@@ -37,6 +37,7 @@ def low_frequencies(planes: Tensor) -> Tensor:
             (taps.view(1, 1, 3, 1), (0, 0, spread, spread)),
             (taps.view(1, 1, 1, 3), (spread, spread, 0, 0)),
         ):
+            # [3, H, W] as three images of one channel: [3, 1, H, W]
             planes = conv2d(pad(planes[:, None], border, mode="replicate"), kernel, dilation=spread)[:, 0]
     return planes
 

@@ -107,6 +107,7 @@ def _bounds(count: int, settings: RestoreSettings) -> list[int]:
     """Boundaries of the batches: about equally large, the same number for each worker, none above `batch_size`."""
     if not count:
         return [0]
+    # every worker gets the same number of batches, so that none waits for another
     rounds = -(-count // (settings.batch_size * settings.workers))
     batches = min(count, rounds * settings.workers)
     return [count * number // batches for number in range(batches + 1)]

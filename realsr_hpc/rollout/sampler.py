@@ -107,6 +107,7 @@ class Sampler:
             alive = batch.ahead.alive(batch.rows)
             if not alive.any():
                 break
+            # copying the cache to drop finished rows pays off only if enough of them are finished
             kept = retire(batch.rows, alive.tolist(), group_size)
             if len(kept) <= RETIRE_AT * len(batch.rows):
                 written = int(window.first.max()) + window.fed.shape[1]

@@ -74,6 +74,7 @@ class Width:
             best = max(best, seen[width].rate)
             if seen[width].rate < WORSE * best:
                 break
+        # all widths have been tried: use the fastest, and measure a neighbour again now and then
         widths = sorted(seen)
         place = max(range(len(widths)), key=lambda place: seen[widths[place]].rate)
         if situation.passes % AGAIN_EVERY == 0:

@@ -30,6 +30,7 @@ class CodebookAverages:
         generator: torch.Generator,
     ) -> int:
         """Write the new averages into `codebook` in place; returns how many entries were moved."""
+        # assignments of this batch: counts [K], sums of features [K, E]
         counts = torch.bincount(codes, minlength=len(codebook)).to(self.counts.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, codes, features)
         self.counts.lerp_(counts, 1 - self.decay)
@@ -38,6 +39,7 @@ class CodebookAverages:
         dead = torch.nonzero(self.counts < self.dead_share * mean_count).flatten()
         if len(dead):
             chosen = torch.randint(len(features), (len(dead),), generator=generator).to(features.device)
+            # with the mean count they are not dead again at the next update
             self.counts[dead] = mean_count
             self.sums[dead] = features[chosen] * mean_count
         codebook.copy_(self.sums / self.counts.unsqueeze(1))

@@ -217,6 +217,7 @@ class Decoder(nn.Module):
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden = level(hidden)
+        # [B, 3 s^2, H / s, W / s] -> [B, 3, H, W]
         images = functional.pixel_shuffle(self.conv_out(functional.silu(self.norm_out(hidden))), self.output_shuffle)
         if hasattr(self, "patch_out"):
             images = images + functional.pixel_shuffle(self.patch_out(latents), self.downsample)
@@ -238,6 +239,7 @@ class Quantizer(nn.Module):
 
     def nearest(self, features: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
         """Index of the entry with the smallest squared distance."""
+        # |f - e|^2 = |f|^2 + |e|^2 - 2 f e, as one product [n, E] @ [E, K]
         codebook = self.codebook()
         norms = codebook.square().sum(1)
         parts = features.split(FEATURES_AT_ONCE)  # N x K distances of all features would take gigabytes

@@ -75,6 +75,7 @@ def start_decoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
 def _project(
     tokenizer: ImageTokenizer, layer: nn.Conv2d, width: int, images: list[Float[Tensor, "B 3 H W"]]
 ) -> Float[Tensor, " D"]:
+    # [N, D]: each row a patch of D = 4 `width` values; eigh returns ascending eigenvalues, so both are flipped
     patches = torch.cat([_patches(tokenizer, batch, width) for batch in images])
     mean = patches.mean(0)
     variances, vectors = torch.linalg.eigh(torch.cov(patches.T))
@@ -84,6 +85,7 @@ def _project(
         for value, (row, column, channel) in zip(scaled, places(width), strict=True):
             layer.weight[GROUP * component, channel, row, column] = value
         layer.bias[GROUP * component] = -(mean @ scaled)  # pyright: ignore[reportOptionalSubscript]
+    # channels of a group: the component, its negative, and the two constants
     layer.weight[1::GROUP], layer.bias[1::GROUP] = -layer.weight[::GROUP], -layer.bias[::GROUP]  # pyright: ignore[reportOptionalSubscript]
     layer.bias[2::GROUP], layer.bias[3::GROUP] = CONSTANT, -CONSTANT  # pyright: ignore[reportOptionalSubscript]
     return deviations

@@ -72,6 +72,7 @@ def drawn_once(
         tokens, _ = sample(logits, allowed, temperatures, key[codes], first=columns.start)
         return hidden.new_zeros(()), {"codes": tokens}
 
+    # only the last stage draws; the first stage embeds the drawn codes in the next pass, so all stages get them
     outputs = run_pipeline(parts.policy, microbatches, draw, forward_only=True)
     drawn = broadcast_from_last_stage([output.get("codes") for output in outputs], parts.groups)
     return [_reading(m, codes, columns) for m, codes in zip(microbatches, drawn, strict=True)]

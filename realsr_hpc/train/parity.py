@@ -65,6 +65,7 @@ class ParityGate:
         with without_fp8(self.parts.policy):
             bf16 = self._logprobs()
         mean = float((fp8 - bf16).abs().mean()) if self.parts.groups.is_last_stage else 0.0
+        # only the last stage has log-probabilities; the maximum over all ranks makes them act alike
         shared = float(broadcast_from_last_stage(mean, self.parts.groups))
         agreed = shared if math.isfinite(shared) else math.inf
         return reduce_float(agreed, torch.distributed.group.WORLD, self.parts.groups.device, "max")

@@ -156,6 +156,7 @@ def _outcome(
     run_dir: Path, step: KeptStep, start: Path | None, config: RunConfig, other: RunConfig
 ) -> tuple[Outcome, bool]:
     """Update with recipe `other` from the weights that `config` led to; also whether every step was on its layout."""
+    # built once for both recipes, with a reference if either of them has a KL term
     beta = max(config.grpo.kl_beta, other.grpo.kl_beta)
     built = build_grpo_parts(config.model_copy(update={"grpo": config.grpo.model_copy(update={"kl_beta": beta})}))
     as_run = replace(built, config=config, reference=built.reference if config.grpo.kl_beta else None)
@@ -163,7 +164,7 @@ def _outcome(
     if start is not None:
         checkpoint.refuse_damaged(start, groups)
         done = checkpoint.load(start, built.policy, built.optimiser, groups)["step"]
-    for number in range(done + 1, step.number):
+    for number in range(done + 1, step.number):  # repeat the updates between the checkpoint and the step
         before = read_step(runfolder.replay(run_dir, number))
         steps.append(before)
         learn(as_run, before.share(groups.dp_rank, groups.dp_size), number, {})
@@ -172,6 +173,7 @@ def _outcome(
     everyone = [reweighted(group, weights, other) for group in all_groups(step)]
     mine = [reweighted(group, weights, other) for group in step.share(groups.dp_rank, groups.dp_size)]
     metrics = learn(parts, mine, step.number, {})
+    # steps saved by earlier versions do not state their layout: it is the recipe's
     unsaid = recipe_of(run_dir).parallel
     same = {((kept.parallel or unsaid), len(kept.ranks)) for kept in steps} == {(other.parallel, groups.dp_size)}
     advantages = torch.cat([group.advantages for group in everyone if group.advantages is not None])

@@ -27,6 +27,7 @@ def rewarded(parts: GRPOParts, batch: LQBatch, groups: Sequence[RolloutGroup]) -
     """Score the groups of `batch`'s images; the same result on all ranks of a replica."""
     traces = [parts.tokens.codec.parse_group(group) for group in groups]
     sources = batch.cases()
+    # all rollouts of all groups in one list, so that they can be distributed evenly
     rollouts = [
         (source, member, trace)
         for source, members in zip(sources, traces, strict=True)

@@ -64,7 +64,7 @@ def loss_by_part(
 
     targets: complete responses, concatenated.
     """
-    image = images_begun(targets, vocabulary)
+    image = images_begun(targets, vocabulary)  # [n]: codes after the k-th begin token belong to image k
     is_code = (targets >= vocabulary.image_first) & (targets < vocabulary.image_end)
     is_text = (targets >= vocabulary.text_first) & (targets < vocabulary.text_first + vocabulary.num_text)
     parts = {name: is_code & (image == number) for number, name in enumerate(IMAGE_NAMES, 1)}

@@ -111,6 +111,7 @@ class TokenizerTraining:
         self.optimizer.step()
         frozen = self.training.freeze_encoder
         moved = 0 if frozen else self._update_codebook(features.detach().flatten(0, 2), codes.flatten())
+        # a short average at first, so that it does not keep the start weights for hundreds of steps
         decay = min(AVERAGE_DECAY, self.step / (self.step + 10))
         for average, current in zip(self.average.parameters(), self.tokenizer.parameters(), strict=True):
             average.lerp_(current.detach(), 1 - decay)
@@ -138,6 +139,7 @@ class TokenizerTraining:
         generator = torch.Generator().manual_seed(self.config.seed)
         chosen = torch.randperm(len(features), generator=generator)[: len(self.codebook)]
         self.codebook.copy_(features[chosen.to(self.device)])
+        # with decay 0 an update of the averages is one round of k-means
         self.codebook_averages.decay = 0.0
         for _ in range(KMEANS_ROUNDS):
             self.codebook_averages.update(self.codebook, features, self.tokenizer.quantize.nearest(features), generator)

@@ -87,6 +87,7 @@ class TrainingRun:
         """
         asked = self._stop() or step == self.config.checkpoint.stop_at_step
         mine = {"stop": asked, "best": self._is_among_best(), "writing": self._saver.writing}
+        # what this rank wants; the maximum over all ranks decides, so that all of them save or stop together
         flags = {name: float(flag) for name, flag in mine.items()}
         flags["left_out"] = float(len(getattr(loader, "skipped", ())))  # frozen traces skip no image
         world = torch.distributed.group.WORLD
@@ -97,6 +98,7 @@ class TrainingRun:
         leaving = agreed["stop"] > 0 or step == self.num_steps
         due = leaving or agreed["best"] > 0 or step % self.config.checkpoint.every_steps == 0
         began = time.perf_counter()
+        # complete the previous asynchronous save before the next one starts, or as soon as all ranks have written
         if self._saver.pending and (due or not agreed["writing"]):
             self._try(self._complete)
         if due:

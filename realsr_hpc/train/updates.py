@@ -29,6 +29,7 @@ def grpo_batches(parts: GRPOParts, groups: Sequence[ScoredGroup], masks: MaskTab
     for number in range(grpo.updates_per_step):
         mine = every_nth_rollout(training, number, grpo.updates_per_step)
         sequences = [sequence for group in mine for sequence in group.sequences]
+        # over all ranks: the loss is a mean over the whole update, not over this rank's part of it
         num_tokens = parts.count(sum(len(sequence.loss.positions) for sequence in sequences))
         num_rollouts = parts.count(len(sequences))
         if num_tokens:
@@ -39,6 +40,7 @@ def grpo_batches(parts: GRPOParts, groups: Sequence[ScoredGroup], masks: MaskTab
 def teaches_nothing(group: ScoredGroup) -> bool:
     """Whether all advantages of the group are zero, and its rollouts do not differ at any place of the image either."""
     assert group.advantages is not None, "a group of one has no advantages: it is not to be trained on"
+    # terms with weight 0 teach nothing; rollouts without places (NaN) are not compared
     weighted = [scores for name, scores in group.rewards.places.items() if group.rewards.weights[name]]
     places = [scores[~scores.isnan().any(1)] for scores in weighted]  # [rollouts, places] each
     differ = any(len(scores) and not zero_variance(scores.T).all() for scores in places)
@@ -72,12 +74,14 @@ def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable, cred
     tokens = torch.cat([rollouts.prompt, rollouts.tokens[row, : rollouts.lengths[row]]])  # [P + length]
     mask_ids = rollouts.mask_ids[row, free]
     loss = LossTokens(
+        # response token i is at position P + i of the sequence, and the hidden state before it predicts it
         positions=len(rollouts.prompt) - 1 + free,
         targets=rollouts.tokens[row, free],
         mask_ids=mask_ids,
         temperature=masks.temperature.cpu()[mask_ids],
         support=None if rollouts.support is None else rollouts.support[row, free],
         cfg_scale=masks.cfg_scale.cpu()[mask_ids] if masks.guided else None,
+        # a single rollout, number 0, whose n loss tokens are the columns 0..n-1; joining renumbers them
         rollouts=RolloutTokens(
             rollout=torch.zeros(len(free), dtype=torch.long),
             column=torch.arange(len(free)),

@@ -38,6 +38,7 @@ class Automaton:
     def after(self, states: np.ndarray | np.int64, tokens: np.ndarray | np.int64) -> np.ndarray:
         """States after one allowed token each; states, tokens and result are int64 of one shape."""
         result = self.default[states]
+        # `branches` is sorted, so a binary search finds (state, token) pairs with their own successor
         keys = states * self.vocabulary_size + tokens
         places = np.searchsorted(self.branches, keys).clip(max=len(self.branches) - 1)
         return np.where(self.branches[places] == keys, self.targets[places], result)

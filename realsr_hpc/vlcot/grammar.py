@@ -122,6 +122,7 @@ class Grammar:
         close = self.codec.encode_text(f"</{name}>")
         start, more = self._row(self._text_tokens), self._row([*self._text_tokens, close[0]])
         closing = self._literal(close[1:], then)
+        # one state per token of text; after the last one only the closing tag is allowed
         state = self._states.add(self._row(close[:1]), closing)
         for _ in range(self.codec.config.max_text_tokens - 1):
             state = self._states.add(more, state, {close[0]: closing})
@@ -140,6 +141,7 @@ class Grammar:
 
     def _constrained(self) -> int:
         vocabulary, encode = self.codec.vocabulary, self.codec.encode_text
+        # built from the end backwards, because a state needs the number of its successor
         state = self._literal([vocabulary.end_turn], END)
         fields = zip(TEXT_FIELDS, IMAGE_FIELDS, self.codec.config.image_sizes_px, strict=True)
         for text, image, size in reversed(list(fields)):

@@ -135,6 +135,7 @@ class TraceCodec:
             tokens = tokens[: tokens.index(self.vocabulary.end_turn)]
         else:
             faults.append("no end of turn")
+        # with images replaced by marks the response is a string in which tags can be searched
         text, grids = self._linearise(tokens, faults)
         bodies = {name: _body(text, name, faults) for name in FIELDS}
         if not faults and text != "".join(f"<{name}>{bodies[name]}</{name}>" for name in FIELDS):
@@ -215,6 +216,7 @@ class TraceCodec:
         body = tokens[position + 1 : end]
         size_px = vocabulary.size_px(body[0]) if body else None
         side = self.side(size_px) if size_px else 0
+        # two size tokens, `side` rows of `side` codes and a newline each, and the end token
         if not side or len(body) != 2 + side * (side + 1) + 1 or body[1] != body[0] or body[-1] != vocabulary.image_end:
             faults.append(f"image block of {len(body) + 1} tokens does not fit its declared size")
             return None, end
