@@ -155,7 +155,7 @@ def test_a_step_above_the_gate_is_one_line_with_the_remedy_and_compared_without_
         (["step=3", "grpo.clip_hgih=1"], "did you mean 'grpo.clip_high'?"),
         (["step=3", "grpo.clip_high=nan"], "grpo.clip_high: nan: input should be a finite number"),
         (["step=3", "parallel.tp=2"], "parallel: tp 2 x pp 1 = 2: must divide the world size 1"),
-        (["step=3", "run=nowhere"], "run 'nowhere': no recipe.yaml there"),
+        (["step=3", "run=nowhere"], "run 'nowhere': no recipe.yaml at this path"),
         (["step=9"], "step=9 was not saved; saved steps: "),
         (["step=two"], "step='two' is not a whole number"),
     ],
