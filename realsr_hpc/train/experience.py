@@ -38,7 +38,7 @@ def collect(parts: GRPOParts, source: BatchSource, seconds: dict[str, float] | N
     for _ in range(grpo.max_resample_rounds):
         kept = [group for group in groups if not teaches_nothing(group)]
         missing = len(batch) - len(kept)
-        # sampling is collective: a rank that needs nothing samples along as long as any rank needs groups
+        # as long as any rank needs groups, every rank samples another round: so their loaders stay aligned
         if not reduce_float(float(missing), parts.groups.dp, parts.groups.device, "max"):
             break
         groups = kept + _next_groups(parts, source, seconds)[1]

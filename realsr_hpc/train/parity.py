@@ -71,7 +71,7 @@ class ParityGate:
         return reduce_float(agreed, torch.distributed.group.WORLD, self.parts.groups.device, "max")
 
     def _measure(self, step: int) -> dict[str, float]:
-        """Measure the difference and act on it; the gate's metrics. RuntimeError if it exceeds the gate and stops."""
+        """Measure the difference, act on it and return the gate's metrics. RuntimeError: see `start`."""
         difference, limit = self.difference(), self.precision.fp8_gate_logprob
         metrics = {"fp8/logprob_difference/mean": difference, "fp8/on/step": 1.0}
         if difference <= limit:
