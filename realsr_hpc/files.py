@@ -75,7 +75,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, which is renamed to `path` when the block ends.
 
     `path` always has either the old or the new content, even if this process or the machine dies; after the block it
-    has the new one. The temporary file is removed if the block raises.
+    has the new one. The temporary file is removed if the block raises. OSError if `path` is a device or pipe.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # the rename would replace a device or pipe
         raise OSError(errno.EINVAL, "not a regular file, so it is not replaced", str(path))

@@ -177,7 +177,10 @@ def pack_support(support: Bool[Tensor, "n V"]) -> UInt8[Tensor, "n K"]:
 
 
 def unpack_support(packed: UInt8[Tensor, "n K"], start: int, stop: int) -> Bool[Tensor, "n width"]:
-    """Survivors of the vocabulary range [start, stop), width = stop - start; it need not be byte-aligned."""
+    """Survivors of the vocabulary range [start, stop), width = stop - start; it need not be byte-aligned.
+
+    ValueError if the packed bytes do not cover the range.
+    """
     if not 0 <= start <= stop <= 8 * packed.shape[-1]:
         raise ValueError(
             f"support range [{start}, {stop}) does not fit {packed.shape[-1]} packed bytes; "

@@ -48,7 +48,7 @@ class StageConfig(BaseModel):
 
     @model_validator(mode="after")
     def names_a_recipe_or_a_command(self) -> StageConfig:
-        """A stage has either a recipe or a command; only a command has `cluster`, with known fields."""
+        """A stage has either a recipe or a command; only a command has `cluster`. ValueError otherwise."""
         if (self.recipe is None) == (self.command is None):
             raise ValueError("give either recipe or command")
         if self.recipe is not None and self.cluster:

@@ -71,7 +71,7 @@ def compose(overrides: list[str], *, multirun: bool = False) -> RunConfig | list
 
 
 def compose_one(overrides: list[str]) -> RunConfig:
-    """One recipe with its overrides, none of them swept."""
+    """One recipe with its overrides. RecipeError lists all faults; one of them is a swept override."""
     if several := [item.input_line or "" for item in _parse(overrides) if item.is_sweep_override()]:
         raise RecipeError(f"{several[0]}: several values where one is needed; sweep with launch -m, or quote the text")
     return _Composer().config(overrides)
@@ -116,7 +116,10 @@ def _axis(item: Override) -> Axis:
 
 
 def read_axes(name: str) -> list[str]:
-    """The overrides in recipes/sweeps/NAME.yaml. A list is swept; text is used as the value of an override."""
+    """The overrides in recipes/sweeps/NAME.yaml. A list is swept; text is used as the value of an override.
+
+    RecipeError if the file is missing or holds no axes.
+    """
     if (path := yaml_file(f"sweeps/{name}")) is None:
         names = yaml_names("sweeps")
         raise RecipeError(f"axes: no {name!r}{nearest(name, names)}; available: {', '.join(names)}")
@@ -269,7 +272,7 @@ class _Composer:
         return self._parsed[line]
 
     def tree(self, recipe: str, lines: list[str]) -> object:
-        """The plain tree of a recipe, not yet validated."""
+        """The plain tree of a recipe, not yet validated. RecipeError if Hydra cannot compose it."""
         groups, overrides = _groups_of(recipe), [self._parse(line) for line in lines]
         chosen = [item for item in overrides if item.key_or_group in GROUPS or item.is_delete()]
         key = (recipe, *(_as_hydra(item, groups) for item in chosen))

@@ -57,7 +57,7 @@ class DegradationOptions(Section):
 
     @model_validator(mode="after")
     def some_slot_counts(self) -> Self:
-        """At least one slot has a weight above 0."""
+        """At least one slot has a weight above 0; else ValueError."""
         if not any(self.slot_weights):
             raise ValueError("every slot's weight is 0: raise blur_weight or another one, or drop the term")
         return self
@@ -100,7 +100,7 @@ class GenerationOptions(Section):
 
     @model_validator(mode="after")
     def metrics_are_pyiqas(self) -> Self:
-        """Metrics are named for pyiqa, and only for it."""
+        """Metrics are named for pyiqa, and only for it; else ValueError."""
         if (self.expert == "pyiqa") != bool(self.metrics):
             raise ValueError(
                 f"expert={self.expert} with metrics={self.metrics}: only expert=pyiqa takes metrics, and needs them"
@@ -134,7 +134,7 @@ class FidelityOptions(Section):
 
     @model_validator(mode="after")
     def options_belong_together(self) -> Self:
-        """pyiqa compares with the truth; psnr_low is below psnr_high."""
+        """pyiqa compares with the truth; psnr_low is below psnr_high; else ValueError."""
         if (self.metric == "pyiqa") != bool(self.metrics):
             raise ValueError(
                 f"metric={self.metric} with metrics={self.metrics}: only metric=pyiqa takes metrics, and needs them"
@@ -174,7 +174,7 @@ class HttpOptions(Section):
 
     @model_validator(mode="after")
     def the_url_is_an_allowed_address(self) -> Self:
-        """The URL is an http address without a password, on this machine unless `allow_remote` is set."""
+        """The URL is an http address without a password, local unless `allow_remote` is set; else ValueError."""
         fault = _url_fault(self.url)
         if fault:
             raise ValueError(f"url={self.url!r}: {fault}; write it as http://127.0.0.1:8090/terms/generation")

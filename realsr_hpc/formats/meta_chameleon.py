@@ -310,7 +310,7 @@ class _Tree:
         return f"tensor {name} has {shape[0]} rows, which are no {part} of {self.heads} heads" if odd else None
 
     def read(self, name: str, order: Rotary) -> Tensor:
-        """One tensor in Hugging Face's format; only its own shards are read."""
+        """One tensor in Hugging Face's format; only its own shards are read. ValueError if a shard lacks it."""
         if name not in self.table:
             raise ValueError(f"a {NAME} has no tensor {name}")
         kept, merge = self.table[name]

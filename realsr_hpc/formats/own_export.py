@@ -25,7 +25,7 @@ def recognise(place: Place) -> Signs:
 
 
 def open_export(place: Place, rotary: Rotary | None) -> Found:
-    """The policy, and the image tokenizer assembled from its encoder and its decoder."""
+    """The policy, and the image tokenizer assembled from encoder and decoder. ValueError if a file is missing."""
     found = hugging_face.open_hugging_face(place, rotary)
     assert found.policy is not None, "a folder always has a policy"
     if place.file("tokenizer.json") is None:

@@ -125,7 +125,10 @@ def _thetas(settings: Mapping[str, Any]) -> list[Any]:
 
 
 def sizes_of(settings: Mapping[str, Any]) -> dict[str, float]:
-    """Sizes under config.json's names. A missing key gets its default; one without a default is omitted."""
+    """Sizes under config.json's names. A missing key gets its default; one without a default is omitted.
+
+    ValueError for a size that is not a number.
+    """
     given = {**settings, "rope_theta": next(iter(_thetas(settings)), None)}
     sizes = {key: default if given.get(key) is None else given[key] for key, default in SIZES.items()}
     for key, value in sizes.items():

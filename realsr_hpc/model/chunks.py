@@ -126,7 +126,7 @@ class Policy:
 
     @property
     def output_weight(self) -> Tensor:
-        """Output rows of this tensor rank, [padded_vocab / tp, H]; only on the last stage."""
+        """Output rows of this tensor rank, [padded_vocab / tp, H]. ValueError on all stages but the last."""
         if not self.groups.is_last_stage:
             raise ValueError(f"output_weight is on the last pipeline stage; this is stage {self.groups.pp_rank}")
         return self.chunks[-1].output_layer.weight  # pyright: ignore[reportReturnType]

@@ -194,6 +194,7 @@ class _Sum:
         self.ramp = (line[:, None] * line[None])[..., None]
 
     def add(self, corner: tuple[int, int], image: np.ndarray) -> None:
+        """Add a tile, [tile x scale, tile x scale, 3]; corner: its top and left in LQ pixels."""
         top, left = (place * self.scale for place in corner)
         where = (slice(top, top + image.shape[0]), slice(left, left + image.shape[1]))
         self.total[where] += image * self.ramp

@@ -69,6 +69,9 @@ class Sampler:
             group_size: rollouts per prompt.
             rollout_ids: global number of every rollout [P * group_size]; with the seed it decides the draws.
             progress: called with the number of rollouts finished so far.
+
+        Raises:
+            ValueError: if there is not one id per rollout.
         """
         if len(rollout_ids) != len(prompts) * group_size:
             raise ValueError(f"{len(rollout_ids)} rollout ids for {len(prompts)} prompts x {group_size}: give one each")

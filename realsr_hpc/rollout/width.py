@@ -29,6 +29,7 @@ class _Seen:
     seconds: float = 0.0
 
     def add(self, accepted: float, seconds: float) -> None:
+        """Add the measurement of one pass."""
         self.passes += 1
         self.accepted += (accepted - self.accepted) * max(1 / self.passes, 0.1)
         # The minimum of recent passes, because other load only adds time. It grows slowly, because the cache does.
@@ -36,6 +37,7 @@ class _Seen:
 
     @property
     def rate(self) -> float:
+        """Accepted tokens per row and second."""
         return self.accepted / self.seconds if self.seconds else 0.0
 
 

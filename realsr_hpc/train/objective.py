@@ -14,7 +14,10 @@ from realsr_hpc.train.scoring import nothing_to_score, score_tokens
 
 
 def objective(config: RunConfig, policy: Policy, batch: GRPOBatch, masks: MaskTable) -> LossFunction:
-    """Loss function of one update: a microbatch's part of the policy loss, and its metrics."""
+    """Loss function of one update: a microbatch's part of the policy loss, and its metrics.
+
+    See `LossFunction` for its arguments and results. Metrics are divided by the global counts, so their sums are means.
+    """
     counts = GlobalCounts(batch.num_tokens_global, batch.num_rollouts_global, config.rollout.max_new_tokens)
     with_entropy = config.grpo.entropy_weight != 0.0
 

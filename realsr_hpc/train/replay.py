@@ -139,7 +139,10 @@ def tolerance(config: RunConfig) -> float:
 
 
 def starting_point(run_dir: Path, number: int) -> Path | None:
-    """The newest checkpoint from which saved steps lead up to this step; None: they lead from the run's start."""
+    """The newest checkpoint from which saved steps lead up to this step; None: they lead from the run's start.
+
+    ValueError: some of the steps in between were not saved.
+    """
     saved = {runfolder.step_of(path): path for path in integrity.completed(runfolder.checkpoints(run_dir))}
     kept = set(runfolder.replay_steps(run_dir))
     for step in sorted({0, *saved}, reverse=True):

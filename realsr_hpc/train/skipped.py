@@ -27,7 +27,7 @@ class SkippedUpdates:
         optimiser.on_skipped = self.keep
 
     def keep(self, microbatches: list[Microbatch]) -> None:
-        """Save this data-parallel rank's microbatches; raises after too many skipped updates in a row."""
+        """Save this data-parallel rank's microbatches. RuntimeError after too many skipped updates in a row."""
         optimiser, groups = self.optimiser, self.optimiser.groups
         target = self.folder / f"update-{optimiser.num_updates:06d}" / f"dp-{groups.dp_rank}.safetensors"
         if optimiser.num_skipped <= MAX_KEPT and groups.tp_rank == 0 and groups.pp_rank == 0:

@@ -60,7 +60,7 @@ class Vocabulary:
         return self.image_end + 607
 
     def size_token(self, size_px: int) -> int:
-        """Token that declares `size_px` (a multiple of 32)."""
+        """Token that declares `size_px`. ValueError if it is not a multiple of 32."""
         if size_px % SIZE_UNIT_PX:
             raise ValueError(f"image size {size_px} px is not a multiple of {SIZE_UNIT_PX}: choose one that is")
         return self.image_end + 608 + size_px // SIZE_UNIT_PX
