@@ -103,7 +103,7 @@ def _forward_step(loss_fn: LossFunction) -> Callable[..., Any]:
     one_token = torch.ones((), dtype=torch.int)
 
     def step(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        """Forward pass of one microbatch through a chunk; returns its output and the loss function for the last stage."""
+        """Run one microbatch through a chunk; returns its output and the loss function that the last stage calls."""
         microbatch = next(batches)
         output = chunk(microbatch.tokens, microbatch.segment_ids, microbatch.branches, microbatch.image_blocks)
 
