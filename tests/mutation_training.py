@@ -5,6 +5,8 @@ from __future__ import annotations
 TRAIN = "tests/unit/train/"
 UPDATES = "tests/unit/train/test_updates.py::test_"
 STEP = "tests/unit/train/test_step.py::test_"
+RUN = f"{TRAIN}test_training_run.py::test_"
+SAMPLED = "tests/unit/rollout/test_sampler.py::test_"
 SFT = "tests/unit/train/test_sft.py::test_"
 OPENED = "tests/unit/restore/test_model.py::test_"
 DRAWN = "tests/unit/behaviour/test_distribution.py::test_"
@@ -54,6 +56,7 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ("train/objective.py", f"{TRAIN}test_grpo.py"): (
         ("a drift of NaN passes", "not drift <= gate", "drift > gate"),
         ("KL of any step", "step == 1 and not", "not"),
+        ("FP8 without a limit", "return 1e-2", "return 1e9"),
     ),
     ("train/scoring.py", f"{UPDATES}microbatches_are_scored_together_as_alone"): (
         ("not filled up", "(passes * together - len(microbatches))", "0"),
@@ -101,6 +104,76 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ("train/kept_rollouts.py", f"{TRAIN}test_kept_rollouts.py"): (
         ("rough for middle", "for number in range(2))", "for number in (1, 0))"),
         ("all have the first's advantage", "float(advantages[member])", "float(advantages[0])"),
+    ),
+    ("train/training_run.py", f"{RUN}a_run_saves_where_it_is_due_and_stops_where_it_is_told"): (
+        ("told to stop in vain", "self._stop() or step == self.config.checkpoint.stop_at_step", "self._stop()"),
+        ("the end is a stop", 'return agreed["stop"] > 0 and step < self.num_steps', 'return agreed["stop"] > 0'),
+        (
+            "nothing saved at the end",
+            'leaving = agreed["stop"] > 0 or step == self.num_steps',
+            'leaving = agreed["stop"] > 0',
+        ),
+        ("saved at the end alone", " or step % self.config.checkpoint.every_steps == 0", ""),
+    ),
+    ("train/training_run.py", f"{RUN}training_goes_on_after_a_checkpoint_that_failed_until_too_many_fail_in_a_row"): (
+        ("failures are not added", "self._not_saved += 1", "self._not_saved = 1"),
+        (
+            "failures are never forgotten",
+            "self._saver.complete()\n        self._not_saved = 0",
+            "self._saver.complete()",
+        ),
+        ("one failure more", "self._not_saved >= limit", "self._not_saved > limit"),
+    ),
+    ("train/training_run.py", f"{RUN}the_last_checkpoint_must_be_written"): (
+        ("without the last checkpoint", "if must or self._not_saved", "if self._not_saved"),
+    ),
+    ("train/training_run.py", f"{RUN}a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_optimizer"): (
+        ("counters begin anew", 'self.counters.update(state["counters"])', "pass"),
+        ("the data begin anew", 'loader.load_state_dict(state["data"])', "pass"),
+    ),
+    ("checkpoint/loading.py", f"{RUN}a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_optimizer"): (
+        ("skipped for tried", '"updates"], own["optimiser"]["skipped"]', '"skipped"], own["optimiser"]["updates"]'),
+        (
+            "a second first update",
+            'of_parameters["common_step"] = torch.zeros(())',
+            'of_parameters["common_step"] = torch.ones(())',
+        ),
+        ("no states of torch's Adam", "elif vendor.init_state_fn is not None:", "elif False:"),
+        ("the dummy update counts", 'state["step"].zero_()', "pass"),
+    ),
+    (
+        "train/skipped.py",
+        f"{RUN}batches_of_skipped_updates_are_kept_up_to_a_number_and_too_many_in_a_row_end_the_run",
+    ): (
+        ("one batch less", "optimiser.num_skipped <= MAX_KEPT", "optimiser.num_skipped < MAX_KEPT"),
+        (
+            "one skipped update more",
+            "optimiser.skipped_in_a_row >= self.limit",
+            "optimiser.skipped_in_a_row > self.limit",
+        ),
+        ("the first microbatch alone", "enumerate(microbatches)", "enumerate(microbatches[:1])"),
+    ),
+    ("train/kept_steps.py", f"{RUN}a_kept_step_is_shared_by_any_number_of_ranks"): (
+        ("ranks read the same groups", "groups[len(groups) * dp_rank // dp_size :", "groups[dp_rank :"),
+    ),
+    ("train/kept_steps.py", f"{RUN}each_rank_of_the_first_layout_has_its_own_groups"): (
+        ("always equal shares", "if dp_size == len(self.ranks):", "if False:"),
+    ),
+    ("rollout/decoder.py", f"{STEP}rollouts_are_scored_as_they_were_sampled"): (
+        ("the heads' epsilon", "weight, self.epsilon)", "weight, HEAD_NORM_EPSILON)"),
+    ),
+    ("rollout/decoder.py", f"{STEP}in_bf16_positions_are_rotated_by_angles_of_float32"): (
+        (
+            "positions in bf16",
+            "torch.arange(length, device=like.device, dtype=torch.float32)",
+            "torch.arange(length, device=like.device, dtype=like.dtype)",
+        ),
+    ),
+    ("rollout/decoder.py", f"{SAMPLED}leaving_changes_no_rollout"): (
+        ("steps of rows that left", " or self._fixed.rows != len(tokens)", ""),
+    ),
+    ("rollout/sampler.py", f"{SAMPLED}tokens_a_pass_are_of_rows_that_still_had_some_to_come"): (
+        ("finished rows have passes", "int(final.any(1).sum())", "len(final)"),
     ),
     ("rollout/choice.py", f"{STEP}rollouts_are_scored_as_they_were_sampled"): (
         ("drawn from all", "keys, support, first=columns.start", "keys, None, first=columns.start"),

@@ -38,6 +38,10 @@ _EXTRA_STATE = "_extra_state"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+"""They count updates in the state of each parameter; Transformer Engine's Adam counts them elsewhere."""
+
+
 class Optimiser(Protocol):
     """The optimizer as checkpoints see it: Megatron's own and our counters."""
 
@@ -102,6 +106,8 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Proces
         loaded = _read(wanted, path)
         _take_model(policy, loaded)
         if optimiser is not None:
+            if not optimiser.distributed and isinstance(_vendors(optimiser)[0].optimizer, _TORCH_ADAM):
+                _count_from_zero(loaded["optimizer"])
             optimiser.vendor.load_state_dict(loaded["optimizer"])
     if optimiser is not None:
         optimiser.num_updates, optimiser.num_skipped = own["optimiser"]["updates"], own["optimiser"]["skipped"]
@@ -170,21 +176,46 @@ def _named_chunks(policy: Policy) -> list[tuple[str, Any]]:
     return [(f"model{index}", chunk) for index, chunk in enumerate(policy.chunks)]
 
 
-def _initialise_states(optimiser: Optimiser) -> None:
-    """Create the states of torch's Adam if there was no update yet, because Megatron's sharded optimizer requires them.
+def _vendors(optimiser: Optimiser) -> list[Any]:
+    """Megatron's optimizers: one, or several that it chains."""
+    return getattr(optimiser.vendor, "chained_optimizers", [optimiser.vendor])
 
-    A run may save before its first update if all groups of its rollouts were dropped. Megatron creates states by an
-    update with zero gradients; at a rate of zero it changes no weight, and its step count is reset.
+
+def _initialise_states(optimiser: Optimiser) -> None:
+    """Create the states of torch's Adam if there was no update yet, because a checkpoint without them cannot be loaded.
+
+    A run may save before its first update if all groups of its rollouts were dropped. Megatron's sharded optimizer
+    creates states by an update with zero gradients; at a rate of zero it changes no weight, and its step count is
+    reset.
     """
-    for vendor in getattr(optimiser.vendor, "chained_optimizers", [optimiser.vendor]):
-        if not optimiser.distributed or vendor.optimizer.state:
+    for vendor in _vendors(optimiser):
+        if vendor.optimizer.state:
             continue
-        for group in vendor.optimizer.param_groups:
-            group["lr"] = 0.0
-        vendor._init_optimizer_states_with_dummy_values()
+        if optimiser.distributed:
+            for group in vendor.optimizer.param_groups:
+                group["lr"] = 0.0
+            vendor._init_optimizer_states_with_dummy_values()
+        elif vendor.init_state_fn is not None:  # absent with optim.cpu_offload, whose optimizer creates its own
+            vendor.init_state_fn(vendor.optimizer, vendor.config)
         for state in vendor.optimizer.state.values():
             if "step" in state:
                 state["step"].zero_()
+            elif isinstance(vendor.optimizer, _TORCH_ADAM):
+                state["step"] = torch.zeros(())
+
+
+def _count_from_zero(state: Any) -> None:
+    """Give a loaded state of torch's Adam the step count 0 where it has none: Megatron saves no count of zero."""
+    if not isinstance(state, dict):
+        return
+    of_parameters = state.get("state")
+    if isinstance(of_parameters, dict) and "param_groups" in state:
+        counted = "common_step" in of_parameters or any("step" in one for one in of_parameters.values())
+        if of_parameters and not counted:
+            of_parameters["common_step"] = torch.zeros(())
+        return
+    for part in state.values():
+        _count_from_zero(part)
 
 
 def _take_model(policy: Policy, loaded: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,14 @@ CONFIG = RunConfig(
     model=ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, init_std=0.2),
     rollout=RolloutConfig(max_new_tokens=120, cfg_scale=0.7, temperature=1.3, image_top_k=40),
 )
+
+
+def test_tokens_a_pass_are_of_rows_that_still_had_some_to_come():
+    counts = room.Counts()
+    counts.add(np.array([[True, True, False], [True, False, False], [False] * 3]))
+    counts.add(np.array([[True], [False], [False]]))
+    assert counts.read() == {"rollout/passes/count": 2.0, "rollout/tokens_per_pass/mean": 4 / 3}
+    assert counts.read() == {"rollout/passes/count": 0.0, "rollout/tokens_per_pass/mean": 0.0}
 
 
 def test_groups_stay_equally_large_and_finished_prompts_leave():
@@ -67,7 +77,9 @@ def sampler() -> Sampler:
     return Sampler(policy, EndingGrammar(codec), CONFIG.rollout, seed=2)
 
 
-def test_leaving_changes_no_rollout(sampler, monkeypatch):
+@pytest.mark.parametrize("graphs", [False, True], ids=["", "steps of fixed shapes"])
+def test_leaving_changes_no_rollout(sampler, monkeypatch, graphs):
+    sampler = Sampler(replace(sampler.policy, decode_graphs=graphs), sampler.grammar, CONFIG.rollout, seed=2)
     grids = np.random.default_rng(0).integers(0, 64, (3, 4, 4))
     prompts = torch.tensor([sampler.grammar.codec.prompt(grid) for grid in grids])
     left: list[int] = []

@@ -28,6 +28,13 @@ def test_a_fresh_run_starts_at_its_reference():
         check_exactness(CONFIG, 1, moved)
 
 
+def test_products_in_fp8_may_differ_by_more_and_not_by_anything():
+    config = CONFIG.model_copy(update={"precision": PrecisionConfig(fp8="tensorwise", fp8_backend="emulated")})
+    check_exactness(config, 1, EXACT | {"grpo/kl_reference/mean": 5e-3})
+    with pytest.raises(InexactStep, match="reference"):
+        check_exactness(config, 1, EXACT | {"grpo/kl_reference/mean": 2e-2})
+
+
 @pytest.mark.parametrize("drift", [2e-3, float("nan")])
 def test_a_drifting_sampler_meets_the_gate(drift):
     with pytest.raises(InexactStep, match="mismatch_kl_gate=0.001"):

@@ -14,6 +14,7 @@ from realsr_hpc.config.schema import DataConfig
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.paths import resolve
 from realsr_hpc.records import Candidate, StepReport
+from realsr_hpc.rollout.decoder import Decoder
 from realsr_hpc.rollout.policy_restorer import FIRST_ID
 from realsr_hpc.train import sft
 from realsr_hpc.train.experience import collect, held_out, heldout_due
@@ -213,7 +214,11 @@ TRUNCATED = {"image_top_k": 5, "text_top_k": 3, "top_p": 0.8, "temperature": 0.7
 
 @pytest.mark.parametrize(
     "sections",
-    [{"rollout": TRUNCATED}, {"model": {"num_kv_heads": 2, "rope_theta": 300.0}}, {"model": {"swin_norm": True}}],
+    [
+        {"rollout": TRUNCATED},
+        {"model": {"num_kv_heads": 2, "rope_theta": 300.0, "norm_epsilon": 0.3}},
+        {"model": {"swin_norm": True}},
+    ],
     ids=["truncated", "grouped heads", "swin norm"],
 )
 def test_rollouts_are_scored_as_they_were_sampled(sections):
@@ -267,6 +272,17 @@ def test_decoding_in_bf16_takes_log_probabilities_in_float32():
     logprobs = group.rollouts.rollout_logprobs[~group.rollouts.forced]
     assert logprobs.dtype == torch.float32
     assert (logprobs != logprobs.bfloat16().float()).float().mean() > 0.9
+
+
+def test_in_bf16_positions_are_rotated_by_angles_of_float32():
+    """bf16 knows no odd number above 256: neighbours would stand at one place."""
+    parts = small_parts(precision={"params": "bf16"}, model={"rope_theta": 500.0})
+    cache = Decoder(parts.policy).new_cache(torch.zeros(1, 3, dtype=torch.long), 1, 400, False)
+    size = cache.cos.shape[1]
+    angles = torch.arange(403).double()[:, None] / 500.0 ** (torch.arange(0, size, 2).double() / size)
+    assert cache.cos.dtype == torch.bfloat16
+    torch.testing.assert_close(cache.cos.double(), angles.cos().repeat(1, 2), rtol=0.0, atol=4e-3)
+    torch.testing.assert_close(cache.sin.double(), torch.cat([-angles.sin(), angles.sin()], 1), rtol=0.0, atol=4e-3)
 
 
 @pytest.mark.parametrize(("metric", "sign"), [("rewards/total/mean", 1.0), ("sft/loss/mean", -1.0)])
