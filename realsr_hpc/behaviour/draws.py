@@ -22,6 +22,7 @@ _ROUNDS = ((17, 0xED5AD4BB - 2**32), (11, 0xAC4C1B51 - 2**32), (15, 0x31848BAB))
 def stream_keys(seed: int, rollout_id: int, length: int) -> Int[np.ndarray, "length 2"]:
     """Keys of one rollout's first positions, two int32 numbers each."""
     raw = np.random.Philox(key=[seed, rollout_id]).random_raw(length)
+    # uint64 [length] -> the same bytes as int32 [length, 2]
     return np.ascontiguousarray(raw).view(np.int32).reshape(length, 2)
 
 

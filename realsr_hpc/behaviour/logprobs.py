@@ -92,8 +92,8 @@ class _Inputs(NamedTuple):
     def local_targets(self, rows: slice, columns: slice, first_id: int) -> tuple[Tensor, Tensor]:
         """Column of the target within the tile, [c, 1] (0 if another tile has it); whether this tile has it, [c, 1]."""
         column = self.targets[rows, None] - (first_id + columns.start)
-        ours = (column >= 0) & (column < columns.stop - columns.start)
-        return column.where(ours, 0), ours
+        is_local = (column >= 0) & (column < columns.stop - columns.start)
+        return column.where(is_local, 0), is_local
 
 
 class _Partial(NamedTuple):
@@ -221,9 +221,9 @@ def _scored_tile(
     logits = inputs.logits(rows, columns)  # [c, b], the largest tensor; only sums over it [c] outlive this call
     raw = _partial_softmax(logits) if options.with_logsumexp else None
     values = inputs.behaviour(logits, rows, columns, masks, options.first_id, overwrite=True)
-    column, ours = inputs.local_targets(rows, columns, options.first_id)
+    column, is_local = inputs.local_targets(rows, columns, options.first_id)
     # The target's tile gives its value, all others -inf: a maximum over tiles and shards keeps -inf (not allowed) too.
-    chosen = values.gather(-1, column).masked_fill(~ours, -torch.inf)[:, 0]
+    chosen = values.gather(-1, column).masked_fill(~is_local, -torch.inf)[:, 0]
     weighted = options.with_entropy
     return chosen, _partial_softmax(values, with_weighted=weighted, overwrite=not weighted), raw
 
@@ -261,8 +261,8 @@ def _grad_logits(
     log_probability = values.sub_(normaliser)
     probability = log_probability.exp() if options.with_entropy else log_probability.exp_()
     grad = probability * -grad_logprob if options.with_entropy else probability.mul_(-grad_logprob)
-    column, ours = inputs.local_targets(rows, columns, options.first_id)
-    grad.scatter_add_(-1, column, grad_logprob * ours)
+    column, is_local = inputs.local_targets(rows, columns, options.first_id)
+    grad.scatter_add_(-1, column, grad_logprob * is_local)
     if options.with_entropy:
         finite = log_probability.masked_fill_(log_probability == -torch.inf, 0.0)
         grad -= grad_entropy * probability * (finite + entropy)

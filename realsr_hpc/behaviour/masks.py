@@ -24,6 +24,7 @@ class MaskTable:
     """
 
     def __init__(self, grammar: Grammar, config: RolloutConfig, padded_vocab_size: int, device: torch.device):
+        # the logits have columns up to the padded vocabulary size, a multiple of tp
         padding = padded_vocab_size - grammar.codec.vocabulary.size
         self.allowed = F.pad(torch.from_numpy(grammar.mask_table), (0, padding)).to(device)
         """bool [M, V]; never the padding."""
@@ -38,6 +39,7 @@ class MaskTable:
         """Whether logits are guided: each row then has an unconditional twin."""
         self.cfg_scale = torch.where(self.image, config.cfg_scale, 1.0)
         """float32 [M]: text is never guided."""
+        # the one mask that allows image codes
         image = grammar.mask_table[int(grammar.image_rows.argmax())].nonzero()[0]
         self.image_columns = slice(int(image[0]), int(image[-1]) + 1)
         """Smallest range of vocabulary columns that holds all image codes."""

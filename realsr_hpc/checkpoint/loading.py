@@ -76,8 +76,8 @@ def refuse_damaged(folder: Path, groups: ProcessGroups) -> None:
 
 
 def _fault(folder: Path, groups: ProcessGroups) -> str | None:
-    mine = next(integrity.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
-    return next(filter(None, gather_objects(mine, dist.group.WORLD)), None)
+    own_fault = next(integrity.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
+    return next(filter(None, gather_objects(own_fault, dist.group.WORLD)), None)
 
 
 def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: ProcessGroups) -> dict[str, Any]:

@@ -245,13 +245,13 @@ class _Saving:
         self._attempt(self._write)
 
     def _write(self) -> None:
-        mine = [self._aside / random_file(self._groups.world_rank)]
-        with mine[0].open("wb") as stream:  # torch's own stream would hide the kind of error
+        paths = [self._aside / random_file(self._groups.world_rank)]
+        with paths[0].open("wb") as stream:  # torch's own stream would hide the kind of error
             torch.save(self._random, stream)
         for number, bucket in enumerate(self._buckets):
             self._results[number] = self._write_bucket(number, bucket)
-            mine.append(Path(bucket[0]))
-        self._files = integrity.describe(self._aside, mine)
+            paths.append(Path(bucket[0]))
+        self._files = integrity.describe(self._aside, paths)
 
     def _write_bucket(self, number: int, bucket: Any) -> Any:
         # Megatron's function for a writer process, called in this thread: it marks its slot in `running` as done

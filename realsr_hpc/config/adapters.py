@@ -38,17 +38,17 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{PEFT_CONFIG}: {error}") from None
 
 
-def refuse_other_function(folder: Path, ours: LoRAConfig) -> None:
+def refuse_other_function(folder: Path, lora: LoRAConfig) -> None:
     """ValueError naming every field in which a PEFT folder's function differs from the recipe's `model.lora`."""
-    theirs = adapter_config(folder)
-    wanted = {"peft_type": "LORA", "r": ours.rank, "lora_alpha": ours.alpha, "bias": "none"}
-    numbers = [name for name, value in wanted.items() if theirs.get(name) != value]
-    variants = [name for name, value in theirs.items() if value and name not in wanted | dict.fromkeys(_SAME_FUNCTION)]
-    if theirs.get("init_lora_weights") not in _BASE_KEPT:
+    stored = adapter_config(folder)
+    wanted = {"peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "bias": "none"}
+    numbers = [name for name, value in wanted.items() if stored.get(name) != value]
+    variants = [name for name, value in stored.items() if value and name not in wanted | dict.fromkeys(_SAME_FUNCTION)]
+    if stored.get("init_lora_weights") not in _BASE_KEPT:
         variants.append("init_lora_weights")
     if numbers or variants:
-        said = ", ".join(f"{name} {theirs.get(name)!r}" for name in [*numbers, *variants])
+        differing = ", ".join(f"{name} {stored.get(name)!r}" for name in [*numbers, *variants])
         raise ValueError(
-            f"{PEFT_CONFIG} has {said}; set model.lora.rank and alpha to the adapter's; its variants of LoRA, if any, "
-            "cannot be represented"
+            f"{PEFT_CONFIG} has {differing}; set model.lora.rank and alpha to the adapter's; its variants of LoRA, "
+            "if any, cannot be represented"
         )

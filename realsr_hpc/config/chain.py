@@ -84,7 +84,7 @@ def _explain(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         valid = list(StageConfig.model_fields if len(item["loc"]) > 1 else ChainConfig.model_fields)
         return f"{path}: unknown key{nearest(str(item['loc'][-1]), valid) or f'; valid here: {chr(44).join(valid)}'}"
-    said = item["msg"].removeprefix("Value error, ")
-    return f"{path or 'the file'}: {said[:1].lower()}{said[1:]}" + (
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path or 'the file'}: {message[:1].lower()}{message[1:]}" + (
         f" (given: {item['input']!r})" if isinstance(item["input"], str | int | float | None) else ""
     )

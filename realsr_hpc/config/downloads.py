@@ -133,7 +133,7 @@ def _is_renamed(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             inner = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             words = (item for item in pickletools.genops(archive.read(inner)) if "PUT" not in item[0].name)
-            return any(said == "rope.freqs" and next(words)[0].name not in _TENSOR for _, said, _ in words)
+            return any(word == "rope.freqs" and next(words)[0].name not in _TENSOR for _, word, _ in words)
     except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
         return False  # `_fault` reports the file's fault
 
@@ -191,8 +191,8 @@ def _first_whole(paths: Sequence[Path], name: str) -> tuple[Path | None, list[st
     """The first complete file; if there is none, the fault of the first file."""
     faults = {path: file_fault(path) for path in paths}
     whole = next((path for path, fault in faults.items() if not fault), None)
-    told = [fault for fault in faults.values() if fault] or [f"{name} is not there"]
-    return whole, [] if whole else told[:1]
+    reasons = [fault for fault in faults.values() if fault] or [f"{name} is not there"]
+    return whole, [] if whole else reasons[:1]
 
 
 def _fault(path: Path) -> str:

@@ -354,8 +354,8 @@ def _explain(item: ErrorDetails) -> str:
         expected = str(item.get("ctx", {}).get("expected", ""))
         options = [part.strip().strip("'") for part in expected.replace(" or ", ", ").split(",")]
         return f"{path}: {item['input']!r} is not one of {', '.join(options)}{nearest(str(item['input']), options)}"
-    said = item["msg"].removeprefix("Value error, ")
-    return f"{path}: {item['input']!r}: {said[0].lower()}{said[1:]}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}: {item['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(loc: tuple[int | str, ...]) -> Iterable[str]:

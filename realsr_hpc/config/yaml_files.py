@@ -36,8 +36,8 @@ class _Loader(yaml.SafeLoader):
         is_int = node.tag == "tag:yaml.org,2002:int"
         value = self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
         if ":" in node.value or (is_int and re.match(r"[-+]?0[0-9_]", node.value)):
-            told = f"{node.value} would be read as the number {value}; put it in quotes, or write the number"
-            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark)
+            problem = f"{node.value} would be read as the number {value}; put it in quotes, or write the number"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return value
 
 

@@ -164,6 +164,7 @@ class DALIOperators:
         if row[0] == row[1]:
             y = x
         else:
+            # sides s -> t: [s, s, 3] -> [t, s, 3], transposed [s, t, 3] -> [t, t, 3], transposed back
             y = _gather_rows(x, index, weights, row[0], row[1], row[0])
             y = _gather_rows(fn.transpose(y, perm=[1, 0, 2]), index, weights, row[0], row[1], row[1])
             y = fn.reshape(fn.transpose(y, perm=[1, 0, 2]), layout="HWC")
@@ -174,6 +175,7 @@ class DALIOperators:
         if row[1] > 0:
             if row[2] > 0:
                 red, green, blue = pixels.LUMA
+                # gray noise: its variance follows the luma [H, W, 1], broadcast over the channels
                 value = _clamp(x[:, :, 0:1] * red + x[:, :, 1:2] * green + x[:, :, 2:3] * blue)
             else:
                 value = _clamp(x)
@@ -188,6 +190,7 @@ class DALIOperators:
         row, column = (types.Constant(axis, device=self._device) for axis in (line[None, :], line[:, None]))
         x = _to_float(x)
         residual = x - _correlate(_correlate(x, row), column)  # pyright: ignore[reportOperatorIssue]
+        # sharpen only where the residual is large; the mask is blurred so that its borders do not show
         mask = fn.cast(dmath.abs(residual) > pixels.USM_THRESHOLD, dtype=types.FLOAT)  # pyright: ignore[reportAttributeAccessIssue]
         soft = _correlate(_correlate(fn.reshape(mask, layout="HWC"), row), column)
         return fn.reshape(x + soft * (_clamp(x + pixels.USM_AMOUNT * residual) - x), layout="HWC")

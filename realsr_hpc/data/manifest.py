@@ -155,8 +155,8 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
         metadata = table.schema.metadata or {}
         rows = table.select(present).cast(pa.schema([SCHEMA.field(name) for name in present])).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"manifest {path} is damaged ({told}); make it again with realsr-hpc prepare-data") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"manifest {path} is damaged ({reason}); make it again with realsr-hpc prepare-data") from None
     digest = metadata.get(_DIGEST)
     return rows, None if digest is None else digest.decode("ascii", "replace")
 

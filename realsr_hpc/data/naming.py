@@ -136,10 +136,10 @@ def matched(lows: Sequence[PurePath], truths: Sequence[PurePath]) -> tuple[list[
             if len(ours[name]) == len(theirs[name]) == 1:
                 pairs.append((ours[name][0], theirs[name][0]))
             elif rule is plain_stem:
-                told = ", ".join(
+                names = ", ".join(
                     sorted({lows[place].name for place in ours[name]} | {truths[p].name for p in theirs[name]})
                 )
-                several |= dict.fromkeys(ours[name], f"pair: which of {told} belong together?")
+                several |= dict.fromkeys(ours[name], f"pair: which of {names} belong together?")
         left = [place for place in left if place not in {low for low, _ in pairs}]
         right = [place for place in right if place not in {truth for _, truth in pairs}]
     return sorted(pairs), several

@@ -103,9 +103,9 @@ class Samples:
                 return self._make(index, entry)
             except BrokenImage as error:
                 self._skip(entry, str(error))
-        told = printable("; ".join(f"{key}: {why}" for key, why in list(self.skipped.items())[:5]))
+        reasons = printable("; ".join(f"{key}: {why}" for key, why in list(self.skipped.items())[:5]))
         raise ValueError(
-            f"data.manifest: none of the {len(order)} photographs of {self.manifest.root} can be used: {told}"
+            f"data.manifest: none of the {len(order)} photographs of {self.manifest.root} can be used: {reasons}"
         )
 
     def _skip(self, entry: ManifestEntry, why: str) -> None:

@@ -32,6 +32,7 @@ MIN_SHARE = 0.08
 def describe(image: Image.Image) -> SceneText:
     """Texts that name the most common colours, at most three, the most common first."""
     pixels = np.asarray(image.resize((32, 32), Image.Resampling.BOX)).reshape(-1, 1, 3).astype(np.float64)
+    # [1024, 1, 3] - [colours, 3] -> squared distances [1024, colours] -> nearest colour [1024]
     nearest = np.square(pixels - np.array(list(COLOURS.values()))).sum(-1).argmin(-1)
     shares = np.bincount(nearest, minlength=len(COLOURS)) / len(nearest)
     order = [int(index) for index in np.argsort(-shares, kind="stable")[:3] if shares[index] >= MIN_SHARE]

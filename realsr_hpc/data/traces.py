@@ -231,6 +231,7 @@ def _pairs(
 
 
 def _write(path: Path, pairs: list[TracePair], identity: Mapping[str, object]) -> None:
+    # rows of different lengths, one after another: row i is tokens[starts[i] : starts[i + 1]]
     rows = [torch.cat([prompt, torch.tensor(response)]) for prompt, response in pairs]
     tensors = {
         "tokens": torch.cat(rows).int() if rows else torch.zeros(0, dtype=torch.int32),

@@ -98,6 +98,7 @@ def whole(tensor: Tensor, shape: Shape) -> Tensor:
     """The tensor in the given shape: a norm that several heads share is repeated for each of them."""
     if tuple(tensor.shape) == shape:
         return tensor
+    # [d] or [groups, d] -> [groups, d] -> [heads, d]: each group of consecutive heads has the same norm
     rows = tensor.reshape(-1, shape[-1])
     return rows.repeat_interleave(shape[0] // len(rows), 0)
 

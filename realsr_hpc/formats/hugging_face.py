@@ -126,6 +126,7 @@ def _read(files: TensorFiles, kept: Mapping[str, str], name: str, order: Rotary)
         norm = files.specs[kept[name.replace("_proj", "_norm")]].shape[-1]
         return halves_of(tensor, tensor.shape[0] // norm)
     if part in ("q_norm", "k_norm"):
+        # rotary pairs (2 i, 2 i + 1) -> (i, i + d / 2): [heads, d/2, 2] -> [heads, 2, d/2]
         return tensor.reshape(-1, tensor.shape[-1] // 2, 2).transpose(1, 2).reshape(tensor.shape)
     return tensor
 

@@ -211,6 +211,8 @@ class _Tree:
 
     def _table(self) -> dict[str, tuple[tuple[str, ...], Callable[[list[Tensor], Rotary], Tensor]]]:
         """Hugging Face's name -> names in the files, and the function that merges the shards of one tensor."""
+        # Meta's n shards: column-parallel weights and the output are cut by rows, [out / n, in]; row-parallel weights
+        # and the embedding by columns, [out, in / n].
         rows = lambda parts, order: torch.cat(parts)  # noqa: E731
         columns = lambda parts, order: torch.cat(parts, 1)  # noqa: E731
         table = {

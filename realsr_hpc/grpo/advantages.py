@@ -70,6 +70,7 @@ def mixed_advantages(
         return group_advantages(rewards, kind=kind, unbiased_std=unbiased_std, epsilon=epsilon)
 
     if normalise_each:
+        # [terms, prompts, G] -> [prompts, G]
         return torch.stack([weights[name] * advantage(breakdown[name]) for name in names]).sum(0)
     return advantage(torch.stack([weights[name] * breakdown[name] for name in names]).sum(0))
 

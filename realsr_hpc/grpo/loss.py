@@ -103,6 +103,7 @@ def _surrogate(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Clipped surrogate [N, T] of every token; metrics to be averaged over tokens, and to be counted (bool)."""
     ratio, clamped = importance_ratio(policy - old, mask, config.importance)
+    # [N, T], or [N] -> [N, 1], which broadcasts over tokens
     per_token = advantages if advantages.dim() == 2 else advantages[:, None]
     surrogate, clipped = clipped_objective(ratio, per_token.to(policy.dtype), config)
     means = {"grpo/ratio/mean": ratio, "grpo/clip_fraction/mean": clipped.to(policy.dtype)}
@@ -197,6 +198,7 @@ def aggregate(
     rollouts of the mean over their tokens, GRPO (arXiv 2402.03300, eq. 3). dr_grpo: sum over tokens, divided by
     rollouts x a constant length, Dr.GRPO (arXiv 2503.20783).
     """
+    # [N, T] -> [N], sums over the tokens of each rollout
     total = (values * mask).sum(-1)
     if aggregation == "token":
         return total.sum() / counts.num_tokens

@@ -122,5 +122,5 @@ class BranchedRows:
     def _rows(self, prompt: Tensor, responses: Tensor, like: Tensor) -> Tensor:
         """Inverse of `_responses`; adds the prompt before and zeros for the padding after: [b, h, S, d]."""
         # [b x count, h, response, d] -> [b, count, h, response, d] -> [b, h, count x response, d]
-        beside = responses.unflatten(0, (-1, self.branches.count)).transpose(1, 2).flatten(2, 3)
-        return torch.cat([prompt, beside, torch.zeros_like(like[:, :, self.branches.tokens :])], 2)
+        side_by_side = responses.unflatten(0, (-1, self.branches.count)).transpose(1, 2).flatten(2, 3)
+        return torch.cat([prompt, side_by_side, torch.zeros_like(like[:, :, self.branches.tokens :])], 2)

@@ -120,6 +120,7 @@ def split(row: Row, shards: list[Tensor], shapes: WeightShapes) -> list[Tensor]:
         grouped = torch.cat([s.view(-1, (queries + 2) * d, shapes.hidden) for s in shards])
         return [part.reshape(-1, shapes.hidden) for part in grouped.split([queries * d, d, d], 1)]
     if row.cut == "gate_up":
+        # each rank holds [gate / tp; up / tp]: halve, then join the gates and the ups of all ranks, [ffn, H] each
         return [torch.cat(half) for half in zip(*(s.chunk(2, 0) for s in shards), strict=True)]
     if row.cut == "columns":
         return [torch.cat(shards, 1)]
@@ -189,6 +190,7 @@ def init_weights(policy: Policy, seed: int, std: float = 0.02) -> None:
             return torch.zeros(shape)
         if "norm" in name:
             return torch.ones(shape)
+        # one generator per tensor: the weights depend on neither the layout nor the order of drawing
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         scale = residual_std if "o_proj" in name or "down_proj" in name else std
@@ -236,6 +238,7 @@ def _part_dtype(policy: Policy, part: Callable[[Tensor], Tensor] | None) -> torc
 def _shards(value: Tensor, row: Row, policy: Policy) -> list[Tensor]:
     if row.cut == "whole" or policy.groups.tp_size == 1:
         return [value]
+    # [part] of every tensor rank, in rank order
     shards = [torch.empty_like(value) for _ in range(policy.groups.tp_size)]
     dist.all_gather(shards, value.contiguous(), group=policy.groups.tp)
     return shards

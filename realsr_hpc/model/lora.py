@@ -113,20 +113,21 @@ class Adapters(nn.Module):
 
         Linear in h, so that decoding may sum over tensor-parallel ranks after it instead of before.
         """
+        # [..., adapters x rank] -> one [..., rank] per adapter -> [..., out of its projection]
         parts = zip(self.names, hidden.chunk(len(self.names), -1), strict=True)
         rows = {name: F.linear(part, self[name].b) for name, part in parts}
         return self.scale * self._in_order(rows, hidden.dim() - 1)
 
-    def _in_order(self, parts: dict[str, Tensor], axis: int) -> Tensor:
+    def _in_order(self, parts: dict[str, Tensor], dim: int) -> Tensor:
         """Projections joined along their output dim, in the fused layer's order; those without an adapter are 0."""
-        some = next(iter(parts.values()))
-        shapes = {name: (*some.shape[:axis], width, *some.shape[axis + 1 :]) for name, width in self.widths.items()}
-        every = [parts[name] if name in parts else some.new_zeros(shape) for name, shape in shapes.items()]
+        first = next(iter(parts.values()))
+        shapes = {name: (*first.shape[:dim], width, *first.shape[dim + 1 :]) for name, width in self.widths.items()}
+        every = [parts[name] if name in parts else first.new_zeros(shape) for name, shape in shapes.items()]
         if len(every) < 3:
-            return torch.cat(every, axis)
+            return torch.cat(every, dim)
         # Megatron's fused order, key head by key head: its queries, the key, the value: [..., kv, (h/kv + 2) d]
-        by_head = [part.unflatten(axis, (self.kv_heads, -1)) for part in every]
-        return torch.cat(by_head, axis + 1).flatten(axis, axis + 1)
+        by_head = [part.unflatten(dim, (self.kv_heads, -1)) for part in every]
+        return torch.cat(by_head, dim + 1).flatten(dim, dim + 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """The term to add to the layer's output: the layer's input [S, b, in] -> [S, b, out].
@@ -149,13 +150,14 @@ class Adapters(nn.Module):
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         """W + (alpha / rank) B A, this rank's [out, in], computed in float32."""
+        # [out, rank] @ [rank, in] -> [out, in] per projection
         products = {name: self[name].b.float() @ self[name].a.float() for name in self.names}
         return (weight.float() + self.scale * self._in_order(products, 0)).to(weight.dtype)
 
-    def cut_axes(self) -> dict[str, int]:
+    def cut_dims(self) -> dict[str, int]:
         """Parameter name within the linear layer -> dim that is split over tp."""
-        which, axis = ("a", 1) if self.site.inputs_cut else ("b", 0)
-        return {f"{NAME}.{name}.{which}": axis for name in self.names}
+        which, dim = ("a", 1) if self.site.inputs_cut else ("b", 0)
+        return {f"{NAME}.{name}.{which}": dim for name in self.names}
 
 
 def _outputs(site: Site, policy: Policy) -> dict[str, int]:
@@ -179,7 +181,7 @@ def attach(policy: Policy, lora: LoRAConfig, seed: int) -> None:
     for chunk in policy.chunks:
         if chunk.pre_process:
             # a recomputed layer runs its backward pass only if its input requires a gradient
-            chunk.embedding.register_forward_hook(_ask_for_gradient)
+            chunk.embedding.register_forward_hook(_require_gradient)
         for layer in chunk.decoder.layers:
             for site in SITES:
                 linear: Any = layer.get_submodule(site.linear)
@@ -196,7 +198,7 @@ def attach(policy: Policy, lora: LoRAConfig, seed: int) -> None:
             parameter.data.copy_(part_of(_draw(name, parameter, policy, seed), name, policy))
 
 
-def _ask_for_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+def _require_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
     return output.requires_grad_(True) if torch.is_grad_enabled() else output
 
 
@@ -236,9 +238,11 @@ def _shard_with(linear: Any, adapters: Adapters) -> None:
 
     def sharded_state_dict(prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         state = describe(prefix, sharded_offsets, metadata)
-        mine = {f"{NAME}.{key}": value for key, value in adapters.state_dict(keep_vars=True).items()}
+        tensors = {f"{NAME}.{key}": value for key, value in adapters.state_dict(keep_vars=True).items()}
         groups = {"tp_group": adapters.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
-        return state | make_sharded_tensors_for_checkpoint(mine, prefix, adapters.cut_axes(), sharded_offsets, **groups)
+        return state | make_sharded_tensors_for_checkpoint(
+            tensors, prefix, adapters.cut_dims(), sharded_offsets, **groups
+        )
 
     linear.sharded_state_dict = sharded_state_dict
 
@@ -309,7 +313,7 @@ def whole_shape(name: str, policy: Policy) -> tuple[int, int]:
     return (policy.lora.rank, inputs) if which == "lora_A" else (outputs, policy.lora.rank)
 
 
-def cut_axis(name: str) -> int | None:
+def cut_dim(name: str) -> int | None:
     """Dim along which tensor parallelism splits a whole A or B; None: every rank holds it whole."""
     projection, which = name.split(".")[-3], name.split(".")[-2]
     inputs_cut = any(projection in site.projections and site.inputs_cut for site in SITES)
@@ -320,8 +324,8 @@ def cut_axis(name: str) -> int | None:
 
 def part_of(whole: Tensor, name: str, policy: Policy) -> Tensor:
     """This rank's part of a whole A or B."""
-    axis = cut_axis(name)
-    return whole if axis is None else whole.chunk(policy.groups.tp_size, axis)[policy.groups.tp_rank]
+    dim = cut_dim(name)
+    return whole if dim is None else whole.chunk(policy.groups.tp_size, dim)[policy.groups.tp_rank]
 
 
 def _draw(name: str, parameter: Tensor, policy: Policy, seed: int) -> Tensor:

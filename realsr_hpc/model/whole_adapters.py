@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from realsr_hpc.model.chunks import Policy
-from realsr_hpc.model.lora import SITES, cut_axis, parameters, part_of, whole_shape
+from realsr_hpc.model.lora import SITES, cut_dim, parameters, part_of, whole_shape
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def whole_tensors(
             name = f"model.layers.{layer}.{kind}"
             stage = policy.stage_of(layer)
             if stage == groups.pp_rank:
-                whole = _gathered(local[name], cut_axis(name), policy)
+                whole = _gathered(local[name], cut_dim(name), policy)
             else:
                 whole = first.new_empty(whole_shape(name, policy))
             if groups.pp_size > 1:
@@ -36,12 +36,12 @@ def whole_tensors(
             yield name, whole.cpu().clone() if groups.is_main else None
 
 
-def _gathered(value: Tensor, axis: int | None, policy: Policy) -> Tensor:
-    if axis is None or policy.groups.tp_size == 1:
+def _gathered(value: Tensor, dim: int | None, policy: Policy) -> Tensor:
+    if dim is None or policy.groups.tp_size == 1:
         return value.contiguous()
     shards = [torch.empty_like(value) for _ in range(policy.groups.tp_size)]
     dist.all_gather(shards, value.contiguous(), group=policy.groups.tp)
-    return torch.cat(shards, axis)
+    return torch.cat(shards, dim)
 
 
 @torch.no_grad()

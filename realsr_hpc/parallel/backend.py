@@ -64,8 +64,10 @@ def named_device(name: str) -> torch.device:
         torch.empty(0, device=where)
         return where
     except (RuntimeError, AssertionError) as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"device={name} is not available here ({told}); name cpu, or cuda if there is a GPU") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={name} is not available here ({reason}); name cpu, or cuda if there is a GPU"
+        ) from None
 
 
 def chosen_device(name: str, choice: str, own: torch.device) -> torch.device:
@@ -108,12 +110,12 @@ def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
     if where.type != "cuda":
         return step
     # warm up on a second stream, as torch's documentation of CUDA graphs asks
-    current, beside = torch.cuda.current_stream(where), torch.cuda.Stream(where)
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
+    current, side_stream = torch.cuda.current_stream(where), torch.cuda.Stream(where)
+    side_stream.wait_stream(current)
+    with torch.cuda.stream(side_stream):
         for _ in range(3):
             step()
-    current.wait_stream(beside)
+    current.wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = step()

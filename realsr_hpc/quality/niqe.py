@@ -83,10 +83,12 @@ def patch_features(luma: Tensor, patch_px: int, stride_px: int) -> tuple[Tensor,
 
     Sharpness is the mean local standard deviation at full size; pristine patches are selected by it.
     """
+    # crop to whole patches
     keep = [(size - patch_px) // stride_px * stride_px + patch_px for size in luma.shape[1:]]
     luma = luma[:, : keep[0], : keep[1]]
     coefficients, deviation = normalise(luma)
     sharpness = _patches(deviation, patch_px, stride_px).mean(dim=(2, 3))
+    # the second 18 features are those of the image at half size, in patches of half the side
     half, _ = normalise(halve(luma))
     both = [
         _features(_patches(coefficients, patch_px, stride_px)),
@@ -131,6 +133,7 @@ def fit_aggd(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The scale of a side without values (in a flat patch) is NaN; `niqe`'s covariance leaves such patches out.
     """
     squares = values.square()
+    # standard deviations of the negative and of the positive values
     below = values.clamp(max=0.0).square().sum(-1)
     left_std = (below / (values < 0).sum(-1)).sqrt()
     right_std = ((squares.sum(-1) - below) / (values > 0).sum(-1)).sqrt()
@@ -157,6 +160,7 @@ def _features(patches: Tensor) -> Tensor:
     """Features [n, patches, 18] of normalised patches [n, patches, p, p]."""
     shape, left, right = fit_aggd(patches.flatten(2))
     columns = [shape, (left + right) / 2]
+    # products of neighbours in four directions; rolled within each patch
     for shift in _SHIFTS:
         shape, left, right = fit_aggd((patches * patches.roll(shift, dims=(2, 3))).flatten(2))
         mean = (right - left) * (torch.lgamma(2 / shape) - torch.lgamma(1 / shape)).exp()

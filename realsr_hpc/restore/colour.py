@@ -20,6 +20,7 @@ def fix_colour(image: np.ndarray, reference: np.ndarray, how: ColourFix) -> np.n
     """
     if how == "none":
         return image
+    # uint8 [H, W, 3] -> float32 [3, H, W] in 0..255
     ours, theirs = (torch.from_numpy(np.array(x)).permute(2, 0, 1).float() for x in (image, reference))
     fixed = ours - low_frequencies(ours) + low_frequencies(theirs) if how == "wavelet" else _adain(ours, theirs)
     return fixed.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

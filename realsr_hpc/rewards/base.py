@@ -56,6 +56,7 @@ class Reward(ABC):
         chosen = [i for i, item in enumerate(candidates) if item.image is not None or not self.needs_image]
         if not chosen:
             return scores, np.zeros(len(candidates), dtype=bool)
+        # candidates without an image, where one is needed, keep the lowest score and are no failures
         raw = self._compute_safely([candidates[i] for i in chosen])
         broken = np.zeros(len(candidates), dtype=bool)
         broken[chosen] = ~np.isfinite(raw)

@@ -119,7 +119,9 @@ def smooth(images: Tensor, sigma_px: float) -> Tensor:
     if sigma_px == 0:
         return images
     radius = max(1, round(3 * sigma_px))
+    # [taps] -> [3, 1, taps]: the same filter for each channel (a depthwise convolution)
     taps = gaussian_taps(sigma_px, radius).to(images).expand(3, 1, -1)
     field = torch.nn.functional.pad(images.permute(0, 3, 1, 2), (radius,) * 4, mode="replicate")
+    # [n, 3, H, W]: columns, then rows
     field = torch.nn.functional.conv2d(field, taps[..., None], groups=3)
     return torch.nn.functional.conv2d(field, taps[:, :, None], groups=3).permute(0, 2, 3, 1)

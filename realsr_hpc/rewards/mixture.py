@@ -115,6 +115,7 @@ class RewardMixture:
                 scored = reward.score_batches(batches)
             breakdown[name] = np.concatenate([np.zeros(0), *(scores for scores, _ in scored)])
             failures[name] = np.concatenate([np.zeros(0, dtype=bool), *(broken for _, broken in scored)])
+            # an image within a malformed trace must not be rewarded
             if reward.needs_image and self.config.gate_malformed:
                 breakdown[name] = np.where(malformed, reward.range[0], breakdown[name])
             if self.with_places:

@@ -139,4 +139,5 @@ def _by_row(x: Tensor, like: Tensor) -> Tensor:
     """Inverse of `_by_prompt` for rows like `like`."""
     n, kv, r, _ = like.shape
     prompts = x.shape[0]
+    # [P, kv, G r, *] -> [P, kv, G, r, *] -> [P, G, kv, r, *] -> [n, kv, r, *]
     return x.view(prompts, kv, n // prompts, r, -1).transpose(1, 2).reshape(n, kv, r, -1)

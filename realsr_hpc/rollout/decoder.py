@@ -263,6 +263,7 @@ class Decoder:
 
     def _rotary(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [length, head_dim], computed in float32; the first half of sin is negated, see `_rotate`."""
+        # exponents [d/2], angles [length, d/2]; both halves of a head have the same angles
         half = torch.arange(0, self.head_dim, 2, device=like.device, dtype=torch.float32) / self.head_dim
         positions = torch.arange(length, device=like.device, dtype=torch.float32)
         angles = torch.outer(positions, 1.0 / self.policy.chunks[0].rotary_base ** half)
@@ -278,6 +279,7 @@ class Decoder:
         return dist.get_global_rank(self.groups.pp, (self.groups.pp_rank + step) % self.groups.pp_size)
 
     def _receive(self, rows: int) -> Tensor:
+        # hidden states [m, H] from the stage before, in the number format of the weights
         x = self.chunks[0][0].attention_norm.new_empty(rows, self.policy.config.hidden_size)
         dist.recv(x, self._neighbour(-1), group=self.groups.pp)
         return x
@@ -315,6 +317,7 @@ class FixedSteps:
         width = tokens.shape[1]
         if width not in self._inputs:
             self._inputs[width] = (tokens.clone(), None if starts is None else starts.clone())
+        # a graph reads the memory that it was captured with, so inputs are copied there
         kept_tokens, kept_starts = self._inputs[width]
         kept_tokens.copy_(tokens)
         self.first.copy_(torch.from_numpy(first))

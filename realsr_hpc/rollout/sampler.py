@@ -127,6 +127,7 @@ class Sampler:
 
     def _new_batch(self, rollout_ids: Sequence[int]) -> Batch:
         limit, device, rows = self.config.max_new_tokens, self.groups.device, len(rollout_ids)
+        # [rows, T, 2]: the keys of every position are drawn in advance, so the order of passes does not matter
         keys = np.stack([stream_keys(self.seed, number, limit) for number in rollout_ids])
         sampled = SampledTokens.empty(
             rows, limit, self.grammar.codec.vocabulary.pad, self.masks.allowed.shape[-1], device
@@ -275,6 +276,7 @@ class Batch:
     ) -> None:
         """Write the final draws of a pass to `sampled`."""
         device, width = self.keys.device, final.shape[1]
+        # slots number the draws of a pass row by row: slot = (row within the batch) x W + offset
         rows, kept = np.array(self.rows), np.flatnonzero(final)
         columns = (rows[kept // width], positions.flatten()[kept], tokens[kept], mask_ids.flatten()[kept], kept)
         row, place, token, mask, slot = (torch.from_numpy(column).to(device) for column in columns)

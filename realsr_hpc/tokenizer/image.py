@@ -267,6 +267,7 @@ class ImageTokenizer(nn.Module):
                 f"images are {height} x {width} px; both sides must be multiples of downsample = "
                 f"{self.config.downsample}: pad or crop them"
             )
+        # [B, E, h, w] -> [B, h, w, E]
         features = self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1)
         return functional.normalize(features, dim=-1) if self.config.normalised_codes else features
 
@@ -274,6 +275,7 @@ class ImageTokenizer(nn.Module):
         """Codebook vectors (gradients pass straight through to `features`) and their indices."""
         codes = self.quantize.nearest(features.detach().flatten(0, 2)).view(features.shape[:3])
         entries = functional.embedding(codes, self.quantize.codebook())
+        # straight-through estimator: the value is `entries`, the gradient that of `features`
         return features + (entries - features).detach(), codes
 
     def reconstruct(self, quantised: Float[Tensor, "B h w E"]) -> Float[Tensor, "B 3 H W"]:

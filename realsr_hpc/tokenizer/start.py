@@ -105,6 +105,7 @@ def _keep_strongest(tokenizer: ImageTokenizer, deviations: Float[Tensor, " D"]) 
 
 
 def _patches(tokenizer: ImageTokenizer, images: Float[Tensor, "B 3 H W"], width: int) -> Float[Tensor, "N D"]:
+    # [B, width, 2 h, 2 w] -> [B, width, h, 2, w, 2] -> [B, h, w, 2, 2, width] -> [B h w, 4 width]
     blocks = tokenizer.encoder.gathered(images)[:, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     return blocks.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(0, 2)
 

@@ -69,6 +69,7 @@ class TraceTokenizer:
         shapes = {grid.shape for grid in grids if grid is not None}
         for shape in sorted(shapes):
             rows = [row for row, grid in enumerate(grids) if grid is not None and grid.shape == shape]
+            # [n, h, w] codes -> parts that fit into memory -> pixels [n, H, W, 3]
             codes = torch.from_numpy(np.stack([grid for row in rows if (grid := grids[row]) is not None]))
             parts = codes.split(_images_at_once(shape[0] * self.codec.downsample))
             decoded = [to_uint8(self.image.decode(part.to(self.device))).movedim(1, -1).cpu() for part in parts]

@@ -151,6 +151,7 @@ class TokenizerTraining:
     def evaluate(self, images: Float[Tensor, "B 3 H W"], grid: Path) -> dict[str, float]:
         """PSNR in dB and number of codes in use on held-out images; `grid` shows truths above reconstructions."""
         shown = [(self.average.encode(part), part) for part in images.to(self.device).split(EVALUATED_AT_ONCE)]
+        # [B, h, w] codes, in parts of EVALUATED_AT_ONCE images, which bounds memory
         codes = torch.cat([codes for codes, _ in shown]).cpu()
         reconstruction = torch.cat([self.average.decode(codes) for codes, _ in shown]).cpu()
         columns = min(len(images), GRID_COLUMNS)

@@ -42,6 +42,7 @@ def bicubic(images: Float[Tensor, "B 3 H W"], factor: int) -> Float[Tensor, "B 3
 
 def write_grid(images: Float[Tensor, "N 3 H W"], columns: int, path: Path) -> None:
     """Write images in [-1, 1] as one PNG, row by row."""
+    # images side by side [3, H, columns x W], then the rows below each other [3, rows x H, columns x W]
     rows = [torch.cat(list(images[start : start + columns]), -1) for start in range(0, len(images), columns)]
     pixels = ((torch.cat(rows, -2).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     Image.fromarray(pixels.movedim(0, -1).numpy()).save(path)

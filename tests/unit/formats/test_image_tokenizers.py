@@ -164,7 +164,7 @@ def test_unknown_classes_damaged_files_and_nan_are_named(tmp_path):
     for zipped in (True, False):
         content = {"state_dict": state_of(), "extra": Unknown()}
         torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(ValueError, match=r"asks for [\w.]+\.Unknown"):
+        with pytest.raises(ValueError, match=r"refers to [\w.]+\.Unknown"):
             open_source(tmp_path / "x.pt")
     (tmp_path / "y.pt").write_bytes(b"no weights at all")
     with pytest.raises(ValueError, match=r"y\.pt is damaged, or no file of torch.save"):
