@@ -114,7 +114,7 @@ def refused(config: RunConfig, policy: Policy, folder: Path, **change) -> str:
         ({"rank": 4}, "r 3;"),
         ({"alpha": 7.0}, "lora_alpha 6.0"),
         ({"targets": ("gate_proj",)}, "targets"),
-        ({"targets": LORA.targets[:3]}, "no place here"),
+        ({"targets": LORA.targets[:3]}, "does not belong here"),
         ({"weights": "/no"}, "PEFT folder"),
     ],
 )
