@@ -8,7 +8,17 @@ from skimage import data
 
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.ladder import ladder
-from realsr_hpc.quality.niqe import NIQEModel, fit_aggd, fit_pristine, halve, luminance, niqe, normalise, patch_features
+from realsr_hpc.quality.niqe import (
+    NIQEModel,
+    _distance,
+    fit_aggd,
+    fit_pristine,
+    halve,
+    luminance,
+    niqe,
+    normalise,
+    patch_features,
+)
 from realsr_hpc.rewards.generation import NIQE_PATH, niqe_to_unit
 
 
@@ -116,3 +126,15 @@ def test_features_equal_pyiqas():
     image = np.ascontiguousarray(data.astronaut()[:384, :384])
     features, _ = patch_features(luminance(image[None]), 96, 96)
     np.testing.assert_allclose(features[0].mean(dim=0), PYIQA_FEATURES, atol=3e-4)
+
+
+def test_finite_features_of_a_partly_flat_patch_count_for_the_mean_and_not_for_the_covariance():
+    """As in the authors' release; by NumPy."""
+    rng = np.random.default_rng(0)
+    rows, mean = rng.normal(size=(60, 36)), rng.normal(size=36)
+    rows[7, 3], rows[9, 30:] = np.nan, np.inf
+    whole = np.delete(rows, (7, 9), axis=0)
+    gap = np.nanmean(np.where(np.isfinite(rows), rows, np.nan), axis=0) - mean
+    expected = np.sqrt(gap @ np.linalg.pinv((np.cov(whole.T) + np.eye(36)) / 2) @ gap)
+    [found] = _distance(torch.from_numpy(rows)[None], NIQEModel(mean, np.eye(36), 32, 32))
+    assert found == pytest.approx(expected, rel=1e-9)

@@ -5,8 +5,9 @@ from PIL import Image
 from realsr_hpc.config.reward_options import GenerationOptions
 from realsr_hpc.paths import resolve
 from realsr_hpc.quality.ladder import ladder
+from realsr_hpc.quality.ranker import Ranker
 from realsr_hpc.quality.stripes import stripe_guard, stripe_share
-from realsr_hpc.rewards.generation import GenerationReward
+from realsr_hpc.rewards.generation import RANKER_PATH, GenerationReward, niqe_to_unit
 
 from .conftest import make_candidate
 
@@ -70,3 +71,17 @@ def test_places_of_the_generation_reward_average_to_it_guard_included(photograph
         assert places.shape == (3, 256) and np.isnan(places[1]).all() and places[0].std() > 0.01
         np.testing.assert_allclose(places[[0, 2]].mean(1), reward.score(items)[[0, 2]], rtol=1e-6)
     assert GenerationReward(GenerationOptions(expert="niqe")).score_places(items) is None
+
+
+def test_a_place_has_the_score_and_its_own_share_by_the_chain_rule(photographs):
+    """Of the logistic function, whose derivative is s (1 - s); codes lie over the ranker's positions."""
+    raw, shares = Ranker.load(resolve(RANKER_PATH)).shares(photographs[:1])
+    score = 1 / (1 + np.exp(-raw[0]))
+    [found] = GenerationReward(GenerationOptions(stripe_guard=False)).score_places([make_candidate(photographs[0])])
+    over = np.arange(16) * len(shares[0]) // 16
+    expected = score + score * (1 - score) * shares[0][np.ix_(over, over)]
+    np.testing.assert_allclose(found.reshape(16, 16), expected, rtol=1e-5)
+
+
+def test_niqes_distance_of_6_scores_a_half():
+    np.testing.assert_allclose(niqe_to_unit(np.array([0.0, 6.0, 12.0])), [1.0, 0.5, 0.2])

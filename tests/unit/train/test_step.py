@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from realsr_hpc.config.learning import SFTConfig
+from realsr_hpc.config.learning import RewardsConfig, RewardTerm, SFTConfig
 from realsr_hpc.config.schema import DataConfig
 from realsr_hpc.data.manifest import read_manifest
 from realsr_hpc.paths import resolve
@@ -159,7 +159,7 @@ def test_every_rollout_has_a_number_of_its_own_for_its_draws():
 
 
 def test_the_metrics_of_a_step_are_of_its_groups():
-    """One rollout of the eight breaks the reward; image 1 is dull."""
+    """One rollout of the eight breaks the reward, which another process would compute; image 1 is dull."""
 
     def rule(items):
         if any((number_of(item), item.member) == (0, 2) for item in items):
@@ -167,9 +167,12 @@ def test_the_metrics_of_a_step_are_of_its_groups():
         return dull(1)(items)
 
     parts = small_parts(rule)
+    terms = {"told": RewardTerm(kind="format", options={"expert": "http", "url": "http://127.0.0.1:9/terms/told"})}
+    parts = replace(parts, config=parts.config.model_copy(update={"rewards": RewardsConfig(terms=terms)}))
     report = step(parts, Images([0, 1]), 1)
     lengths = torch.cat([group.rollouts.lengths for group in report.groups]).double()
-    assert report.metrics["rewards/failures/count"] == 1 and report.metrics["grpo/dropped_groups/mean"] == 0.5
+    assert report.metrics["rewards/failures/count"] == report.metrics["rewards/failures/told"] == 1
+    assert report.metrics["grpo/dropped_groups/mean"] == 0.5
     spread = torch.tensor([0.1, 0.7, 0.0, 0.9]).std() / 2
     assert report.metrics["rewards/total/std_in_group"] == pytest.approx(float(spread))
     assert report.metrics["rewards/told/mean"] == pytest.approx((0.1 + 0.7 + 0.9 + 2.0) / 8)
