@@ -11,6 +11,9 @@ CANDIDATES = "tests/unit/restore/test_candidates.py::test_"
 RESTORE_FOLDER = "restore/image_folder.py"
 DEGRADED = "tests/unit/data/test_degradation.py::test_"
 LOADED = "tests/unit/data/test_loader.py::test_"
+NIQE = "tests/unit/quality/test_niqe.py::test_"
+DRAWS = "tests/unit/evaluate/test_draws.py::test_"
+SUMMARY = "tests/unit/compare/test_summary.py::test_"
 EVALUATED = "tests/unit/evaluate/test_evaluate.py::test_"
 REPETITIONS = "tests/unit/compare/test_repetitions.py::test_"
 DAMAGED = "tests/unit/vlcot/test_damaged_traces.py::test_"
@@ -193,6 +196,53 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ),
     ("compare/runs.py", f"{REPETITIONS}costs_are_of_all_processes_and_tokens_of_the_data_parallel_ones"): (
         ("one node", 'int(self.params.get("cluster.nodes", 1)) * ', ""),
+    ),
+    (
+        "rewards/generation.py",
+        "tests/unit/rewards/test_stripes.py::test_a_place_has_the_score_and_its_own_share_by_the_chain_rule",
+    ): (("without the logistic's derivative", "score + score * (1.0 - score) * shares", "score + shares"),),
+    ("rewards/generation.py", "tests/unit/rewards/test_stripes.py::test_niqes_distance_of_6_scores_a_half"): (
+        ("another half", "NIQE_HALF = 6.0", "NIQE_HALF = 5.0"),
+    ),
+    (
+        "quality/niqe.py",
+        f"{NIQE}finite_features_of_a_partly_flat_patch_count_for_the_mean_and_not_for_the_covariance",
+    ): (("partly flat patches are left out", "patches.nanmean(dim=0) - mean", "rows.mean(dim=0) - mean"),),
+    ("data/samples.py", f"{LOADED}windows_are_as_large_and_as_often_mirrored_as_the_recipe_says"): (
+        ("half of the shorter side", "geometry.min_scene_fraction, geometry.hflip)", "0.5, geometry.hflip)"),
+        ("never mirrored", "geometry.min_scene_fraction, geometry.hflip)", "geometry.min_scene_fraction, 0.0)"),
+    ),
+    ("data/shapes.py", "tests/unit/data/test_shapes.py::test_of_four_colours_the_three_commonest_are_named"): (
+        ("two colours", 'kind="stable")[:3]', 'kind="stable")[:2]'),
+    ),
+    ("evaluate/cases.py", f"{EVALUATED}a_photograph_that_stands_in_a_batch_twice_is_numbered"): (
+        ("one file for both", "if uses[case.key] > 1 else", "if uses[case.key] > 9 else"),
+    ),
+    ("evaluate/words.py", f"{EVALUATED}texts_are_scored_against_the_truth_that_there_is"): (
+        ("a missing text is right", "if text else 0.0 for", "if text else 1.0 for"),
+        ("the word of the middle text", "word_right(trace.texts[0], scene)", "word_right(trace.texts[1], scene)"),
+    ),
+    ("evaluate/report.py", f"{EVALUATED}files_say_the_same_as_the_report"): (
+        ("arrows the wrong way round", '"↓" if', '"↑" if not'),
+    ),
+    ("evaluate/intervals.py", f"{EVALUATED}bootstrap_interval_covers_the_normal_one"): (
+        ("an interval of 90 %", 'method="percentile"', 'method="percentile", confidence_level=0.9'),
+    ),
+    ("evaluate/draws.py", f"{DRAWS}each_images_best_mean_and_worst_are_averaged_over_images"): (
+        ("the median of the draws", "np.nanmean(values, axis=1) if", "np.nanmedian(values, axis=1) if"),
+    ),
+    ("compare/summary.py", f"{SUMMARY}the_best_is_told_by_its_difference_from_the_first"): (
+        ("the first less the best", "best.less(rated[0], metric)", "rated[0].less(best, metric)"),
+        ("chance the wrong way round", 'if gain.excludes_zero else "not', 'if not gain.excludes_zero else "not'),
+    ),
+    ("compare/summary.py", f"{SUMMARY}what_training_changed_stands_beside_its_difference_from_the_first"): (
+        ("less itself", "item.less(base, column)", "item.less(item, column)"),
+    ),
+    ("compare/figures.py", "tests/unit/compare/test_figures.py"): (
+        ("the oldest rollouts", "in reversed(runfolder.all_rollouts", "in (runfolder.all_rollouts"),
+        ("the oldest evaluation", "in reversed([folder for", "in ([folder for"),
+        ("the last rollout", "group.rollouts[0].files", "group.rollouts[-1].files"),
+        ("rollouts before evaluations", "(_evaluated, _kept)", "(_kept, _evaluated)"),
     ),
     ("rewards/fidelity.py", "tests/unit/rewards/test_fidelity.py"): (
         ("the LQ image unsmoothed", "truth = smooth(truth, self.options.smooth_px)", "pass"),

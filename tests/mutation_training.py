@@ -129,6 +129,7 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ),
     ("train/training_run.py", f"{RUN}a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_optimizer"): (
         ("counters begin anew", 'self.counters.update(state["counters"])', "pass"),
+        ("skipped updates unseen", '{"optim/skipped_updates/count": float(self.parts.optimiser.num_skipped)}', "{}"),
         ("the data begin anew", 'loader.load_state_dict(state["data"])', "pass"),
     ),
     ("checkpoint/loading.py", f"{RUN}a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_optimizer"): (
@@ -174,6 +175,20 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ),
     ("rollout/sampler.py", f"{SAMPLED}tokens_a_pass_are_of_rows_that_still_had_some_to_come"): (
         ("finished rows have passes", "int(final.any(1).sum())", "len(final)"),
+    ),
+    ("rollout/sampler.py", f"{SAMPLED}a_prompt_that_stays_is_counted_among_those_still_present"): (
+        ("prompts of the first batch", "[present.index(prompt) for prompt in left]", "left"),
+    ),
+    ("train/experience.py", f"{STEP}the_metrics_of_a_step_are_of_its_groups"): (
+        ("failures elsewhere unseen", "float(sum(group.rewards.failures[name] for group in groups))", "0.0"),
+        (
+            "the spread of all groups",
+            "torch.stack([group.rewards.total.std() for group in groups])",
+            "torch.cat([group.rewards.total for group in groups]).std()",
+        ),
+    ),
+    ("train/parts.py", f"{STEP}each_rank_reads_images_of_its_own"): (
+        ("a share is rounded down", "if count % self.groups.dp_size:", "if False:"),
     ),
     ("rollout/choice.py", f"{STEP}rollouts_are_scored_as_they_were_sampled"): (
         ("drawn from all", "keys, support, first=columns.start", "keys, None, first=columns.start"),

@@ -188,6 +188,18 @@ def folder(path, num=4, side=96):
     return path
 
 
+def test_windows_are_as_large_and_as_often_mirrored_as_the_recipe_says(opened, tmp_path):
+    report = prepare(folder(tmp_path, num=1), tmp_path, ALL_TRAIN)
+    with Image.open(tmp_path / "photo0.png") as photograph:
+        whole = np.asarray(photograph)
+    for hflip, expected in ((0.0, whole), (1.0, whole[:, ::-1])):
+        samples = opened(config(report.manifest, min_scene_fraction=1.0, hflip=hflip), "train", 1)._samples
+        assert all(np.array_equal(samples[number].gt, expected) for number in range(4))
+    samples = opened(config(report.manifest, min_scene_fraction=0.25), "train", 1)._samples
+    sides = [len(samples[number].gt) for number in range(60)]
+    assert 24 <= min(sides) < 40 and 88 < max(sides) <= 96
+
+
 def test_a_broken_photograph_is_skipped_named_and_counted(opened, tmp_path):
     report = prepare(folder(tmp_path), tmp_path, ALL_TRAIN)
     whole = read(opened(config(report.manifest), "train", 4, shuffle=False), 1)

@@ -11,14 +11,14 @@ from realsr_hpc.evaluate.draws import over_draws, worst_tenth
 from realsr_hpc.evaluate.methods import finished
 from realsr_hpc.records import Case
 
-VALUES = np.array([[20.0, 22.0, 24.0], [10.0, np.nan, 14.0], [np.nan, np.nan, np.nan]])
+VALUES = np.array([[20.0, 22.0, 27.0], [10.0, np.nan, 14.0], [np.nan, np.nan, np.nan]])
 
 
-@pytest.mark.parametrize(("lower", "best", "worst"), [(False, 19.0, 15.0), (True, 15.0, 19.0)])
+@pytest.mark.parametrize(("lower", "best", "worst"), [(False, 20.5, 15.0), (True, 15.0, 20.5)])
 def test_each_images_best_mean_and_worst_are_averaged_over_images(lower: bool, best: float, worst: float) -> None:
     """An image without a value counts nowhere, a missing draw leaves the others."""
     found = over_draws(VALUES, lower_is_better=lower)
-    assert (found.best.mean, found.mean.mean, found.worst.mean) == (best, 17.0, worst)
+    assert (found.best.mean, found.mean.mean, found.worst.mean) == (best, 17.5, worst)
     assert found.best.num_images == 2
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +47,16 @@ def test_groups_stay_equally_large_and_finished_prompts_leave():
     assert retire(rows, alive, 4) == [1, 3, 8, 9]
     assert retire([4, 6, 8, 9], [False, True, False, False], 4) == [1]
     assert retire(rows, [True] * 12, 4) == rows
+
+
+def test_a_prompt_that_stays_is_counted_among_those_still_present():
+    """Prompt 1 of three has left before; now prompt 0 does."""
+    asked: list[tuple[list[int], list[int], int]] = []
+    cache: Any = SimpleNamespace(keep=lambda *given: asked.append(given))
+    nothing: Any = None
+    batch = room.Batch(nothing, nothing, torch.zeros(0), [0, 1, 2, 3, 8, 9, 10, 11])
+    batch.keep_rows(cache, [4, 6], 4, 30)
+    assert asked == [([4, 6], [1], 30)] and batch.rows == [8, 10]
 
 
 class EndingGrammar(Grammar):

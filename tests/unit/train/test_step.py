@@ -203,6 +203,10 @@ def test_each_rank_reads_images_of_its_own():
             assert loader.next().index.tolist() == [2 * rank, 2 * rank + 1]
             loader.close()
         assert heldout_images(one).index.tolist() == [rank]
+    three = replace(parts, groups=replace(parts.groups, dp_size=3))
+    assert three.per_rank(6, "grpo.prompts_per_step") == 2
+    with pytest.raises(ValueError, match="grpo.prompts_per_step is 4, which 3 .* choose a multiple of 3"):
+        training_source(three)
 
 
 @pytest.mark.parametrize("lookahead", [1, 5])

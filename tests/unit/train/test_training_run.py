@@ -114,6 +114,10 @@ def test_a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_opt
     again, place = begun(tmp_path, 9, sections=sections), Place()
     assert again.resume(place) == 4 and place.number == 11 and again.counters == {"told": 5}
     assert (again.parts.optimiser.num_updates, again.parts.optimiser.num_skipped) == (7, 3)
+    told: dict[str, float] = {}
+    again.tracker.log_metrics = lambda step, values: told.update(values)
+    again.report(StepReport(5, {}), "")
+    assert told["optim/skipped_updates/count"] == 3.0
     before = [parameter.detach().clone() for parameter in run.parts.policy.parameters()]
     for one in (run, again):
         assert one.parts.optimiser.step(batches, lambda hidden, weight, _: (hidden.square().mean(), {})).applied
