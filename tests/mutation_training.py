@@ -254,6 +254,14 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("another hash", "((17, 0xED5AD4BB", "((16, 0xED5AD4BB"),
         ("half of the key", "if number == 0:", "if number == 9:"),
     ),
+    ("behaviour/distribution.py", f"{DRAWN}logits_are_the_product_in_its_own_format_and_at_least_float32"): (
+        ("float64 is rounded", "in (torch.float32, torch.float64) else", "in (torch.float32,) else"),
+        (
+            "the product in float32",
+            "logits = hidden @ output_weight.t()",
+            "logits = hidden.float() @ output_weight.float().t()",
+        ),
+    ),
     ("behaviour/distribution.py", f"{DRAWN}adaptive_support_follows_the_entropy_of_the_masked_row"): (
         ("top-p of what top-k dropped", "tempered.masked_fill(~keep, -torch.inf).softmax", "tempered.softmax"),
     ),

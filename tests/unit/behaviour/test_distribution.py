@@ -9,6 +9,7 @@ from realsr_hpc.behaviour.distribution import (
     adaptive_top_k,
     guided,
     pack_support,
+    project,
     restricted,
     row_entropy,
     sample,
@@ -101,6 +102,17 @@ def test_guidance_is_exact_at_both_ends_and_linear_between():
     assert torch.equal(result[1], u[1])
     torch.testing.assert_close(result[2], u[2] + 0.8 * (c[2] - u[2]))
     torch.testing.assert_close(guided(c, u, 3.0), u + 3.0 * (c - u))
+
+
+@pytest.mark.parametrize(
+    ("format", "wanted"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_logits_are_the_product_in_its_own_format_and_at_least_float32(format, wanted):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(5, 8, generator=generator, dtype=torch.float64).to(format) for _ in range(2))
+    logits = project(hidden, weight)
+    assert logits.dtype == wanted and torch.equal(logits, (hidden @ weight.T).to(wanted))
 
 
 def keys_of(count: int, seed: int = 0) -> torch.Tensor:

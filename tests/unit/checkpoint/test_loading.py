@@ -1,0 +1,51 @@
+"""A checkpoint is refused, by what it lacks, before anything of the model is overwritten."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from realsr_hpc import checkpoint
+from realsr_hpc.model.policy import Policy
+from tests.steps import small_parts
+
+torch.set_num_threads(1)
+STATE = {"step": 3}
+
+
+@pytest.fixture(scope="module")
+def weights_only(tmp_path_factory) -> Path:
+    policy = small_parts().policy
+    return checkpoint.save(tmp_path_factory.mktemp("run"), 3, policy, None, STATE, checkpoint.Keep(last=1))
+
+
+def refused(path: Path, policy: Policy, optimiser=None) -> str:
+    """The message; no weight has changed."""
+    before = [parameter.detach().clone() for parameter in policy.parameters()]
+    with pytest.raises(ValueError) as told:
+        checkpoint.load(path, policy, optimiser, policy.groups)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    return str(told.value)
+
+
+def test_weights_alone_are_loaded_and_give_no_optimizer_its_state(weights_only):
+    parts = small_parts()
+    said = refused(weights_only, parts.policy, parts.optimiser)
+    assert said.startswith(f"checkpoint {weights_only} holds weights only: ")
+    assert checkpoint.load(weights_only, parts.policy, None, parts.groups) == STATE
+
+
+def test_adapters_of_other_weights_are_refused(weights_only):
+    other = replace(small_parts().policy, base="sha256:1")
+    assert "belongs to no base, this recipe's model.weights to sha256:1: adapters fit only" in refused(
+        weights_only, other
+    )
+
+
+def test_a_checkpoint_of_another_model_section_is_named_by_what_it_lacks(weights_only):
+    adapted = small_parts(model={"lora": {"rank": 2, "alpha": 4.0}}).policy
+    said = refused(weights_only, replace(adapted, base=None))
+    assert f"checkpoint {weights_only} lacks " in said and "it was written with another model section" in said
