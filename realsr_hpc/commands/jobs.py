@@ -100,11 +100,11 @@ def about_all(root: Path, flags: dict[str, bool], console: Console) -> int:
 
 def refuse_what_would_be_lost(options: dict[str, str]) -> None:
     """Raise ValueError for two actions at once, and for an option of an action that is not given."""
-    asked = [key for key in ACTIONS if options[key] not in ("", "false")]
-    if len(asked) > 1:
-        raise ValueError(f"{asked[0]} and {asked[1]} exclude each other; run the command once for each")
+    chosen = [key for key in ACTIONS if options[key] not in ("", "false")]
+    if len(chosen) > 1:
+        raise ValueError(f"{chosen[0]} and {chosen[1]} exclude each other; run the command once for each")
     for key, action in GO_WITH.items():
-        if options[key] != OPTIONS[key] and action not in asked:
+        if options[key] != OPTIONS[key] and action not in chosen:
             raise ValueError(f"{key}={options[key]} goes with {action}")
 
 

@@ -96,8 +96,8 @@ def show_downloads(folder: Path, config: RunConfig, console: Console) -> None:
     if not found:
         console.print(f"{folder}: no policy of vocabulary {config.vlcot.vocabulary} below it")
     for start in found:
-        told = "; ".join([f"{start.policy}: {start.kind}", *start.against])
-        console.print(printable(told), highlight=False)
+        summary = "; ".join([f"{start.policy}: {start.kind}", *start.against])
+        console.print(printable(summary), highlight=False)
         if not start.against:
             for command in start.commands(config):
                 console.print(printable(command), highlight=False)

@@ -152,8 +152,8 @@ def _names(groups: Sequence[Group]) -> list[str]:
     return [group.label for group in groups]
 
 
-def _html(title: str, said: str, tables: Sequence[Table], folder: Path, pictures: Sequence[str]) -> str:
+def _html(title: str, verdict: str, tables: Sequence[Table], folder: Path, pictures: Sequence[str]) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     encoded = {name: base64.b64encode((folder / name).read_bytes()).decode() for name in pictures}
-    return environment.get_template(TEMPLATE).render(title=title, verdict=said, tables=tables, pictures=encoded)
+    return environment.get_template(TEMPLATE).render(title=title, verdict=verdict, tables=tables, pictures=encoded)

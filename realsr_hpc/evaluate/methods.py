@@ -49,8 +49,8 @@ class FinishedImages:
         unread: dict[str, str] = {}
         found = [path for path in images_below(folder, unread) if not restoration.is_steps(path)]
         if not found:
-            told = "".join(f" ({name}: {why})" for name, why in list(unread.items())[:1])
-            raise ValueError(f"{folder}: no images found{told}; name the folder of the method's results")
+            example = "".join(f" ({name}: {why})" for name, why in list(unread.items())[:1])
+            raise ValueError(f"{folder}: no images found{example}; name the folder of the method's results")
         for name, why in unread.items():
             log.warning("left out: %s: %s", name, why)
         self._names = dict(zip(names_of(found, folder), found, strict=True))
@@ -63,9 +63,9 @@ class FinishedImages:
         pairs, _ = matched([PurePath(f"{key}.png") for key in keys], stand_ins)
         self._files = {keys[place]: self._names[names[file]] for place, file in pairs}
         for key in keys:
-            alike = [str(self._names[name]) for name in names if plain_stem(PurePath(f"{name}.png")) == key]
-            if key not in self._files and len(alike) > 1:
-                raise ValueError(f"{self.folder}: {', '.join(alike[:3])} could all be {key}; keep only one")
+            candidates = [str(self._names[name]) for name in names if plain_stem(PurePath(f"{name}.png")) == key]
+            if key not in self._files and len(candidates) > 1:
+                raise ValueError(f"{self.folder}: {', '.join(candidates[:3])} could all be {key}; keep only one")
         if keys and not pairs:
             raise ValueError(
                 f"{self.folder}: no file has the name of an image of the set: found {names[0]}, expected {keys[0]}"

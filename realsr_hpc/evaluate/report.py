@@ -69,8 +69,8 @@ class EvaluationReport:
 
     def confusions(self, method: str) -> list[Confusion]:
         """Confusion table of each degradation slot: true words against predicted ones."""
-        said = [image.methods[method].degradation for image in self.images]
-        return confusions(said, [image.degradation for image in self.images])
+        predicted = [image.methods[method].degradation for image in self.images]
+        return confusions(predicted, [image.degradation for image in self.images])
 
     def summary(self) -> dict[str, float]:
         """Means by `evaluate/SET/METHOD/METRIC`, for MLflow; metrics without any value are left out."""
@@ -243,8 +243,10 @@ def plot_confusions(tables: Mapping[str, Sequence[Confusion]], path: Path) -> No
             place.set(xticks=range(4), yticks=range(3), title=f"{method}: {item.slot} ({item.accuracy:.2f})")
             place.set_xticklabels([*words, NOTHING], rotation=30)
             place.set_yticklabels(words)
-            for (true, said), count in np.ndenumerate(item.counts):
-                place.text(said, true, str(count), ha="center", color="white" if shares[true, said] > 0.6 else "black")
-    figure.supxlabel("said")
+            for (row, column), count in np.ndenumerate(item.counts):
+                place.text(
+                    column, row, str(count), ha="center", color="white" if shares[row, column] > 0.6 else "black"
+                )
+    figure.supxlabel("predicted")
     figure.supylabel("true")
     figure.savefig(path, dpi=80)

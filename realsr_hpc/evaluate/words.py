@@ -47,14 +47,14 @@ class Confusion:
     def markdown(self) -> list[str]:
         """The counts as a Markdown table."""
         words = slot_words(self.slot)
-        head = [f"| {self.slot}: true \\ said | " + " | ".join([*words, NOTHING]) + " |", "|---" * 5 + "|"]
+        head = [f"| {self.slot}: true \\ predicted | " + " | ".join([*words, NOTHING]) + " |", "|---" * 5 + "|"]
         return head + [f"| {word} | " + " | ".join(map(str, row)) + " |" for word, row in zip(words, self.counts)]  # noqa: B905
 
 
-def confusions(said: Sequence[str | None], truths: Sequence[str | None]) -> list[Confusion]:
+def confusions(predicted: Sequence[str | None], truths: Sequence[str | None]) -> list[Confusion]:
     """One table per slot, over the cases whose true phrase is known."""
     counts = {slot: np.zeros((3, 4), dtype=int) for slot in SLOTS}
-    for phrase, truth in zip(said, truths, strict=True):
+    for phrase, truth in zip(predicted, truths, strict=True):
         if truth is None:
             continue
         spoken = read_phrase(phrase) if phrase is not None else (None,) * len(SLOTS)

@@ -57,7 +57,7 @@ def pack(export: Path, archive: Path) -> None:
     carrier = vendor.carrier(vendor.as_config(config))
     carrier.load_state_dict(dict(_tensors(places)))
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(archive.absolute()) as aside:  # NeMo wants a folder in front of its name
+    with replacing(archive.absolute()) as aside:  # NeMo expects a folder in front of its name
         vendor.connector.save_to(carrier, str(aside))
 
 

@@ -93,10 +93,10 @@ def _adapters(place: Place) -> list[str]:
     return [f"{found.name} beside the weights (low-rank adapters, which change the model: {remedy})"] if found else []
 
 
-def _order(asked: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, str]:
+def _order(requested: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, str]:
     """Rotary order, and the evidence for it. Anole's fork stores Meta's order and permutes within attention."""
-    if asked is not None:
-        return asked, "as requested"
+    if requested is not None:
+        return requested, "as requested"
     named = settings.get("architectures")
     if isinstance(named, list) and _FORK in named:
         return "interleaved", f"{_FORK}: Anole's fork of transformers"

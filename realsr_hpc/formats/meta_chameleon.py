@@ -152,9 +152,9 @@ def _not_read(params: dict[str, Any]) -> list[str]:
     return [f"params.json: {', '.join(given)} (Meta's own loader reads none of them)"] if given else []
 
 
-def _order(asked: Rotary | None, content: dict[str, Any], tree: _Tree) -> tuple[Rotary, str]:
-    if asked is not None:
-        return asked, "as requested"
+def _order(requested: Rotary | None, content: dict[str, Any], tree: _Tree) -> tuple[Rotary, str]:
+    if requested is not None:
+        return requested, "as requested"
     norm = tree.shards[0].specs.get("layers.0.attention.q_normalization.weight")
     if norm is not None and len(norm.shape) > 1:
         return "halves", f"q norms of shape {list(norm.shape)}: renamed from a Hugging Face folder"

@@ -199,8 +199,8 @@ class _Resolver:
         for key, value in (stage.set | _pairs(line for target, line in self.overrides if target == name)).items():
             if key == "output" or key not in defaults:
                 valid = [item for item in defaults if item != "output"]
-                said = "the chain chooses it" if key == "output" else f"unknown key{nearest(key, valid)}"
-                raise self._fault(name, f"{key}: {said}; valid for {command}: {', '.join(valid)}")
+                problem = "the chain chooses it" if key == "output" else f"unknown key{nearest(key, valid)}"
+                raise self._fault(name, f"{key}: {problem}; valid for {command}: {', '.join(valid)}")
             if value is not None:  # null: the default
                 given[key] = self._argument(name, key, value, after)
         if not after:
@@ -294,8 +294,8 @@ class _Resolver:
             self.nodes[name] = self._command_node(name, "export_hf", given, (node.folder,), {})
         return self.nodes[name]
 
-    def _fault(self, where: str, said: str) -> RecipeError:
-        return RecipeError("\n".join(f"chain {self.chain.name}: {where}: {line}" for line in said.splitlines()))
+    def _fault(self, where: str, fault: str) -> RecipeError:
+        return RecipeError("\n".join(f"chain {self.chain.name}: {where}: {line}" for line in fault.splitlines()))
 
 
 def _command_folder(root: Path, command: str, arguments: Sequence[str]) -> Path:

@@ -145,12 +145,12 @@ def _run_here(nodes: list[Node], parent: str, console: Console) -> int:
             _start(node, parent)
             code = follow(node.folder, console)
         status = _status(node, queue_of([node.folder]))
-        said = f": {status.message}" if status and status.message else ""
+        note = f": {status.message}" if status and status.message else ""
         if status is None or status.state != "done":
-            _say(f"the chain stops at {node.stage}{said}\nlaunch it again to continue", console)
+            _say(f"the chain stops at {node.stage}{note}\nlaunch it again to continue", console)
             return code or 1
         if node.command:
-            _say(f"{node.stage}: done, {node.output}{said}", console)
+            _say(f"{node.stage}: done, {node.output}{note}", console)
     return 0
 
 

@@ -124,8 +124,8 @@ def run_stage(folder: Path) -> int:
             return 0
         with (folder / "log.txt").open(encoding="utf-8", errors="replace") as file:
             last = file.read()[-LOG_END_CHARACTERS:].strip()
-        said = f"{command} ended with code {code}; the end of {folder / 'log.txt'}:\n{last}"
-        write_status(folder, "failed", code, said)
+        message = f"{command} ended with code {code}; the end of {folder / 'log.txt'}:\n{last}"
+        write_status(folder, "failed", code, message)
         return code or 1
 
 

@@ -104,8 +104,8 @@ def _facts_table(estimate: Plan, config: RunConfig) -> Table:
     }
     if estimate.memory.host:
         rows["host memory"] = f"{estimate.memory.host:.1f} GiB per process, offloaded"
-    if told := _rewards(estimate, config):
-        rows["rewards"] = told
+    if rewards := _rewards(estimate, config):
+        rows["rewards"] = rewards
     if config.cluster.gpus_per_node:
         sent = estimate.traffic
         rows["a step"] = (
@@ -129,9 +129,9 @@ def _rewards(estimate: Plan, config: RunConfig) -> str:
     experts, wanted = estimate.rewards, config.rewards
     where = "in host memory" if wanted.device == "cpu" or not config.cluster.gpus_per_node else "on the GPU"
     where += ", in host memory between" if wanted.offload and where == "on the GPU" else ""
-    told = [f"{experts.weight_bytes / MIB:.0f} MiB of networks {where}, {wanted.batch_size} rollout(s) at once"]
+    parts = [f"{experts.weight_bytes / MIB:.0f} MiB of networks {where}, {wanted.batch_size} rollout(s) at once"]
     if experts.elsewhere:
-        told.append(f"another process computes {', '.join(experts.elsewhere)}")
+        parts.append(f"another process computes {', '.join(experts.elsewhere)}")
     if experts.unknown:
-        told.append(f"NOT counted, size unknown: {', '.join(experts.unknown)}")
-    return "; ".join(told)
+        parts.append(f"NOT counted, size unknown: {', '.join(experts.unknown)}")
+    return "; ".join(parts)

@@ -115,7 +115,7 @@ def slurm_job_id(environment: Mapping[str, str]) -> str:
 
 
 def reserved_port() -> int:
-    """A port of the loopback interface that the system gives to no other process while this one lives.
+    """A port of the loopback interface that the system gives to no other process while this one runs.
 
     A socket stays bound to it without listening. Otherwise an outgoing connection of this node could take the port in
     the seconds until rank 0 listens on it. Rank 0 can still listen, because sockets that all set SO_REUSEADDR may share

@@ -31,8 +31,8 @@ def follow(run_dir: Path, console: Console, *, slurm: bool = False) -> int:
             status = None
     if status is None:
         known = run_dir.name if run_dir.parent == Path("runs").resolve() else str(run_dir)
-        told = [shlex.join(["realsr-hpc", "jobs", f"{action}={known}"]) for action in ("follow", "cancel")]
-        console.print(f"The run continues. Follow it: {told[0]}; end it: {told[1]}", markup=False, soft_wrap=True)
+        follow_it, end_it = [shlex.join(["realsr-hpc", "jobs", f"{action}={known}"]) for action in ("follow", "cancel")]
+        console.print(f"The run continues. Follow it: {follow_it}; end it: {end_it}", markup=False, soft_wrap=True)
         return 0
     console.print(f"{run_dir.name}: {status.state}" + (f"\n{status.message}" if status.message else ""), markup=False)
     return EXIT_CODES.get(status.state, status.code or 1)

@@ -257,8 +257,8 @@ def _finish(run_dir: Path, placement: Placement, config: RunConfig, verdict: Ver
     elif code == DONE and responsible:
         _set_state(run_dir, "done", 0)
     elif code == STOPPED and responsible:
-        told = f"{message} stopped with a checkpoint; launch it again to continue"
-        _set_state(run_dir, "stopped", code, told.strip())
+        note = f"{message} stopped with a checkpoint; launch it again to continue"
+        _set_state(run_dir, "stopped", code, note.strip())
     elif code not in (DONE, STOPPED) and placement.node_rank == verdict.node:
         print(message, file=sys.stderr, flush=True)
         _set_state(run_dir, "failed", code, message)

@@ -95,8 +95,8 @@ def cancel(run_dir: Path, wait_s: float = CANCEL_WAIT_S) -> str:
 def _cancel_slurm(run_dir: Path, job: Job, wait_s: float) -> str:
     state = _slurm_state(job)
     if not state and (holder := process_of(run_dir)):
-        told = f"job {job.job_id} is over, yet {holder} still runs it"
-        raise ValueError(f"{run_dir.name}: {told}: end that process yourself")
+        fault = f"job {job.job_id} is over, yet {holder} still runs it"
+        raise ValueError(f"{run_dir.name}: {fault}: end that process yourself")
     if not runfolder.recipe(run_dir).exists():  # a command of a chain, which has no checkpoint to save
         _scancel(job.job_id)
         return f"{run_dir.name}: job {job.job_id} cancelled; launch its chain again to run it from its beginning"
@@ -154,8 +154,8 @@ def _scancel(*words: str) -> None:
             ["scancel", *words], check=True, capture_output=True, timeout=60, encoding="utf-8", errors="replace"
         )
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        raise ValueError(f"scancel {' '.join(words)}: {said.strip()}") from None
+        message = getattr(error, "stderr", None) or str(error)
+        raise ValueError(f"scancel {' '.join(words)}: {message.strip()}") from None
 
 
 def resume(run_dir: Path, overrides: list[str] | None = None) -> Submission:
@@ -180,10 +180,10 @@ def reconcile(root: Path) -> list[str]:
     """Record the end of runs whose jobs disappeared without reporting it, in status.json and MLflow; returns names."""
     ended = []
     for run_dir in runfolder.list_runs(root):
-        said, status = read_status(run_dir), current_status(run_dir)
-        if said is not None and said.state in ALIVE and status is not None and status.state not in ALIVE:
+        stored, status = read_status(run_dir), current_status(run_dir)
+        if stored is not None and stored.state in ALIVE and status is not None and status.state not in ALIVE:
             try:
-                set_state(run_dir, status.state, status.code, status.message, launch=said.launch)
+                set_state(run_dir, status.state, status.code, status.message, launch=stored.launch)
             except OSError as error:  # perhaps another user's run; continue with the others
                 logger.warning("%s: its end is not written down (%s)", run_dir.name, error.strerror)
                 continue

@@ -147,18 +147,18 @@ def refuse_another_space(sweep: str, before: Mapping[str, list[str]], now: Mappi
     before, now: the `fixed` and `varied` overrides then and now. Operation (`cluster`, `tracking`, ...) may change.
     """
     old, new = _lines(before["varied"]), _lines(now["varied"])
-    told = [
+    changes = [
         f"{old[key][1] if key in old else f'{key} fixed'}, now {new[key][1] if key in new else f'{key} fixed'}"
         for key in old | new
         if (old[key][0] if key in old else None) != (new[key][0] if key in new else None)
     ]
-    if not told:
+    if not changes:
         first = [f"{axis.key}={axis.choices[0] if axis.choices else axis.low}" for axis, _ in new.values()]
         one, two = compose_each([[*before["fixed"], *first], [*now["fixed"], *first]])
-        told = [f"{key}={written(was)}, now {written(has)}" for key, (was, has) in differences(one, two).items()]
-    if told:
-        more = f"; and {len(told) - TOLD} more" if len(told) > TOLD else ""
-        raise RecipeError(f"sweep: {sweep}: was launched with {'; '.join(told[:TOLD])}{more}; choose another sweep=")
+        changes = [f"{key}={written(was)}, now {written(has)}" for key, (was, has) in differences(one, two).items()]
+    if changes:
+        more = f"; and {len(changes) - TOLD} more" if len(changes) > TOLD else ""
+        raise RecipeError(f"sweep: {sweep}: was launched with {'; '.join(changes[:TOLD])}{more}; choose another sweep=")
 
 
 def _lines(varied: list[str]) -> dict[str, tuple[Axis, str]]:

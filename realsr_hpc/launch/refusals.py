@@ -75,8 +75,8 @@ def _manifest_faults(config: RunConfig) -> Iterator[str]:
             table = pq.read_table(stream, columns=columns, page_checksum_verification=True)
         splits = table["split"].unique().to_pylist()
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
-        told = str(error).splitlines()[0]
-        yield f"data.manifest: {path}: no manifest, or a damaged one ({told}); make one with realsr-hpc prepare-data"
+        reason = str(error).splitlines()[0]
+        yield f"data.manifest: {path}: no manifest, or a damaged one ({reason}); make one with realsr-hpc prepare-data"
         return
     for field in ("train_split", "heldout_split"):
         name = getattr(data, field)

@@ -200,8 +200,8 @@ def _ended_unreported(run_dir: Path, status: Status, job: Job, ended: str) -> St
     if ended == "CANCELLED" or (job.kind == "slurm" and status.state != "running" and not Path(job.log).exists()):
         return Status("stopped", None, f"job {job.job_id} was cancelled; {again}", status.time_s)
     how = f" ({ended})" if ended else ""
-    told = f"job {job.job_id} ended without reporting a state{how}; see {job.log}; {again}"
-    return Status("lost", None, told, status.time_s)
+    message = f"job {job.job_id} ended without reporting a state{how}; see {job.log}; {again}"
+    return Status("lost", None, message, status.time_s)
 
 
 def saved_step(run_dir: Path) -> int | None:

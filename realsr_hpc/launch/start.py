@@ -83,8 +83,8 @@ def refusal(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, FailedSubmissionError):  # sbatch exited with 0 but printed no job id
         return f"{lines[0]}; if squeue --me lists a new job, scancel it and launch again"
-    said = [line for line in lines if line.startswith("sbatch:")] or lines[-1:] or [type(error).__name__]
-    return " ".join(dict.fromkeys(line.removeprefix("sbatch: ") for line in said))
+    errors = [line for line in lines if line.startswith("sbatch:")] or lines[-1:] or [type(error).__name__]
+    return " ".join(dict.fromkeys(line.removeprefix("sbatch: ") for line in errors))
 
 
 def max_array_size() -> int:

@@ -198,7 +198,7 @@ def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
         silent = f"; squeue does not answer here: if that job is over, remove {runfolder.job(run_dir)}"
         return Submission(config, run_dir, False, note if queue.answered else note + silent)
     if status is not None and status.state == "done":
-        return Submission(config, run_dir, False, "already done; fresh=true starts it anew")
+        return Submission(config, run_dir, False, "already done; fresh=true starts it from step 0")
     if status is None:
         return Submission(config, run_dir, True)
     step = saved_step(run_dir)

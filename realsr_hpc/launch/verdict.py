@@ -80,8 +80,8 @@ def agree(run_dir: Path, placement: Placement, mine: Verdict, wait_s: float = AG
     cause = min(verdicts, key=lambda verdict: (_CAUSES.index(verdict.code), verdict.time_s))
     unfit = tuple(name for verdict in verdicts for name in verdict.unfit)
     if cause.code == UNHEALTHY:
-        said = "; ".join(verdict.message for verdict in verdicts if verdict.code == UNHEALTHY)
-        cause = replace(cause, message=said)
+        messages = "; ".join(verdict.message for verdict in verdicts if verdict.code == UNHEALTHY)
+        cause = replace(cause, message=messages)
     return replace(cause, all_present=complete, unfit=unfit)
 
 

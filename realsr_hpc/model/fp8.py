@@ -7,7 +7,7 @@ log-probabilities, the parity gate, the scales in checkpoints.
 
 Scales: tensorwise, one per tensor from its own largest value; blockwise, powers of two, one for 128 inputs of a token
 and for 128 x 128 of a weight; delayed, one per tensor from the largest value of the pass before (Megatron's default
-history of one), which is state and travels in checkpoints as Transformer Engine's does.
+history of one), which is state and is saved in checkpoints as Transformer Engine's does.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Fp8Layer:
 
     def round(self, x: Tensor, operand: int) -> Tensor:
         """Round one operand (`_INPUT`, `_WEIGHT` or `_GRADIENT`) as the recipe says."""
-        recipe, learns = self.fp8, operand == _GRADIENT or torch.is_grad_enabled()
+        recipe, updates_scale = self.fp8, operand == _GRADIENT or torch.is_grad_enabled()
         assert recipe is not None, "call start_fp8 before the first product"
         dtype = recipe.backward if operand == _GRADIENT else recipe.forward
         with torch.no_grad():
@@ -124,7 +124,8 @@ class _Fp8Layer:
             if recipe.scaling == "tensorwise":
                 return rounded(x, dtype, largest)
             known = self.largest[operand].to(x.device)
-            if learns:  # scoring must not change the scales; recomputed layers update them in their second run only
+            # scoring must not change the scales; recomputed layers update them in their second run only
+            if updates_scale:
                 for group in self._groups:
                     dist.all_reduce(agreed := largest.clone(), dist.ReduceOp.MAX, group=group)
                     largest = agreed

@@ -80,6 +80,6 @@ def _refuse_others(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
         shape, ours = tuple(tensors[name].shape), whole_shape(name, policy)
         if shape != ours:
             raise ValueError(
-                f"model.lora.weights: {name} has shape {shape}, the recipe wants {ours}: set model.lora.rank and the "
+                f"model.lora.weights: {name} has shape {shape}, the recipe needs {ours}: set model.lora.rank and the "
                 "model section to those of the adapter"
             )

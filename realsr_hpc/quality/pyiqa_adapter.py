@@ -176,8 +176,8 @@ def create_metric(name: str, device: torch.device | str) -> Any:
             return pyiqa.create_metric(name, device=torch.device(device))
     except (OSError, RuntimeError, ImportError) as error:  # a missing backbone, unsuitable weights, a missing package
         files = " and ".join(path for path, _ in PYIQA_FILES.get(name, ())) or "what it says"
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(f"pyiqa metric {name!r} needs {files} in the weights folder ({said}); {_STAGING}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"pyiqa metric {name!r} needs {files} in the weights folder ({reason}); {_STAGING}") from error
 
 
 @contextmanager

@@ -88,9 +88,9 @@ def inputs_of(source: Path, output: Path) -> tuple[Path, list[Path], dict[str, s
         )
     files, unread = find_images(source, output)
     if not files:
-        told = "; ".join(f"{name}: {why}" for name, why in unread.items())
+        reasons = "; ".join(f"{name}: {why}" for name, why in unread.items())
         raise ValueError(
-            f"input={source}: no images found; known endings: {', '.join(sorted(SUFFIXES))} {told}".strip()
+            f"input={source}: no images found; known endings: {', '.join(sorted(SUFFIXES))} {reasons}".strip()
         )
     return root, files, unread
 
@@ -171,13 +171,13 @@ def _is_done(file: Path, target: Path) -> bool:
             f"{target} was not written by realsr-hpc restore (no {target.stem}.json): choose another output"
         )
     try:
-        told = restoration.read(target)
-        if told.input_sha256 == sha256_of(file):
+        stored = restoration.read(target)
+        if stored.input_sha256 == sha256_of(file):
             return True
     except (Damaged, OSError):
         return False  # an unreadable input is reported when it is read
-    if told.input != os.path.abspath(file):
-        raise ValueError(f"{target} is the result of {told.input}, not of {file}: choose another output")
+    if stored.input != os.path.abspath(file):
+        raise ValueError(f"{target} is the result of {stored.input}, not of {file}: choose another output")
     return False
 
 

@@ -28,8 +28,8 @@ def write_reasoning(source: Path, target: Path, lq: np.ndarray, result: Blended,
     The record has the input's absolute path and a digest of its content, so that a later reader can tell whether the
     file has been replaced.
     """
-    told = Restoration(result.tiles, os.path.abspath(source), sha256_of(source), target.name, made_by)
-    restoration.write(target, told)
+    restored = Restoration(result.tiles, os.path.abspath(source), sha256_of(source), target.name, made_by)
+    restoration.write(target, restored)
     if steps:
         steps_picture(lq, result).save(restoration.steps_file(target), quality=90)
 
@@ -55,10 +55,10 @@ def steps_picture(lq: np.ndarray, result: Blended) -> Image.Image:
 
 def _words(result: Blended) -> list[str]:
     first = result.tiles[0]
-    said = [first.degradation, *first.texts]
+    texts = [first.degradation, *first.texts]
     names = ("degradation", *IMAGE_NAMES)
     of = f" (tile 1 of {len(result.tiles)})" if len(result.tiles) > 1 else ""
-    return [f"{name}{of}: {text or 'not well-formed'}" for name, text in zip(names, said, strict=True)]
+    return [f"{name}{of}: {text or 'not well-formed'}" for name, text in zip(names, texts, strict=True)]
 
 
 def _columns(width_px: int) -> int:

@@ -51,7 +51,7 @@ class DegradationReward(Reward):
 
     def _credits(self, phrase: str, label: DegradationLabel) -> list[float]:
         slots = zip(read_phrase(phrase), astuple(label), strict=True)
-        return [_credit(said, true, self.options.neighbour) for said, true in slots]
+        return [_credit(predicted, true, self.options.neighbour) for predicted, true in slots]
 
 
 def read_phrase(phrase: str) -> Slots:
@@ -67,8 +67,8 @@ def read_phrase(phrase: str) -> Slots:
 
 def slot_matches(phrase: str | None, label: DegradationLabel) -> np.ndarray:
     """Which of the five slots match, bool [5] in the order of `DegradationLabel`."""
-    said = read_phrase(phrase) if phrase is not None else (None,) * 5
-    return np.array([a == b for a, b in zip(said, astuple(label), strict=True)])
+    predicted = read_phrase(phrase) if phrase is not None else (None,) * 5
+    return np.array([a == b for a, b in zip(predicted, astuple(label), strict=True)])
 
 
 _KINDS = ("blur", "noise", "compression")
@@ -96,9 +96,9 @@ def _resizes(text: str) -> tuple[str | None, str | None]:
     return (found[0][1], None) if is_first else (None, found[0][1])
 
 
-def _credit(said: str | None, true: str, neighbour: float) -> float:
-    if said == true:
+def _credit(predicted: str | None, true: str, neighbour: float) -> float:
+    if predicted == true:
         return 1.0
-    if said in LEVELS and true in LEVELS and abs(LEVELS.index(cast(str, said)) - LEVELS.index(true)) == 1:
+    if predicted in LEVELS and true in LEVELS and abs(LEVELS.index(cast(str, predicted)) - LEVELS.index(true)) == 1:
         return neighbour
     return 0.0

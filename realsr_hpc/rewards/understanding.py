@@ -109,10 +109,10 @@ def word_right(text: str | None, scene: SceneText) -> float:
 def letters_right(text: str | None, word: str) -> float:
     """Similarity in [0, 1] of the word and the first all-capitals word of the text: 1 - edit distance / longer
     length."""
-    said = re.search(r"\b[A-Z]{2,}\b", text or "")
-    if said is None:
+    found = re.search(r"\b[A-Z]{2,}\b", text or "")
+    if found is None:
         return 0.0
-    read, truth = said.group().lower(), word.lower()
+    read, truth = found.group().lower(), word.lower()
     return 1.0 - edit_distance(read, truth) / max(len(read), len(truth))
 
 

@@ -7,7 +7,7 @@ A microbatch has a few rows of `row_tokens` tokens. A row holds one of:
                                                        relative, so positions need no reset
     [prompt | response 0 | response 1 | ... | padding] branched: the prompt that the responses share is computed once
 
-The inputs of the loss travel beside the tokens in compact form, one entry per loss token. With classifier-free guidance
+The inputs of the loss accompany the tokens in compact form, one entry per loss token. With classifier-free guidance
 each branched row has a twin in which a token sees only its own image block: the unconditional stream, scored in the
 same pass.
 """

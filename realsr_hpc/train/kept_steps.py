@@ -103,8 +103,8 @@ def read_step(folder: Path) -> KeptStep:
     except OSError as error:
         raise ValueError(f"step={folder} is incomplete ({error}); tracking.replay_every_steps saves steps") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        told = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"step={folder} is damaged ({told}); copy it again, or name another step") from None
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ValueError(f"step={folder} is damaged ({reason}); copy it again, or name another step") from None
     return KeptStep(content.step, content.metrics, tuple(ranks), content.parallel)
 
 

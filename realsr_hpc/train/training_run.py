@@ -85,10 +85,10 @@ class TrainingRun:
         One rank's signal stops all ranks at the same step: the flag is reduced, so that the collective save cannot
         hang.
         """
-        asked = self._stop() or step == self.config.checkpoint.stop_at_step
-        mine = {"stop": asked, "best": self._is_among_best(), "writing": self._saver.writing}
-        # what this rank wants; the maximum over all ranks decides, so that all of them save or stop together
-        flags = {name: float(flag) for name, flag in mine.items()}
+        stop = self._stop() or step == self.config.checkpoint.stop_at_step
+        own = {"stop": stop, "best": self._is_among_best(), "writing": self._saver.writing}
+        # this rank's flags; the maximum over all ranks decides, so that all of them save or stop together
+        flags = {name: float(flag) for name, flag in own.items()}
         flags["left_out"] = float(len(getattr(loader, "skipped", ())))  # frozen traces skip no image
         world = torch.distributed.group.WORLD
         assert world is not None, "the parts of a run exist in a process group only"
