@@ -1,4 +1,4 @@
-"""Records on disk: what is refused on reading, and numbers that JSON has no word for."""
+"""Records on disk: which contents are refused, and numbers that JSON cannot express (NaN, infinity)."""
 
 from __future__ import annotations
 

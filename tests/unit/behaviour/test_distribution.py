@@ -172,7 +172,7 @@ def test_gumbel_noise_is_standard_and_belongs_to_key_and_token():
 
 
 def test_the_noise_of_a_token_is_its_key_hashed_with_its_id():
-    """In whole numbers: another hash would be other draws from the same seed."""
+    """Exact integers: with another hash the same seed would give other draws."""
     keys = stream_keys(3, 9, 6)
     found = gumbel(torch.from_numpy(keys), 500, 504)
     for (first, second), row in zip((keys.astype(np.int64) % (1 << 32)).tolist(), found.tolist(), strict=True):
@@ -186,7 +186,7 @@ def test_the_noise_of_a_token_is_its_key_hashed_with_its_id():
 
 
 def key_of(bits: int) -> torch.Tensor:
-    """The key whose noise for token 0 comes from these bits: the hash, run backwards from them."""
+    """The key for which token 0 gets noise from these bits; computed by inverting the hash."""
 
     def unmixed(value: int, by: int) -> int:
         start = value
@@ -201,7 +201,7 @@ def key_of(bits: int) -> torch.Tensor:
 
 
 def test_the_largest_and_the_smallest_noise_are_finite():
-    """Noise of -inf would take an allowed token's chance away, noise of inf all others'."""
+    """With noise of -inf an allowed token could never be drawn; with noise of +inf no other token could be."""
     largest, smallest = (float(gumbel(key_of(bits), 0, 1)) for bits in (0, 0x7FFFFFFF))
     assert largest == pytest.approx(32 * np.log(2), rel=1e-5)  # of u = 2^-32
     assert smallest == pytest.approx(-np.log(24 * np.log(2)), rel=1e-5)  # of 1 - u = 2^-24, float32's

@@ -1,4 +1,4 @@
-"""The scorer against plain float64 torch, whole and over vocabulary shards; its memory; its agreement with sampling."""
+"""The scorer against plain float64 torch, unsharded and sharded by vocabulary; its memory; agreement with sampling."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ NUM_TOKENS, HIDDEN, VOCABULARY = 23, 8, 52
 
 @dataclass
 class Case:
-    """One scoring problem; tensors that take gradients are leaves."""
+    """The inputs of one scoring call; tensors that need gradients are leaves."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -54,7 +54,7 @@ class Case:
         )
 
     def reference(self) -> TokenScores:
-        """Plain definition, whole rows."""
+        """Log-probabilities by definition, over the whole vocabulary at once."""
         conditional, unconditional = self.hidden @ self.weight.T, self.unconditional @ self.weight.T
         logits = unconditional + self.cfg_scale[:, None] * (conditional - unconditional)
         keep = self.mask_table[self.mask_ids] & self.support
@@ -214,7 +214,7 @@ def test_no_tokens_keep_the_graph():
 
 
 def shard_of_the_case() -> list[np.ndarray]:
-    """On a rank: scores and gradients of this rank's vocabulary shard."""
+    """Runs on each rank: scores and gradients of its vocabulary shard."""
     dist.init_process_group("gloo")
     case = make_case()
     shard = case.weight.detach().chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""A checkpoint is refused, by what it lacks, before anything of the model is overwritten."""
+"""A checkpoint that does not fit is refused before any weight is overwritten; the message names what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def weights_only(tmp_path_factory) -> Path:
 
 
 def refused(path: Path, policy: Policy, optimiser=None) -> str:
-    """The message; no weight has changed."""
+    """Returns the error's message, after checking that no weight has changed."""
     before = [parameter.detach().clone() for parameter in policy.parameters()]
     with pytest.raises(ValueError) as told:
         checkpoint.load(path, policy, optimiser, policy.groups)

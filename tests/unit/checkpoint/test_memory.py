@@ -1,4 +1,4 @@
-"""What writing and opening a checkpoint allocate beside the weights."""
+"""How much memory, in addition to the weights, writing and opening a checkpoint allocate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.benchmarks._allocations import Allocations
 
 
 def test_no_parameter_is_held_twice_while_a_checkpoint_is_written_or_loaded(tmp_path: Path) -> None:
-    """Gate and up projections, half of these weights, are stored apart and were joined for all layers at once."""
+    """Gate and up projections, half of these weights, are stored separately; once all layers were joined together."""
     sizes = ["model.num_layers=8", "model.hidden_size=64", "model.num_heads=4", "model.ffn_hidden_size=2048"]
     config = compose_one(["recipe=sft_tiny", "data=bundled", "cluster.tasks_per_node=1", *sizes])
     groups = initialise(config.parallel, config.seed)

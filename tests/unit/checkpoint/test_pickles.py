@@ -1,4 +1,4 @@
-"""A checkpoint that would run code is refused before anything of it is loaded."""
+"""A checkpoint that would execute code is refused before any part of it is loaded."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ class Touch:
 
 
 def written(tmp_path: Path) -> Path:
-    """A small checkpoint of torch's own: a tensor, and a part that is none."""
+    """A small checkpoint in torch's format: one tensor and one part that is not a tensor."""
     import torch
     import torch.distributed.checkpoint as dcp
 

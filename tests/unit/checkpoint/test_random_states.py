@@ -10,7 +10,7 @@ from realsr_hpc.parallel import backend
 
 
 def test_those_of_another_kind_of_device_start_anew():
-    """A CPU's generator has 5,056 bytes, a GPU's 16; neither takes the other's."""
+    """A CPU generator's state has 5,056 bytes, a GPU's 16; neither can load the other's."""
     backend.prepare()
     states = random_states() | {"cuda": torch.zeros(16, dtype=torch.uint8)}
     drawn = torch.rand(3), np.random.rand(3)

@@ -1,4 +1,4 @@
-"""Each rule across sections catches its breach and names the field."""
+"""Each rule across sections of a recipe reports a violation and names the field."""
 
 from __future__ import annotations
 

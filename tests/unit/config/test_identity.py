@@ -1,4 +1,4 @@
-"""What decides a result has one definition: signature, resuming and comparing read the same marks."""
+"""Which fields decide a result is defined once: signature, resuming and comparison use the same marks."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_comparing_sees_what_decides_for_the_task():
 
 
 def test_differences_are_those_that_make_two_runs():
-    """A name too: folders bear it. What only the operation reads, or another task, is none."""
+    """The name counts too, as folders are named after it; fields that only operation or another task reads do not."""
     before = compose_one(["recipe=grpo_tiny"])
     changes = ["name=other", "seed=1", "parallel.microbatch_tokens=2048", "data.num_threads=3", "sft.z_loss=0.5"]
     now = compose_one(["recipe=grpo_tiny", *changes, "cluster.tasks_per_node=4"])
@@ -105,7 +105,7 @@ def test_differences_are_those_that_make_two_runs():
 
 @pytest.mark.parametrize("mark", [Mark("layout", marks()["seed"].tasks), Mark("decides", frozenset({"sft"}))])
 def test_the_scheme_covers_roles_and_tasks(mark, monkeypatch):
-    """Otherwise a run of an earlier program would be sought under a signature that covers other fields."""
+    """Otherwise a run of an earlier version would be looked up by a signature that covers other fields."""
     of_today, changed = scheme(), marks() | {"seed": mark}
     monkeypatch.setattr(room, "marks", lambda: changed)
     assert scheme.__wrapped__() != of_today

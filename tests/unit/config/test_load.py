@@ -1,4 +1,4 @@
-"""Recipes and overrides: what is right composes, what is wrong is said in one message."""
+"""Recipes and overrides: valid ones compose; all faults of invalid ones are reported in one message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe needs, checked, collected, packed and checked again."""
+"""The files that a recipe needs are checked, collected, packed and checked again."""
 
 import json
 import tarfile
@@ -67,14 +67,14 @@ THIRTY = {"dim": 8192, "n_layers": 48, "n_heads": 64}
 
 
 def archive(path, content=b"numbers"):
-    """What a file of torch.save looks like from outside."""
+    """The outer structure of a file that torch.save wrote."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", content * 100)
 
 
 def tree(root, model="7b", sizes=None, parts=1):
-    """Meta's tree, its files empty of numbers."""
+    """A tree in Meta's layout whose files hold no numbers."""
     folder = root / "models" / model
     for number in range(parts):
         archive(folder / ("consolidated.pth" if parts == 1 else f"consolidated.{number:02d}.pth"))
@@ -94,7 +94,7 @@ def hugging_face(folder, **settings):
 
 
 def listed(tool, folder, capsys):
-    """Policy -> what is said of it, and the command if there is one."""
+    """Policy -> the lines printed about it, and the import command if there is one."""
     assert tool.main(["recipe=sft_7b", f"downloads={folder}"]) == 1
     lines = capsys.readouterr().out.splitlines()
     own = [number for number, line in enumerate(lines) if line.startswith(f"{folder}/")]
@@ -146,7 +146,7 @@ def test_downloads_that_are_cut_or_no_such_file_get_no_command(tool, tmp_path, c
 
 @pytest.mark.parametrize(("freqs", "orders"), [(None, ["interleaved", "halves"]), (torch.zeros(2), [])])
 def test_a_renamed_tree_gets_a_command_for_each_rotary_order(freqs, orders, tool, tmp_path, capsys):
-    """As Anole's bin_to_pth.py leaves it: `rope.freqs` None, which the import asks about."""
+    """A tree as Anole's bin_to_pth.py writes it: `rope.freqs` is None, so the user must choose the rotary order."""
     tree(tmp_path / "anole")
     shard = {"norm.weight": torch.ones(2), "rope.freqs": freqs, "output.weight": torch.ones(2, 2)}
     torch.save(shard, tmp_path / "anole/models/7b/consolidated.pth")

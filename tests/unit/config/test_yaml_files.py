@@ -1,4 +1,4 @@
-"""YAML that means something else than it seems to is refused, in every file that a recipe is made of."""
+"""YAML whose meaning differs from its appearance is refused in every file of a recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOMB = (
 
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shipped recipes, with one of ours and a cluster of ours."""
+    """The shipped recipes, with one recipe and one cluster file of the test's own."""
     folder = tmp_path / "recipes"
     for group in ("cluster", "sweeps"):
         (folder / group).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The degradation chain written a second time, with SciPy, PyTorch and NumPy, and OpenCV's JPEG; images on 0..1."""
+"""A second implementation of the degradation chain, with SciPy, PyTorch, NumPy and OpenCV's JPEG; images in 0..1."""
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""Words for what was applied, against hand-set numbers."""
+"""The words for an applied degradation, against numbers set by hand."""
 
 from dataclasses import replace
 

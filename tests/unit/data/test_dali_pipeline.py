@@ -1,4 +1,4 @@
-"""Each pixel operator, as DALI and `pixels` have it, then the whole chain, against SciPy, PyTorch and NumPy."""
+"""Each pixel operator of DALI and of `pixels`, then the whole chain, against SciPy, PyTorch and NumPy."""
 
 import importlib.util
 import io
@@ -82,7 +82,7 @@ def random_kernel(rng):
 
 
 def test_filters_equal_scipys_for_random_kernels_every_way(image):
-    """To 1e-3 of 255; images smaller than the kernel too, where the border is reflected again and again."""
+    """Equal within 1e-3 of 255, also for images smaller than the kernel, whose border is reflected several times."""
     samples, expected = [], []
     for number in range(16):
         rng = generator(1, number, Stream.NOISE)
@@ -100,7 +100,7 @@ def test_filters_equal_scipys_for_random_kernels_every_way(image):
 
 @pytest.mark.parametrize("mode", RESIZE_MODES)
 def test_resizes_to_random_sides_equal_pytorchs(image, mode):
-    """To 0.01 of 255: the float32 positions of the source rows differ in their last digit."""
+    """Equal within 0.01 of 255: the float32 positions of the source rows differ in their last digit."""
     sides = [8, 64, 128, 190, *map(int, generator(2, 0, Stream.NOISE).integers(9, 192, 4))]
     samples = [(image, resize_row(mode, 128, side), *table_inputs("", mode, 128, side).values()) for side in sides]
     for side, by_dali in zip(sides, run_all(DALI.resized, samples), strict=True):
@@ -111,7 +111,7 @@ def test_resizes_to_random_sides_equal_pytorchs(image, mode):
 
 
 def test_jpeg_equals_opencv_and_pillow(image):
-    """To the byte in OpenCV; Pillow's decoder may differ by one level where it upsamples colour."""
+    """Bytes equal OpenCV's; Pillow's decoder may differ by one level where it upsamples colour."""
     qualities = (30, 47, 75, 95)
     samples = [(image.astype(np.uint8), np.int32(quality)) for quality in qualities]
     for quality, found in zip(qualities, run_all(dali_pipeline._jpeg, samples), strict=True):
@@ -146,7 +146,7 @@ def stage(**changes):
 
 
 def noised(image, fields, stages):
-    """By DALI's operators, then by pixels.py's; clamped as the bytes that follow are."""
+    """The results of DALI's operators and of pixels.py's; clamped as the later conversion to bytes does."""
     samples = [(image, field, noise_row(noisy)) for field, noisy in zip(fields, stages, strict=True)]
     by_host = [
         pixels.noised(image, field, noisy.noise_level, poisson=noisy.noise == "poisson", gray=noisy.gray)
@@ -201,7 +201,7 @@ def fields_of(index, parameters: DegradationParameters):
 
 
 def test_whole_chain_equals_the_reference(chain, image):
-    """Most images to the byte; where a level rounds otherwise before a JPEG its whole block moves a little."""
+    """Most images are equal in every byte; a level that rounds differently before a JPEG changes its block slightly."""
     batch = inputs(image.astype(np.uint8), range(24))
     lq, gt = chain.run(batch)
     np.testing.assert_array_equal(gt[0], image.astype(np.uint8))

@@ -1,4 +1,4 @@
-"""Drawn numbers against the published table, and the keying of the generator."""
+"""Drawn parameters against the published table, and how the generator is keyed."""
 
 import math
 from collections import Counter
@@ -46,7 +46,7 @@ def near(hits, trials, probability):
 
 
 def fills(values, low, high):
-    """All inside the range, and near both of its ends."""
+    """All values are in the range, and some are near each end."""
     span = high - low
     return (
         min(values) >= low

@@ -1,4 +1,4 @@
-"""The stream: the same bytes however it is read, exact resumption, the three modes, faults."""
+"""The data stream: the same bytes for every way of reading, exact resumption, the three modes, faults."""
 
 import copy
 import dataclasses

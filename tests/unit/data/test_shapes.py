@@ -1,4 +1,4 @@
-"""Images of shapes: their texts name the colours that are there."""
+"""Images of shapes: their texts name the colours that they contain."""
 
 import numpy as np
 from PIL import Image

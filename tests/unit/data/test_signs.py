@@ -1,4 +1,4 @@
-"""Signs: the word is there, whole, in texts and pixels; words and fonts of the splits are apart."""
+"""Signs: texts and pixels show the whole word; the splits share neither words nor fonts."""
 
 import numpy as np
 import pytest

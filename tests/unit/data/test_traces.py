@@ -1,4 +1,4 @@
-"""Frozen traces: the tokens SFT would make on the fly, resumable to write and to read."""
+"""Frozen traces hold the tokens that SFT would make itself; writing and reading can be resumed."""
 
 from dataclasses import replace
 

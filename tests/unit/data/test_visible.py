@@ -1,4 +1,4 @@
-"""What is left to see, against chains run with PyTorch and OpenCV: with and without one of their parts."""
+"""Visible strength of each degradation, against chains run with PyTorch and OpenCV with and without that part."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def filter2d(image, kernel):
 
 
 def linear_chain(image, p, lq_px):
-    """Blurs and resizes alone, [H, H, n]."""
+    """Only blurs and resizes, [H, H, n]."""
     for stage in (p.first, p.second):
         image = reference.resize(filter2d(image, build_kernel(stage.blur)), stage.resize_mode, stage.side_px)
     return filter2d(reference.resize(image, p.final_resize_mode, lq_px), build_kernel(p.final_sinc))
@@ -56,7 +56,7 @@ def test_blur_is_the_width_of_the_response_to_gratings(preset, gt_px):
 
 
 def chain(gt, p, lq_px, fields):
-    """As `reference.degrade`, where a quality of 0 is no JPEG, without rounding at the end."""
+    """As `reference.degrade` without rounding at the end; a quality of 0 means no JPEG."""
 
     def jpeg(x, quality):
         return reference.jpeg(x, quality) if quality else np.clip(x, 0, 1)
@@ -77,7 +77,7 @@ def without_jpeg(p):
 
 @pytest.mark.parametrize(("preset", "gt_px"), [("realesrgan", 64), ("realesrgan", 128), ("seesr", 128)])
 def test_noise_and_compression_follow_what_is_measured(preset, gt_px):
-    """In order and in size: chains with and without their noise, and with and without their JPEGs."""
+    """Order and size agree with chains run with and without their noise, and with and without their JPEGs."""
     lq_px, photographs = gt_px // 4, [data.astronaut(), data.coffee(), data.chelsea()]
     measured, found = [], []
     for number, p in enumerate(drawn(preset, gt_px, 50)):

@@ -1,4 +1,4 @@
-"""Narrow models in the layouts of their publishers, and Meta's forward pass written anew from its formulas."""
+"""Narrow models in the layouts of their publishers, and Meta's forward pass reimplemented from its formulas."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES = [
 
 
 def overrides(*more: str) -> list[str]:
-    """A user's words for the narrow shape."""
+    """Overrides that describe the narrow shape."""
     return [
         "recipe=sft_tiny",
         "vlcot.vocabulary=tiny",
@@ -52,7 +52,7 @@ def layout(config: RunConfig, num_text: int = NUM_TEXT) -> Vocabulary:
 
 
 def whole_names(config: RunConfig) -> dict[str, int]:
-    """Name -> id of a whole vocabulary: codes, control tokens, and text made of letters."""
+    """Name -> id of a complete vocabulary: codes, control tokens, and letters as text."""
     vocabulary = layout(config)
     text = {f"w{number}": vocabulary.text_first + number for number in range(NUM_TEXT)}
     return {**special_tokens(vocabulary), **text}
@@ -66,7 +66,7 @@ def write_tokenizer(path: Path, names: dict[str, int]) -> Path:
 
 
 def meta_state(kv_heads: int = HEADS, vocab: int = 1024, parts: int = 1) -> list[dict[str, Tensor]]:
-    """A shard a tensor-parallel rank, names and shapes of Meta's `Transformer`, q and k norms of its own."""
+    """One shard per tensor-parallel rank, with names and shapes of Meta's `Transformer` and its own q and k norms."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, scale: float = 0.3) -> Tensor:

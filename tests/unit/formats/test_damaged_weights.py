@@ -1,4 +1,4 @@
-"""Files of weights that are cut, hold NaN or differ from the SHA256SUMS beside them are named by whoever reads them."""
+"""Every reader names a weight file that is truncated, holds NaN or differs from its SHA256SUMS."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_other_widths_grouped_queries_and_rotary_bases(hidden, heads, kv_heads, 
 
 @pytest.mark.parametrize("hidden", [48, 80])
 def test_a_folder_of_anoles_fork_keeps_metas_rotary_order(hidden, tmp_path, logits_of):
-    """The fork stores what Meta's tree holds under Hugging Face's names, and permutes within attention."""
+    """The fork stores the tensors of Meta's tree under Hugging Face's names, and permutes within attention."""
     sizes = [f"model.hidden_size={hidden}", "model.num_kv_heads=2"]
     config = recipe(*sizes)
     model = stock_model(config)
@@ -146,7 +146,7 @@ def test_a_folder_of_anoles_fork_keeps_metas_rotary_order(hidden, tmp_path, logi
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_shared_norms_are_given_to_all_heads_so_that_transformers_loads_the_folder(groups, model, tmp_path):
-    """One for all heads, or one for each group of neighbours, as Lumina-mGPT's 34B has them."""
+    """One norm for all heads, or one for each group of consecutive heads, as in Lumina-mGPT's 34B."""
     state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
     state |= {name: value[:groups].clone() for name, value in state.items() if "_norm." in name and value.dim() == 2}
     import_weights(Sources(write_folder(tmp_path / "source", model, state)), tmp_path / "out", recipe())
@@ -256,7 +256,7 @@ def test_tensors_without_a_place_missing_ones_and_nan_are_refused_at_both_doors(
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
 def test_weights_of_a_pickle_that_are_no_plain_floats_are_refused(dtype, model, tmp_path):
-    """Safetensors say their type in the header; of a pickle, integers went through as they were."""
+    """A safetensors header states the type; from a pickle, integers were once accepted unchanged."""
     gate = "model.layers.0.mlp.gate_proj.weight"
     state = {name: value for name, value in state_of(model).items() if "vqmodel" not in name}
     source = write_folder(tmp_path / "source", model, {**state, gate: state[gate].to(dtype)}, bins=1)

@@ -1,4 +1,4 @@
-"""LlamaGen's and Meta's image tokenizers from their own files: codes, pixels, gradients, and pickles that lie."""
+"""LlamaGen's and Meta's image tokenizers from their own files: codes, pixels, gradients, and malicious pickles."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def save(kind: str, path, state) -> None:
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """LlamaGen's names, its tensors, and our tokenizer made of its file by the import."""
+    """LlamaGen's names and tensors, and our tokenizer as the import makes it from LlamaGen's file."""
     folder, state = tmp_path_factory.mktemp("llamagen"), state_of()
     save("published", folder / "vq_ds4.pt", state)
     done = import_weights(Sources(folder / "vq_ds4.pt"), folder / "out", recipe(*LLAMAGEN))
@@ -80,7 +80,7 @@ def test_codes_and_pixels_are_those_of_llamagens_formulas(imported):
 
 
 def test_gradients_are_those_of_llamagens_formulas(imported):
-    """Straight through the quantiser, over unit vectors; in float64, where rounding hides nothing."""
+    """Straight-through gradients of the quantiser, over unit vectors; in float64, so that rounding hides no fault."""
     state, tokenizer = imported
     ours = ImageTokenizer(tokenizer.config).double()
     ours.load_state_dict({name: value.double() for name, value in tokenizer.state_dict().items()})
@@ -136,7 +136,7 @@ def test_vqgan_ckpt_with_its_yaml_is_ours_bit_by_bit(tmp_path):
 
 
 class Evil:
-    """Runs a command when a trusting unpickler reads it."""
+    """Executes a command when an unrestricted unpickler reads it."""
 
     def __init__(self, target):
         self.target = target
@@ -146,7 +146,7 @@ class Evil:
 
 
 class Unknown:
-    """A class that no list names."""
+    """A class that is not on the allow-list."""
 
 
 @pytest.mark.parametrize("zipped", [True, False])

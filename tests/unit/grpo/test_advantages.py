@@ -92,7 +92,7 @@ def test_recipe_options_reach_the_formula():
 
 
 def test_contributions_of_a_group_whose_sum_ties_are_nothing():
-    """Each reward differs, their weighted sum does not: without normalising each, nothing is taught."""
+    """Each reward varies but their weighted sum is constant: without normalising each, all advantages are 0."""
     breakdown = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([1.0, 0.0])}
     config = GRPOConfig(normalise_each_reward=False)
     assert all(share.eq(0).all() for share in contributions(breakdown, {"a": 2.0, "b": 2.0}, config).values())
@@ -109,7 +109,7 @@ def test_zero_variance_is_a_verdict_per_group():
 
 
 def test_differences_up_to_a_millionth_are_rounding():
-    """Such a group has no advantages at all, not small ones; beyond the tolerance it has."""
+    """Within the tolerance the advantages of a group are exactly 0, not small; beyond it they are not 0."""
     rewards = 0.5 + torch.tensor([[0.0, 0.9e-6], [0.0, 1.1e-6]], dtype=torch.float64)
     assert zero_variance(rewards).tolist() == [True, False]
     got = group_advantages(rewards, kind="mean")
@@ -117,14 +117,14 @@ def test_differences_up_to_a_millionth_are_rounding():
 
 
 def test_advantages_of_float32_rewards_are_computed_in_float64():
-    """Far from 0 the group's mean is no float32 number."""
+    """Far from 0 the group's mean cannot be represented in float32."""
     rewards = 1000 + torch.arange(6) * 0.01
     expected = group_advantages(rewards.double(), kind="mean")
     torch.testing.assert_close(group_advantages(rewards, kind="mean"), expected.float(), rtol=1e-5, atol=0)
 
 
 def test_places_share_one_divisor_with_its_epsilon_and_teach_nothing_where_rollouts_agree():
-    """Of two rollouts at three places: variances 2, 0, and 0 where one rollout alone is known."""
+    """Two rollouts, three places: the variances are 2, 0, and 0 where only one rollout has a score."""
     scores = torch.tensor([[1.0, 5.0, torch.nan], [3.0, 5.0, 2.0]])
     step = 1 / (math.sqrt(2 / 3) + 0.5)
     expected = torch.tensor([[-step, 0.0, torch.nan], [step, 0.0, 0.0]])

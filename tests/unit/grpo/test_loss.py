@@ -75,7 +75,7 @@ def reference_grpo(batch, beta=0.04, epsilon=0.2):
 
 
 def reference_dr_grpo(batch, epsilon=0.2):
-    """Sum over tokens, no length of the rollout anywhere."""
+    """Sum over tokens; the length of the rollout appears nowhere."""
     terms = [clip_surrogate(p, o, a, epsilon, epsilon).sum() for p, o, _, _, a in batch.rollouts()]
     return -sum(terms) / (N * batch.counts.max_tokens)
 
@@ -250,7 +250,7 @@ def test_mismatch_sums_differences_and_divergence_inside_the_mask():
 
 @pytest.mark.parametrize("name", ["old", "reference", "rollout"])
 def test_only_the_policy_gets_a_gradient(name):
-    """The metrics keep no graph alive either: they are summed over microbatches."""
+    """Metrics hold no graph either, because they are summed over microbatches."""
     batch = Batch()
     setattr(batch, name, getattr(batch, name).requires_grad_())
     terms = batch.terms(GRPOConfig(kl_beta=0.1, mismatch_cap=2.0, entropy_weight=0.1))

@@ -1,4 +1,4 @@
-"""FP8 numerics on any machine: roundings by hand, what a policy does under each recipe, how it is switched."""
+"""FP8 numerics on any machine: rounding against numbers by hand, the policy under each recipe, switching on and off."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_weight_in_fp8_multiplies_as_its_rounded_rows_do() -> None:
 
 
 def test_rollouts_multiply_in_fp8_where_the_recipe_says(groups: ProcessGroups) -> None:
-    """Training's forward stays exact; the decoder moves a little, more so with its ends in FP8 as well."""
+    """The training forward pass stays exact; the decoder changes slightly, and more if its ends are in FP8 too."""
 
     def first_logits(policy: Policy) -> Tensor:
         decoder, prompts = Decoder(policy), tokens()

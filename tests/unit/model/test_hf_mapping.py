@@ -1,4 +1,4 @@
-"""The table between Hugging Face and Megatron, on tensors alone."""
+"""The table that maps Hugging Face to Megatron, on tensors without a policy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_split_undoes_merge(row: Row, tp_size: int) -> None:
 
 
 def test_qkv_interleaves_by_group() -> None:
-    """Megatron wants [q q k v] for each key-value head: rows of the first group come first."""
+    """Megatron expects [q q k v] for each key-value head: rows of the first group come first."""
     row = next(row for row in LAYER if row.cut == "qkv")
     q, k, v = (torch.full((n, 16), float(i)) for i, n in enumerate((16, 8, 8)))
     merged = merge(row, [q, k, v], SHAPES, 1, 0)

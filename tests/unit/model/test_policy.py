@@ -111,7 +111,7 @@ def test_shared_head_norms_are_spread_and_wrong_shapes_named(groups: ProcessGrou
 
 
 def test_packed_rows_equal_separate_rows(groups: ProcessGroups) -> None:
-    """Positions do not start anew in a packed row; rotary embeddings see only differences."""
+    """Positions do not restart in a packed row: rotary embeddings depend only on differences."""
     policy = build_policy(CONFIG, groups, VOCAB, trainable=False)
     tokens = some_tokens(1, 20)
     ids = torch.tensor([[0] * 8 + [1] * 12])

@@ -1,4 +1,4 @@
-"""Number formats as Megatron's keywords."""
+"""The keywords of Megatron for each number format."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_norms_do_not_decay() -> None:
 
 
 def test_lean_main_weights_are_transformer_engines_and_refused_without_it() -> None:
-    """Arguments only: Transformer Engine's Adam, which knows remainders, needs a GPU."""
+    """Only the arguments: Transformer Engine's Adam, which supports remainders, needs a GPU."""
     from dataclasses import fields
 
     from megatron.core.optimizer import OptimizerConfig

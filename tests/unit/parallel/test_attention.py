@@ -1,4 +1,4 @@
-"""Fused attention with its log-sum-exp, on the CPU's kernel and spelt out for other devices."""
+"""Attention with its log-sum-exp: the CPU's fused kernel, and the plain version for other devices."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from realsr_hpc.parallel import backend
 
 
 def plain(q, keys, values, bias):
-    """In float64, straight from the definition."""
+    """Attention in float64, by definition."""
     q, keys, values, bias = (x.double() for x in (q, keys, values, bias))
     scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias
     return scores.softmax(-1) @ values, scores.logsumexp(-1)

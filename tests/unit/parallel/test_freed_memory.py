@@ -19,7 +19,7 @@ print(used.hblks - mapped, used.arena - libc.mallinfo2().arena)
 
 
 def block_of_24_mib(how: str) -> list[int]:
-    """Whether it was mapped for itself, and how much smaller the heap was after it had been freed."""
+    """Whether the block was mapped separately, and by how much the heap shrank after it was freed."""
     ran = subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, capture_output=True, text=True)
     return [int(number) for number in ran.stdout.split()]
 

@@ -1,4 +1,4 @@
-"""Of several results of one image: which is kept, the mean of all, and what is said about them."""
+"""Several results of one image: which one is kept, their mean, and what is reported about them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tints:
 
 
 class Told:
-    """Results that the test decides, the same for each case."""
+    """A restorer whose results the test sets, the same for each case."""
 
     def __init__(self, *results: list[RestoredImage]):
         self.results = results
@@ -89,7 +89,7 @@ def test_the_nearest_to_the_mean_is_so_over_all_pixels_and_not_at_its_worst():
 
 
 def test_pyiqas_metric_and_the_folder_of_its_weights_reach_the_expert(tmp_path, monkeypatch):
-    """Before anything of the model is loaded; pyiqa itself is an extra."""
+    """The refusal comes before any part of the model is loaded; pyiqa is an optional extra."""
     for need in pyiqa_needs("choose", ["clipiqa"], str(tmp_path)):
         need.path.parent.mkdir(parents=True, exist_ok=True)
         need.path.touch()

@@ -33,7 +33,7 @@ Opened = tuple[RunConfig, Path, PolicyRestorer, Policy]
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """A recipe of several processes and FP8 rollouts, a checkpoint of weights that are not its start's, and both."""
+    """The recipe of a run, its checkpoint, the restorer opened from both, and the policy that the checkpoint holds."""
     folder = tmp_path_factory.mktemp("run")
     sections = {
         "model": ModelConfig(**{**LAYER, "num_heads": 4, "num_kv_heads": 2}),
@@ -54,7 +54,7 @@ def opened(tmp_path_factory):
 
 
 def test_the_checkpoints_weights_restore_in_one_process_and_with_exact_products(opened):
-    """Start weights are not read, they may be gone; with neither of the two nothing can be opened."""
+    """Start weights are not read and may be missing; without weights and checkpoint nothing can be opened."""
     config, _, restorer, trained = opened
     pairs = zip(restorer.policy.parameters(), trained.parameters(), strict=True)
     assert all(torch.equal(ours, saved) and not ours.requires_grad for ours, saved in pairs)
@@ -120,7 +120,7 @@ def test_the_memory_of_an_image_is_that_of_its_keys_and_values(opened):
 
 
 def test_restoring_samples_as_its_section_says():
-    """All truncation but the adaptive one is the section's; guidance is the rollouts' unless it says otherwise."""
+    """All truncation except the adaptive one comes from the section; guidance is that of rollouts unless it is set."""
     config = RunConfig(
         name="t", task="grpo", rollout=RolloutConfig(cfg_scale=3.0, image_adaptive_top_k=True, temperature=1.3)
     )

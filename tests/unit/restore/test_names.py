@@ -1,4 +1,4 @@
-"""Every input has a result of its own, is known by its content, and nothing else is overwritten."""
+"""Every input has its own result, identified by the input's content, and no other file is overwritten."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The picture of a restoration's steps: which image stands where, and what is written below."""
+"""The picture of a restoration's steps: the position of each image and the text below."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ TRACE = ParsedTrace("light blur", ("a", "b", "c"), (None,) * 3, ())
 
 
 def nearest(cases: list[Case]) -> list[RestoredImage]:
-    """Knows nothing of the tile's surroundings, so blending tiles must give the whole image's own upscale."""
+    """Depends only on the tile, so blended tiles must equal the upscaled whole image."""
     lqs = [case.lq for case in cases]
     images = [lq.repeat(4, axis=0).repeat(4, axis=1) for lq in lqs]
     return [RestoredImage(TRACE, (lq, None, image)) for lq, image in zip(lqs, images, strict=True)]
@@ -114,7 +114,7 @@ def test_seams_fade_over_the_overlap():
 
 
 def test_images_on_the_way_are_blended_at_their_own_size_and_small_inputs_are_mirrored():
-    """Twice the tile's size is kept, grey stands where a tile has none; a tile is filled up with its mirror image."""
+    """Twice the tile's size is kept; a tile without a step is grey; a small tile is padded by mirroring."""
     shown = []
 
     def with_middle(cases):
@@ -151,7 +151,7 @@ def test_the_colour_fix_is_applied_to_the_whole_image():
 
 @pytest.fixture
 def pictures(tmp_path):
-    """One file of each awkward kind, with the size and mode its restored image must have."""
+    """One file of each unusual kind, with the size and mode that its restored image must have."""
     folder = tmp_path / "in"
     (folder / "deeper").mkdir(parents=True)
     Image.fromarray(noise(20, 40)).save(folder / "plain.jpg")
@@ -237,7 +237,7 @@ def test_small_files_share_batches(tmp_path):
 
 
 def test_a_result_that_cannot_be_written_leaves_no_older_image_beside_its_new_record(tmp_path, monkeypatch):
-    """Else the old image would count as the result of the new input."""
+    """Otherwise the old image would count as the result of the new input."""
     Image.fromarray(noise(20, 20)).save(tmp_path / "x.png")
     restore_folder(nearest, tmp_path / "x.png", tmp_path / "out", SETTINGS, show_progress=False)
     Image.fromarray(noise(24, 20)).save(tmp_path / "x.png")

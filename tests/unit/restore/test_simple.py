@@ -1,4 +1,4 @@
-"""Restoring from Python: the README's lines, word for word, and what is refused."""
+"""Restoring from Python: the README's example, unchanged, and the refused arguments."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_every_width_gives_the_tokens_of_decoding_one_by_one(rollouts, options, 
 
 
 def test_tokens_do_not_depend_on_batches_and_follow_from_seed_and_number(rollouts, monkeypatch):
-    """A prompt at a time, and a few positions' logits at a time, give the tokens of all together."""
+    """One prompt per pass, or few positions' logits per product, give the same tokens as all together."""
     together, sampler = rollouts(OPTIONS["plain"], 0, lookahead=1)
     finished: list[int] = []
     prompts = torch.stack([group.prompt for group in together])
@@ -146,7 +146,7 @@ def test_each_modality_is_truncated_in_its_own_way(rollouts):
 
 
 def test_top_p_is_of_the_tempered_distribution(rollouts):
-    """The colder, the fewer codes hold nine tenths of the probability."""
+    """The lower the temperature, the fewer codes hold nine tenths of the probability."""
     kept = []
     for temperature in (2.0, 0.2):
         options = dict(grammar="constrained", max_new_tokens=200, text_top_k=1, top_p=0.9, temperature=temperature)

@@ -1,4 +1,4 @@
-"""Finished rollouts leave the batch, and nothing of the others changes."""
+"""Finished rollouts leave the batch, and the other rollouts do not change."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_groups_stay_equally_large_and_finished_prompts_leave():
 
 
 def test_a_prompt_that_stays_is_counted_among_those_still_present():
-    """Prompt 1 of three has left before; now prompt 0 does."""
+    """Prompt 1 of three left the batch earlier; now prompt 0 leaves it."""
     asked: list[tuple[list[int], list[int], int]] = []
     cache: Any = SimpleNamespace(keep=lambda *given: asked.append(given))
     nothing: Any = None

@@ -1,4 +1,4 @@
-"""How many tokens a row are fed at once: only the speed shows it, so every choice is checked by itself."""
+"""Number of tokens per row in a pass: it affects only the speed, so every choice is checked directly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_auto_keeps_passes_small():
 
 
 def test_widths_are_tried_thrice_until_one_is_far_worse_and_neighbours_are_measured_again():
-    """Rates 1, 1.5, 1 for widths 1, 2, 4: less than 0.7 of the best ends the trials; every 32nd pass looks beside."""
+    """Rates 1, 1.5, 1 for widths 1, 2, 4: below 0.7 of the best trials end; every 32nd pass tries a neighbour."""
     rates = {1: 1.0, 2: 1.5, 4: 1.0}
     chosen = simulated(Width(RolloutConfig()), 1, lambda width: 1.0, rates.__getitem__, passes=97)
     assert chosen[:9] == [1] * 3 + [2] * 3 + [4] * 3

@@ -28,7 +28,7 @@ DEEP = ImageTokenizerConfig(
     decoder_channel_multiplier=None,
     decoder_output_shuffle=1,
 )
-"""Chameleon's own levels and blocks, narrower."""
+"""Chameleon's levels and blocks with fewer channels."""
 LLAMAGEN = DEEP.model_copy(
     update={"downsample": 8, "channel_multiplier": (1, 2, 2, 4), "embed_dim": 8, "normalised_codes": True}
 )
@@ -127,7 +127,7 @@ def test_gradients_pass_the_quantiser() -> None:
 
 
 def test_file_round_trip(tmp_path) -> None:
-    """Weights come back; a small model keeps float32 exactly."""
+    """Weights are read back unchanged; a small model keeps float32 exactly."""
     tokenizer = tokenizer_of(TINY)
     path = tmp_path / "vq.safetensors"
     save_image_tokenizer(tokenizer, path)
@@ -170,7 +170,7 @@ def test_architectures_that_cannot_be_are_refused(change: dict, message: str) ->
 
 
 def test_codebook_averages_find_cluster_means() -> None:
-    """Entries settle on the means of what they attract."""
+    """Entries converge to the means of the features that are assigned to them."""
     generator = torch.Generator().manual_seed(0)
     means = torch.tensor([[10.0, 0.0], [0.0, 10.0], [60.0, 70.0]])
     codebook = torch.tensor([[5.0, 0.1], [0.1, 5.0], [60.0, 60.0]])
@@ -183,7 +183,7 @@ def test_codebook_averages_find_cluster_means() -> None:
 
 
 def test_dead_entries_move_onto_features() -> None:
-    """An entry that attracts nothing becomes one of the batch's features; used entries stay."""
+    """An entry without assigned features is replaced by a feature of the batch; used entries stay."""
     generator = torch.Generator().manual_seed(0)
     codebook = torch.tensor([[1.0, 1.0], [500.0, 500.0]])
     averages = CodebookAverages(codebook, decay=0.5)

@@ -1,4 +1,4 @@
-"""Text tokenizer: every text comes back, no ids break it."""
+"""Text tokenizer: every text is decoded unchanged, and no ids raise an error."""
 
 import pytest
 
@@ -16,12 +16,12 @@ def tokenizer(tmp_path_factory) -> TextTokenizer:
 
 @pytest.mark.parametrize("text", ["a brown cat", "żółw 猫 \U0001f408\n\t  x", "<rough_image></rough_image>!", ""])
 def test_any_text_comes_back(tokenizer: TextTokenizer, text: str) -> None:
-    """Also words, scripts and white space it never saw."""
+    """Also words, scripts and white space that were not in its training text."""
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_trained_words_and_tags_are_short(tokenizer: TextTokenizer) -> None:
-    """A seen word is one token, a tag is one token and does not swallow its neighbours."""
+    """A known word is one token; a tag is one token and does not merge with the adjacent text."""
     assert len(tokenizer.encode(" brown")) == 1
     tag = tokenizer.encode("<rough_image>")
     assert len(tag) == 1
@@ -44,6 +44,6 @@ def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path) -> None:
-    """With the recipe that makes one."""
+    """The message names the recipe that makes one."""
     with pytest.raises(ValueError, match="text_tokenizer.path.*tokenizer_tiny"):
         TextTokenizer(tmp_path / "none.json")

@@ -1,4 +1,4 @@
-"""Rows of training sequences: what stands where, whatever is shared, packed or padded."""
+"""Rows of training sequences: the position of every token, with shared prompts, packing and padding."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rollouts(prompt_seed: int, lengths: list[int], prompt_tokens: int = 7, guide
 
 
 def drawn_under(targets: torch.Tensor, guided: bool) -> tuple[torch.Tensor | None, ...]:
-    """Mask, temperature, support and scale of each loss token: numbers that tell by which target they must stand."""
+    """Mask, temperature, support and scale of each loss token: numbers that identify the target they belong to."""
     return targets % 7, targets / 10, targets[:, None].byte(), targets / 5 if guided else None
 
 
@@ -46,12 +46,12 @@ def every_sequence(groups: list[TrainingGroup]) -> list[TrainingSequence]:
 
 
 def learnt(sequences: list[TrainingSequence]) -> list[list[int]]:
-    """Token that predicts and token that is predicted, in the order of the sequences."""
+    """The predicting and the predicted token of each loss token, in the order of the sequences."""
     return [[int(s.tokens[p]), int(s.tokens[p + 1])] for s in sequences for p in s.loss.positions]
 
 
 def predicted(batch: Microbatch) -> list[list[int]]:
-    """The same, as a microbatch has it; each token beside what it was drawn under."""
+    """The same from a microbatch: each token with the numbers that it was drawn under."""
     if batch.loss is None:
         return []
     loss, tokens = batch.loss, batch.tokens.flatten()[batch.loss.positions]
@@ -135,7 +135,7 @@ def test_microbatches_join_with_their_twins_behind_all_rows():
 
 
 def test_rows_are_packed_tightly_and_sequences_keep_their_order():
-    """Longest first, a row is filled to its last token: two rows, where in any other order there are three."""
+    """Longest first, rows are filled to the last token: two rows, where any other order needs three."""
     sequences = [plain_sequence(torch.arange(10, 10 + length), 1) for length in (10, 30, 38, 18)]
     (batch,) = collate(sequences, ParallelConfig(microbatch_tokens=96), packing=True, pad=PAD, device=CPU)
     assert batch.tokens.shape == (1, 96)

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 
 class ToldPlaces(Reward):
-    """A reward that we decide for every code."""
+    """A reward whose value the test sets for every code."""
 
     judges = FINAL_IMAGE
 
@@ -39,7 +39,7 @@ class ToldPlaces(Reward):
 
 
 def judging(parts, judges: tuple[str, ...]):
-    """The parts with the told reward judging these parts of the trace."""
+    """The parts of a run in which the test's reward judges these parts of the trace."""
     parts.rewards.rewards["told"].judges = judges
     return parts
 
@@ -75,7 +75,7 @@ def test_a_reward_teaches_only_the_part_it_judges():
 
 
 def test_a_reward_of_the_whole_trace_teaches_as_without_parts():
-    """Bitwise: the same update, whichever way its advantages took."""
+    """Bitwise the same update, whether credit is given by rollout or by part."""
     weights = []
     for credit in ("rollout", "part"):
         parts = small_parts(grpo={"credit": credit})
@@ -88,7 +88,7 @@ def test_a_reward_of_the_whole_trace_teaches_as_without_parts():
 
 
 def test_every_code_learns_from_its_own_place():
-    """Two rollouts of four differ at one code each; all others have nothing to learn. The third has no valid image."""
+    """Two of four rollouts differ at one code each; all other advantages are 0. The third has no valid image."""
     parts = judging(small_parts(weight={"weight": 2.0}, grpo={"credit": "part"}), FINAL_IMAGE)
     [group, *_] = collect(parts, Images([0]))
     codes = group.traces[0].images[-1].size

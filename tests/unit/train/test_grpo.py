@@ -1,4 +1,4 @@
-"""What stops a run whose numbers contradict the method."""
+"""A run whose numbers contradict the method is stopped."""
 
 import pytest
 

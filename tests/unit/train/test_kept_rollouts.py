@@ -1,4 +1,4 @@
-"""Which groups of which steps are kept for people, and that each image and number stands with its own rollout."""
+"""Which groups of which steps are saved for inspection; each image and number belongs to its own rollout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kept step computed again: the run's numbers, from a checkpoint or through the steps before; and what is refused."""
+"""A saved step is recomputed from a checkpoint or through earlier steps and gives the run's numbers; refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEPT = ["tracking.replay_every_steps=1", "checkpoint.every_steps=2", "tracking.r
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps of two updates, all of them kept, with checkpoints of steps 2 and 3."""
+    """Three steps of two updates, all of them saved, with checkpoints of steps 2 and 3."""
     from realsr_hpc.tokenizer.image import ImageTokenizer
     from realsr_hpc.tokenizer.image_file import save_image_tokenizer
 
@@ -48,7 +48,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replayed(run_dir: Path, number: int, *overrides: str) -> dict:
-    """The report of a replay whose numbers are the run's."""
+    """The report of a replay that reproduces the run's numbers."""
     output = run_dir.parent / "out"
     assert main([f"run={run_dir}", f"step={number}", f"output={output}", *overrides]) == 0
     assert (output / "replay.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""Cross-entropy by part: texts, and each image of a trace by itself, whatever is packed into a microbatch."""
+"""Cross-entropy by part: texts, and each image of a trace separately, for every packing of microbatches."""
 
 from types import SimpleNamespace
 
@@ -76,7 +76,7 @@ def test_responses_are_learnt_and_prompts_and_images_without_captions_are_not():
 
 
 def test_a_share_of_the_updates_reads_own_codes(monkeypatch):
-    """Which, how often they are drawn, how warm and with which noise: other at every update and rank."""
+    """Which codes are drawn, how often, at which temperature and noise; different for each update and rank."""
     passes: list[tuple[int, float, bytes]] = []
 
     def drawn(parts, microbatches, keys, temperature):

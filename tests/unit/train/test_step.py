@@ -1,4 +1,4 @@
-"""What a GRPO step, the held-out evaluation and the run around them do, on real parts with rewards that we decide."""
+"""A GRPO step, the held-out evaluation and the run around them, on real parts with rewards that the test sets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RESAMPLE = {"zero_variance": "resample", "max_resample_rounds": 2}
 
 
 def dull(*numbers: int) -> Callable[[Sequence[Candidate]], list[float]]:
-    """A rule: all rollouts of these images earn the same."""
+    """A rule for rewards: all rollouts of these images get the same."""
     return lambda items: [
         0.5 if number_of(item) in numbers else up for item, up in zip(items, rising(items), strict=True)
     ]
@@ -76,7 +76,7 @@ def test_a_step_that_can_learn_nothing_makes_no_update():
 
 
 def resampled_on_a_rank() -> tuple[list[str], int, list[int]]:
-    """Rank 0's image 0 is dull; rank 1's both teach. Also: rollouts and loss tokens of an update, here and in all."""
+    """Rank 0's image 0 has equal rewards; rank 1's two do not. Also the rollouts and loss tokens of an update."""
     torch.set_num_threads(1)
     parts = small_parts(dull(0), grpo=RESAMPLE)
     source = Images([0, 1] if parts.groups.dp_rank == 0 else [50, 51], advance=True)
@@ -90,7 +90,7 @@ def resampled_on_a_rank() -> tuple[list[str], int, list[int]]:
 
 
 def test_all_ranks_take_as_many_rounds_and_count_the_updates_of_all():
-    """Their sources share one order of images: who needs none reads on with the others, and keeps its own."""
+    """All ranks share one order of images: a rank that needs no more reads on with the others and keeps its groups."""
     (first, second) = run_ranks(2, resampled_on_a_rank)
     assert first[:2] == (["1", "2"], 2) and second[:2] == (["50", "51"], 2)
     together = [4 + 8, first[2][1] + second[2][1]]
@@ -159,7 +159,7 @@ def test_every_rollout_has_a_number_of_its_own_for_its_draws():
 
 
 def test_the_metrics_of_a_step_are_of_its_groups():
-    """One rollout of the eight breaks the reward, which another process would compute; image 1 is dull."""
+    """The reward fails for one of eight rollouts, as if another process computed it; image 1 has equal rewards."""
 
     def rule(items):
         if any((number_of(item), item.member) == (0, 2) for item in items):
@@ -211,7 +211,7 @@ def test_each_rank_reads_images_of_its_own():
 
 @pytest.mark.parametrize("lookahead", [1, 5])
 def test_guided_rollouts_are_scored_as_they_were_sampled(lookahead):
-    """Sampler and loss cut the unconditional stream at the same token: each image block sees itself alone."""
+    """Sampler and loss cut the unconditional stream at the same token: each image block sees only itself."""
     parts = small_parts(rollout={"cfg_scale": 3.0, "lookahead": lookahead})
     assert step(parts, Images([0, 1]), 1).metrics["rollout/mismatch_kl"] < 1e-9
 
@@ -229,7 +229,7 @@ TRUNCATED = {"image_top_k": 5, "text_top_k": 3, "top_p": 0.8, "temperature": 0.7
     ids=["truncated", "grouped heads", "swin norm"],
 )
 def test_rollouts_are_scored_as_they_were_sampled(sections):
-    """Of truncated ones the scorer knows only the survivors, which the sampler has written down."""
+    """With truncation the scorer normalises over the surviving tokens that the sampler recorded."""
     metrics = step(small_parts(**sections), Images([0, 1]), 1).metrics
     assert metrics["rollout/mismatch_kl"] < 1e-9 and metrics["rollout/mismatch_abs"] < 1e-4
 
@@ -274,7 +274,7 @@ def test_greedy_text_carries_no_loss():
 
 
 def test_decoding_in_bf16_takes_log_probabilities_in_float32():
-    """Of bf16 logits they would be bf16 numbers, three digits."""
+    """From bf16 logits they would be bf16 numbers with three digits."""
     (group,) = collect(small_parts(precision={"params": "bf16"}), Images([0]))
     logprobs = group.rollouts.rollout_logprobs[~group.rollouts.forced]
     assert logprobs.dtype == torch.float32

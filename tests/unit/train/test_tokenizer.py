@@ -1,4 +1,4 @@
-"""Tokenizer training: computed start weights, exact resume, what a run leaves behind."""
+"""Tokenizer training: computed start weights, exact resume, and the files that a run writes."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def photographs() -> list[np.ndarray]:
 
 
 def images_of(config: RunConfig) -> TokenizerImages:
-    """Their training images."""
+    """The training images of these pictures."""
     pictures = [Image.fromarray((255 * picture).astype(np.uint8)) for picture in photographs()]
     return TokenizerImages(pictures, config.tokenizer_training, config.seed)
 
@@ -65,7 +65,7 @@ def test_images_depend_on_seed_and_step_alone() -> None:
 
 
 def test_photographs_are_decoded_when_needed_and_a_broken_one_is_passed_over(tmp_path, caplog) -> None:
-    """Named once, however often it is met; none that can be read is one error."""
+    """Each is named once; if no photograph can be read, there is one error."""
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path, picture in zip(paths[::2], photographs(), strict=True):
         Image.fromarray((255 * picture).astype(np.uint8)).save(path)
@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(tmp_path) -> None:
 
 
 def test_a_run_leaves_weights_text_tokenizer_and_metrics(tmp_path) -> None:
-    """On the bundled photographs; a second call finds nothing left to do."""
+    """On the bundled photographs; a second call has nothing to do."""
     config = recipe(2).model_copy(update={"output_root": str(tmp_path)})
     assert main(config, tmp_path) == 0
     tokenizer = load_image_tokenizer(

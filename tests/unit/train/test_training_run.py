@@ -1,4 +1,4 @@
-"""The run around a training loop: when it saves, stops and goes on, and what it keeps of updates that were skipped."""
+"""The run around a training loop: when it saves, stops and continues, and what it records of skipped updates."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def saved(folder: Path) -> list[int]:
 
 
 def test_a_run_saves_where_it_is_due_and_stops_where_it_is_told(begun, tmp_path: Path):
-    """Every second step, at the step that it is told, and at the end, which is no stop."""
+    """It saves every second step, at `stop_at_step`, and at the end, which does not count as a stop."""
     run = begun(tmp_path / "a", 9, every_steps=2, stop_at_step=5, keep_last=9)
     assert [run.must_stop(step, Place()) for step in (1, 2, 3, 4, 5)] == [False] * 4 + [True]
     assert saved(tmp_path / "a") == [2, 4, 5]
@@ -69,7 +69,7 @@ def test_a_run_saves_where_it_is_due_and_stops_where_it_is_told(begun, tmp_path:
 
 
 def occupied(folder: Path, step: int) -> Path:
-    """A file where the checkpoint of this step would be written first: it cannot be."""
+    """A file at the path where this step's checkpoint would first be written, so that saving fails."""
     (root := folder / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
     (path := root / f".tmp-step-{step:06d}").touch()
     return path
@@ -104,7 +104,7 @@ def test_the_last_checkpoint_must_be_written(begun, tmp_path: Path):
 def test_a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_optimizer(
     begun, tmp_path, distributed, params
 ):
-    """Every group was dropped: Adam has no states yet. The next update is the first, on both sides alike."""
+    """Every group was dropped: Adam has no states yet. The next update is the first in both runs."""
     batches = [Microbatch(torch.full((1, 8), 3))]
     sections = {"parallel": {"distributed_optimizer": distributed}, "precision": {"params": params}}
     run = begun(tmp_path, 9, sections=sections, every_steps=1)
@@ -158,6 +158,6 @@ def test_a_kept_step_is_shared_by_any_number_of_ranks(size, shares):
 
 
 def test_each_rank_of_the_first_layout_has_its_own_groups():
-    """Also where they are not equally many."""
+    """Also if their numbers differ."""
     kept = KeptStep(1, {}, (tuple("abc"), tuple("d")), None)
     assert [kept.share(rank, 2) for rank in range(2)] == [["a", "b", "c"], ["d"]]

@@ -1,4 +1,4 @@
-"""Photographs that cannot be read, in training: named, counted, left out."""
+"""Unreadable photographs in training are named, counted and left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAULTS = {
 
 
 def photographs(folder, names):
-    """A manifest of these: `whole` ones, and one for each fault."""
+    """A manifest with `whole` readable photographs and one for each fault."""
     from PIL import Image
 
     (folder / "folder.png").mkdir()

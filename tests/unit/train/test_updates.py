@@ -1,4 +1,4 @@
-"""Scored groups become updates: each loss token carries what it was drawn under, and what the loss needs of it."""
+"""Scored groups become updates: each loss token has its sampling conditions and the inputs of the loss."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_updates_take_every_nth_rollout_of_all_groups():
 
 
 def test_the_loss_is_that_of_the_whole_update():
-    """Old policy and reference moved by numbers that we know: every term of the loss, and its metrics, by hand."""
+    """Old policy and reference shifted by known numbers: every term of the loss and its metrics, by hand."""
     parts = small_parts(
         grpo={"kl_beta": 0.3, "entropy_weight": 0.2, "aggregation": "dr_grpo", "updates_per_step": 2},
         parallel={"microbatch_tokens": 300},
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_the_whole_update():
 
 
 def test_microbatches_are_scored_together_as_alone(monkeypatch):
-    """Three microbatches of guided rollouts, two a pass: the second pass is filled up with one that has no loss."""
+    """Three microbatches of guided rollouts, two per pass: a microbatch without loss fills the second pass."""
     from realsr_hpc.train import scoring
 
     parts = small_parts(rollout=GUIDED, parallel={"microbatch_tokens": 700})

@@ -1,4 +1,4 @@
-"""One fault at a time in a trace that is otherwise whole: each is named, and what it spoils is not read."""
+"""One fault at a time in an otherwise valid trace: each is named, and the parts that it damages are not read."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_text_that_is_empty_or_holds_a_bracket_is_none(codec, trace, text):
 
 
 def test_no_text_imitates_an_image(codec, trace):
-    """Between private characters stands an image's number while tags are searched: a model may write them as well."""
+    """While tags are searched, an image is a number between private-use characters, which a model may also write."""
     tokens = codec.build(trace)
     tag, closing = codec.encode_text("<rough_image>"), codec.encode_text("</rough_image>")
     start, end = tokens.index(codec.vocabulary.image_begin), tokens.index(codec.vocabulary.image_end)
