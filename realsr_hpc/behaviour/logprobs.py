@@ -257,6 +257,7 @@ def _grad_logits(
     grad_logprob, grad_entropy, grad_logsumexp = grads
     normaliser, entropy, logsumexp = saved
     logits, kept = inputs.logits(rows, columns), options.with_logsumexp
+    # each tensor [c, b] is overwritten as soon as it is no longer needed: a tile is the peak memory
     values = inputs.behaviour(logits, rows, columns, masks, options.first_id, overwrite=not kept)
     log_probability = values.sub_(normaliser)
     probability = log_probability.exp() if options.with_entropy else log_probability.exp_()
@@ -264,8 +265,10 @@ def _grad_logits(
     column, is_local = inputs.local_targets(rows, columns, options.first_id)
     grad.scatter_add_(-1, column, grad_logprob * is_local)
     if options.with_entropy:
+        # masked tokens: p log p is 0, but 0 x -inf would be NaN
         finite = log_probability.masked_fill_(log_probability == -torch.inf, 0.0)
         grad -= grad_entropy * probability * (finite + entropy)
+    # chain rule through x = logits / T
     grad /= inputs.temperature[rows, None].to(grad.dtype)
     if kept:
         grad += logits.sub_(logsumexp).exp_().mul_(grad_logsumexp)

@@ -88,6 +88,7 @@ class _Writer(FileSystemWriterAsync):
             super().prepare_write_data(plan, planner)
         finally:
             del planner.resolve_data
+        # the buckets list the tensors in the order in which they were resolved
         data = iter(kept)
         for _, _, (_, tensors) in self.write_buckets or []:
             tensors[:] = [(item, next(data)) for item, _ in tensors]

@@ -27,6 +27,7 @@ def applied_words(parameters: DegradationParameters, preset: Preset, severity_ed
         ("first", parameters.first, preset.first),
         ("second", parameters.second, preset.second),
     )
+    # severities of both stages; the strongest one decides the word
     blur, noise, compression = [0], [0], [0]
     for name, stage, ranges in stages:
         if stage.blur is not None:

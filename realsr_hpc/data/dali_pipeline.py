@@ -89,6 +89,7 @@ def _graph(operators, gt_size_px, usm_sharpen_gt):
     """Crop -> resize to the truth's size (antialiased) -> USM -> two stages -> final operations; returns uint8."""
     crop = operators.array("crop", "HWC")
     if operators.numbers("sides")[0] > 0:
+        # a crop of another size than the truth is resized first
         gt = fn.resize(crop, size=[gt_size_px, gt_size_px], interp_type=types.INTERP_CUBIC, antialias=True)  # pyright: ignore[reportAttributeAccessIssue]
     else:
         gt = crop
@@ -100,6 +101,7 @@ def _graph(operators, gt_size_px, usm_sharpen_gt):
     last_resize, sinc = operators.resize_sources("3"), _blur_sources(operators, "3")
     quality = operators.numbers("quality")
     x = _jpeg(operators.stage(x, *first), quality[0])
+    # the order of the last resize with its sinc filter and the last JPEG is drawn at random, as in Real-ESRGAN
     if quality[2] > 0:
         x = _jpeg(operators.stage_and_end(x, *second, last_resize, sinc), quality[1])
     else:

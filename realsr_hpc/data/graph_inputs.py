@@ -48,6 +48,7 @@ def graph_inputs(sample: DegradationInput, gt_px: int, lq_px: int, *, tables: bo
         **kernel_inputs("1", first.blur),
         **kernel_inputs("2", second.blur),
         **kernel_inputs("3", p.final_sinc),
+        # one generator draws both fields, so their order matters
         "noise1": noise_field(sample.noise_rng, first),
         "noise2": noise_field(sample.noise_rng, second),
         **{f"resize{number}": resize_row(mode, source, side) for number, mode, source, side in resizes},

@@ -103,6 +103,7 @@ def _letters(rng: np.random.Generator, word: str, font: str, side: int) -> Image
     """The word as a mask, L: 70 to 95 % of the width, at most half the height, slightly rotated and slanted."""
     big = side * _FINE
     spacing = float(rng.uniform(0.02, 0.12))
+    # measured at 100 px per em and scaled to the drawn size, because text grows in proportion
     measured = _font(font, 100)
     width = measured.getlength(word) + 100 * spacing * (len(word) - 1)
     _, top, _, bottom = measured.getbbox(word)
@@ -114,6 +115,7 @@ def _letters(rng: np.random.Generator, word: str, font: str, side: int) -> Image
     for letter in word:
         draw.text((x, y), letter, fill=255, font=drawn)
         x += drawn.getlength(letter) + size * spacing
+    # drawn at a multiple of the size, then averaged down: antialiased edges
     slant, turn = float(rng.uniform(-0.15, 0.15)), float(rng.uniform(-5, 5))
     mask = mask.transform(mask.size, Image.Transform.AFFINE, (1, slant, -slant * big / 2, 0, 1, 0))
     return mask.rotate(turn, Image.Resampling.BILINEAR).resize((side, side), Image.Resampling.BOX)

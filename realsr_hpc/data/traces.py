@@ -78,6 +78,7 @@ def _frozen(
         _require_same(path, _identity_of(path), identity)
     starts = list(range(0, num_samples, samples_per_file))
     tokens = TraceTokenizer.load(config, device or torch.device("cpu"))
+    # shard k of n (from 1) makes every n-th file; files that exist are complete and are kept
     for number in range(shard[0] - 1, len(starts), shard[1]):
         path = output / f"traces-{number:05d}.safetensors"
         if not path.is_file():

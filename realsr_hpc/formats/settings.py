@@ -109,6 +109,7 @@ def _rotary_faults(settings: Mapping[str, Any]) -> list[str]:
             continue
         kind = given.get("rope_type", given.get("type", "default"))
         others = {name: value for name, value in given.items() if name not in ("rope_type", "type", "rope_theta")}
+        # a partial rotary factor of 1 is the whole head, which we compute
         others = {name: value for name, value in others.items() if (name, value) != ("partial_rotary_factor", 1.0)}
         if kind != "default" or any(value is not None for value in others.values()):
             faults.append(f"{key} {dict(given)!r} (ours: plain rotary embeddings, not scaled)")

@@ -204,6 +204,7 @@ def _layer_spec(norm: Any, column: Any, row: Any, layer: type[TransformerLayer])
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
+            # the same attention kernels on every device and for branched rows
             core_attention=SdpaAttention,  # pyright: ignore[reportArgumentType]
             linear_proj=row,
             q_layernorm=QNorm,

@@ -81,6 +81,7 @@ class SampledTokens:
         columns, lengths = [column.cpu() for column in stacked], self.lengths.cpu()
         groups = []
         for index, prompt in enumerate(prompts.cpu()):
+            # rows are ordered by prompt: [P x G, T] -> [G, longest of the group]
             rows = slice(index * group_size, (index + 1) * group_size)
             last = int(lengths[rows].max())
             tokens, logprobs, mask_ids, forced = (column[rows, :last] for column in columns)

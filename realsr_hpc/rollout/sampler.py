@@ -147,6 +147,7 @@ class Sampler:
         count = int(batch.ahead.count[0])
         if count < 2:
             return
+        # all tokens but the first, guessed right: one pass of width count - 1 draws the whole rollout again
         window = batch.ahead.replay(0).window([0], count - 1)
         cache = decoder.new_cache(prompts[:1], 1, count, self.masks.guided)
         yield from decoder.prefill(cache, prompts[:1])

@@ -207,6 +207,7 @@ class Decoder(nn.Module):
         for level in self.up[1:]:
             level.upsample = Upsample(level.channels)  # type: ignore
         self.norm_out = _norm(widths[0], norm)
+        # the pixel shuffle turns [3 s^2, H/s, W/s] into [3, H, W]
         self.conv_out = nn.Conv2d(widths[0], 3 * self.output_shuffle**2, 3, padding=1)
         self.downsample = config.downsample
         if config.decoder_patch_out:

@@ -41,6 +41,7 @@ def start_encoder(tokenizer: ImageTokenizer, images: list[Float[Tensor, "B 3 H W
         layer.weight.zero_()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     layers[0].weight[range(3), range(3), 1, 1] = 1.0  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
     width = 3
+    # each downsampling layer gathers 2 x 2 places into 4 times the channels, without loss
     for layer in layers[1:-1]:
         for out, (row, column, channel) in enumerate(places(width)):
             layer.weight[out, channel, row, column] = 1.0  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]

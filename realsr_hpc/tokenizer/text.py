@@ -65,6 +65,7 @@ def train_text_tokenizer(
             f"tokenizer_training.text_vocab_size is {vocab_size}: 256 bytes and {len(whole_tokens)} whole tokens need "
             f"at least {fixed}"
         )
+    # byte-level BPE: every text has an encoding, also one in an unknown script
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(_PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -76,6 +77,7 @@ def train_text_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # added after training, so that merges cannot cross a tag
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in whole_tokens])
     path = Path(path).absolute()
     with replacing(path) as aside:

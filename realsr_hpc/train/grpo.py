@@ -37,6 +37,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     source = training_source(parts)
     done = run.resume(source)
     heldout = heldout_images(parts)
+    # a fresh run measures its start policy too, so that curves begin before training
     if done == 0 and heldout_due(grpo, 0):
         before = held_out(parts, heldout, 0)
         run.report(before, "held-out, before the first step")
@@ -50,6 +51,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
             keep_rollouts(run, "heldout", after)
             report = replace(report, metrics=report.metrics | after.metrics)
         run.report(report, _text(report.metrics))
+        # all ranks agree on stopping; the exit code lets the supervisor requeue the job
         if run.must_stop(number, source):
             run.tracker.close("KILLED")
             return REQUEUE

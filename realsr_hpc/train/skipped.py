@@ -30,6 +30,7 @@ class SkippedUpdates:
         """Save this data-parallel rank's microbatches. RuntimeError after too many skipped updates in a row."""
         optimiser, groups = self.optimiser, self.optimiser.groups
         target = self.folder / f"update-{optimiser.num_updates:06d}" / f"dp-{groups.dp_rank}.safetensors"
+        # tensor and pipeline ranks of a replica have the same microbatches: one of them saves
         if optimiser.num_skipped <= MAX_KEPT and groups.tp_rank == 0 and groups.pp_rank == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
             save_file(_tensors(microbatches), target)

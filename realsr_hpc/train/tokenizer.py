@@ -50,12 +50,14 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     images = TokenizerImages(photographs, training, config.seed, config.data.num_threads)
     heldout = heldout_images(config)
     state = TokenizerTraining(config, backend.device())
+    # the start weights are fitted to batches that training does not use
     if not state.resume(run_dir / "checkpoint.pt"):
         state.start([images.batch(training.num_steps + number) for number in range(training.start_batches)])
     tracker = Tracker.open(config, run_dir, writer=True)
     tracker.truncate(state.step)
     while state.step < training.num_steps:
         metrics = state.update(images.batch(state.step))
+        # every step that is logged also saves a checkpoint, from which a resumed run continues
         stopping = stop() or state.step == config.checkpoint.stop_at_step
         if stopping or state.step % training.log_every_steps == 0 or state.step == training.num_steps:
             grid = run_dir / f"grid_{state.step:06d}.png"

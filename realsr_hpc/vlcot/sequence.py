@@ -201,6 +201,7 @@ class TraceCodec:
                 parts.append(f"{_OPEN}{len(grids)}{_CLOSE}")
                 grids.append(grid)
             else:
+                # skip it and continue, so that the well-formed rest is still read
                 faults.append(f"token {tokens[position]} outside an image block")
                 position += 1
         return "".join(parts), grids

@@ -54,6 +54,7 @@ def name_faults(names: Mapping[str, int], vocabulary: Vocabulary) -> list[str]:
         "<eoss>": vocabulary.image_end,
     }
     for name, token in names.items():
+        # `<reservedN>` has id N + 4; names that the layout does not fix keep their id
         reserved = _RESERVED.fullmatch(name)
         should = int(reserved[1]) + 4 if reserved else wanted.get(name, token)
         if token != should:
