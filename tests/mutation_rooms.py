@@ -249,6 +249,13 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("an optimizer without its state", 'if optimiser is not None and own["optimiser"] is None:', "if False:"),
         ("lacking parts stay as they are", "    if lacking:\n", "    if False:\n"),
     ),
+    ("checkpoint/saving.py", "tests/unit/checkpoint/test_loading.py::test_halves_of_a_layer_are_written_once"): (
+        ("views with all their memory", "((item, _compact(tensor)) for", "((item, tensor) for"),
+    ),
+    (
+        "data/labels.py",
+        "tests/unit/data/test_visible.py::test_edges_of_the_recipe_win_and_brightness_moves_poisson_noise_alone",
+    ): (("every photograph alike", "photograph[::BRIGHTNESS_STRIDE, ::BRIGHTNESS_STRIDE].mean()", "115"),),
     ("rewards/fidelity.py", "tests/unit/rewards/test_fidelity.py"): (
         ("the LQ image unsmoothed", "truth = smooth(truth, self.options.smooth_px)", "pass"),
         ("a narrow filter", "round(3 * sigma_px)", "round(sigma_px)"),

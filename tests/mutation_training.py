@@ -190,6 +190,9 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
     ("train/parts.py", f"{STEP}each_rank_reads_images_of_its_own"): (
         ("a share is rounded down", "if count % self.groups.dp_size:", "if False:"),
     ),
+    ("rollout/choice.py", f"{SAMPLED}rows_are_in_images_if_more_than_half_of_them_choose_a_code"): (
+        ("half is most", "self._image[mask_ids].sum() > len(mask_ids)", "self._image[mask_ids].sum() >= len(mask_ids)"),
+    ),
     ("rollout/choice.py", f"{STEP}rollouts_are_scored_as_they_were_sampled"): (
         ("drawn from all", "keys, support, first=columns.start", "keys, None, first=columns.start"),
         ("survivors not told", "(positions, kept, columns.start)", "(positions, allowed, columns.start)"),

@@ -1,4 +1,4 @@
-"""A checkpoint that does not fit is refused before any weight is overwritten; the message names what is missing."""
+"""Checkpoints hold every weight once; one that does not fit is refused before any weight is overwritten."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ def test_a_checkpoint_of_another_model_section_is_named_by_what_it_lacks(weights
     adapted = small_parts(model={"lora": {"rank": 2, "alpha": 4.0}}).policy
     said = refused(weights_only, replace(adapted, base=None))
     assert f"checkpoint {weights_only} lacks " in said and "it was written with another model section" in said
+
+
+def test_halves_of_a_layer_are_written_once(tmp_path):
+    """Gate and up projections are views of one tensor, whose whole memory torch would save with each of them."""
+    policy = small_parts(model={"ffn_hidden_size": 2048}).policy
+    path = checkpoint.save(tmp_path, 1, policy, None, STATE, checkpoint.Keep(last=1))
+    written = sum(file.stat().st_size for file in path.glob("*.distcp"))
+    weights = sum(parameter.nbytes for parameter in policy.parameters())
+    assert weights <= written < 1.1 * weights

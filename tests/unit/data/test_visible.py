@@ -117,6 +117,10 @@ def test_edges_of_the_recipe_win_and_brightness_moves_poisson_noise_alone():
         q = replace(quiet, second=replace(p.second, noise=noise, noise_level=2.0))
         dark, bright = (visible(q, operators, 128, 32, brightness) for brightness in (20.0, 200.0))
         assert (dark.noise_rms < 0.5 * bright.noise_rms) == moves and dark.blur_px == bright.blur_px
+    between = {"noise_rms": ((dark.noise_rms + bright.noise_rms) / 2, 1000.0)}
+    label = Labeller(DegradationConfig(severity_edges=between), 128, 4)
+    seen = [label(q, operators, np.full((8, 8, 3), level, np.uint8)).noise for level in (20, 200)]
+    assert seen == ["light", "medium"]  # by the mean of the photograph
 
 
 def test_edges_are_the_same_wherever_they_are_derived():

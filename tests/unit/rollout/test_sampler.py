@@ -89,6 +89,13 @@ def sampler() -> Sampler:
     return Sampler(policy, EndingGrammar(codec), CONFIG.rollout, seed=2)
 
 
+def test_rows_are_in_images_if_more_than_half_of_them_choose_a_code(sampler):
+    image = int(sampler.masks.image.int().argmax())
+    text = int(sampler.masks.image.int().argmin())
+    found = [sampler.choice.in_images(np.array(ids)) for ids in ([image, image, text], [image, text], [text])]
+    assert found == [True, False, False]
+
+
 @pytest.mark.parametrize("graphs", [False, True], ids=["", "steps of fixed shapes"])
 def test_leaving_changes_no_rollout(sampler, monkeypatch, graphs):
     sampler = Sampler(replace(sampler.policy, decode_graphs=graphs), sampler.grammar, CONFIG.rollout, seed=2)
