@@ -100,7 +100,7 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("rows without a newline", "any(row[-1] != vocabulary.newline for row in rows) or ", ""),
         ("no end of the image", " or body[-1] != vocabulary.image_end", ""),
         ("a code that is none", " or any(code is None for row in codes for code in row)", ""),
-        ("a row less", "len(body) != 2 + side * (side + 1) + 1 or ", ""),
+        ("a row more", "len(body) != 2 + side * (side + 1) + 1 or ", ""),
     ),
     ("vlcot/sequence.py", f"{DAMAGED}a_text_that_is_empty_or_holds_a_bracket_is_none"): (
         ("brackets are text", ' or "<" in body:', ":"),

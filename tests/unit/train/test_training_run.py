@@ -62,6 +62,8 @@ def test_a_run_saves_where_it_is_due_and_stops_where_it_is_told(begun, tmp_path:
     run = begun(tmp_path / "b", 3, every_steps=100, stop_at_step=3, keep_last=9)
     assert not any(run.must_stop(step, Place()) for step in (1, 2, 3))
     assert saved(tmp_path / "b") == [3]
+    run = begun(tmp_path / "d", 2, every_steps=100)
+    assert not any(run.must_stop(step, Place()) for step in (1, 2)) and saved(tmp_path / "d") == [2]
     asked = iter([False, True])
     run = begun(tmp_path / "c", 9, lambda: next(asked), every_steps=100)
     assert [run.must_stop(step, Place()) for step in (1, 2)] == [False, True]
@@ -148,13 +150,10 @@ def test_batches_of_skipped_updates_are_kept_up_to_a_number_and_too_many_in_a_ro
         update(torch.nan)
 
 
-@pytest.mark.parametrize(
-    ("size", "shares"),
-    [(2, ["ab", "cd"]), (1, ["abcd"]), (4, ["a", "b", "c", "d"])],
-)
-def test_a_kept_step_is_shared_by_any_number_of_ranks(size, shares):
-    kept = KeptStep(1, {}, (tuple("ab"), tuple("cd")), ParallelConfig())
-    assert ["".join(kept.share(rank, size)) for rank in range(size)] == shares
+@pytest.mark.parametrize("shares", [["abc", "def"], ["abcdef"], ["ab", "cd", "ef"], list("abcdef")])
+def test_a_kept_step_is_shared_by_any_number_of_ranks(shares):
+    kept = KeptStep(1, {}, (tuple("abc"), tuple("def")), ParallelConfig())
+    assert ["".join(kept.share(rank, len(shares))) for rank in range(len(shares))] == shares
 
 
 def test_each_rank_of_the_first_layout_has_its_own_groups():

@@ -52,11 +52,31 @@ def no_end(codec, tokens, start):
     del tokens[start + 3 + 4 * 5]
 
 
+def newline_for_end(codec, tokens, start):
+    tokens[start + 3 + 4 * 5] = codec.vocabulary.newline
+
+
+def a_row_more(codec, tokens, start):
+    tokens[start + 3 : start + 3] = tokens[start + 3 : start + 3 + 5]
+
+
 def a_row_less(codec, tokens, start):
     del tokens[start + 3 : start + 3 + 5]
 
 
-@pytest.mark.parametrize("change", [other_size, unnamed_size, code_for_newline, newline_for_code, no_end, a_row_less])
+CHANGES = (
+    other_size,
+    unnamed_size,
+    code_for_newline,
+    newline_for_code,
+    no_end,
+    newline_for_end,
+    a_row_more,
+    a_row_less,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_image_block_with_one_wrong_token_is_no_image(codec, trace, change: Change):
     tokens = codec.build(trace)
     start = tokens.index(codec.vocabulary.image_begin)
