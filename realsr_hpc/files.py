@@ -14,15 +14,18 @@ import math
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 T = TypeVar("T")
+Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+"""A decoded JSON or YAML document, or a part of one. `isinstance` tells which before anything is done with it."""
 logger = logging.getLogger(__name__)
 _warned: set[tuple[Path, str]] = set()
 
@@ -71,7 +74,7 @@ def publish(aside: Path, final: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path, None, None]:
     """Yields a temporary path to write to, which is renamed to `path` when the block ends.
 
     `path` always has either the old or the new content, even if this process or the machine dies; after the block it
@@ -128,7 +131,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def json_value(content: str | bytes) -> Any:
+def json_value(content: str | bytes) -> Json:
     """The value of a JSON document. Only ValueError is raised for an invalid one, also if it is nested too deeply."""
     try:
         return json.loads(content)
@@ -136,7 +139,7 @@ def json_value(content: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def json_object(content: bytes) -> dict[str, Any] | None:
+def json_object(content: bytes) -> dict[str, Json] | None:
     """A JSON object with any keys; None if the content is not one."""
     try:
         found = json_value(content)
@@ -145,7 +148,7 @@ def json_object(content: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def safetensors_header(path: Path) -> tuple[dict[str, Any] | None, int]:
+def safetensors_header(path: Path) -> tuple[dict[str, Json] | None, int]:
     """The header of a safetensors file, by tensor name, and the offset of the data; None if truncated or invalid.
 
     Does not use the safetensors library, because launching avoids importing vendors.
@@ -157,10 +160,19 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any] | None, int]:
         return json_object(stream.read(length)), 8 + length
 
 
+@dataclass(frozen=True)
+class _WeightIndex:
+    """`*.index.json` of Hugging Face, as far as it is read."""
+
+    weight_map: dict[str, str]
+
+
 def weight_map(index: Path) -> dict[str, str] | None:
     """Tensor name -> file name from the index of sharded weights; None if the file is not such an index."""
-    places = (json_object(index.read_bytes()) or {}).get("weight_map")
-    return places if isinstance(places, dict) and all(isinstance(file, str) for file in places.values()) else None
+    try:
+        return parse_json(index.read_bytes(), _WeightIndex).weight_map
+    except ValueError:
+        return None
 
 
 def checked_weight_map(index: Path) -> dict[str, str]:
@@ -266,7 +278,7 @@ def checksum_of(path: Path) -> Path:
 
 
 @contextmanager
-def with_checksum(path: Path) -> Iterator[Path]:
+def with_checksum(path: Path) -> Generator[Path, None, None]:
     """Like `replacing`, but also writes `NAME.sha256`. If the process is killed in between, there is no checksum."""
     checksum_of(path).unlink(missing_ok=True)
     with replacing(path) as aside:
@@ -321,9 +333,13 @@ def parse_json(content: bytes, kind: type[T]) -> T:
         raise ValueError(f"{where}: {first['msg']}" if where else str(first["msg"])) from None
 
 
-@cache
-def adapter(kind: Any) -> TypeAdapter[Any]:
+def adapter(kind: type[T]) -> TypeAdapter[T]:
     """Pydantic's validator of a type, created once per type."""
+    return cast("TypeAdapter[T]", _adapter(kind))  # `cache` forgets the type that belongs to an argument
+
+
+@cache
+def _adapter(kind: type[object]) -> TypeAdapter[object]:
     return TypeAdapter(kind)
 
 

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class LockRefused(ValueError):
 
 
 @contextmanager
-def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
+def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Generator[None, None, None]:
     """Hold the lock of the file `path` inside the block; waits up to `wait_s` for it. LockRefused names the holder.
 
     The file is not removed. A process cannot hold the same lock twice. Child processes do not inherit it.
@@ -75,7 +75,7 @@ def hold(path: Path, what: str = "", wait_s: float = 0.0) -> Iterator[None]:
 
 
 @contextmanager
-def sole_writer(folder: Path, field: str = "output", part: str = "") -> Iterator[None]:
+def sole_writer(folder: Path, field: str = "output", part: str = "") -> Generator[None, None, None]:
     """Create a folder for results and hold its lock, so that no other process writes there until the block ends.
 
     part: name of one part of a folder (`1-of-4`): several processes may write, one per part.

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false
 """The records that rooms pass to each other.
 
 In one GRPO step: LQBatch -> RolloutGroup -> ScoredGroup -> TrainingGroup -> GRPOBatch -> StepReport. All are frozen
@@ -228,9 +229,9 @@ class GroupRewards:
     """Unweighted, higher is better, by the recipe's term names."""
     weights: dict[str, float]
     """Weights of the terms at this step (a ramp changes them)."""
-    failures: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict[str, int])
     """Number of rollouts on which a term failed, by name."""
-    places: dict[str, Float[Tensor, "G places"]] = field(default_factory=dict)
+    places: dict[str, Float[Tensor, "G places"]] = field(default_factory=dict[str, Tensor])
     """Scores of the single places of a term's part: each code of the final image in reading order, or each slot of the
     degradation. Only some terms have them. Higher is better; NaN for a rollout without them. Empty unless `grpo.credit`
     is part."""

@@ -245,8 +245,8 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("rollouts before evaluations", "(_evaluated, _kept)", "(_kept, _evaluated)"),
     ),
     ("checkpoint/loading.py", "tests/unit/checkpoint/test_loading.py"): (
-        ("adapters of any weights", 'if facts.get("base") != policy.base:', "if False:"),
-        ("an optimizer without its state", 'if optimiser is not None and own["optimiser"] is None:', "if False:"),
+        ("adapters of any weights", "if facts.base != policy.base:", "if False:"),
+        ("an optimizer without its state", "if optimiser is not None and own.optimiser is None:", "if False:"),
         ("lacking parts stay as they are", "    if lacking:\n", "    if False:\n"),
     ),
     ("checkpoint/saving.py", "tests/unit/checkpoint/test_loading.py::test_halves_of_a_layer_are_written_once"): (

@@ -128,12 +128,16 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("without the last checkpoint", "if must or self._not_saved", "if self._not_saved"),
     ),
     ("train/training_run.py", f"{RUN}a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_optimizer"): (
-        ("counters begin anew", 'self.counters.update(state["counters"])', "pass"),
+        ("counters begin anew", "self.counters.update(state.counters)", "pass"),
+        ("the data begin anew", "loader.load_state_dict(state.data)", "pass"),
         ("skipped updates unseen", '{"optim/skipped_updates/count": float(self.parts.optimiser.num_skipped)}', "{}"),
-        ("the data begin anew", 'loader.load_state_dict(state["data"])', "pass"),
     ),
     ("checkpoint/loading.py", f"{RUN}a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_optimizer"): (
-        ("skipped for tried", '"updates"], own["optimiser"]["skipped"]', '"skipped"], own["optimiser"]["updates"]'),
+        (
+            "skipped for tried",
+            "own.optimiser.updates, own.optimiser.skipped",
+            "own.optimiser.skipped, own.optimiser.updates",
+        ),
         (
             "a second first update",
             'of_parameters["common_step"] = torch.zeros(())',

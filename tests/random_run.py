@@ -38,6 +38,6 @@ def random_checkpoint(folder: Path, config: RunConfig, step: int, scale: float =
     policy = build_policy(config, groups, TraceTokenizer.load(config, groups.device).codec.vocabulary.size)
     for parameter in policy.parameters():
         parameter.data.mul_(scale)
-    state = {"step": step, "data": {}, "counters": {}, "run_id": None}
+    state = checkpoint.RunState(step)
     checkpoint.save(folder / "checkpoints", step, policy, None, state, checkpoint.Keep(last=1))
     return policy

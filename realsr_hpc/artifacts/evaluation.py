@@ -20,14 +20,14 @@ class MethodResult:
 
     metrics: dict[Text, Number]
     """By metric; NaN if it could not be computed."""
-    files: dict[Text, Inside] = field(default_factory=dict)
+    files: dict[Text, Inside] = field(default_factory=dict[str, str])
     """By name (rough, middle, final): paths of the images relative to the folder; empty if there are none."""
     degradation: Text | None = None
     """The degradation phrase that the model wrote."""
     texts: tuple[Text | None, ...] = ()
     """The model's three texts; empty for a method without reasoning."""
     faults: tuple[Text, ...] = ()
-    not_computed: dict[Text, Text] = field(default_factory=dict)
+    not_computed: dict[Text, Text] = field(default_factory=dict[str, str])
     """By metric: why it could not be computed."""
     further_draws: tuple[dict[Text, Number], ...] = ()
     """Metrics of the method's further draws for this image, one mapping per draw."""
@@ -51,7 +51,7 @@ class EvaluatedImage:
     captions: tuple[Text, ...] | None = None
     word: Text | None = None
     """The word that the image shows, if known."""
-    weights: dict[Text, Number] = field(default_factory=dict)
+    weights: dict[Text, Number] = field(default_factory=dict[str, float])
     """Weights of the recipe's reward terms; empty if rewards were not scored."""
     index: Whole = 0
 

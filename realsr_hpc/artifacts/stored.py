@@ -6,11 +6,14 @@ import dataclasses
 import json
 import math
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import BeforeValidator, PlainValidator, Strict, ValidationError
 
-from realsr_hpc.files import adapter, printable, write_atomically
+from realsr_hpc.files import Json, adapter, json_value, printable, write_atomically
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -54,8 +57,8 @@ Inside = Annotated[str, PlainValidator(_inside)]
 """Path of a file inside the record's folder. Other paths are refused, because records may come from elsewhere."""
 
 
-def write(path: Path, record: Any) -> None:
-    """Replace the file; `record` is a dataclass instance."""
+def write(path: Path, record: DataclassInstance) -> None:
+    """Replace the file."""
     # Escaped to ASCII, because file names may contain bytes that are not UTF-8.
     write_atomically(path, json.dumps(_without_nan(dataclasses.asdict(record)), indent=1))
 
@@ -65,15 +68,15 @@ def read(path: Path, kind: type[T], version: int) -> T:
     return checked(path, load(path), kind, version)
 
 
-def load(path: Path) -> Any:
+def load(path: Path) -> Json:
     """A file's JSON, not yet checked. Raises Damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return json_value(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise Damaged(f"{printable(path)}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def checked(path: Path, content: Any, kind: type[T], version: int) -> T:
+def checked(path: Path, content: Json, kind: type[T], version: int) -> T:
     """JSON as a record of at most `version`; unknown keys are ignored. Raises Damaged."""
     written = content.get("version", version) if isinstance(content, dict) else version
     if isinstance(written, int) and written > version:
@@ -85,7 +88,7 @@ def checked(path: Path, content: Any, kind: type[T], version: int) -> T:
         raise Damaged(f"{printable(path)}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: Json) -> Json:
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

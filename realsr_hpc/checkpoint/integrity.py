@@ -12,9 +12,8 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from realsr_hpc.files import flush, parse_json, publish, sha256_of
 from realsr_hpc.runfolder import BEST, STEP, is_step, step_name, step_of
@@ -43,6 +42,27 @@ class FileFacts:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a manifest says of its checkpoint as a whole."""
+
+    step: int
+    layout: dict[str, int] = field(default_factory=dict[str, int])
+    """The sizes that determine which rank holds what."""
+    metric: float | None = None
+    """What the best checkpoints are chosen by; None: not measured."""
+    base: str | None = None
+    """The weights that the adapters in it were trained on; None: it holds no adapters."""
+
+
+@dataclass(frozen=True)
+class Manifest(Facts):
+    """The content of a manifest."""
+
+    files: dict[str, FileFacts] = field(default_factory=dict[str, FileFacts])
+    """Every other file of the folder, by name."""
+
+
 def folder_of(root: Path, step: int) -> Path:
     """Folder of the checkpoint of a step."""
     return root / step_name(step)
@@ -58,42 +78,36 @@ def content(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
-def describe(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def describe(folder: Path, files: Iterable[Path]) -> dict[str, FileFacts]:
     """Size and SHA-256, by name, of these files of a folder, after flushing them to disk."""
-    described = {}
+    described: dict[str, FileFacts] = {}
     for path in files:
         flush(path)
-        described[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        described[path.relative_to(folder).as_posix()] = FileFacts(path.stat().st_size, sha256_of(path))
     return described
 
 
-def complete(aside: Path, final: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+def complete(aside: Path, final: Path, files: dict[str, FileFacts], facts: Facts) -> None:
     """Write the manifest and rename the folder, which completes the checkpoint; replaces one of the same step."""
-    (aside / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True), encoding="utf-8")
+    manifest = Manifest(**asdict(facts), files=files)
+    (aside / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True), encoding="utf-8")
     if final.exists():
         shutil.rmtree(final)
     publish(aside, final)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. ValueError if it is missing or damaged."""
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint. ValueError if it is missing or damaged, or lists no files."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it was never completed; name another one")
     try:
-        facts = parse_json(path.read_bytes(), dict[str, Any])
-        _listed(facts)
+        manifest = parse_json(path.read_bytes(), Manifest)
+        if not manifest.files:
+            raise ValueError("it lists no files")
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {folder}: its {MANIFEST} is damaged ({error}); name another one") from None
-    return facts
-
-
-def _listed(facts: dict[str, Any]) -> dict[str, FileFacts]:
-    """The files in a manifest. ValueError if it is not a manifest or lists none."""
-    listed = parse_json(json.dumps(facts.get("files")).encode(), dict[str, FileFacts])
-    if not listed or not isinstance(facts.get("step"), int):
-        raise ValueError("it lists no files, or no step")
-    return listed
+    return manifest
 
 
 def fault(folder: Path) -> str | None:
@@ -104,7 +118,7 @@ def fault(folder: Path) -> str | None:
 def faults_of_share(folder: Path, number: int, num_shares: int) -> Iterator[str]:
     """Faults of share `number` of a checkpoint's files, which are split into about equal shares; reads every byte."""
     try:
-        listed = _listed(read(folder))
+        listed = read(folder).files
     except ValueError as error:
         yield str(error)
         return
@@ -187,11 +201,10 @@ def best(root: Path, count: int, *, highest: bool) -> list[tuple[Path, float]]:
 def _metric(folder: Path) -> float | None:
     """A checkpoint's metric, or None. A damaged old manifest must not prevent saving a new checkpoint."""
     try:
-        value = read(folder).get("metric")
+        return read(folder).metric
     except ValueError as error:
         logger.warning("%s", error)
         return None
-    return float(value) if isinstance(value, int | float) else None
 
 
 def prune(root: Path, keep: Keep) -> None:

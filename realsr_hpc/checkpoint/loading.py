@@ -8,11 +8,11 @@ from generators keyed by seed and sample on every layout. They are saved for ext
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import random
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict  # Any: Megatron's sharded states, modules and optimizers have no types
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from realsr_hpc.checkpoint import integrity
 from realsr_hpc.checkpoint.pickles import refuse_code
+from realsr_hpc.files import parse_json
 from realsr_hpc.model import lora
 from realsr_hpc.model.policy import Policy
 from realsr_hpc.parallel import backend
@@ -42,6 +43,46 @@ _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 """They count updates in the state of each parameter; Transformer Engine's Adam counts them elsewhere."""
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What a run needs to go on, beside weights, optimizer and random states."""
+
+    step: int
+    """Steps done."""
+    data: dict[str, bool | int | str] = field(default_factory=dict[str, bool | int | str])
+    """The loader's position, and what it belongs to."""
+    counters: dict[str, int] = field(default_factory=dict[str, int])
+    run_id: str | None = None
+    """MLflow's."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """The counters that the learning-rate schedule depends on."""
+
+    updates: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The content of state.json."""
+
+    run: RunState
+    optimiser: Counters | None
+    """None: the checkpoint holds weights only."""
+
+
+class RandomStates(TypedDict):
+    """Every generator of a process, as tensors, numbers and tuples: what `weights_only` loading takes."""
+
+    python: tuple[object, ...]
+    numpy: tuple[str, torch.Tensor, int, int, float]
+    torch: torch.Tensor
+    cuda: torch.Tensor
+    megatron: dict[str, torch.Tensor]
+
+
 class Optimiser(Protocol):
     """The optimizer as checkpoints see it: Megatron's own and our counters."""
 
@@ -56,8 +97,7 @@ def resume_path(root: Path, groups: ProcessGroups) -> Path | None:
 
     ValueError, on every rank, if there are checkpoints but all are damaged.
     """
-    world: Any = dist.group.WORLD
-    found = broadcast_object(integrity.candidates(root) if groups.is_main else None, world)
+    found = broadcast_object(integrity.candidates(root) if groups.is_main else [], dist.group.WORLD)
     for folder in found:
         wrong = _fault(folder, groups)
         if wrong is None:
@@ -77,10 +117,10 @@ def refuse_damaged(folder: Path, groups: ProcessGroups) -> None:
 
 def _fault(folder: Path, groups: ProcessGroups) -> str | None:
     own_fault = next(integrity.faults_of_share(folder, groups.world_rank, dist.get_world_size()), None)
-    return next(filter(None, gather_objects(own_fault, dist.group.WORLD)), None)
+    return next((wrong for wrong in gather_objects(own_fault, dist.group.WORLD) if wrong), None)
 
 
-def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: ProcessGroups) -> dict[str, Any]:
+def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: ProcessGroups) -> RunState:
     """Fill policy and optimizer from a checkpoint of any layout; returns the run's state given to `save`.
 
     A checkpoint that contains anything but data is refused (`pickles.refuse_code`) before any of it is loaded.
@@ -90,13 +130,13 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Proces
     """
     facts = integrity.read(path)
     refuse_code(path)
-    if facts.get("base") != policy.base:
+    if facts.base != policy.base:
         raise ValueError(
-            f"checkpoint {path} belongs to {facts.get('base') or 'no base'}, this recipe's model.weights to "
+            f"checkpoint {path} belongs to {facts.base or 'no base'}, this recipe's model.weights to "
             f"{policy.base or 'none'}: adapters fit only the weights they were trained on; set model.weights to these"
         )
-    own = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if optimiser is not None and own["optimiser"] is None:
+    own = _stored(path)
+    if optimiser is not None and own.optimiser is None:
         raise ValueError(f"checkpoint {path} holds weights only: pass optimiser=None, or name a training checkpoint")
     with backend.vendor_calls():
         wanted = sharded_state(policy, optimiser, loading=True)
@@ -109,10 +149,17 @@ def load(path: Path, policy: Policy, optimiser: Optimiser | None, groups: Proces
             if not optimiser.distributed and isinstance(_vendors(optimiser)[0].optimizer, _TORCH_ADAM):
                 _count_from_zero(loaded["optimizer"])
             optimiser.vendor.load_state_dict(loaded["optimizer"])
-    if optimiser is not None:
-        optimiser.num_updates, optimiser.num_skipped = own["optimiser"]["updates"], own["optimiser"]["skipped"]
+    if optimiser is not None and own.optimiser is not None:
+        optimiser.num_updates, optimiser.num_skipped = own.optimiser.updates, own.optimiser.skipped
         _restore_random_states(path, facts, policy, groups)
-    return own["run"]
+    return own.run
+
+
+def _stored(path: Path) -> Stored:
+    try:
+        return parse_json((path / STATE).read_bytes(), Stored)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {path}: its {STATE} is damaged ({error}); name another one") from None
 
 
 def _read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -226,9 +273,9 @@ def _take_model(policy: Policy, loaded: dict[str, Any]) -> None:
         assert not wrong, f"checkpoint and model differ in {len(wrong)} tensor names, first {wrong[0]}"
 
 
-def counters(optimiser: Optimiser) -> dict[str, int]:
-    """The optimizer's counters, on which the learning-rate schedule depends."""
-    return {"updates": optimiser.num_updates, "skipped": optimiser.num_skipped}
+def counters(optimiser: Optimiser) -> Counters:
+    """The optimizer's counters now."""
+    return Counters(optimiser.num_updates, optimiser.num_skipped)
 
 
 def layout(groups: ProcessGroups, policy: Policy) -> dict[str, int]:
@@ -242,35 +289,35 @@ def random_file(rank: int) -> str:
     return f"random-{rank:05d}.pt"
 
 
-def random_states() -> dict[str, Any]:
-    """The states of all generators of this process, as tensors, numbers and tuples, which `weights_only` can load."""
-    kind, keys, *rest = np.random.get_state()
+def random_states() -> RandomStates:
+    """Every generator of this process."""
+    kind, keys, position, has_normal, normal = np.random.get_state(legacy=True)
     tracker: Any = get_cuda_rng_tracker()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), position, has_normal, normal),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "megatron": tracker.get_states(),
     }
 
 
-def _restore_random_states(path: Path, facts: dict[str, Any], policy: Policy, groups: ProcessGroups) -> None:
-    if facts["layout"] != layout(groups, policy):
+def _restore_random_states(path: Path, facts: integrity.Facts, policy: Policy, groups: ProcessGroups) -> None:
+    if facts.layout != layout(groups, policy):
         logger.warning(
             "checkpoint %s was written on layout %s: the random generators' states are not restored",
             path,
-            facts["layout"],
+            facts.layout,
         )
         return
     set_random_states(torch.load(path / random_file(groups.world_rank), map_location="cpu", weights_only=True))
 
 
-def set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: RandomStates) -> None:
     """Restore the states from `random_states`; the device's generators only if they come from the same device type."""
-    kind, keys, *rest = states["numpy"]
+    kind, keys, position, has_normal, normal = states["numpy"]
     random.setstate(states["python"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_normal, normal))
     torch.set_rng_state(states["torch"])
     if states["cuda"].shape != torch.cuda.get_rng_state().shape:  # the run began on another device type
         logger.warning("the checkpoint was written on another kind of device: its generator's state is not restored")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,7 +36,7 @@ _VALUES = (torch.dtype, torch.layout, torch.memory_format)
 
 
 class _Restricted(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         is_value = module == "torch" and isinstance(getattr(torch, name, None), _VALUES)
         if not is_value and name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(

@@ -15,8 +15,9 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any  # Megatron's plans, buckets and requests have no types
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ from realsr_hpc.checkpoint import integrity
 from realsr_hpc.checkpoint.loading import (
     STATE,
     Optimiser,
+    RunState,
+    Stored,
     counters,
     layout,
     random_file,
@@ -111,15 +114,14 @@ def save(
     step: int,
     policy: Policy,
     optimiser: Optimiser | None,
-    state: dict[str, Any],
+    state: RunState,
     keep: integrity.Keep,
     metric: float | None = None,
 ) -> Path:
     """Write the checkpoint of `step` under `root`, then remove those that `keep` does not keep; all ranks together.
 
-    state: what the run needs to continue, as JSON (data position, counters, MLflow run id). metric: the value by which
-    the best checkpoints are chosen. The folder gets its name only after all its bytes are on disk and hashed. NotSaved,
-    on every rank, if one of them cannot write.
+    metric: the value by which the best checkpoints are chosen. The folder gets its name only after all its bytes are on
+    disk and hashed. NotSaved, on every rank, if one of them cannot write.
     """
     saver = Saver(root, keep, behind=False)
     saver.start(step, policy, optimiser, state, metric)
@@ -145,7 +147,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(
-        self, step: int, policy: Policy, optimiser: Optimiser | None, state: dict[str, Any], metric: float | None
+        self, step: int, policy: Policy, optimiser: Optimiser | None, state: RunState, metric: float | None
     ) -> None:
         """Begin the checkpoint of a step (arguments: see `save`); all ranks together. NotSaved if it cannot begin."""
         assert self._saving is None, f"checkpoint of step {step} begins before the previous one is complete"
@@ -174,16 +176,16 @@ class _Saving:
         step: int,
         policy: Policy,
         optimiser: Optimiser | None,
-        state: dict[str, Any],
+        state: RunState,
         metric: float | None,
         *,
         copy: bool,
     ) -> None:
         self._groups = policy.groups
         self._root, self._aside, self._final = root, integrity.aside_of(root, step), integrity.folder_of(root, step)
-        self._facts = {"step": step, "layout": layout(policy.groups, policy), "metric": metric, "base": policy.base}
+        self._facts = integrity.Facts(step, layout(policy.groups, policy), metric, policy.base)
         self._results: dict[int, Any] = {}
-        self._files: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, integrity.FileFacts] = {}
         self._error = ""
         if self._groups.is_main:
             self._attempt(self._prepare)
@@ -195,8 +197,8 @@ class _Saving:
             wanted = sharded_state(policy, optimiser, loading=False)
             self._request: Any = dist_checkpointing.save(wanted, str(self._aside), strategy, async_sharded_save=True)
         if self._groups.is_main:
-            own = {"run": state, "optimiser": None if optimiser is None else counters(optimiser)}
-            self._attempt(lambda: self._write_common(_COMMON.state, json.dumps(own, indent=1)))
+            own = Stored(state, None if optimiser is None else counters(optimiser))
+            self._attempt(lambda: self._write_common(_COMMON.state, json.dumps(asdict(own), indent=1)))
         self._buckets = self._stage(copy)
         self._random = random_states()
 
@@ -286,7 +288,7 @@ class _Saving:
         self._agree()
         return self._final
 
-    def _publish(self, written: dict[str, dict[str, Any]], keep: integrity.Keep) -> None:
+    def _publish(self, written: dict[str, integrity.FileFacts], keep: integrity.Keep) -> None:
         named = {self._aside / name for name in written}
         # files that Megatron wrote on this rank are hashed now; the ranks have hashed their own
         rest = [path for path in integrity.content(self._aside) if path not in named]

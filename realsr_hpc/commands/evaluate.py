@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -354,4 +355,4 @@ def _world():
     from realsr_hpc.parallel.reduce import gather_objects
 
     groups = initialise(ParallelConfig(), 0)
-    return World(groups.world_rank, groups.world_size, lambda value: gather_objects(value, dist.group.WORLD))  # type: ignore
+    return World(groups.world_rank, groups.world_size, partial(gather_objects, group=dist.group.WORLD))

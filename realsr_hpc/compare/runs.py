@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from realsr_hpc.config.identity import decides
 from realsr_hpc.config.metrics import TASK_METRIC, is_measured, lower_is_better
-from realsr_hpc.config.places import without_root
+from realsr_hpc.config.places import text_without_root
 from realsr_hpc.tracking.database import SQLITE, client
 from realsr_hpc.tracking.delivery import brief
 from realsr_hpc.tracking.store import PARENT_TAG, RUN_TAG, SWEEP_TAG
@@ -186,7 +186,7 @@ def _params(run: Run) -> dict[str, str]:
     """Recipe keys with their values; paths below the run's output root are relative to it."""
     params = dict(run.data.params)
     for root in (Path(params.get("output_root", "")), Path(run.data.tags.get(RUN_TAG, "")).parent):
-        params = without_root(params, root) if root.is_absolute() else params
+        params = {key: text_without_root(text, root) for key, text in params.items()} if root.is_absolute() else params
     return params
 
 

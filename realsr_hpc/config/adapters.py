@@ -6,7 +6,6 @@ Only adapter_config.json is read, so that launching can check it; tensors are co
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from realsr_hpc.config.schema import LoRAConfig
 from realsr_hpc.files import parse_json
@@ -28,12 +27,12 @@ _BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave W unchanged; those of PiSSA, OLoRA and similar methods subtract a part from it."""
 
 
-def adapter_config(folder: Path) -> dict[str, Any]:
+def adapter_config(folder: Path) -> dict[str, object]:
     """The adapter_config.json of a PEFT folder. ValueError if a file is missing or unreadable."""
     if not (folder / PEFT_WEIGHTS).is_file() or not (folder / PEFT_CONFIG).is_file():
         raise ValueError(f"no {PEFT_WEIGHTS} with {PEFT_CONFIG}: name a PEFT folder")
     try:
-        return parse_json((folder / PEFT_CONFIG).read_bytes(), dict[str, Any])
+        return parse_json((folder / PEFT_CONFIG).read_bytes(), dict[str, object])
     except ValueError as error:
         raise ValueError(f"{PEFT_CONFIG}: {error}") from None
 

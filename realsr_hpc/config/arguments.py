@@ -110,7 +110,7 @@ def _read(
         print((usage or "").strip())
         raise SystemExit(0)
     given: dict[str, str] = {}
-    overrides = []
+    overrides: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key not in valid and not key.startswith("-") and (equals or key.startswith("~")) and is_override(key):

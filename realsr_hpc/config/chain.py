@@ -12,9 +12,10 @@ A stage refers to the output of an earlier one as `{STAGE.OUTPUT}`; `OF_RUN` and
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from realsr_hpc.config.load import RecipeError, nearest, read_yaml, yaml_file, yaml_names
 from realsr_hpc.config.operation import ClusterConfig
@@ -41,9 +42,9 @@ class StageConfig(BaseModel):
     """A run of this recipe."""
     command: Literal["evaluate", "export_hf"] | None = None
     """A command that works on the outputs of earlier stages; the chain sets its output=."""
-    set: dict[str, Any] = {}
+    set: dict[str, JsonValue] = {}
     """Overrides of the recipe, or arguments of the command."""
-    cluster: dict[str, Any] = {}
+    cluster: dict[str, JsonValue] = {}
     """Only for a command: fields of `cluster` for its job. Default: one task, the others from the run it works on."""
 
     @model_validator(mode="after")
@@ -79,11 +80,12 @@ def read_chain(name: str) -> ChainConfig:
         raise RecipeError("\n".join(f"chain {name}: {_explain(item)}" for item in error.errors())) from None
 
 
-def _explain(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+def _explain(item: ErrorDetails) -> str:
+    parts = [str(part) for part in item["loc"]]
+    path = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        valid = list(StageConfig.model_fields if len(item["loc"]) > 1 else ChainConfig.model_fields)
-        return f"{path}: unknown key{nearest(str(item['loc'][-1]), valid) or f'; valid here: {chr(44).join(valid)}'}"
+        valid = list(StageConfig.model_fields if len(parts) > 1 else ChainConfig.model_fields)
+        return f"{path}: unknown key{nearest(parts[-1], valid) or f'; valid here: {chr(44).join(valid)}'}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{path or 'the file'}: {message[:1].lower()}{message[1:]}" + (
         f" (given: {item['input']!r})" if isinstance(item["input"], str | int | float | None) else ""

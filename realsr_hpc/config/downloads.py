@@ -13,11 +13,10 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.whole_files import file_fault
-from realsr_hpc.files import files_below, json_object, safetensors_header, weight_map
+from realsr_hpc.files import Json, files_below, json_object, safetensors_header, weight_map
 
 IMAGE_FILES = {"chameleon_f16": "vqgan.ckpt", "llamagen_f8": "vq_ds8_c2i.pt"}
 """File of the image tokenizer, by `vlcot.vocabulary`."""
@@ -78,7 +77,7 @@ class _Policy:
     folder: Path
     kind: str
     vocabulary: str
-    settings: dict[str, Any]
+    settings: dict[str, Json]
     files: tuple[Path, ...]
     """Weight files, including those that an index names but that do not exist."""
     root: Path
@@ -154,7 +153,7 @@ def _folders(files: Sequence[Path]) -> Iterator[_Policy]:
         yield _Policy(path.parent, "Hugging Face folder", vocabulary, settings, tuple(weights), path.parent)
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> dict[str, Json]:
     return (json_object(path.read_bytes()) or {}) if path.is_file() else {}
 
 

@@ -12,14 +12,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import cast
 
 from realsr_hpc.config.derived import world_size
 from realsr_hpc.config.places import ROOT, output_root, without_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.section import Mark, Section
+from realsr_hpc.files import Json
 
-Tree = dict[str, object]
+Tree = dict[str, Json]
 """A JSON object: a dumped recipe or section, or fields by path."""
 WORLD = frozenset({"cluster.nodes", "cluster.tasks_per_node"})
 """Only their product is part of the layout: 2 nodes with 4 processes each compute the same as 1 node with 8."""
@@ -78,10 +78,10 @@ def signature(config: RunConfig) -> str:
     return digest(without_root(fields, output_root(config)))[:12]
 
 
-def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[object, object]]:
+def differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Json, Json]]:
     """Both values of every key that makes two recipes of one task different runs; None: that recipe lacks the key."""
     one, two = flatten(before), flatten(now)
-    found = {
+    found: dict[str, tuple[Json, Json]] = {
         key: (one.get(key), two.get(key))
         for key in one | two
         if one.get(key) != two.get(key) and key not in WORLD and _names_the_run(key, before.task)
@@ -107,11 +107,10 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _value(tree: Tree, path: str) -> object:
-    *sections, name = path.split(".")
-    for section in sections:
-        tree = cast(Tree, tree[section])
-    return tree[name]
+def _value(tree: Tree, path: str) -> Json:
+    section, _, rest = path.partition(".")
+    inner = tree[section]
+    return _value(inner, rest) if rest and isinstance(inner, dict) else inner
 
 
 def flatten(config: RunConfig) -> Tree:
@@ -119,9 +118,9 @@ def flatten(config: RunConfig) -> Tree:
     return dict(_leaves(config.model_dump(mode="json"), ""))
 
 
-def _leaves(tree: Tree, prefix: str) -> Iterable[tuple[str, object]]:
+def _leaves(tree: Tree, prefix: str) -> Iterable[tuple[str, Json]]:
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(cast(Tree, value), f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -33,7 +33,7 @@ from realsr_hpc.config.checks import faults
 from realsr_hpc.config.identity import scheme
 from realsr_hpc.config.schema import GROUPS, RunConfig
 from realsr_hpc.config.yaml_files import CUT_LINE, LAST_LINE, RecipeError, read_yaml
-from realsr_hpc.files import first_line
+from realsr_hpc.files import Json, first_line
 from realsr_hpc.paths import recipe_folders
 
 MOST_RUNS = 10_000
@@ -136,14 +136,14 @@ def values_of(line: str) -> list[str]:
     return [only for [only] in _expand([_parse_one(line)], True)]
 
 
-def _written(value: object) -> str:
+def _written(value: Json) -> str:
     """A YAML value in the syntax of Hydra's overrides: a list becomes a sweep, text is already in that syntax."""
     if isinstance(value, list):
         return ",".join(map(written, value))
     return value if isinstance(value, str) else written(value)
 
 
-def written(value: object) -> str:
+def written(value: Json) -> str:
     """A plain value in the syntax of Hydra's overrides, which read it back unchanged."""
     if isinstance(value, list):
         return f"[{','.join(map(written, value))}]"
@@ -228,7 +228,7 @@ def _expand(parsed: list[Override], multirun: bool) -> list[list[str]]:
         raise RecipeError(
             f"{', '.join(drawn)}: an interval needs sampler=optuna or asha; to try every value write range(..)"
         )
-    choices = []
+    choices: list[list[str]] = []
     for item in parsed:
         if item.is_sweep_override():
             key = item.get_key_element()

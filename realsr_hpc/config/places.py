@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from realsr_hpc.config.schema import RunConfig
+from realsr_hpc.files import Json
 from realsr_hpc.paths import expanded, project_root
 
 ROOT = "{output_root}/"
@@ -19,12 +19,17 @@ def output_root(config: RunConfig) -> Path:
     return (project_root() / expanded(config.output_root)).resolve()
 
 
-def without_root(tree: Any, root: Path) -> Any:
-    """A plain tree with `ROOT` in place of `root` in its texts, so that moving the folder does not change a run."""
-    return _each(tree, lambda text: text.replace(f"{root}/", ROOT))
+def text_without_root(text: str, root: Path) -> str:
+    """A text with `ROOT` in place of `root`, so that moving the folder does not change a run."""
+    return text.replace(f"{root}/", ROOT)
 
 
-def moved_below(tree: Any, before: Path, now: Path) -> Any:
+def without_root(tree: Json, root: Path) -> Json:
+    """A plain tree with `text_without_root` of all its texts."""
+    return _each(tree, lambda text: text_without_root(text, root))
+
+
+def moved_below(tree: Json, before: Path, now: Path) -> Json:
     """A plain tree in which paths below `before` that no longer exist are replaced by paths below `now`."""
 
     def moved(text: str) -> str:
@@ -35,7 +40,7 @@ def moved_below(tree: Any, before: Path, now: Path) -> Any:
     return _each(tree, moved)
 
 
-def _each(tree: Any, change: Callable[[str], str]) -> Any:
+def _each(tree: Json, change: Callable[[str], str]) -> Json:
     if isinstance(tree, dict):
         return {key: _each(value, change) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

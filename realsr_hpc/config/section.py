@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Unpack, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from realsr_hpc.files import Json
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -57,13 +59,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
     mark: ClassVar[Mark] = Mark("decides", frozenset(get_args(Task)))
 
-    def __init_subclass__(cls, role: Role = "decides", tasks: tuple[Task, ...] = get_args(Task), **kwargs: Any):
+    def __init_subclass__(
+        cls, role: Role = "decides", tasks: tuple[Task, ...] = get_args(Task), **kwargs: Unpack[ConfigDict]
+    ):
         super().__init_subclass__(**kwargs)
         cls.mark = Mark(role, frozenset(tasks))
 
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers_are_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _numbers_are_numbers(cls, value: Json, info: ValidationInfo) -> Json:
         """Refuses true and false for numbers, which pydantic would turn into 1 and 0."""
         kinds = _kinds(cls, info.field_name or "")
         if any(issubclass(kind, BaseModel) for kind in kinds):  # sections check their own fields
@@ -76,7 +80,7 @@ class Section(BaseModel):
         return value
 
 
-def _plain_values(value: Any) -> list[Any]:
+def _plain_values(value: Json) -> list[Json]:
     if isinstance(value, dict):
         value = list(value.values())
     return [inner for item in value for inner in _plain_values(item)] if isinstance(value, list | tuple) else [value]

@@ -189,6 +189,8 @@ def _of_reward(config: RunConfig, name: str) -> Iterator[Need]:
             for file in ("index.noun", "data.noun"):
                 path = resolve(options.wordnet_dir) / file
                 yield Need(f"rewards.terms.{name}", path, "WordNet 3; Debian: wordnet-base")
+        case _:
+            pass  # computed from nothing but the rollouts
 
 
 def missing_shards(folder: Path) -> list[str]:
@@ -203,7 +205,7 @@ def missing_shards(folder: Path) -> list[str]:
 def pyiqa_needs(purpose: str, metrics: list[str], weights_dir: str | None) -> list[Need]:
     """Files of pyiqa metrics; for a metric that is not in the table, only the folder's SHA256SUMS is required."""
     folder = resolve(weights_dir or WEIGHTS_DIR)
-    needs = []
+    needs: list[Need] = []
     for metric in metrics:
         if metric not in PYIQA_FILES:
             needs.append(Need(f"{purpose}: {metric}", folder / SUMS_FILE, "see pyiqa's documentation of the metric"))
@@ -220,7 +222,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 def read_listing(path: Path) -> dict[str, str]:
     """SHA-256 by file name, from a file that `sha256sum` wrote. ValueError names the file and the invalid line."""
-    sums = {}
+    sums: dict[str, str] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         row = re.fullmatch(rb"([0-9a-f]{64})[ \t]+\*?(.+)", line.strip())
         if row is not None:

@@ -6,9 +6,12 @@ Launching and staging use it: only the beginning and the end of a file are read.
 from __future__ import annotations
 
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from realsr_hpc.files import MIB, json_object, other_content, safetensors_header
+from pydantic import ValidationError
+
+from realsr_hpc.files import MIB, adapter, json_object, other_content, safetensors_header
 
 LARGEST_JSON_BYTES = 64 * MIB
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -34,14 +37,25 @@ def file_fault(path: Path) -> str:
     return ""
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a safetensors header, as far as it is read."""
+
+    data_offsets: tuple[int, int]
+    """Its first byte and the one after its last, counted from the end of the header."""
+
+
 def _whole_safetensors(path: Path) -> bool:
     """Whether the file has the length that its header states."""
     header, start = safetensors_header(path)
-    try:
-        ends = [item["data_offsets"][1] for name, item in (header or {}).items() if name != "__metadata__"]
-        return header is not None and start + max(ends, default=0) == path.stat().st_size
-    except (KeyError, TypeError, IndexError):
+    if header is None:
         return False
+    listed = {name: item for name, item in header.items() if name != "__metadata__"}
+    try:
+        tensors = adapter(dict[str, _Stored]).validate_python(listed)
+    except ValidationError:
+        return False
+    return start + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0) == path.stat().st_size
 
 
 def _whole_pickle(path: Path) -> bool:

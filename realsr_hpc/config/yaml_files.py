@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
 
 import yaml
+
+from realsr_hpc.files import Json
 
 CUT_LINE = "# cut off where the last line is not `# end`\n"
 LAST_LINE = "# end\n"
@@ -22,7 +24,7 @@ class RecipeError(ValueError):
 class _Loader(yaml.SafeLoader):
     """Refuses keys that occur twice in a mapping (the first would be lost), and numbers in surprising notations."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         """Like SafeLoader, but ConstructorError if a key occurs twice."""
         seen: set[str] = set()
         for key, _ in node.value:
@@ -40,13 +42,17 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
         return value
 
+    def construct_date(self, node: yaml.ScalarNode) -> object:
+        """Its text, as Hydra reads it."""
+        return self.construct_scalar(node)
+
 
 for _kind in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_plain_number)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)  # as Hydra reads a date
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_date)
 
 
-def read_yaml(path: Path, remedy: str = "name another file") -> Any:
+def read_yaml(path: Path, remedy: str = "name another file") -> Json:
     """The content of a YAML file. RecipeError if it cannot be read, is truncated, or is not YAML."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -70,7 +76,7 @@ def read_yaml(path: Path, remedy: str = "name another file") -> Any:
     return tree
 
 
-def _num_values(tree: Any, known: dict[int, int]) -> int:
+def _num_values(tree: Json, known: dict[int, int]) -> int:
     """Number of values in a tree with its aliases expanded; above `MOST_VALUES` for a tree that contains itself.
 
     ValueError for values other than text, numbers, true, false, null, and lists and mappings of these.

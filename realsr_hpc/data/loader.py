@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -101,11 +101,11 @@ class LQLoader:
         self._handed_out += 1
         return batch
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, bool | int | str]:
         """The position, and the seed, split, order and photographs it belongs to, as JSON values."""
         return {"position": self._position, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, bool | int | str]) -> None:
         """Continue at a saved position; `dp_size`, batch size and number of threads may differ.
 
         Raises:
@@ -127,7 +127,7 @@ class LQLoader:
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._pipeline = None
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, bool | int | str]:
         return {
             "seed": self._config.seed,
             "split": self._split,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,8 +38,8 @@ SCHEMA = pa.schema(
         ("word", pa.string()),
     ]
 )
-LATER = {"word": ""}
-"""Columns that older manifests lack, with their default values."""
+LATER = {"word"}
+"""Columns that older manifests lack; empty there."""
 
 _PATHS = ("path", "lq_path")
 _DIGEST = b"realsr_hpc.rows_sha256"
@@ -144,7 +144,25 @@ def read_manifest(path: Path | str) -> Manifest:
     return Manifest(path.parent, entries)
 
 
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+class _Row(TypedDict):
+    """A row as `SCHEMA` has it; any column may be empty."""
+
+    key: str | None
+    path: str | None
+    split: str | None
+    width: int | None
+    height: int | None
+    sha256: str | None
+    caption_rough: str | None
+    caption_middle: str | None
+    caption_final: str | None
+    tags: list[str | None] | None
+    lq_path: str | None
+    source: str | None
+    word: NotRequired[str | None]
+
+
+def _read_rows(path: Path) -> tuple[list[_Row], str | None]:
     try:
         with path.open("rb") as stream:  # pyarrow opens no name that is not UTF-8
             table = pq.read_table(stream, page_checksum_verification=True)
@@ -161,17 +179,27 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     return rows, None if digest is None else digest.decode("ascii", "replace")
 
 
-def _entry(row: dict[str, Any], path: Path) -> ManifestEntry:
+def _entry(row: _Row, path: Path) -> ManifestEntry:
     if not (row["key"] and row["path"] and row["split"] and row["width"] and row["height"]):
         raise ValueError(f"manifest {path}: key, path, split or size of {row['key']!r} is empty; make it again")
-    row = {**LATER, **row}
-    texts = {name: row[name] or "" for name in SCHEMA.names if name.startswith("caption") or name in ("source", "word")}
-    paths = {name: row[name] and from_text(row[name]) for name in _PATHS}
-    tags = tuple(tag for tag in row["tags"] or () if tag)
-    return ManifestEntry(**{**row, **texts, **paths, "sha256": row["sha256"] or "", "tags": tags})
+    return ManifestEntry(
+        row["key"],
+        from_text(row["path"]),
+        row["split"],
+        row["width"],
+        row["height"],
+        row["sha256"] or "",
+        caption_rough=row["caption_rough"] or "",
+        caption_middle=row["caption_middle"] or "",
+        caption_final=row["caption_final"] or "",
+        tags=tuple(tag for tag in row["tags"] or () if tag),
+        lq_path=row["lq_path"] and from_text(row["lq_path"]),
+        source=row["source"] or "",
+        word=row.get("word") or "",
+    )
 
 
-def _digest_of(rows: Sequence[dict[str, Any]]) -> str:
+def _digest_of(rows: Sequence[_Row]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

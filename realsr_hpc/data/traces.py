@@ -169,11 +169,11 @@ class TraceLoader:
         self.position += self._batch_size * self._dp_size
         return [self.traces[self._number(index)] for index in range(start, start + self._batch_size)]
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> dict[str, bool | int | str]:
         """The position as JSON values, for `load_state_dict`."""
         return {"position": self.position, "traces": self.traces.fingerprint}
 
-    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
+    def load_state_dict(self, state: Mapping[str, bool | int | str]) -> None:
         """Continue at the saved position, also with another batch size or data-parallel size.
 
         Raises:

@@ -6,11 +6,11 @@ Each image is written to `images/METHOD/KEY.png` as soon as it is restored, so t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -23,8 +23,22 @@ from realsr_hpc.evaluate.metrics import FID, Metrics
 from realsr_hpc.evaluate.report import EvaluationReport
 from realsr_hpc.evaluate.sets import FolderSet
 from realsr_hpc.locks import sole_writer
-from realsr_hpc.records import Case, ParsedTrace, RestoredImage
+from realsr_hpc.records import Case, RestoredImage
 from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
+
+T = TypeVar("T")
+
+
+class Gather(Protocol):
+    """Collective: returns on every rank the objects that the ranks pass, in rank order."""
+
+    def __call__(self, value: T) -> list[T]:
+        """value: this rank's."""
+        ...
+
+
+def _alone(value: T) -> list[T]:
+    return [value]
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-    """Collective: returns on every rank the objects that the ranks pass, in rank order."""
+    gather: Gather = _alone
 
 
 ALONE = World()
@@ -155,9 +168,11 @@ def _judge(
         rows = zip(metrics.score(part, images), *further, strict=True)
         for results, case, item, (row, *more) in zip(made, part, images, rows, strict=True):
             files = _save(item, name, case.key, folder)
-            said = {} if item.trace is NO_TRACE else _said(item.trace)
             drawn = tuple(other.values for other in more)
-            results[name] = MethodResult(row.values, files, not_computed=row.not_computed, further_draws=drawn, **said)
+            result = MethodResult(row.values, files, not_computed=row.not_computed, further_draws=drawn)
+            if (said := item.trace) is not NO_TRACE:
+                result = replace(result, degradation=said.degradation, texts=said.texts, faults=said.faults)
+            results[name] = result
     weights = metrics.rewards.weights if metrics.rewards else {}
     return [_evaluated(case, folder, results, weights) for case, results in zip(part, made, strict=True)]
 
@@ -185,10 +200,6 @@ def _evaluated(
         weights=dict(weights),
         index=case.index,
     )
-
-
-def _said(trace: ParsedTrace) -> dict[str, Any]:
-    return {"degradation": trace.degradation, "texts": trace.texts, "faults": trace.faults}
 
 
 def _save(item: RestoredImage, method: str, key: str, folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ N = id - 4 for the ids between codes and text. transformers finds the image code
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any  # keywords of transformers' configurations, which have no type
 
 from realsr_hpc.config.schema import ImageTokenizerConfig, ModelConfig, RunConfig
 from realsr_hpc.parallel.layout import kv_heads
@@ -108,7 +108,7 @@ def generation_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, An
     }
 
 
-def trace_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+def trace_config(config: RunConfig, vocabulary: Vocabulary) -> dict[str, object]:
     """The content of `realsr.json`: what the shipped processor needs beyond the model's configuration."""
     tokenizer = config.image_tokenizer
     return {

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from realsr_hpc.paths import resolve
 from realsr_hpc.runfolder import RECIPE
 from realsr_hpc.tokenizer.image import ImageTokenizer
 from realsr_hpc.tokenizer.image_file import save_image_tokenizer
-from realsr_hpc.tokenizer.whole_file import is_whole, names_of, read_tree, text_part
+from realsr_hpc.tokenizer.whole_file import TokenizerTree, is_whole, names_of, read_tree, text_part
 from realsr_hpc.vlcot.token_names import code_of, name_faults, num_text
 from realsr_hpc.vlcot.vocabulary import Vocabulary, build_vocabulary
 
@@ -187,7 +186,7 @@ def _vocabulary(text: Path, policy: FoundPolicy, config: RunConfig) -> tuple[Voc
     return vocabulary, faults
 
 
-def _holds_all(tree: dict[str, Any], text_first: int, policy: FoundPolicy) -> bool:
+def _holds_all(tree: TokenizerTree, text_first: int, policy: FoundPolicy) -> bool:
     """Whether a tokenizer file has ids for the whole vocabulary; a file of text tokens alone counts them from 0."""
     last = max(names_of(tree).values(), default=0)
     return is_whole(tree) or last + text_first >= policy.sizes["vocab_size"]
@@ -282,7 +281,7 @@ def _said(found: Found, parts: _Parts) -> list[str]:
     return lines
 
 
-def _facts(sources: Sources, found: Found, parts: _Parts) -> dict[str, Any]:
+def _facts(sources: Sources, found: Found, parts: _Parts) -> dict[str, str | int | None]:
     """The content of imported.json: where the weights come from, without paths of this machine."""
     return {
         "format": parts.policy.format if parts.policy else found.format,

@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any  # nemo-toolkit's classes and OmegaConf's trees
 
 import torch
 import yaml

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ from realsr_hpc.parallel.process_groups import ProcessGroups, initialise
 from realsr_hpc.paths import resolve
 from realsr_hpc.runfolder import RECIPE
 from realsr_hpc.tokenizer.trace import TraceTokenizer
-from realsr_hpc.tokenizer.whole_file import read_text_tree
+from realsr_hpc.tokenizer.whole_file import TokenizerTree, read_text_tree
 from realsr_hpc.tracking import recipe_of
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.vlcot.vocabulary import Vocabulary
@@ -84,7 +83,7 @@ def export_policy(
         dist.barrier()
 
 
-def _text_tree(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+def _text_tree(config: RunConfig, vocabulary: Vocabulary) -> TokenizerTree:
     """The recipe's text tokenizer as a tree of JSON, with the special tokens of the whole vocabulary added."""
     own = read_text_tree(resolve(config.text_tokenizer.path), vocabulary.text_first)
     return combined(own, hf_config.special_tokens(vocabulary), vocabulary)
@@ -150,10 +149,18 @@ def export_run(
     if form == "peft":
         export_adapter(policy, config, output, dtype)
         return path
-    metrics = last_metrics(run_dir, state["step"])
-    step = state["step"]
-    facts = {"step": step, "metrics": metrics, "licence": licence}
-    export_policy(policy, config, tokens, output, dtype=dtype, shard_bytes=shard_bytes, **facts)
+    metrics = last_metrics(run_dir, state.step)
+    export_policy(
+        policy,
+        config,
+        tokens,
+        output,
+        step=state.step,
+        metrics=metrics,
+        licence=licence,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+    )
     return path
 
 

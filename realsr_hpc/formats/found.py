@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from realsr_hpc.files import Json
 
 Shape = tuple[int, ...]
 VQ_PREFIX = "model.vqmodel."
@@ -66,7 +67,7 @@ class FoundImage:
     path: Path
     tensors: Mapping[str, Spec]
     read: Callable[[str], Tensor]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Json] = field(default_factory=dict)
     """Fields of the recipe's section image_tokenizer that this file determines."""
     faults: tuple[str, ...] = ()
     left: tuple[str, ...] = ()

@@ -11,10 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from realsr_hpc.files import Json
 from realsr_hpc.formats.found import VQ_PREFIX, Found, FoundImage, FoundPolicy, Spec
 from realsr_hpc.formats.meta_chameleon import halves_of
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs, read_json
@@ -93,7 +93,7 @@ def _adapters(place: Place) -> list[str]:
     return [f"{found.name} beside the weights (low-rank adapters, which change the model: {remedy})"] if found else []
 
 
-def _order(requested: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotary, str]:
+def _order(requested: Rotary | None, settings: Mapping[str, Json]) -> tuple[Rotary, str]:
     """Rotary order, and the evidence for it. Anole's fork stores Meta's order and permutes within attention."""
     if requested is not None:
         return requested, "as requested"
@@ -104,7 +104,7 @@ def _order(requested: Rotary | None, settings: Mapping[str, Any]) -> tuple[Rotar
 
 
 def with_heads_of_the_weights(
-    settings: Mapping[str, Any], specs: Mapping[str, Spec], kept: Mapping[str, str]
+    settings: Mapping[str, Json], specs: Mapping[str, Spec], kept: Mapping[str, str]
 ) -> dict[str, float]:
     """Sizes of config.json; a missing `num_key_value_heads` follows from the rows of the key projection."""
     sizes = sizes_of(settings)
@@ -131,7 +131,7 @@ def _read(files: TensorFiles, kept: Mapping[str, str], name: str, order: Rotary)
     return tensor
 
 
-def _image(files: TensorFiles, inside: Mapping[str, str], vq: Mapping[str, Any], path: Path) -> FoundImage:
+def _image(files: TensorFiles, inside: Mapping[str, str], vq: Mapping[str, Json], path: Path) -> FoundImage:
     faults = [f"vq_config.{key} {vq[key]!r}" for key in ("double_latent", "double_z") if vq.get(key)]
     attended = any(".attn." in name and ".mid." not in name for name in inside)
     return FoundImage(

@@ -8,7 +8,6 @@ of the weights and the training options.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from realsr_hpc.formats.found import Found, FoundImage
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs
@@ -64,7 +63,7 @@ def open_llamagen(place: Place, rotary: Rotary | None) -> Found:
     return Found(NAME, image=FoundImage(NAME, place.path, files.specs, files.read, settings, (), tuple(left)))
 
 
-def _normalised(content: Any) -> bool:
+def _normalised(content: object) -> bool:
     """Whether codes are compared as unit vectors: from the trainer's options, else true, as in published tokenizers."""
     options = content.get("args") if isinstance(content, Mapping) else None
     return bool(getattr(options, "codebook_l2_norm", True))

@@ -11,14 +11,14 @@ transformers keeps Meta's order; releases of transformers do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from realsr_hpc.config.downloads import CHOOSE
+from realsr_hpc.files import Json
 from realsr_hpc.formats.found import Found, FoundPolicy, Spec
 from realsr_hpc.formats.pickles import read_pickle
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs, read_json
@@ -79,10 +79,11 @@ def open_tree(place: Place, rotary: Rotary | None) -> Found:
     assert folder is not None, "call recognise before opening"
     files = _shard_files(folder)
     contents = [read_pickle(path) for path in files]
+    first = contents[0] if isinstance(contents[0], Mapping) else {}
     shards = [TensorFiles([(path, state_of(content, path))]) for path, content in zip(files, contents, strict=True)]
     params = _params(folder)
     tree = _Tree(shards, params, len(shards))
-    order, known = _order(rotary, contents[0], tree)
+    order, known = _order(rotary, first, tree)
     root = next((path for path in (folder, folder.parent.parent, folder.parent) if (path / "tokenizer").is_dir()), None)
     text = root / "tokenizer" / "text_tokenizer.json" if root else None
     image = root / "tokenizer" / "vqgan.ckpt" if root else None
@@ -94,7 +95,7 @@ def open_tree(place: Place, rotary: Rotary | None) -> Found:
         sizes=tree.sizes(),
         rotary=f"{order} ({known})",
         faults=(*_setting_faults(params, len(shards)), *tree.faults()),
-        left=(*(["rope.freqs (follows from rope_theta)"] if "rope.freqs" in contents[0] else []), *_not_read(params)),
+        left=(*(["rope.freqs (follows from rope_theta)"] if "rope.freqs" in first else []), *_not_read(params)),
     )
     opened = open_vqgan(Place(image), None).image if image and image.is_file() else None
     return Found(NAME, policy, opened, text if text and text.is_file() else None)
@@ -114,7 +115,7 @@ def _shard_files(folder: Path) -> list[Path]:
     return files
 
 
-def _params(folder: Path) -> dict[str, Any]:
+def _params(folder: Path) -> dict[str, Json]:
     params = read_json(folder / "params.json")
     beside = folder / "consolidate_params.json"
     model = params.get("model")
@@ -122,7 +123,7 @@ def _params(folder: Path) -> dict[str, Any]:
     return {**params, **nested, **(read_json(beside) if beside.is_file() else {})}
 
 
-def _count(params: dict[str, Any], name: str) -> int | None:
+def _count(params: Mapping[str, Json], name: str) -> int | None:
     """A positive integer of params.json; None if it is missing or null. ValueError for anything else."""
     value = params.get(name)
     if value is not None and (not isinstance(value, int) or value < 1):
@@ -130,13 +131,21 @@ def _count(params: dict[str, Any], name: str) -> int | None:
     return value
 
 
-def _setting_faults(params: dict[str, Any], shards: int) -> list[str]:
+def _constant(params: Mapping[str, Json], name: str, default: float) -> float:
+    """A number of params.json, or `default` if it is missing. ValueError for anything else."""
+    value = params.get(name, default)
+    if not isinstance(value, int | float):
+        raise ValueError(f"params.json: {name} is {value!r}, no number; copy the tree again")
+    return value
+
+
+def _setting_faults(params: Mapping[str, Json], shards: int) -> list[str]:
     faults = [f"{key} {params[key]!r} (ours: none)" for key in _UNKNOWN if params.get(key)]
     faults += [
         f"{key} {params[key]!r} (ours: {ours!r})" for key, ours in _FIXED.items() if params.get(key) not in (None, ours)
     ]
     width = _count(params, "head_dim")
-    if width is not None and width * (params.get("n_heads") or 0) != params.get("dim"):
+    if width is not None and width * (_count(params, "n_heads") or 0) != params.get("dim"):
         faults.append(f"head_dim {width} (ours: dim / n_heads of {params.get('dim')} / {params.get('n_heads')})")
     parts = _count(params, "model_parallel_size")
     if parts is not None and parts != shards:
@@ -144,7 +153,7 @@ def _setting_faults(params: dict[str, Any], shards: int) -> list[str]:
     return faults
 
 
-def _not_read(params: dict[str, Any]) -> list[str]:
+def _not_read(params: Mapping[str, Json]) -> list[str]:
     """Settings of the model that neither Meta's code nor ours uses."""
     model = params.get("model")
     nested = model if isinstance(model, dict) else {}
@@ -152,7 +161,7 @@ def _not_read(params: dict[str, Any]) -> list[str]:
     return [f"params.json: {', '.join(given)} (Meta's own loader reads none of them)"] if given else []
 
 
-def _order(requested: Rotary | None, content: dict[str, Any], tree: _Tree) -> tuple[Rotary, str]:
+def _order(requested: Rotary | None, content: Mapping[object, object], tree: _Tree) -> tuple[Rotary, str]:
     if requested is not None:
         return requested, "as requested"
     norm = tree.shards[0].specs.get("layers.0.attention.q_normalization.weight")
@@ -169,7 +178,7 @@ def _order(requested: Rotary | None, content: dict[str, Any], tree: _Tree) -> tu
 class _Tree:
     """The tensors in Hugging Face's format, assembled from all shards."""
 
-    def __init__(self, shards: list[TensorFiles], params: dict[str, Any], parts: int):
+    def __init__(self, shards: list[TensorFiles], params: Mapping[str, Json], parts: int):
         self.shards, self.parts, self.params = shards, parts, params
         self.fused = _FUSED in shards[0].specs
         self.fused_gate = "layers.0.feed_forward.w13.weight" in shards[0].specs
@@ -197,9 +206,9 @@ class _Tree:
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": self.params.get("norm_eps", 1e-5),
-            "rope_theta": self.params.get("rope_theta", 10000.0),
-            "swin_norm": self.params.get("swin_norm") or False,
+            "rms_norm_eps": _constant(self.params, "norm_eps", 1e-5),
+            "rope_theta": _constant(self.params, "rope_theta", 10000.0),
+            "swin_norm": _constant(self.params, "swin_norm", False) if self.params.get("swin_norm") else False,
         }
 
     def tensors_of(self, name: str) -> list[Spec]:

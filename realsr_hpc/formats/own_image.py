@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from realsr_hpc.formats.found import Found, FoundImage
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs
-from realsr_hpc.formats.tensor_files import TensorFiles
+from realsr_hpc.formats.tensor_files import TensorFiles, open_file
 
 NAME = "image_tokenizer.safetensors of realsr_hpc"
 
@@ -18,7 +18,7 @@ def recognise(place: Place) -> Signs:
 
 def open_own(place: Place, rotary: Rotary | None) -> Found:
     """The tensors as stored: their names are ours already."""
-    files = TensorFiles([(place.path, place.content)])
+    files = TensorFiles([(place.path, open_file(place.path))])
     return Found(NAME, image=FoundImage(NAME, place.path, files.specs, files.read))
 
 

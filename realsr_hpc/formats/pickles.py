@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 from realsr_hpc.files import first_line, other_content
 
 _DTYPES = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
-ALLOWED: tuple[Any, ...] = (
+ALLOWED: tuple[Callable[..., object] | tuple[Callable[..., object], str], ...] = (
     argparse.Namespace,  # options of LlamaGen's trainer
     np.dtype,
     *_DTYPES,
@@ -30,7 +30,7 @@ _REFUSED = torch.serialization.pickle.UnpicklingError  # pyright: ignore[reportP
 _NAMED = re.compile(r"(?:GLOBAL|global(?!: GLOBAL)|class(?! <class))\W+([\w.]+)")
 
 
-def read_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> object:
     """The content of a file; in files of torch >= 1.6, tensors are memory-mapped and read on use.
 
     ValueError if the file is damaged, or contains a class that is not allowed: the message names it.

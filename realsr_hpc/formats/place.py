@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from realsr_hpc.files import json_value, other_content
+from realsr_hpc.files import Json, json_value, other_content
 from realsr_hpc.formats.found import Found
 from realsr_hpc.formats.pickles import read_pickle
 from realsr_hpc.formats.tensor_files import safetensors_specs
@@ -66,7 +66,7 @@ class Place:
         return next((path for name in names for path in sorted(self.path.glob(name)) if path.is_file()), None)
 
     @functools.cached_property
-    def content(self) -> Any:
+    def content(self) -> object:
         """Content of a single file: tensor specs by name (safetensors) or the unpickled object; else None."""
         if not self.path.is_file():
             return None
@@ -83,7 +83,7 @@ class Place:
         return {str(name) for name in inner}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Json]:
     """The object in a JSON file. ValueError, naming the file, if it is missing or holds anything else."""
     try:
         content = json_value(path.read_text(encoding="utf-8"))

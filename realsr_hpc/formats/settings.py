@@ -8,11 +8,11 @@ its effect is unknown.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from realsr_hpc.config.downloads import MODEL_TYPES
+from realsr_hpc.files import Json
 
-SIZES = {
+SIZES: dict[str, float | None] = {
     "vocab_size": None,
     "hidden_size": None,
     "intermediate_size": None,
@@ -25,7 +25,7 @@ SIZES = {
 }
 """Keys that are compared with the recipe, each with the value for a missing key (the default of transformers'
 `ChameleonConfig`); None: the key must be there."""
-FIXED: dict[str, tuple[Any, ...]] = {
+FIXED: dict[str, tuple[Json, ...]] = {
     "model_type": MODEL_TYPES,
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -60,15 +60,15 @@ WITHOUT_EFFECT = frozenset(
 """Names, training options and generation options; rope_*, head_dim and vq_config are checked separately."""
 
 
-def setting_faults(settings: Mapping[str, Any]) -> list[str]:
+def setting_faults(settings: Mapping[str, Json]) -> list[str]:
     """Settings of a config.json that our forward pass does not support; [] if it supports all."""
     faults = [*_rotary_faults(settings)]
     for key, allowed in FIXED.items():
         value = settings.get(key, allowed[0])
         if value not in allowed:
             faults.append(f"{key} {value!r} (ours: {allowed[0]!r})")
-    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
-    width = settings.get("head_dim")
+    sizes, width = sizes_of(settings), settings.get("head_dim")
+    heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
     if width is not None and heads and hidden and width != hidden // heads:
         faults.append(f"head_dim {width} (ours: hidden_size / num_attention_heads = {hidden // heads})")
     known = SIZES.keys() | FIXED.keys() | WITHOUT_EFFECT
@@ -79,32 +79,33 @@ def setting_faults(settings: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def mapping_of(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def mapping_of(settings: Mapping[str, Json], key: str) -> Mapping[str, Json]:
     """The mapping under a key; {} for null or a missing key. ValueError for anything else."""
     value = settings.get(key)
-    if value is not None and not isinstance(value, Mapping):
+    if value is not None and not isinstance(value, dict):
         raise ValueError(f"config.json: {key} is {value!r:.60}, no mapping; copy the folder again")
     return value or {}
 
 
-def token_ids(settings: Mapping[str, Any]) -> Mapping[str, int]:
+def token_ids(settings: Mapping[str, Json]) -> Mapping[str, int]:
     """Ids by token name; empty if the file has no map. ValueError if the map is invalid or an id is not a number."""
-    ids = mapping_of(settings, "vocabulary_map")
-    for name, token in ids.items():
-        if type(token) is not int:
+    ids: dict[str, int] = {}
+    for name, token in mapping_of(settings, "vocabulary_map").items():
+        if not isinstance(token, int) or isinstance(token, bool):
             raise ValueError(
                 f"config.json: vocabulary_map: {name!r} has id {token!r}, no number; copy the folder again"
             )
+        ids[name] = token
     return ids
 
 
-def _rotary_faults(settings: Mapping[str, Any]) -> list[str]:
-    faults = []
+def _rotary_faults(settings: Mapping[str, Json]) -> list[str]:
+    faults: list[str] = []
     for key in ("rope_scaling", "rope_parameters"):
         given = settings.get(key)
         if given is None:
             continue
-        if not isinstance(given, Mapping):
+        if not isinstance(given, dict):
             faults.append(f"{key} {given!r} (ours: none)")
             continue
         kind = given.get("rope_type", given.get("type", "default"))
@@ -112,27 +113,31 @@ def _rotary_faults(settings: Mapping[str, Any]) -> list[str]:
         # a partial rotary factor of 1 is the whole head, which we compute
         others = {name: value for name, value in others.items() if (name, value) != ("partial_rotary_factor", 1.0)}
         if kind != "default" or any(value is not None for value in others.values()):
-            faults.append(f"{key} {dict(given)!r} (ours: plain rotary embeddings, not scaled)")
-    if len(set(thetas := _thetas(settings))) > 1:
+            faults.append(f"{key} {given!r} (ours: plain rotary embeddings, not scaled)")
+    thetas = _thetas(settings)
+    if any(theta != thetas[0] for theta in thetas):
         faults.append(f"rope_theta {' and '.join(map(str, thetas))} (given twice; it is not known which one applies)")
     return faults
 
 
-def _thetas(settings: Mapping[str, Any]) -> list[Any]:
+def _thetas(settings: Mapping[str, Json]) -> list[Json]:
     """All values of `rope_theta` in the file; transformers 5 and later write it into `rope_parameters`."""
-    places = [settings, settings.get("rope_parameters"), settings.get("rope_scaling")]
-    found = [place.get("rope_theta") for place in places if isinstance(place, Mapping)]
-    return [theta for theta in found if theta is not None]
+    nested = (settings.get(key) for key in ("rope_parameters", "rope_scaling"))
+    places = [settings, *(place for place in nested if isinstance(place, dict))]
+    return [theta for place in places if (theta := place.get("rope_theta")) is not None]
 
 
-def sizes_of(settings: Mapping[str, Any]) -> dict[str, float]:
+def sizes_of(settings: Mapping[str, Json]) -> dict[str, float]:
     """Sizes under config.json's names. A missing key gets its default; one without a default is omitted.
 
     ValueError for a size that is not a number.
     """
     given = {**settings, "rope_theta": next(iter(_thetas(settings)), None)}
-    sizes = {key: default if given.get(key) is None else given[key] for key, default in SIZES.items()}
-    for key, value in sizes.items():
+    sizes: dict[str, float] = {}
+    for key, default in SIZES.items():
+        value = default if given.get(key) is None else given[key]
         if value is not None and not isinstance(value, int | float):
             raise ValueError(f"config.json: {key} is {value!r}, no number; copy the folder again")
-    return {key: value for key, value in sizes.items() if value is not None}
+        if value is not None:
+            sizes[key] = value
+    return sizes

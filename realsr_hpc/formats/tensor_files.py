@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,14 +24,16 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class TensorFiles:
     """The tensors of several files by name; each file is opened once and stays memory-mapped."""
 
-    def __init__(self, opened: Iterable[tuple[Path, Mapping[str, Any]]], stored: Mapping[str, str] | None = None):
+    def __init__(
+        self, opened: Iterable[tuple[Path, Mapping[str, Tensor | Spec]]], stored: Mapping[str, str] | None = None
+    ):
         """
         Args:
             opened: each file with its tensors or specs by name.
             stored: for tensors that the file stores under another name, that name.
         """
         self._stored = stored or {}
-        self._places: dict[str, tuple[Path, Any]] = {}
+        self._places: dict[str, tuple[Path, Tensor | Spec]] = {}
         self.specs: dict[str, Spec] = {}
         for path, tensors in opened:
             for name, value in tensors.items():
@@ -40,7 +41,7 @@ class TensorFiles:
                     raise ValueError(f"{name} is in {self._places[name][0]} and in {path}; copy the folder again")
                 self._places[name] = path, value
                 self.specs[name] = value if isinstance(value, Spec) else Spec(tuple(value.shape), value.dtype)
-        self._handles: dict[Path, Any] = {}
+        self._handles: dict[Path, safe_open] = {}
 
     def read(self, name: str) -> Tensor:
         """A tensor. ValueError, naming it, if it does not exist or holds NaN or infinities."""
@@ -51,6 +52,7 @@ class TensorFiles:
             if path not in self._handles:
                 self._handles[path] = safe_open(path, framework="pt")
             value = self._handles[path].get_tensor(self._stored.get(name, name))
+            assert isinstance(value, Tensor), "opened for torch"
         if value.layout != torch.strided or value.dtype not in DTYPES.values():
             kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
             raise ValueError(f"{path}: {name} is stored as {kind}; only {', '.join(DTYPES)} are weights that are read")
@@ -93,7 +95,7 @@ def _dtype(name: str, tensor: str, path: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def state_of(content: Any, path: Path, under: tuple[str, ...] = ()) -> dict[str, Any]:
+def state_of(content: object, path: Path, under: tuple[str, ...] = ()) -> dict[str, Tensor | Spec]:
     """The tensors (or specs) of an opened file, at the top level or below one of the keys `under`, and nothing else.
 
     ValueError if there are none.
@@ -118,7 +120,7 @@ def open_folder(folder: Path) -> TensorFiles:
     raise ValueError(f"{folder} has none of {', '.join(names)}; name a complete Hugging Face folder")
 
 
-def open_file(path: Path) -> Mapping[str, Any]:
+def open_file(path: Path) -> Mapping[str, Tensor | Spec]:
     """The specs of a safetensors file, or the memory-mapped tensors of a pickle."""
     return safetensors_specs(path) if path.suffix == ".safetensors" else state_of(read_pickle(path), path)
 

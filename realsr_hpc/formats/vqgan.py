@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from realsr_hpc.files import other_content
+from realsr_hpc.files import Json, other_content
 from realsr_hpc.formats.found import Found, FoundImage
 from realsr_hpc.formats.place import Format, Place, Rotary, Signs
 from realsr_hpc.formats.tensor_files import TensorFiles, state_of
 
 NAME = "taming VQGAN (vqgan.ckpt)"
 _UNDER = ("state_dict",)
-_FIXED = {
+_FIXED: dict[str, Json] = {
     "double_z": False,
     "attn_resolutions": [],
     "in_channels": 3,
@@ -32,7 +31,7 @@ _FIXED = {
 }
 _SIZES = {"z_channels", "resolution", "ch", "ch_mult", "num_res_blocks", "dropout"}
 """Settings of `ddconfig` that follow from the shapes of the tensors, or that only training uses."""
-SETTINGS = {
+SETTINGS: dict[str, Json] = {
     "normalised_codes": False,
     "attention": "middle",
     "decoder_norm": True,
@@ -76,11 +75,11 @@ def _yaml_faults(path: Path) -> list[str]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML ({str(error).splitlines()[0]}); copy it again") from None
-    params: Any = content
+    params: Mapping[str, Json] = content if isinstance(content, dict) else {}
     for key in ("model", "params"):
-        params = params.get(key, params) if isinstance(params, Mapping) else {}
-    inner = params.get("ddconfig") if isinstance(params, Mapping) else None
-    if not isinstance(inner, Mapping):
+        params = nested if isinstance(nested := params.get(key, params), dict) else {}
+    inner = params.get("ddconfig")
+    if not isinstance(inner, dict):
         raise ValueError(f"{path} {other_content(path) or 'holds no model.params.ddconfig; copy it again'}")
     given = {**params, **inner}
     unknown = sorted(key for key in inner if key not in _SIZES | _FIXED.keys() and inner[key] not in (None, False))

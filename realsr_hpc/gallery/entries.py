@@ -27,7 +27,7 @@ class Result:
     degradation: str | None = None
     texts: tuple[str | None, ...] = ()
     faults: tuple[str, ...] = ()
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict[str, float])
     total: float | None = None
     """The weighted reward, if there is one."""
     advantage: float | None = None
@@ -123,7 +123,7 @@ def _rollout(folder: Path, number: int, item: rollouts.KeptRollout) -> Result:
 
 
 def _evaluated(folder: Path, name: str, step: int, item: evaluation.EvaluatedImage) -> Entry:
-    results = []
+    results: list[Result] = []
     for method, made in item.methods.items():
         numbers = {key: value for key, value in _numbers(made.metrics).items() if key != "restored"}
         said = (made.degradation, made.texts, made.faults)

@@ -7,7 +7,6 @@ import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
@@ -63,7 +62,7 @@ def data_uri(path: Path) -> str:
 
 def _data_uris(paths: Mapping[str, Path]) -> dict[str, str]:
     """Data URIs by name; a file that cannot be read is left out and logged."""
-    shown = {}
+    shown: dict[str, str] = {}
     for name, path in paths.items():
         try:
             shown[name] = data_uri(path)
@@ -72,7 +71,7 @@ def _data_uris(paths: Mapping[str, Path]) -> dict[str, str]:
     return shown
 
 
-def _entry(number: int, entry: Entry) -> dict[str, Any]:
+def _entry(number: int, entry: Entry) -> dict[str, object]:
     numbers = list(dict.fromkeys(name for result in entry.results for name in result.numbers))
     totals = [result.total for result in entry.results if result.total is not None]
     return {
@@ -93,7 +92,7 @@ def _entry(number: int, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _result(result: Result, entry: Entry) -> dict[str, Any]:
+def _result(result: Result, entry: Entry) -> dict[str, object]:
     images = _data_uris(result.images)
     totals = [item.total for item in entry.results if item.total is not None]
     return {

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -24,7 +23,7 @@ from realsr_hpc.config.operation import ClusterConfig
 from realsr_hpc.config.places import output_root, without_root
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import start_files
-from realsr_hpc.files import read_json
+from realsr_hpc.files import Json, read_json
 from realsr_hpc.launch.rundir import run_folder
 from realsr_hpc.paths import resolve
 
@@ -187,7 +186,7 @@ class _Resolver:
         there = f"it leaves {left[field].name}" if field in left else f"write {{{node.stage}.export}}"
         return f"{node.stage} leaves no such file; {there}"
 
-    def _line(self, name: str, key: str, value: Any, after: dict[Path, None]) -> str:
+    def _line(self, name: str, key: str, value: Json, after: dict[Path, None]) -> str:
         value = self._filled(name, key, value, after)
         return f"{key}={value}" if key in GROUPS and isinstance(value, str) else f"{key}={written(value)}"
 
@@ -218,7 +217,7 @@ class _Resolver:
         """The recipe of the stage whose folder contains `path`; None if no stage writes there."""
         return next((node.config for node in self.nodes.values() if Path(path).is_relative_to(node.folder)), None)
 
-    def _argument(self, name: str, key: str, value: Any, after: dict[Path, None]) -> str:
+    def _argument(self, name: str, key: str, value: Json, after: dict[Path, None]) -> str:
         """A value as on the command line: lists joined by commas, relative paths resolved from the project's root."""
         items = value if isinstance(value, list) else [value]
         words = []
@@ -233,7 +232,7 @@ class _Resolver:
         return str(resolve(",".join(words))) if key in READ_PATHS else ",".join(words)
 
     def _command_node(
-        self, name: str, command: str, given: dict[str, str], after: tuple[Path, ...], cluster: dict[str, Any]
+        self, name: str, command: str, given: dict[str, str], after: tuple[Path, ...], cluster: Mapping[str, Json]
     ) -> Node:
         """The node of a command. Its job has one task with the run's resources per task, unless `cluster` differs."""
         upstream = next(node for node in self.nodes.values() if node.folder == after[0]).config
@@ -250,7 +249,7 @@ class _Resolver:
         config = upstream.model_copy(update={"cluster": own, "name": f"{self.chain.name}-{name}"})
         return Node(name, folder, config, after, command, arguments)
 
-    def _filled(self, name: str, key: str, value: Any, after: dict[Path, None]) -> Any:
+    def _filled(self, name: str, key: str, value: Json, after: dict[Path, None]) -> Json:
         """Replace every `{STAGE.WHAT}` in the value by its path; adds the folders of those nodes to `after`."""
         if isinstance(value, list):
             return [self._filled(name, key, item, after) for item in value]

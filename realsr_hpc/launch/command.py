@@ -6,7 +6,6 @@ import hashlib
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -15,7 +14,7 @@ from realsr_hpc.config.checks import name_fault
 from realsr_hpc.config.execution_checks import path_fault
 from realsr_hpc.config.load import RecipeError, compose, read_axes, recipe_names, swept_keys, to_yaml
 from realsr_hpc.config.schema import RunConfig
-from realsr_hpc.files import writable_folder
+from realsr_hpc.files import adapter, writable_folder
 from realsr_hpc.launch.asha import Halving
 from realsr_hpc.launch.console import print_plan, print_submissions
 from realsr_hpc.launch.follow import follow
@@ -178,9 +177,9 @@ def read_command_line(arguments: list[str]) -> tuple[Options, bool, list[str]]:
     multirun, rest = take_switch(arguments, "-m", "--multirun")
     defaults = {field.name: str(field.default).lower() if field.name in FLAGS else "" for field in fields(Options)}
     given, overrides = read_with_overrides(rest, {**defaults, "sampler": Options.sampler}, None)
-    values: dict[str, Any] = {**given, **{key: read_flag(given, key) for key in FLAGS}}
+    values: dict[str, object] = {**given, **{key: read_flag(given, key) for key in FLAGS}}
     values |= {key: read_count(given, key, least) if given[key] else 0 for key, least in COUNTS.items()}
-    options = Options(**values)
+    options = adapter(Options).validate_python(values)
     if options.sweep and (fault := name_fault(options.sweep)):
         raise RecipeError(f"sweep: {fault}")
     own = {override.partition("=")[0] for override in overrides}

@@ -17,7 +17,6 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.load import RecipeError, from_yaml
@@ -69,7 +68,7 @@ def notify(run_dir: Path, state: State, code: int | None, message: str) -> None:
         teller.join(END_TIMEOUT_S + 2.0)
 
 
-def _content(run_dir: Path, state: State, code: int | None, message: str) -> dict[str, Any]:
+def _content(run_dir: Path, state: State, code: int | None, message: str) -> dict[str, str | float | None]:
     progress = read_progress(run_dir)
     return {
         "event": EVENTS[state],

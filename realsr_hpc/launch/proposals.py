@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from realsr_hpc.config.identity import differences
 from realsr_hpc.config.load import Axis, RecipeError, compose_each, search_space, written
@@ -21,6 +22,9 @@ from realsr_hpc.config.metrics import best_is_highest, best_metric, measured_eve
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.halving import Trial, even_rungs
 from realsr_hpc.launch.rundir import run_folder
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 DRAWN = 27
 """Number of recipes that are drawn if `trials` is not given."""
@@ -174,7 +178,7 @@ def recipes(space: Space) -> list[RunConfig]:
     return compose_each([[*space.fixed, *overrides] for overrides in tried])
 
 
-def quiet_optuna(sampler: str) -> Any:
+def quiet_optuna(sampler: str) -> ModuleType:
     """Import Optuna with its log level set to warnings; RecipeError if it is not installed."""
     try:
         import optuna
@@ -200,7 +204,7 @@ def _read_rungs(text: str, total: int) -> tuple[int, ...]:
     return tuple(sorted({*(int(word) for word in words), total}))
 
 
-def _distribution(axis: Axis) -> Any:
+def _distribution(axis: Axis) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if axis.choices:
@@ -208,6 +212,6 @@ def _distribution(axis: Axis) -> Any:
     return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
-def _read(axis: Axis, line: str) -> Any:
+def _read(axis: Axis, line: str) -> str | float:
     value = line.partition("=")[2]
     return value if axis.choices else float(value)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 from realsr_hpc.config.load import Axis, RecipeError, compose_one, search_space
 from realsr_hpc.config.metrics import best_is_highest, best_metric, is_measured
@@ -22,6 +22,10 @@ from realsr_hpc.launch.proposals import quiet_optuna, refuse_another_space
 from realsr_hpc.launch.rundir import current_status, make_private, run_folder
 from realsr_hpc.locks import hold
 from realsr_hpc.tracking import metrics_by_step
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial, Trial
 
 WAIT_S = 120.0
 JOURNAL = "optuna.journal"
@@ -69,7 +73,7 @@ def _copied(root: Path, sweep: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _study(fixed: list[str], sweep: str, folder: Path) -> Any:
+def _study(fixed: list[str], sweep: str, folder: Path) -> Study:
     optuna = quiet_optuna("optuna")
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -86,7 +90,7 @@ def _study(fixed: list[str], sweep: str, folder: Path) -> Any:
     return study
 
 
-def _tell(study: Any, fixed: list[str]) -> list[Any]:
+def _tell(study: Study, fixed: list[str]) -> list[FrozenTrial]:
     """Report finished runs to Optuna; returns the trials that have no result yet."""
     from optuna.trial import TrialState
 
@@ -102,17 +106,17 @@ def _tell(study: Any, fixed: list[str]) -> list[Any]:
     return _running(study)
 
 
-def _running(study: Any) -> list[Any]:
+def _running(study: Study) -> list[FrozenTrial]:
     from optuna.trial import TrialState
 
     return list(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
 
 
-def _config(fixed: list[str], trial: Any) -> RunConfig:
+def _config(fixed: list[str], trial: FrozenTrial) -> RunConfig:
     return compose_one([*fixed, *trial.user_attrs["overrides"]])
 
 
-def _draw(trial: Any, axis: Axis) -> Any:
+def _draw(trial: Trial, axis: Axis) -> object:
     if axis.choices:
         return trial.suggest_categorical(axis.key, axis.choices)
     return trial.suggest_float(axis.key, axis.low, axis.high, log=axis.log)

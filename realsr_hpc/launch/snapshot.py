@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
 
 from realsr_hpc.config.places import output_root
 from realsr_hpc.config.schema import RunConfig
@@ -126,7 +125,7 @@ def code_version() -> dict[str, str]:
     return {"mlflow.source.git.commit": commit.strip(), "realsr_hpc.uncommitted": str(bool(_git("status", "-s")))}
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, str | dict[str, str]]:
     """Python, machine, commit and the version of every installed package. Environment variables are left out."""
     packages = {found.metadata["Name"]: found.version for found in distributions()}
     return {

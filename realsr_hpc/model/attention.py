@@ -6,7 +6,6 @@ Attention is torch's scaled_dot_product_attention everywhere: flash kernels on b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from realsr_hpc.parallel.layout import Branches
 class SdpaAttention(torch.nn.Module):
     """Megatron's core attention, computed with torch's scaled_dot_product_attention."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, **_: object) -> None:
         super().__init__()
         self.grouped = config.num_query_groups != config.num_attention_heads
 
@@ -31,7 +30,7 @@ class SdpaAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None,
         attention_bias: BranchedRows | None = None,
-        **_: Any,
+        **_: object,
     ) -> Tensor:
         """query [S, b, heads/tp, d], key and value [S, b, kv_heads/tp, d] -> [S, b, heads/tp * d].
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any  # autograd's contexts, Megatron's layers and their arguments
 
 import torch
 import torch.distributed as dist
@@ -144,7 +144,7 @@ class _Fp8Layer:
         delayed = self.fp8 is not None and self.fp8.scaling == "delayed"
         return self.largest.clone() if delayed else None
 
-    def set_extra_state(self, state: Any) -> None:
+    def set_extra_state(self, state: object) -> None:
         """Load the state of delayed scaling; a checkpoint written without FP8 has none."""
         if isinstance(state, Tensor) and self.fp8 is not None:
             self.largest = state.clone()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal  # Any: the marks that Megatron sets on parameters
 
 import torch
 import torch.distributed as dist

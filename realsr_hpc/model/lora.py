@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any  # autograd's contexts, Megatron's and Transformer Engine's linear layers, and their hooks
 
 import torch
 import torch.nn.functional as F

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any  # keywords of Megatron's TransformerConfig
 
 import torch
 

@@ -6,7 +6,7 @@ self_attention.linear_qkv, ...), so that weights, checkpoints and the decode loo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any  # Megatron's layer specifications and sharded states have no types
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ def _recompute_arguments(recompute: str) -> dict[str, Any]:
 class RMSNorm(torch.nn.RMSNorm):
     """Torch's RMSNorm, tagged so that its gradient is summed over tp under sequence parallelism."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         device = "cpu" if config.use_cpu_initialization else "cuda"
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_parameter_device(device))
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,14 +137,14 @@ class _HeadNorm(torch.nn.Module):
 class QNorm(_HeadNorm):
     """Norm of the queries, before the rotary embedding."""
 
-    def __init__(self, hidden_size: int, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, hidden_size: int, config: TransformerConfig, **_: object) -> None:
         super().__init__(config.num_attention_heads, hidden_size, config)
 
 
 class KNorm(_HeadNorm):
     """Norm of the keys, before the rotary embedding."""
 
-    def __init__(self, hidden_size: int, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, hidden_size: int, config: TransformerConfig, **_: object) -> None:
         super().__init__(config.num_query_groups or config.num_attention_heads, hidden_size, config)
 
 

@@ -1,3 +1,4 @@
+# pyright: strict, reportMissingTypeStubs=false
 """One optimizer update: data-parallel wrapping, forward and backward, clipping, AdamW.
 
 Gradients are those of the sum of all losses over microbatches and data-parallel ranks; nothing divides them. An update
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any  # Megatron's optimizers, model chunks and keywords
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar  # Any: what is replaced in torch.cuda and Megatron has no types
 
 import psutil
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+T = TypeVar("T")
 _CPU = torch.device("cpu")
 _named: torch.device | None = None
 _CGROUP = Path("/sys/fs/cgroup")
@@ -102,7 +103,7 @@ def has_transformer_engine() -> bool:
     return True
 
 
-def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
+def captured(step: Callable[[], T], where: torch.device) -> Callable[[], T]:
     """`step` as a CUDA graph: a call replays it on the tensors that it was captured with.
 
     `step` is run three times before capturing, as CUDA graphs require. On other devices `step` itself is returned.
@@ -120,7 +121,7 @@ def captured(step: Callable[[], Any], where: torch.device) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         result = step()
 
-    def replay() -> Any:
+    def replay() -> T:
         graph.replay()
         return result
 
@@ -219,7 +220,7 @@ def work_seconds(where: torch.device) -> float:
     return time.process_time() if where.type == "cpu" else time.perf_counter()
 
 
-def _names_cuda(value: Any) -> bool:
+def _names_cuda(value: object) -> bool:
     if isinstance(value, torch.device):
         return value.type == "cuda"
     return isinstance(value, str) and value.startswith("cuda")
@@ -243,7 +244,7 @@ class _CudaLiteralsToOurs(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _on_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _on_ours(kwargs: dict[str, object]) -> dict[str, object]:
     changed = dict(kwargs)
     named = changed.get("device")
     # an integer device means a CUDA ordinal; bool is excluded by the type of the argument

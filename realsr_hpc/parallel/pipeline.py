@@ -6,10 +6,10 @@ function divides by the global token count beforehand; nothing here divides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from realsr_hpc.parallel import backend
 from realsr_hpc.parallel.layout import Branches
 from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.records import LossTokens
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Pipelined(Protocol):
     """The model that a schedule runs: a policy, or the optimizer's wrapped chunks of one."""
 
     @property
-    def chunks(self) -> list[Any]:
+    def chunks(self) -> Sequence[MegatronModule]:
         """The model chunks of this stage."""
         ...
 
@@ -96,13 +99,15 @@ def _schedule(model: Pipelined) -> Callable[..., list[Outputs]]:
     return schedules.forward_backward_pipelining_without_interleaving
 
 
-def _forward_step(loss_fn: LossFunction) -> Callable[..., Any]:
+def _forward_step(loss_fn: LossFunction) -> Callable[..., object]:
     from megatron.core.utils import unwrap_model
 
     # the number of tokens by which Megatron would divide gradients; the loss is already divided
     one_token = torch.ones((), dtype=torch.int)
 
-    def step(batches: Iterator[Microbatch], chunk: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def step(
+        batches: Iterator[Microbatch], chunk: MegatronModule
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Outputs]]]:
         """Run one microbatch through a chunk; returns its output and the loss function that the last stage calls."""
         microbatch = next(batches)
         output = chunk(microbatch.tokens, microbatch.segment_ids, microbatch.branches, microbatch.image_blocks)

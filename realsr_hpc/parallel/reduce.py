@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from realsr_hpc.parallel.process_groups import ProcessGroups
 
+T = TypeVar("T")
 Group = dist.ProcessGroup | None
 """None: all processes, as in `torch.distributed`; `group.WORLD` is None before initialisation."""
 Reduction = Literal["sum", "mean", "max", "min"]
@@ -32,12 +33,12 @@ def reduce_float(value: float, group: Group, device: torch.device, how: Reductio
     return reduce_floats({"value": value}, group, device, how)["value"]
 
 
-def broadcast_from_last_stage(value: Any, groups: ProcessGroups) -> Any:
+def broadcast_from_last_stage(value: T, groups: ProcessGroups) -> T:
     """The last pipeline stage's object, on every stage. It is pickled, so it should be small."""
     return broadcast_object(value, groups.pp, groups.pp_size - 1)
 
 
-def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
+def broadcast_object(value: T, group: Group, source: int = 0) -> T:
     """The object of the group's rank `source`, on every rank."""
     if dist.get_world_size(group) == 1:
         return value
@@ -46,8 +47,8 @@ def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any, group: Group) -> list[Any]:
+def gather_objects(value: T, group: Group) -> list[T]:
     """Every rank's object, in rank order, on every rank."""
-    gathered: list[Any] = [None] * dist.get_world_size(group)
+    gathered = [value] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from realsr_hpc.config.checks import faults
 from realsr_hpc.config.derived import world_size
@@ -45,7 +44,7 @@ def way_to_fit(config: RunConfig) -> list[Knob]:
     return way
 
 
-def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
+def _changes(config: RunConfig) -> Iterator[dict[str, object]]:
     parallel, rollout, cluster = config.parallel, config.rollout, config.cluster
     if parallel.recompute == "none":
         yield {"parallel.recompute": "selective"}
@@ -77,7 +76,7 @@ def _changes(config: RunConfig) -> Iterator[dict[str, Any]]:
         yield {"cluster.nodes": 2 * cluster.nodes}
 
 
-def _turned(config: RunConfig, changes: dict[str, Any]) -> Knob | None:
+def _turned(config: RunConfig, changes: dict[str, object]) -> Knob | None:
     tree = config.model_dump()
     for path, value in changes.items():
         section, name = path.split(".")

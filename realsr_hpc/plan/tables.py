@@ -29,7 +29,8 @@ def knob_table(config: RunConfig) -> Table:
 
 def side_by_side(configs: Sequence[RunConfig]) -> list[list[str]]:
     """One row per recipe with the columns `HEADINGS`; efficiency is relative to the first recipe."""
-    rows, first = [], plan(configs[0]).tokens_per_gpu_s
+    rows: list[list[str]] = []
+    first = plan(configs[0]).tokens_per_gpu_s
     for config in configs:
         estimate, parallel = plan(config), config.parallel
         sent = estimate.traffic

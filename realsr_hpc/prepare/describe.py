@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any  # transformers' pipelines
 
 import numpy as np
 from jaxtyping import UInt8

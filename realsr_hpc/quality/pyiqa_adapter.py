@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal  # Any: pyiqa's metrics
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from realsr_hpc.quality.batching import same_shapes
 
 _STAGING = "realsr-hpc stage-weights recipe=NAME collect=DIR"
 _WEIGHT_SUFFIXES = {".pth", ".pt", ".mat", ".bin", ".npz", ".ckpt", ".safetensors"}
-_LIBRARIES: list[Any] = []
+_LIBRARIES: list[torch.library.Library] = []
 """Keeps the libraries alive whose operator declarations would vanish with them."""
 
 
@@ -185,7 +185,7 @@ def no_downloads(name: str) -> Iterator[None]:
     """Turn downloads by pyiqa, torch and CLIP into a ValueError that names the missing file."""
     from pyiqa.utils import download_util
 
-    def refuse(url: Any, dst: str = "", *_: Any, **__: Any) -> None:
+    def refuse(url: object, dst: str = "", *_: object, **__: object) -> None:
         raise ValueError(
             f"pyiqa metric {name!r} needs the weights {dst or url}, which are not there; copy them from {url} "
             "and list them in SHA256SUMS of the weights folder (options.weights_dir)"

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Transfers the input's colours to a restored image, by wavelets or AdaIN as in StableSR (Wang et al. 2024)."""
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from rich.text import Text
 from realsr_hpc.artifacts import restoration
 from realsr_hpc.artifacts.stored import Damaged
 from realsr_hpc.data.decoding import SUFFIXES, BrokenImage, opened
-from realsr_hpc.files import printable, sha256_of, write_atomically
+from realsr_hpc.files import Json, json_value, printable, sha256_of, write_atomically
 from realsr_hpc.locks import sole_writer
 from realsr_hpc.restore.image_files import Picture, find_images, read_picture, targets, write_picture
 from realsr_hpc.restore.reasoning import write_reasoning
@@ -28,9 +28,9 @@ from realsr_hpc.restore.tiles import Blended, Restorer, RestoreSettings, count_t
 class RestoreTally:
     """Lists which files of a folder are done, skipped or failed; filled in during restoring."""
 
-    done: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list[str])
+    skipped: list[str] = field(default_factory=list[str])
+    failed: dict[str, str] = field(default_factory=dict[str, str])
     """Reason, by file."""
     num_tiles: int = 0
     num_tiles_bicubic: int = 0
@@ -192,10 +192,10 @@ def _claim(output: Path, settings: RestoreSettings) -> None:
     write_atomically(path, json.dumps(wanted, indent=1))
 
 
-def _stored_settings(path: Path) -> dict[str, object]:
+def _stored_settings(path: Path) -> dict[str, Json]:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        held = json_value(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose an empty folder") from None
     return held if isinstance(held, dict) else {}
 

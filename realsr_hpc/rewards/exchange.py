@@ -10,12 +10,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from realsr_hpc.files import Json
 from realsr_hpc.records import JPEG, Blur, Candidate, DegradationLabel, Operators, ParsedTrace, ResizeTo, SceneText
 
 VERSION = 1
@@ -97,7 +98,7 @@ def received(document: bytes) -> list[Candidate]:
     return [_received(item) for item in request.rollouts]
 
 
-def answer(scores: np.ndarray, broken: np.ndarray) -> dict[str, Any]:
+def answer(scores: np.ndarray, broken: np.ndarray) -> dict[str, list[float | None]]:
     """The JSON document of an answer: null for each of the scores [n] that is marked in broken [n]."""
     pairs = zip(scores.tolist(), broken.tolist(), strict=True)
     return {"scores": [None if failed else score for score, failed in pairs]}
@@ -119,7 +120,7 @@ def scores_of(document: bytes, count: int) -> np.ndarray:
     return values
 
 
-def _json(document: bytes) -> Any:
+def _json(document: bytes) -> Json:
     try:
         return json.loads(document)
     except (ValueError, RecursionError) as error:
@@ -170,8 +171,7 @@ def _received(item: SentRollout) -> Candidate:
 def _sent_operator(operator: Blur | ResizeTo | JPEG) -> SentBlur | SentResize | SentJPEG:
     match operator:
         case Blur():
-            name: Any = str(operator.kernel.dtype)
-            return SentBlur(kernel=operator.kernel.tolist(), dtype=name)
+            return SentBlur.model_validate({"kernel": operator.kernel.tolist(), "dtype": str(operator.kernel.dtype)})
         case ResizeTo():
             return SentResize(**asdict(operator))
         case JPEG():

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Fidelity reward: whether the final image shows the same content as the LQ image.
 
 It counteracts the generation reward, which alone would also reward invented detail.

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Generation reward: the quality of the final image, by an expert without a reference.
 
 Experts: `niqe` (natural scene statistics, quality/niqe.py), `ranker` (a small CNN trained to rank degradations,

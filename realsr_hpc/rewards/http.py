@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
-from typing import Any
 
 import numpy as np
 import urllib3
@@ -47,7 +46,7 @@ class TooLong(ValueError):
 class _Connection(HTTPConnection):
     """A connection whose read time-out limits the whole answer; in urllib3 it limits each read from the socket."""
 
-    def getresponse(self) -> Any:
+    def getresponse(self) -> urllib3.HTTPResponse:
         """The response with its body. TimeoutError if it is not complete within the read time-out."""
         return _in_time(self, super().getresponse)
 
@@ -55,30 +54,31 @@ class _Connection(HTTPConnection):
 class _SecureConnection(HTTPSConnection):
     """The same over TLS."""
 
-    def getresponse(self) -> Any:
+    def getresponse(self) -> urllib3.HTTPResponse:
         """As in `_Connection`."""
         return _in_time(self, super().getresponse)
 
 
 class _Pool(urllib3.HTTPConnectionPool):
-    ConnectionCls: Any = _Connection
+    ConnectionCls = _Connection  # pyright: ignore[reportAssignmentType]  urllib3's own class does not fit its type either
 
 
 class _SecurePool(urllib3.HTTPSConnectionPool):
-    ConnectionCls: Any = _SecureConnection
+    ConnectionCls = _SecureConnection  # pyright: ignore[reportAssignmentType]
 
 
-def _in_time(connection: Any, answer: Callable[[], Any]) -> Any:
+def _in_time(connection: HTTPConnection, answer: Callable[[], urllib3.HTTPResponse]) -> urllib3.HTTPResponse:
     """The result of `answer`, which reads from the connection. After the read time-out the connection is shut down and
     TimeoutError is raised."""
-    own, late = connection.sock, threading.Event()
+    own, limit_s, late = connection.sock, connection.timeout, threading.Event()
+    assert limit_s is not None, "the pool sets both time-outs"
 
     def cut() -> None:
         late.set()
         with suppress(OSError):
             socket.socket.shutdown(own, socket.SHUT_RDWR)  # makes a blocked read return
 
-    timer = threading.Timer(connection.timeout, cut)
+    timer = threading.Timer(limit_s, cut)
     timer.daemon = True
     timer.start()
     try:
@@ -94,7 +94,7 @@ def _in_time(connection: Any, answer: Callable[[], Any]) -> Any:
     raise TimeoutError("the answer came too slowly")
 
 
-def _whole(reply: Any) -> urllib3.HTTPResponse:
+def _whole(reply: urllib3.HTTPResponse) -> urllib3.HTTPResponse:
     """The response with its body in memory. Raises TooLong."""
     body = reply.read(ANSWER_BYTES + 1)
     if len(body) > ANSWER_BYTES:

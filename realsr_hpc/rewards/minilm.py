@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """Sentence similarity by MiniLM, whose weights are a Python package (extra `text`): nothing is downloaded."""
 
 from __future__ import annotations

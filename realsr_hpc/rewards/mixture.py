@@ -1,8 +1,9 @@
+# pyright: strict, reportUnknownMemberType=false
 """The weighted sum of a recipe's rewards, together with the values of each term."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -47,7 +48,7 @@ class TermScores:
     """By term: scores, float64 [n], higher is better."""
     failures: dict[str, np.ndarray]
     """By term: which scores failed, bool [n]."""
-    places: dict[str, np.ndarray] = field(default_factory=dict)
+    places: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
     """By term that scores places: float64 [n, places], NaN rows for traces that cannot be scored by place."""
 
     @classmethod
@@ -109,7 +110,9 @@ class RewardMixture:
         """Scores of the candidates of all batches, in order."""
         candidates = [item for batch in batches for item in batch]
         malformed = np.array([not item.trace.well_formed for item in candidates], dtype=bool)
-        breakdown, failures, places = {}, {}, {}
+        breakdown: dict[str, np.ndarray] = {}
+        failures: dict[str, np.ndarray] = {}
+        places: dict[str, np.ndarray] = {}
         for name, reward in self.rewards.items():
             with self._at_work(reward):
                 scored = reward.score_batches(batches)
@@ -131,7 +134,7 @@ class RewardMixture:
         return [self._group(scores.taken(slice(end - size, end))) for end, size in zip(ends, sizes, strict=True)]
 
     @contextmanager
-    def _at_work(self, reward: Reward) -> Iterator[None]:
+    def _at_work(self, reward: Reward) -> Generator[None, None, None]:
         """Within this block an offloaded term's networks are on the device."""
         if not self.config.offload:
             yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 _SENSES = 2
 _ENDINGS = {"s": "", "ses": "s", "xes": "x", "zes": "z", "ches": "ch", "shes": "sh", "men": "man", "ies": "y"}
@@ -49,7 +50,7 @@ def _senses(line: str) -> tuple[str, tuple[int, ...]]:
     return fields[0], tuple(int(offset) for offset in fields[-count:][:_SENSES])
 
 
-def _words_at(data, offset: int) -> list[str]:
+def _words_at(data: BinaryIO, offset: int) -> list[str]:
     """The words of the sense at an offset: `offset file type count word id word id ...`."""
     data.seek(offset)
     fields = data.readline().decode().split()

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any  # Megatron's and Transformer Engine's linear layers
 
 import numpy as np
 import torch

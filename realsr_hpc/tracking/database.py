@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Opens MLflow's store. sqlite databases are created here too: atomically, private, by one process at a time."""
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.files import first_line, read_json, write_atomically
 from realsr_hpc.tracking.database import client
 from realsr_hpc.tracking.results import METRICS_A_BATCH, send_file, send_metrics, send_results
-from realsr_hpc.tracking.spool import Event, read_events
+from realsr_hpc.tracking.spool import Event, MetricsEvent, read_events
 from realsr_hpc.tracking.store import prepare_run, set_status, tracking_uri
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Delivery:
             self._arrived = _arrived_at(client(tracking_uri(self.config)), run_id)
         else:
             events = [event for event, end in read_events(self._spool) if end <= self._noted.offset]
-            self._arrived = {(key, event["step"]) for event in events for key in event.get("metrics", ())}
+            sent = [event for event in events if event["kind"] == "metrics"]
+            self._arrived = {(key, event["step"]) for event in sent for key in event["metrics"]}
         self._run_id = run_id
         self.num_results += send_results(client(tracking_uri(self.config)), run_id, self.run_dir)
         return run_id
@@ -100,10 +101,10 @@ class Delivery:
         write_atomically(runfolder.delivered(self.run_dir), json.dumps(asdict(noted)))
         self._noted = noted
 
-    def _send_metrics(self, mlflow, run_id: str, events: list[Event]) -> int:
+    def _send_metrics(self, mlflow: MlflowClient, run_id: str, events: list[Event]) -> int:
         from mlflow.entities import Metric
 
-        metrics = []
+        metrics: list[Metric] = []
         for event in _without_truncated(events):
             for key, value in event["metrics"].items():
                 if (key, event["step"]) not in self._arrived:
@@ -156,8 +157,8 @@ class DeliveryThread(threading.Thread):
         return True
 
 
-def _without_truncated(events: list[Event]) -> list[Event]:
-    kept: list[Event] = []
+def _without_truncated(events: list[Event]) -> list[MetricsEvent]:
+    kept: list[MetricsEvent] = []
     for event in events:
         if event["kind"] == "truncate":
             kept = [earlier for earlier in kept if earlier["step"] <= event["step"]]

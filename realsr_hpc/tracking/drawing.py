@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Draws grids of images and curves of metrics."""
 
 from __future__ import annotations

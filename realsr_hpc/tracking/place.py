@@ -64,5 +64,5 @@ def recipe_of(run_dir: Path) -> RunConfig:
     if os.path.exists(folder) and folder.samefile(run_dir):
         return config.model_copy(update={"output_root": str(written)})
     root = _root_now(place, run_dir)
-    tree = moved_below(config.model_dump(mode="json"), Path(place.root), root)
-    return RunConfig.model_validate({**tree, "output_root": str(root)})
+    moved = moved_below(config.model_dump(mode="json"), Path(place.root), root)
+    return RunConfig.model_validate(moved).model_copy(update={"output_root": str(root)})

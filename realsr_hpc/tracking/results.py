@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false
 """Adds metrics and files of evaluations to the MLflow run of a trained run.
 
 They are first appended to `results.jsonl` in the run's folder, one JSON object per line, because the spool has a single
@@ -147,7 +148,7 @@ def _append(path: Path, found: Results) -> None:
 
 def _read(content: bytes) -> list[Results]:
     """The results in complete, valid lines; incomplete and damaged lines are skipped."""
-    found = []
+    found: list[Results] = []
     for line in content.splitlines():
         try:
             found.append(parse_json(line, Results))

@@ -11,16 +11,42 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 from pydantic_core import from_json
 
 from realsr_hpc import runfolder
-from realsr_hpc.files import json_value
+from realsr_hpc.files import Json, json_value
 
-Event = dict[str, Any]
+
+class MetricsEvent(TypedDict):
+    """Metrics of a step."""
+
+    kind: Literal["metrics"]
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+
+
+class TruncateEvent(TypedDict):
+    """Events before this one of steps after `step` do not count."""
+
+    kind: Literal["truncate"]
+    step: int
+
+
+class ArtifactEvent(TypedDict):
+    """A file for MLflow."""
+
+    kind: Literal["artifact"]
+    path: str
+    folder: str
+    """Where it goes among the run's artifacts."""
+
+
+Event = MetricsEvent | TruncateEvent | ArtifactEvent
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, an exhausted quota, or a file of the largest size."""
 _KINDS: dict[str, dict[str, type]] = {
@@ -95,19 +121,27 @@ def _event(line: bytes) -> Event | None:
     """One event; None for a damaged line, as a disk that lost power can leave."""
     try:
         event = _parsed(line)
-        whole = all(type(event[key]) is kind for key, kind in _KINDS[event["kind"]].items())
-        values = event["metrics"].values() if event["kind"] == "metrics" and whole else ()
-        kinds = set(map(type, values))
-        whole = whole and kinds <= _NUMBERS
-        whole = whole and all(abs(event.get(key, 0)) <= LARGEST for key in ("step", "time_ms"))
-        if int in kinds and any(abs(value) > MOST_FLOAT for value in values if type(value) is int):
-            return None
-        return event if whole else None
-    except (ValueError, TypeError, KeyError):
+    except ValueError:
         return None
+    kinds = _KINDS.get(kind) if isinstance(event, dict) and isinstance(kind := event.get("kind"), str) else None
+    if kinds is None or not isinstance(event, dict) or any(type(event.get(key)) is not kinds[key] for key in kinds):
+        return None
+    found = cast("Event", event)  # its values are of the kinds that were asked for
+    if found["kind"] != "artifact" and abs(found["step"]) > LARGEST:
+        return None
+    if found["kind"] == "metrics" and (abs(found["time_ms"]) > LARGEST or not _are_floats(found["metrics"].values())):
+        return None
+    return found
 
 
-def _parsed(line: bytes) -> Any:
+def _are_floats(values: Collection[object]) -> bool:
+    kinds = set(map(type, values))
+    return kinds <= _NUMBERS and not (
+        int in kinds and any(abs(value) > MOST_FLOAT for value in values if isinstance(value, int))
+    )
+
+
+def _parsed(line: bytes) -> Json:
     """Parse JSON with pydantic_core, which is three times as fast as `json`: boards read hundreds of megabytes.
 
     `json` also accepts lone surrogates (`\\udc80`), which stand for bytes of file names that are not UTF-8.

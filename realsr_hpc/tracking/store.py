@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from realsr_hpc import runfolder
 from realsr_hpc.config.identity import flatten, signature
@@ -287,7 +287,7 @@ def _log_params(mlflow: MlflowClient, run_id: str, config: RunConfig) -> None:
         mlflow.log_batch(run_id, params=params[start : start + PARAMS_A_BATCH])
 
 
-def _in_parts(name: str, value: Any) -> list[tuple[str, str]]:
+def _in_parts(name: str, value: object) -> list[tuple[str, str]]:
     name, text = printable(name), printable(value) if isinstance(value, str) else json.dumps(value)
     parts = [text[start : start + MAX_PARAM_CHARACTERS] for start in range(0, len(text), MAX_PARAM_CHARACTERS)]
     return [(name, text)] if len(parts) <= 1 else [(f"{name}.{number}", part) for number, part in enumerate(parts, 1)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import psutil
 
@@ -35,8 +36,10 @@ class SystemUse:
 
     def _gpus(self) -> dict[str, float]:
         """Utilisation, memory and power of each GPU that is visible to this job."""
-        nvml, values = self._nvml, {}
-        for number in range(nvml.nvmlDeviceGetCount() if nvml else 0):
+        nvml, values = self._nvml, dict[str, float]()
+        if nvml is None:
+            return values
+        for number in range(nvml.nvmlDeviceGetCount()):
             gpu = nvml.nvmlDeviceGetHandleByIndex(number)
             values[f"system/gpu{number}/percent"] = float(nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
             values[f"system/gpu{number}_memory/gib"] = nvml.nvmlDeviceGetMemoryInfo(gpu).used / GIB
@@ -44,10 +47,10 @@ class SystemUse:
         return values
 
 
-def _nvml() -> Any:
+def _nvml() -> ModuleType | None:
     """NVIDIA's management library if it is installed (extra `gpu`) and finds a driver, else None."""
     try:
-        import pynvml  # pyright: ignore[reportMissingImports]
+        pynvml = importlib.import_module("pynvml")
     except ImportError:
         return None
     try:

@@ -15,7 +15,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from realsr_hpc import runfolder
+from realsr_hpc.artifacts import stored
 from realsr_hpc.config.schema import ParallelConfig
-from realsr_hpc.files import parse_json, replacing, write_atomically
+from realsr_hpc.files import json_value, parse_json, replacing, write_atomically
 from realsr_hpc.parallel.process_groups import ProcessGroups
 from realsr_hpc.records import GroupRewards, LQBatch, RolloutGroup, ScoredGroup, StepReport, lq_pixels
 from realsr_hpc.train.training_run import TrainingRun
@@ -62,6 +62,16 @@ class _Stored:
     dp_size: int
     metrics: dict[str, float]
     parallel: ParallelConfig | None = None
+
+
+@dataclass(frozen=True)
+class _StoredGroup:
+    """One group in the metadata of a rank's file."""
+
+    key: stored.Text
+    """The image's name in the manifest."""
+    weights: dict[str, float]
+    """Weights of the reward terms at this step."""
 
 
 def keep_step(run: TrainingRun, report: StepReport) -> None:
@@ -124,18 +134,18 @@ def _tensors(group: ScoredGroup) -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[ScoredGroup, ...]:
     with safe_open(path, framework="pt") as file:
-        facts: list[dict[str, Any]] = json.loads(file.metadata()["groups"])
-        return tuple(_group(file, number, fact) for number, fact in enumerate(facts))
+        listed = stored.checked(path, json_value(file.metadata()["groups"]), list[_StoredGroup], FORMAT)
+        return tuple(_group(file, number, group) for number, group in enumerate(listed))
 
 
-def _group(file: Any, number: int, fact: dict[str, Any]) -> ScoredGroup:
+def _group(file: safe_open, number: int, group: _StoredGroup) -> ScoredGroup:
     prefix = f"{number}."
     found = {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     rollouts = RolloutGroup(**{field.name: found.get(field.name) for field in fields(RolloutGroup)})  # type: ignore[arg-type]
-    breakdown = {name: found[f"rewards.{name}"] for name in fact["weights"]}
-    [source] = LQBatch(found["lq"], None, (None,), (None,), (fact["key"],), found["index"]).cases()
+    breakdown = {name: found[f"rewards.{name}"] for name in group.weights}
+    [source] = LQBatch(found["lq"], None, (None,), (None,), (group.key,), found["index"]).cases()
     places = {name: found[f"places.{name}"] for name in breakdown if f"places.{name}" in found}
-    rewards = GroupRewards(found["total"], breakdown, fact["weights"], places=places)
+    rewards = GroupRewards(found["total"], breakdown, group.weights, places=places)
     return ScoredGroup(source, rollouts, (), (), rewards, found.get("advantages"))
 
 

@@ -166,7 +166,7 @@ def _outcome(
     groups, done, steps = built.groups, 0, [step]
     if start is not None:
         checkpoint.refuse_damaged(start, groups)
-        done = checkpoint.load(start, built.policy, built.optimiser, groups)["step"]
+        done = checkpoint.load(start, built.policy, built.optimiser, groups).step
     for number in range(done + 1, step.number):  # repeat the updates between the checkpoint and the step
         before = read_step(runfolder.replay(run_dir, number))
         steps.append(before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -58,7 +57,7 @@ def _tensors(microbatches: list[Microbatch]) -> dict[str, torch.Tensor]:
     return named
 
 
-def _fields(name: str, record: Any) -> dict[str, torch.Tensor]:
+def _fields(name: str, record: object) -> dict[str, torch.Tensor]:
     """The tensors of a record and of the records in it, by their dotted names."""
     if isinstance(record, torch.Tensor):
         return {name: record.contiguous()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -26,6 +26,18 @@ DONE, REQUEUE = 0, 85
 """Exit codes of a training main: finished; stopped at a step boundary with a checkpoint, to be continued."""
 
 Stop = Callable[[], bool]
+
+
+class Source(Protocol):
+    """What a run reads: `LQLoader`, or `TraceLoader`."""
+
+    def state_dict(self) -> dict[str, bool | int | str]:
+        """Its position, and what that belongs to."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, bool | int | str]) -> None:
+        """Continue there. ValueError if the position belongs to something else."""
+        ...
 
 
 class TrainingRun:
@@ -48,24 +60,24 @@ class TrainingRun:
         self.parity = ParityGate(parts, self.counters) if config.precision.fp8 != "none" else None
         """The FP8 gate; None without FP8."""
 
-    def resume(self, loader: Any) -> int:
+    def resume(self, loader: Source) -> int:
         """Load the newest complete checkpoint, if there is one, into parts and loader; returns the steps done."""
         step = self._resume(loader)
         if self.parity is not None:
             self.parity.start(step)
         return step
 
-    def _resume(self, loader: Any) -> int:
+    def _resume(self, loader: Source) -> int:
         path = checkpoint.resume_path(self._saver.root, self.parts.groups)
         if path is None:
             self.tracker.truncate(-1)
             return 0
         state = checkpoint.load(path, self.parts.policy, self.parts.optimiser, self.parts.groups)
-        loader.load_state_dict(state["data"])
-        self.counters.update(state["counters"])
-        self.tracker.truncate(state["step"])
-        logger.info("resumed from %s: step %d of %d", path, state["step"], self.num_steps)
-        return state["step"]
+        loader.load_state_dict(state.data)
+        self.counters.update(state.counters)
+        self.tracker.truncate(state.step)
+        logger.info("resumed from %s: step %d of %d", path, state.step, self.num_steps)
+        return state.step
 
     def report(self, report: StepReport, text: str) -> None:
         """Send the metrics to the tracker, a line to the log, and the progress to the run's status."""
@@ -79,7 +91,7 @@ class TrainingRun:
         if self.parts.groups.is_main:
             logger.info("step %d/%d  %s", report.step, self.num_steps, text)
 
-    def must_stop(self, step: int, loader: Any) -> bool:
+    def must_stop(self, step: int, loader: Source) -> bool:
         """At the boundary after `step`: save a checkpoint when due, and return whether all ranks stop here.
 
         One rank's signal stops all ranks at the same step: the flag is reduced, so that the collective save cannot
@@ -127,9 +139,9 @@ class TrainingRun:
         self._saver.complete()
         self._not_saved = 0
 
-    def save(self, step: int, loader: Any) -> None:
+    def save(self, step: int, loader: Source) -> None:
         """Start a checkpoint with everything that the run needs to continue."""
-        state = {"step": step, "data": loader.state_dict(), "counters": self.counters, "run_id": self.tracker.run_id}
+        state = checkpoint.RunState(step, loader.state_dict(), self.counters, self.tracker.run_id)
         self._saver.start(step, self.parts.policy, self.parts.optimiser, state, self._measured)
 
     def _is_among_best(self) -> bool:

@@ -22,7 +22,7 @@ def train(
     config: Any, root: Path, steps: int, save_at: int | None, resume: bool, behind: bool = False
 ) -> dict[str, Any]:
     """Train to `steps`, perhaps from the newest checkpoint; weights, norms and a draw of every generator."""
-    from realsr_hpc.checkpoint import Keep, Saver, load, resume_path
+    from realsr_hpc.checkpoint import Keep, RunState, Saver, load, resume_path
     from realsr_hpc.optim.step import Optimiser
 
     policy = start(config)
@@ -38,7 +38,7 @@ def train(
                 parameter.data.fill_(7.0)
         path = resume_path(root, groups)
         assert path is not None
-        done = load(path, policy, optimiser, groups)["step"]
+        done = load(path, policy, optimiser, groups).step
     data = microbatches(2, groups.dp_rank, groups.dp_size)
     norms = []
     saver = Saver(root, Keep(last=2), behind=behind)
@@ -46,7 +46,7 @@ def train(
         norms.append(optimiser.step(data, loss_of(policy)).grad_norm)
         random.random(), np.random.random(), torch.rand(1)
         if step + 1 == save_at:
-            saver.start(save_at, policy, optimiser, {"step": save_at, "run": "x"}, None)
+            saver.start(save_at, policy, optimiser, RunState(save_at), None)
             if not behind:
                 saver.complete()
     if saver.pending:  # written behind the remaining steps, which changed the weights
@@ -102,7 +102,7 @@ def test_resumes_on_another_layout(
 
 def save_on_a_full_disk(config: Any, root: Path, limits: list[tuple[int, int]]) -> dict[str, Any]:
     """Save under each (rank, bytes) limit of that rank's files, then without; what each save came to."""
-    from realsr_hpc.checkpoint import Keep, NotSaved, Saver, latest
+    from realsr_hpc.checkpoint import Keep, NotSaved, RunState, Saver, latest
     from realsr_hpc.optim.step import Optimiser
 
     policy = start(config)
@@ -115,7 +115,7 @@ def save_on_a_full_disk(config: Any, root: Path, limits: list[tuple[int, int]]) 
         if rank == policy.groups.world_rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
         try:
-            saver.start(step, policy, optimiser, {"step": step}, None)
+            saver.start(step, policy, optimiser, RunState(step), None)
             saver.complete()
             said.append("saved")
         except NotSaved as error:

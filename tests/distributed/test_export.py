@@ -43,7 +43,7 @@ def make_run(folder: Path, wide: ParallelConfig) -> None:
     train_text_tokenizer(["a lion on a rock"], 300, folder / "text.json")
     groups = initialise(config.parallel, config.seed)
     size = TraceTokenizer.load(config, groups.device).codec.vocabulary.size
-    state = {"step": 1, "data": {}, "counters": {}, "run_id": ""}
+    state = checkpoint.RunState(1)
     checkpoint.save(folder / "checkpoints", 1, build_policy(config, groups, size), None, state, checkpoint.Keep(last=1))
     (folder / "recipe.yaml").write_text(to_yaml(config_in(folder, wide)))
     export_run(folder, folder / "single")

@@ -188,7 +188,7 @@ def make_run(run: Path, overriding: list[str]) -> None:
     run.mkdir()
     plain = config.model_copy(update={"model": config.model.model_copy(update={"weights": None})})
     (run / "recipe.yaml").write_text(to_yaml(plain), encoding="utf-8")
-    state = {"step": 0, "data": {}, "counters": {}, "run_id": ""}
+    state = checkpoint.RunState(0)
     checkpoint.save(run / "checkpoints", 0, policy, None, state, checkpoint.Keep(last=1))
 
 

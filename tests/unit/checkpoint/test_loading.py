@@ -13,7 +13,7 @@ from realsr_hpc.model.policy import Policy
 from tests.steps import small_parts
 
 torch.set_num_threads(1)
-STATE = {"step": 3}
+STATE = checkpoint.RunState(3)
 
 
 @pytest.fixture(scope="module")

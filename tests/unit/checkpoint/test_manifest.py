@@ -17,9 +17,8 @@ def write(root: Path, step: int, metric: float | None = None) -> Path:
     for name in ("a.bin", "b.bin"):
         (aside / name).write_bytes(str(step).encode() * 100)
     final = integrity.folder_of(root, step)
-    integrity.complete(
-        aside, final, integrity.describe(aside, integrity.content(aside)), {"step": step, "metric": metric}
-    )
+    files = integrity.describe(aside, integrity.content(aside))
+    integrity.complete(aside, final, files, integrity.Facts(step, metric=metric))
     return final
 
 

@@ -21,7 +21,7 @@ def test_no_parameter_is_held_twice_while_a_checkpoint_is_written_or_loaded(tmp_
     try:
         kept = build_policy(config, groups, 512)
         other = build_policy(config.model_copy(update={"seed": config.seed + 1}), groups, 512)
-        state = {"step": 0, "data": {}, "counters": {}, "run_id": ""}
+        state = checkpoint.RunState(0)
         with Allocations() as written:
             path = checkpoint.save(tmp_path, 0, kept, None, state, checkpoint.Keep(last=1))
         with Allocations() as seen:

@@ -83,7 +83,7 @@ def _make_run(folder: Path, **options) -> Run:
     run_dir = folder / "run"
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text(to_yaml(config))
-    state = {"step": 7, "data": {}, "counters": {}, "run_id": ""}
+    state = checkpoint.RunState(7)
     checkpoint.save(run_dir / "checkpoints", 7, policy, None, state, checkpoint.Keep(last=1))
     export_run(run_dir, folder / "export")
     return Run(run_dir, folder / "export", config, policy, tokens, local_to_hf(policy))

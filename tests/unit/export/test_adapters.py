@@ -39,7 +39,7 @@ def adapted(run, tmp_path_factory) -> tuple[Path, RunConfig, Policy]:
     for _, parameter in lora.parameters(policy):
         parameter.data.normal_(0.0, 0.3)
     (folder / "recipe.yaml").write_text(to_yaml(config))
-    state = {"step": 2, "data": {}, "counters": {}, "run_id": ""}
+    state = checkpoint.RunState(2)
     checkpoint.save(folder / "checkpoints", 2, policy, None, state, checkpoint.Keep(last=1))
     return folder, config, policy
 
