@@ -291,11 +291,12 @@ def random_file(rank: int) -> str:
 
 def random_states() -> RandomStates:
     """Every generator of this process."""
-    kind, keys, position, has_normal, normal = np.random.get_state(legacy=True)
+    state = np.random.get_state(legacy=False)
+    keys = torch.from_numpy(np.asarray(state["state"]["key"], np.int64))
     tracker: Any = get_cuda_rng_tracker()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), position, has_normal, normal),
+        "numpy": (state["bit_generator"], keys, state["state"]["pos"], state["has_gauss"], state["gauss"]),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "megatron": tracker.get_states(),
