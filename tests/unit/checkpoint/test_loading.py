@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,3 +59,9 @@ def test_halves_of_a_layer_are_written_once(tmp_path):
     written = sum(file.stat().st_size for file in path.glob("*.distcp"))
     weights = sum(parameter.nbytes for parameter in policy.parameters())
     assert weights <= written < 1.1 * weights
+
+
+def test_a_state_of_another_type_is_named(weights_only, tmp_path):
+    path = shutil.copytree(weights_only, tmp_path / weights_only.name)
+    (path / "state.json").write_text('{"run": {"step": "third"}, "optimiser": null}', encoding="utf-8")
+    assert f"checkpoint {path}: its state.json is damaged (run.step: " in refused(path, small_parts().policy)
