@@ -8,6 +8,7 @@ from tests.mutation_training import ROWS as TRAINING_ROWS
 RESTORE = "tests/unit/restore/test_restore.py::test_"
 OPENED = "tests/unit/restore/test_model.py::test_"
 CANDIDATES = "tests/unit/restore/test_candidates.py::test_"
+COLOUR = "tests/unit/restore/test_colour.py::test_"
 RESTORE_FOLDER = "restore/image_folder.py"
 DEGRADED = "tests/unit/data/test_degradation.py::test_"
 LOADED = "tests/unit/data/test_loader.py::test_"
@@ -51,14 +52,19 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("two digits of the scores", "round(score, 4)", "round(score, 2)"),
     ),
     ("restore/tiles.py", f"{CANDIDATES}tiles_overlap_by_what_the_command_says_if_no_one_does"): (
-        ("another overlap from Python", "overlap_px: int = 8", "overlap_px: int = 4"),
+        ("another overlap from Python", "overlap_px: int = 4", "overlap_px: int = 8"),
     ),
     ("restore/tiles.py", f"{RESTORE}workers_restore_the_same_and_share_the_tiles_evenly"): (
         ("a batch counts as a tile", "on_tiles(len(part))", "on_tiles(1)"),
     ),
-    ("restore/colour.py", f"{RESTORE}low_frequencies_are_five_dilated_filters"): (
+    ("restore/colour.py", f"{COLOUR}low_frequencies_are_five_dilated_filters"): (
         ("four levels", "_LEVELS = 5", "_LEVELS = 4"),
-        ("dark borders", 'mode="replicate"', 'mode="constant"'),
+        ("dark borders", 'mode="replicate"), kernel', 'mode="constant"), kernel'),
+    ),
+    ("restore/colour.py", f"{COLOUR}back_projection_makes_the_average_agree_with_the_input_and_keeps_finer_detail"): (
+        ("noise enters", "square() / 2)", "square() * 2)"),
+        ("dark borders in the error", 'mode="replicate"), taps', 'mode="constant"), taps'),
+        ("the error away", "return ours + interpolate", "return ours - interpolate"),
     ),
     ("restore/tiles.py", f"{RESTORE}seams_fade_over_the_overlap"): (
         ("every tile draws alike", "index=n)", "index=0)"),

@@ -223,7 +223,6 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     from realsr_hpc.records import Case, RestoredImage
     from realsr_hpc.restore import open_with_options, restore_cases, restore_images
     from realsr_hpc.restore.colour import fix_colour
-    from realsr_hpc.restore.image_files import resized
 
     restorer, settings = open_with_options(given, config, checkpoint)
     tile_px, colour = settings.tile_px, settings.colour
@@ -237,7 +236,7 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     def fixed(case: Case, item: RestoredImage) -> RestoredImage:
         if item.image is None:
             return item
-        final = fix_colour(item.image, resized(case.lq, *item.image.shape[:2]), colour)
+        final = fix_colour(item.image, case.lq, colour)
         return replace(item, images=(*item.images[:-1], final))
 
     return method

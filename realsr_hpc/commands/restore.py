@@ -7,9 +7,10 @@ middle images. Repeating the command restores only missing images.
   upscale=4            1 up to the model's factor
   candidates=4         results sampled per tile, of which choose= takes one: ranker, niqe, fidelity (to the input),
                        mean (of all), or pyiqa:METRIC with weights_dir=DIR
-  colour=wavelet       give the result the input's colours: none, wavelet or adain
-  temperature=0.7 text_temperature= image_top_k= text_top_k= top_p= cfg_scale=   the recipe's section `restore`
-  overlap_px=8         overlap of tiles, in input pixels
+  colour=back_projection   correct the result by the input: none, wavelet or adain (colours), back_projection (all that
+                       is coarser than an input pixel)
+  temperature=0.7 text_temperature= image_top_k= text_top_k= top_p= cfg_scale=   with colour=: the recipe's `restore`
+  overlap_px=4         overlap of tiles, in input pixels
   steps=false          only the restored image: no rough and middle images, no NAME.steps.jpg
   batch_size=64        tiles restored at once by each worker (a CPU core); default: chosen for speed and free memory
 """

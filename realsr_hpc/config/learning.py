@@ -74,6 +74,9 @@ class RolloutConfig(Section, tasks=POLICY):
     """Tokens per row that one decoding pass verifies; the sampled tokens do not change. auto: the fastest number."""
 
 
+ColourFix = Literal["none", "wavelet", "adain", "back_projection"]
+
+
 class RestoreConfig(Section, role="operation"):
     """Sampling options for restoring and evaluating; training uses `rollout`. They do not decide a run's result."""
 
@@ -89,6 +92,9 @@ class RestoreConfig(Section, role="operation"):
     """Sample from the smallest set of most probable tokens whose probabilities sum to this; 1: off."""
     cfg_scale: NonNegative | None = None
     """Classifier-free guidance on image tokens; None: as `rollout.cfg_scale`."""
+    colour: ColourFix = "none"
+    """Correct the final image by its input: `wavelet` and `adain` transfer colours, `back_projection` everything that
+    is coarser than an input pixel (values: docs/looking.md)."""
 
 
 class GRPOConfig(Section, tasks=("grpo",)):

@@ -7,25 +7,21 @@ options.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 from pydantic import ValidationError
 
-from realsr_hpc.config.arguments import read_choice, read_count
+from realsr_hpc.config.arguments import read_count
 from realsr_hpc.config.learning import RestoreConfig
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.config.weights import pyiqa_needs
 
-ColourFix = Literal["none", "wavelet", "adain"]
-COLOUR_FIXES: tuple[ColourFix, ...] = get_args(ColourFix)
 CHOICES = ("ranker", "niqe", "fidelity", "mean")
 """Experts that choose among candidates and need no staged weights; pyiqa:METRIC is valid too."""
 RESTORING: dict[str, str | None] = {
     "candidates": "1",
     "choose": "ranker",
     "weights_dir": None,
-    "colour": "none",
-    "overlap_px": "8",
+    "overlap_px": "4",
     **dict.fromkeys(RestoreConfig.model_fields),
 }
 """The options with their defaults; None: as the recipe says, or not needed."""
@@ -33,7 +29,6 @@ RESTORING: dict[str, str | None] = {
 
 def check_restoring(given: Mapping[str, str | None]) -> None:
     """ValueError for a value that is wrong for every recipe."""
-    read_choice(given, "colour", COLOUR_FIXES)
     read_count(given, "candidates", 1)
     read_count(given, "overlap_px")
     refuse_unknown_choice(given["choose"] or "")

@@ -1,30 +1,57 @@
 # pyright: strict, reportUnknownMemberType=false
-"""Transfers the input's colours to a restored image, by wavelets or AdaIN as in StableSR (Wang et al. 2024)."""
+"""Corrects a restored image by the low-quality image it was restored from.
+
+A model that paints from tokens drifts in brightness and colour, and moves edges, where the input still shows what is
+right. `wavelet` and `adain` transfer the input's colours as in StableSR (Wang et al. 2024); `back_projection` also
+corrects structure that is coarser than an input pixel (Irani and Peleg 1991).
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, pad
 
-from realsr_hpc.config.restoring import ColourFix
+from realsr_hpc.config.learning import ColourFix
+from realsr_hpc.restore.image_files import resized
 
 _LEVELS = 5
 
 
-def fix_colour(image: np.ndarray, reference: np.ndarray, how: ColourFix) -> np.ndarray:
-    """The image, uint8 [H, W, 3], with the colours of `reference`, which is the input resized to the same shape.
+def fix_colour(image: np.ndarray, lq: np.ndarray, how: ColourFix) -> np.ndarray:
+    """The image uint8 [f h, f w, 3], corrected by its input uint8 [h, w, 3].
 
-    wavelet: low frequencies from the reference, high frequencies from the image. adain: each channel gets the
-    reference's mean and standard deviation.
+    back_projection: averaged down, the result shows the input, but for what is finer than an input pixel (noise).
+    wavelet: low frequencies from the enlarged input, high frequencies from the image. adain: each channel gets the
+    enlarged input's mean and standard deviation.
     """
     if how == "none":
         return image
-    # uint8 [H, W, 3] -> float32 [3, H, W] in 0..255
-    ours, theirs = (torch.from_numpy(np.array(x)).permute(2, 0, 1).float() for x in (image, reference))
-    fixed = ours - low_frequencies(ours) + low_frequencies(theirs) if how == "wavelet" else _adain(ours, theirs)
+    ours = _planes(image)
+    if how == "back_projection":
+        fixed = _back_projected(ours, _planes(lq))
+    else:
+        theirs = _planes(resized(lq, *image.shape[:2]))
+        fixed = ours - low_frequencies(ours) + low_frequencies(theirs) if how == "wavelet" else _adain(ours, theirs)
     return fixed.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def _planes(image: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, H, W] in 0..255."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def _back_projected(ours: Tensor, lq: Tensor) -> Tensor:
+    """ours [3, f h, f w] plus the enlarged error of its average against lq [3, h, w].
+
+    The error is smoothed by a Gaussian of one input pixel, so that the input's noise and block edges stay out.
+    """
+    error = lq - avg_pool2d(ours, ours.shape[-1] // lq.shape[-1])
+    taps = torch.exp(-torch.arange(-3, 4.0).square() / 2)
+    taps = taps / taps.sum()
+    error = conv2d(pad(error[:, None], (3, 3, 3, 3), mode="replicate"), taps.view(1, 1, 7, 1) * taps)  # [3, 1, h, w]
+    return ours + interpolate(error, ours.shape[-2:], mode="bicubic", align_corners=False)[:, 0]
 
 
 def low_frequencies(planes: Tensor) -> Tensor:

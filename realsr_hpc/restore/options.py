@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from realsr_hpc.config.arguments import read_count
-from realsr_hpc.config.restoring import ColourFix, check_restoring, refuse_what_does_not_fit
+from realsr_hpc.config.restoring import check_restoring, refuse_what_does_not_fit
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.parallel import backend
 from realsr_hpc.restore.candidates import BestOf, build_chooser
@@ -30,7 +30,7 @@ def open_with_options(
     batch_size: int = 0,
     steps: bool = True,
 ) -> tuple[Restorer, RestoreSettings]:
-    """Restorer and settings from candidates=, choose=, weights_dir=, colour= and overlap_px=.
+    """Restorer and settings from candidates=, choose=, weights_dir= and overlap_px=, and the recipe.
 
     A wrong value raises ValueError before anything is loaded.
 
@@ -45,7 +45,6 @@ def open_with_options(
     """
     check_restoring(given)
     refuse_what_does_not_fit(given, config)
-    colour: ColourFix = given["colour"]  # type: ignore[assignment]
     count, choice = read_count(given, "candidates", 1), given["choose"] or ""
     factor, expert = config.vlcot.upscale, None
     source = f"{origin_of(name)} {config.restore.model_dump(exclude_none=True)}"
@@ -53,7 +52,7 @@ def open_with_options(
         source += f" best of {count} by {choice}"
         expert = build_chooser(choice, given["weights_dir"])
     tile_px = config.vlcot.image_sizes_px[-1] // factor
-    settings = RestoreSettings(source, tile_px, factor, upscale, read_count(given, "overlap_px"), colour)
+    settings = RestoreSettings(source, tile_px, factor, upscale, read_count(given, "overlap_px"), config.restore.colour)
     restorer = open_restorer(config, checkpoint)
     restorer.with_steps = steps
     device = restorer.policy.groups.device

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from realsr_hpc.artifacts.restoration import RestoredTile
+from realsr_hpc.config.learning import ColourFix
 from realsr_hpc.config.restoring import refuse_wide_overlap
 from realsr_hpc.parallel import backend
 from realsr_hpc.records import Case, RestoredImage
 from realsr_hpc.restore.candidates import Chosen
-from realsr_hpc.restore.colour import ColourFix, fix_colour
+from realsr_hpc.restore.colour import fix_colour
 from realsr_hpc.restore.image_files import resized
 from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
@@ -41,7 +42,7 @@ class RestoreSettings:
     """Factor that the model was trained for."""
     upscale: float = 0.0
     """Factor of the result, from 1 to the model's; 0: the model's."""
-    overlap_px: int = 8
+    overlap_px: int = 4
     """Overlap of neighbouring tiles in LQ pixels."""
     colour: ColourFix = "none"
     batch_size: int = 64
@@ -173,8 +174,7 @@ class _Canvas:
     def finish(self) -> Blended:
         """The blended result without padding, with the colour fix, resized to `RestoreSettings.factor`."""
         height, width = self.rgb.shape[:2]
-        large = self.final.blended(height, width)
-        large = fix_colour(large, resized(self.rgb, *large.shape[:2]), self.settings.colour)
+        large = fix_colour(self.final.blended(height, width), self.rgb, self.settings.colour)
         factor = self.settings.factor
         image = resized(large, round(height * factor), round(width * factor))  # factor >= 1: never empty
         steps = {name: total.blended(height, width) for name, total in self.steps.items()}

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 PLACEHOLDER = "<|image|>"
 STAGES = ("rough", "middle", "final")
+COLOUR_FIXES = ("none", "wavelet", "adain", "back_projection")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 FILES = ("realsr.json", "tokenizer.json", "tokenizer_config.json", "vq_decoder.safetensors", "recipe.yaml")
 CODE_FILES = ("processing_realsr.py", "modeling_realsr.py")
@@ -73,8 +74,9 @@ class RealSRProcessor(ProcessorMixin):
         """PIL image of any size -> restored PIL image, a square; with `details`, also the fields of its trace.
 
         The image is shown to the model as one square, as in training: tile larger photographs before. `sampling`:
-        temperature, text_temperature, image_top_k, text_top_k, top_p, cfg_scale; they and the seed are by default
-        those that the run's recipe restores with. With the same ones realsr_hpc's own restoring draws the same tokens.
+        temperature, text_temperature, image_top_k, text_top_k, top_p, cfg_scale, and colour, which corrects the result
+        by the image; they and the seed are by default those that the run's recipe restores with. With the same ones
+        realsr_hpc's own restoring draws the same tokens.
         """
         pixels = torch.from_numpy(np.array(as_rgb(image))).movedim(-1, 0)[None]
         prompt = self.prompt(model, pixels)
@@ -93,7 +95,9 @@ class RealSRProcessor(ProcessorMixin):
         fields = self.parse(tokens[0, prompt.shape[1] :])
         codes = torch.from_numpy(fields["final_image"])[None]
         decoder = model.load_decoder(self.source, **self.options)
-        decoded = ((decoder(codes)[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        decoded = ((decoder(codes)[0].float() + 1) * 127.5).round().clamp(0, 255)
+        colour, tile_px = sampler.settings["colour"], decoded.shape[-1] // self.trace["upscale"]
+        decoded = corrected(decoded, as_rgb(image), colour, tile_px).to(torch.uint8)
         restored = Image.fromarray(decoded.movedim(0, -1).numpy())
         if image.mode in ("RGB", "RGBA", "P", "PA") and "icc_profile" in image.info:  # of RGB, so still the pixels' own
             restored.info["icc_profile"] = image.info["icc_profile"]
@@ -349,9 +353,49 @@ def refuse_wrong(settings):
             "text_temperature": ("above 0, or None", value is None or (is_number and value > 0)),
             "top_p": ("above 0, at most 1", is_number and 0 < value <= 1),
             "cfg_scale": ("0 or more", is_number and value >= 0),
+            "colour": (f"one of {', '.join(COLOUR_FIXES)}", value in COLOUR_FIXES),
         }.get(name, ("whole, 0: off", isinstance(value, int) and value >= 0))
         if not fits:
-            raise ValueError(f"{name}={value!r}: give a number {wanted}")
+            raise ValueError(f"{name}={value!r}: give {'' if name == 'colour' else 'a number '}{wanted}")
+
+
+def corrected(restored, image, how, tile_px):
+    """float [3, S, S] in 0..255, corrected by the RGB image it was restored from; see `fix_colour` of realsr_hpc.
+
+    Of a larger image than the model restores, only what is left of it at `tile_px` corrects.
+    """
+    if how == "none":
+        return restored
+    side = restored.shape[-1]
+    if how == "back_projection":
+        lq = torch.from_numpy(np.array(image)).movedim(-1, 0).float().to(restored.device)
+        sizes = [min(length, tile_px) for length in lq.shape[-2:]]
+        error = F.adaptive_avg_pool2d(lq, sizes) - F.adaptive_avg_pool2d(restored, sizes)
+        taps = torch.exp(-torch.arange(-3, 4.0).square() / 2).to(error.device)
+        taps = taps / taps.sum()
+        error = F.conv2d(F.pad(error[:, None], (3, 3, 3, 3), mode="replicate"), taps.view(1, 1, 7, 1) * taps)
+        fixed = restored + F.interpolate(error, (side, side), mode="bicubic", align_corners=False)[:, 0]
+    else:
+        enlarged = image.resize((side, side), Image.Resampling.BICUBIC)
+        reference = torch.from_numpy(np.array(enlarged)).movedim(-1, 0).float().to(restored.device)
+        if how == "wavelet":
+            fixed = restored - low_frequencies(restored) + low_frequencies(reference)
+        else:
+            (mean, spread), (wanted_mean, wanted_spread) = (
+                (x.mean((1, 2), keepdim=True), x.std((1, 2), keepdim=True, correction=0)) for x in (restored, reference)
+            )
+            fixed = (restored - mean) / spread.clamp(min=1e-5) * wanted_spread + wanted_mean
+    return fixed.round().clamp(0, 255)
+
+
+def low_frequencies(planes):
+    """What five levels of the à trous transform leave of [3, S, S]."""
+    taps = torch.tensor([0.25, 0.5, 0.25], device=planes.device)
+    for spread in (1, 2, 4, 8, 16):
+        for kernel, border in ((taps.view(1, 1, 3, 1), (0, 0, spread, spread)),
+                               (taps.view(1, 1, 1, 3), (spread, spread, 0, 0))):  # fmt: skip
+            planes = F.conv2d(F.pad(planes[:, None], border, mode="replicate"), kernel, dilation=spread)[:, 0]
+    return planes
 
 
 def as_rgb(image):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from realsr_hpc.records import Case
+from realsr_hpc.restore.colour import fix_colour
 from realsr_hpc.rollout.policy_restorer import PolicyRestorer
 from tests.unit.export.test_export import shipped
 
@@ -42,7 +43,7 @@ assert not [name for name in sys.modules if name.startswith(("realsr_hpc.", "meg
 def ours(run, lq: np.ndarray, restore) -> np.ndarray:
     """What tools/restore.py makes of one tile."""
     config = run.config.model_copy(update={"restore": restore})
-    return PolicyRestorer(run.policy, run.tokens, config)([Case("x", lq)])[0].image
+    return fix_colour(PolicyRestorer(run.policy, run.tokens, config)([Case("x", lq)])[0].image, lq, restore.colour)
 
 
 @pytest.fixture
@@ -107,6 +108,9 @@ def test_llamagens_image_tokenizer_is_loaded_in_a_fresh_process_and_computes_the
         {"image_top_k": 3, "text_top_k": 2},
         {"top_p": 0.5},
         {"cfg_scale": 3.0},
+        {"colour": "wavelet"},
+        {"colour": "adain"},
+        {"colour": "back_projection"},
     ],
 )
 def test_every_setting_of_restoring_holds(run, lq, changed):
@@ -134,13 +138,14 @@ def test_every_setting_of_restoring_holds(run, lq, changed):
         {"text_top_k": 2.5},
         {"cfg_scale": float("inf")},
         {"temperature": "0.3"},
+        {"colour": "sepia"},
     ],
 )
 def test_a_setting_that_nothing_can_be_sampled_with_is_refused(run, lq, wrong):
     processor = shipped(run.export, "processing_realsr").RealSRProcessor(run.export)
     model = shipped(run.export, "modeling_realsr").RealSRForConditionalGeneration.from_pretrained(run.export).eval()
     [(name, value)] = wrong.items()
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: give a number ")):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: give ")):
         processor.restore(model, Image.fromarray(lq), **wrong)
 
 

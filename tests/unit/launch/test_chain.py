@@ -168,7 +168,7 @@ def started(recipe: str, more: str) -> str:
         (evaluated("num_images: abc"), "num_images='abc' is not a whole number; give one of at least 1"),
         (evaluated("draws: 2.5"), "draws='2.5' is not a whole number"),
         (evaluated("temperature: .nan"), "temperature=NaN: "),
-        (evaluated("colour: [wavelet, adain]"), "colour='wavelet,adain' is not one of none, wavelet, adain"),
+        (evaluated("colour: [wavelet, adain]"), "colour=wavelet,adain: Input should be 'none', 'wavelet', 'adain' or "),
         (evaluated("choose: {ranker: 1}"), "choose: {'ranker': 1}: give text, a number"),
         (evaluated("against: ''"), "against: '': give text"),
         (evaluated("set: realsr"), "set=realsr needs data=DIR"),

@@ -102,4 +102,4 @@ def test_pyiqas_metric_and_the_folder_of_its_weights_reach_the_expert(tmp_path, 
 
 
 def test_tiles_overlap_by_what_the_command_says_if_no_one_does():
-    assert RestoreSettings("x", tile_px=32, model_upscale=4).overlap_px == int(RESTORING["overlap_px"] or 0) == 8
+    assert RestoreSettings("x", tile_px=32, model_upscale=4).overlap_px == int(RESTORING["overlap_px"] or 0) == 4

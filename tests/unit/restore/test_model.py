@@ -65,17 +65,17 @@ def test_the_checkpoints_weights_restore_in_one_process_and_with_exact_products(
 
 def test_options_become_settings(opened, monkeypatch):
     config, path, restorer, _ = opened
-    given = RESTORING | {"candidates": "3", "choose": "mean", "overlap_px": "4", "colour": "adain"}
+    given = RESTORING | {"candidates": "3", "choose": "mean", "overlap_px": "5", "colour": "adain"}
     monkeypatch.setattr(backend, "workers", lambda where: 2)
     monkeypatch.setattr(backend, "free_bytes", lambda where: 48 * restorer.image_bytes())
-    config = with_sampling(config, {"temperature": "0.5"})
+    config = with_sampling(config, {"temperature": "0.5", "colour": "adain"})
     assert config.restore.temperature == 0.5
     best, settings = open_with_options(given, config, path, str(path), upscale=2.0, steps=False)
     assert isinstance(best, BestOf) and best.count == 3 and best.expert is None and not best.restorer.with_steps
     assert "step-000003/sha256:" in settings.source and settings.source.endswith(" best of 3 by mean")
     assert "'temperature': 0.5" in settings.source
     # half of the free memory holds 24 images: 12 for each worker, which are 4 tiles of 3 candidates
-    expected = RestoreSettings(settings.source, 32, 4, 2.0, 4, "adain", batch_size=4, workers=2)
+    expected = RestoreSettings(settings.source, 32, 4, 2.0, 5, "adain", batch_size=4, workers=2)
     assert settings == expected
     monkeypatch.setattr(backend, "free_bytes", lambda where: 0)
     assert open_with_options(given, config, path)[1].batch_size == 1
@@ -83,7 +83,7 @@ def test_options_become_settings(opened, monkeypatch):
     assert open_with_options(given, config, path)[1].batch_size == backend.rows_at_once(torch.device("cpu")) // 3
     plain, settings = open_with_options(RESTORING, config, path, batch_size=7)
     assert isinstance(plain, PolicyRestorer) and plain.with_steps and settings.batch_size == 7
-    assert settings.overlap_px == 8 and "best of" not in settings.source
+    assert settings.overlap_px == 4 and "best of" not in settings.source
 
 
 def test_each_candidate_of_each_image_draws_by_a_number_of_its_own(opened):
