@@ -210,7 +210,7 @@ def test_runs_are_found_by_a_unique_beginning(tmp_path):
     assert find_run(tmp_path, "beta").name == "beta-1"
     with pytest.raises(ValueError, match="several names begin with it"):
         find_run(tmp_path, "alpha")
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="no run of this name"):
         find_run(tmp_path, "gamma")
 
 
