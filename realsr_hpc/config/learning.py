@@ -68,7 +68,7 @@ class RolloutConfig(Section, tasks=POLICY):
     """Classifier-free guidance on image tokens: u + s (c - u); 1: off."""
     max_new_tokens: Count = 640
     """Longest response; a rollout that reaches it is malformed."""
-    batch_size: Count = 64
+    batch_size: Annotated[Count, LAYOUT] = 64
     """Largest number of rollouts decoded at once on one data-parallel rank."""
     lookahead: Annotated[Annotated[int, Field(ge=1, le=64)] | Literal["auto"], LAYOUT] = "auto"
     """Tokens per row that one decoding pass verifies; the sampled tokens do not change. auto: the fastest number."""
@@ -147,7 +147,7 @@ class GRPOConfig(Section, tasks=("grpo",)):
     """Truncated importance sampling: cap of exp(policy - rollout log-prob); None: off."""
     mismatch_bounds: tuple[Positive, Positive] | None = None
     """Tokens whose exp(policy - rollout log-prob) is outside are masked out of the policy loss; None: off."""
-    mismatch_kl_gate: Positive | None = 1e-3
+    mismatch_kl_gate: Annotated[Positive | None, OPERATION] = 1e-3
     """Stop the run if the mean KL(rollout || policy) of a step's first update exceeds this, nats per token. In bf16 it
     grows with depth: 8e-5 at 2 and 8e-4 at 32 layers of a small random policy (docs/behaviour.md)."""
     heldout_every_steps: Annotated[int, Field(ge=0)] = 0
@@ -183,5 +183,5 @@ class SFTConfig(Section, tasks=("sft",)):
     """Updates between measurements of the held-out loss; it is also measured at the end."""
     heldout_traces: Count = 32
     """Held-out traces measured each time."""
-    sample_every_steps: Annotated[int, Field(ge=0)] = 500
+    sample_every_steps: Annotated[int, Field(ge=0), OPERATION] = 500
     """Updates between figures of restored held-out images; 0: never."""

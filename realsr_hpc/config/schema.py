@@ -14,6 +14,7 @@ from pydantic import Field
 from realsr_hpc.config.learning import GRPOConfig, RestoreConfig, RewardsConfig, RolloutConfig, SFTConfig
 from realsr_hpc.config.operation import CheckpointConfig, ClusterConfig, TrackingConfig
 from realsr_hpc.config.section import (
+    LAYOUT,
     OPERATION,
     POLICY,
     Count,
@@ -270,9 +271,9 @@ class OptimConfig(Section, tasks=POLICY):
     """Added to the denominator of the update."""
     clip_grad_norm: Positive = 1.0
     """Largest global norm of the gradients; larger ones are scaled down to it."""
-    max_skipped_in_a_row: Count = 5
+    max_skipped_in_a_row: Annotated[Count, OPERATION] = 5
     """Stop the run after this many consecutive non-finite gradients; each update is skipped and its batch kept."""
-    cpu_offload: bool = False
+    cpu_offload: Annotated[bool, LAYOUT] = False
     """Keep Adam's states and its arithmetic in host memory (Megatron's hybrid optimizer); costs two copies per step."""
     main_params: Literal["fp32", "bf16"] = "fp32"
     """bf16: main weights as the bf16 weights plus their 16-bit remainders (no bit is lost), Adam's moments in bf16:

@@ -30,7 +30,17 @@ def test_a_fields_own_mark_takes_precedence_over_its_sections():
         "data.mode": {"grpo", "sft"},
     }
     assert {path: marks()[path].tasks for path in tasks} == tasks
-    roles = {"rewards.batch_size": "layout", "rewards.offload": "operation", "cluster.nodes": "layout"}
+    roles = {
+        "rewards.batch_size": "layout",
+        "rollout.batch_size": "layout",
+        "optim.cpu_offload": "layout",
+        "cluster.nodes": "layout",
+        "rewards.offload": "operation",
+        # limits that stop a run, and pictures that it draws, change no number
+        "grpo.mismatch_kl_gate": "operation",
+        "optim.max_skipped_in_a_row": "operation",
+        "sft.sample_every_steps": "operation",
+    }
     assert {path: marks()[path].role for path in roles} == roles
 
 
