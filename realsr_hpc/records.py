@@ -3,10 +3,11 @@
 
 In one GRPO step: LQBatch -> RolloutGroup -> ScoredGroup -> TrainingGroup -> GRPOBatch -> StepReport. All are frozen
 dataclasses of tensors and strings, with no methods beyond views of their own fields. A record is never changed:
-`dataclasses.replace` makes the next one. Shapes use B images, G rollouts of one prompt (a group), T response
-tokens (right-padded), P prompt tokens, S tokens of prompt and response, L of them that carry loss, N rollouts.
+`dataclasses.replace` makes the next one. Shapes use B images, G rollouts of one prompt (a group), L prompt tokens, T
+response tokens (right-padded), S tokens of prompt and response, n tokens that carry loss, N rollouts, K bytes of
+packed vocabulary. P is the number of prompts, in rollout/.
 
-A group through one step, with G = 2 and a prompt of P = 4 tokens:
+A group through one step, with G = 2 and a prompt of L = 4 tokens:
 
     RolloutGroup   prompt [4]; tokens [2, 5], lengths [5, 3]: the second rollout ended early and is padded
     ScoredGroup    rewards.total [0.9, 0.4] -> advantages [0.7, -0.7]
@@ -201,7 +202,7 @@ class RolloutGroup:
         forced            [[True, False, False], [True, False, True]]
     """
 
-    prompt: Int[Tensor, " P"]
+    prompt: Int[Tensor, " L"]
     tokens: Int[Tensor, "G T"]
     lengths: Int[Tensor, " G"]
     """Number of response tokens, including the end-of-turn token if it was reached."""

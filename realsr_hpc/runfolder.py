@@ -11,6 +11,7 @@ OUTPUT_ROOT/<name>-<signature>/
     logs/rank-N.log  logs/controller.log  logs/job/  logs/verdicts/     launch
     rollouts/step-N-KIND/  evaluation/step-N/                           artifacts, for inspection
     replay/step-N/  skipped/  samples/                                  train
+    image_tokenizer.safetensors  text_tokenizer.json                    train, task tokenizer
 
 This module has paths only; the module that writes and reads a file defines its content.
 """

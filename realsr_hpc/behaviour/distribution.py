@@ -1,9 +1,9 @@
 # pyright: strict, reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 """The behaviour distribution, from which rollouts are sampled and under which the loss scores them.
 
-A row of logits becomes a distribution in this order: guidance, mask of the grammar, truncation (top-k, entropy-adaptive
-top-k, top-p), temperature, softmax. `restricted` is the one place that masks and tempers; the sampler here and the
-scorer in `logprobs.py` both call it, so that the two cannot drift apart.
+A row of logits becomes a distribution in this order: guidance, mask of the grammar, top-k (fixed or entropy-adaptive),
+temperature, top-p (of the tempered probabilities that top-k left), softmax. `restricted` is the one place that masks
+and tempers; the sampler here and the scorer in `logprobs.py` both call it, so that the two cannot drift apart.
 
 vlcot/grammar.py defines the masks and which position has which; rollout/ has the key-value cache. Truncation needs a
 row's whole vocabulary, so only the sampler truncates; the scorer receives the surviving tokens bit-packed.

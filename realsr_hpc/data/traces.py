@@ -34,7 +34,7 @@ from realsr_hpc.tokenizer.trace import TraceTokenizer
 logger = logging.getLogger(__name__)
 
 TracePair = tuple[Tensor, list[int]]
-"""Prompt tokens, int64 [P], and response tokens."""
+"""Prompt tokens, int64 [L], and response tokens."""
 
 
 def freeze_traces(

@@ -1,7 +1,7 @@
 """Writes the report of an evaluation.
 
 metrics.md       tables with intervals, paired differences, texts, published results, metrics not computed
-metrics.csv      one line per image and method
+metrics.csv      one line per image and method; written last, so where it is the report is complete
 grid.png         the first images: input, every method, truth
 worst.png        the same for the images that are worst for the last method
 slots.png        confusion tables of the degradation words
@@ -11,6 +11,7 @@ images.json      all records, and images/ with all images
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from realsr_hpc.evaluate.methods import BICUBIC
 from realsr_hpc.evaluate.metrics import Metrics
 from realsr_hpc.evaluate.published import published_table
 from realsr_hpc.evaluate.words import Confusion, confusions
-from realsr_hpc.files import printable
+from realsr_hpc.files import printable, write_atomically
 from realsr_hpc.tracking.drawing import image_grid, read_pixels
 
 GRID_ROWS = 12
@@ -115,19 +116,24 @@ class EvaluationReport:
         return printable("\n".join("\n".join([*section, ""]) for section in sections if section))
 
     def write(self) -> None:
-        """Write all files of the report into its folder."""
+        """Write all files of the report into its folder, metrics.csv last."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["key", "method", *self.names], restval="nan")
-            writer.writeheader()
-            for image in self.images:
-                for method, result in image.methods.items():
-                    writer.writerow({"key": image.key, "method": method, **result.metrics})
+        (self.folder / "metrics.csv").unlink(missing_ok=True)  # of an earlier report, which is replaced from here on
         (self.folder / "metrics.md").write_text(self.markdown(), encoding="utf-8")
         self._grid(self.images[:GRID_ROWS]).save(self.folder / "grid.png")
         self._grid(self.worst()).save(self.folder / "worst.png")
         if self.speakers():
             plot_confusions({name: self.confusions(name) for name in self.speakers()}, self.folder / "slots.png")
+        write_atomically(self.folder / "metrics.csv", self._csv())
+
+    def _csv(self) -> str:
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, ["key", "method", *self.names], restval="nan")
+        writer.writeheader()
+        for image in self.images:
+            for method, result in image.methods.items():
+                writer.writerow({"key": image.key, "method": method, **result.metrics})
+        return file.getvalue()
 
     def _table(self) -> list[str]:
         lines = ["| metric | " + " | ".join(self.methods) + " |", "|---" * (len(self.methods) + 1) + "|"]

@@ -41,7 +41,8 @@ from realsr_hpc.locks import hold
 from realsr_hpc.paths import module_command, project_root, python_path
 
 WROTE = {"evaluate": "metrics.csv", "export_hf": "config.json"}
-"""The file that each command writes last into its output."""
+"""The file that shows that a command has written its output: evaluate writes it last (an exception in it also ends with
+code 1), an export appears under its name only when it is complete."""
 WORKED = {"evaluate": (0, 1), "export_hf": (0,)}
 """Exit codes that count as done; evaluate's 1 means that it left out some images or metrics, which it names."""
 LOG_END_CHARACTERS = 2000

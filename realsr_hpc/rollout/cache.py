@@ -64,7 +64,8 @@ class Place:
 class Stream:
     """Keys and values of one stream.
 
-    Per layer: a prefix [P, kv, L, d] shared by the rows of a prompt, and each row's own suffix [n, kv, T, d].
+    Per layer: a prefix [P, kv, L, d] of P prompts of L tokens, shared by the rows of a prompt, and each row's own
+    suffix [n, kv, T, d].
     """
 
     def __init__(self, num_layers: int, rows: int, kv_heads: int, max_tokens: int, head_dim: int, like: Tensor):

@@ -39,7 +39,7 @@ from realsr_hpc.parallel.layout import rounded_up
 from realsr_hpc.rollout.cache import Cache, Place, Stream
 
 # In shapes: n rows, W tokens per row, m = streams x n x W tokens, H hidden size, h query and kv key heads of this
-# rank's tensor-parallel shard, d head dim, L prompt and T response tokens.
+# rank's tensor-parallel shard, d head dim, P prompts of L tokens, T response tokens.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [m, kv, h/kv, d], k [m, kv, d], v [m, kv, d]) of m tokens -> context [m, h, d]."""
 Turns = Generator[None, None, Tensor | None]

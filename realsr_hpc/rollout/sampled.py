@@ -76,7 +76,7 @@ class SampledTokens:
         self.support[rows, positions] = packed
 
     def groups(self, prompts: Int[Tensor, "P L"], group_size: int) -> list[RolloutGroup]:
-        """One group per prompt, on the CPU, cut to the length of its longest rollout."""
+        """One group for each of P prompts of L tokens, on the CPU, cut to the length of its longest rollout."""
         stacked = (self.tokens, self.logprobs, self.mask_ids, self.forced)
         columns, lengths = [column.cpu() for column in stacked], self.lengths.cpu()
         groups = []

@@ -65,7 +65,7 @@ class Sampler:
         """One group per prompt. Prompts are of equal length (one instruction, one LQ size).
 
         Args:
-            prompts: token ids, [P, L].
+            prompts: token ids [P, L] of P prompts of L tokens each.
             group_size: rollouts per prompt.
             rollout_ids: global number of every rollout [P * group_size]; with the seed it decides the draws.
             progress: called with the number of rollouts finished so far.

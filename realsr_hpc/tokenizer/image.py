@@ -149,7 +149,7 @@ class Encoder(nn.Module):
         self.gathers = False
         """Whether the first layers only gather pixels (tokenizer/start.py); `forward` then does so without products."""
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B L h w"]:
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B latent h w"]:
         """Latents at 1/downsample of the size."""
         if self.gathers:
             hidden, levels = self.gathered(images), list(self.down)[-2:]
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         if config.decoder_patch_out:
             self.patch_out = nn.Conv2d(config.latent_channels, 3 * config.downsample**2, 3, padding=1)
 
-    def forward(self, latents: Float[Tensor, "B L h w"]) -> Float[Tensor, "B 3 H W"]:
+    def forward(self, latents: Float[Tensor, "B latent h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images, about [-1, 1], not clamped."""
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):

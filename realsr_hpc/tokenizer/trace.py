@@ -42,8 +42,8 @@ class TraceTokenizer:
         codes = [self.image.encode(shown_at(part.to(self.device), size_px)).cpu() for part in parts]
         return torch.cat(codes).numpy()
 
-    def prompts(self, lq: UInt8[Tensor, "B 3 h w"]) -> Int[Tensor, "B P"]:
-        """Prompt tokens, with each LQ image resized to the recipe's `vlcot.lq_size_px`."""
+    def prompts(self, lq: UInt8[Tensor, "B 3 h w"]) -> Int[Tensor, "B L"]:
+        """L prompt tokens per image, with each LQ image resized to the recipe's `vlcot.lq_size_px`."""
         grids = self.encode(lq, self.codec.config.lq_size_px)
         return torch.tensor([self.codec.prompt(grid) for grid in grids])
 

@@ -1,11 +1,11 @@
 """GRPO on VLCoT rollouts. This file shows what a training step does.
 
     LQ images -> prompts -> a group of rollouts each, on the live policy weights -> parse, decode, rewards
-      -> advantages within the group -> reference log-probs -> policy log-probs UNDER THE SAME BEHAVIOUR DISTRIBUTION
-      -> clipped loss over the global token count -> optimizer -> report, checkpoint
+      -> advantages within the group -> reference log-probs -> policy log-probs of the tokens under the distribution
+         they were sampled from -> clipped loss over the global token count -> optimizer -> report, checkpoint
 
-`step` does exactly this; `main` builds the parts and loops. Unlike other implementations there is no critic, no
-separate inference engine to copy weights to, and no trust region beyond clipping.
+`step` does exactly this; `main` builds the parts and loops. As in all GRPO there is no critic. Rollouts use the live
+weights: no separate inference engine has a copy of them. There is no trust region besides clipping and the KL term.
 """
 
 from __future__ import annotations
@@ -76,17 +76,17 @@ def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds:
     does not start at ratio 1.
     """
     metrics: dict[str, float] = {}
-    # one batch per update; as microbatches its rollouts are rows [rows, prompt + responses + padding]
-    batches = grpo_batches(parts, groups, parts.sampler.masks)
+    batches = grpo_batches(parts, groups, parts.sampler.masks)  # one per update
+    # each batch becomes microbatches [rows, prompt + responses + padding]
     collated = [parts.group_microbatches(batch.groups) for batch in batches]
     with clock(seconds, "score"):  # for all updates, before the first of them changes the policy
         scored = [score_before_updates(parts, microbatches) for microbatches in collated]
     with clock(seconds, "update"):
-        for batch, microbatches in zip(batches, scored, strict=True):
+        for update, (batch, microbatches) in enumerate(zip(batches, scored, strict=True)):
             loss = objective(parts.config, parts.policy, batch, parts.sampler.masks)
             result = parts.optimiser.step(microbatches, loss)
             totals = parts.total(result.outputs)
-            if batch is batches[0]:  # the weights are still those that sampled the rollouts
+            if update == 0:  # the weights are still those that sampled the rollouts
                 check_exactness(parts.config, number, totals)
             metrics |= totals | {"optim/grad_norm/step": result.grad_norm, "optim/lr/step": result.lr}
     return metrics
@@ -95,7 +95,9 @@ def learn(parts: GRPOParts, groups: Sequence[ScoredGroup], number: int, seconds:
 def score_before_updates(parts: GRPOParts, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
     """Add the reference's log-probabilities, and with several updates per step the policy's own from before the
     first."""
-    parallel, allowed, scored = parts.config.parallel, parts.sampler.masks.allowed, list(microbatches)
+    parallel = parts.config.parallel
+    allowed = parts.sampler.masks.allowed
+    scored = list(microbatches)
     with parts.as_reference() as reference:
         if reference is not None:
             # scoring stores no activations, so several microbatches fit into one pass

@@ -71,10 +71,10 @@ def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable, cred
     """One rollout; free: its loss tokens, int64 [n] positions in the response."""
     rollouts = group.rollouts
     assert group.advantages is not None, "a group of one has no advantages: it is not to be trained on"
-    tokens = torch.cat([rollouts.prompt, rollouts.tokens[row, : rollouts.lengths[row]]])  # [P + length]
+    tokens = torch.cat([rollouts.prompt, rollouts.tokens[row, : rollouts.lengths[row]]])  # [L + length]
     mask_ids = rollouts.mask_ids[row, free]
     loss = LossTokens(
-        # response token i is at position P + i of the sequence, and the hidden state before it predicts it
+        # response token i is at position L + i of the sequence, and the hidden state before it predicts it
         positions=len(rollouts.prompt) - 1 + free,
         targets=rollouts.tokens[row, free],
         mask_ids=mask_ids,
@@ -90,6 +90,6 @@ def _sequence(group: ScoredGroup, row: int, free: Tensor, masks: MaskTable, cred
             token_advantages=None if credit is None else credit[row, free],
         ),
     )
-    # [P + length]: a token that does not continue an image block begins a new one (or is a separate block)
+    # [L + length]: a token that does not continue an image block begins a new one (or is a separate block)
     blocks = (~masks.continues_block.cpu()[tokens]).cumsum(0) if masks.guided else None
     return TrainingSequence(tokens, loss, blocks)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from realsr_hpc import runfolder
 from realsr_hpc.commands import COMMANDS
 from realsr_hpc.commands.launch import chained
 from realsr_hpc.config.chain import read_chain
+from realsr_hpc.config.identity import marks, may_change_on_resume
 from realsr_hpc.config.load import GROUPS
 from realsr_hpc.launch.chain import chain_nodes
 from realsr_hpc.launch.command import choose, read_command_line
@@ -97,6 +100,36 @@ def test_the_recipe_reference_is_what_the_schema_says():
     page = (ROOT / "docs" / "recipes.md").read_text()
     assert page == reference, "docs/recipes.md is out of date: python tools/recipe_reference.py"
     assert all(f"`{group}=`" in page for group in GROUPS)
+
+
+def test_operations_lists_every_section_and_field_that_a_resume_may_change():
+    lists = re.search(r"A resume may change .*?\n\n(.*?)\n\n", page("operations"), re.DOTALL)
+    listed = set(re.findall(r"`([\w.]+)`", lists[1]))
+    changeable = {path for path in marks() if "." in path and may_change_on_resume(path)}
+    covered = {path for path in changeable if path in listed or path.partition(".")[0] in listed}
+    assert covered == changeable and all(may_change_on_resume(key) for key in listed)
+
+
+def test_operations_lists_every_file_of_a_runs_folder():
+    named = re.findall(r"[\w-]+\.(?:json|jsonl|yaml|txt|lock|sh)\b", runfolder.__doc__)
+    table = page("operations").partition("## States")[0]
+    folders = re.findall(r"(\w+)/", runfolder.__doc__.partition("recipe.yaml")[2])
+    wanted = {*named, "code", "results.lock", "mlflow.lock", *(f"{name}/" for name in folders)}
+    assert [name for name in sorted(wanted) if name not in table] == []
+
+
+def test_contributing_names_the_layers_that_imports_are_checked_against():
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    wanted = [set(re.findall(r"\w+", layer)) for layer in contract["layers"]]
+    chain = re.search(r"^    (commands > .*?)\n\n", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert [set(re.findall(r"\w+", layer)) for layer in chain[1].split(">")] == wanted
+    diagram = page("architecture").partition("## One GRPO step")[0]
+    assert {room for layer in wanted for room in layer if not re.search(rf"\b{room}\b", diagram)} == {"__main__"}
+
+
+def page(name: str) -> str:
+    """Text of a page of docs/."""
+    return (ROOT / "docs" / f"{name}.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

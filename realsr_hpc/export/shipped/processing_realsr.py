@@ -105,7 +105,7 @@ class RealSRProcessor(ProcessorMixin):
 
     @torch.no_grad()
     def prompt(self, model, images):
-        """uint8 RGB images [B, 3, h, w] -> input_ids [B, P], with the model's own image encoder."""
+        """uint8 RGB images [B, 3, h, w] -> input_ids [B, L], with the model's own image encoder."""
         size = self.trace["lq_size_px"]
         pixels = images.float() / 127.5 - 1.0
         if images.shape[-2:] != (size, size):

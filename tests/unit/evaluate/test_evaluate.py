@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from realsr_hpc.artifacts.evaluation import EvaluatedImage, MethodResult
+from realsr_hpc.artifacts.evaluation import INPUT, EvaluatedImage, MethodResult
 from realsr_hpc.config.learning import RewardsConfig
 from realsr_hpc.evaluate import (
     BICUBIC,
@@ -188,6 +188,24 @@ def test_bootstrap_interval_covers_the_normal_one():
 def test_bicubic_has_the_truths_size_or_enlarges_by_the_factor(gt, size):
     lq = np.zeros((10, 16, 3), np.uint8)
     assert Bicubic(3)([Case("a", lq, gt)])[0].image.shape == size
+
+
+def test_a_report_that_could_not_be_written_to_its_end_has_no_metrics_csv(tmp_path):
+    """A chain takes the file as the sign that evaluating worked, also with exit code 1, which an exception has too."""
+    values = {"restored": 1.0, "psnr_y": 5.0}
+    results = {BICUBIC: MethodResult(values), "ours": MethodResult(values)}
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    report = EvaluationReport(
+        tmp_path, "x", (BICUBIC, "ours"), [EvaluatedImage("a", {INPUT: "a.png"}, results)], Metrics()
+    )
+    report.write()
+    before = (tmp_path / "metrics.csv").read_bytes()
+    assert before == b"key,method,restored,psnr_y\r\na,bicubic,1.0,5.0\r\na,ours,1.0,5.0\r\n"
+    (tmp_path / "worst.png").unlink()
+    (tmp_path / "worst.png").mkdir()
+    with pytest.raises(IsADirectoryError):
+        report.write()
+    assert not (tmp_path / "metrics.csv").exists()
 
 
 @pytest.mark.parametrize(("metric", "order"), [("psnr_y", "cab"), ("niqe", "cba")])
