@@ -68,6 +68,7 @@ class Images:
     def __init__(self, rows: Sequence[int], advance: bool = False):
         """rows: the first batch's images. advance: the next batch has the next images, else the same."""
         self.rows, self.advance, self.batches = list(rows), advance, 0
+        self.skipped: dict[str, str] = {}
 
     def next(self) -> LQBatch:
         index = [row + (self.batches * len(self.rows) if self.advance else 0) for row in self.rows]

@@ -83,7 +83,7 @@ def _replay(run_dir: Path, number: int, overrides: list[str], output: str | None
     try:
         replayed = replay(run_dir, number, overrides)
     except InexactStep as error:
-        remedy = f"{GATE}=null compares its numbers all the same" if GATE in str(error) else "replay on its own layout"
+        remedy = f"{GATE}=null compares its numbers all the same" if error.gate else "replay on its own layout"
         raise ValueError(f"replay of {error}; {remedy}") from None
     if _rank():
         return 0

@@ -183,6 +183,11 @@ class TraceLoader:
             raise ValueError("the saved data position belongs to other traces; resume with those of the run's start")
         self.position = int(state["position"])
 
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Always empty: unusable photographs were skipped when the traces were frozen."""
+        return {}
+
     def close(self) -> None:
         """Nothing runs in the background."""
 

@@ -33,11 +33,12 @@ from realsr_hpc.runfolder import RECIPE
 from realsr_hpc.tokenizer.trace import TraceTokenizer
 from realsr_hpc.tokenizer.whole_file import TokenizerTree, read_text_tree
 from realsr_hpc.tracking import recipe_of
+from realsr_hpc.tracking.results import read_results
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
 _SHIPPED = Path(__file__).parent / "shipped"
-_CARD_METRICS = ("heldout/", "evaluation/", "rewards/")
+_CARD_METRICS = ("heldout/", "rewards/")
 
 
 def export_policy(
@@ -192,9 +193,12 @@ def without_adapters(config: RunConfig) -> RunConfig:
 
 
 def last_metrics(run_dir: Path, step: int) -> dict[str, float]:
-    """Last value up to `step` of each held-out, evaluation and reward metric of a run."""
+    """For the model card: the last value up to `step` of each held-out and reward metric, and evaluations of `step`."""
     values: dict[str, float] = {}
     for logged, metrics in metrics_by_step(run_dir).items():
         if logged <= step:
             values |= {name: value for name, value in metrics.items() if name.startswith(_CARD_METRICS)}
+    for found in read_results(run_dir):  # of other steps: numbers of other weights
+        if found.step == step:
+            values |= found.metrics
     return values

@@ -148,7 +148,7 @@ def launch(
         return 1
     if sweep:
         console.print(f"compare: {compare_command(configs[0], sweep)}", highlight=False, soft_wrap=True)
-    elif options.follow and (submissions[0].submitted or submissions[0].note.startswith("already r")):
+    elif options.follow and (submissions[0].submitted or submissions[0].alive):
         item = submissions[0]
         return follow(item.run_dir, console, slurm=item.config.cluster.kind == "slurm")
     return 0

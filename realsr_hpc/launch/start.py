@@ -31,6 +31,8 @@ from realsr_hpc.paths import SAFE_PATH, python_path
 
 NOT_SUBMITTED = (RuntimeError, OSError, subprocess.SubprocessError)
 """Exceptions that submitit raises if sbatch fails or prints no job id, or if srun or sbatch is not installed."""
+AWAY = "unable to contact slurm controller"
+"""In sbatch's words where nothing was submitted."""
 DEFAULT_MAX_ARRAY = 1001
 """Slurm's default MaxArraySize, used if `scontrol show config` gives none."""
 
@@ -46,6 +48,10 @@ class Submission:
     """The reason it was not submitted, or a warning for the user."""
     failed: bool = False
     """True if submitting it was tried and refused (a run that is already done or running is not tried)."""
+    away: bool = False
+    """True if it failed because Slurm's controller does not answer."""
+    alive: bool = False
+    """True if it was not submitted because its earlier job waits or runs."""
 
 
 def start_together(group: list[Submission], after: Sequence[str] = ()) -> list[Submission]:
@@ -62,7 +68,8 @@ def start_together(group: list[Submission], after: Sequence[str] = ()) -> list[S
     became: list[Submission] = []
     for part in parts:
         if became and became[-1].failed:
-            became += [replace(item, submitted=False, failed=True, note=became[-1].note) for item in part]
+            before = became[-1]
+            became += [replace(item, submitted=False, failed=True, away=before.away, note=before.note) for item in part]
         else:
             became += _attempt(part, lambda part: _submit_slurm(part, len(parts), after))
     return became
@@ -72,7 +79,8 @@ def _attempt(part: list[Submission], start) -> list[Submission]:
     try:
         start(part)
     except NOT_SUBMITTED as error:
-        return [replace(item, submitted=False, failed=True, note=refusal(error)) for item in part]
+        note = refusal(error)
+        return [replace(item, submitted=False, failed=True, away=AWAY in note.lower(), note=note) for item in part]
     return part
 
 

@@ -55,8 +55,6 @@ from realsr_hpc.tracking.delivery import brief
 from realsr_hpc.tracking.store import SWEEP_TAG, VARIED_TAG
 
 LAUNCH_WAIT_S = 120.0
-AWAY = "unable to contact slurm controller"
-"""In sbatch's words where nothing was submitted."""
 logger = logging.getLogger(__name__)
 
 
@@ -124,7 +122,7 @@ def submit_patiently(
     for pause in pauses(PATIENCE_S):
         try:
             found = submit_into(folders, sweep=sweep, varied=varied)
-            away = next((item.note for item in found if item.failed and AWAY in item.note.lower()), "")
+            away = next((item.note for item in found if item.away), "")
             if not away:
                 return found
         except SlurmAway as error:
@@ -196,7 +194,7 @@ def _look(config: RunConfig, run_dir: Path, queue: Queue) -> Submission:
         over = job is not None and not is_alive(job, status, queue)
         note = status.message if over else f"already {status.state} as job {job.job_id if job else '?'}"
         silent = f"; squeue does not answer here: if that job is over, remove {runfolder.job(run_dir)}"
-        return Submission(config, run_dir, False, note if queue.answered else note + silent)
+        return Submission(config, run_dir, False, note if queue.answered else note + silent, alive=not over)
     if status is not None and status.state == "done":
         return Submission(config, run_dir, False, "already done; fresh=true starts it from step 0")
     if status is None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -146,14 +146,18 @@ class RewardMixture:
             reward.to(torch.device("cpu"))
 
     def _group(self, scores: TermScores) -> GroupRewards:
-        total = sum(self.weights[name] * column for name, column in scores.breakdown.items())
         return GroupRewards(
-            total=torch.from_numpy(np.asarray(total)).float(),
+            total=weighted_total(scores.breakdown, self.weights),
             breakdown={name: torch.from_numpy(column.copy()).float() for name, column in scores.breakdown.items()},
             weights=dict(self.weights),
             failures={name: int(broken.sum()) for name, broken in scores.failures.items()},
             places={name: torch.from_numpy(rows.copy()).float() for name, rows in scores.places.items()},
         )
+
+
+def weighted_total(breakdown: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> torch.Tensor:
+    """The reward of n rollouts, float32 [n]: the weighted sum of their scores by term, each float64 [n]."""
+    return torch.from_numpy(np.asarray(sum(weights[name] * column for name, column in breakdown.items()))).float()
 
 
 def stacked(parts: Sequence[np.ndarray | None], lengths: Sequence[int]) -> np.ndarray:

@@ -80,6 +80,12 @@ def log_results(run_dir: Path, step: int, metrics: Mapping[str, float], files: S
     return ""
 
 
+def read_results(run_dir: Path) -> list[Results]:
+    """All results of a run's evaluations, oldest first; incomplete and damaged lines are skipped."""
+    path = runfolder.results(run_dir)
+    return _read(path.read_bytes()) if path.exists() else []
+
+
 def send_results(mlflow: MlflowClient, run_id: str, run_dir: Path) -> int:
     """Send the results that the MLflow run does not have yet; returns the number of values and files sent.
 

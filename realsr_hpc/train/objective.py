@@ -55,6 +55,11 @@ def _rows(rollouts: RolloutTokens, values: Tensor | None) -> Tensor | None:
 class InexactStep(RuntimeError):
     """Raised if sampler, policy and reference disagree where their log-probabilities must be equal."""
 
+    def __init__(self, message: str, *, gate: bool = False) -> None:
+        """gate: whether they differ by more than grpo.mismatch_kl_gate allows."""
+        super().__init__(message)
+        self.gate = gate
+
 
 def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> None:
     """Stop a run if sampler and trainer disagree, or if the first update does not start at ratio 1 (in step 1 at KL 0).
@@ -62,17 +67,18 @@ def check_exactness(config: RunConfig, step: int, first: dict[str, float]) -> No
     `first` holds the metrics of the step's first update. These numbers are invariants of the method: if one is
     violated, further training would learn from noise. Raises InexactStep.
     """
-    gate, drift = config.grpo.mismatch_kl_gate, first.get("rollout/mismatch_kl", 0.0)
+    gate, drift = config.grpo.mismatch_kl_gate, first["rollout/mismatch_kl"]
     if gate is not None and not drift <= gate:
         raise InexactStep(
             f"step {step}: KL(rollout || policy) is {drift:.3g} nats per token, above grpo.mismatch_kl_gate={gate}: "
-            "sampler and scorer disagree; lower rollout precision, or raise the gate if you expect this drift"
+            "sampler and scorer disagree; lower rollout precision, or raise the gate if you expect this drift",
+            gate=True,
         )
-    ratio = first.get("grpo/ratio/mean", 1.0)
+    ratio = first["grpo/ratio/mean"]
     if not abs(ratio - 1.0) <= 1e-5:
         raise InexactStep(f"step {step}: the mean ratio of its first update is {ratio}, not 1: the policy changed")
-    divergence = first.get("grpo/kl_reference/mean", 0.0)
-    if step == 1 and not abs(divergence) <= rounding(config):
+    if step == 1 and config.grpo.kl_beta and not abs(first["grpo/kl_reference/mean"]) <= rounding(config):
+        divergence = first["grpo/kl_reference/mean"]
         raise InexactStep(f"first update: KL(policy || reference) is {divergence}, not 0; their weights differ")
 
 

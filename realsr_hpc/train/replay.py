@@ -25,7 +25,7 @@ from realsr_hpc.config.load import nearest, override, written
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.records import ScoredGroup
-from realsr_hpc.rewards.mixture import weight_at
+from realsr_hpc.rewards.mixture import weight_at, weighted_total
 from realsr_hpc.tracking import recipe_of
 from realsr_hpc.train.grpo import learn
 from realsr_hpc.train.kept_steps import KeptStep, all_groups, read_step
@@ -184,8 +184,9 @@ def _outcome(
 
 
 def reweighted(group: ScoredGroup, weights: Mapping[str, float], config: RunConfig) -> ScoredGroup:
-    """The group with the advantages that follow from these reward weights and the recipe's `grpo` fields."""
-    rewards = replace(group.rewards, weights=dict(weights))
+    """The group with the total rewards and advantages that follow from these reward weights and the recipe's `grpo` fields."""
+    scores = {name: column.double().numpy() for name, column in group.rewards.breakdown.items()}
+    rewards = replace(group.rewards, total=weighted_total(scores, weights), weights=dict(weights))
     return replace(
         group, rewards=rewards, advantages=configured_advantages(rewards.breakdown, rewards.weights, config.grpo)
     )

@@ -18,17 +18,13 @@ MAX_KEPT = 10
 logger = logging.getLogger(__name__)
 
 
-class SkippedUpdates:
-    """Keeps the batches of skipped updates; RuntimeError on every rank after `limit` of them in a row."""
+def keep_skipped(folder: Path, optimiser: Optimiser, limit: int) -> None:
+    """From now on keep the batches of skipped updates; RuntimeError on every rank after `limit` of them in a row."""
+    groups = optimiser.groups
 
-    def __init__(self, folder: Path, optimiser: Optimiser, limit: int) -> None:
-        self.folder, self.optimiser, self.limit = folder, optimiser, limit
-        optimiser.on_skipped = self.keep
-
-    def keep(self, microbatches: list[Microbatch]) -> None:
+    def keep(microbatches: list[Microbatch]) -> None:
         """Save this data-parallel rank's microbatches. RuntimeError after too many skipped updates in a row."""
-        optimiser, groups = self.optimiser, self.optimiser.groups
-        target = self.folder / f"update-{optimiser.num_updates:06d}" / f"dp-{groups.dp_rank}.safetensors"
+        target = folder / f"update-{optimiser.num_updates:06d}" / f"dp-{groups.dp_rank}.safetensors"
         # tensor and pipeline ranks of a replica have the same microbatches: one of them saves
         if optimiser.num_skipped <= MAX_KEPT and groups.tp_rank == 0 and groups.pp_rank == 0:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,12 +37,14 @@ class SkippedUpdates:
                 optimiser.num_skipped,
                 target.parent,
             )
-        if optimiser.skipped_in_a_row >= self.limit:
+        if optimiser.skipped_in_a_row >= limit:
             raise RuntimeError(
-                f"optim.max_skipped_in_a_row: {self.limit}: that many consecutive updates had a gradient that was not "
-                f"finite; their batches are in {self.folder}; lower optim.lr ({optimiser.optim.lr}) or raise "
+                f"optim.max_skipped_in_a_row: {limit}: that many consecutive updates had a gradient that was not "
+                f"finite; their batches are in {folder}; lower optim.lr ({optimiser.optim.lr}) or raise "
                 "precision.params"
             )
+
+    optimiser.on_skipped = keep
 
 
 def _tensors(microbatches: list[Microbatch]) -> dict[str, torch.Tensor]:

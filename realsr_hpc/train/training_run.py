@@ -18,7 +18,7 @@ from realsr_hpc.tracking.system import SystemUse
 from realsr_hpc.tracking.tracker import Tracker
 from realsr_hpc.train.parity import ParityGate
 from realsr_hpc.train.parts import Parts
-from realsr_hpc.train.skipped import SkippedUpdates
+from realsr_hpc.train.skipped import keep_skipped
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,11 @@ Stop = Callable[[], bool]
 
 class Source(Protocol):
     """What a run reads: `LQLoader`, or `TraceLoader`."""
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Reasons, by key, for the photographs that could not be used so far."""
+        ...
 
     def state_dict(self) -> dict[str, bool | int | str]:
         """Its position, and what that belongs to."""
@@ -49,7 +54,7 @@ class TrainingRun:
         self.tracker = Tracker.open(config, run_dir, writer=parts.groups.is_main)
         self.counters: dict[str, int] = {}
         """Saved with every checkpoint; changed in place, because the FP8 gate shares the dictionary."""
-        SkippedUpdates(runfolder.skipped(run_dir), parts.optimiser, config.optim.max_skipped_in_a_row)
+        keep_skipped(runfolder.skipped(run_dir), parts.optimiser, config.optim.max_skipped_in_a_row)
         keep = config.checkpoint
         self._keep = checkpoint.Keep(keep.keep_last, keep.keep_best, highest=best_is_highest(config))
         self._saver = checkpoint.Saver(runfolder.checkpoints(run_dir), self._keep, behind=keep.async_save)
@@ -101,7 +106,7 @@ class TrainingRun:
         own = {"stop": stop, "best": self._is_among_best(), "writing": self._saver.writing}
         # this rank's flags; the maximum over all ranks decides, so that all of them save or stop together
         flags = {name: float(flag) for name, flag in own.items()}
-        flags["left_out"] = float(len(getattr(loader, "skipped", ())))  # frozen traces skip no image
+        flags["left_out"] = float(len(loader.skipped))
         world = torch.distributed.group.WORLD
         assert world is not None, "the parts of a run exist in a process group only"
         agreed = reduce_floats(flags, world, self.parts.groups.device, "max")

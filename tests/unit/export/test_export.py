@@ -29,6 +29,7 @@ from realsr_hpc.parallel.process_groups import initialise
 from realsr_hpc.paths import project_root
 from realsr_hpc.tokenizer.image_file import load_image_tokenizer
 from realsr_hpc.tokenizer.trace import TraceTokenizer
+from realsr_hpc.tracking.results import log_results
 from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
@@ -282,8 +283,19 @@ def test_card_names_recipe_step_and_licence(run):
     assert "license: apache-2.0" in card
     assert "tiny_export" in card
     assert "step 7" in card
+    assert "None recorded" in card
     written, own = from_yaml(run.export / "recipe.yaml"), from_yaml(run.folder / "recipe.yaml")
     assert (written.model, written.grpo, written.rollout) == (own.model, own.grpo, own.rollout)
+
+
+def test_the_card_shows_the_evaluations_of_the_exported_step(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    for step, value in ((7, 24.0), (7, 25.5), (3, 11.0)):
+        log_results(folder, step, {"evaluate/photos/ours/psnr": value}, [], "evaluation/photos")
+    export_run(folder, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| evaluate/photos/ours/psnr | 25.5 |" in card and card.count("evaluate/") == 1
 
 
 def test_the_recipe_in_an_export_names_nothing_of_this_machine(run):

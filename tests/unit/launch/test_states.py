@@ -69,6 +69,22 @@ def test_a_refused_submission_says_slurms_words_and_leaves_the_run_launchable(tm
     assert main(overrides) == 0 and "already submitted as job 12" in capsys.readouterr().out
 
 
+def test_a_run_that_waits_in_the_queue_is_followed_when_it_is_launched_again(tmp_path, slurm, monkeypatch, capsys):
+    monkeypatch.setattr("realsr_hpc.launch.follow.POLL_SLURM_S", 0.1)
+    slurm(sbatch="echo Submitted batch job 12", squeue="echo 12 PENDING Resources")
+    overrides = [*SLURM, f"output_root={tmp_path / 'runs'}"]
+    assert main([*overrides, "follow=false"]) == 0
+    [run_dir] = [path.parent for path in (tmp_path / "runs").glob("*/recipe.yaml")]
+    launch = json.loads((run_dir / "job.json").read_text())["launch"]
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(main, overrides)
+        time.sleep(1)
+        set_state(run_dir, "failed", 3, launch=launch)
+        assert code.result(timeout=60) == 3
+    shown = capsys.readouterr().out
+    assert "already submitted as job 12" in shown and f"{run_dir.name}: failed" in shown
+
+
 OTHERS = "echo quota: job 3 of 9; echo Your job 7 waits"
 
 

@@ -9,9 +9,16 @@ CONFIG = RunConfig(name="t", task="grpo")
 EXACT = {"grpo/ratio/mean": 1.0, "grpo/kl_reference/mean": 0.0, "rollout/mismatch_kl": 1e-9}
 
 
-def test_an_exact_first_update_passes_and_an_empty_one_too():
+@pytest.mark.parametrize("name", EXACT)
+def test_an_exact_first_update_passes_and_one_without_its_numbers_does_not(name):
     check_exactness(CONFIG, 1, EXACT)
-    check_exactness(CONFIG, 1, {})
+    with pytest.raises(KeyError, match=name):
+        check_exactness(CONFIG, 1, {key: value for key, value in EXACT.items() if key != name})
+
+
+def test_without_a_reference_there_is_no_kl_to_check():
+    without = CONFIG.model_copy(update={"grpo": CONFIG.grpo.model_copy(update={"kl_beta": 0.0})})
+    check_exactness(without, 1, {"grpo/ratio/mean": 1.0, "rollout/mismatch_kl": 0.0})
 
 
 @pytest.mark.parametrize("broken", [1.001, float("nan")])

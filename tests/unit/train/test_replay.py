@@ -21,8 +21,9 @@ from realsr_hpc.grpo.advantages import configured_advantages, contributions
 from realsr_hpc.paths import project_root
 from realsr_hpc.tracking.spool import metrics_by_step
 from realsr_hpc.train import grpo
-from realsr_hpc.train.kept_steps import read_step
+from realsr_hpc.train.kept_steps import all_groups, read_step
 from realsr_hpc.train.parts import build_grpo_parts
+from realsr_hpc.train.replay import reweighted
 from tests.distributed.test_training import GRPO, SMALL
 
 RUN = [*GRPO, *SMALL, "cluster.tasks_per_node=1", "grpo.num_steps=3", "grpo.heldout_every_steps=0", "grpo.credit=part"]
@@ -164,6 +165,15 @@ def test_what_cannot_be_replayed_is_said_in_one_sentence(words, said, run_dir, c
     named = [] if any(word.startswith("run=") for word in words) else [f"run={run_dir}"]
     assert main([*named, *words]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_with_other_weights_the_total_is_their_sum_and_with_its_own_the_runs(run_dir):
+    group, *_ = all_groups(read_step(run_dir / "replay" / "step-000002"))
+    rewards, config = group.rewards, from_yaml(run_dir / "recipe.yaml")
+    torch.testing.assert_close(reweighted(group, rewards.weights, config).rewards.total, rewards.total)
+    name = next(name for name, column in rewards.breakdown.items() if column.any())
+    other = reweighted(group, dict.fromkeys(rewards.breakdown, 0.0) | {name: 3.0}, config).rewards
+    torch.testing.assert_close(other.total, 3 * rewards.breakdown[name])
 
 
 @pytest.mark.parametrize("each", [True, False])

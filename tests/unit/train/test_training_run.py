@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from realsr_hpc.parallel.pipeline import Microbatch
 from realsr_hpc.records import StepReport
 from realsr_hpc.train import skipped
 from realsr_hpc.train.kept_steps import KeptStep
-from realsr_hpc.train.skipped import SkippedUpdates
+from realsr_hpc.train.skipped import keep_skipped
 from realsr_hpc.train.training_run import TrainingRun
 from tests.steps import small_parts
 
@@ -27,6 +27,7 @@ class Place:
     """A loader's position."""
 
     number: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, int]:
         return {"number": self.number}
@@ -134,7 +135,7 @@ def test_a_run_without_an_update_goes_on_with_its_counters_place_and_a_fresh_opt
 def test_batches_of_skipped_updates_are_kept_up_to_a_number_and_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(skipped, "MAX_KEPT", 3)
     optimiser = small_parts().optimiser
-    SkippedUpdates(tmp_path, optimiser, limit=3)
+    keep_skipped(tmp_path, optimiser, limit=3)
     batches = [Microbatch(torch.full((1, 8), number)) for number in range(2)]
 
     def update(factor: float) -> None:
