@@ -184,7 +184,7 @@ def _outcome(
 
 
 def reweighted(group: ScoredGroup, weights: Mapping[str, float], config: RunConfig) -> ScoredGroup:
-    """The group with the total rewards and advantages that follow from these reward weights and the recipe's `grpo` fields."""
+    """The group with totals and advantages that follow from these reward weights and the recipe's `grpo` fields."""
     scores = {name: column.double().numpy() for name, column in group.rewards.breakdown.items()}
     rewards = replace(group.rewards, total=weighted_total(scores, weights), weights=dict(weights))
     return replace(
