@@ -153,8 +153,8 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("one batch less", "optimiser.num_skipped <= MAX_KEPT", "optimiser.num_skipped < MAX_KEPT"),
         (
             "one skipped update more",
-            "optimiser.skipped_in_a_row >= self.limit",
-            "optimiser.skipped_in_a_row > self.limit",
+            "optimiser.skipped_in_a_row >= limit",
+            "optimiser.skipped_in_a_row > limit",
         ),
         ("the first microbatch alone", "enumerate(microbatches)", "enumerate(microbatches[:1])"),
     ),
