@@ -125,6 +125,14 @@ def _log_unreadable(error: OSError) -> None:
     logger.warning("%s: skipped (%s)", printable(error.filename), error.strerror)
 
 
+def replace_link(link: Path, target: Path | str) -> None:
+    """Make a symbolic link, or point an existing one elsewhere, in one step: a reader never finds none."""
+    aside = link.with_name(f".{link.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    os.replace(aside, link)
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as stream:

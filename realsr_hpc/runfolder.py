@@ -12,6 +12,8 @@ OUTPUT_ROOT/<name>-<signature>/
     rollouts/step-N-KIND/  evaluation/step-N/                           artifacts, for inspection
     replay/step-N/  skipped/  samples/                                  train
     image_tokenizer.safetensors  text_tokenizer.json                    train, task tokenizer
+    checkpoint.pt  grid_N.png                                           train, task tokenizer
+    demo/  export/                                                      commands.demo
 
 This module has paths only; the module that writes and reads a file defines its content.
 """
@@ -19,12 +21,15 @@ This module has paths only; the module that writes and reads a file defines its 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 STEP = "step-"
 """Beginning of every folder that belongs to a step."""
 RECIPE = "recipe.yaml"
 BEST = "best"
+_Run = TypeVar("_Run")
 
 
 def recipe(run_dir: Path) -> Path:
@@ -145,6 +150,26 @@ def tokenizer_files(run_dir: Path) -> dict[str, Path]:
     }
 
 
+def tokenizer_checkpoint(run_dir: Path) -> Path:
+    """From which a run of task `tokenizer` continues."""
+    return run_dir / "checkpoint.pt"
+
+
+def reconstructions(run_dir: Path, step: int) -> Path:
+    """Held-out images as the tokenizer of a run of task `tokenizer` reconstructs them after a step."""
+    return run_dir / f"grid_{step:06d}.png"
+
+
+def demo(run_dir: Path) -> Path:
+    """Folder of the demo's evaluation, restored image and gallery."""
+    return run_dir / "demo"
+
+
+def demo_export(run_dir: Path) -> Path:
+    """The demo's export."""
+    return run_dir / "export"
+
+
 def run_of_checkpoint(checkpoint: Path) -> Path:
     """The run folder that RUN_DIR/checkpoints/step-N belongs to."""
     return checkpoint.parent.parent
@@ -241,6 +266,11 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix(STEP))
 
 
+def usual_root() -> Path:
+    """The output root of commands that are not given one: `runs` in the current folder."""
+    return Path("runs").resolve()
+
+
 def list_runs(root: Path) -> list[Path]:
     """Run folders of an output root, oldest first, without those that cannot be read. OSError if the root cannot."""
     if root.is_dir():
@@ -249,13 +279,17 @@ def list_runs(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: found[path])
 
 
+def named(runs: Sequence[_Run], name: str, names_of: Callable[[_Run], Sequence[str]]) -> list[_Run]:
+    """The runs with this name, or, if there are none, those whose first name begins with it."""
+    return [run for run in runs if name in names_of(run)] or [run for run in runs if names_of(run)[0].startswith(name)]
+
+
 def find_run(root: Path, name: str) -> Path:
     """The run with this folder name, unique prefix or path. ValueError names the candidates."""
     if recipe(Path(name)).exists():
         return Path(name).resolve()
     runs = list_runs(root)
-    exact = [run for run in runs if run.name == name]
-    found = exact or [run for run in runs if run.name.startswith(name)]
+    found = named(runs, name, lambda run: (run.name,))
     if len(found) == 1:
         return found[0]
     names = ", ".join(run.name for run in (found or runs)) or "none"

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from realsr_hpc.files import flush, parse_json, publish, sha256_of
+from realsr_hpc.files import flush, parse_json, publish, replace_link, sha256_of
 from realsr_hpc.runfolder import BEST, STEP, is_step, step_name, step_of
 
 logger = logging.getLogger(__name__)
@@ -214,6 +213,4 @@ def prune(root: Path, keep: Keep) -> None:
     for folder in [*(set(completed(root)) - stay), *root.glob(f"{_ASIDE}{STEP}*")]:
         shutil.rmtree(folder)
     if ranked:
-        link = root / f".{BEST}.{os.getpid()}"
-        link.symlink_to(ranked[0].name)
-        os.replace(link, root / BEST)
+        replace_link(root / BEST, ranked[0].name)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
+from realsr_hpc import runfolder
 from realsr_hpc.artifacts import evaluation
 from realsr_hpc.config.arguments import read_with_overrides
 from realsr_hpc.config.load import compose
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
         return 2
     assert isinstance(config, RunConfig)
     run_dir = run_folder(config)
-    report, export = run_dir / "demo", run_dir / "export"
+    report, export = runfolder.demo(run_dir), runfolder.demo_export(run_dir)
     commands = [
         ["launch", "recipe=grpo_tiny", *overrides],
         ["evaluate", f"run={run_dir}", "against=start", "num_images=12", f"output={report}"],

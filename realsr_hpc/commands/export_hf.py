@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     try:
         given = read_arguments(arguments, DEFAULTS, __doc__)
         check(given)
-        run = runfolder.find_run(Path("runs").resolve(), given["run"] or "")
+        run = runfolder.find_run(runfolder.usual_root(), given["run"] or "")
         fits({**given, "run": str(run)}, lambda path: recipe_of(Path(path)))
         taken = _export(given, run, Path(given["output"] or ""))
     except ValueError as error:

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         given, overrides = read_with_overrides(arguments, DEFAULTS, __doc__, sections_only=True)
         if not given["run"] or not given["step"]:
             raise ValueError("run=RUN_DIR and step=K are needed")
-        number, run_dir = read_count(given, "step", 1), runfolder.find_run(Path("runs").resolve(), given["run"])
+        number, run_dir = read_count(given, "step", 1), runfolder.find_run(runfolder.usual_root(), given["run"])
         from realsr_hpc.train import replay
 
         _, config, _ = replay.recipes(run_dir, number, overrides)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from realsr_hpc import runfolder
 from realsr_hpc.config.identity import decides
 from realsr_hpc.config.metrics import TASK_METRIC, is_measured, lower_is_better
 from realsr_hpc.config.places import text_without_root
@@ -228,8 +229,7 @@ def _experiments(mlflow: MlflowClient, name: str) -> list[str]:
 
 
 def _one(known: list[Run], name: str) -> Run:
-    exact = [run for run in known if name in (run.info.run_id, run.info.run_name)]
-    found = exact or [run for run in known if (run.info.run_name or "").startswith(name)]
+    found = runfolder.named(known, name, lambda run: (run.info.run_name or "", run.info.run_id))
     if len(found) != 1:
         names = ", ".join(sorted(run.info.run_name or "" for run in found or known)) or "none"
         raise ValueError(f"run {name!r}: {'several names begin with it' if found else 'unknown'}; available: {names}")

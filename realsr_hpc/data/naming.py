@@ -15,6 +15,10 @@ from urllib.parse import quote, quote_from_bytes, unquote_to_bytes
 from realsr_hpc.files import printable
 
 _TAG = re.compile(r"(_(lr|hr|lq|gt)\d*|(_|(?<=\d))x\d)+$", re.IGNORECASE)
+TRUTH_NAME = re.compile(r".+_(?:hr|gt)", re.IGNORECASE)
+"""Names (without suffix) of truths in a folder that has both files of a pair."""
+LOW_NAME = re.compile(r".+_(?:lr|lq)(\d*)", re.IGNORECASE)
+"""Names of low-quality images there; the group is their factor, or empty."""
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _TRAIN_WORDS = frozenset({"train", "training", "trainset"})
 _HELDOUT_WORDS = frozenset({"test", "testing", "testset", "val", "valid", "validation", "heldout"})

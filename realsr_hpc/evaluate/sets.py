@@ -9,22 +9,19 @@ training.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 
 from realsr_hpc.config.test_sets import NAMED_SETS, refuse_unknown_set
 from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES, BrokenImage, decode_image
-from realsr_hpc.data.naming import files_below, flat_names, matched, plain_stem, split_of
+from realsr_hpc.data.naming import LOW_NAME, TRUTH_NAME, files_below, flat_names, matched, plain_stem, split_of
 from realsr_hpc.data.samples import fitted
 from realsr_hpc.files import printable
 from realsr_hpc.records import Case
 
 LQ_FOLDERS = ("lq", "lr", "test_lr", "lr_bicubic", "lq_x4", "lr_x4", "input", "low")
 GT_FOLDERS = ("gt", "hr", "test_hr", "hr_x4", "target", "high")
-_TRUTH_NAME = re.compile(r".+_(?:hr|gt)", re.IGNORECASE)
-_LOW_NAME = re.compile(r".+_(?:lr|lq)(\d?)", re.IGNORECASE)
 Pair = tuple[Path, Path]
 
 
@@ -148,8 +145,8 @@ def _of_files(folder: Path, files: Sequence[Path], upscale: int, remarks: list[s
     If names state a factor, those of another factor than `upscale` are left out. only_test: leave out the training
     part of the set.
     """
-    lows = [path for path in files if _LOW_NAME.fullmatch(path.stem)]
-    other = [path for path in lows if _LOW_NAME.fullmatch(path.stem)[1] not in ("", str(upscale))]  # type: ignore[index]
+    lows = [path for path in files if LOW_NAME.fullmatch(path.stem)]
+    other = [path for path in lows if LOW_NAME.fullmatch(path.stem)[1] not in ("", str(upscale))]  # type: ignore[index]
     lows = [path for path in lows if path not in set(other)]
     if other:
         remarks.append(
@@ -162,7 +159,7 @@ def _of_files(folder: Path, files: Sequence[Path], upscale: int, remarks: list[s
         lows = [path for path in lows if splits[path] != "train"]
     pairs: list[Pair] = []
     for parent in dict.fromkeys(path.parent for path in lows):
-        truths = [path for path in files if path.parent == parent and _TRUTH_NAME.fullmatch(path.stem)]
+        truths = [path for path in files if path.parent == parent and TRUTH_NAME.fullmatch(path.stem)]
         pairs += _matched([path for path in lows if path.parent == parent], truths)
     return pairs
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from realsr_hpc import runfolder
+from realsr_hpc.config.exit_codes import DONE, STOPPED
 from realsr_hpc.launch.rundir import ALIVE, Status, current_status
 from realsr_hpc.tracking import read_progress
 
 POLL_LOCAL_S = 0.5
 POLL_SLURM_S = 5.0
-EXIT_CODES = {"done": 0, "stopped": 85}
+EXIT_CODES = {"done": DONE, "stopped": STOPPED}
 
 
 def follow(run_dir: Path, console: Console, *, slurm: bool = False) -> int:
@@ -30,7 +32,7 @@ def follow(run_dir: Path, console: Console, *, slurm: bool = False) -> int:
         except KeyboardInterrupt:
             status = None
     if status is None:
-        known = run_dir.name if run_dir.parent == Path("runs").resolve() else str(run_dir)
+        known = run_dir.name if run_dir.parent == runfolder.usual_root() else str(run_dir)
         follow_it, end_it = [shlex.join(["realsr-hpc", "jobs", f"{action}={known}"]) for action in ("follow", "cancel")]
         console.print(f"The run continues. Follow it: {follow_it}; end it: {end_it}", markup=False, soft_wrap=True)
         return 0

@@ -25,6 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from realsr_hpc import runfolder
+from realsr_hpc.config.exit_codes import DONE, STOPPED
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import node_faults
@@ -41,13 +42,11 @@ from realsr_hpc.launch.rundir import (
 from realsr_hpc.launch.signals import DUMP_SIGNAL, HANDLED_SIGNALS, StopFlag, die_with_parent
 from realsr_hpc.launch.verdict import (
     CRASHED,
-    DONE,
     FAILED,
     HEALTH_S,
     HUNG,
     REFUSED,
     REQUEUED,
-    STOPPED,
     UNHEALTHY,
     Verdict,
     agree,

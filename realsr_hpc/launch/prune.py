@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realsr_hpc import runfolder
+from realsr_hpc.files import replace_link
 from realsr_hpc.locks import hold
 
 USERS = ".users"
@@ -29,10 +30,7 @@ def link_code(run_dir: Path, code: Path) -> None:
     if run_dir.parent != code.parent.parent:
         with (code.parent / USERS).open("a", encoding="utf-8", errors="surrogateescape") as users:
             users.write(f"{run_dir}\n")
-    aside = run_dir / f".code.{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(code)
-    os.replace(aside, runfolder.code(run_dir))
+    replace_link(runfolder.code(run_dir), code)
 
 
 def unused_snapshots(root: Path) -> list[Unused]:

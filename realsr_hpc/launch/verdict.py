@@ -14,16 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from realsr_hpc import runfolder
+from realsr_hpc.config.exit_codes import DONE, STOPPED
 from realsr_hpc.files import read_json, write_atomically
 from realsr_hpc.launch.environment import Placement
 from realsr_hpc.launch.health import SMI_TIMEOUT_S
 from realsr_hpc.launch.requeue import PATIENCE_S
 from realsr_hpc.tracking import read_progress
 
-DONE, FAILED, STOPPED, UNHEALTHY, HUNG, CRASHED, REFUSED = 0, 1, 85, 86, 87, 88, 89
-"""How an attempt ends, as exit codes. FAILED: a rank raised an exception. STOPPED: all ranks stopped with a checkpoint.
-UNHEALTHY: a node failed its checks. HUNG: no step for too long. CRASHED: a rank was killed, or a node disappeared.
-REFUSED: another job runs this folder."""
+FAILED, UNHEALTHY, HUNG, CRASHED, REFUSED = 1, 86, 87, 88, 89
+"""How an attempt ends, as exit codes, if not with DONE or STOPPED. FAILED: a rank raised an exception. UNHEALTHY: a
+node failed its checks. HUNG: no step for too long. CRASHED: a rank was killed, or a node disappeared. REFUSED: another
+job runs this folder."""
 REQUEUED = (UNHEALTHY, HUNG, CRASHED)
 """Ends after which another attempt may succeed; a rank that raised an exception would raise it again."""
 AGREE_S = 20.0

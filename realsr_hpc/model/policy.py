@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from realsr_hpc.config.adapters import PEFT_BASE, PEFT_PREFIX, PEFT_WEIGHTS, adapter_config, refuse_other_function
 from realsr_hpc.config.schema import LoRAConfig, RunConfig
-from realsr_hpc.files import check_sums
+from realsr_hpc.files import check_sums, sha256_of
 from realsr_hpc.formats.tensor_files import read_weights
 from realsr_hpc.model import lora, whole_adapters
 from realsr_hpc.model.chunks import Policy, PolicyChunk, WeightShapes
@@ -123,8 +123,7 @@ def weights_name(folder: Path) -> str:
     total = hashlib.sha256()
     kinds = (".safetensors", ".bin", ".pth")
     for path in sorted(path for path in folder.rglob("*") if path.suffix in kinds):
-        with path.open("rb") as stream:
-            total.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{path.name} {sha256_of(path)}\n".encode())
     return f"weights of sha256 {total.hexdigest()}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from realsr_hpc.config.derived import world_size
+from realsr_hpc.config.metrics import num_steps
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.plan.experts import Rewards, rewards_of
 from realsr_hpc.plan.memory import Memory, memory
@@ -90,7 +91,7 @@ class Plan:
 
 
 def plan(config: RunConfig, device: Device | None = None) -> Plan:
-    """The estimate for a GRPO or SFT recipe; the figures of a tokenizer recipe, which has no sequence model, are 0.
+    """The estimate for a GRPO or SFT recipe; for a tokenizer recipe, which has no sequence model, 0 but for its steps.
 
     device: None chooses by the recipe's GPU memory (`device_of`).
     """
@@ -119,5 +120,5 @@ def plan(config: RunConfig, device: Device | None = None) -> Plan:
         training_s=training_seconds(config, shape, device, dp) if shape else 0.0,
         communication_s=communication_seconds(config, sent, device, dp),
         traffic=sent,
-        steps={"grpo": config.grpo.num_steps, "sft": config.sft.num_steps}.get(config.task, 0),
+        steps=num_steps(config),
     )

@@ -22,14 +22,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from realsr_hpc.data.decoding import SUFFIXES, UNREAD_SUFFIXES
-from realsr_hpc.data.naming import files_below, matched, split_of
+from realsr_hpc.data.naming import LOW_NAME, TRUTH_NAME, files_below, matched, split_of
 from realsr_hpc.data.storage import Member, open_bytes, tar_members
 from realsr_hpc.prepare.notes import Note, note_in_tar, sound_name
 
 _TRUTH_FOLDERS = frozenset({"gt", "hr", "test_hr"})
 _LOW_FOLDERS = frozenset({"lq", "lr", "test_lr"})
-_TRUTH_NAME = re.compile(r".+_(?:HR|GT)", re.IGNORECASE)
-_LOW_NAME = re.compile(r".+_(?:LR|LQ)\d*", re.IGNORECASE)
 _COMPRESSED = re.compile(r".*\.(?:tgz|tar\.\w+)", re.IGNORECASE)
 _REDUCED = re.compile(r"x[2348]|.*_LR_.*|thumbnails\d+x\d+", re.IGNORECASE)
 _FULL = re.compile(r"HR|.*_HR|images\d+x\d+", re.IGNORECASE)
@@ -192,7 +190,7 @@ def _paired(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
 def _pair_side(item: Item) -> tuple[str, tuple[str, ...]]:
     """The item's side ("truth", "low", or "" for neither), and the folders that both sides have in common."""
     stem = PurePosixPath(item.name).stem
-    for side, pattern in (("truth", _TRUTH_NAME), ("low", _LOW_NAME)):
+    for side, pattern in (("truth", TRUTH_NAME), ("low", LOW_NAME)):
         if pattern.fullmatch(stem):
             return side, item.folders
     for depth in reversed(range(len(item.folders))):

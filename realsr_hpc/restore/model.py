@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from realsr_hpc.rollout.policy_restorer import PolicyRestorer
 
 
-def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRestorer:
+def open_restorer(config: RunConfig, checkpoint_path: Path | None, *, with_steps: bool = True) -> PolicyRestorer:
     """Open a restorer in this process, without model parallelism; with several processes, each opens its own.
 
-    checkpoint_path None: use the recipe's start weights. Raises ValueError if there are neither.
+    checkpoint_path None: use the recipe's start weights. with_steps: also decode the rough and middle images.
+    Raises ValueError if there are neither checkpoint nor start weights.
     """
     if checkpoint_path is None and config.model.weights is None:
         raise ValueError("model.weights is not set and there is no checkpoint: name a run that has one")
@@ -42,7 +43,7 @@ def open_restorer(config: RunConfig, checkpoint_path: Path | None) -> PolicyRest
     policy = build_policy(config, groups, tokens.codec.vocabulary.size, trainable=False)
     if checkpoint_path is not None:
         checkpoint.load(checkpoint_path, policy, None, groups)
-    return PolicyRestorer(policy, tokens, config)
+    return PolicyRestorer(policy, tokens, config, with_steps=with_steps)
 
 
 def find_model(given: Mapping[str, str | None]) -> tuple[RunConfig, Path | None, str]:
@@ -92,7 +93,7 @@ def find_checkpoint(run: str | None, checkpoint_folder: str | None) -> tuple[Run
 
         integrity.refuse_damaged(path)
         return config, path
-    run_dir = runfolder.find_run(Path("runs").resolve(), run or "")
+    run_dir = runfolder.find_run(runfolder.usual_root(), run or "")
     config = recipe_of(run_dir)
     from realsr_hpc import checkpoint
 

@@ -53,8 +53,7 @@ def open_with_options(
         expert = build_chooser(choice, given["weights_dir"])
     tile_px = config.vlcot.image_sizes_px[-1] // factor
     settings = RestoreSettings(source, tile_px, factor, upscale, read_count(given, "overlap_px"), config.restore.colour)
-    restorer = open_restorer(config, checkpoint)
-    restorer.with_steps = steps
+    restorer = open_restorer(config, checkpoint, with_steps=steps)
     device = restorer.policy.groups.device
     workers = backend.workers(device)
     batch_size = batch_size or _batch_size(device, count, count * restorer.image_bytes(), workers)

@@ -26,11 +26,21 @@ class PolicyRestorer:
     Several threads may call it at once.
     """
 
-    def __init__(self, policy: Policy, tokens: TraceTokenizer, config: RunConfig, *, constrained: bool = True):
-        """constrained: force a well-formed trace, even if the recipe trains with another grammar."""
+    def __init__(
+        self,
+        policy: Policy,
+        tokens: TraceTokenizer,
+        config: RunConfig,
+        *,
+        constrained: bool = True,
+        with_steps: bool = True,
+    ):
+        """constrained: force a well-formed trace, even if the recipe trains with another grammar.
+
+        with_steps: also decode the rough and middle images.
+        """
         self.policy, self.tokens, self.seed = policy, tokens, config.seed
-        self.with_steps = True
-        """Whether the rough and middle images are decoded too."""
+        self.with_steps = with_steps
         self._grammar = Grammar(tokens.codec, "constrained" if constrained else config.rollout.grammar)
         self._options = sampling(config)
         self._of_thread = threading.local()

@@ -44,7 +44,7 @@ def compare_command(config: RunConfig, sweep: str) -> str:
     """The shell command that compares a sweep's runs."""
     root, tracking = output_root(config), config.tracking
     words = {"sweep": sweep, "root": root, "uri": tracking.uri, "experiment": tracking.experiment}
-    usual = {"root": Path("runs").resolve(), "experiment": type(tracking)().experiment}
+    usual = {"root": runfolder.usual_root(), "experiment": type(tracking)().experiment}
     given = [f"{key}={value}" for key, value in words.items() if value is not None and value != usual.get(key)]
     return shlex.join(["realsr-hpc", "compare", *given])
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from realsr_hpc.config.exit_codes import DONE, STOPPED
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.parallel.layout import microbatch_multiple
@@ -25,12 +26,12 @@ from realsr_hpc.train.kept_steps import keep_step
 from realsr_hpc.train.objective import check_exactness, objective
 from realsr_hpc.train.parts import GRPOParts, build_grpo_parts, clock
 from realsr_hpc.train.scoring import logprobs_of, with_columns
-from realsr_hpc.train.training_run import DONE, REQUEUE, Stop, TrainingRun
+from realsr_hpc.train.training_run import Stop, TrainingRun
 from realsr_hpc.train.updates import grpo_batches
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
-    """Run the recipe; returns the exit code (see train/training_run.py)."""
+    """Run the recipe; returns the exit code (see config/exit_codes.py)."""
     grpo = config.grpo
     parts = build_grpo_parts(config)
     run = TrainingRun(parts, run_dir, stop, grpo.num_steps)
@@ -54,7 +55,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
         # all ranks agree on stopping; the exit code lets the supervisor requeue the job
         if run.must_stop(number, source):
             run.tracker.close("KILLED")
-            return REQUEUE
+            return STOPPED
     run.tracker.close("FINISHED")
     return DONE
 

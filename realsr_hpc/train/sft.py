@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from realsr_hpc import runfolder
+from realsr_hpc.config.exit_codes import DONE, STOPPED
 from realsr_hpc.config.schema import RunConfig
 from realsr_hpc.data.loader import LQLoader
 from realsr_hpc.data.traces import TraceLoader
@@ -27,12 +28,12 @@ from realsr_hpc.train.batches import plain_sequence
 from realsr_hpc.train.own_codes import with_own_codes
 from realsr_hpc.train.parts import Parts, build_parts
 from realsr_hpc.train.sft_loss import cross_entropy, heldout_cross_entropy, means_by_part
-from realsr_hpc.train.training_run import DONE, REQUEUE, Stop, TrainingRun
+from realsr_hpc.train.training_run import Stop, TrainingRun
 from realsr_hpc.vlcot.vocabulary import IMAGE_NAMES
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
-    """Run the recipe; returns the exit code (see train/training_run.py)."""
+    """Run the recipe; returns the exit code (see config/exit_codes.py)."""
     sft = config.sft
     parts = build_parts(config, sft.num_steps)
     run = TrainingRun(parts, run_dir, stop, sft.num_steps)
@@ -52,7 +53,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
         run.report(StepReport(step, metrics), _text(metrics))
         if run.must_stop(step, loader):
             run.tracker.close("KILLED")
-            return REQUEUE
+            return STOPPED
     run.tracker.close("FINISHED")
     return DONE
 

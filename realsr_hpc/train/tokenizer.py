@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from realsr_hpc import runfolder
+from realsr_hpc.config.exit_codes import DONE, STOPPED
 from realsr_hpc.config.schema import RunConfig, TokenizerTrainingConfig
 from realsr_hpc.files import replacing
 from realsr_hpc.parallel import backend
@@ -28,7 +29,7 @@ from realsr_hpc.tracking.tracker import Tracker
 from realsr_hpc.train.tokenizer_images import TokenizerImages, heldout_images, photographs_of
 from realsr_hpc.train.tokenizer_measures import bicubic, psnr_db, reconstruction_loss, write_grid
 from realsr_hpc.train.tokenizer_text import train_recipe_text_tokenizer
-from realsr_hpc.train.training_run import DONE, REQUEUE, Stop
+from realsr_hpc.train.training_run import Stop
 
 AVERAGE_DECAY = 0.995
 KMEANS_ROUNDS = 10
@@ -38,9 +39,9 @@ _CPU = torch.device("cpu")
 
 
 def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
-    """Train, resuming from `run_dir/checkpoint.pt`, and write grids and both tokenizers to `run_dir`.
+    """Train, resuming from `runfolder.tokenizer_checkpoint`, and write grids and both tokenizers to `run_dir`.
 
-    Returns the exit code (see train/training_run.py).
+    Returns the exit code (see config/exit_codes.py).
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     files = runfolder.tokenizer_files(run_dir)
@@ -51,7 +52,7 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
     heldout = heldout_images(config)
     state = TokenizerTraining(config, backend.device())
     # the start weights are fitted to batches that training does not use
-    if not state.resume(run_dir / "checkpoint.pt"):
+    if not state.resume(runfolder.tokenizer_checkpoint(run_dir)):
         state.start([images.batch(training.num_steps + number) for number in range(training.start_batches)])
     tracker = Tracker.open(config, run_dir, writer=True)
     tracker.truncate(state.step)
@@ -60,16 +61,16 @@ def main(config: RunConfig, run_dir: Path, stop: Stop = lambda: False) -> int:
         # every step that is logged also saves a checkpoint, from which a resumed run continues
         stopping = stop() or state.step == config.checkpoint.stop_at_step
         if stopping or state.step % training.log_every_steps == 0 or state.step == training.num_steps:
-            grid = run_dir / f"grid_{state.step:06d}.png"
+            grid = runfolder.reconstructions(run_dir, state.step)
             metrics |= state.evaluate(heldout, grid)
             tracker.log_metrics(state.step, metrics)
             tracker.log_artifact(grid, "reconstructions")
             save_image_tokenizer(state.average, files["image_tokenizer.weights"])
-            state.save(run_dir / "checkpoint.pt")
+            state.save(runfolder.tokenizer_checkpoint(run_dir))
         tracker.progress(state.step, training.num_steps, f"loss {metrics['tokenizer/loss/step']:.3f}")
         if stopping and state.step < training.num_steps:
             tracker.close("KILLED")
-            return REQUEUE
+            return STOPPED
     tracker.close("FINISHED")
     return DONE
 

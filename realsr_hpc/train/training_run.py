@@ -22,9 +22,6 @@ from realsr_hpc.train.skipped import keep_skipped
 
 logger = logging.getLogger(__name__)
 
-DONE, REQUEUE = 0, 85
-"""Exit codes of a training main: finished; stopped at a step boundary with a checkpoint, to be continued."""
-
 Stop = Callable[[], bool]
 
 

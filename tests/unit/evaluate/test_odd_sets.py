@@ -66,6 +66,17 @@ def test_realsr_as_released_is_its_test_part_at_the_models_factor(tmp_path):
     assert report.skipped == {} and len(report.images) == 2
 
 
+def test_a_factor_may_have_two_digits(tmp_path):
+    for name in ("a_LR16.png", "a_LR4.png", "a_HR.png"):
+        save(tmp_path / name)
+    for upscale in (16, 4):
+        cases, remarks = open_set("paired", tmp_path, upscale)
+        assert cases.keys() == ["a"]
+        assert remarks == [
+            f"left out: 1 low-quality images of another factor than {upscale}, first a_LR{20 - upscale}.png"
+        ]
+
+
 def test_what_belongs_together_is_asked_before_work_begins(tmp_path):
     for name in ("a_LR4.png", "a_LQ.png", "a_HR.png"):
         save(tmp_path / name)

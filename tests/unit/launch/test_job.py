@@ -15,12 +15,13 @@ from datetime import timedelta
 
 import pytest
 
+from realsr_hpc.config.exit_codes import DONE, STOPPED
 from realsr_hpc.config.load import compose
 from realsr_hpc.launch.environment import Placement, job_port, reserved_port, slurm_job_id
 from realsr_hpc.launch.health import node_faults
 from realsr_hpc.launch.job import start_ranks, watch
 from realsr_hpc.launch.signals import StopFlag
-from realsr_hpc.launch.verdict import CRASHED, DONE, FAILED, HUNG, STOPPED, Verdict, agree, count_requeue
+from realsr_hpc.launch.verdict import CRASHED, FAILED, HUNG, Verdict, agree, count_requeue
 from realsr_hpc.parallel.process_groups import rendezvous_store
 from realsr_hpc.runfolder import rank_log
 

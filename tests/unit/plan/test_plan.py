@@ -21,6 +21,15 @@ def test_parameter_counts_are_the_published_ones():
     assert parameter_count(compose(["recipe=grpo_7b_paper"])) == 7_080_267_776
 
 
+def test_a_plan_has_the_steps_of_any_task():
+    steps = {
+        "grpo_tiny": "grpo.num_steps",
+        "sft_tiny": "sft.num_steps",
+        "tokenizer_tiny": "tokenizer_training.num_steps",
+    }
+    assert [plan(compose([f"recipe={recipe}", f"{key}=77"])).steps for recipe, key in steps.items()] == [77, 77, 77]
+
+
 def test_memory_of_weights_follows_from_their_number():
     config = compose(["recipe=grpo_7b", "parallel.tp=8", "parallel.pp=1"])
     estimate = plan(config)
