@@ -16,6 +16,8 @@ from realsr_hpc.vlcot.vocabulary import Vocabulary
 STOCK_CLASS = "ChameleonForConditionalGeneration"
 MODELING_FILE = "modeling_realsr.py"
 PROCESSING_FILE = "processing_realsr.py"
+CODE_FILES = (MODELING_FILE, PROCESSING_FILE, "images_realsr.py")
+"""Code that every export contains; the processing file imports the last one."""
 SHIPPED_CLASS = "RealSRForConditionalGeneration"
 SHIPPED_PROCESSOR = "RealSRProcessor"
 

@@ -100,7 +100,7 @@ def _rounded(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, torch.Te
 
 def write_shipped_code(folder: Path) -> None:
     """Copy the source files of the model class, which can generate images, and of the processor."""
-    for file in (hf_config.MODELING_FILE, hf_config.PROCESSING_FILE):
+    for file in hf_config.CODE_FILES:
         shutil.copyfile(_SHIPPED / file, folder / file)
 
 

@@ -22,7 +22,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 DECODER_FILE, TRACE_FILE = "vq_decoder.safetensors", "realsr.json"
-COMPANIONS = (DECODER_FILE, TRACE_FILE, "tokenizer.json", "processing_realsr.py", "modeling_realsr.py")
+CODE_FILES = ("processing_realsr.py", "images_realsr.py", "modeling_realsr.py")
+COMPANIONS = (DECODER_FILE, TRACE_FILE, "tokenizer.json", *CODE_FILES)
 OPTIONAL = ("tokenizer_config.json", "recipe.yaml")
 
 

@@ -1,12 +1,14 @@
 """An export is loaded by transformers, computes the same, and comes back bit by bit."""
 
-import importlib.util
+import importlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +35,15 @@ from realsr_hpc.tracking.results import log_results
 from realsr_hpc.vlcot.grammar import Grammar
 from realsr_hpc.vlcot.vocabulary import Vocabulary
 
+_PACKAGES = itertools.count()
+
 
 def shipped(folder: Path, name: str):
-    """A python file of the export, imported plainly."""
-    spec = importlib.util.spec_from_file_location(f"shipped_{name}", folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A python file of the export, imported as part of a package, because one of them imports another."""
+    package = types.ModuleType(f"shipped_{next(_PACKAGES)}")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}.{name}")
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_more_candidates_than_tokens_are_all_and_a_profile_of_rgb_stays(run, lq)
 def test_sixteen_bits_floats_and_rotation_are_seen_as_restoring_sees_them(run, tmp_path):
     from realsr_hpc.restore import read_picture
 
-    as_rgb = shipped(run.export, "processing_realsr").as_rgb
+    as_rgb = shipped(run.export, "images_realsr").as_rgb
     grey = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
     with_nan = grey / np.float32(255)
     with_nan[3, 3] = np.nan
