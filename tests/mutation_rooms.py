@@ -66,6 +66,9 @@ ROWS: dict[tuple[str, str], tuple[tuple[str, str, str], ...]] = {
         ("dark borders in the error", 'mode="replicate"), taps', 'mode="constant"), taps'),
         ("the error away", "return ours + interpolate", "return ours - interpolate"),
     ),
+    ("restore/tiles.py", f"{COLOUR}each_case_is_corrected_by_its_own_input_and_only_its_final_image"): (
+        ("cases are left as they are", "fix_colour(item.image, case.lq, how)", "item.image"),
+    ),
     ("restore/tiles.py", f"{RESTORE}seams_fade_over_the_overlap"): (
         ("every tile draws alike", "index=n)", "index=0)"),
         ("the overlap in LQ pixels", "settings.overlap_px * scale + 1.0", "settings.overlap_px + 1.0"),

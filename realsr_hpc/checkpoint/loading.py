@@ -37,8 +37,6 @@ STATE = "state.json"
 _EXTRA_STATE = "_extra_state"
 """Torch's key for a module's state other than tensors; Transformer Engine's modules keep delayed FP8's scales there."""
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 """They count updates in the state of each parameter; Transformer Engine's Adam counts them elsewhere."""
 

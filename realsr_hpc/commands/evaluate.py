@@ -19,7 +19,6 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -222,22 +221,15 @@ def _restores(given: Given, config: RunConfig, checkpoint: Path | None):
     from realsr_hpc.evaluate.methods import finished
     from realsr_hpc.records import Case, RestoredImage
     from realsr_hpc.restore import open_with_options, restore_cases, restore_images
-    from realsr_hpc.restore.colour import fix_colour
 
     restorer, settings = open_with_options(given, config, checkpoint)
-    tile_px, colour = settings.tile_px, settings.colour
+    tile_shape = (settings.tile_px, settings.tile_px)
 
     def method(cases: Sequence[Case]) -> list[RestoredImage]:
-        if any(case.lq.shape[:2] != (tile_px, tile_px) for case in cases):
+        if any(case.lq.shape[:2] != tile_shape for case in cases):
             blended = restore_images(restorer, [case.lq for case in cases], settings)
             return [finished(item.image) for item in blended]
-        return [fixed(case, item) for case, item in zip(cases, restore_cases(restorer, cases, settings), strict=True)]
-
-    def fixed(case: Case, item: RestoredImage) -> RestoredImage:
-        if item.image is None:
-            return item
-        final = fix_colour(item.image, case.lq, colour)
-        return replace(item, images=(*item.images[:-1], final))
+        return restore_cases(restorer, cases, settings)
 
     return method
 

@@ -99,9 +99,19 @@ def restore_images(
 
 
 def restore_cases(restorer: Restorer, cases: Sequence[Case], settings: RestoreSettings) -> list[RestoredImage]:
-    """Restore cases of the model's input size, batched and distributed over threads as `restore_images` does tiles."""
+    """Restore cases of the model's input size, batched and distributed over threads as `restore_images` does tiles.
+
+    The final images are corrected as `settings.colour` says.
+    """
     parts = (list(cases[start:stop]) for start, stop in itertools.pairwise(_bounds(len(cases), settings)))
-    return list(itertools.chain.from_iterable(_restored(restorer, parts, settings.workers)))
+    results = itertools.chain.from_iterable(_restored(restorer, parts, settings.workers))
+    return [_corrected(case, item, settings.colour) for case, item in zip(cases, results, strict=True)]
+
+
+def _corrected(case: Case, item: RestoredImage, how: ColourFix) -> RestoredImage:
+    if item.image is None:
+        return item
+    return replace(item, images=(*item.images[:-1], fix_colour(item.image, case.lq, how)))
 
 
 def _bounds(count: int, settings: RestoreSettings) -> list[int]:

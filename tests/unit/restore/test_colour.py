@@ -3,6 +3,8 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
+from realsr_hpc.records import Case, ParsedTrace, RestoredImage
+from realsr_hpc.restore import RestoreSettings, restore_cases
 from realsr_hpc.restore.colour import fix_colour, low_frequencies
 
 
@@ -60,3 +62,21 @@ def test_low_frequencies_are_five_dilated_filters():
     found = low_frequencies(impulse)[0].numpy()
     np.testing.assert_allclose(found[17:-17, 17:-17], np.outer(line, line), atol=1e-7)
     np.testing.assert_allclose(low_frequencies(torch.full((3, 40, 9), 7.0)), 7.0, rtol=1e-5)  # borders are repeated
+
+
+def test_each_case_is_corrected_by_its_own_input_and_only_its_final_image():
+    trace = ParsedTrace(None, ("", "", ""), (None,) * 3, ())
+    rng = np.random.default_rng(3)
+    cases = [Case(str(n), rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for n in range(3)]
+    painted = [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(2)]
+
+    def restorer(given):
+        return [RestoredImage(trace, (case.lq, None, [*painted, None][int(case.key)])) for case in given]
+
+    settings = RestoreSettings("x", tile_px=8, model_upscale=4, overlap_px=2, colour="back_projection")
+    results = restore_cases(restorer, cases, settings)
+    for case, image, result in zip(cases, painted, results, strict=False):
+        np.testing.assert_array_equal(result.image, fix_colour(image, case.lq, "back_projection"))
+        np.testing.assert_array_equal(result.images[0], case.lq)
+        assert not np.array_equal(result.image, image)
+    assert results[2].image is None
